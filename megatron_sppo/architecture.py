@@ -1,0 +1,105 @@
+"""The model's architecture: what conversion reads from a Hugging Face config and what model/ builds from.
+
+One frozen dataclass, written as `model.json` beside a Megatron checkpoint. Field names are Megatron-Core's own
+(`TransformerConfig`, `GPTModel`). Pure Python: no torch, no megatron.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_sppo.errors import ConversionError
+from megatron_sppo.storage import read_json, write_json
+
+SCHEMA_VERSION = 1
+FILE_NAME = "model.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3RopeScaling:
+    """RoPE frequency scaling of Llama 3.1 and later. Frequencies are divided by `factor` below the low cut-off."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A dense decoder-only transformer, by Megatron-Core's field names."""
+
+    family: str
+    """Name of the conversion table, such as "llama": megatron_sppo/conversion/families/<family>.py."""
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    """Key/value heads: equal to num_attention_heads without grouped-query attention, 1 for multi-query attention."""
+    kv_channels: int
+    """Dimension of one head; it need not be hidden_size / num_attention_heads."""
+    vocab_size: int
+    """Rows of the embedding as the Hugging Face checkpoint holds them: no padding."""
+    max_position_embeddings: int
+    layernorm_epsilon: float
+    rotary_base: float
+    rope_scaling: Llama3RopeScaling | None = None
+    share_embeddings_and_output_weights: bool
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    """Per-head RMSNorm of queries and keys (Qwen3)."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"):
+            if getattr(self, name) < 1:
+                raise ConversionError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.num_attention_heads % self.num_query_groups:
+            raise ConversionError(
+                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_query_groups "
+                f"({self.num_query_groups}). The model's config is wrong."
+            )
+
+    def num_parameters(self) -> int:
+        """Count the weights, tied embeddings once -> int."""
+        query_rows = self.num_attention_heads * self.kv_channels
+        key_rows = self.num_query_groups * self.kv_channels
+        attention = self.hidden_size * (2 * query_rows + 2 * key_rows)
+        if self.add_qkv_bias:
+            attention += query_rows + 2 * key_rows
+        if self.qk_layernorm:
+            attention += 2 * self.kv_channels
+        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.share_embeddings_and_output_weights else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
+
+
+def write_architecture(architecture: Architecture, directory: Path, *, tokenizer: dict[str, Any]) -> None:
+    """Write `model.json`: the architecture and where its tokenizer came from (`hash`, `files`), for later checks."""
+    content = {"schema_version": SCHEMA_VERSION, "architecture": asdict(architecture), "tokenizer": tokenizer}
+    write_json(Path(directory, FILE_NAME), content)
+
+
+def read_architecture(directory: Path) -> tuple[Architecture, dict[str, Any]]:
+    """Read `model.json` -> (architecture, tokenizer description).
+
+    Raises:
+        DataError: no such file, or no JSON.
+        ConversionError: another schema version, or a missing, unknown or impossible field.
+    """
+    path = Path(directory, FILE_NAME)
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+        raise ConversionError(f"{path} is not of schema version {SCHEMA_VERSION}. Import the model again.")
+    values, tokenizer = content.get("architecture"), content.get("tokenizer")
+    if not isinstance(values, dict) or not isinstance(tokenizer, dict):
+        raise ConversionError(f"{path} lacks `architecture` or `tokenizer`. Import the model again.")
+    known = {field.name for field in fields(Architecture)}
+    if unknown := sorted(set(values) - known):
+        raise ConversionError(f"{path} has unknown fields {unknown}. It was written by a newer version: upgrade.")
+    try:
+        if values.get("rope_scaling") is not None:
+            values = {**values, "rope_scaling": Llama3RopeScaling(**values["rope_scaling"])}
+        return Architecture(**values), tokenizer
+    except TypeError as error:
+        raise ConversionError(f"{path} does not describe a model ({error}). Import the model again.") from None
