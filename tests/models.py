@@ -1,0 +1,135 @@
+"""Tiny Hugging Face models for tests: real files, random weights, a real tokenizer with a chat template.
+
+Written without transformers, so that a test can have a model in milliseconds and in any environment.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from megatron_sppo.tokenizer import ID_FILES, TEXT_FILES
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BYTE_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+
+def byte_tokenizer(directory: Path) -> None:
+    """Write a tokenizer whose tokens are the 256 bytes and three ChatML tokens (ids 0, 1, 2), with its chat template."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+        "model_max_length": 512,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+def llama_config(**overrides: Any) -> dict[str, Any]:
+    """Make config.json of a small Llama: 2 layers, hidden size 64, 8 heads over 4 key/value heads, untied."""
+    values = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "bos_token_id": 1,
+        "dtype": "float32",
+        "eos_token_id": 2,
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "hidden_size": 64,
+        "initializer_range": 0.02,
+        "intermediate_size": 96,
+        "max_position_embeddings": 512,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 8,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4,
+        "pad_token_id": 2,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "tie_word_embeddings": False,
+        "vocab_size": BYTE_VOCAB_SIZE,
+    }
+    unused = set(overrides) - set(values) - {"rope_theta", "rope_scaling", "torch_dtype", "sliding_window", "use_sliding_window"}
+    assert not unused, f"config.json of a Llama has no {sorted(unused)}"
+    return {**values, **overrides}
+
+
+def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """List the tensors of a Llama checkpoint -> {Hugging Face name: shape}, in checkpoint order."""
+    hidden, ffn, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        shapes |= {
+            prefix + "input_layernorm.weight": (hidden,),
+            prefix + "mlp.down_proj.weight": (hidden, ffn),
+            prefix + "mlp.gate_proj.weight": (ffn, hidden),
+            prefix + "mlp.up_proj.weight": (ffn, hidden),
+            prefix + "post_attention_layernorm.weight": (hidden,),
+            prefix + "self_attn.k_proj.weight": (keys, hidden),
+            prefix + "self_attn.o_proj.weight": (hidden, queries),
+            prefix + "self_attn.q_proj.weight": (queries, hidden),
+            prefix + "self_attn.v_proj.weight": (keys, hidden),
+        }
+    shapes["model.norm.weight"] = (hidden,)
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    return shapes
+
+
+def random_weights(shapes: dict[str, tuple[int, ...]], *, dtype: torch.dtype, seed: int, scale: float) -> dict[str, torch.Tensor]:
+    """Draw normal weights of standard deviation `scale`; norm weights lie around 1 instead -> {name: tensor}."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator) * scale
+        weights[name] = (noise + 1.0 if name.endswith("norm.weight") else noise).to(dtype)
+    return weights
+
+
+def tiny_llama(
+    directory: Path, *, tokenizer_dir: Path | None = None, seed: int = 0, scale: float = 0.05, **overrides: Any
+) -> Path:
+    """Write a random Llama as a Hugging Face directory -> the directory.
+
+    Args:
+        tokenizer_dir: whose tokenizer files to copy; without it the byte tokenizer (259 tokens) is written.
+        seed: of the weights.
+        scale: standard deviation of the weights.
+        overrides: fields of config.json, such as `num_key_value_heads=1` or `dtype="bfloat16"`.
+    """
+    directory = Path(directory)
+    config = llama_config(**overrides)
+    directory.mkdir(parents=True, exist_ok=True)
+    if tokenizer_dir is None:
+        byte_tokenizer(directory)
+    else:
+        for name in (*ID_FILES, *TEXT_FILES):
+            if (tokenizer_dir / name).is_file():
+                shutil.copyfile(tokenizer_dir / name, directory / name)
+    weights = random_weights(llama_shapes(config), dtype=getattr(torch, config["dtype"]), seed=seed, scale=scale)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    generation = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    return directory
