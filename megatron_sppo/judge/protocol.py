@@ -1,0 +1,69 @@
+"""What a judge is, and how a SPEC such as `pairrm:DIR`, `rules:concise` or `endpoint:URL` becomes one.
+
+# K = responses per prompt
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from megatron_sppo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_sppo.rollout.records import RolloutGroup
+
+SPEC_FORMS = "pairrm:HUB_ID_OR_DIR, rules:concise, rules:cyclic or endpoint:URL"
+
+
+class Judge(Protocol):
+    """Compares the K responses of a prompt. Heavy imports happen in the constructor, never on import."""
+
+    name: str
+    """The SPEC that it was loaded from: the dataset's manifest and the run's summary carry it."""
+    fingerprint: str
+    """Changes with everything that decides a logit (weights, limits, precision): scores are resumed only under the same."""
+    counts: Counter[str]
+    """What happened since loading: pairs, forwards, identical pairs, truncations, neutralised markers."""
+
+    def judge_logits(self, groups: Sequence[RolloutGroup]) -> list[np.ndarray]:
+        """Judge every ordered pair of each group's responses -> one float32 [K, K] a group.
+
+        Entry [i, j] is the raw logit of "response i in the first place beats response j in the second"; the diagonal
+        and pairs of identical texts are exactly 0. It need not be antisymmetric: position bias shows in L_ij + L_ji.
+        """
+        ...
+
+
+def load_judge(spec: str, *, preset: str = "paper", one_order: bool = False) -> Judge:
+    """Load the judge that a SPEC names -> Judge.
+
+    Args:
+        preset: "paper" or "official": what the judge reads as the source, the plain user message or the templated prompt.
+        one_order: ask each pair in one order only and take L_ji = -L_ij: an approximation, half the cost, position
+            bias kept. Only judges with a model behind them know the difference.
+
+    Raises:
+        ConfigError: unknown SPEC or preset, or a judge that cannot be loaded.
+    """
+    if preset not in ("paper", "official"):
+        raise ConfigError(f"--preset {preset!r} is unknown. Use --preset paper or --preset official.")
+    kind, _, rest = spec.partition(":")
+    if not rest:
+        raise ConfigError(f"--judge {spec!r} is not a judge. Use {SPEC_FORMS}.")
+    if kind == "rules":
+        from megatron_sppo.judge.rules import load_rules
+
+        return load_rules(rest)
+    if kind == "pairrm":
+        from megatron_sppo.judge.pairrm import PairRMJudge
+
+        return PairRMJudge(rest, preset=preset, one_order=one_order)
+    if kind == "endpoint":
+        from megatron_sppo.judge.endpoint import EndpointJudge
+
+        return EndpointJudge(rest, preset=preset, one_order=one_order)
+    raise ConfigError(f"--judge {spec!r} is not a judge. Use {SPEC_FORMS}.")
