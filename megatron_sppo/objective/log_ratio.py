@@ -1,0 +1,146 @@
+"""The head: hidden states and the output weight in, log-probabilities of the labels out, without [N, V] in memory.
+
+N = tokens that predict a response token, H = hidden size, V = vocabulary (padded), V/tp = rows of this rank's shard,
+B = sequences. Between forward and backward only hidden, weight, labels and one float32 per token are kept; backward
+computes the logits of a chunk of tokens again.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
+"""float32 logits of one chunk. Larger on a GPU, where each chunk also reads and writes the weight's gradient once."""
+
+
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    tp_group: dist.ProcessGroup | None = None,
+    chunk_size: int | None = None,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Log-probability of each label under softmax(hidden @ weight.T) -> [N], float32, nats, differentiable.
+
+    The product is taken in the weight's dtype, all else (log-softmax, reductions, the weight's gradient over chunks) in
+    float32; float64 weights stay in float64. A label outside the vocabulary gives NaN.
+
+    Collectives on `tp_group`: forward one max and one sum all-reduce of [N] and [2, N]; backward one sum all-reduce of the
+    gradient of `hidden`. None when N is 0, which every rank of the group sees alike.
+
+    Args:
+        hidden: [N, H], replicated over `tp_group`.
+        weight: [V/tp, H]; rank r of `tp_group` holds rows r * V/tp and up.
+        labels: [N], integers, ids in the whole vocabulary.
+        tp_group: group that the vocabulary is sharded over; None for the whole weight.
+        chunk_size: tokens whose logits exist at one time; None takes as many as fit in 128 MiB (512 MiB on a GPU).
+        vocab_size: number of true columns; columns from there on are padding and never enter the softmax.
+    """
+    assert hidden.ndim == 2 and weight.ndim == 2 and labels.shape == hidden.shape[:1], (
+        f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}"
+    )
+    if chunk_size is None:
+        chunk_size = default_chunk_size(weight.shape[0], device_type=weight.device.type)
+    assert chunk_size > 0
+    tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
+    first_row = 0 if tp_group is None else dist.get_rank(tp_group) * weight.shape[0]
+    vocab_size = tp_size * weight.shape[0] if vocab_size is None else vocab_size
+    assert 0 < vocab_size <= tp_size * weight.shape[0], f"vocab_size {vocab_size} > {tp_size * weight.shape[0]} rows"
+    return _LinearLogProbs.apply(
+        hidden, weight, labels, tp_group if tp_size > 1 else None, chunk_size, vocab_size, first_row
+    )
+
+
+def default_chunk_size(num_rows: int, *, device_type: str) -> int:
+    """Tokens per chunk such that their float32 logits over `num_rows` columns fit the budget -> a power of two >= 16."""
+    fitting = _CHUNK_BYTES.get(device_type, _CHUNK_BYTES["cuda"]) // (4 * num_rows)
+    return max(16, 1 << max(fitting, 1).bit_length() - 1)
+
+
+def sequence_sums(log_prob: Tensor, sequence_index: Tensor, num_sequences: int) -> Tensor:
+    """Sum token log-probabilities per sequence, never averaging -> [B], float32; 0 for a sequence without rows.
+
+    Args:
+        log_prob: [N], float32.
+        sequence_index: [N], int64, the sequence of each token, in [0, num_sequences).
+    """
+    assert log_prob.dtype in (torch.float32, torch.float64), f"{log_prob.dtype} loses whole nats in a sum"
+    return log_prob.new_zeros(num_sequences).index_add(0, sequence_index, log_prob)
+
+
+class _LinearLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, tp_group, chunk_size, vocab_size, first_row):
+        num_tokens, num_columns = hidden.shape[0], min(max(vocab_size - first_row, 0), weight.shape[0])
+        precise = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        maximum = hidden.new_full((num_tokens,), -torch.inf, dtype=precise)
+        # Row 0: sum of exp(logit - maximum); row 1: the label's logit, 0 on the ranks that do not hold its column.
+        sums = hidden.new_zeros((2, num_tokens), dtype=precise)
+        for rows in _chunks(num_tokens if num_columns else 0, chunk_size):
+            logits = _logits(hidden[rows], weight[:num_columns], precise)
+            column, is_local = _local_column(labels[rows], first_row, num_columns)
+            sums[1, rows] = logits.gather(1, column.unsqueeze(1)).squeeze(1).masked_fill(~is_local, 0.0)
+            torch.amax(logits, dim=1, out=maximum[rows])
+            sums[0, rows] = logits.sub_(maximum[rows].unsqueeze(1)).exp_().sum(dim=1)
+        if tp_group is not None and num_tokens:
+            local_maximum = maximum.clone()
+            dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp_group)
+            sums[0] *= torch.exp(local_maximum - maximum)
+            dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=tp_group)
+        log_sum_exp = maximum + sums[0].log()
+        ctx.save_for_backward(hidden, weight, labels, log_sum_exp)
+        ctx.tp_group, ctx.chunk_size, ctx.num_columns, ctx.first_row = tp_group, chunk_size, num_columns, first_row
+        # No rank holds such a column; NaN stops the run in its first step, with no synchronisation spent on the check.
+        outside = (labels < 0) | (labels >= vocab_size)
+        return (sums[1] - log_sum_exp).masked_fill(outside, torch.nan)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_log_prob):
+        hidden, weight, labels, log_sum_exp = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        num_columns, precise = ctx.num_columns, log_sum_exp.dtype
+        columns = weight[:num_columns]
+        grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
+        grad_weight = weight.new_zeros(weight.shape, dtype=precise) if needs_weight else None
+        for rows in _chunks(hidden.shape[0] if num_columns else 0, ctx.chunk_size):
+            grad_chunk = grad_log_prob[rows].to(precise)
+            grad_logits = _logits(hidden[rows], columns, precise).sub_(log_sum_exp[rows].unsqueeze(1)).exp_()
+            grad_logits.mul_(-grad_chunk.unsqueeze(1))
+            column, is_local = _local_column(labels[rows], ctx.first_row, num_columns)
+            grad_logits.scatter_add_(1, column.unsqueeze(1), grad_chunk.masked_fill(~is_local, 0.0).unsqueeze(1))
+            grad_logits = grad_logits.to(weight.dtype)
+            if needs_hidden:
+                grad_hidden[rows] = (grad_logits @ columns).to(hidden.dtype)
+            if needs_weight:
+                _accumulate(grad_weight[:num_columns], grad_logits, hidden[rows].to(weight.dtype))
+        if needs_hidden and ctx.tp_group is not None and hidden.shape[0]:
+            dist.all_reduce(grad_hidden, op=dist.ReduceOp.SUM, group=ctx.tp_group)
+        return grad_hidden, grad_weight.to(weight.dtype) if needs_weight else None, None, None, None, None, None
+
+
+def _chunks(num_tokens: int, chunk_size: int) -> list[slice]:
+    return [slice(first, min(first + chunk_size, num_tokens)) for first in range(0, num_tokens, chunk_size)]
+
+
+def _logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Product in the weight's dtype, then widened -> a fresh [n, V/tp] that the caller may overwrite."""
+    return (hidden.to(weight.dtype) @ weight.T).to(dtype)
+
+
+def _local_column(labels: Tensor, first_row: int, num_columns: int) -> tuple[Tensor, Tensor]:
+    """Columns of the labels in this rank's shard (0 where it has none), and where it has them -> [n] int64, [n] bool."""
+    column = labels.long() - first_row
+    is_local = (column >= 0) & (column < num_columns)
+    return column.masked_fill(~is_local, 0), is_local
+
+
+def _accumulate(grad_weight: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
+    """grad_weight += grad_logits.T @ hidden, in grad_weight's (wider) dtype."""
+    if grad_weight.dtype == grad_logits.dtype:
+        grad_weight.addmm_(grad_logits.T, hidden)
+    else:
+        grad_weight += grad_logits.T @ hidden
