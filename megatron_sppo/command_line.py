@@ -1,0 +1,88 @@
+"""How every tool starts and ends: logging to stderr, one line for what a user can mend, exit codes.
+
+0 done    1 crash (traceback)    2 bad input or a disk that refuses (one line)    130 interrupted    141 reader gone
+"""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from megatron_sppo.errors import ConfigError, ConversionError, DataError
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+_USER_ERRORS = (ConfigError, DataError, ConversionError, OSError)
+
+
+def run(main: Callable[[], None], *, name: str) -> NoReturn:
+    """Run a tool's `main` and exit the process with the code that its outcome deserves.
+
+    The last line on stderr is `NAME: error: FACT. REMEDY.` for ConfigError, DataError, ConversionError and OSError;
+    `--debug` on the command line puts the traceback before it. Any other exception is a fault of the program: it
+    leaves with its traceback, and Python exits with 1.
+
+    Args:
+        main: takes nothing, returns nothing; it parses sys.argv itself.
+        name: the file name of the tool as the user typed it, such as "convert.py".
+    """
+    debug = "--debug" in sys.argv[1:]
+    set_up_logging(debug=debug)
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output left (`tool | head`). Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)
+    except KeyboardInterrupt:
+        _last_line(f"{name}: interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+    except _USER_ERRORS as error:
+        if debug:
+            traceback.print_exc()
+        _last_line(f"{name}: error: {one_line(error)}")
+        sys.exit(EXIT_BAD_INPUT)
+    sys.exit(0)
+
+
+def set_up_logging(*, debug: bool) -> None:
+    """Send log records to stderr: INFO (DEBUG with `debug`) on rank 0, warnings alone on the other ranks."""
+    rank = os.environ.get("RANK", "0")
+    level = logging.DEBUG if debug else logging.INFO
+    if rank != "0":
+        level = max(level, logging.WARNING)
+    origin = "" if "RANK" not in os.environ else f"[rank {rank}] "
+    logging.basicConfig(
+        level=logging.WARNING,
+        format=f"%(asctime)s {origin}%(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    # The root stays at WARNING: other packages' INFO is noise. Ours follows the level; so does the tool itself.
+    for ours in ("megatron_sppo", "__main__"):
+        logging.getLogger(ours).setLevel(level)
+
+
+def one_line(error: BaseException) -> str:
+    """Word an exception as one line -> text without line breaks; an OSError names its file and the reason."""
+    if isinstance(error, OSError) and error.strerror:
+        places = [str(place) for place in (error.filename, error.filename2) if place is not None]
+        text = f"{' -> '.join(places)}: {error.strerror}." if places else f"{error.strerror}."
+    else:
+        text = str(error) or type(error).__name__
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _last_line(text: str) -> None:
+    """Write the closing line to stderr after whatever stdout still holds."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        pass  # stdout's disk is full or its reader gone: the line below is what still can be said.
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

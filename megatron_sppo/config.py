@@ -1,0 +1,425 @@
+"""Dataclasses <-> command line <-> YAML, in one place.
+
+A config is a frozen dataclass whose fields may be dataclasses ("sections"). Every leaf is one flat flag in Megatron's
+kebab-case. `--config FILE.yaml` holds the same names in snake_case, grouped by section or flat. A YAML value becomes
+the tokens that a user would have typed, put before the user's own: one path validates both, and the later one wins.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import os
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import tyro
+import yaml
+
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.storage import atomic_file
+
+ConfigT = TypeVar("ConfigT")
+
+_BUILT_IN = ("config", "debug", "help")
+_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
+
+
+def parse(config_class: type[ConfigT], *, name: str, description: str, argv: Sequence[str] | None = None) -> ConfigT:
+    """Read the command line and the YAML file that it names -> an instance of `config_class`.
+
+    Args:
+        config_class: frozen keyword-only dataclass; nested dataclasses are sections of the YAML and of the help.
+        name: the tool's name in usage and help.
+        description: what the tool does, for the help.
+        argv: tokens after the program's name; None takes sys.argv's.
+
+    Raises:
+        ConfigError: an unknown flag or key, a missing or impossible value; also what `__post_init__` raises, unchanged.
+    """
+    tokens = list(sys.argv[1:] if argv is None else argv)
+    leaves = _leaves(config_class)
+    if not {"-h", "--help"} & set(tokens):
+        tokens = _check_flags(tokens, leaves)
+        file = _config_file(tokens)
+        from_file = _tokens_of_file(file, leaves, config_class) if file is not None else {}
+        _check_required(leaves, given=set(from_file) | _keys(tokens))
+        return _construct(
+            config_class, name, description, [t for group in from_file.values() for t in group], tokens, file
+        )
+    return _construct(config_class, name, description, [], ["--help"], None)
+
+
+def parse_command(
+    commands: Mapping[str, type[Any]], *, name: str, description: str, argv: Sequence[str] | None = None
+) -> Any:
+    """Read `COMMAND [flags]` -> an instance of that command's config class.
+
+    Raises:
+        ConfigError: no command or an unknown one; and as `parse`.
+    """
+    tokens = list(sys.argv[1:] if argv is None else argv)
+    while tokens and tokens[0] == "--debug":
+        tokens = [*tokens[1:], "--debug"]
+    chosen = tokens[0] if tokens else None
+    if chosen in ("-h", "--help"):
+        _print_commands(commands, name, description)
+        raise SystemExit(0)
+    if chosen not in commands:
+        fact = f"no command {chosen!r}" if chosen else "a command is missing"
+        raise ConfigError(
+            f"{fact}. Use one of: {', '.join(f'{name} {command}' for command in commands)} (each has --help)."
+        )
+    config_class = commands[chosen]
+    return parse(config_class, name=f"{name} {chosen}", description=_summary(config_class), argv=tokens[1:])
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turn a config into what JSON and YAML hold -> nested dict, sections as dicts, paths as text, tuples as lists."""
+    assert dataclasses.is_dataclass(config)
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def write_yaml(config: Any, path: Path) -> None:
+    """Write the resolved config, atomically. `--config PATH` of the same tool reads an equal config back."""
+    with atomic_file(Path(path)) as file:
+        yaml.safe_dump(to_dict(config), file, sort_keys=False, allow_unicode=True)
+
+
+def to_flags(config: Any) -> list[str]:
+    """Spell a config as command-line tokens, for a child process that takes the same flags -> list of tokens.
+
+    Values that equal the default are left out; what the child lacks is its own ConfigError.
+    """
+    flags: list[str] = []
+    for key, leaf in _leaves(type(config)).items():
+        value = config
+        for name in leaf.path:
+            value = getattr(value, name)
+        if leaf.required or value != leaf.default:
+            flags += _tokens_of_value(key, leaf, _plain_text(value), place="")
+    return flags
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Leaf:
+    """One flag: where it lives in the config, and what it takes."""
+
+    path: tuple[str, ...]
+    annotation: Any
+    default: Any
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
+    def is_switch(self) -> bool:
+        return self.annotation is bool
+
+    def takes(self, member: type) -> bool:
+        """Whether the annotation is `member` or a union that has it."""
+        if typing.get_origin(self.annotation) in (typing.Union, types.UnionType):
+            return member in typing.get_args(self.annotation)
+        return self.annotation is member
+
+    @property
+    def takes_many(self) -> bool:
+        members = typing.get_args(self.annotation) if self.takes(type(None)) else (self.annotation,)
+        return any(typing.get_origin(member) in (tuple, list) for member in members)
+
+
+def _leaves(
+    config_class: type[Any], path: tuple[str, ...] = (), default: Any = dataclasses.MISSING
+) -> dict[str, _Leaf]:
+    """List every leaf field by its name, sections opened -> {snake_case name: leaf}."""
+    assert dataclasses.is_dataclass(config_class), f"{config_class} is no dataclass"
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    leaves: dict[str, _Leaf] = {}
+    for field in dataclasses.fields(config_class):
+        annotation = hints[field.name]
+        if typing.get_origin(annotation) is Annotated:
+            annotation = typing.get_args(annotation)[0]
+        value = _default_of(field) if default is dataclasses.MISSING else getattr(default, field.name)
+        here = (*path, field.name)
+        if dataclasses.is_dataclass(annotation):
+            assert isinstance(annotation, type)
+            found = _leaves(annotation, here, value)
+        else:
+            found = {field.name: _Leaf(path=here, annotation=annotation, default=value)}
+        for key, leaf in found.items():
+            assert key not in _BUILT_IN, f"{'.'.join(leaf.path)}: --{key} belongs to every tool; choose another name"
+            assert key not in leaves, f"--{_kebab(key)} would be both {leaf.path} and {leaves[key].path}; rename one"
+            leaves[key] = leaf
+    return leaves
+
+
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _check_flags(tokens: list[str], leaves: Mapping[str, _Leaf]) -> list[str]:
+    """Refuse flags that do not exist, naming the nearest one that does -> the tokens, in kebab-case."""
+    checked = []
+    for token in tokens:
+        if not token.startswith("--") or token == "--":
+            checked.append(token)
+            continue
+        flag, equals, value = token.partition("=")
+        key = _snake(flag)
+        switch = key.removeprefix("no_") if key not in leaves else key
+        known = key in leaves or key in _BUILT_IN or (switch in leaves and leaves[switch].is_switch)
+        if not known:
+            raise ConfigError(f"unknown flag {flag}. {_nearest(flag, _all_flags(leaves))}Run with --help for the list.")
+        if equals and (key == "debug" or (switch in leaves and leaves[switch].is_switch)):
+            raise ConfigError(f"{token}: {flag} takes no value. Use --{_kebab(switch)} or --no-{_kebab(switch)}.")
+        checked.append("--" + _kebab(key) + equals + value)
+    return checked
+
+
+def _check_required(leaves: Mapping[str, _Leaf], *, given: set[str]) -> None:
+    missing = [key for key, leaf in leaves.items() if leaf.required and key not in given]
+    if missing:
+        flags = ", ".join("--" + _kebab(key) for key in missing)
+        verb, pronoun = ("is", "it") if len(missing) == 1 else ("are", "them")
+        raise ConfigError(f"{flags} {verb} missing. Give {pronoun} on the command line or in the --config file.")
+
+
+def _config_file(tokens: Sequence[str]) -> Path | None:
+    """Find the one `--config FILE` -> path or None."""
+    files = [token.partition("=")[2] for token in tokens if token.startswith("--config=")]
+    for position, token in enumerate(tokens):
+        if token == "--config":
+            following = tokens[position + 1 : position + 2]
+            if not following or following[0].startswith("--"):
+                raise ConfigError("--config needs a file. Use --config FILE.yaml.")
+            files += following
+    if len(files) > 1:
+        raise ConfigError(f"--config is given {len(files)} times ({', '.join(files)}). Give one file.")
+    return Path(files[0]) if files else None
+
+
+class _TextLoader(yaml.BaseLoader):
+    """YAML whose scalars stay as written ("1e-6", "no", "007"): the flag's type reads them. Plain null is None."""
+
+    def construct_scalar(self, node: Any) -> Any:
+        text = super().construct_scalar(node)
+        return None if node.style is None and text in ("null", "Null", "NULL", "None", "~", "") else text
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key!r} is given twice", problem_mark=node.value[position][0].start_mark
+                )
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    """Read a YAML mapping of texts -> dict; empty file, empty dict."""
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_TextLoader)
+    except FileNotFoundError:
+        raise ConfigError(f"{file} does not exist. Give an existing YAML file to --config.") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror}). Give a readable YAML file to --config.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file} is not UTF-8 text. Give a YAML file to --config.") from None
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise ConfigError(f"{file}{line}: {error.problem}. Mend the YAML there.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not valid YAML ({str(error).splitlines()[0]}). Mend it.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} holds a {type(content).__name__}, not `key: value` lines. Write one setting a line.")
+    return content
+
+
+def _tokens_of_file(file: Path, leaves: Mapping[str, _Leaf], config_class: type[Any]) -> dict[str, list[str]]:
+    """Read a YAML file -> {leaf: its command-line tokens}, in the file's order."""
+    sections = {section for leaf in leaves.values() for section in leaf.path[:-1]}
+    tokens: dict[str, list[str]] = {}
+    for section, key, value in _settings(_read_yaml(file), sections, file):
+        if key not in leaves:
+            known = (
+                [*leaves, *sections] if section is None else [k for k, leaf in leaves.items() if section in leaf.path]
+            )
+            where = f" in section {section}" if section else ""
+            raise ConfigError(f"{file}: unknown key {key!r}{where}. {_nearest(key, known)}Remove or rename it.")
+        leaf = leaves[key]
+        if section is not None and section not in leaf.path:
+            home = leaf.path[-2] if len(leaf.path) > 1 else "no section"
+            raise ConfigError(f"{file}: {key!r} stands in section {section}, but belongs to {home}. Move it there.")
+        if key in tokens:
+            raise ConfigError(f"{file}: {key!r} is given twice, in a section and outside it. Keep one.")
+        tokens[key] = _tokens_of_value(key, leaf, value, place=f"{file}: ")
+    return tokens
+
+
+def _settings(content: Mapping[str, Any], sections: set[str], file: Path) -> Iterator[tuple[str | None, str, Any]]:
+    """Walk a YAML mapping -> (innermost section or None, key, value) triples."""
+    for name, value in content.items():
+        if name not in sections:
+            yield None, str(name), value
+        elif isinstance(value, dict):
+            for inner_section, key, inner in _settings(value, sections, file):
+                yield inner_section or name, key, inner
+        elif value is not None:
+            raise ConfigError(
+                f"{file}: {name} is a section and holds `key: value` lines, not {value!r}. Indent its settings below it."
+            )
+
+
+def _tokens_of_value(key: str, leaf: _Leaf, value: Any, *, place: str) -> list[str]:
+    """Spell one value (text, None, list or mapping of texts) as the tokens that a user would type."""
+    flag = "--" + _kebab(key)
+    if isinstance(value, dict):
+        if not leaf.takes_many:
+            raise ConfigError(f"{place}{key!r} takes one value, not a mapping. Write `{key}: VALUE`.")
+        value = [f"{name}={item}" for name, item in value.items()]
+    if isinstance(value, list):
+        if not leaf.takes_many or any(isinstance(item, (list, dict)) for item in value):
+            raise ConfigError(
+                f"{place}{key!r} cannot take {value}. Write `{key}: {'[A, B]' if leaf.takes_many else 'VALUE'}`."
+            )
+        return [flag, *("None" if item is None else item for item in value)]
+    if value is None:
+        if leaf.takes(type(None)):
+            return [f"{flag}=None"]
+        raise ConfigError(
+            f"{place}{key!r} is empty, but needs a value. Write `{key}: VALUE` or remove the line for the default."
+        )
+    if leaf.takes(bool) and value.lower() in (*_TRUE, *_FALSE):
+        true = value.lower() in _TRUE
+        return [(flag if true else "--no-" + _kebab(key)) if leaf.is_switch else f"{flag}={true}"]
+    if leaf.is_switch:
+        raise ConfigError(f"{place}{key!r} is {value!r}; it must be true or false.")
+    return [flag, value] if leaf.takes_many else [f"{flag}={value}"]
+
+
+def _construct(
+    config_class: type[ConfigT], name: str, description: str, from_file: list[str], typed: list[str], file: Path | None
+) -> ConfigT:
+    """Let tyro read the tokens -> an instance; its boxed messages become one ConfigError line."""
+    extended = dataclasses.make_dataclass(
+        config_class.__name__,
+        [
+            ("config", Annotated[Path | None, tyro.conf.arg(help="YAML file with settings; flags win over it.")], None),
+            ("debug", Annotated[bool, tyro.conf.arg(help="Show tracebacks."), tyro.conf.FlagCreatePairsOff], False),
+        ],
+        bases=(config_class,),
+        frozen=True,
+        kw_only=True,
+    )
+    console = io.StringIO()
+    width = contextlib.nullcontext() if typed == ["--help"] else _wide_console()
+    try:
+        with contextlib.redirect_stderr(console), width:
+            parsed = tyro.cli(
+                extended,
+                prog=name,
+                description=description,
+                args=[*from_file, *typed],
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as exit_:
+        if exit_.code in (0, None):
+            raise
+        _raise_config_error(exit_, console.getvalue(), {t.partition("=")[0] for t in from_file} - set(typed), file)
+    return config_class(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(config_class)})
+
+
+def _raise_config_error(exit_: SystemExit, boxed: str, flags_of_file: set[str], file: Path | None) -> NoReturn:
+    """Say in one line why tyro refused; a section's own ConfigError, which tyro wraps, comes out as it was."""
+    cause = exit_.__context__
+    while cause is not None:
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        cause = cause.__context__
+    message = " ".join(_boxed_text(boxed)).rstrip(".")
+    origin = f"{file}: " if file is not None and any(flag in message for flag in flags_of_file) else ""
+    raise ConfigError(f"{origin}{message}. Run with --help for what each flag takes.") from None
+
+
+def _boxed_text(boxed: str) -> Iterator[str]:
+    """Take a message out of tyro's frame, up to the first rule (below it stands the flag's help) -> its lines."""
+    said = False
+    for line in boxed.splitlines()[1:]:
+        text = line.strip("\u2502|+\u2570\u256f ")
+        is_rule = not text.strip("\u2500-")
+        if text and is_rule and said:
+            return
+        if not is_rule:
+            said = True
+            yield text
+
+
+@contextlib.contextmanager
+def _wide_console() -> Iterator[None]:
+    """Keep tyro from wrapping a message inside its frame, which could cut a path in two."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def _print_commands(commands: Mapping[str, type[Any]], name: str, description: str) -> None:
+    width = max(map(len, commands))
+    lines = [f"  {command:{width}}  {_summary(config_class)}" for command, config_class in commands.items()]
+    sys.stdout.write(f"usage: {name} COMMAND [OPTIONS]\n\n{description}\n\ncommands:\n" + "\n".join(lines) + "\n\n")
+    sys.stdout.write(f"`{name} COMMAND --help` lists the options of one.\n")
+
+
+def _summary(config_class: type[Any]) -> str:
+    return (config_class.__doc__ or "").strip().partition("\n")[0]
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _plain_text(value: Any) -> Any:
+    """Spell a leaf as YAML text would arrive: None, a text or a list of texts."""
+    if isinstance(value, (tuple, list)):
+        return [_plain_text(item) for item in value]
+    return None if value is None else str(value)
+
+
+def _keys(tokens: Sequence[str]) -> set[str]:
+    return {_snake(token.partition("=")[0]) for token in tokens if token.startswith("--")}
+
+
+def _all_flags(leaves: Mapping[str, _Leaf]) -> list[str]:
+    flags = ["--" + _kebab(key) for key in (*leaves, *_BUILT_IN)]
+    return flags + ["--no-" + _kebab(key) for key, leaf in leaves.items() if leaf.is_switch]
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]}? " if close else ""
+
+
+def _kebab(key: str) -> str:
+    return key.replace("_", "-")
+
+
+def _snake(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
