@@ -1,0 +1,1 @@
+"""GPTModel stages of Megatron-Core with the sequence log-ratio head on the last one."""

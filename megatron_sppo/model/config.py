@@ -1,0 +1,93 @@
+"""How the model is computed: precision, layer implementation, recomputation. What it is lies in `architecture.py`."""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megatron_sppo.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+_BLACKWELL_RECIPES = ("mxfp8", "nvfp4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Precision and implementation of the model; names are Megatron-Core's."""
+
+    params_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of weights and activations. With bfloat16 the optimizer keeps float32 master weights. fp16 is refused: its
+    loss scaling overflows on SPPO's squared residuals of hundreds of nats."""
+    transformer_impl: Literal["auto", "transformer_engine", "torch"] = "auto"
+    """Layer implementation. auto: Transformer Engine on CUDA where it is installed, otherwise torch."""
+    fp8: Literal["none", "hybrid"] = "none"
+    """hybrid: E4M3 forward and E5M2 gradients through Transformer Engine (Hopper). The head stays in bfloat16."""
+    fp8_recipe: Literal["tensorwise", "blockwise", "delayed", "mxfp8", "nvfp4"] = "tensorwise"
+    """Scaling of FP8 tensors. tensorwise keeps no state between calls, so reference and policy agree exactly."""
+    first_last_layers_bf16: bool = False
+    """Keep the first and last transformer layer in bfloat16 under FP8."""
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation: core attention only (selective) or whole layers (full)."""
+    head_chunk_size: int = 1024
+    """Response tokens per block of the head: bounds its logits to [head_chunk_size, vocab / TP] at any time."""
+    transformer_config: tuple[str, ...] = ()
+    """Further KEY=VALUE fields of Megatron-Core's TransformerConfig, such as apply_rope_fusion=true."""
+
+    def __post_init__(self) -> None:
+        if self.head_chunk_size < 1:
+            raise ConfigError(f"head_chunk_size is {self.head_chunk_size}. Use --head-chunk-size 1024.")
+        if self.fp8 == "none":
+            return
+        if self.fp8_recipe in _BLACKWELL_RECIPES:
+            raise ConfigError(
+                f"fp8_recipe {self.fp8_recipe} needs a Blackwell GPU (compute capability 10.0); this software is for Hopper. "
+                "Use --fp8-recipe tensorwise."
+            )
+        if self.params_dtype != "bfloat16":
+            raise ConfigError(f"fp8 needs bfloat16 weights, not {self.params_dtype}. Use --params-dtype bfloat16.")
+        if self.first_last_layers_bf16 and self.fp8_recipe == "delayed":
+            raise ConfigError(
+                "first_last_layers_bf16 is not supported with fp8_recipe delayed (Megatron-Core refuses it). "
+                "Use --fp8-recipe tensorwise."
+            )
+        if resolve_transformer_impl(self) != "transformer_engine":
+            raise ConfigError(
+                "fp8 needs Transformer Engine and a CUDA device, and this machine lacks at least one of them. "
+                "Use --fp8 none, or: pip install --no-build-isolation transformer-engine[pytorch]"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch type of `params_dtype`."""
+        return DTYPES[self.params_dtype]
+
+
+def resolve_transformer_impl(config: ModelConfig) -> str:
+    """Decide between the layer implementations -> "transformer_engine" or "torch".
+
+    Raises:
+        ConfigError: Transformer Engine is asked for and not there. Megatron-Core would put mocks in its place and fail late.
+    """
+    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    if config.transformer_impl == "auto":
+        return "transformer_engine" if available else "torch"
+    if config.transformer_impl == "transformer_engine" and not available:
+        raise ConfigError(
+            "transformer_impl is transformer_engine, but Transformer Engine or a CUDA device is missing. "
+            "Use --transformer-impl torch."
+        )
+    return config.transformer_impl
+
+
+def token_multiple(config: ModelConfig, *, tensor_model_parallel_size: int, sequence_parallel: bool) -> int:
+    """Say what the tokens of a micro-batch must be a multiple of -> int.
+
+    Sequence parallelism splits tokens over tensor-parallel ranks; FP8 matrix products want 16 rows a rank, blockwise
+    scaling 128 (Transformer Engine 2.11).
+    """
+    per_rank = 1
+    if config.fp8 != "none":
+        per_rank = 128 if config.fp8_recipe == "blockwise" else 16
+    return per_rank * (tensor_model_parallel_size if sequence_parallel else 1)

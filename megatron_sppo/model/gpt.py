@@ -1,0 +1,130 @@
+"""The policy: Megatron-Core's GPTModel whose last stage answers with log-probabilities instead of logits."""
+
+import math
+from typing import Any, NamedTuple
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from megatron_sppo.architecture import Architecture
+from megatron_sppo.model.config import ModelConfig, resolve_transformer_impl
+from megatron_sppo.model.layer_spec import layer_spec
+from megatron_sppo.objective import linear_log_probs
+
+# R = response tokens of the micro-batch, S = tokens, B = sequences, H = hidden size, V = vocabulary
+
+
+class ResponseTokens(NamedTuple):
+    """Which hidden states predict a response token, and which token: all that ever reaches the vocabulary."""
+
+    rows_R: Tensor
+    """int64, index b * S + s into the micro-batch's [B, S] tokens."""
+    labels_R: Tensor
+    """int64, the token that the row predicts."""
+
+
+class PolicyModel(GPTModel):
+    """GPTModel with the parameter-free log-probability head. Without `labels` it returns logits, as the host does."""
+
+    true_vocab_size: int
+    head_chunk_size: int
+
+    def _postprocess(self, hidden_states: Tensor, *, labels: ResponseTokens | None = None, **kwargs: Any) -> Tensor:
+        """Compute log pi of the response tokens -> [R] float32 on the last stage, hidden states elsewhere.
+
+        Overrides GPTModel._postprocess, which both supported hosts (megatron-core 0.16.1 and 0.19.2, gpt_model.py)
+        call with keywords and which passes `labels` through untouched.
+        """
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+        if self.config.sequence_parallel:
+            # The head returns the whole gradient of its rows, so the gather's backward only splits.
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        num_tokens = hidden_states.shape[0]
+        hidden_RH = hidden_states[labels.rows_R % num_tokens, labels.rows_R // num_tokens]
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return linear_log_probs(
+            hidden_RH,
+            weight,
+            labels.labels_R,
+            tp_group=self.pg_collection.tp if self.pg_collection.tp.size() > 1 else None,
+            chunk_size=self.head_chunk_size,
+            vocab_size=self.true_vocab_size,
+        )
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
+    """Round the vocabulary up to what every tensor-parallel size in use divides -> rows of the embedding.
+
+    A multiple of 128 suits the matrix units and is the same for every power of two up to 128, so that checkpoints of
+    one layout resume in another. Padded rows never enter a softmax.
+    """
+    multiple = math.lcm(128, tensor_model_parallel_size)
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_stage(
+    architecture: Architecture,
+    transformer_config: TransformerConfig,
+    config: ModelConfig,
+    *,
+    pre_process: bool,
+    post_process: bool,
+    vp_stage: int | None = None,
+) -> PolicyModel:
+    """Build one pipeline stage (or virtual stage) of the policy with random weights -> PolicyModel."""
+    scaling = architecture.rope_scaling
+    model = PolicyModel(
+        config=transformer_config,
+        transformer_layer_spec=layer_spec(transformer_config, resolve_transformer_impl(config), vp_stage=vp_stage),
+        vocab_size=padded_vocab_size(architecture.vocab_size, transformer_config.tensor_model_parallel_size),
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.share_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=architecture.rotary_base,
+        rope_scaling=scaling is not None,
+        rope_scaling_factor=scaling.factor if scaling is not None else 1.0,
+        vp_stage=vp_stage,
+    )
+    model.true_vocab_size = architecture.vocab_size
+    model.head_chunk_size = config.head_chunk_size
+    return model
+
+
+def forward(
+    model: Any,
+    tokens_BS: Tensor,
+    position_ids_BS: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int = 0,
+    response: ResponseTokens | None = None,
+) -> Tensor:
+    """Run one stage, wrapped or not -> [R] log-probabilities, logits [B, S, V / TP], or the next stage's input.
+
+    Args:
+        cu_seqlens: int32, boundaries of the documents of a packed micro-batch (B = 1), the last equal to S.
+        max_seqlen: length of the longest document, in tokens.
+        response: without it the last stage returns logits.
+    """
+    packed = None
+    if cu_seqlens is not None:
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_kv=max_seqlen,
+        )
+    return model(
+        input_ids=tokens_BS, position_ids=position_ids_BS, attention_mask=None, packed_seq_params=packed, labels=response
+    )

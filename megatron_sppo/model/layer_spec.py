@@ -1,0 +1,34 @@
+"""Layer specifications: Transformer Engine's on CUDA, torch's on CPU. Same parameters, same checkpoint keys."""
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from megatron_sppo.model.attention import DocumentAttention
+from megatron_sppo.model.normalization import RMSNorm
+
+
+def layer_spec(config: TransformerConfig, implementation: str, *, vp_stage: int | None) -> object:
+    """Choose the decoder's spec for this pipeline stage -> ModuleSpec or TransformerBlockSubmodules."""
+    if implementation == "transformer_engine":
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    return _torch_spec(config, vp_stage=vp_stage)
+
+
+def _torch_spec(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Megatron's local spec with our norm and attention in the places where the stock ones refuse SP and packing."""
+    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer = spec.submodules
+    layer.input_layernorm = RMSNorm
+    layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = DocumentAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    layers = [ModuleSpec(module=spec.module, submodules=layer) for _ in range(num_layers)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

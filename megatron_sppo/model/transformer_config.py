@@ -1,0 +1,126 @@
+"""Architecture + precision + layout -> Megatron-Core's TransformerConfig, and the one seam to its further fields."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from megatron.core.transformer import TransformerConfig
+
+from megatron_sppo.architecture import Architecture
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.model.config import ModelConfig, resolve_transformer_impl
+
+T = TypeVar("T")
+
+
+def transformer_config(architecture: Architecture, config: ModelConfig, **parallelism: Any) -> TransformerConfig:
+    """Describe the model to Megatron-Core -> TransformerConfig.
+
+    Args:
+        parallelism: TransformerConfig's own fields for the layout (`tensor_model_parallel_size`, `sequence_parallel`, ...).
+
+    Raises:
+        ConfigError: an unknown or refused KEY=VALUE, or a combination that Megatron-Core itself refuses.
+    """
+    fused = resolve_transformer_impl(config) == "transformer_engine"
+    values: dict[str, Any] = {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_query_groups": architecture.num_query_groups,
+        "kv_channels": architecture.kv_channels,
+        "layernorm_epsilon": architecture.layernorm_epsilon,
+        "qk_layernorm": architecture.qk_layernorm,
+        "add_qkv_bias": architecture.add_qkv_bias,
+        "add_bias_linear": False,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        # Both passes must see the same network, or the log-ratio is not zero before the first step.
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": config.dtype,
+        "pipeline_dtype": config.dtype,
+        "bf16": config.params_dtype == "bfloat16",
+        "attention_softmax_in_fp32": True,
+        # The schedule then divides by the number of SEQUENCES that forward_step returns as its token count.
+        "calculate_per_token_loss": True,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "batch_p2p_sync": torch.cuda.is_available(),
+        "deallocate_pipeline_outputs": True,
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": fused,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": fused,
+        "apply_rope_fusion": fused,
+        **_precision(config),
+        **_recomputation(config, architecture),
+        **parallelism,
+    }
+    values |= parse_overrides(config.transformer_config, TransformerConfig, flag="--transformer-config", taken=values)
+    return host_dataclass(TransformerConfig, values)
+
+
+def _precision(config: ModelConfig) -> dict[str, Any]:
+    if config.fp8 == "none":
+        return {}
+    return {"fp8": config.fp8, "fp8_recipe": config.fp8_recipe, "first_last_layers_bf16": config.first_last_layers_bf16}
+
+
+def _recomputation(config: ModelConfig, architecture: Architecture) -> dict[str, Any]:
+    if config.recompute_granularity == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if config.recompute_granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
+def host_dataclass(cls: type[T], values: dict[str, Any]) -> T:
+    """Build a dataclass of Megatron-Core from our values, its own refusals as ConfigErrors -> instance."""
+    try:
+        return cls(**values)
+    except (AssertionError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"Megatron-Core refuses these settings ({cls.__name__}): {reason}") from error
+
+
+def parse_overrides(pairs: Sequence[str], cls: type, *, flag: str, taken: dict[str, Any]) -> dict[str, Any]:
+    """Parse KEY=VALUE settings of a host dataclass, values as YAML scalars -> dict.
+
+    Raises:
+        ConfigError: no `=`, a field that the class has not, or one that our own settings decide (`taken`).
+    """
+    names = {field.name for field in dataclasses.fields(cls)}
+    parsed: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator:
+            raise ConfigError(f"{flag} {pair!r} is not KEY=VALUE. Use for example {flag} {sorted(names)[0]}=...")
+        if key not in names:
+            raise ConfigError(f"{flag} {key}: Megatron-Core's {cls.__name__} has no such field. Check the spelling.")
+        if key in taken and key not in _TUNABLE:
+            raise ConfigError(f"{flag} {key} is decided by this software's own settings. Remove it.")
+        parsed[key] = yaml.safe_load(text)
+    return parsed
+
+
+_TUNABLE = frozenset(
+    {
+        "gradient_accumulation_fusion",
+        "bias_activation_fusion",
+        "masked_softmax_fusion",
+        "persist_layer_norm",
+        "apply_rope_fusion",
+        "deallocate_pipeline_outputs",
+        "attention_softmax_in_fp32",
+        "overlap_p2p_comm",
+        "recompute_granularity",
+        "recompute_method",
+        "recompute_num_layers",
+        "recompute_modules",
+    }
+)
+"""Fields that we only give a default: they change speed and memory, not the mathematics."""

@@ -1,0 +1,1 @@
+"""Parallel groups, forward step, reference pass, optimizer, loop and checkpoints on Megatron-Core."""

@@ -1,0 +1,119 @@
+"""Megatron-Core on CPU ranks over gloo: the only place that replaces parts of the host, and only without CUDA.
+
+Megatron-Core (0.16.1, 0.19.2) asks for "cuda" by name in a few modules. Each replacement below says where. With a GPU
+`install` does nothing.
+"""
+
+import contextlib
+import importlib
+import queue
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_MODULES_THAT_NAME_CUDA = (
+    "megatron.core.pipeline_parallel.schedules",  # the running token count
+    "megatron.core.optimizer.optimizer",  # found_inf, the loss scale
+    "megatron.core.optimizer.clip_grads",  # gradient norm, zero count
+    "megatron.core.optimizer.grad_scaler",
+    "megatron.core.models.common.embeddings.rope_utils",  # context parallelism: pinned memory, .cuda()
+    "megatron.core.transformer.utils",  # the default causal mask
+    "megatron.core.distributed.param_and_grad_buffer",
+    "megatron.core.utils",  # the multi-tensor L2 norm
+)
+_FACTORIES = frozenset({"tensor", "zeros", "ones", "empty", "empty_like", "arange", "full"})
+
+
+class _TorchOnCpu:
+    """Stands for the name `torch` inside one module of the host: tensors asked for on "cuda" are made on the CPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(torch, name)
+        if name not in _FACTORIES:
+            return attribute
+
+        def factory(*arguments: Any, **settings: Any) -> torch.Tensor:
+            if str(settings.get("device", "")).startswith("cuda"):
+                settings["device"] = "cpu"
+            settings.pop("pin_memory", None)
+            return attribute(*arguments, **settings)
+
+        return factory
+
+
+class _NoStream:
+    """A CUDA stream where there is none: everything is in order already."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_stream(self, *_: Any) -> None: ...
+
+    def wait_event(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+def install() -> None:
+    """Let Megatron-Core run on the CPU. Idempotent; does nothing where CUDA is available."""
+    if torch.cuda.is_available() or getattr(torch.cuda, "_megatron_sppo_cpu", False):
+        return
+    torch.cuda._megatron_sppo_cpu = True  # type: ignore[attr-defined]
+    _replace_device_queries()
+    _replace_random_state()
+    for name in _MODULES_THAT_NAME_CUDA:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name).torch = _TorchOnCpu()
+    _save_checkpoints_without_a_manager_process()
+    _call_cpu_tensors_cuda_inside_the_optimizer()
+
+
+def _replace_device_queries() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = lambda *_, **__: None
+    cuda.current_stream = lambda *_, **__: _NoStream()
+    cuda.Stream = _NoStream
+    cuda.stream = lambda *_: contextlib.nullcontext()
+    tensor: Any = torch.Tensor
+    tensor.cuda = lambda self, *_, **__: self
+
+
+def _replace_random_state() -> None:
+    """Activation recomputation and the RNG tracker save and restore the CUDA generator (tensor_parallel/random.py)."""
+    cuda: Any = torch.cuda
+    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _save_checkpoints_without_a_manager_process() -> None:
+    """A synchronous save starts a multiprocessing Manager that imports `__main__` again; a plain queue does."""
+    strategies = "megatron.core.dist_checkpointing.strategies"
+    for module in (importlib.import_module(f"{strategies}.{name}") for name in ("filesystem_async", "torch")):
+        for name in ("_get_write_results_queue", "get_write_results_queue"):
+            if hasattr(module, name):
+                setattr(module, name, _plain_queue)
+
+
+def _plain_queue(*_: Any, **__: Any) -> "queue.Queue[Any]":
+    return queue.Queue()
+
+
+def _call_cpu_tensors_cuda_inside_the_optimizer() -> None:
+    """The optimizer sorts parameters by `Tensor.type()` and knows the torch.cuda.* types only."""
+    original: Callable[..., Any] = torch.Tensor.type
+
+    def type_(self: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
+        answer = original(self, *arguments, **settings)
+        asks = not arguments and not settings and isinstance(answer, str) and not answer.startswith("torch.cuda.")
+        if asks and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core.optimizer"):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    torch.Tensor.type = type_  # type: ignore[method-assign]
+

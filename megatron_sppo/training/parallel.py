@@ -1,0 +1,202 @@
+"""Process groups: which rank holds what. The only reader of the launcher's environment and of `parallel_state`."""
+
+import datetime
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_sppo.architecture import Architecture
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.training import cpu
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """The layout, by Megatron-Core's names. Data parallelism is what remains of the world size."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that split each weight matrix."""
+    pipeline_model_parallel_size: int = 1
+    """Stages that the layers are divided into."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline stage (interleaved schedule)."""
+    context_parallel_size: int = 1
+    """Ranks that split each sequence."""
+    expert_model_parallel_size: int = 1
+    """Ranks that divide a mixture of experts."""
+    sequence_parallel: bool = False
+    """Split the activations of norms along the sequence over the tensor-parallel ranks."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state and master weights over the data-parallel ranks."""
+    ddp_config: tuple[str, ...] = ()
+    """Further KEY=VALUE fields of Megatron-Core's DistributedDataParallelConfig, such as overlap_grad_reduce=true."""
+    distributed_timeout_minutes: int = 30
+    """Give up on a collective after this long."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1. Use --{_kebab(name)} 1.")
+        for name in ("context_parallel_size", "expert_model_parallel_size"):
+            if getattr(self, name) > 1:
+                raise ConfigError(f"{name} {getattr(self, name)} is not supported yet. Use --{_kebab(name)} 1.")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ConfigError(
+                "sequence_parallel splits activations over tensor-parallel ranks, and there is one. "
+                "Use --no-sequence-parallel, or --tensor-model-parallel-size 2 or more."
+            )
+        chunks = self.virtual_pipeline_model_parallel_size
+        if chunks is not None and (chunks < 2 or self.pipeline_model_parallel_size < 2):
+            raise ConfigError(
+                f"virtual_pipeline_model_parallel_size {chunks} with {self.pipeline_model_parallel_size} pipeline stage(s) "
+                "does not interleave anything: both must be at least 2. Leave --virtual-pipeline-model-parallel-size out."
+            )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+def check_layout(config: ParallelConfig, architecture: Architecture, *, world_size: int) -> None:
+    """Refuse a layout that does not divide the model or the world, before any process group exists.
+
+    Raises:
+        ConfigError: names both numbers and a size that fits.
+    """
+    tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+    chunks = pipeline * (config.virtual_pipeline_model_parallel_size or 1)
+    for what, count in (
+        ("attention heads", architecture.num_attention_heads),
+        ("key/value heads", architecture.num_query_groups),
+        ("feed-forward channels", architecture.ffn_hidden_size),
+    ):
+        if count % tensor:
+            fitting = _divisors(architecture)
+            raise ConfigError(
+                f"tensor_model_parallel_size ({tensor}) does not divide the model's {count} {what}. "
+                f"Use --tensor-model-parallel-size with one of {fitting}."
+            )
+    if architecture.num_layers % chunks:
+        fitting = [size for size in range(1, architecture.num_layers + 1) if architecture.num_layers % size == 0]
+        raise ConfigError(
+            f"{architecture.num_layers} layers cannot be divided evenly into {chunks} pipeline chunks. "
+            f"Use --pipeline-model-parallel-size (times virtual chunks) with one of {fitting}."
+        )
+    if world_size % config.model_parallel_size:
+        raise ConfigError(
+            f"{world_size} ranks cannot be divided into model replicas of {config.model_parallel_size} "
+            f"(TP {tensor} x PP {pipeline} x CP {config.context_parallel_size}). "
+            f"Use torchrun --nproc-per-node {config.model_parallel_size} or a multiple of it."
+        )
+
+
+def _divisors(architecture: Architecture) -> list[int]:
+    counts = (architecture.num_attention_heads, architecture.num_query_groups, architecture.ffn_hidden_size)
+    return [size for size in range(1, architecture.num_query_groups + 1) if not any(n % size for n in counts)]
+
+
+def world_size() -> int:
+    """Say how many ranks the launcher started -> int; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launcher_rank() -> int:
+    """Say which rank the launcher made this process -> int; usable before any process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def initialize(config: ParallelConfig, *, seed: int) -> None:
+    """Start torch.distributed and all of Megatron-Core's process groups, and seed the model-parallel RNG.
+
+    NCCL on CUDA, gloo on the CPU. A single process needs no launcher.
+    """
+    cpu.install()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not torch.distributed.is_initialized():
+        # A single process needs no launcher: a store in its own memory takes the place of torchrun's.
+        alone = {} if "RANK" in os.environ else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, **alone)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        distributed_timeout_minutes=config.distributed_timeout_minutes,
+        create_gloo_process_groups=True,
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True)
+
+
+def shut_down() -> None:
+    """Destroy all process groups, so that the process can end or start anew."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def is_rank_zero() -> bool:
+    """Tell the one rank that writes shared files and logs."""
+    return launcher_rank() == 0
+
+
+def data_parallel_rank() -> int:
+    """Say which share of the global batch this rank computes -> int."""
+    return parallel_state.get_data_parallel_rank()
+
+
+def data_parallel_size() -> int:
+    """Say how many shares the global batch is divided into -> int."""
+    return parallel_state.get_data_parallel_world_size()
+
+
+def data_parallel_group_with_context() -> torch.distributed.ProcessGroup:
+    """Return the ranks that hold the same parameters -> process group."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def is_first_stage(vp_stage: int | None = None) -> bool:
+    """Tell whether this rank (and virtual chunk) holds the embedding."""
+    return parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+
+
+def is_last_stage(vp_stage: int | None = None) -> bool:
+    """Tell whether this rank (and virtual chunk) holds the head."""
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
+
+
+def reports_results() -> bool:
+    """Tell the ranks whose results count once: the last stage, tensor rank 0, in each data-parallel share."""
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=True) and parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def device() -> torch.device:
+    """Return where this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def sum_over_world(values: torch.Tensor) -> torch.Tensor:
+    """All-reduce by addition over every rank, in place -> the same tensor."""
+    torch.distributed.all_reduce(values)
+    return values
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
