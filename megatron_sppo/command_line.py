@@ -3,6 +3,7 @@
 0 done    1 crash (traceback)    2 bad input or a disk that refuses (one line)    130 interrupted    141 reader gone
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -80,9 +81,7 @@ def one_line(error: BaseException) -> str:
 
 def _last_line(text: str) -> None:
     """Write the closing line to stderr after whatever stdout still holds."""
-    try:
+    with contextlib.suppress(OSError):  # stdout's disk is full or its reader gone: the line below can still be said.
         sys.stdout.flush()
-    except OSError:
-        pass  # stdout's disk is full or its reader gone: the line below is what still can be said.
     sys.stderr.write(text + "\n")
     sys.stderr.flush()

@@ -69,7 +69,7 @@ def parse_command(
     if chosen in ("-h", "--help"):
         _print_commands(commands, name, description)
         raise SystemExit(0)
-    if chosen not in commands:
+    if chosen is None or chosen not in commands:
         fact = f"no command {chosen!r}" if chosen else "a command is missing"
         raise ConfigError(
             f"{fact}. Use one of: {', '.join(f'{name} {command}' for command in commands)} (each has --help)."
@@ -225,7 +225,7 @@ class _TextLoader(yaml.BaseLoader):
 def _read_yaml(file: Path) -> dict[str, Any]:
     """Read a YAML mapping of texts -> dict; empty file, empty dict."""
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_TextLoader)
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_TextLoader)  # noqa: S506 (texts alone)
     except FileNotFoundError:
         raise ConfigError(f"{file} does not exist. Give an existing YAML file to --config.") from None
     except OSError as error:
@@ -275,7 +275,7 @@ def _settings(content: Mapping[str, Any], sections: set[str], file: Path) -> Ite
                 yield inner_section or name, key, inner
         elif value is not None:
             raise ConfigError(
-                f"{file}: {name} is a section and holds `key: value` lines, not {value!r}. Indent its settings below it."
+                f"{file}: {name} is a section and holds `key: value` lines, not {value!r}. Indent them below it."
             )
 
 
@@ -324,7 +324,7 @@ def _construct(
     width = contextlib.nullcontext() if typed == ["--help"] else _wide_console()
     try:
         with contextlib.redirect_stderr(console), width:
-            parsed = tyro.cli(
+            parsed: Any = tyro.cli(
                 extended,
                 prog=name,
                 description=description,
@@ -335,7 +335,7 @@ def _construct(
         if exit_.code in (0, None):
             raise
         _raise_config_error(exit_, console.getvalue(), {t.partition("=")[0] for t in from_file} - set(typed), file)
-    return config_class(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(config_class)})
+    return config_class(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(config_class)})  # type: ignore[arg-type]
 
 
 def _raise_config_error(exit_: SystemExit, boxed: str, flags_of_file: set[str], file: Path | None) -> NoReturn:
