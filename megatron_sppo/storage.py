@@ -62,7 +62,7 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         fsync_path(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        _explain(error, path)
+        explain_os_error(error, path)
         raise
 
 
@@ -79,7 +79,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         publish_directory(temporary, path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        _explain(error, path)
+        explain_os_error(error, path)
         raise
 
 
@@ -154,7 +154,7 @@ def contained(root: Path, name: str) -> Path:
     return path
 
 
-def _explain(error: BaseException, path: Path) -> None:
+def explain_os_error(error: BaseException, path: Path) -> None:
     """Turn a full, read-only or exhausted disk into one line that says what and where."""
     if not isinstance(error, OSError):
         return
