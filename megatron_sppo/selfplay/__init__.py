@@ -1,0 +1,1 @@
+"""Iterations of self-play as resumable stages, held-out evaluation and the report of a run."""

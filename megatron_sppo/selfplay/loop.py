@@ -1,0 +1,173 @@
+"""Self-play: the policy answers, a judge compares, training moves the policy towards what wins, and again.
+
+Every stage is a command of this repository, run as its own process and logged, so that a person can run it by hand. The
+state of the run is on disk after each; the same command goes on where the last one stopped.
+"""
+
+import logging
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.rollout.records import read_rollouts
+from megatron_sppo.selfplay import config as settings
+from megatron_sppo.selfplay import summary
+from megatron_sppo.selfplay.config import SelfPlayConfig
+from megatron_sppo.selfplay.evaluation import mean_response_tokens
+from megatron_sppo.selfplay.lock import run_lock
+from megatron_sppo.selfplay.plan import (
+    RunPaths,
+    check_scripts,
+    check_training_settings,
+    iteration_stages,
+    report_command,
+    start_stages,
+)
+from megatron_sppo.selfplay.process import interruptible
+from megatron_sppo.selfplay.prompt_parts import divide_prompts, write_prompts
+from megatron_sppo.selfplay.stages import Stage, StageMachine, read_state
+from megatron_sppo.storage import atomic_file
+
+logger = logging.getLogger(__name__)
+
+REPORT_NAME = "report.html"
+
+
+def self_play(config: SelfPlayConfig) -> dict[str, Any]:
+    """Run, or go on with, all iterations of a run -> the content of its summary.json.
+
+    Raises:
+        ConfigError: settings that cannot be run or are not those of the run; another command has the run.
+        DataError: prompts or a stage's files that cannot be used.
+        StageFailed: a stage's command ended with an error.
+        Interrupted: SIGTERM or SIGINT; the stage under way has been ended and will be continued.
+    """
+    check_scripts()
+    if not (config.run.model / "config.json").is_file():
+        raise ConfigError(f"{config.run.model} holds no config.json. Give --model a Hugging Face model directory.")
+    paths = RunPaths(run_dir=config.run.output)
+    if read_state(paths.run_dir) is None:
+        _check_before_anything(config)
+    with run_lock(paths.run_dir), interruptible():
+        machine = StageMachine(paths.run_dir)
+        machine.end_orphans()
+        if _is_finished(config, machine, paths):
+            logger.info("%s is finished: nothing is left to do.", paths.run_dir)
+            return summary.read_summary(paths.run_dir)
+        evaluates = _prepare(config, machine, paths)
+        has_news = _run_all(start_stages(config, paths, evaluates=evaluates), machine)
+        for iteration in range(1, config.run.iterations + 1):
+            logger.info("iteration %d of %d", iteration, config.run.iterations)
+            has_news |= _run_all(iteration_stages(config, paths, iteration, evaluates=evaluates), machine)
+            if has_news or machine.state["summed_up"] < iteration:
+                _sum_up(config, machine, paths, iteration)
+        machine.update(finished=True, iterations_done=config.run.iterations)
+        return summary.read_summary(paths.run_dir)
+
+
+def _check_before_anything(config: SelfPlayConfig) -> None:
+    """Find what would stop a later stage, before a new run writes or computes anything."""
+    divide_prompts(config.run, config.evaluation)
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "training.yaml")
+        _write_training_config(config, file)
+        check_training_settings(config, file)
+
+
+def _is_finished(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths) -> bool:
+    """Tell whether all is done, after refusing a run that was begun otherwise -> bool."""
+    before = machine.state.get("config")
+    if before is None:
+        return False
+    settings.check_unchanged(before, settings.record(config), paths.run_dir)
+    for name in ("model", "prompts"):
+        path = getattr(config.run, name)
+        if machine.hash_of(path) != machine.state[f"{name}_sha256"]:
+            raise ConfigError(
+                f"{name} {path} has other content than when {paths.run_dir} was begun. "
+                "Restore it, or begin another run with another --output."
+            )
+    is_complete = machine.state["finished"] and machine.state["iterations_done"] >= config.run.iterations
+    return is_complete and (paths.run_dir / REPORT_NAME).is_file()
+
+
+def _prepare(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths) -> bool:
+    """Write what the stages read beside each other's outputs -> whether there is something to evaluate on."""
+    parts = divide_prompts(config.run, config.evaluation)
+    for iteration, prompts in enumerate(parts.iterations, start=1):
+        write_prompts(paths.prompts(iteration), prompts)
+    if parts.heldout:
+        write_prompts(paths.heldout, parts.heldout)
+    _write_training_config(config, paths.training_config)
+    machine.update(
+        config=settings.record(config),
+        model_sha256=machine.hash_of(config.run.model),
+        prompts_sha256=machine.hash_of(config.run.prompts),
+        prompts={
+            "iterations": [len(prompts) for prompts in parts.iterations],
+            "heldout": len(parts.heldout),
+            "quarantined": parts.num_quarantined,
+        },
+        finished=False,
+        summed_up=machine.state.get("summed_up", 0),
+    )
+    logger.info(
+        "prompts: %s to train on, %d held out, %d rows set aside",
+        " + ".join(str(len(prompts)) for prompts in parts.iterations),
+        len(parts.heldout),
+        parts.num_quarantined,
+    )
+    return bool(parts.heldout)
+
+
+def _run_all(stages: Iterable[Stage], machine: StageMachine) -> bool:
+    """Run the stages that are not done -> whether there was one."""
+    has_run = False
+    for stage in stages:
+        if machine.run(stage):
+            has_run = True
+        else:
+            logger.info("%s: done before", stage.name)
+    return has_run
+
+
+def _sum_up(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths, iteration: int) -> None:
+    """Write everything that shows how the run stands after an iteration."""
+    entries = [
+        summary.iteration_summary(
+            paths, number, seconds=_stage_seconds(machine, f"iter_{number}-"), judge=config.eval_judge
+        )
+        for number in range(1, iteration + 1)
+    ]
+    base_tokens = None
+    if paths.base_rollouts.is_dir():
+        base_tokens = mean_response_tokens(read_rollouts(paths.base_rollouts))
+    start_seconds = {name: machine.seconds(name) for name in ("import", "base-eval-rollouts")}
+    summary.write_summary(paths, entries, base_response_tokens=base_tokens, seconds=start_seconds)
+    summary.gather_metrics(paths, iteration)
+    summary.write_events(paths, entries)
+    machine.run(
+        Stage(
+            name="report",
+            command=report_command(paths.run_dir),
+            inputs=(paths.run_dir / summary.SUMMARY_NAME, paths.run_dir / summary.METRICS_NAME),
+            outputs=(paths.run_dir / REPORT_NAME,),
+        )
+    )
+    machine.update(summed_up=iteration)
+
+
+def _stage_seconds(machine: StageMachine, prefix: str) -> dict[str, float]:
+    """Look up what the stages of an iteration took -> {stage without the iteration: seconds}."""
+    names = [name for name in machine.state["stages"] if name.startswith(prefix)]
+    return {name.removeprefix(prefix): machine.seconds(name) for name in names}
+
+
+def _write_training_config(config: SelfPlayConfig, path: Path) -> None:
+    values = settings.named_values(config.training, place="training")
+    with atomic_file(path) as file:
+        yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)

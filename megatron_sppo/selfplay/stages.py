@@ -1,0 +1,190 @@
+"""The stage machine: what has been done, from which inputs, with which command; kept in `RUN_DIR/state.json`.
+
+A stage is one command that a person could type. It is skipped when it is done, its inputs hash to what they did then and
+its outputs are still what it wrote. It is continued, by the same command, when it was cut off; it starts afresh, its old
+outputs removed, when its inputs are others.
+"""
+
+import logging
+import shlex
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sppo.errors import DataError
+from megatron_sppo.selfplay.fingerprint import FileHashes
+from megatron_sppo.selfplay.process import ProcessIdentity, end_orphan, identity_of, last_error, run_logged, tool_exit_code
+from megatron_sppo.storage import read_json, remove_stale_temporaries, sha256_of_json, write_json
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+STATE_NAME = "state.json"
+LOGS_NAME = "logs"
+
+
+class StageFailed(RuntimeError):
+    """A stage's command ended with an error. The message is one line; `exit_code` is what the loop should end with."""
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One command, what it reads and what it writes."""
+
+    name: str
+    """Such as "iter_1-train": its key in state.json and its log's name."""
+    command: tuple[str, ...]
+    inputs: tuple[Path, ...]
+    outputs: tuple[Path, ...]
+    settings: Any = None
+    """JSON value that decides the outputs beside the inputs' bytes; paths and launchers are no part of it."""
+
+
+class StageMachine:
+    """Runs stages at most once each."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = Path(run_dir)
+        self.path = self.run_dir / STATE_NAME
+        self.state = read_state(self.run_dir) or {"schema_version": SCHEMA_VERSION, "finished": False, "stages": {}}
+        self._hashes = FileHashes(self.run_dir)
+
+    def end_orphans(self) -> None:
+        """End stages that a killed loop left running; call it under the run's lock."""
+        for name, entry in self.state["stages"].items():
+            process = entry.pop("process", None)
+            if process and end_orphan(ProcessIdentity(**process)):
+                logger.warning("%s was still running without its loop; it has been ended and will be continued.", name)
+        self._write()
+
+    def hash_of(self, path: Path) -> str:
+        """Hash a file or directory -> 64 hex digits, or "missing"."""
+        return self._hashes.of(path)
+
+    def update(self, **values: Any) -> None:
+        """Set top-level values of the state and write it."""
+        self.state.update(values)
+        self._write()
+
+    def seconds(self, name: str) -> float:
+        """Time that a stage took, all attempts together -> seconds."""
+        return self.state["stages"].get(name, {}).get("seconds", 0.0)
+
+    def is_done(self, stage: Stage) -> bool:
+        """Tell whether the stage is done, with these inputs, and its outputs unharmed -> bool."""
+        entry = self.state["stages"].get(stage.name, {})
+        if entry.get("status") != "done" or entry["inputs_sha256"] != self._inputs_sha256(stage):
+            return False
+        harmed = [path for path in stage.outputs if entry["outputs"].get(self._relative(path)) != self.hash_of(path)]
+        if harmed:
+            logger.warning("%s: %s is missing or changed since; it is made again.", stage.name, harmed[0])
+        return not harmed
+
+    def run(self, stage: Stage) -> bool:
+        """Run the stage unless it is done -> whether it ran.
+
+        Raises:
+            StageFailed: its command ended with an error, or without writing what it should.
+            DataError: an input is missing.
+        """
+        if self.is_done(stage):
+            return False
+        missing = [str(path) for path in stage.inputs if self.hash_of(path) == "missing"]
+        if missing:
+            raise DataError(f"{stage.name} needs {missing[0]}, which does not exist. Run the same command again.")
+        self._clear_outputs(stage)
+        entry = self.state["stages"][stage.name] = {
+            "status": "running",
+            "command": list(stage.command),
+            "inputs_sha256": self._inputs_sha256(stage),
+            "inputs": self._digests(stage.inputs),
+            "outputs": {},
+            "seconds": self.seconds(stage.name),
+        }
+        self._write()
+        log_path = self.run_dir / LOGS_NAME / f"{stage.name}.log"
+        logger.info("%s: %s", stage.name, shlex.join(stage.command))
+        began, seconds_before = time.monotonic(), entry["seconds"]
+
+        def note_process(pid: int) -> None:
+            entry["process"] = asdict(identity_of(pid))
+            self._write()
+
+        returncode: int | None = None
+        try:
+            returncode = run_logged(stage.command, log_path, on_start=note_process)
+        finally:
+            entry.pop("process", None)
+            entry["seconds"] = round(seconds_before + time.monotonic() - began, 3)
+            entry["status"] = "interrupted" if returncode is None else "failed"
+            self._write()
+        if returncode != 0:
+            raise _failure(stage, returncode, log_path)
+        self._finish(stage, entry, log_path)
+        return True
+
+    def _finish(self, stage: Stage, entry: dict[str, Any], log_path: Path) -> None:
+        outputs = self._digests(stage.outputs)
+        absent = [name for name, digest in outputs.items() if digest == "missing"]
+        if absent:
+            raise StageFailed(f"{stage.name} ended well but wrote no {absent[0]}. Its log: {log_path}", exit_code=1)
+        entry.update(status="done", outputs=outputs)
+        self._write()
+        logger.info("%s: done in %.0f s", stage.name, entry["seconds"])
+
+    def _clear_outputs(self, stage: Stage) -> None:
+        """Remove what a run on other inputs, or a run that is no longer intact, left; keep a cut-off run's work."""
+        entry = self.state["stages"].get(stage.name)
+        if entry is not None and (entry["status"] == "done" or entry["inputs_sha256"] != self._inputs_sha256(stage)):
+            for path in stage.outputs:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            entry["seconds"] = 0.0
+        for path in stage.outputs:
+            remove_stale_temporaries(path)
+
+    def _inputs_sha256(self, stage: Stage) -> str:
+        return sha256_of_json({"inputs": [self.hash_of(path) for path in stage.inputs], "settings": stage.settings})
+
+    def _digests(self, paths: Sequence[Path]) -> dict[str, str]:
+        return {self._relative(path): self.hash_of(path) for path in paths}
+
+    def _relative(self, path: Path) -> str:
+        """Name a path within the run directory relative to it: a run that was moved is the same run -> str."""
+        path = Path(path)
+        return str(path.relative_to(self.run_dir)) if path.is_relative_to(self.run_dir) else str(path)
+
+    def _write(self) -> None:
+        self._hashes.save()
+        write_json(self.path, self.state)
+
+
+def read_state(run_dir: Path) -> dict[str, Any] | None:
+    """Read `RUN_DIR/state.json` -> its content, or None before the first run.
+
+    Raises:
+        DataError: it is damaged or of another version.
+    """
+    path = Path(run_dir, STATE_NAME)
+    if not path.exists():
+        return None
+    state = read_json(path)
+    if not isinstance(state, dict) or state.get("schema_version") != SCHEMA_VERSION or "stages" not in state:
+        raise DataError(f"{path} is no state of version {SCHEMA_VERSION}. Give another --output, or remove this one.")
+    return state
+
+
+def _failure(stage: Stage, returncode: int, log_path: Path) -> StageFailed:
+    code = tool_exit_code(returncode, log_path)
+    how = f"was killed by signal {-code}" if code < 0 else f"failed (exit code {code})"
+    reason = last_error(log_path)
+    return StageFailed(f"{stage.name} {how}: {reason} Its log: {log_path}", exit_code=2 if code == 2 else 1)

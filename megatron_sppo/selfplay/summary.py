@@ -1,0 +1,120 @@
+"""What a run has come to: summary.json, metrics.jsonl, TensorBoard events and the table at the end."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_sppo.errors import DataError
+from megatron_sppo.selfplay.plan import RunPaths
+from megatron_sppo.storage import atomic_directory, atomic_file, read_json, write_json
+
+SUMMARY_NAME = "summary.json"
+METRICS_NAME = "metrics.jsonl"
+EVENTS_NAME = "tensorboard"
+
+
+def iteration_summary(paths: RunPaths, iteration: int, *, seconds: dict[str, float], judge: str) -> dict[str, Any]:
+    """Sum up one iteration -> its entry in summary.json. Without an evaluation the win rates are None."""
+    result = read_json(paths.result(iteration)) if paths.result(iteration).is_file() else {}
+    return {
+        "iteration": iteration,
+        "judge": result.get("judge", judge),
+        "win_rate_vs_base": result.get("win_rate_vs_base"),
+        "win_rate_vs_previous": result.get("win_rate_vs_previous"),
+        "mean_response_tokens": result.get("mean_response_tokens"),
+        "seconds": seconds,
+    }
+
+
+def write_summary(
+    paths: RunPaths, iterations: Sequence[dict[str, Any]], *, base_response_tokens: float | None, seconds: dict[str, float]
+) -> None:
+    """Write summary.json: one entry an iteration, beside it what belongs to none."""
+    content = {"iterations": list(iterations), "base_mean_response_tokens": base_response_tokens, "seconds": seconds}
+    write_json(paths.run_dir / SUMMARY_NAME, content)
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """Read summary.json -> its content.
+
+    Raises:
+        DataError: it does not exist yet, or is none.
+    """
+    path = Path(run_dir, SUMMARY_NAME)
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: no iteration has ended. Run tools/self_play.py with --output {run_dir}.")
+    summary = read_json(path)
+    if not isinstance(summary, dict) or not isinstance(summary.get("iterations"), list):
+        raise DataError(f"{path} is no summary of a run. Run the same self_play.py command again.")
+    return summary
+
+
+def gather_metrics(paths: RunPaths, num_iterations: int) -> None:
+    """Join the training metrics of all iterations into RUN_DIR/metrics.jsonl, each line with its `iteration`."""
+    with atomic_file(paths.run_dir / METRICS_NAME) as file:
+        for iteration in range(1, num_iterations + 1):
+            for row in read_json_lines(paths.of(iteration, "checkpoint") / METRICS_NAME):
+                file.write(json.dumps({"iteration": iteration, **row}) + "\n")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines -> rows; none where there is no file.
+
+    Raises:
+        DataError: a line is no JSON object.
+    """
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number} is no JSON object. The file is damaged: remove the line.")
+        rows.append(row)
+    return rows
+
+
+def write_events(paths: RunPaths, iterations: Sequence[dict[str, Any]]) -> None:
+    """Write RUN_DIR/tensorboard anew: win rates and answer lengths, an iteration a step."""
+    from torch.utils.tensorboard import SummaryWriter  # torch and TensorBoard: seconds, only where needed
+
+    with atomic_directory(paths.run_dir / EVENTS_NAME) as directory, SummaryWriter(str(directory)) as writer:
+        for entry in iterations:
+            step = entry["iteration"]
+            for opponent in ("base", "previous"):
+                rate = entry[f"win_rate_vs_{opponent}"]
+                for key in ("mean", "low", "high") if rate else ():
+                    writer.add_scalar(f"evaluation/win_rate_vs_{opponent}/{key}", rate[key], step)
+            if entry["mean_response_tokens"] is not None:
+                writer.add_scalar("evaluation/mean_response_tokens", entry["mean_response_tokens"], step)
+
+
+def result_table(summary: dict[str, Any]) -> str:
+    """Lay out a summary as plain text -> lines."""
+    header = ("iteration", "win rate vs base", "vs previous", "tokens", "seconds", "judge")
+    rows = [header]
+    for entry in summary["iterations"]:
+        rows.append(
+            (
+                str(entry["iteration"]),
+                rate_text(entry["win_rate_vs_base"]),
+                rate_text(entry["win_rate_vs_previous"]),
+                "-" if entry["mean_response_tokens"] is None else f"{entry['mean_response_tokens']:.1f}",
+                f"{sum(entry['seconds'].values()):.0f}",
+                entry["judge"],
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def rate_text(rate: dict[str, Any] | None) -> str:
+    """Spell a win rate with its 95 % interval -> "55.0 % [51.7, 58.3]"."""
+    if rate is None:
+        return "-"
+    return f"{100 * rate['mean']:.1f} % [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"

@@ -1,0 +1,24 @@
+#!/usr/bin/env python3
+"""Compare a policy's answers with the base's and the previous policy's, by a judge."""
+
+from megatron_sppo.command_line import run
+from megatron_sppo.config import parse
+from megatron_sppo.selfplay.evaluation import EvaluateConfig, evaluate
+
+NAME = "evaluate.py"
+
+
+def main() -> None:
+    """Evaluate and print both win rates."""
+    config = parse(EvaluateConfig, name=NAME, description=str(__doc__))
+    result = evaluate(config)
+    for name in ("base", "previous"):
+        rate = result[f"win_rate_vs_{name}"]
+        print(
+            f"win rate against {name:8}  {100 * rate['mean']:.1f} %  "
+            f"[{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]  on {rate['num_prompts']} prompts, by {result['judge']}"
+        )
+
+
+if __name__ == "__main__":
+    run(main, name=NAME)

@@ -1,0 +1,35 @@
+#!/usr/bin/env python3
+"""Align a model by self-play: rollouts, preferences, training and evaluation, iteration by iteration.
+
+The same command again goes on where the last one stopped.
+"""
+
+import sys
+
+from megatron_sppo.command_line import run
+from megatron_sppo.config import parse
+from megatron_sppo.selfplay.config import SelfPlayConfig
+from megatron_sppo.selfplay.loop import REPORT_NAME, self_play
+from megatron_sppo.selfplay.process import Interrupted
+from megatron_sppo.selfplay.stages import StageFailed
+from megatron_sppo.selfplay.summary import result_table
+
+NAME = "self_play.py"
+
+
+def main() -> None:
+    """Run all iterations and print the table."""
+    config = parse(SelfPlayConfig, name=NAME, description=str(__doc__))
+    try:
+        summary = self_play(config)
+    except StageFailed as failure:
+        print(f"{NAME}: error: {failure}", file=sys.stderr)
+        sys.exit(failure.exit_code)
+    except Interrupted as interruption:
+        print(f"{NAME}: stopped by {interruption}. The same command goes on from here.", file=sys.stderr)
+        sys.exit(interruption.exit_code)
+    print(f"{result_table(summary)}\n\nreport: {config.run.output / REPORT_NAME}")
+
+
+if __name__ == "__main__":
+    run(main, name=NAME)
