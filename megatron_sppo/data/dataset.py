@@ -99,7 +99,8 @@ class PreferenceDataset:
             column, place = self._columns[name], self.directory / f"{name}.idx"
             if not np.array_equal(column.document_indices, np.arange(num_groups + 1) * per_group):
                 raise DataError(
-                    f"{place} does not hold {num_groups} documents of {per_group} sequences, as manifest.json says. {_REMEDY}"
+                    f"{place} does not hold {num_groups} documents of {per_group} sequences, as its manifest says. "
+                    f"{_REMEDY}"
                 )
             if length is not None and (column.lengths != length).any():
                 raise DataError(f"{place} has a sequence that is not {length} long. {_REMEDY}")
@@ -111,7 +112,8 @@ class PreferenceDataset:
         (low, high), limit = self._columns["tokens"].value_range(), self.manifest.vocab_size
         if low < 0 or (limit is not None and high >= limit):
             raise DataError(
-                f"{self.directory / 'tokens.bin'} holds token ids {low}..{high}, outside the vocabulary of {limit}. {_REMEDY}"
+                f"{self.directory / 'tokens.bin'} holds token ids {low}..{high}, outside the vocabulary of {limit}. "
+                f"{_REMEDY}"
             )
         for name in ("win_rates", "preferences"):
             low, high = self._columns[name].value_range()

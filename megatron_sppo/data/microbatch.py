@@ -1,6 +1,7 @@
 """From training rows to micro-batches: which rows go together, and the tensors of one micro-batch.
 
-N = training rows, b = batch rows of a tensor, S = tokens of each (b = 1 when packed), B = sequences, R = response tokens.
+N = training rows, b = batch rows of a tensor, S = tokens of each (b = 1 when packed), B = sequences, R = response
+tokens.
 No randomness but `epoch_order`; no process groups: the caller says how many data-parallel ranks there are.
 """
 
@@ -37,12 +38,12 @@ def plan_step(
 ) -> list[list[np.ndarray]]:
     """Share a global batch out over ranks and micro-batches -> one list of row arrays per data-parallel rank.
 
-    Longest units first, each to the emptiest micro-batch with room (tokens balanced, at most `micro_batch_size` rows), then
-    the micro-batches alike to the ranks. Every rank gets the same number of micro-batches, longest first. The loss is
-    normalised by sequences of the global batch, so uneven micro-batches are exact.
+    Longest units first, each to the emptiest micro-batch with room (tokens balanced, at most `micro_batch_size` rows),
+    then the micro-batches alike to the ranks. Every rank gets the same number of micro-batches, longest first. The loss
+    is normalised by sequences of the global batch, so uneven micro-batches are exact.
 
-    A global batch cut short by the end of an epoch is trained on, never dropped. Micro-batches are empty (length 0) only
-    when there are fewer units than micro-batches; `collate` makes one of padding alone from such, with B = 0.
+    A global batch cut short by the end of an epoch is trained on, never dropped. Micro-batches are empty (length 0)
+    only when there are fewer units than micro-batches; `collate` makes one of padding alone from such, with B = 0.
 
     Args:
         rows: the rows of the global batch, units side by side.
@@ -77,8 +78,8 @@ def _balance(cost: np.ndarray, *, num_bins: int, capacity: int) -> list[list[int
 class MicroBatch:
     """The tensors of one micro-batch, on one device.
 
-    `response_rows` are rows of the hidden states in Megatron's [S, b, H] layout after `hidden.reshape(-1, H)`: s * b + i for
-    position s of batch row i (just s when packed). Row s predicts the token at s + 1.
+    `response_rows` are rows of the hidden states in Megatron's [S, b, H] layout after `hidden.reshape(-1, H)`:
+    s * b + i for position s of batch row i (just s when packed). Position s predicts the token at s + 1.
     """
 
     tokens: Tensor
@@ -137,7 +138,7 @@ class MicroBatch:
 
 
 def sample_tokens(dataset: PreferenceDataset, index: TrainingIndex, row: int) -> tuple[np.ndarray, int]:
-    """Join a row's prompt (cut to its end if too long) and response, nothing added -> token ids, prompt's length in them."""
+    """Join a row's prompt (cut to its end if too long) and response -> token ids, the number that are the prompt's."""
     group, num_prompt_tokens = int(index.group[row]), int(index.prompt_lengths[row])
     prompt = dataset.prompt(group)[-num_prompt_tokens:]
     return np.concatenate([prompt, dataset.response(group, int(index.response[row]))]), num_prompt_tokens
@@ -157,8 +158,9 @@ def collate(
 ) -> MicroBatch:
     """Make the tensors of one micro-batch, on the CPU -> MicroBatch.
 
-    Packed: the sequences end to end in one row. Padded: one sequence per row, padding on the right, where causal attention
-    never sees it. No rows at all: one row of padding, so that every rank has something to pass through the pipeline.
+    Packed: the sequences end to end in one row. Padded: one sequence per row, padding on the right, where causal
+    attention never sees it. No rows at all: one row of padding, so that every rank has something to pass through the
+    pipeline.
 
     Args:
         length: S exactly; None: as short as the rows allow.
@@ -215,7 +217,10 @@ def collate(
 
 
 def packed_attention_mask(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """Block-diagonal causal mask of a packed row, for attention that knows no cu_seqlens -> [1, 1, S, S] bool, True = masked."""
+    """Make the block-diagonal causal mask of a packed row -> [1, 1, S, S] bool, True = masked.
+
+    For attention that knows no cu_seqlens.
+    """
     position = torch.arange(num_tokens, device=cu_seqlens.device)
     document = torch.bucketize(position, cu_seqlens[1:].long(), right=True)
     visible = (document[:, None] == document[None, :]) & (position[:, None] >= position[None, :])

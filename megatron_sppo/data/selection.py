@@ -101,8 +101,8 @@ def training_index(
     num_responses = rate_GK.shape[1]
     if 2 * selection.num_each > num_responses or (pairs and num_responses < 2):
         raise ConfigError(
-            f"selection {selection} needs {max(2 * selection.num_each, 2)} responses a prompt, the dataset has {num_responses}. "
-            "Use another --selection or score rollouts with more --num-responses."
+            f"selection {selection} needs {max(2 * selection.num_each, 2)} responses a prompt, the dataset has "
+            f"{num_responses}. Use another --selection or score rollouts with more --num-responses."
         )
     tied_G = rate_GK.max(axis=1) == rate_GK.min(axis=1)
     drops_ties = pairs or selection.kind != "all"
@@ -126,8 +126,9 @@ def training_index(
         fits = (prompt_lengths + response_lengths <= seq_length).all(axis=1)
     if not fits.any():
         raise DataError(
-            f"{dataset.directory} has no row to train on under selection {selection}: {num_dropped_ties} groups are tied, "
-            f"{fits.size * units.shape[1]} rows are longer than {seq_length} tokens. Use --selection all or a larger --seq-length."
+            f"{dataset.directory} has no row to train on under selection {selection}: {num_dropped_ties} groups are "
+            f"tied, {fits.size * units.shape[1]} rows are longer than {seq_length} tokens. "
+            "Use --selection all or a larger --seq-length."
         )
     group, units = group[fits], units[fits]
     rate = rate_GK[group, units]

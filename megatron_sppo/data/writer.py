@@ -54,19 +54,19 @@ class DatasetWriter:
         selected = parse_selection(selection)
         if 2 * selected.num_each > num_responses:
             raise ConfigError(
-                f"selection {selection} needs {2 * selected.num_each} responses a prompt, the rollouts have {num_responses}. "
-                "Use --selection all, or more --num-responses."
+                f"selection {selection} needs {2 * selected.num_each} responses a prompt, the rollouts have "
+                f"{num_responses}. Use --selection all, or more --num-responses."
             )
         self._directory = Path(directory)
-        self._settings = dict(
-            num_responses=num_responses,
-            tokenizer_hash=tokenizer_hash,
-            vocab_size=vocab_size,
-            judge=judge,
-            preset=preset,
-            selection=str(selected),
-            rollouts_sha256=rollouts_sha256,
-        )
+        self._settings: dict[str, Any] = {
+            "num_responses": num_responses,
+            "tokenizer_hash": tokenizer_hash,
+            "vocab_size": vocab_size,
+            "judge": judge,
+            "preset": preset,
+            "selection": str(selected),
+            "rollouts_sha256": rollouts_sha256,
+        }
         self._num_responses, self._vocab_size, self._preset = num_responses, vocab_size, preset
         self._quarantined: list[dict[str, str]] = []
         self.num_prompts = 0
@@ -189,9 +189,9 @@ class DatasetWriter:
 def rebuild_dataset(
     source: PreferenceDataset, directory: Path, *, preset: str | None = None, selection: str | None = None
 ) -> DatasetManifest:
-    """Write `source` again under another preference rule or selection, from its stored judge logits -> the new manifest.
+    """Write `source` again under another preference rule or selection -> the new manifest.
 
-    No judge is asked. What is None stays as it is. The quarantine list travels along.
+    From the stored judge logits: no judge is asked. What is None stays as it is. The quarantine list travels along.
     """
     manifest = source.manifest
     writer = DatasetWriter(

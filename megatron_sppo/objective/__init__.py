@@ -1,4 +1,4 @@
-"""The paper, and nothing else: win rates, targets, losses, the log-probability head, games and diagnostics. Pure torch."""
+"""The paper, and nothing else, in pure torch: win rates, targets, losses, the head, games and diagnostics."""
 
 from megatron_sppo.objective.game import duality_gap
 from megatron_sppo.objective.log_ratio import linear_log_probs, sequence_sums

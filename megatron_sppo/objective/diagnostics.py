@@ -22,7 +22,7 @@ class PreferenceDiagnostics:
     curl_rms: float | None
     """Root mean square of f_ij + f_jk + f_ki over triples, f the antisymmetric logits, nats; None when K < 3."""
     cyclic_energy: float | None
-    """Share of the logits' energy that no score per response explains: 0 for Bradley-Terry, 1 for rock-paper-scissors."""
+    """Share of the logits' energy that no score per response explains: Bradley-Terry 0, rock-paper-scissors 1."""
     order_inconsistency: float | None
     """Mean |L_ij + L_ji|, nats: 0 for a judge that does not mind the order."""
     tie_rate: float | None

@@ -43,7 +43,7 @@ def assert_constant_sum(payoff: Tensor) -> None:
 
 
 def multiplicative_weights_step(log_policy: Tensor, payoff: Tensor, *, eta: float) -> Tensor:
-    """Apply the exact update pi_{t+1}(y) ~ pi_t(y) * exp(eta * P(y > pi_t)), eq. 3.1 -> [A], normalised log-probabilities."""
+    """Apply the exact update pi_{t+1}(y) ~ pi_t(y) * exp(eta * P(y > pi_t)), eq. 3.1 -> [A], log-probabilities."""
     return torch.log_softmax(log_policy + eta * (payoff @ log_policy.exp()), dim=-1)
 
 
@@ -60,7 +60,7 @@ class SelfPlay:
 
 
 def self_play(payoff: Tensor, *, eta: float, num_iterations: int, initial_policy: Tensor | None = None) -> SelfPlay:
-    """Iterate the exact update from `initial_policy` (uniform if None) -> the iterates' average, the last one, the gaps.
+    """Iterate the exact update from `initial_policy` (uniform if None) -> SelfPlay.
 
     Theorem 3.1: with eta ~ 1 / sqrt(T) the gap of the average policy is O(1 / sqrt(T)).
     """
@@ -83,8 +83,8 @@ def self_play(payoff: Tensor, *, eta: float, num_iterations: int, initial_policy
 def von_neumann_winner(payoff: Tensor, *, tolerance: float = 1e-4, max_iterations: int = 200_000) -> Tensor:
     """Find a policy that no other beats by more than `tolerance` -> [A], float64; the returned gap is checked exactly.
 
-    Optimistic multiplicative weights, in float64: each step plays against twice the last win rates minus the ones before,
-    which makes both the last and the average policy converge (Daskalakis and Panageas 2019).
+    Optimistic multiplicative weights, in float64: each step plays against twice the last win rates minus the ones
+    before, which makes both the last and the average policy converge (Daskalakis and Panageas 2019).
 
     Raises:
         DataError: the tolerance was not reached; the message gives the gap that was.
@@ -108,5 +108,6 @@ def von_neumann_winner(payoff: Tensor, *, tolerance: float = 1e-4, max_iteration
             if best_gap <= tolerance:
                 return best
     raise DataError(
-        f"no policy within {tolerance:g} of optimal after {max_iterations} steps (best gap {best_gap:.3g}). Ask for less."
+        f"no policy within {tolerance:g} of optimal after {max_iterations} steps (best gap {best_gap:.3g}). "
+        "Raise tolerance or max_iterations."
     )

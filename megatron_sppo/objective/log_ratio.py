@@ -5,6 +5,8 @@ B = sequences. Between forward and backward only hidden, weight, labels and one 
 computes the logits of a chunk of tokens again.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -28,8 +30,8 @@ def linear_log_probs(
     The product is taken in the weight's dtype, all else (log-softmax, reductions, the weight's gradient over chunks) in
     float32; float64 weights stay in float64. A label outside the vocabulary gives NaN.
 
-    Collectives on `tp_group`: forward one max and one sum all-reduce of [N] and [2, N]; backward one sum all-reduce of the
-    gradient of `hidden`. None when N is 0, which every rank of the group sees alike.
+    Collectives on `tp_group`: forward one max and one sum all-reduce of [N] and [2, N]; backward one sum all-reduce of
+    the gradient of `hidden`. None when N is 0, which every rank of the group sees alike.
 
     Args:
         hidden: [N, H], replicated over `tp_group`.
@@ -49,13 +51,13 @@ def linear_log_probs(
     first_row = 0 if tp_group is None else dist.get_rank(tp_group) * weight.shape[0]
     vocab_size = tp_size * weight.shape[0] if vocab_size is None else vocab_size
     assert 0 < vocab_size <= tp_size * weight.shape[0], f"vocab_size {vocab_size} > {tp_size * weight.shape[0]} rows"
-    return _LinearLogProbs.apply(
-        hidden, weight, labels, tp_group if tp_size > 1 else None, chunk_size, vocab_size, first_row
-    )
+    group = tp_group if tp_size > 1 else None
+    log_prob: Tensor = _LinearLogProbs.apply(hidden, weight, labels, group, chunk_size, vocab_size, first_row)  # type: ignore[no-untyped-call]
+    return log_prob
 
 
 def default_chunk_size(num_rows: int, *, device_type: str) -> int:
-    """Tokens per chunk such that their float32 logits over `num_rows` columns fit the budget -> a power of two >= 16."""
+    """Choose tokens per chunk whose float32 logits over `num_rows` columns fit the budget -> a power of two >= 16."""
     fitting = _CHUNK_BYTES.get(device_type, _CHUNK_BYTES["cuda"]) // (4 * num_rows)
     return max(16, 1 << max(fitting, 1).bit_length() - 1)
 
@@ -73,7 +75,16 @@ def sequence_sums(log_prob: Tensor, sequence_index: Tensor, num_sequences: int) 
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, tp_group, chunk_size, vocab_size, first_row):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        tp_group: dist.ProcessGroup | None,
+        chunk_size: int,
+        vocab_size: int,
+        first_row: int,
+    ) -> Tensor:
         num_tokens, num_columns = hidden.shape[0], min(max(vocab_size - first_row, 0), weight.shape[0])
         precise = torch.float64 if weight.dtype == torch.float64 else torch.float32
         maximum = hidden.new_full((num_tokens,), -torch.inf, dtype=precise)
@@ -99,7 +110,8 @@ class _LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_log_prob):
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_log_prob,) = grad_outputs
         hidden, weight, labels, log_sum_exp = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         num_columns, precise = ctx.num_columns, log_sum_exp.dtype
@@ -113,13 +125,13 @@ class _LinearLogProbs(torch.autograd.Function):
             column, is_local = _local_column(labels[rows], ctx.first_row, num_columns)
             grad_logits.scatter_add_(1, column.unsqueeze(1), grad_chunk.masked_fill(~is_local, 0.0).unsqueeze(1))
             grad_logits = grad_logits.to(weight.dtype)
-            if needs_hidden:
+            if grad_hidden is not None:
                 grad_hidden[rows] = (grad_logits @ columns).to(hidden.dtype)
-            if needs_weight:
+            if grad_weight is not None:
                 _accumulate(grad_weight[:num_columns], grad_logits, hidden[rows].to(weight.dtype))
-        if needs_hidden and ctx.tp_group is not None and hidden.shape[0]:
+        if grad_hidden is not None and ctx.tp_group is not None and hidden.shape[0]:
             dist.all_reduce(grad_hidden, op=dist.ReduceOp.SUM, group=ctx.tp_group)
-        return grad_hidden, grad_weight.to(weight.dtype) if needs_weight else None, None, None, None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None, None
 
 
 def _chunks(num_tokens: int, chunk_size: int) -> list[slice]:
@@ -132,7 +144,7 @@ def _logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _local_column(labels: Tensor, first_row: int, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Columns of the labels in this rank's shard (0 where it has none), and where it has them -> [n] int64, [n] bool."""
+    """Find the labels' columns in this rank's shard -> [n] int64 (0 where it has none), [n] bool (it has one)."""
     column = labels.long() - first_row
     is_local = (column >= 0) & (column < num_columns)
     return column.masked_fill(~is_local, 0), is_local

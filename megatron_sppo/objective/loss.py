@@ -73,7 +73,7 @@ def dpo_loss(log_ratio_w: Tensor, log_ratio_l: Tensor, *, beta: float) -> Tensor
 
 
 def ipo_loss(log_ratio_w: Tensor, log_ratio_l: Tensor, *, beta: float) -> Tensor:
-    """IPO of each pair, ((r_w - r_l) - 1 / (2 beta))^2 -> [P], float32. Azar et al. 2023, eq. 17, on summed log-probs."""
+    """IPO of each pair, ((r_w - r_l) - 1 / (2 beta))^2 -> [P], float32. Azar et al. 2023, eq. 17."""
     return (at_least_float32(log_ratio_w) - at_least_float32(log_ratio_l) - 1 / (2 * beta)).square()
 
 
@@ -126,7 +126,7 @@ def objective_loss(
     The mean over all returned values of the global batch is the documented loss: sum them and count `numel()` of them.
 
     - sppo: the square of each response.
-    - sppo_single: the same; the mean over responses is the official ((r_w - t_w)^2 + (r_l - t_l)^2) / 2, meaned over pairs.
+    - sppo_single: the same; its mean over responses is the official code's, ((r_w - t_w)^2 + (r_l - t_l)^2) / 2 a pair.
     - sppo_hard: TRL adds the two squares of a pair and does not halve, so each response carries twice its square.
     - dpo, ipo: `log_ratio` holds pairs as consecutive rows, winner 2p and loser 2p + 1; one value per pair.
 

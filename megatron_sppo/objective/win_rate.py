@@ -34,10 +34,10 @@ def preference_matrix(judge_logits: Tensor, *, rule: str = "paper") -> Tensor:
     P_ij + P_ji = 1 and P_ii = 1/2 under both rules, whatever the judge's position bias: both orders are averaged.
 
     - "paper": sigmoid((L_ij - L_ji) / 2), each pair on its own, so intransitive preferences survive.
-    - "official" (uclaml/SPPO): sigmoid(S_i - S_j) with S_i = (1/K) sum_k (L_ik - L_ki), a Bradley-Terry model of the group.
+    - "official" (uclaml/SPPO): sigmoid(S_i - S_j) with S_i = (1/K) sum_k (L_ik - L_ki): Bradley-Terry in the group.
 
     Args:
-        judge_logits: [..., K, K], entry [i, j] the logit of "i, shown first, beats j, shown second"; the diagonal is ignored.
+        judge_logits: [..., K, K], entry [i, j] the logit of "i, shown first, beats j"; the diagonal is ignored.
 
     Raises:
         ConfigError: the rule is unknown.
@@ -125,8 +125,8 @@ def estimated_baseline_over_eta(win_rate_GK: Tensor, *, eta: float) -> float:
     num_saturated = int((spread > SATURATION_NATS).sum())
     if num_saturated:
         logger.warning(
-            "baseline estimate: eta * (max w - min w) exceeds %g nats on %d of %d prompts (largest %.4g); log Z / eta is %.4f "
-            "there and elsewhere on average, against 1/2: nearly every response is pushed down. Use --baseline half, or a smaller --eta.",
+            "baseline estimate: eta * (max w - min w) exceeds %g nats on %d of %d prompts (largest %.4g); mean "
+            "log Z / eta is %.4f against 1/2: nearly every response is pushed down. Use --baseline half, or a smaller --eta.",
             SATURATION_NATS,
             num_saturated,
             spread.numel(),
