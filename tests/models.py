@@ -68,7 +68,11 @@ def llama_config(**overrides: Any) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "vocab_size": BYTE_VOCAB_SIZE,
     }
-    unused = set(overrides) - set(values) - {"rope_theta", "rope_scaling", "torch_dtype", "sliding_window", "use_sliding_window"}
+    unused = (
+        set(overrides)
+        - set(values)
+        - {"rope_theta", "rope_scaling", "torch_dtype", "sliding_window", "use_sliding_window"}
+    )
     assert not unused, f"config.json of a Llama has no {sorted(unused)}"
     return {**values, **overrides}
 
@@ -97,7 +101,9 @@ def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def random_weights(shapes: dict[str, tuple[int, ...]], *, dtype: torch.dtype, seed: int, scale: float) -> dict[str, torch.Tensor]:
+def random_weights(
+    shapes: dict[str, tuple[int, ...]], *, dtype: torch.dtype, seed: int, scale: float
+) -> dict[str, torch.Tensor]:
     """Draw normal weights of standard deviation `scale`; norm weights lie around 1 instead -> {name: tensor}."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}

@@ -1,0 +1,520 @@
+"""Import and export of whole checkpoints: Hugging Face directory <-> Megatron-Core `torch_dist` checkpoint.
+
+Both work on global tensors, which the distributed checkpoint keeps free of any parallel layout: no process group, one
+CPU process, a tensor at a time. What is written appears under its name only when it is complete.
+"""
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
+from megatron_sppo.architecture import Architecture, read_architecture, write_architecture
+from megatron_sppo.conversion.distcp import METADATA_FILE, DistcpReader, Piece, write_distcp
+from megatron_sppo.conversion.families import family_of
+from megatron_sppo.conversion.hf_checkpoint import (
+    LAYOUT_FILE,
+    SIDE_FILES,
+    HFCheckpoint,
+    check_tensors,
+    copy_side_files,
+    open_hf_checkpoint,
+    parse_size,
+    planned_files,
+    write_side_files,
+    write_tensors,
+)
+from megatron_sppo.conversion.hf_checkpoint import INDEX_FILE as HF_INDEX_FILE
+from megatron_sppo.conversion.hf_config import CONFIG_FILE, architecture_from_hf, hf_from_architecture, read_config
+from megatron_sppo.conversion.megatron_checkpoint import (
+    HF_DIRECTORY,
+    MANIFEST_FILE,
+    iteration_directory,
+    iterations,
+    publish,
+    resolve_checkpoint,
+    verify_checkpoint,
+    write_manifest,
+)
+from megatron_sppo.conversion.rules import Binding, bind, hf_shapes, megatron_shapes
+from megatron_sppo.errors import ConversionError, DataError
+from megatron_sppo.storage import atomic_directory, read_json, remove_stale_temporaries, write_json
+from megatron_sppo.tokenizer import ID_FILES, TEXT_FILES, tokenizer_hash
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEFAULT_SHARD_SIZE = "5GB"
+IMPORT_ITERATION = 0
+
+# mcore 0.16.1 and 0.19.2, dist_checkpointing/core.py: what a torch_dist directory says of itself.
+_METADATA_JSON = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+_COMMON_STATE = {"iteration": IMPORT_ITERATION, "checkpoint_version": 3.0}
+
+# Modules whose (here empty) extra state mcore's layer specs ask for: Transformer Engine keeps FP8 scales there. The last
+# two entries of a layer exist only with per-head norms; a reader takes what it knows.
+_LAYER_EXTRA_STATES = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "self_attention.core_attention",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
+)
+_MODEL_ROOTS = ("embedding.", "decoder.", "output_layer.", "mtp.", "encoder.", "vision_model.")
+
+
+def import_checkpoint(hf: Path, megatron: Path, *, dtype: str | None = None, overwrite: bool = False) -> Path:
+    """Convert a Hugging Face directory into a Megatron-Core checkpoint -> its iteration directory.
+
+    Args:
+        hf: directory with config.json and safetensors.
+        megatron: root of the checkpoint to write, iteration 0.
+        dtype: "bfloat16", "float16" or "float32" casts the weights; None keeps each as it is.
+        overwrite: replace another model that is there.
+
+    Raises:
+        ConversionError: the model cannot be read or mapped, or `megatron` holds another one. Nothing is written then.
+    """
+    hf, megatron = Path(hf), Path(megatron)
+    architecture = architecture_from_hf(read_config(hf), place=str(hf / CONFIG_FILE))
+    family = family_of(architecture.family, place=str(hf))
+    source = open_hf_checkpoint(hf)
+    bindings = bind(family, architecture)
+    left_out = check_tensors(source, hf_shapes(bindings), ignored=family.ignored)
+    pieces = _pieces(source, bindings, architecture, _dtype(dtype))
+    target = iteration_directory(megatron, IMPORT_ITERATION)
+    remove_stale_temporaries(target)
+    if _already_imported(target, source, bindings, architecture, _dtype(dtype), overwrite=overwrite):
+        logger.info("%s holds this model already", target)
+        publish(megatron, IMPORT_ITERATION)
+        return target
+    total = sum(_piece_bytes(piece) for piece in pieces)
+    _check_space(megatron, total)
+    with atomic_directory(target) as directory, _bar(total, "import") as bar:
+        written = write_distcp(directory, pieces, objects=_extra_states(architecture), progress=bar.update)
+        torch.save(_COMMON_STATE, directory / "common.pt")
+        (directory / "metadata.json").write_text(json.dumps(_METADATA_JSON))
+        write_architecture(architecture, directory, tokenizer=_tokenizer_record(hf))
+        (directory / HF_DIRECTORY).mkdir()
+        copy_side_files(hf, directory / HF_DIRECTORY)
+        if not left_out:
+            write_json(directory / HF_DIRECTORY / LAYOUT_FILE, source.layout())
+        write_manifest(directory, known=written)
+    publish(megatron, IMPORT_ITERATION)
+    logger.info("imported %s to %s: %s parameters", hf, target, f"{architecture.num_parameters():,}")
+    return target
+
+
+def export_checkpoint(
+    megatron: Path,
+    hf: Path,
+    *,
+    template: Path | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Convert a Megatron-Core checkpoint into a Hugging Face directory -> that directory.
+
+    Args:
+        megatron: root (its tracker decides) or one iteration directory, saved in any parallel layout.
+        hf: directory to write; transformers and vLLM load it as it is.
+        template: Hugging Face directory whose config, tokenizer and chat template to take, in place of those that the
+            checkpoint carries.
+        dtype: casts the weights; None keeps them.
+        max_shard_size: of a safetensors file, such as "5GB"; None keeps the files as they were imported.
+        overwrite: replace what is in `hf`.
+
+    Raises:
+        ConversionError, DataError: the checkpoint is damaged or of another model, or `hf` holds something else.
+    """
+    hf = Path(hf)
+    opened = open_megatron(megatron, template=template)
+    cast = _dtype(dtype)
+    tensors = {
+        name: (cast or opened.dtype(binding), shape)
+        for binding in opened.bindings
+        for name, shape in binding.hf_shapes.items()
+    }
+    layout_path = opened.directory / HF_DIRECTORY / LAYOUT_FILE
+    keep_layout = max_shard_size is None and layout_path.is_file()
+    layout = _read_layout(layout_path) if keep_layout else None
+    files, index = planned_files(
+        tensors, layout=layout, max_shard_bytes=parse_size(max_shard_size or DEFAULT_SHARD_SIZE)
+    )
+    remove_stale_temporaries(hf)
+    if _already_exported(hf, opened, cast, overwrite=overwrite):
+        logger.info("%s holds this model already", hf)
+        return hf
+    total = sum(math.prod(shape) * kind.itemsize for kind, shape in tensors.values())
+    _check_space(hf, total)
+    with atomic_directory(hf) as directory, _bar(total, "export") as bar:
+        write_tensors(directory, files, _hf_tensors(opened, cast, bar.update))
+        if index is not None:
+            (directory / HF_INDEX_FILE).write_text(index, encoding="utf-8")
+        changed = (
+            None
+            if layout is not None and index == layout["index"] and set(files) == set(layout["files"])
+            else _main_dtype(tensors)
+        )
+        _write_side_files(opened, directory, dtype=changed, fallback_dtype=_main_dtype(tensors))
+    logger.info("exported %s to %s: %d files, %.2f GB", opened.directory, hf, len(files), total / 1e9)
+    return hf
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedMegatron:
+    """A Megatron checkpoint that was checked against its architecture, ready to be read as Hugging Face tensors."""
+
+    directory: Path
+    architecture: Architecture
+    bindings: tuple[Binding, ...]
+    reader: DistcpReader
+    side_files: Path | None
+    """Directory with config.json and tokenizer, or None where the checkpoint carries none."""
+
+    def key_of(self, binding: Binding) -> str:
+        """Key in the checkpoint: stacked over layers, or one of its own (mcore's non-homogeneous layers)."""
+        stored = self.reader.metadata.state_dict_metadata
+        return binding.rule.key if binding.rule.key in stored else binding.megatron_name
+
+    def dtype(self, binding: Binding) -> torch.dtype:
+        return self.reader.dtype(self.key_of(binding))
+
+    def read(self, binding: Binding) -> dict[str, Tensor]:
+        """Read one Megatron tensor and make the Hugging Face tensors of it -> {name: tensor}."""
+        shape = binding.rule.megatron_shape(self.architecture)
+        key = self.key_of(binding)
+        offsets, sizes = (0,) * len(shape), shape
+        if binding.rule.per_layer and key == binding.rule.key:
+            assert binding.layer is not None
+            offsets, sizes = (binding.layer, *offsets), (1, *shape)
+        tensor = self.reader.read(key, offsets, sizes).reshape(shape)
+        return dict(zip(binding.hf_shapes, binding.rule.to_hf(tensor, self.architecture), strict=True))
+
+
+def open_megatron(megatron: Path, *, template: Path | None = None) -> OpenedMegatron:
+    """Open a Megatron checkpoint for reading: checksums of what will be read, keys and shapes.
+
+    Raises:
+        DataError: no checkpoint there, or its checksums do not hold.
+        ConversionError: it is not the model that model.json (or the template's config.json) describes.
+    """
+    directory = resolve_checkpoint(Path(megatron))
+    if template is not None:
+        architecture = architecture_from_hf(read_config(template), place=str(Path(template, CONFIG_FILE)))
+    elif (directory / MODEL_FILE).is_file():
+        architecture, _ = read_architecture(directory)
+    else:
+        raise ConversionError(
+            f"{directory} has no {MODEL_FILE} that says what model it holds. Give its Hugging Face directory: --template HF_DIR."
+        )
+    bindings = bind(family_of(architecture.family, place=str(directory / MODEL_FILE)), architecture)
+    reader = DistcpReader.open(directory)
+    carried = directory / HF_DIRECTORY
+    if (directory / MANIFEST_FILE).is_file():
+        own = [f"{HF_DIRECTORY}/{path.name}" for path in sorted(carried.glob("*"))] if carried.is_dir() else []
+        model_file = [MODEL_FILE] if (directory / MODEL_FILE).is_file() else []
+        keys = list(megatron_shapes(bindings, architecture))
+        names = [
+            *model_file,
+            METADATA_FILE,
+            *own,
+            *reader.files([*keys, *(binding.megatron_name for binding in bindings)]),
+        ]
+        verify_checkpoint(directory, names=names)
+    else:
+        logger.warning("%s has no %s: its checksums are unknown", directory, MANIFEST_FILE)
+    if template is not None:
+        side_files: Path | None = Path(template)
+    else:
+        side_files = carried if (carried / CONFIG_FILE).is_file() else None
+    opened = OpenedMegatron(
+        directory=directory, architecture=architecture, bindings=bindings, reader=reader, side_files=side_files
+    )
+    _check_keys(opened)
+    return opened
+
+
+def compare_tensors(
+    source: HFCheckpoint,
+    opened: OpenedMegatron,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> list[str]:
+    """Compare, byte for byte and streamed, what the Megatron checkpoint exports with a Hugging Face directory.
+
+    Args:
+        dtype: that either side is cast to first; None compares as they are.
+
+    Returns:
+        Names of the tensors that differ in bytes, dtype or shape, or that `source` lacks.
+    """
+    different = []
+    for binding in opened.bindings:
+        for name, tensor in opened.read(binding).items():
+            entry = source.entries.get(name)
+            if entry is None or entry.shape != tuple(tensor.shape) or (dtype is None and entry.dtype != tensor.dtype):
+                different.append(name)
+                continue
+            other = source.read(name)
+            if dtype is not None:
+                tensor, other = tensor.to(dtype), other.to(dtype)
+            # As bytes: equal means equal for NaN and -0.0 too.
+            if not torch.equal(_bytes(tensor), _bytes(other)):
+                different.append(name)
+            progress(entry.nbytes)
+    return different
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _pieces(
+    source: HFCheckpoint, bindings: Sequence[Binding], architecture: Architecture, cast: torch.dtype | None
+) -> list[Piece]:
+    """Plan the import: one piece per Megatron tensor and layer; nothing is read yet."""
+    shapes = megatron_shapes(bindings, architecture)
+    dtypes: dict[str, tuple[torch.dtype, str]] = {}
+    pieces = []
+    for binding in bindings:
+        for name in binding.hf_shapes:
+            found, first = dtypes.setdefault(binding.rule.key, (source.entries[name].dtype, name))
+            if cast is None and found != source.entries[name].dtype:
+                raise ConversionError(
+                    f"{source.directory} holds {first} in {found} and {name} in {source.entries[name].dtype}, which Megatron "
+                    "keeps in one tensor. Choose one type: --dtype bfloat16."
+                )
+        shape = binding.rule.megatron_shape(architecture)
+        layered = binding.layer is not None
+        pieces.append(
+            Piece(
+                key=binding.rule.key,
+                offsets=(binding.layer, *(0,) * len(shape)) if layered else (0,) * len(shape),  # type: ignore[arg-type]
+                sizes=(1, *shape) if layered else shape,
+                global_shape=shapes[binding.rule.key],
+                dtype=cast or dtypes[binding.rule.key][0],
+                load=_loader(source, binding, architecture, cast),
+            )
+        )
+    return pieces
+
+
+def _loader(
+    source: HFCheckpoint, binding: Binding, architecture: Architecture, cast: torch.dtype | None
+) -> Callable[[], Tensor]:
+    def load() -> Tensor:
+        tensor = binding.rule.to_megatron([source.read(name) for name in binding.hf_shapes], architecture)
+        return tensor if cast is None else tensor.to(cast)
+
+    return load
+
+
+def _hf_tensors(
+    opened: OpenedMegatron, cast: torch.dtype | None, progress: Callable[[int], None]
+) -> Iterator[tuple[str, Tensor]]:
+    for binding in opened.bindings:
+        for name, tensor in opened.read(binding).items():
+            tensor = tensor if cast is None else tensor.to(cast)
+            yield name, tensor
+            progress(tensor.nbytes)
+
+
+def _extra_states(architecture: Architecture) -> dict[str, Any]:
+    layers = architecture.num_layers
+    keys = [
+        f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
+        for layer in range(layers)
+        for module in _LAYER_EXTRA_STATES
+    ]
+    return dict.fromkeys([*keys, "decoder.final_layernorm._extra_state/shard_0_1"])
+
+
+def _check_keys(opened: OpenedMegatron) -> None:
+    """Compare the checkpoint's keys with the architecture's: missing, mis-shaped and unknown ones are named."""
+    stored = opened.reader.shapes()
+    stacked = megatron_shapes(opened.bindings, opened.architecture)
+    known = set()
+    for binding in opened.bindings:
+        key = opened.key_of(binding)
+        known.add(key)
+        wanted = stacked[key] if key in stacked else binding.rule.megatron_shape(opened.architecture)
+        if key not in stored:
+            raise ConversionError(
+                f"{opened.directory} lacks {binding.rule.key}. It is a checkpoint of another model, or of no GPTModel."
+            )
+        found = stored[key]
+        rows_may_exceed = _is_vocab(binding) and found[0] >= wanted[0]  # Megatron pads the vocabulary
+        if found != wanted and not (rows_may_exceed and found[1:] == wanted[1:]):
+            raise ConversionError(
+                f"{opened.directory} holds {key} of shape {list(found)} where its architecture has {list(wanted)}. "
+                "It is a checkpoint of another model."
+            )
+    if unknown := sorted(key for key in stored if key.startswith(_MODEL_ROOTS) and key not in known):
+        raise ConversionError(
+            f"{opened.directory} holds {', '.join(unknown[:4])}, for which the family {opened.architecture.family!r} has no rule. "
+            "It is a checkpoint of another model."
+        )
+
+
+def _is_vocab(binding: Binding) -> bool:
+    return getattr(binding.rule, "shape", ())[:1] == ("vocab",)
+
+
+def _already_imported(
+    target: Path,
+    source: HFCheckpoint,
+    bindings: Sequence[Binding],
+    architecture: Architecture,
+    cast: torch.dtype | None,
+    *,
+    overwrite: bool,
+) -> bool:
+    """Whether `target` holds this very model.
+
+    Raises:
+        ConversionError: it holds another, or the root has trained on.
+    """
+    root = target.parent
+    if later := [iteration for iteration in iterations(root) if iteration != IMPORT_ITERATION]:
+        raise ConversionError(
+            f"{root} holds checkpoints up to iteration {later[-1]}. Import into a new directory: --megatron NEW_DIR."
+        )
+    if root.exists() and not root.is_dir():
+        raise ConversionError(f"{root} is a file. Choose a directory with --megatron.")
+    if not target.exists() or overwrite:
+        return False
+    try:
+        verify_checkpoint(target)
+        opened = open_megatron(target)
+    except (DataError, ConversionError) as error:
+        raise ConversionError(f"{target} is there, and damaged ({error}) Add --overwrite to import again.") from None
+    wanted_dtypes = {
+        binding.rule.key: cast or source.entries[next(iter(binding.hf_shapes))].dtype for binding in bindings
+    }
+    same = opened.architecture == architecture and all(
+        opened.reader.dtype(key) == kind for key, kind in wanted_dtypes.items()
+    )
+    same = (
+        same
+        and _same_side_files(source.directory, target / HF_DIRECTORY)
+        and not compare_tensors(source, opened, dtype=cast)
+    )
+    if not same:
+        raise ConversionError(
+            f"{target} holds another model or another dtype. Choose another --megatron, or add --overwrite."
+        )
+    return True
+
+
+def _already_exported(hf: Path, opened: OpenedMegatron, cast: torch.dtype | None, *, overwrite: bool) -> bool:
+    """Whether `hf` holds this very model.
+
+    Raises:
+        ConversionError: it holds something else.
+    """
+    if hf.exists() and not hf.is_dir():
+        raise ConversionError(f"{hf} is a file. Choose a directory with --hf.")
+    if opened.side_files is not None and hf.exists() and opened.side_files.resolve() == hf.resolve():
+        raise ConversionError(f"{hf} is the template itself. Choose another --hf.")
+    if not hf.exists() or not any(hf.iterdir()):
+        return False
+    if not (hf / CONFIG_FILE).is_file():
+        raise ConversionError(f"{hf} holds other files and no model. Choose an empty or a new directory with --hf.")
+    if overwrite:
+        return False
+    try:
+        source = open_hf_checkpoint(hf)
+        same = architecture_from_hf(read_config(hf)) == opened.architecture
+    except (ConversionError, DataError) as error:
+        raise ConversionError(f"{hf} is there, and damaged ({error}) Add --overwrite to export again.") from None
+    same = same and all(entry.dtype == cast for entry in source.entries.values() if cast is not None)
+    same = same and (opened.side_files is None or _same_side_files(opened.side_files, hf, but=(CONFIG_FILE,)))
+    if not same or compare_tensors(source, opened, dtype=cast):
+        raise ConversionError(f"{hf} holds another model or another dtype. Choose another --hf, or add --overwrite.")
+    return True
+
+
+def _same_side_files(one: Path, other: Path, *, but: Sequence[str] = ()) -> bool:
+    for name in SIDE_FILES:
+        paths = [Path(directory, name) for directory in (one, other)]
+        contents = [path.read_bytes() if path.is_file() else None for path in paths]
+        if name not in but and contents[0] != contents[1]:
+            return False
+    return True
+
+
+def _write_side_files(opened: OpenedMegatron, directory: Path, *, dtype: str | None, fallback_dtype: str) -> None:
+    if opened.side_files is not None:
+        write_side_files(opened.side_files, directory, dtype=dtype)
+        return
+    write_json(directory / CONFIG_FILE, hf_from_architecture(opened.architecture, dtype=fallback_dtype))
+    logger.warning(
+        "%s carries no tokenizer: the export has none. Give the original model with --template HF_DIR.",
+        opened.directory,
+    )
+
+
+def _tokenizer_record(hf: Path) -> dict[str, Any]:
+    files = [name for name in (*ID_FILES, *TEXT_FILES) if (hf / name).is_file()]
+    if not files:
+        logger.warning("%s has no tokenizer files: exports of this checkpoint will have none", hf)
+    return {"hash": tokenizer_hash(hf), "files": files}
+
+
+def _read_layout(path: Path) -> dict[str, Any]:
+    layout = read_json(path)
+    if not isinstance(layout, dict) or not isinstance(layout.get("files"), dict) or "index" not in layout:
+        raise DataError(
+            f"{path} describes no files. It is damaged: give --max-shard-size {DEFAULT_SHARD_SIZE} to do without it."
+        )
+    return layout
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in DTYPES:
+        raise ConversionError(f"dtype is {name!r}. Use --dtype with one of: {', '.join(DTYPES)}.")
+    return None if name is None else DTYPES[name]
+
+
+def _main_dtype(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
+    """Name the dtype that most values have."""
+    counts: dict[torch.dtype, int] = {}
+    for kind, shape in tensors.values():
+        counts[kind] = counts.get(kind, 0) + math.prod(shape)
+    return str(max(counts, key=lambda kind: counts[kind])).removeprefix("torch.")
+
+
+def _piece_bytes(piece: Piece) -> int:
+    return math.prod(piece.sizes) * piece.dtype.itemsize
+
+
+def _check_space(path: Path, needed: int) -> None:
+    place = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ConversionError(
+            f"{path} needs {needed / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free. Free some space, or choose another disk."
+        )
+
+
+def _bar(total: int, description: str) -> "tqdm[Any]":
+    return tqdm(total=total, desc=description, unit="B", unit_scale=True, disable=None)

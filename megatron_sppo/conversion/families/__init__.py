@@ -1,0 +1,20 @@
+"""One table per model family; FAMILIES lists them by `model_type`."""
+
+from megatron_sppo.conversion.families import llama
+from megatron_sppo.conversion.rules import Family
+from megatron_sppo.errors import ConversionError
+
+FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (llama,)}
+
+
+def family_of(model_type: object, *, place: str) -> Family:
+    """Find the table of a model family.
+
+    Raises:
+        ConversionError: there is none; the message names those that there are.
+    """
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ConversionError(
+            f"{place} says model_type {model_type!r}, which cannot be converted. Use a model of: {', '.join(FAMILIES)}."
+        )
+    return FAMILIES[model_type]

@@ -1,0 +1,40 @@
+"""Llama 2, 3 and 3.1, SmolLM2, and what else says `model_type: llama`."""
+
+from megatron_sppo.conversion.rules import Copy, Family, FusedQKV, GateUp, VocabRows
+
+RULES = (
+    VocabRows("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+    FusedQKV(
+        "decoder.layers.{layer}.self_attention.linear_qkv.weight", "model.layers.{layer}.self_attn.{qkv}_proj.weight"
+    ),
+    Copy(
+        "decoder.layers.{layer}.self_attention.linear_proj.weight",
+        "model.layers.{layer}.self_attn.o_proj.weight",
+        ("hidden", "query"),
+    ),
+    GateUp("decoder.layers.{layer}.mlp.linear_fc1.weight", "model.layers.{layer}.mlp.{gate_up}_proj.weight"),
+    Copy(
+        "decoder.layers.{layer}.mlp.linear_fc2.weight", "model.layers.{layer}.mlp.down_proj.weight", ("hidden", "ffn")
+    ),
+    # Megatron-Core saves both layer specs under the names of Transformer Engine's fused layers.
+    Copy(
+        "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
+        "model.layers.{layer}.input_layernorm.weight",
+        ("hidden",),
+    ),
+    Copy(
+        "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
+        "model.layers.{layer}.post_attention_layernorm.weight",
+        ("hidden",),
+    ),
+    Copy("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),
+    VocabRows("output_layer.weight", "lm_head.weight", untied_only=True),
+)
+
+FAMILY = Family(
+    model_type="llama",
+    architecture_class="LlamaForCausalLM",
+    rules=RULES,
+    fixed={"attention_bias": (None, False), "mlp_bias": (None, False), "hidden_act": (None, "silu")},
+    ignored=(".self_attn.rotary_emb.inv_freq",),
+)

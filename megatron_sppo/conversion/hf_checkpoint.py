@@ -1,0 +1,271 @@
+"""A Hugging Face directory: its tensors, its shards, and the small files that travel with the weights."""
+
+import base64
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sppo.conversion.hf_config import CONFIG_FILE
+from megatron_sppo.conversion.rules import Shape
+from megatron_sppo.conversion.safetensors_file import (
+    Entry,
+    entries_of_header,
+    new_header,
+    read_header,
+    read_tensor,
+    write_header,
+    write_tensor,
+)
+from megatron_sppo.errors import ConversionError, DataError
+from megatron_sppo.storage import contained, read_json, write_json
+from megatron_sppo.tokenizer import ID_FILES, TEXT_FILES
+
+logger = logging.getLogger(__name__)
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
+SIDE_FILES = (CONFIG_FILE, GENERATION_FILE, *ID_FILES, *TEXT_FILES)
+"""Files that are kept inside the Megatron checkpoint and come out again, byte for byte."""
+LAYOUT_FILE = "layout.json"
+"""Beside them: how the tensors lay in the imported files, so that an export writes the same files."""
+
+_NAMED = 4  # how many names an error lists before "and N more"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFCheckpoint:
+    """The tensors of a Hugging Face directory, opened but not read."""
+
+    directory: Path
+    headers: Mapping[str, bytes]
+    """Header of each safetensors file, as it is."""
+    entries: Mapping[str, Entry]
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor."""
+        return read_tensor(self.entries[name])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def layout(self) -> dict[str, Any]:
+        """Describe how the tensors lie in the files, for `planned_files`."""
+        index = self.directory / INDEX_FILE
+        return {
+            "files": {name: base64.b64encode(raw).decode() for name, raw in self.headers.items()},
+            "index": index.read_text(encoding="utf-8") if SINGLE_FILE not in self.headers else None,
+        }
+
+
+def open_hf_checkpoint(directory: Path) -> HFCheckpoint:
+    """Open the safetensors files of a directory; symbolic links (snapshots of the hub's cache) are followed.
+
+    Raises:
+        ConversionError: pickled weights only, a shard that is missing, cut short or outside, a tensor twice or absent.
+    """
+    directory = Path(directory)
+    if (directory / SINGLE_FILE).is_file():
+        weight_map, files = None, [SINGLE_FILE]
+    elif (directory / INDEX_FILE).is_file():
+        weight_map = _weight_map(directory)
+        files = sorted(set(weight_map.values()))
+    else:
+        raise ConversionError(_no_weights(directory))
+    headers: dict[str, bytes] = {}
+    entries: dict[str, Entry] = {}
+    for file in files:
+        path = contained(directory, file)
+        if not path.is_file():
+            raise ConversionError(f"{directory / INDEX_FILE} names {file}, which is missing. Fetch the model again.")
+        headers[file], found = read_header(path)
+        if double := sorted(set(found) & set(entries)):
+            raise ConversionError(
+                f"{path} holds {_names(double)} again; another shard has it too. Fetch the model again."
+            )
+        entries |= found
+    if weight_map is not None:
+        for name, file in weight_map.items():
+            if name not in entries or entries[name].file != contained(directory, file):
+                raise ConversionError(
+                    f"{directory / INDEX_FILE} says that {name} is in {file}, but it is not there. Fetch the model again."
+                )
+    return HFCheckpoint(directory=directory, headers=headers, entries=entries)
+
+
+def check_tensors(checkpoint: HFCheckpoint, expected: Mapping[str, Shape], *, ignored: Sequence[str]) -> list[str]:
+    """Compare what a directory holds with what its config.json promises -> names that hold no weights and are left.
+
+    Raises:
+        ConversionError: missing, unknown or mis-shaped tensors, named.
+    """
+    place = checkpoint.directory
+    if missing := [name for name in expected if name not in checkpoint.entries]:
+        raise ConversionError(
+            f"{place} lacks {_names(missing)}, which its {CONFIG_FILE} promises. Fetch the model again."
+        )
+    for name, shape in expected.items():
+        if checkpoint.entries[name].shape != shape:
+            raise ConversionError(
+                f"{place} holds {name} of shape {list(checkpoint.entries[name].shape)} where its {CONFIG_FILE} promises "
+                f"{list(shape)}. Weights and config are of two models: fetch both again."
+            )
+    extra = [name for name in checkpoint.entries if name not in expected]
+    left = [name for name in extra if name.endswith(tuple(ignored))] if ignored else []
+    if "lm_head.weight" in extra and _same(checkpoint, "lm_head.weight", "model.embed_tokens.weight"):
+        left.append("lm_head.weight")
+    if unknown := [name for name in extra if name not in left]:
+        raise ConversionError(
+            f"{place} holds {_names(unknown)}, for which there is no rule. "
+            "The weights have more than the config says: use a plain checkpoint of this family (adapters merged)."
+        )
+    if left:
+        logger.info("left out, for they hold no weights of their own: %s", _names(left))
+    return left
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy config.json, generation config, tokenizer and chat template, those that there are."""
+    for name in SIDE_FILES:
+        if Path(source, name).is_file():
+            shutil.copyfile(Path(source, name), Path(target, name))  # follows links into the hub's cache
+
+
+def planned_files(
+    tensors: Mapping[str, tuple[torch.dtype, Shape]], *, layout: Mapping[str, Any] | None, max_shard_bytes: int
+) -> tuple[dict[str, tuple[bytes, dict[str, Entry]]], str | None]:
+    """Lay the tensors out in files -> ({file: (header, entries)}, text of the index or None for a single file).
+
+    Args:
+        tensors: {name: (dtype, shape)} in the order to write.
+        layout: of the imported files; taken over when it holds exactly these tensors, so that files come out the same.
+        max_shard_bytes: of tensors in one file, where there is no such layout.
+    """
+    if layout is not None:
+        files = {}
+        for name, encoded in layout["files"].items():
+            raw = base64.b64decode(encoded)
+            files[name] = (raw, entries_of_header(contained(Path(), name), raw))
+        old = {name: (entry.dtype, entry.shape) for _, entries in files.values() for name, entry in entries.items()}
+        if old == dict(tensors):
+            return files, layout["index"]
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, (dtype, shape) in tensors.items():
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if groups[-1] and size + nbytes > max_shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += nbytes
+    if len(groups) == 1:
+        return {SINGLE_FILE: new_header(Path(SINGLE_FILE), tensors)}, None
+    files = {}
+    for number, group in enumerate(groups, start=1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        files[file] = new_header(Path(file), {name: tensors[name] for name in group})
+    total = sum(entry.nbytes for _, entries in files.values() for entry in entries.values())
+    weight_map = {name: file for file, (_, entries) in files.items() for name in entries}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return files, json.dumps(index, indent=2) + "\n"
+
+
+def write_tensors(
+    directory: Path, files: Mapping[str, tuple[bytes, Mapping[str, Entry]]], stream: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write tensors as they come, each at its planned place; all of them must come, once."""
+    descriptors: dict[str, int] = {}
+    places: dict[str, tuple[int, Entry]] = {}
+    try:
+        for file, (raw, entries) in files.items():
+            write_header(directory / file, raw, entries)
+            descriptors[file] = os.open(directory / file, os.O_WRONLY)
+            places |= {name: (descriptors[file], entry) for name, entry in entries.items()}
+        for name, tensor in stream:
+            descriptor, entry = places.pop(name)
+            write_tensor(descriptor, entry, tensor)
+        assert not places, f"never written: {sorted(places)}"
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def write_side_files(source: Path, target: Path, *, dtype: str | None) -> None:
+    """Copy the side files; where the weights' dtype is not the config's, config.json says the new one."""
+    copy_side_files(source, target)
+    path = Path(target, CONFIG_FILE)
+    config = read_json(path)
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    if dtype is not None and config.get(key) != dtype:
+        write_json(path, {**config, key: dtype})
+
+
+def parse_size(text: str) -> int:
+    """Read a size such as "5GB" or "500MiB" -> bytes.
+
+    Raises:
+        ConversionError: no such size.
+    """
+    units = {
+        "": 1,
+        "B": 1,
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+        "TB": 10**12,
+        "KIB": 2**10,
+        "MIB": 2**20,
+        "GIB": 2**30,
+        "TIB": 2**40,
+    }
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in units or float(match[1]) == 0:
+        raise ConversionError(f"max_shard_size is {text!r}, which is no size. Use --max-shard-size 5GB.")
+    return int(float(match[1]) * units[match[2].upper()])
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    path = directory / INDEX_FILE
+    try:
+        index = read_json(path)
+    except DataError as error:
+        raise ConversionError(str(error)) from None
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(file, str) for file in weight_map.values())
+    ):
+        raise ConversionError(f"{path} has no weight_map of names to files. It is damaged: fetch the model again.")
+    return weight_map
+
+
+def _no_weights(directory: Path) -> str:
+    pickled = sorted([*directory.glob("*.bin"), *directory.glob("*.pth"), *directory.glob("*.pt")])
+    if pickled:
+        return (
+            f"{directory} holds its weights as pickle only ({pickled[0].name}), which can run code and is not read. Save them as "
+            "safetensors: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR), with a checkpoint that you trust."
+        )
+    if gguf := sorted(directory.glob("*.gguf")):
+        return f"{directory} holds GGUF weights ({gguf[0].name}). Use the model's safetensors checkpoint."
+    return f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}. Fetch the model's weights."
+
+
+def _same(checkpoint: HFCheckpoint, name: str, other: str) -> bool:
+    return torch.equal(checkpoint.read(name), checkpoint.read(other))
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_NAMED])
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"

@@ -1,0 +1,186 @@
+"""Hugging Face's config.json <-> our Architecture, and every setting that would change the computation refused by name."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_sppo.architecture import Architecture, Llama3RopeScaling
+from megatron_sppo.conversion.families import family_of
+from megatron_sppo.errors import ConversionError, DataError
+from megatron_sppo.storage import read_json
+
+CONFIG_FILE = "config.json"
+
+# mcore 0.16.1 and 0.19.2, rotary_pos_embedding.py: of Llama 3's scaling only the factor can be set.
+MCORE_LOW_FREQUENCY, MCORE_HIGH_FREQUENCY, MCORE_ORIGINAL_LENGTH = 1.0, 4.0, 8192
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read config.json of a Hugging Face directory.
+
+    Raises:
+        ConversionError: there is none, or it is no JSON object; the message says what the directory is instead.
+    """
+    path = Path(directory, CONFIG_FILE)
+    if not path.is_file():
+        kind = "is no directory" if not Path(directory).is_dir() else f"has no {CONFIG_FILE}"
+        raise ConversionError(f"{directory} {kind}, so it is no Hugging Face model. Check the path.")
+    try:
+        config = read_json(path)
+    except DataError as error:
+        raise ConversionError(str(error)) from None
+    if not isinstance(config, dict):
+        raise ConversionError(f"{path} holds no JSON object. It is damaged: fetch the model again.")
+    return config
+
+
+def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE) -> Architecture:
+    """Read the architecture from the content of config.json.
+
+    Args:
+        config: content of config.json, in the spelling of transformers 4 or 5.
+        place: how errors name it.
+
+    Raises:
+        ConversionError: another family, a setting that the Megatron model would not honour, or an impossible number.
+    """
+    family = family_of(config.get("model_type"), place=place)
+    if config.get("quantization_config") is not None:
+        raise ConversionError(f"{place} describes quantized weights (quantization_config). Use the unquantized model.")
+    for key, allowed in family.fixed.items():
+        if config.get(key) not in allowed:
+            wanted = " or ".join(json.dumps(value) for value in allowed if value is not None)
+            raise ConversionError(
+                f"{place} says {key}: {json.dumps(config[key])}; the Megatron model computes {family.model_type} with "
+                f"{wanted or 'null'} only. Use another model."
+            )
+    heads = _whole(config, "num_attention_heads", place)
+    hidden = _whole(config, "hidden_size", place)
+    if config.get("head_dim") is None and hidden % heads:
+        raise ConversionError(
+            f"{place}: hidden_size ({hidden}) is no multiple of num_attention_heads ({heads}), and head_dim is absent."
+        )
+    head_dim = _whole(config, "head_dim", place, default=hidden // heads)
+    if head_dim % 2:
+        raise ConversionError(
+            f"{place}: head_dim ({head_dim}) is odd, and rotary embeddings need pairs. The config is wrong."
+        )
+    tied = config.get(
+        "tie_word_embeddings", False
+    )  # PretrainedConfig's default is True, but each of our families sets False
+    if not isinstance(tied, bool):
+        raise ConversionError(f"{place}: tie_word_embeddings is {tied!r}; it must be true or false.")
+    base, scaling = _rope(config, place)
+    return Architecture(
+        family=family.model_type,
+        num_layers=_whole(config, "num_hidden_layers", place),
+        hidden_size=hidden,
+        ffn_hidden_size=_whole(config, "intermediate_size", place),
+        num_attention_heads=heads,
+        num_query_groups=_whole(config, "num_key_value_heads", place, default=heads),
+        kv_channels=head_dim,
+        vocab_size=_whole(config, "vocab_size", place),
+        max_position_embeddings=_whole(config, "max_position_embeddings", place),
+        layernorm_epsilon=_positive(config, "rms_norm_eps", place, default=1e-6),
+        rotary_base=base,
+        rope_scaling=scaling,
+        share_embeddings_and_output_weights=tied,
+        add_qkv_bias=family.add_qkv_bias,
+        qk_layernorm=family.qk_layernorm,
+    )
+
+
+def hf_from_architecture(architecture: Architecture, *, dtype: str) -> dict[str, Any]:
+    """Write config.json's content for an architecture, in the spelling of transformers 5: for models that have none."""
+    family = family_of(architecture.family, place="model.json")
+    rope: dict[str, Any] = {"rope_theta": architecture.rotary_base, "rope_type": "default"}
+    if scaling := architecture.rope_scaling:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        }
+    return {
+        "architectures": [family.architecture_class],
+        "dtype": dtype,
+        "head_dim": architecture.kv_channels,
+        "hidden_act": "silu",
+        "hidden_size": architecture.hidden_size,
+        "intermediate_size": architecture.ffn_hidden_size,
+        "max_position_embeddings": architecture.max_position_embeddings,
+        "model_type": family.model_type,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_hidden_layers": architecture.num_layers,
+        "num_key_value_heads": architecture.num_query_groups,
+        "rms_norm_eps": architecture.layernorm_epsilon,
+        "rope_parameters": rope,
+        "tie_word_embeddings": architecture.share_embeddings_and_output_weights,
+        "vocab_size": architecture.vocab_size,
+        **{key: allowed[-1] for key, allowed in family.fixed.items() if allowed[-1] is not None},
+    }
+
+
+def _rope(config: Mapping[str, Any], place: str) -> tuple[float, Llama3RopeScaling | None]:
+    """Read base and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    parameters = config.get("rope_parameters")
+    scaling = parameters if parameters is not None else config.get("rope_scaling")
+    if scaling is None:
+        scaling = {}
+    if not isinstance(scaling, dict):
+        raise ConversionError(f"{place}: rope_parameters is {scaling!r}; it must be an object. Fetch the model again.")
+    base = _positive(
+        {"rope_theta": 10000.0, **_only(config, "rope_theta"), **_only(scaling, "rope_theta")}, "rope_theta", place
+    )
+    if scaling.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
+        raise ConversionError(f"{place} rotates a part of each head only (partial_rotary_factor). Use another model.")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return base, None
+    if kind != "llama3":
+        raise ConversionError(
+            f"{place} says rope_scaling of type {kind!r}; the Megatron model knows 'default' and 'llama3'. Use another model."
+        )
+    numbers = {
+        "factor": _positive(scaling, "factor", place),
+        "low_freq_factor": _positive(scaling, "low_freq_factor", place),
+        "high_freq_factor": _positive(scaling, "high_freq_factor", place),
+    }
+    original = _whole(scaling, "original_max_position_embeddings", place)
+    fixed = (MCORE_LOW_FREQUENCY, MCORE_HIGH_FREQUENCY, MCORE_ORIGINAL_LENGTH)
+    if (numbers["low_freq_factor"], numbers["high_freq_factor"], original) != fixed:
+        raise ConversionError(
+            f"{place} scales RoPE with low_freq_factor {numbers['low_freq_factor']:g}, high_freq_factor "
+            f"{numbers['high_freq_factor']:g}, original_max_position_embeddings {original}; Megatron-Core fixes them "
+            f"at {fixed[0]:g}, {fixed[1]:g}, {fixed[2]}. Use another model."
+        )
+    return base, Llama3RopeScaling(original_max_position_embeddings=original, **numbers)
+
+
+def _only(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {key: values[key]} if values.get(key) is not None else {}
+
+
+def _whole(values: Mapping[str, Any], key: str, place: str, *, default: int | None = None) -> int:
+    value = default if values.get(key) is None else values[key]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        fact = "is missing" if value is None else f"is {value!r}"
+        raise ConversionError(
+            f"{place}: {key} {fact}; it must be a whole number from 1. The config is damaged: fetch the model again."
+        )
+    return value
+
+
+def _positive(values: Mapping[str, Any], key: str, place: str, *, default: float | None = None) -> float:
+    value = default if values.get(key) is None else values[key]
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        fact = "is missing" if value is None else f"is {value!r}"
+        raise ConversionError(
+            f"{place}: {key} {fact}; it must be a number above 0. The config is damaged: fetch the model again."
+        )
+    return float(value)

@@ -1,0 +1,244 @@
+"""The rules that tie a Megatron-Core tensor to the Hugging Face tensors it is made of. Each owns both directions.
+
+A family's table (families/<family>.py) is a tuple of these. A Megatron name with "{layer}" is one slice of a tensor
+that Megatron-Core's distributed checkpoint stacks over layers: "decoder.layers.{layer}.mlp.linear_fc2.weight" is
+[layer] of the key "decoder.layers.mlp.linear_fc2.weight", whose first axis counts layers.
+"""
+
+# G = key/value heads, R = query heads per key/value head, d = head dimension, F = feed-forward, H = hidden, V = rows
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sppo.architecture import Architecture
+from megatron_sppo.errors import ConversionError
+
+Shape = tuple[int, ...]
+
+
+def dimension(architecture: Architecture, name: str) -> int:
+    """Give the size of a named dimension: "hidden", "ffn", "query" (all heads), "key" (all key/value heads), "head"."""
+    return {
+        "hidden": architecture.hidden_size,
+        "ffn": architecture.ffn_hidden_size,
+        "query": architecture.num_attention_heads * architecture.kv_channels,
+        "key": architecture.num_query_groups * architecture.kv_channels,
+        "head": architecture.kv_channels,
+        "vocab": architecture.vocab_size,
+    }[name]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron tensor and its Hugging Face tensors."""
+
+    megatron: str
+    """Megatron-Core's name; with "{layer}" where it belongs to a layer."""
+    hf: str
+    """Hugging Face's name; with "{layer}" likewise."""
+
+    @property
+    def per_layer(self) -> bool:
+        return "{layer}" in self.megatron
+
+    @property
+    def key(self) -> str:
+        """Megatron's key in the distributed checkpoint, layers stacked."""
+        return self.megatron.replace(".{layer}", "")
+
+    def applies(self, architecture: Architecture) -> bool:
+        """Whether a model of this architecture has the tensor."""
+        return True
+
+    def parts(self) -> tuple[str, ...]:
+        """Hugging Face's names, layer not yet filled in, in the order of `to_megatron`."""
+        return (self.hf,)
+
+    def part_shapes(self, architecture: Architecture) -> tuple[Shape, ...]:
+        """Shapes of the Hugging Face tensors, in the order of `parts`."""
+        raise NotImplementedError
+
+    def megatron_shape(self, architecture: Architecture) -> Shape:
+        """Shape of the Megatron tensor, without the axis of layers."""
+        raise NotImplementedError
+
+    def to_megatron(self, tensors: Sequence[Tensor], architecture: Architecture) -> Tensor:
+        """Make the Megatron tensor -> [*megatron_shape]."""
+        raise NotImplementedError
+
+    def to_hf(self, tensor: Tensor, architecture: Architecture) -> tuple[Tensor, ...]:
+        """Undo `to_megatron` -> tensors of `part_shapes`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Copy(Rule):
+    """The same tensor under another name."""
+
+    shape: tuple[str, ...]
+    """Names of its dimensions, as `dimension` knows them."""
+
+    def part_shapes(self, architecture: Architecture) -> tuple[Shape, ...]:
+        return (self.megatron_shape(architecture),)
+
+    def megatron_shape(self, architecture: Architecture) -> Shape:
+        return tuple(dimension(architecture, name) for name in self.shape)
+
+    def to_megatron(self, tensors: Sequence[Tensor], architecture: Architecture) -> Tensor:
+        return tensors[0]
+
+    def to_hf(self, tensor: Tensor, architecture: Architecture) -> tuple[Tensor, ...]:
+        return (tensor,)
+
+
+@dataclass(frozen=True)
+class VocabRows(Copy):
+    """A row per token. Megatron may hold padding rows after the last token; they do not reach Hugging Face."""
+
+    shape: tuple[str, ...] = ("vocab", "hidden")
+    untied_only: bool = False
+    """Absent where the output layer shares the embedding."""
+
+    def applies(self, architecture: Architecture) -> bool:
+        return not (self.untied_only and architecture.share_embeddings_and_output_weights)
+
+
+@dataclass(frozen=True)
+class FusedQKV(Rule):
+    """Query, key and value projections in one, [q_1 .. q_R; k; v] for each key/value head; weights or biases."""
+
+    columns: tuple[str, ...] = ("hidden",)
+    """Dimensions after the rows; () for a bias."""
+
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self.hf.replace("{qkv}", letter) for letter in "qkv")
+
+    def part_shapes(self, architecture: Architecture) -> tuple[Shape, ...]:
+        columns = tuple(dimension(architecture, name) for name in self.columns)
+        return tuple((dimension(architecture, rows), *columns) for rows in ("query", "key", "key"))
+
+    def megatron_shape(self, architecture: Architecture) -> Shape:
+        shapes = self.part_shapes(architecture)
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def to_megatron(self, tensors: Sequence[Tensor], architecture: Architecture) -> Tensor:
+        groups = architecture.num_query_groups
+        grouped = [tensor.reshape(groups, -1, *tensor.shape[1:]) for tensor in tensors]  # [G, R*d | d | d, H]
+        return torch.cat(grouped, dim=1).reshape(self.megatron_shape(architecture))
+
+    def to_hf(self, tensor: Tensor, architecture: Architecture) -> tuple[Tensor, ...]:
+        groups, head = architecture.num_query_groups, architecture.kv_channels
+        queries = architecture.num_attention_heads // groups * head
+        grouped = tensor.reshape(groups, queries + 2 * head, *tensor.shape[1:])
+        split = grouped.split([queries, head, head], dim=1)
+        return tuple(part.reshape(-1, *tensor.shape[1:]) for part in split)
+
+
+@dataclass(frozen=True)
+class GateUp(Rule):
+    """The two input projections of a gated feed-forward unit in one: [gate; up] rows."""
+
+    def parts(self) -> tuple[str, ...]:
+        return tuple(self.hf.replace("{gate_up}", name) for name in ("gate", "up"))
+
+    def part_shapes(self, architecture: Architecture) -> tuple[Shape, ...]:
+        return ((architecture.ffn_hidden_size, architecture.hidden_size),) * 2
+
+    def megatron_shape(self, architecture: Architecture) -> Shape:
+        return (2 * architecture.ffn_hidden_size, architecture.hidden_size)
+
+    def to_megatron(self, tensors: Sequence[Tensor], architecture: Architecture) -> Tensor:
+        return torch.cat(list(tensors))
+
+    def to_hf(self, tensor: Tensor, architecture: Architecture) -> tuple[Tensor, ...]:
+        return tensor.split(architecture.ffn_hidden_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A model family: what its config.json must say, and its rules."""
+
+    model_type: str
+    """`model_type` of config.json, and the name of the table."""
+    architecture_class: str
+    """`architectures[0]` of config.json."""
+    rules: tuple[Rule, ...]
+    fixed: Mapping[str, tuple[Any, ...]]
+    """Keys of config.json that change the computation, and the values this table stands for (None: absent or null)."""
+    ignored: tuple[str, ...] = ()
+    """Ends of tensor names that old checkpoints carry and that hold no weights, such as RoPE's frequencies."""
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Binding:
+    """A rule at its place in one model: names and shapes filled in."""
+
+    rule: Rule
+    layer: int | None
+    hf_shapes: Mapping[str, Shape] = field(hash=False)
+    """Hugging Face's names and shapes, in the order that the rule takes them."""
+
+    @property
+    def megatron_name(self) -> str:
+        return self.rule.megatron.replace("{layer}", str(self.layer))
+
+
+def bind(family: Family, architecture: Architecture) -> tuple[Binding, ...]:
+    """Lay a family's table over a model -> one binding per Megatron tensor and layer: embedding, layers, the rest.
+
+    Raises:
+        ConversionError: two rules claim one Hugging Face tensor or one Megatron key.
+    """
+    bindings: list[Binding] = []
+    rules = [rule for rule in family.rules if rule.applies(architecture)]
+    first_layer_rule = next(i for i, rule in enumerate(rules) if rule.per_layer)
+    before = [rule for rule in rules[:first_layer_rule]]
+    after = [rule for rule in rules[first_layer_rule:] if not rule.per_layer]
+    bindings += [_binding(rule, architecture, None) for rule in before]
+    for layer in range(architecture.num_layers):
+        bindings += [_binding(rule, architecture, layer) for rule in rules if rule.per_layer]
+    bindings += [_binding(rule, architecture, None) for rule in after]
+    _check_no_double(bindings, family)
+    return tuple(bindings)
+
+
+def hf_shapes(bindings: Sequence[Binding]) -> dict[str, Shape]:
+    """List the Hugging Face tensors of a model -> {name: shape}, in the bindings' order."""
+    return {name: shape for binding in bindings for name, shape in binding.hf_shapes.items()}
+
+
+def megatron_shapes(bindings: Sequence[Binding], architecture: Architecture) -> dict[str, Shape]:
+    """List the keys of the distributed checkpoint -> {key: global shape}, layers as the first axis."""
+    shapes: dict[str, Shape] = {}
+    for binding in bindings:
+        shape = binding.rule.megatron_shape(architecture)
+        shapes[binding.rule.key] = (architecture.num_layers, *shape) if binding.rule.per_layer else shape
+    return shapes
+
+
+def _binding(rule: Rule, architecture: Architecture, layer: int | None) -> Binding:
+    names = [name.replace("{layer}", str(layer)) for name in rule.parts()]
+    return Binding(rule=rule, layer=layer, hf_shapes=dict(zip(names, rule.part_shapes(architecture), strict=True)))
+
+
+def _check_no_double(bindings: Sequence[Binding], family: Family) -> None:
+    for names in (list(_all_hf_names(bindings)), [binding.megatron_name for binding in bindings]):
+        seen: set[str] = set()
+        for name in names:
+            if name in seen:
+                raise ConversionError(
+                    f"two rules of the family {family.model_type!r} claim {name!r}. "
+                    f"Mend megatron_sppo/conversion/families/{family.model_type}.py."
+                )
+            seen.add(name)
+
+
+def _all_hf_names(bindings: Sequence[Binding]) -> Iterator[str]:
+    for binding in bindings:
+        yield from binding.hf_shapes
