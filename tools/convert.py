@@ -41,7 +41,7 @@ class ExportConfig:
     hf: Path
     """Hugging Face directory to write."""
     template: Path | None = None
-    """Hugging Face directory whose config, tokenizer and chat template to take; else those that came with the import."""
+    """Hugging Face directory whose config, tokenizer and chat template to take; else those of the import."""
     dtype: DType | None = None
     """Cast the weights; without it they are written as trained."""
     max_shard_size: str | None = None

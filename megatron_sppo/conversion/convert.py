@@ -9,7 +9,6 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
-from megatron_sppo.architecture import Architecture, read_architecture, write_architecture
-from megatron_sppo.conversion.distcp import METADATA_FILE, DistcpReader, Piece, write_distcp
+from megatron_sppo.architecture import Architecture, write_architecture
+from megatron_sppo.conversion.distcp import Piece, write_distcp
 from megatron_sppo.conversion.families import family_of
+from megatron_sppo.conversion.hf_checkpoint import INDEX_FILE as HF_INDEX_FILE
 from megatron_sppo.conversion.hf_checkpoint import (
     LAYOUT_FILE,
     SIDE_FILES,
@@ -33,18 +32,16 @@ from megatron_sppo.conversion.hf_checkpoint import (
     write_side_files,
     write_tensors,
 )
-from megatron_sppo.conversion.hf_checkpoint import INDEX_FILE as HF_INDEX_FILE
 from megatron_sppo.conversion.hf_config import CONFIG_FILE, architecture_from_hf, hf_from_architecture, read_config
 from megatron_sppo.conversion.megatron_checkpoint import (
     HF_DIRECTORY,
-    MANIFEST_FILE,
     iteration_directory,
     iterations,
     publish,
-    resolve_checkpoint,
     verify_checkpoint,
     write_manifest,
 )
+from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, open_megatron
 from megatron_sppo.conversion.rules import Binding, bind, hf_shapes, megatron_shapes
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.storage import atomic_directory, read_json, remove_stale_temporaries, write_json
@@ -65,8 +62,8 @@ _METADATA_JSON = {
 }
 _COMMON_STATE = {"iteration": IMPORT_ITERATION, "checkpoint_version": 3.0}
 
-# Modules whose (here empty) extra state mcore's layer specs ask for: Transformer Engine keeps FP8 scales there. The last
-# two entries of a layer exist only with per-head norms; a reader takes what it knows.
+# Modules whose (here empty) extra state mcore's layer specs ask for: Transformer Engine keeps FP8 scales there.
+# A reader takes what it knows: the last two, for example, exist only with per-head norms.
 _LAYER_EXTRA_STATES = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
@@ -76,7 +73,6 @@ _LAYER_EXTRA_STATES = (
     "self_attention.q_layernorm",
     "self_attention.k_layernorm",
 )
-_MODEL_ROOTS = ("embedding.", "decoder.", "output_layer.", "mtp.", "encoder.", "vision_model.")
 
 
 def import_checkpoint(hf: Path, megatron: Path, *, dtype: str | None = None, overwrite: bool = False) -> Path:
@@ -178,116 +174,6 @@ def export_checkpoint(
     return hf
 
 
-@dataclass(frozen=True, kw_only=True)
-class OpenedMegatron:
-    """A Megatron checkpoint that was checked against its architecture, ready to be read as Hugging Face tensors."""
-
-    directory: Path
-    architecture: Architecture
-    bindings: tuple[Binding, ...]
-    reader: DistcpReader
-    side_files: Path | None
-    """Directory with config.json and tokenizer, or None where the checkpoint carries none."""
-
-    def key_of(self, binding: Binding) -> str:
-        """Key in the checkpoint: stacked over layers, or one of its own (mcore's non-homogeneous layers)."""
-        stored = self.reader.metadata.state_dict_metadata
-        return binding.rule.key if binding.rule.key in stored else binding.megatron_name
-
-    def dtype(self, binding: Binding) -> torch.dtype:
-        return self.reader.dtype(self.key_of(binding))
-
-    def read(self, binding: Binding) -> dict[str, Tensor]:
-        """Read one Megatron tensor and make the Hugging Face tensors of it -> {name: tensor}."""
-        shape = binding.rule.megatron_shape(self.architecture)
-        key = self.key_of(binding)
-        offsets, sizes = (0,) * len(shape), shape
-        if binding.rule.per_layer and key == binding.rule.key:
-            assert binding.layer is not None
-            offsets, sizes = (binding.layer, *offsets), (1, *shape)
-        tensor = self.reader.read(key, offsets, sizes).reshape(shape)
-        return dict(zip(binding.hf_shapes, binding.rule.to_hf(tensor, self.architecture), strict=True))
-
-
-def open_megatron(megatron: Path, *, template: Path | None = None) -> OpenedMegatron:
-    """Open a Megatron checkpoint for reading: checksums of what will be read, keys and shapes.
-
-    Raises:
-        DataError: no checkpoint there, or its checksums do not hold.
-        ConversionError: it is not the model that model.json (or the template's config.json) describes.
-    """
-    directory = resolve_checkpoint(Path(megatron))
-    if template is not None:
-        architecture = architecture_from_hf(read_config(template), place=str(Path(template, CONFIG_FILE)))
-    elif (directory / MODEL_FILE).is_file():
-        architecture, _ = read_architecture(directory)
-    else:
-        raise ConversionError(
-            f"{directory} has no {MODEL_FILE} that says what model it holds. Give its Hugging Face directory: --template HF_DIR."
-        )
-    bindings = bind(family_of(architecture.family, place=str(directory / MODEL_FILE)), architecture)
-    reader = DistcpReader.open(directory)
-    carried = directory / HF_DIRECTORY
-    if (directory / MANIFEST_FILE).is_file():
-        own = [f"{HF_DIRECTORY}/{path.name}" for path in sorted(carried.glob("*"))] if carried.is_dir() else []
-        model_file = [MODEL_FILE] if (directory / MODEL_FILE).is_file() else []
-        keys = list(megatron_shapes(bindings, architecture))
-        names = [
-            *model_file,
-            METADATA_FILE,
-            *own,
-            *reader.files([*keys, *(binding.megatron_name for binding in bindings)]),
-        ]
-        verify_checkpoint(directory, names=names)
-    else:
-        logger.warning("%s has no %s: its checksums are unknown", directory, MANIFEST_FILE)
-    if template is not None:
-        side_files: Path | None = Path(template)
-    else:
-        side_files = carried if (carried / CONFIG_FILE).is_file() else None
-    opened = OpenedMegatron(
-        directory=directory, architecture=architecture, bindings=bindings, reader=reader, side_files=side_files
-    )
-    _check_keys(opened)
-    return opened
-
-
-def compare_tensors(
-    source: HFCheckpoint,
-    opened: OpenedMegatron,
-    *,
-    dtype: torch.dtype | None = None,
-    progress: Callable[[int], None] = lambda nbytes: None,
-) -> list[str]:
-    """Compare, byte for byte and streamed, what the Megatron checkpoint exports with a Hugging Face directory.
-
-    Args:
-        dtype: that either side is cast to first; None compares as they are.
-
-    Returns:
-        Names of the tensors that differ in bytes, dtype or shape, or that `source` lacks.
-    """
-    different = []
-    for binding in opened.bindings:
-        for name, tensor in opened.read(binding).items():
-            entry = source.entries.get(name)
-            if entry is None or entry.shape != tuple(tensor.shape) or (dtype is None and entry.dtype != tensor.dtype):
-                different.append(name)
-                continue
-            other = source.read(name)
-            if dtype is not None:
-                tensor, other = tensor.to(dtype), other.to(dtype)
-            # As bytes: equal means equal for NaN and -0.0 too.
-            if not torch.equal(_bytes(tensor), _bytes(other)):
-                different.append(name)
-            progress(entry.nbytes)
-    return different
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
 def _pieces(
     source: HFCheckpoint, bindings: Sequence[Binding], architecture: Architecture, cast: torch.dtype | None
 ) -> list[Piece]:
@@ -300,8 +186,8 @@ def _pieces(
             found, first = dtypes.setdefault(binding.rule.key, (source.entries[name].dtype, name))
             if cast is None and found != source.entries[name].dtype:
                 raise ConversionError(
-                    f"{source.directory} holds {first} in {found} and {name} in {source.entries[name].dtype}, which Megatron "
-                    "keeps in one tensor. Choose one type: --dtype bfloat16."
+                    f"{source.directory} holds {first} in {found} and {name} in {source.entries[name].dtype}, "
+                    "which Megatron keeps in one tensor. Choose one type: --dtype bfloat16."
                 )
         shape = binding.rule.megatron_shape(architecture)
         layered = binding.layer is not None
@@ -346,37 +232,6 @@ def _extra_states(architecture: Architecture) -> dict[str, Any]:
         for module in _LAYER_EXTRA_STATES
     ]
     return dict.fromkeys([*keys, "decoder.final_layernorm._extra_state/shard_0_1"])
-
-
-def _check_keys(opened: OpenedMegatron) -> None:
-    """Compare the checkpoint's keys with the architecture's: missing, mis-shaped and unknown ones are named."""
-    stored = opened.reader.shapes()
-    stacked = megatron_shapes(opened.bindings, opened.architecture)
-    known = set()
-    for binding in opened.bindings:
-        key = opened.key_of(binding)
-        known.add(key)
-        wanted = stacked[key] if key in stacked else binding.rule.megatron_shape(opened.architecture)
-        if key not in stored:
-            raise ConversionError(
-                f"{opened.directory} lacks {binding.rule.key}. It is a checkpoint of another model, or of no GPTModel."
-            )
-        found = stored[key]
-        rows_may_exceed = _is_vocab(binding) and found[0] >= wanted[0]  # Megatron pads the vocabulary
-        if found != wanted and not (rows_may_exceed and found[1:] == wanted[1:]):
-            raise ConversionError(
-                f"{opened.directory} holds {key} of shape {list(found)} where its architecture has {list(wanted)}. "
-                "It is a checkpoint of another model."
-            )
-    if unknown := sorted(key for key in stored if key.startswith(_MODEL_ROOTS) and key not in known):
-        raise ConversionError(
-            f"{opened.directory} holds {', '.join(unknown[:4])}, for which the family {opened.architecture.family!r} has no rule. "
-            "It is a checkpoint of another model."
-        )
-
-
-def _is_vocab(binding: Binding) -> bool:
-    return getattr(binding.rule, "shape", ())[:1] == ("vocab",)
 
 
 def _already_imported(
@@ -512,7 +367,8 @@ def _check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise ConversionError(
-            f"{path} needs {needed / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free. Free some space, or choose another disk."
+            f"{path} needs {needed / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free. "
+            "Free some space, or choose another disk."
         )
 
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import filesystem, metadata as dcp, planner
+from torch.distributed.checkpoint import filesystem, planner
+from torch.distributed.checkpoint import metadata as dcp
 from torch.serialization import _get_layout
 
 from megatron_sppo.errors import ConversionError, DataError
@@ -73,7 +74,7 @@ def read_metadata(directory: Path) -> Any:
             content = _MetadataUnpickler(file).load()
     except FileNotFoundError:
         raise ConversionError(
-            f"{directory} has no {METADATA_FILE}: it is no torch_dist checkpoint, or was never finished. Check the path."
+            f"{directory} has no {METADATA_FILE}: it is no torch_dist checkpoint, or never finished. Check the path."
         ) from None
     except ConversionError as error:
         raise ConversionError(f"{directory}: {error}") from None

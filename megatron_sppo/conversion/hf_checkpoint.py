@@ -98,7 +98,7 @@ def open_hf_checkpoint(directory: Path) -> HFCheckpoint:
         for name, file in weight_map.items():
             if name not in entries or entries[name].file != contained(directory, file):
                 raise ConversionError(
-                    f"{directory / INDEX_FILE} says that {name} is in {file}, but it is not there. Fetch the model again."
+                    f"{directory / INDEX_FILE} says that {name} is in {file}, which lacks it. Fetch the model again."
                 )
     return HFCheckpoint(directory=directory, headers=headers, entries=entries)
 
@@ -117,8 +117,8 @@ def check_tensors(checkpoint: HFCheckpoint, expected: Mapping[str, Shape], *, ig
     for name, shape in expected.items():
         if checkpoint.entries[name].shape != shape:
             raise ConversionError(
-                f"{place} holds {name} of shape {list(checkpoint.entries[name].shape)} where its {CONFIG_FILE} promises "
-                f"{list(shape)}. Weights and config are of two models: fetch both again."
+                f"{place} holds {name} of shape {list(checkpoint.entries[name].shape)} where its {CONFIG_FILE} "
+                f"promises {list(shape)}. Weights and config are of two models: fetch both again."
             )
     extra = [name for name in checkpoint.entries if name not in expected]
     left = [name for name in extra if name.endswith(tuple(ignored))] if ignored else []
@@ -254,8 +254,8 @@ def _no_weights(directory: Path) -> str:
     pickled = sorted([*directory.glob("*.bin"), *directory.glob("*.pth"), *directory.glob("*.pt")])
     if pickled:
         return (
-            f"{directory} holds its weights as pickle only ({pickled[0].name}), which can run code and is not read. Save them as "
-            "safetensors: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR), with a checkpoint that you trust."
+            f"{directory} holds its weights as pickle only ({pickled[0].name}), which can run code and is not read. "
+            "If you trust it, write safetensors: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)."
         )
     if gguf := sorted(directory.glob("*.gguf")):
         return f"{directory} holds GGUF weights ({gguf[0].name}). Use the model's safetensors checkpoint."

@@ -1,4 +1,4 @@
-"""Hugging Face's config.json <-> our Architecture, and every setting that would change the computation refused by name."""
+"""Hugging Face's config.json <-> our Architecture, and settings that would change the computation refused."""
 
 import json
 import math
@@ -142,7 +142,8 @@ def _rope(config: Mapping[str, Any], place: str) -> tuple[float, Llama3RopeScali
         return base, None
     if kind != "llama3":
         raise ConversionError(
-            f"{place} says rope_scaling of type {kind!r}; the Megatron model knows 'default' and 'llama3'. Use another model."
+            f"{place} says rope_scaling of type {kind!r}; the Megatron model knows 'default' and 'llama3'. "
+            "Use another model."
         )
     numbers = {
         "factor": _positive(scaling, "factor", place),

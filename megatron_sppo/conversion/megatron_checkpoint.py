@@ -75,10 +75,12 @@ def resolve_checkpoint(path: Path) -> Path:
         return directory
     if (path / "config.json").is_file():
         raise DataError(
-            f"{path} is a Hugging Face model, no Megatron checkpoint. tools/convert.py import --hf {path} --megatron NEW_DIR"
+            f"{path} is a Hugging Face model, no Megatron checkpoint. "
+            f"tools/convert.py import --hf {path} --megatron NEW_DIR"
         )
     raise DataError(
-        f"{path} holds no usable Megatron checkpoint ({TRACKER_FILE} {fault}). tools/convert.py import --hf HF_DIR --megatron {path}"
+        f"{path} holds no usable Megatron checkpoint ({TRACKER_FILE} {fault}). "
+        f"tools/convert.py import --hf HF_DIR --megatron {path}"
     )
 
 
@@ -137,7 +139,8 @@ def verify_checkpoint(directory: Path, *, names: Sequence[str] | None = None) ->
             raise DataError(f"{path} is missing. The checkpoint is damaged: use another one.")
         if path.stat().st_size != entry.get("bytes"):
             raise DataError(
-                f"{path} has {path.stat().st_size} bytes, not {entry.get('bytes')}. The checkpoint is damaged: use another one."
+                f"{path} has {path.stat().st_size} bytes, not {entry.get('bytes')}. "
+                "The checkpoint is damaged: use another one."
             )
         if sha256_of_file(path) != entry.get("sha256"):
             raise DataError(

@@ -134,7 +134,7 @@ class FusedQKV(Rule):
         groups, head = architecture.num_query_groups, architecture.kv_channels
         queries = architecture.num_attention_heads // groups * head
         grouped = tensor.reshape(groups, queries + 2 * head, *tensor.shape[1:])
-        split = grouped.split([queries, head, head], dim=1)
+        split = torch.split(grouped, [queries, head, head], dim=1)
         return tuple(part.reshape(-1, *tensor.shape[1:]) for part in split)
 
 
@@ -155,7 +155,7 @@ class GateUp(Rule):
         return torch.cat(list(tensors))
 
     def to_hf(self, tensor: Tensor, architecture: Architecture) -> tuple[Tensor, ...]:
-        return tensor.split(architecture.ffn_hidden_size)
+        return torch.split(tensor, architecture.ffn_hidden_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +198,7 @@ def bind(family: Family, architecture: Architecture) -> tuple[Binding, ...]:
     bindings: list[Binding] = []
     rules = [rule for rule in family.rules if rule.applies(architecture)]
     first_layer_rule = next(i for i, rule in enumerate(rules) if rule.per_layer)
-    before = [rule for rule in rules[:first_layer_rule]]
+    before = rules[:first_layer_rule]
     after = [rule for rule in rules[first_layer_rule:] if not rule.per_layer]
     bindings += [_binding(rule, architecture, None) for rule in before]
     for layer in range(architecture.num_layers):
