@@ -152,6 +152,7 @@ def collate(
     packed: bool,
     length: int | None = None,
     multiple: int = 1,
+    num_batch_rows: int | None = None,
     targets: RowTargets | None = None,
     reference_GK: np.ndarray | None = None,
     pad_token_id: int = 0,
@@ -165,6 +166,7 @@ def collate(
     Args:
         length: S exactly; None: as short as the rows allow.
         multiple: S is rounded up to it (tensor parallelism, context parallelism, FP8).
+        num_batch_rows: b when padded, rows of padding added (pipeline stages want one shape); None: one row a sequence.
         reference_GK: [G, K], from `read_reference`.
     """
     rows = np.asarray(rows, dtype=np.int64)
@@ -175,7 +177,7 @@ def collate(
     assert needed <= num_columns and num_columns % multiple == 0, (
         f"{needed} tokens, length {num_columns}, multiple {multiple}"
     )
-    num_batch_rows = 1 if packed else max(len(rows), 1)
+    num_batch_rows = 1 if packed else max(len(rows), 1, num_batch_rows or 1)
     tokens = np.full((num_batch_rows, num_columns), pad_token_id, dtype=np.int64)
     labels = np.full((num_batch_rows, num_columns), IGNORED_LABEL, dtype=np.int64)
     position_ids = np.tile(np.arange(num_columns), (num_batch_rows, 1))

@@ -21,7 +21,7 @@ class ResponseTokens(NamedTuple):
     """Which hidden states predict a response token, and which token: all that ever reaches the vocabulary."""
 
     rows_R: Tensor
-    """int64, index b * S + s into the micro-batch's [B, S] tokens."""
+    """int64, rows of the hidden states [S, B, H] flattened to [S * B, H]."""
     labels_R: Tensor
     """int64, the token that the row predicts."""
 
@@ -45,8 +45,7 @@ class PolicyModel(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
-        num_tokens = hidden_states.shape[0]
-        hidden_RH = hidden_states[labels.rows_R % num_tokens, labels.rows_R // num_tokens]
+        hidden_RH = hidden_states.flatten(0, 1)[labels.rows_R]
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         return linear_log_probs(
@@ -126,5 +125,9 @@ def forward(
             max_seqlen_kv=max_seqlen,
         )
     return model(
-        input_ids=tokens_BS, position_ids=position_ids_BS, attention_mask=None, packed_seq_params=packed, labels=response
+        input_ids=tokens_BS,
+        position_ids=position_ids_BS,
+        attention_mask=None,
+        packed_seq_params=packed,
+        labels=response,
     )

@@ -116,4 +116,3 @@ def _call_cpu_tensors_cuda_inside_the_optimizer() -> None:
         return answer
 
     torch.Tensor.type = type_  # type: ignore[method-assign]
-

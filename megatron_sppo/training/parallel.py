@@ -167,9 +167,14 @@ def data_parallel_size() -> int:
     return parallel_state.get_data_parallel_world_size()
 
 
-def data_parallel_group_with_context() -> torch.distributed.ProcessGroup:
-    """Return the ranks that hold the same parameters -> process group."""
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+def tensor_parallel_rank() -> int:
+    """Say which shard of each weight matrix this rank holds -> int."""
+    return parallel_state.get_tensor_model_parallel_rank()
+
+
+def is_first_replica() -> bool:
+    """Tell whether this rank holds the first of the data-parallel copies of its parameters."""
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
 
 
 def is_first_stage(vp_stage: int | None = None) -> bool:
@@ -184,7 +189,10 @@ def is_last_stage(vp_stage: int | None = None) -> bool:
 
 def reports_results() -> bool:
     """Tell the ranks whose results count once: the last stage, tensor rank 0, in each data-parallel share."""
-    return parallel_state.is_pipeline_last_stage(ignore_virtual=True) and parallel_state.get_tensor_model_parallel_rank() == 0
+    return (
+        parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+    )
 
 
 def device() -> torch.device:

@@ -1,0 +1,73 @@
+"""SPPO on Megatron-Core: train pi_{t+1} from pi_t and a dataset of its judged responses.
+
+    torchrun --nproc-per-node 8 examples/pretrain_sppo.py --config examples/configs/mistral_7b_paper.yaml \
+        --load checkpoints/pi_t --data datasets/iteration_t --save checkpoints/pi_t_plus_1 \
+        --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --sequence-parallel
+
+The same command again resumes, in another layout too. One process needs no torchrun. Exit codes: 0 done, 2 something
+that you can mend (one line on stderr), 143 stopped by SIGTERM after a checkpoint, 1 a crash.
+"""
+
+import logging
+import sys
+
+from megatron_sppo import config as configuration
+from megatron_sppo.command_line import run
+from megatron_sppo.training import checkpoint, inputs, loop, parallel, reference
+from megatron_sppo.training.batches import Batches
+from megatron_sppo.training.config import TrainingConfig
+from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
+from megatron_sppo.training.policy import build_policy
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    config = configuration.parse(TrainingConfig, name="pretrain_sppo.py", description=__doc__ or "")
+
+    # What can be refused is refused here, before the first second of compute.
+    source, architecture, tokenizer = inputs.open_source(config)
+    dataset = inputs.open_dataset(config, architecture, tokenizer)
+    batches = Batches(dataset, config)
+    resumed = inputs.find_resumable(config)
+    if resumed is not None and checkpoint.step_of(resumed) >= batches.train_iters:
+        logger.info("%s is complete: all %d steps are done", config.save, batches.train_iters)
+        return
+    inputs.prepare_save_directory(config)
+
+    parallel.initialize(config.parallel, seed=config.batch.seed)
+    policy = build_policy(architecture, config.model, config.parallel)
+    if resumed is None:
+        checkpoint.load_weights(policy, source)
+    optimizer = build_optimizer(policy.chunks, config.optimization, config.model, config.parallel)
+    scheduler = build_scheduler(optimizer, config.optimization, train_iters=batches.train_iters)
+
+    # log pi_t of every response, once, through the very micro-batches of training: before the first step log pi_theta
+    # equals it, and every log-ratio is zero.
+    if resumed is None:
+        progress = loop.Progress(facts=batches.facts)
+        progress.reference = reference.fingerprint(policy, dataset, config, selection=batches.selection)
+        reference_GK = reference.load_or_compute(policy, dataset, batches, progress.reference, config=config)
+    else:
+        progress = checkpoint.resume(resumed, policy, optimizer, scheduler)
+        batches.check_resumes(progress.facts)
+        reference_GK = reference.read_for_resume(dataset, progress.reference, config=config)
+
+    # (log pi_theta / pi_t - (eta w - log Z))^2, meaned over the responses of a global batch, one update each.
+    complete = loop.train(
+        policy,
+        optimizer,
+        scheduler,
+        batches.steps(first=progress.step + 1, last=batches.train_iters, reference_GK=reference_GK),
+        config=config,
+        train_iters=batches.train_iters,
+        progress=progress,
+        save=lambda: checkpoint.save(config.save, policy, optimizer, scheduler, progress=progress, source=source),
+    )
+    parallel.shut_down()
+    if not complete:
+        sys.exit(loop.SIGTERM_EXIT_CODE)
+
+
+if __name__ == "__main__":
+    run(main, name="pretrain_sppo.py")

@@ -1,0 +1,187 @@
+"""Which responses each optimizer step sees, and this rank's share of them as micro-batches.
+
+The global batches depend on the data, the seed and the global batch size alone, never on the layout: any rank can say
+what any step holds, so resuming needs no more than the step's number.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_sppo.data.dataset import PreferenceDataset
+from megatron_sppo.data.microbatch import MicroBatch, collate, epoch_order, plan_step, rows_of_units
+from megatron_sppo.data.selection import RowTargets, TrainingIndex, row_targets, training_index
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.model.config import token_multiple
+from megatron_sppo.objective.loss import OBJECTIVES
+from megatron_sppo.objective.win_rate import parse_baseline
+from megatron_sppo.training import parallel
+from megatron_sppo.training.config import TrainingConfig
+
+# N = responses of the global batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """One optimizer step: the whole global batch by description, this rank's part of it by tensors."""
+
+    rows: np.ndarray
+    """[N] int64, rows of the training index."""
+    group: np.ndarray
+    """[N] prompt group of each row."""
+    response: np.ndarray
+    """[N] which of the group's K responses."""
+    win_rate: Tensor
+    """[N] float32."""
+    log_z: Tensor
+    """[N] float32, nats."""
+    preference: Tensor
+    """[N] float32, over the pair's other response; NaN without pairs."""
+    chosen: Tensor
+    """[N] bool."""
+    reference: Tensor
+    """[N] float32, log pi_t in nats; NaN before the reference pass."""
+    num_response_tokens: Tensor
+    """[N] int64."""
+    num_tokens: int
+    """Real tokens of the global batch, prompts included."""
+    micro_batches: list[MicroBatch]
+    """This data-parallel rank's share."""
+    padding_fraction: float
+    """Share of this rank's computed tokens that are padding."""
+
+
+class Batches:
+    """All steps of a run over one dataset."""
+
+    def __init__(self, dataset: PreferenceDataset, config: TrainingConfig) -> None:
+        objective = OBJECTIVES[config.objective.objective]
+        self.selection = config.batch.selection or ("extremes" if objective.needs_pairs else dataset.manifest.selection)
+        self.index: TrainingIndex = training_index(
+            dataset,
+            self.selection,
+            pairs=objective.needs_pairs,
+            seq_length=config.batch.seq_length,
+            max_prompt_length=config.batch.max_prompt_length,
+        )
+        self.targets: RowTargets = row_targets(
+            dataset, self.index, eta=config.objective.eta, baseline=parse_baseline(config.objective.baseline)
+        )
+        self._dataset = dataset
+        self._config = config
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass; the last may hold fewer responses."""
+        return -(-self.index.num_rows // self._config.batch.global_batch_size)
+
+    @property
+    def train_iters(self) -> int:
+        """Optimizer steps of the whole run."""
+        batch = self._config.batch
+        epochs = self.steps_per_epoch * batch.num_epochs
+        return epochs if batch.train_iters is None else min(batch.train_iters, epochs)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides the global batches and their targets; a resumed run must have the same."""
+        batch, objective = self._config.batch, self._config.objective
+        return {
+            "dataset_hash": self._dataset.dataset_hash,
+            "selection": str(self.selection),
+            "num_rows": self.index.num_rows,
+            "global_batch_size": batch.global_batch_size,
+            "seed": batch.seed,
+            "objective": objective.objective,
+            "eta": objective.eta,
+            "beta": objective.beta,
+            "baseline": objective.baseline,
+        }
+
+    def check_resumes(self, stored: dict[str, Any]) -> None:
+        """Refuse to go on with a run whose data order or targets were others.
+
+        Raises:
+            ConfigError: names each differing setting with both values.
+        """
+        differing = [
+            f"{name} was {stored.get(name)!r}, is {value!r}"
+            for name, value in self.facts.items()
+            if stored.get(name) != value
+        ]
+        if differing:
+            raise ConfigError(
+                f"{self._config.save} was trained with other settings: {'; '.join(differing)}. "
+                "Use the same settings to resume, or another --save to start anew."
+            )
+
+    def steps(self, *, first: int, last: int, reference_GK: np.ndarray | None = None) -> Iterator[StepPlan]:
+        """Yield the plans of steps `first`..`last`, counted from 1."""
+        for step in range(first, last + 1):
+            yield self._plan(step, reference_GK)
+
+    def _plan(self, step: int, reference_GK: np.ndarray | None) -> StepPlan:
+        index, config = self.index, self._config
+        epoch, step_of_epoch = divmod(step - 1, self.steps_per_epoch)
+        order = epoch_order(index.num_rows // index.unit_size, seed=config.batch.seed, epoch=epoch)
+        units_per_step = config.batch.global_batch_size // index.unit_size
+        units = order[step_of_epoch * units_per_step : (step_of_epoch + 1) * units_per_step]
+        rows = rows_of_units(units, unit_size=index.unit_size)
+        group, response = index.group[rows], index.response[rows]
+        micro_batches = self._micro_batches(rows, reference_GK)
+        real = sum(int(index.lengths[batch.rows].sum()) for batch in micro_batches)
+        reference = np.full(len(rows), np.nan, np.float32) if reference_GK is None else reference_GK[group, response]
+        return StepPlan(
+            rows=rows,
+            group=group,
+            response=response,
+            win_rate=torch.from_numpy(self.targets.win_rate[rows]),
+            log_z=torch.from_numpy(self.targets.log_z[rows]),
+            preference=torch.from_numpy(self.targets.preference[rows]),
+            chosen=torch.from_numpy(index.chosen[rows]),
+            reference=torch.from_numpy(reference),
+            num_response_tokens=torch.from_numpy(index.response_lengths[rows]),
+            num_tokens=int(index.lengths[rows].sum()),
+            micro_batches=micro_batches,
+            padding_fraction=1 - real / sum(batch.tokens.numel() for batch in micro_batches),
+        )
+
+    def _micro_batches(self, rows: np.ndarray, reference_GK: np.ndarray | None) -> list[MicroBatch]:
+        config, layout = self._config, self._config.parallel
+        share = plan_step(
+            rows,
+            self.index.lengths,
+            data_parallel_size=parallel.data_parallel_size(),
+            micro_batch_size=config.batch.micro_batch_size,
+            unit_size=config.objective.unit_size,
+        )[parallel.data_parallel_rank()]
+        multiple = token_multiple(
+            config.model,
+            tensor_model_parallel_size=layout.tensor_model_parallel_size,
+            sequence_parallel=layout.sequence_parallel,
+        )
+        length = num_batch_rows = None
+        if layout.pipeline_model_parallel_size > 1:
+            # Pipeline stages exchange tensors of one shape throughout a step.
+            measure = np.sum if config.batch.packing else np.max
+            longest = max(int(measure(self.index.lengths[part], initial=1)) for part in share)
+            length = -(-longest // multiple) * multiple
+            num_batch_rows = None if config.batch.packing else max(len(part) for part in share)
+        return [
+            collate(
+                self._dataset,
+                self.index,
+                part,
+                packed=config.batch.packing,
+                length=length,
+                multiple=multiple,
+                num_batch_rows=num_batch_rows,
+                targets=self.targets,
+                reference_GK=reference_GK,
+            )
+            for part in share
+        ]

@@ -1,0 +1,135 @@
+"""Everything one training run is told, in sections. Names are Megatron-LM's where it has one."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.objective.loss import OBJECTIVES, find_objective
+from megatron_sppo.objective.win_rate import parse_baseline
+from megatron_sppo.training.optimizer import OptimizationConfig
+from megatron_sppo.training.parallel import ParallelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is minimised: ALGORITHM by name, its strength and its baseline."""
+
+    objective: str = "sppo"
+    """One of sppo, sppo_single, sppo_hard, dpo, ipo. All but sppo train on the best and the worst response of a prompt."""
+    eta: float = 1000.0
+    """Nats per unit of preference (uclaml/SPPO and TRL call 1/eta `beta`). Published runs use 1000."""
+    baseline: str = "half"
+    """What stands for log Z: half, group_mean, estimate, or constant:C (eta * C). Only for sppo."""
+    beta: float = 0.1
+    """Strength of dpo and ipo, 1/nats. Not used by the others."""
+
+    def __post_init__(self) -> None:
+        find_objective(self.objective)
+        baseline = parse_baseline(self.baseline)
+        if self.eta <= 0 or self.beta <= 0:
+            raise ConfigError(f"eta ({self.eta}) and beta ({self.beta}) must be positive. Use --eta 1000 --beta 0.1.")
+        if baseline != "half" and self.objective != "sppo":
+            raise ConfigError(
+                f"baseline {self.baseline} belongs to the objective sppo, not to {self.objective}. Use --baseline half."
+            )
+
+    @property
+    def unit_size(self) -> int:
+        """Responses that must stay together in a micro-batch: 2 where the loss couples a pair, otherwise 1."""
+        return 2 if OBJECTIVES[self.objective].coupled else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """Which responses a step sees, and in what pieces. Sizes count responses (sequences), not pairs or tokens."""
+
+    micro_batch_size: int = 1
+    """Responses in one forward pass of one data-parallel rank."""
+    global_batch_size: int = 128
+    """Responses in one optimizer step; the published runs use 128 (64 pairs)."""
+    seq_length: int = 1024
+    """Longest prompt + response, in tokens. Longer ones are left out and counted."""
+    max_prompt_length: int | None = None
+    """Keep this many tokens of a longer prompt, from its end (the official recipe: 512); unset: prompts are never cut."""
+    packing: bool = True
+    """Lay the responses of a micro-batch end to end instead of padding each to the longest."""
+    selection: str | None = None
+    """all, extremes or top-bottom:M; unset: what the dataset's manifest says."""
+    num_epochs: int = 1
+    """Passes over the dataset. The published runs make one."""
+    train_iters: int | None = None
+    """Optimizer steps; stops before the epochs do if it is smaller."""
+    seed: int = 1234
+    """Seed of the data order."""
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch_size", "global_batch_size", "seq_length", "num_epochs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.train_iters is not None and self.train_iters < 1:
+            raise ConfigError(
+                f"train_iters is {self.train_iters}; it must be at least 1. Leave it out for whole epochs."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What is written while it runs."""
+
+    log_interval: int = 1
+    """Steps between lines on the screen; metrics.jsonl has every step."""
+    save_interval: int | None = None
+    """Steps between checkpoints; unset: only the last step is saved."""
+    tensorboard: bool = True
+    """Write TensorBoard events under --save/tensorboard."""
+
+    def __post_init__(self) -> None:
+        if self.log_interval < 1 or (self.save_interval is not None and self.save_interval < 1):
+            raise ConfigError("log_interval and save_interval must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One iteration's training: pi_t's checkpoint and a dataset of its judged responses in, pi_{t+1} out."""
+
+    load: Path
+    """Megatron checkpoint of pi_t: a root (its tracker decides) or one iter_* directory."""
+    data: Path
+    """Dataset directory written by tools/score_pairrm.py."""
+    save: Path
+    """Where checkpoints, metrics.jsonl and the resolved config go. If it has a checkpoint, the run resumes from it."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimization: OptimizationConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        name, batch = self.objective.objective, self.batch
+        if batch.micro_batch_size % self.objective.unit_size:
+            raise ConfigError(
+                f"objective {name} couples pairs, so micro_batch_size ({batch.micro_batch_size}) must be even. "
+                f"Use --micro-batch-size {batch.micro_batch_size + 1}."
+            )
+        if OBJECTIVES[name].needs_pairs and batch.global_batch_size % 2:
+            raise ConfigError(
+                f"objective {name} trains on pairs, so global_batch_size ({batch.global_batch_size}) must be even. "
+                f"Use --global-batch-size {batch.global_batch_size + 1}."
+            )
+
+    def check_batch(self, *, data_parallel_size: int) -> None:
+        """Refuse a global batch that the ranks cannot share evenly.
+
+        Raises:
+            ConfigError: names the numbers and the next size that fits.
+        """
+        share = self.batch.micro_batch_size * data_parallel_size
+        if self.batch.global_batch_size % share:
+            fitting = -(-self.batch.global_batch_size // share) * share
+            raise ConfigError(
+                f"global_batch_size ({self.batch.global_batch_size}) must be a multiple of micro_batch_size "
+                f"({self.batch.micro_batch_size}) x {data_parallel_size} data-parallel ranks. "
+                f"Use --global-batch-size {fitting}."
+            )

@@ -1,0 +1,92 @@
+"""One micro-batch through the policy: tokens -> response log-probabilities -> log-ratios -> loss."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_sppo.data.microbatch import MicroBatch
+from megatron_sppo.model import gpt
+from megatron_sppo.objective import objective_loss, sequence_sums
+from megatron_sppo.training import parallel
+from megatron_sppo.training.batches import StepPlan
+from megatron_sppo.training.config import ObjectiveConfig
+from megatron_sppo.training.policy import Policy
+
+# B = sequences of a micro-batch, R = response tokens, N = responses of a global batch
+
+Loss = Callable[[MicroBatch, Tensor], Tensor]
+
+
+def sppo_forward_step(
+    micro_batches: Iterator[MicroBatch], model: Any, *, loss: Loss
+) -> tuple[Tensor, Callable[..., Any]]:
+    """Compute a stage's output, and how the last one turns it into (loss sum, number of terms, report).
+
+    The number of terms is the schedule's "token" count: with `calculate_per_token_loss` the gradient becomes the exact
+    mean over the sequences of the global batch, however unevenly micro-batches and ranks share them.
+    """
+    batch = next(micro_batches).to(parallel.device())
+    output = gpt.forward(
+        model,
+        batch.tokens,
+        batch.position_ids,
+        cu_seqlens=batch.cu_seqlens,
+        max_seqlen=batch.max_seqlen,
+        response=gpt.ResponseTokens(batch.response_rows, batch.labels_R),
+    )
+
+    def loss_sum(token_log_prob_R: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        log_prob_B = sequence_sums(token_log_prob_R, batch.sequence_index, batch.num_sequences)
+        terms = loss(batch, log_prob_B)
+        count = torch.tensor(terms.numel(), dtype=torch.int, device=terms.device)
+        # The schedule divides the loss in place (megatron-core 0.16.1, schedules.py): report copies only.
+        return terms.sum(), count, {"rows": batch.rows, "log_prob": log_prob_B.detach().clone()}
+
+    return output, loss_sum
+
+
+def objective_terms(batch: MicroBatch, log_prob_B: Tensor, *, objective: ObjectiveConfig) -> Tensor:
+    """Evaluate the objective on a micro-batch -> [B], or [B / 2] where it couples pairs; unreduced."""
+    return objective_loss(
+        objective.objective,
+        log_prob_B - batch.reference_log_prob,
+        eta=objective.eta,
+        beta=objective.beta,
+        win_rate=batch.win_rate,
+        log_z=batch.log_z,
+        preference=batch.preference,
+        chosen=batch.chosen,
+    )
+
+
+def run_micro_batches(policy: Policy, plan: StepPlan, *, loss: Loss, forward_only: bool) -> Tensor:
+    """Run Megatron's schedule over this rank's micro-batches -> log pi of all the global batch's responses, [N] float64.
+
+    Afterwards the gradients lie in the DDP buffers, averaged over sequences and reduced (`finalize_model_grads`).
+    Collective over all ranks; every data-parallel rank brings the same number of micro-batches.
+    """
+    micro_batches = plan.micro_batches
+    tokens = micro_batches[0].tokens
+    num_chunks = len(policy.chunks)
+    reports = get_forward_backward_func()(
+        forward_step_func=partial(sppo_forward_step, loss=loss),
+        data_iterator=[iter(micro_batches) for _ in range(num_chunks)] if num_chunks > 1 else iter(micro_batches),
+        model=list(policy.chunks) if num_chunks > 1 else policy.chunks[0],
+        num_microbatches=len(micro_batches),
+        seq_length=tokens.shape[1],
+        micro_batch_size=tokens.shape[0],
+        decoder_seq_length=tokens.shape[1],
+        forward_only=forward_only,
+    )
+    log_prob_N = torch.zeros(len(plan.rows), dtype=torch.float64)
+    if parallel.reports_results():
+        order = np.argsort(plan.rows)
+        for report in reports:
+            position = order[np.searchsorted(plan.rows, report["rows"].cpu().numpy(), sorter=order)]
+            log_prob_N[torch.from_numpy(position)] = report["log_prob"].double().cpu()
+    return parallel.sum_over_world(log_prob_N.to(parallel.device())).cpu()

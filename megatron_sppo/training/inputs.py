@@ -1,0 +1,79 @@
+"""What a run reads, opened and checked against each other before any process group exists."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from megatron_sppo.architecture import Architecture, read_architecture
+from megatron_sppo.config import write_yaml
+from megatron_sppo.conversion import megatron_checkpoint
+from megatron_sppo.data.dataset import PreferenceDataset
+from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.training import parallel
+from megatron_sppo.training.config import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+RESOLVED_CONFIG_FILE = "config.yaml"
+
+
+def open_source(config: TrainingConfig) -> tuple[Path, Architecture, dict[str, Any]]:
+    """Find and verify pi_t's checkpoint and hold it against the layout -> (iter_* directory, architecture, tokenizer).
+
+    Raises:
+        DataError: no such checkpoint, or a file of it is missing or changed.
+        ConfigError: the layout does not divide the model, the ranks or the batch.
+    """
+    source = megatron_checkpoint.resolve_checkpoint(config.load)
+    architecture, tokenizer = read_architecture(source)
+    world_size = parallel.world_size()
+    parallel.check_layout(config.parallel, architecture, world_size=world_size)
+    config.check_batch(data_parallel_size=world_size // config.parallel.model_parallel_size)
+    if parallel.is_rank_zero():
+        megatron_checkpoint.verify_checkpoint(source)
+    return source, architecture, tokenizer
+
+
+def open_dataset(config: TrainingConfig, architecture: Architecture, tokenizer: dict[str, Any]) -> PreferenceDataset:
+    """Open and verify the dataset, and hold its tokenizer against the model's -> PreferenceDataset.
+
+    Raises:
+        DataError: it is damaged, or was tokenised by another tokenizer.
+        ConfigError: sequences may be longer than the model's positions.
+    """
+    if config.batch.seq_length > architecture.max_position_embeddings:
+        raise ConfigError(
+            f"seq_length ({config.batch.seq_length} tokens) exceeds the model's {architecture.max_position_embeddings} "
+            f"positions. Use --seq-length {architecture.max_position_embeddings}."
+        )
+    dataset = PreferenceDataset(config.data, verify_checksums=parallel.is_rank_zero())
+    theirs, ours = dataset.manifest.tokenizer_hash, tokenizer.get("hash")
+    if theirs is not None and ours is not None and theirs != ours:
+        raise DataError(
+            f"{config.data} was tokenised by another tokenizer (sha256 {theirs[:12]}...) than the model's ({ours[:12]}...). "
+            "Generate and score rollouts with this model."
+        )
+    vocab_size = dataset.manifest.vocab_size
+    if vocab_size is not None and vocab_size > architecture.vocab_size:
+        raise DataError(
+            f"{config.data} has a vocabulary of {vocab_size} tokens, the model one of {architecture.vocab_size}. "
+            "Generate and score rollouts with this model."
+        )
+    return dataset
+
+
+def find_resumable(config: TrainingConfig) -> Path | None:
+    """Find the checkpoint under `--save` that the run goes on from -> verified `iter_*` directory, or None."""
+    if not megatron_checkpoint.iterations(config.save):
+        return None
+    found = megatron_checkpoint.resolve_checkpoint(config.save)
+    if parallel.is_rank_zero():
+        megatron_checkpoint.verify_checkpoint(found)
+        logger.info("resuming from %s", found)
+    return found
+
+
+def prepare_save_directory(config: TrainingConfig) -> None:
+    """Create `--save` and write the resolved config into it: a disk that refuses says so now, not after an hour."""
+    if parallel.is_rank_zero():
+        write_yaml(config, Path(config.save, RESOLVED_CONFIG_FILE))

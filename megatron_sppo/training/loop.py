@@ -1,0 +1,230 @@
+"""The training loop: a step is micro-batches forward and backward, one update, one line of metrics."""
+
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_sppo.errors import DataError
+from megatron_sppo.objective import objective_loss, regression_target
+from megatron_sppo.objective.loss import find_objective
+from megatron_sppo.training import parallel
+from megatron_sppo.training.batches import StepPlan
+from megatron_sppo.training.config import ObjectiveConfig, TrainingConfig
+from megatron_sppo.training.forward_step import objective_terms, run_micro_batches
+from megatron_sppo.training.metrics import MetricsFile, drift_per_token, response_metrics
+from megatron_sppo.training.policy import Policy
+from megatron_sppo.training.telemetry import GpuSampler
+
+logger = logging.getLogger(__name__)
+
+SIGTERM_EXIT_CODE = 143
+"""What a run that was asked to stop exits with, after it saved a checkpoint (128 + SIGTERM)."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with each checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    num_clipped: int = 0
+    """Steps whose gradient was clipped."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What must be the same when the run is resumed: `Batches.facts`."""
+    reference: dict[str, Any] = field(default_factory=dict)
+    """Fingerprint of the reference log-probabilities that the run trains against."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a checkpoint stores beside the step itself."""
+        return {"num_clipped": self.num_clipped, "facts": self.facts, "reference": self.reference}
+
+
+def train(
+    policy: Policy,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    steps: Iterator[StepPlan],
+    *,
+    config: TrainingConfig,
+    train_iters: int,
+    progress: Progress,
+    save: Callable[[], object],
+) -> bool:
+    """Train from `progress.step` to `train_iters` -> whether the run is complete (False: asked to stop, and saved).
+
+    Raises:
+        DataError: the loss or the gradient is not finite; the weights are those of the last good step.
+    """
+    stop = _StopRequest()
+    sampler = GpuSampler()
+    policy.config.grad_scale_func = optimizer.scale_loss
+    files = _open_files(config, first_step=progress.step + 1)
+    bar = tqdm(
+        total=train_iters, initial=progress.step, desc="train", unit="step", disable=None if files is not None else True
+    )
+    for plan in steps:
+        started = time.monotonic()
+        learning_rate = optimizer.param_groups[0]["lr"]
+        metrics, rows = _step(policy, optimizer, plan, config=config, step=progress.step + 1)
+        scheduler.step(increment=1)
+        progress.step += 1
+        progress.num_clipped += 0 < config.optimization.clip_grad < metrics["grad_norm"]
+        metrics["lr"] = learning_rate
+        metrics["sppo/grad_clip_rate"] = progress.num_clipped / progress.step
+        metrics |= _speed(plan, time.monotonic() - started) | sampler.sample()
+        stopping = stop.requested()
+        if files is not None:
+            files.write(progress.step, metrics, rows)
+            bar.update()
+            bar.set_postfix(loss=f"{metrics['loss']:.4g}", grad_norm=f"{metrics['grad_norm']:.3g}")
+            if progress.step % config.run.log_interval == 0:
+                logger.info(_line(progress.step, train_iters, metrics))
+        last = progress.step == train_iters
+        interval = config.run.save_interval
+        if last or stopping or (interval is not None and progress.step % interval == 0):
+            save()
+        if stopping and not last:
+            logger.warning(
+                "stopped by a signal after step %d of %d; the same command goes on", progress.step, train_iters
+            )
+            break
+    bar.close()
+    if files is not None:
+        files.close()
+    stop.restore()
+    return progress.step >= train_iters
+
+
+def _step(
+    policy: Policy, optimizer: MegatronOptimizer, plan: StepPlan, *, config: TrainingConfig, step: int
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Do one optimizer step -> (metrics, a line for each response)."""
+    for chunk in policy.chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    loss = partial(objective_terms, objective=config.objective)
+    log_prob_N = run_micro_batches(policy, plan, loss=loss, forward_only=False)
+    log_ratio_N = log_prob_N - plan.reference.double()
+    metrics = _describe(log_ratio_N, log_prob_N, plan, config.objective)
+    _refuse_if_not_finite(torch.tensor(metrics["loss"]), "loss", plan, step)
+    updated, grad_norm, _ = optimizer.step()
+    _refuse_if_not_finite(torch.tensor(float(grad_norm)), "gradient norm", plan, step)
+    assert updated, "only loss scaling skips updates, and there is none"
+    metrics["grad_norm"] = float(grad_norm)
+    if step == 1:
+        metrics["sppo/ref_drift_step0"] = drift_per_token(log_ratio_N, plan.num_response_tokens)
+    target = _target(plan, config.objective)
+    rows = [
+        {"group": int(g), "response": int(k), "win_rate": float(w), "log_ratio": float(r)}
+        for g, k, w, r in zip(plan.group, plan.response, plan.win_rate, log_ratio_N, strict=True)
+    ]
+    if target is not None:
+        for row, value in zip(rows, target.tolist(), strict=True):
+            row["target"] = value
+    return metrics, rows
+
+
+def _describe(log_ratio_N: Tensor, log_prob_N: Tensor, plan: StepPlan, objective: ObjectiveConfig) -> dict[str, float]:
+    """Evaluate loss and metrics on the whole global batch, whatever the layout was -> {name: value}."""
+    terms = objective_loss(
+        objective.objective,
+        log_ratio_N,
+        eta=objective.eta,
+        beta=objective.beta,
+        win_rate=plan.win_rate,
+        log_z=plan.log_z,
+        preference=plan.preference,
+        chosen=plan.chosen,
+    )
+    strength = objective.eta if find_objective(objective.objective).strength == "eta" else 1 / objective.beta
+    described = response_metrics(
+        log_ratio_N, log_prob_N, win_rate_N=plan.win_rate, target_N=_target(plan, objective), eta=strength
+    )
+    return {"loss": float(terms.mean()), **described}
+
+
+def _target(plan: StepPlan, objective: ObjectiveConfig) -> Tensor | None:
+    if find_objective(objective.objective).target is None:
+        return None
+    return regression_target(
+        objective.objective,
+        eta=objective.eta,
+        win_rate=plan.win_rate,
+        log_z=plan.log_z,
+        preference=plan.preference,
+        chosen=plan.chosen,
+    )
+
+
+def _refuse_if_not_finite(value: Tensor, what: str, plan: StepPlan, step: int) -> None:
+    if torch.isfinite(value):
+        return
+    rows = ", ".join(f"{g}/{k}" for g, k in zip(plan.group[:8].tolist(), plan.response[:8].tolist(), strict=True))
+    raise DataError(
+        f"the {what} of step {step} is {float(value)}; its first responses (prompt group/response) are {rows}. "
+        "No update was made with it. Lower --lr or --eta, or leave these rows out, and run the same command again."
+    )
+
+
+def _speed(plan: StepPlan, seconds: float) -> dict[str, float]:
+    return {
+        "perf/step_seconds": seconds,
+        "perf/tokens_per_second": plan.num_tokens / seconds,
+        "perf/padding_fraction": plan.padding_fraction,
+    }
+
+
+def _line(step: int, train_iters: int, metrics: dict[str, float]) -> str:
+    names = ("loss", "lr", "grad_norm", "rewards/margins", "perf/tokens_per_second")
+    return f"step {step}/{train_iters} | " + " | ".join(f"{n} {metrics[n]:.4g}" for n in names if n in metrics)
+
+
+class _StepFiles:
+    """What rank 0 appends each step: metrics.jsonl with TensorBoard, and one line per response in responses.jsonl."""
+
+    def __init__(self, config: TrainingConfig, *, first_step: int) -> None:
+        self._metrics = MetricsFile(config.save, first_step=first_step, tensorboard=config.run.tensorboard)
+        self._responses = MetricsFile(config.save, first_step=first_step, tensorboard=False, name="responses.jsonl")
+
+    def write(self, step: int, metrics: dict[str, float], rows: list[dict[str, float]]) -> None:
+        self._metrics.write(step, metrics)
+        self._responses.write_rows(step, rows)
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._responses.close()
+
+
+def _open_files(config: TrainingConfig, *, first_step: int) -> _StepFiles | None:
+    return _StepFiles(config, first_step=first_step) if parallel.is_rank_zero() else None
+
+
+class _StopRequest:
+    """SIGTERM, agreed on by all ranks at the end of a step so that all save the same one."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous = signal.signal(signal.SIGTERM, self._remember)
+
+    def _remember(self, _signal: int, _frame: FrameType | None) -> None:
+        self._asked = True
+
+    def requested(self) -> bool:
+        """Ask all ranks -> whether any was signalled. Collective."""
+        asked = torch.tensor([int(self._asked)], device=parallel.device())
+        return bool(parallel.sum_over_world(asked).item())
+
+    def restore(self) -> None:
+        """Give the signal back to whoever had it."""
+        signal.signal(signal.SIGTERM, self._previous)

@@ -1,0 +1,104 @@
+"""What a step is judged by. Everything follows from one vector: log pi of every response of the global batch.
+
+Names are TRL's where it has one; ours stand under `sppo/`.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sppo.storage import atomic_file
+
+logger = logging.getLogger(__name__)
+
+# N = responses of the global batch
+
+
+def response_metrics(
+    log_ratio_N: Tensor, log_prob_N: Tensor, *, win_rate_N: Tensor, target_N: Tensor | None, eta: float
+) -> dict[str, float]:
+    """Describe a step's responses by TRL's names -> {name: mean}.
+
+    A response is chosen if its win rate lies above 1/2 and rejected below it. Rewards are log-ratios / eta, the
+    preference that the policy already expresses; accuracy is the share of responses whose reward has the target's sign.
+    """
+    chosen, rejected = win_rate_N > 0.5, win_rate_N < 0.5
+    reward_N = log_ratio_N / eta
+    metrics = {
+        "sppo/log_ratio_mean": log_ratio_N.mean(),
+        "sppo/log_ratio_abs_mean": log_ratio_N.abs().mean(),
+        "sppo/win_rate_spread": win_rate_N.std(correction=0),
+    }
+    if target_N is not None:
+        metrics["sppo/residual_rms"] = (log_ratio_N - target_N).square().mean().sqrt()
+        metrics["sppo/target_rms"] = target_N.square().mean().sqrt()
+    for name, mask in (("chosen", chosen), ("rejected", rejected)):
+        if mask.any():
+            metrics[f"rewards/{name}"] = reward_N[mask].mean()
+            metrics[f"logps/{name}"] = log_prob_N[mask].mean()
+    if chosen.any() and rejected.any():
+        metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    decided = chosen | rejected
+    if decided.any():
+        metrics["rewards/accuracies"] = (chosen[decided] == (reward_N[decided] > 0)).double().mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def drift_per_token(log_ratio_N: Tensor, num_tokens_N: Tensor) -> float:
+    """Measure how far policy and cached reference differ before the first update -> nats per response token."""
+    return float(log_ratio_N.abs().sum() / num_tokens_N.sum())
+
+
+class MetricsFile:
+    """metrics.jsonl and TensorBoard, written by rank 0, a line a step.
+
+    On resume, lines of steps that a killed run did after its last checkpoint are cut off: no step stands twice.
+    """
+
+    def __init__(self, directory: Path, *, first_step: int, tensorboard: bool, name: str = "metrics.jsonl") -> None:
+        self._path = Path(directory, name)
+        _keep_lines_before(self._path, first_step)
+        self._file = open(self._path, "a", encoding="utf-8")
+        self._events: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(Path(directory, "tensorboard")), purge_step=first_step)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one step's metrics and flush them."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in metrics.items():
+                self._events.add_scalar(name, value, step)
+            self._events.flush()
+
+    def write_rows(self, step: int, rows: list[dict[str, float]]) -> None:
+        """Append one line per row, each with its step, and flush them together."""
+        self._file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file and the event writer."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _keep_lines_before(path: Path, first_step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] < first_step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            logger.warning("%s: dropped a line that a killed run left half-written", path)
+    with atomic_file(path) as file:
+        file.writelines(line + "\n" for line in kept)

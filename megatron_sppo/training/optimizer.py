@@ -1,0 +1,162 @@
+"""Adam and RMSprop through Megatron-Core's optimizers, and its learning-rate schedule."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import megatron.core.optimizer as host
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.model.transformer_config import host_dataclass, parse_overrides
+from megatron_sppo.training.parallel import ParallelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    """Optimizer and schedule, by Megatron-LM's names."""
+
+    lr: float
+    """Highest learning rate. Published runs use 5e-7."""
+    optimizer: Literal["adam", "rmsprop"] = "adam"
+    """adam (decoupled weight decay) or rmsprop (the official SPPO code: alpha 0.99, eps 1e-8, no momentum)."""
+    min_lr: float = 0.0
+    """Lowest learning rate, reached at the end of the decay."""
+    lr_decay_style: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the decay."""
+    lr_decay_iters: int | None = None
+    """Steps over which the rate decays; unset: the whole run."""
+    lr_warmup_iters: int | None = None
+    """Steps of linear warm-up."""
+    lr_warmup_fraction: float | None = None
+    """Warm-up as a fraction of lr_decay_iters, instead of lr_warmup_iters. Published runs use 0.1."""
+    adam_beta1: float = 0.9
+    """First-moment decay of Adam."""
+    adam_beta2: float = 0.999
+    """Second-moment decay of Adam."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    rmsprop_alpha: float = 0.99
+    """Second-moment decay of RMSprop."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; one-dimensional parameters and biases are spared."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    optimizer_config: tuple[str, ...] = ()
+    """Further KEY=VALUE fields of Megatron-Core's OptimizerConfig."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
+            raise ConfigError(f"lr is {self.lr} and min_lr {self.min_lr}: 0 <= min_lr <= lr and lr > 0. Use --lr 5e-7.")
+        if self.lr_warmup_iters is not None and self.lr_warmup_fraction is not None:
+            raise ConfigError("lr_warmup_iters and lr_warmup_fraction are both set. Leave one out.")
+        if self.lr_warmup_fraction is not None and not 0 <= self.lr_warmup_fraction < 1:
+            raise ConfigError(f"lr_warmup_fraction is {self.lr_warmup_fraction}; it lies in [0, 1). Use 0.1.")
+        if self.weight_decay < 0 or self.clip_grad < 0:
+            raise ConfigError(
+                f"weight_decay ({self.weight_decay}) and clip_grad ({self.clip_grad}) must not be negative."
+            )
+        if self.optimizer == "rmsprop" and self.weight_decay:
+            raise ConfigError(
+                "rmsprop runs without weight decay here, as the official SPPO code does. Use --weight-decay 0."
+            )
+
+
+def build_optimizer(
+    chunks: Sequence[Any], config: OptimizationConfig, model: ModelConfig, layout: ParallelConfig
+) -> MegatronOptimizer:
+    """Build Megatron-Core's optimizer over DDP-wrapped model chunks -> MegatronOptimizer.
+
+    bfloat16 weights get float32 master weights; the distributed optimizer shards these and the moments over data-parallel ranks.
+    """
+    values: dict[str, Any] = {
+        "optimizer": "adam",
+        "lr": config.lr,
+        "min_lr": config.min_lr,
+        "weight_decay": config.weight_decay,
+        "adam_beta1": config.adam_beta1,
+        "adam_beta2": config.adam_beta2 if config.optimizer == "adam" else config.rmsprop_alpha,
+        "adam_eps": config.adam_eps,
+        "clip_grad": config.clip_grad,
+        "bf16": model.params_dtype == "bfloat16",
+        "params_dtype": model.dtype,
+        "use_distributed_optimizer": layout.use_distributed_optimizer,
+    }
+    values |= parse_overrides(config.optimizer_config, OptimizerConfig, flag="--optimizer-config", taken=values)
+    host_config = host_dataclass(OptimizerConfig, values)
+    with _rmsprop_in_place_of_adam() if config.optimizer == "rmsprop" else contextlib.nullcontext():
+        return get_megatron_optimizer(host_config, list(chunks))
+
+
+def build_scheduler(
+    optimizer: MegatronOptimizer, config: OptimizationConfig, *, train_iters: int
+) -> OptimizerParamScheduler:
+    """Build Megatron-Core's schedule, counted in optimizer steps -> OptimizerParamScheduler.
+
+    Raises:
+        ConfigError: the warm-up is as long as the decay, or longer.
+    """
+    decay = config.lr_decay_iters or train_iters
+    warmup = config.lr_warmup_iters or 0
+    if config.lr_warmup_fraction is not None:
+        warmup = round(config.lr_warmup_fraction * decay)
+    if warmup >= decay:
+        raise ConfigError(f"warm-up ({warmup} steps) must be shorter than the decay ({decay} steps). Lower it.")
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=decay,
+        lr_decay_style=config.lr_decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=train_iters,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+    )
+
+
+class RMSprop(torch.optim.AdamW):
+    """RMSprop in AdamW's state layout, so that the host shards and saves it as its own optimizer.
+
+    v <- alpha v + (1 - alpha) g^2;  p <- p - lr g / (sqrt(v) + eps), the arithmetic of torch.optim.RMSprop without
+    momentum, centring or weight decay, bit for bit in float32. `betas[1]` is alpha; `exp_avg` stays empty of meaning.
+    """
+
+    def __init__(self, params: Any, *, adam_w_mode: bool = True, **settings: Any) -> None:
+        super().__init__(params, foreach=False, **settings)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            alpha, eps, lr = group["betas"][1], group["eps"], group["lr"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "exp_avg_sq" not in state:
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+                state["step"] = state.get("step", torch.tensor(0.0)) + 1
+                square = state["exp_avg_sq"]
+                square.mul_(alpha).addcmul_(parameter.grad, parameter.grad, value=1 - alpha)
+                parameter.addcdiv_(parameter.grad, square.sqrt().add_(eps), value=-lr)
+
+
+@contextlib.contextmanager
+def _rmsprop_in_place_of_adam() -> Iterator[None]:
+    """Neither host version has RMSprop; both take the class from these two names (optimizer/__init__.py)."""
+    saved = host.Adam, host.USING_PYTORCH_OPTIMIZER
+    host.Adam, host.USING_PYTORCH_OPTIMIZER = RMSprop, False
+    try:
+        yield
+    finally:
+        host.Adam, host.USING_PYTORCH_OPTIMIZER = saved

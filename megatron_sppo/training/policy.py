@@ -1,0 +1,139 @@
+"""The policy on this rank: its pipeline stage(s), wrapped for data parallelism, and what identifies its weights."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.transformer import TransformerConfig
+
+from megatron_sppo.architecture import Architecture
+from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.model.gpt import PolicyModel, build_stage
+from megatron_sppo.model.transformer_config import host_dataclass, parse_overrides, transformer_config
+from megatron_sppo.training import parallel
+from megatron_sppo.training.parallel import ParallelConfig
+
+_HASH_BITS = 48
+"""Partial sums of 48 bits leave room to add 32768 ranks in an int64 without overflow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """The model chunks that this rank holds: one, or several under the interleaved pipeline schedule."""
+
+    architecture: Architecture
+    config: TransformerConfig
+    chunks: tuple[DistributedDataParallel, ...]
+
+    @property
+    def stages(self) -> tuple[PolicyModel, ...]:
+        """The chunks without their data-parallel wrapper."""
+        return tuple(chunk.module for chunk in self.chunks)
+
+
+def host_config(architecture: Architecture, model: ModelConfig, layout: ParallelConfig) -> TransformerConfig:
+    """Describe model and layout to Megatron-Core -> TransformerConfig, with what its schedules and DDP need."""
+    interleaved = layout.virtual_pipeline_model_parallel_size is not None
+    return transformer_config(
+        architecture,
+        model,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        sequence_parallel=layout.sequence_parallel,
+        # Interleaving with batched, blocking p2p gives wrong losses in silence (measured, megatron-core 0.16.1, gloo).
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+    )
+
+
+def build_policy(architecture: Architecture, model: ModelConfig, layout: ParallelConfig) -> Policy:
+    """Build this rank's stages with random weights and wrap them in Megatron's DDP -> Policy.
+
+    Gradients are accumulated and reduced in float32 whatever the weights' type.
+    """
+    config = host_config(architecture, model, layout)
+    ddp_values: dict[str, Any] = {
+        "grad_reduce_in_fp32": True,
+        "use_distributed_optimizer": layout.use_distributed_optimizer,
+        "check_for_nan_in_grad": False,  # the loop looks at the loss before it steps
+        "average_in_collective": False,
+    }
+    ddp_values |= parse_overrides(
+        layout.ddp_config, DistributedDataParallelConfig, flag="--ddp-config", taken=ddp_values
+    )
+    ddp_config = host_dataclass(DistributedDataParallelConfig, ddp_values)
+    chunks = []
+    for index, stage in enumerate(_stages(architecture, config, model, layout)):
+        stage.to(parallel.device())
+        chunks.append(
+            DistributedDataParallel(config=config, ddp_config=ddp_config, module=stage, disable_bucketing=index > 0)
+        )
+    config.finalize_model_grads_func = finalize_model_grads
+    if ddp_config.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return Policy(architecture=architecture, config=config, chunks=tuple(chunks))
+
+
+def _stages(
+    architecture: Architecture, config: TransformerConfig, model: ModelConfig, layout: ParallelConfig
+) -> Iterator[PolicyModel]:
+    virtual = layout.virtual_pipeline_model_parallel_size
+    for vp_stage in range(virtual) if virtual is not None else [None]:
+        yield build_stage(
+            architecture,
+            config,
+            model,
+            pre_process=parallel.is_first_stage(vp_stage),
+            post_process=parallel.is_last_stage(vp_stage),
+            vp_stage=vp_stage,
+        )
+
+
+@torch.no_grad()
+def zero_padded_vocabulary(stages: Sequence[PolicyModel]) -> None:
+    """Zero the embedding and output rows beyond the true vocabulary, which no checkpoint holds."""
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                first_row = parallel.tensor_parallel_rank() * parameter.shape[0]
+                parameter[max(0, stage.true_vocab_size - first_row) :] = 0
+
+
+def weights_hash(stages: Sequence[PolicyModel]) -> str:
+    """Hash the weights' bits, the same in every layout -> 12 hex digits. Collective over all ranks.
+
+    Each parameter's bit patterns are added as integers and weighted by a hash of its global name, modulo 2^48:
+    additions commute, so shards and stages may be summed in any order.
+    """
+    total = 0
+    for name, parameter in _own_parameters(stages):
+        factor = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") | 1
+        bits = parameter.detach().view(torch.int16 if parameter.element_size() == 2 else torch.int32)
+        total += factor * int(bits.sum(dtype=torch.int64))
+    partial = torch.tensor([total % (1 << _HASH_BITS)], dtype=torch.int64, device=parallel.device())
+    return f"{int(parallel.sum_over_world(partial)) % (1 << _HASH_BITS):012x}"
+
+
+def _own_parameters(stages: Sequence[PolicyModel]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the parameters that this rank alone answers for, by their names in the whole model."""
+    if not parallel.is_first_replica():
+        return
+    for stage in stages:
+        offsets = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(stage.decoder.layers)}
+        for name, parameter in stage.named_parameters():
+            if not getattr(parameter, "tensor_model_parallel", False) and parallel.tensor_parallel_rank() > 0:
+                continue
+            if stage.share_embeddings_and_output_weights and name == "output_layer.weight":
+                continue  # the last stage's copy of the tied embedding
+            for prefix, layer in offsets.items():
+                if name.startswith(prefix):
+                    name = f"decoder.layers.{layer}.{name.removeprefix(prefix)}"
+                    break
+            yield name, parameter
