@@ -20,14 +20,16 @@ class Sampling:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.num_responses < 2:
-            raise ConfigError(f"num_responses is {self.num_responses}; preferences need two. Use --num-responses 2 or more.")
+        if self.num_responses < 1:
+            raise ConfigError(f"num_responses is {self.num_responses}. Use --num-responses 1 or more (5 in the paper).")
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens is {self.max_tokens}. Use --max-tokens 1 or more.")
-        if not self.temperature > 0:
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature is {self.temperature}. Use --temperature 0 or more (1.0 in the paper).")
+        if self.temperature == 0 and self.num_responses > 1:
             raise ConfigError(
-                f"temperature is {self.temperature}; at 0 all {self.num_responses} responses are the same. "
-                "Use --temperature above 0."
+                f"temperature is 0: all {self.num_responses} responses would be the same. "
+                "Use --temperature above 0, or --num-responses 1."
             )
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}, outside (0, 1]. Use --top-p 1.0 for the whole distribution.")

@@ -1,0 +1,235 @@
+"""The rollout stage: prompts in, K responses each out, shard by shard, the manifest last. The same command resumes."""
+
+import hashlib
+import itertools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm import tqdm
+
+from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.rollout.chat_template import ChatTokenizer, TokenizedPrompt, UnusablePrompt
+from megatron_sppo.rollout.ledger import ShardLedger, open_ledger
+from megatron_sppo.rollout.model_files import ModelFiles, read_model_files
+from megatron_sppo.rollout.prompts import PromptSet, prompts_hash, read_prompts
+from megatron_sppo.rollout.records import SCHEMA_VERSION, RolloutGroup, RolloutManifest, write_manifest, write_shard
+from megatron_sppo.rollout.sampler import Sampler, Sampling, check_responses
+from megatron_sppo.rollout.server import ServerConfig, ServerSampler
+from megatron_sppo.rollout.vllm_engine import EngineConfig, VllmSampler
+
+logger = logging.getLogger(__name__)
+
+PRESETS = {"paper": {"temperature": 1.0, "top_p": 1.0}, "official": {"temperature": 0.7, "top_p": 0.9}}
+"""Sampling of the paper, and of the authors' published scripts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """One rollout job."""
+
+    model: Path
+    """Hugging Face directory of the policy; its tokenizer and chat template make the prompts' token ids."""
+    prompts: Path
+    """JSON Lines, JSON or Parquet file, or dataset directory: rows with `prompt` or `messages`."""
+    output: Path
+    """Directory for the rollouts; the same command again resumes there."""
+    num_responses: int
+    """K, answers per prompt; the paper uses 5."""
+    max_tokens: int
+    """Most tokens of an answer."""
+    preset: Literal["paper", "official"] = "paper"
+    """paper: temperature 1.0, top-p 1.0; official: 0.7 and 0.9."""
+    temperature: float | None = None
+    """None takes the preset's."""
+    top_p: float | None = None
+    """None takes the preset's."""
+    seed: int = 0
+    """Every shard's seed follows from it."""
+    split: str | None = None
+    """Keep the rows of this split only, such as train or heldout."""
+    offset: int = 0
+    """Prompts to skip."""
+    limit: int | None = None
+    """Most prompts to take."""
+    shard_size: int = 64
+    """Prompts per shard: what a kill can cost. Larger shards keep big GPUs fuller."""
+    max_model_len: int | None = None
+    """Most tokens of prompt and answer together; None takes the model's. Longer prompts are set aside."""
+    chat_template: Path | None = None
+    """Jinja file in place of the model's chat template."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    servers: ServerConfig = field(default_factory=ServerConfig)
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1:
+            raise ConfigError(f"shard_size is {self.shard_size}. Use --shard-size 64.")
+        if self.max_model_len is not None and self.max_model_len <= self.max_tokens:
+            raise ConfigError(
+                f"max_model_len ({self.max_model_len}) leaves no room for a prompt beside max_tokens ({self.max_tokens}). "
+                f"Use --max-model-len {self.max_tokens + 512}."
+            )
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        """Resolve preset and explicit settings; the explicit ones win -> Sampling."""
+        preset = PRESETS[self.preset]
+        return Sampling(
+            num_responses=self.num_responses,
+            temperature=preset["temperature"] if self.temperature is None else self.temperature,
+            top_p=preset["top_p"] if self.top_p is None else self.top_p,
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+        )
+
+
+SamplerFactory = Callable[[GenerateConfig, int], Sampler]
+"""(config, tokens of the longest prompt with its answer) -> Sampler."""
+
+
+def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | None = None) -> RolloutManifest:
+    """Sample the shards that are missing and write the manifest -> RolloutManifest.
+
+    Nothing is sampled, and no engine started, when the directory is complete.
+
+    Args:
+        make_sampler: starts the sampler; None starts vLLM, or talks to the servers that the config names.
+
+    Raises:
+        ConfigError: settings that cannot be run; an output directory of another request.
+        DataError: model, prompts or responses that cannot be used.
+    """
+    sampling = config.sampling()
+    prompt_set = read_prompts(config.prompts, split=config.split, offset=config.offset, limit=config.limit)
+    files = read_model_files(config.model)
+    tokenizer = ChatTokenizer(config.model, chat_template_file=config.chat_template)
+    prompts, quarantined = _tokenize(config, prompt_set, tokenizer, files)
+    shards = [prompts[start : start + config.shard_size] for start in range(0, len(prompts), config.shard_size)]
+    request: dict[str, Any] = {
+        "model_hash": files.model_hash,
+        "tokenizer_hash": files.tokenizer_hash,
+        "chat_template_hash": tokenizer.template_hash,
+        **sampling.as_dict(),
+        "prompts_hash": prompts_hash(tuple(prompt.prompt for prompt in prompts)),
+        "shard_size": config.shard_size,
+    }
+    manifest = RolloutManifest(
+        schema_version=SCHEMA_VERSION,
+        model=str(config.model),
+        model_hash=files.model_hash,
+        tokenizer_hash=files.tokenizer_hash,
+        chat_template_hash=tokenizer.template_hash,
+        vocab_size=files.vocab_size,
+        sampling=sampling.as_dict(),
+        num_prompts=len(prompts),
+        shards=(),
+        quarantined=quarantined,
+    )
+    with open_ledger(config.output, request, num_shards=len(shards)) as ledger:
+        if not ledger.is_complete(len(shards)):
+            _sample_missing(config, shards, ledger, make_sampler or _start_sampler, vocab_size=files.vocab_size)
+        else:
+            logger.info("%s is complete: nothing to do", config.output)
+        manifest = RolloutManifest(**{**vars(manifest), "shards": ledger.entries()})
+        write_manifest(config.output, manifest)
+    return manifest
+
+
+def shard_seed(seed: int, index: int) -> int:
+    """Derive shard `index`'s seed from the run's -> int in [0, 2**31). Shards resume alone, so each has its own."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:4]) >> 1
+
+
+def _tokenize(
+    config: GenerateConfig, prompt_set: PromptSet, tokenizer: ChatTokenizer, files: ModelFiles
+) -> tuple[list[TokenizedPrompt], tuple[dict[str, str], ...]]:
+    """Template and tokenise every prompt -> (those that can be sampled, all that were set aside)."""
+    room = files.context_length if config.max_model_len is None else config.max_model_len
+    if room > files.context_length:
+        raise ConfigError(
+            f"max_model_len ({room}) is over the model's context ({files.context_length} tokens). "
+            f"Use --max-model-len {files.context_length}."
+        )
+    kept: list[TokenizedPrompt] = []
+    quarantined = list(prompt_set.quarantined)
+    for prompt in tqdm(prompt_set.prompts, desc="tokenize", unit="prompt", disable=None, leave=False):
+        try:
+            tokenized = tokenizer.tokenize(prompt)
+            needed = len(tokenized.token_ids) + config.max_tokens
+            if needed > room:
+                raise UnusablePrompt(f"{len(tokenized.token_ids)} tokens and max_tokens {config.max_tokens} exceed {room}")
+            kept.append(tokenized)
+        except UnusablePrompt as reason:
+            quarantined.append({"prompt_id": prompt.prompt_id, "reason": str(reason)})
+    if quarantined:
+        first = quarantined[0]
+        logger.warning("%d prompts set aside; the first: %s: %s", len(quarantined), first["prompt_id"], first["reason"])
+    if not kept:
+        raise DataError(
+            f"no prompt of {config.prompts} can be sampled ({len(quarantined)} set aside; the first: "
+            f"{quarantined[0]['prompt_id']}: {quarantined[0]['reason']}). Use a smaller --max-tokens or other prompts."
+        )
+    return kept, tuple(quarantined)
+
+
+def _sample_missing(
+    config: GenerateConfig,
+    shards: Sequence[Sequence[TokenizedPrompt]],
+    ledger: ShardLedger,
+    make_sampler: SamplerFactory,
+    *,
+    vocab_size: int,
+) -> None:
+    missing = [index for index in range(len(shards)) if index not in ledger]
+    if not missing:
+        return
+    sampling = config.sampling()
+    done = sum(entry.rows for entry in ledger.entries())
+    total = sum(map(len, shards))
+    logger.info("%d of %d prompts to sample, %d responses each", total - done, total, sampling.num_responses)
+    longest = max(len(prompt.token_ids) for prompt in itertools.chain.from_iterable(shards))
+    sampler = make_sampler(config, longest + config.max_tokens)
+    try:
+        with tqdm(total=total, initial=done, desc="rollouts", unit="prompt", disable=None) as bar:
+            report = _rate_reporter(bar)
+            for index in missing:
+                prompts = shards[index]
+                answers = sampler.sample(
+                    prompts, sampling=sampling, seed=shard_seed(sampling.seed, index), on_progress=report
+                )
+                check_responses(prompts, answers, sampling=sampling, vocab_size=vocab_size)
+                groups = [_group(prompt, responses) for prompt, responses in zip(prompts, answers, strict=True)]
+                ledger.enter(index, write_shard(config.output, index, groups))
+    finally:
+        sampler.close()
+
+
+def _rate_reporter(bar: Any) -> Callable[[int, int], None]:
+    start, tokens = time.monotonic(), 0
+
+    def report(num_prompts: int, num_tokens: int) -> None:
+        nonlocal tokens
+        tokens += num_tokens
+        bar.set_postfix_str(f"{tokens / max(time.monotonic() - start, 1e-9):.0f} tokens/s", refresh=False)
+        bar.update(num_prompts)
+
+    return report
+
+
+def _group(prompt: TokenizedPrompt, responses: Sequence[Any]) -> RolloutGroup:
+    return RolloutGroup(
+        prompt_id=prompt.prompt.prompt_id,
+        messages=prompt.prompt.messages,
+        prompt_token_ids=prompt.token_ids,
+        responses=tuple(responses),
+        prompt_text=prompt.text,
+    )
+
+
+def _start_sampler(config: GenerateConfig, max_model_len: int) -> Sampler:
+    if config.servers.server:
+        return ServerSampler(config.servers, max_model_len=max_model_len)
+    return VllmSampler(config.model, config=config.engine, max_model_len=max_model_len, seed=config.seed)

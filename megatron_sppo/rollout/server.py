@@ -1,0 +1,344 @@
+"""vLLM servers over the OpenAI completions API: prompts go as token ids, responses come back as token ids.
+
+Prompts are shared out round-robin. A request that fails, hangs past its time-out or comes back incomplete is sent
+again, to the next server, after a growing pause; a server that keeps failing is left alone for a while. An answer
+belongs to exactly one request in flight, so no (prompt, k) is lost or doubled. Servers must return token ids (vLLM's
+`return_token_ids`): text is never tokenised again.
+
+The server's weights cannot be checked from here; that it speaks the same token ids is (it echoes the prompt's). With
+seeds (the default) a GPU server repeats a response as far as its batching allows, which is not to the bit.
+"""
+
+import hashlib
+import http.client
+import ipaddress
+import json
+import logging
+import os
+import queue
+import random
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.rollout.chat_template import TokenizedPrompt
+from megatron_sppo.rollout.records import Response
+from megatron_sppo.rollout.sampler import Sampling
+
+logger = logging.getLogger(__name__)
+
+_FAILURES_UNTIL_DEAD = 3
+_DEAD_SECONDS = 30.0
+_LONGEST_PAUSE_SECONDS = 30.0
+_MODELS_TIMEOUT_SECONDS = 10.0
+_MAX_REPLY_BYTES = 1 << 28
+_TRY_LATER = (408, 425, 429)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Where the servers are, and how patient to be."""
+
+    server: tuple[str, ...] = ()
+    """URLs of running vLLM servers with this model, such as http://node1:8000; without any, vLLM runs here."""
+    server_model: str | None = None
+    """Name of the model on the servers; None takes the one that they serve."""
+    server_concurrency: int = 64
+    """Requests in flight per server; each is one prompt with its K responses."""
+    server_timeout: float = 600.0
+    """Seconds for one request."""
+    server_retries: int = 5
+    """Times that a failed request is sent again."""
+    server_seeds: bool = True
+    """Send a seed with each request. vLLM servers on CPU crash on seeds: use --no-server-seeds there."""
+
+    def __post_init__(self) -> None:
+        if self.server_concurrency < 1 or self.server_retries < 0 or not self.server_timeout > 0:
+            raise ConfigError(
+                f"server_concurrency ({self.server_concurrency}) must be at least 1, server_retries "
+                f"({self.server_retries}) at least 0 and server_timeout ({self.server_timeout} s) above 0."
+            )
+        for url in self.server:
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ConfigError(f"{url!r} is no server URL. Use --server http://HOST:PORT.")
+
+
+class ServerSampler:
+    """Samples over one or several servers."""
+
+    def __init__(self, config: ServerConfig, *, max_model_len: int, first_pause_seconds: float = 0.5) -> None:
+        """Ask every server for its model.
+
+        Args:
+            max_model_len: tokens of the longest prompt with its answer; a server that allows less is refused.
+            first_pause_seconds: before the first retry; doubled for each further one.
+
+        Raises:
+            ConfigError: no server answers, or one serves another model or a shorter context.
+        """
+        self._config = config
+        self._first_pause_seconds = first_pause_seconds
+        self._pool = _Pool([_Server(url, config) for url in config.server])
+        faults = []
+        for server in self._pool.servers:
+            try:
+                server.find_model(config.server_model, max_model_len)
+            except _RequestFailed as fault:
+                faults.append(f"{server.url}: {fault}")
+                self._pool.report(server, ok=False, deadly=True)
+                logger.warning("server %s does not answer (%s)", server.url, fault)
+        if len(faults) == len(self._pool.servers):
+            raise ConfigError(f"no server answers ({faults[0]}). Start one with `vllm serve MODEL_DIR` and check --server.")
+
+    def sample(
+        self,
+        prompts: Sequence[TokenizedPrompt],
+        *,
+        sampling: Sampling,
+        seed: int,
+        on_progress: Callable[[int, int], None],
+    ) -> list[tuple[Response, ...]]:
+        """Answer the prompts of one shard -> K responses each, in the prompts' order.
+
+        Raises:
+            ConfigError: a server refuses the request itself.
+            DataError: a prompt stayed unanswered after all retries.
+        """
+        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+        finished: queue.SimpleQueue[tuple[int, tuple[Response, ...] | BaseException]] = queue.SimpleQueue()
+        stop = threading.Event()
+        for position in range(len(prompts)):
+            waiting.put(position)
+
+        def work() -> None:
+            while not stop.is_set():
+                try:
+                    position = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    finished.put((position, self._answer(prompts[position], sampling, seed, stop)))
+                except BaseException as error:  # handed to the waiting caller, which raises it
+                    finished.put((position, error))
+
+        num_workers = min(self._config.server_concurrency * len(self._pool.servers), len(prompts))
+        for _ in range(num_workers):
+            # Daemons: a hung server must not keep the process alive after an error or Ctrl-C.
+            threading.Thread(target=work, daemon=True).start()
+        answers: dict[int, tuple[Response, ...]] = {}
+        try:
+            while len(answers) < len(prompts):
+                position, outcome = finished.get()
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                assert position not in answers
+                answers[position] = outcome
+                on_progress(1, sum(len(response.token_ids) for response in outcome))
+        finally:
+            stop.set()
+        return [answers[position] for position in range(len(prompts))]
+
+    def close(self) -> None:
+        """Nothing stays open between requests."""
+
+    def _answer(
+        self, prompt: TokenizedPrompt, sampling: Sampling, shard_seed: int, stop: threading.Event
+    ) -> tuple[Response, ...]:
+        body: dict[str, Any] = {
+            "prompt": list(prompt.token_ids),
+            "n": sampling.num_responses,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "return_token_ids": True,
+            # Spelled out, because a server fills what is left out from the model's generation_config.json.
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+        }
+        seed = _prompt_seed(shard_seed, prompt.prompt.prompt_id) if self._config.server_seeds else None
+        if seed is not None:
+            body["seed"] = seed
+        fault: _RequestFailed | None = None
+        for attempt in range(self._config.server_retries + 1):
+            if attempt > 0:
+                pause = min(self._first_pause_seconds * 2 ** (attempt - 1), _LONGEST_PAUSE_SECONDS)
+                if stop.wait(pause * random.uniform(0.5, 1.0)):
+                    break
+            server = self._pool.next()
+            try:
+                reply = server.post_completion(body)
+                responses = _responses(reply, prompt, sampling, seed)
+            except _RequestFailed as error:
+                fault = error
+                logger.debug("%s: prompt %s: %s", server.url, prompt.prompt.prompt_id, error)
+                self._pool.report(server, ok=False)
+                continue
+            self._pool.report(server, ok=True)
+            return responses
+        raise DataError(
+            f"prompt {prompt.prompt.prompt_id!r} failed {self._config.server_retries + 1} times (the last: {fault}). "
+            "Finished shards are kept: check the servers and run the same command again."
+        )
+
+
+class _RequestFailed(Exception):
+    """One attempt failed in a way that another attempt may not."""
+
+
+class _Server:
+    """One base URL."""
+
+    def __init__(self, url: str, config: ServerConfig) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self._timeout = config.server_timeout
+        self._model: str | None = config.server_model
+        loopback = _is_loopback(urllib.parse.urlsplit(url).hostname or "")
+        handlers = [urllib.request.ProxyHandler({})] if loopback else []  # a proxy cannot reach our own loopback
+        self._opener = urllib.request.build_opener(*handlers)
+
+    def find_model(self, name: str | None, max_model_len: int) -> None:
+        """Learn the served model's name and check its context length."""
+        reply = self._exchange("/v1/models", None, min(self._timeout, _MODELS_TIMEOUT_SECONDS))
+        models = reply.get("data")
+        if not isinstance(models, list) or not all(isinstance(m, dict) and isinstance(m.get("id"), str) for m in models):
+            raise ConfigError(f"{self.url} answers /v1/models without model names: it is no OpenAI API. Check --server.")
+        names = [model["id"] for model in models]
+        if name is None and len(names) != 1:
+            raise ConfigError(f"{self.url} serves {len(names)} models ({', '.join(names)}). Choose with --server-model NAME.")
+        if name is not None and name not in names:
+            raise ConfigError(f"{self.url} does not serve {name!r} but {', '.join(names)}. Use --server-model {names[0]}.")
+        self._model = name or names[0]
+        allowed = models[names.index(self._model)].get("max_model_len")
+        if isinstance(allowed, int) and allowed < max_model_len:
+            raise ConfigError(
+                f"{self.url} allows {allowed} tokens, the longest prompt with its answer needs {max_model_len}. "
+                f"Restart it with --max-model-len {max_model_len}, or use --max-model-len {allowed} here."
+            )
+
+    def post_completion(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Send one completion request -> the reply's JSON object."""
+        if self._model is None:  # it did not answer at the start
+            self.find_model(None, 0)
+        return self._exchange("/v1/completions", {"model": self._model, **body}, self._timeout)
+
+    def _exchange(self, path: str, body: dict[str, Any] | None, timeout: float) -> dict[str, Any]:
+        request = urllib.request.Request(self.url + path)
+        if body is not None:
+            request.data = json.dumps(body).encode()
+            request.add_header("Content-Type", "application/json")
+        if key := os.environ.get("VLLM_API_KEY"):
+            request.add_header("Authorization", f"Bearer {key}")
+        try:
+            with self._opener.open(request, timeout=timeout) as reply:
+                content = reply.read(_MAX_REPLY_BYTES)
+        except urllib.error.HTTPError as error:
+            reason = _reason(error)
+            if error.code < 500 and error.code not in _TRY_LATER:
+                raise ConfigError(f"{self.url} refuses the request: HTTP {error.code} {reason}. Check --server and its log.") from None
+            raise _RequestFailed(f"HTTP {error.code} {reason}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise _RequestFailed(f"{type(error).__name__}: {error}") from None
+        try:
+            value = json.loads(content)
+        except ValueError:
+            raise _RequestFailed("the reply is not valid JSON") from None
+        if not isinstance(value, dict):
+            raise _RequestFailed("the reply is no JSON object")
+        return value
+
+
+class _Pool:
+    """Round-robin over the servers that live."""
+
+    def __init__(self, servers: list[_Server]) -> None:
+        self.servers = servers
+        self._lock = threading.Lock()
+        self._turn = 0
+        self._failures = {server.url: 0 for server in servers}
+        self._dead_until = {server.url: 0.0 for server in servers}
+
+    def next(self) -> _Server:
+        """Take the next living server; when none lives, the one whose rest ends first."""
+        now = time.monotonic()
+        with self._lock:
+            for _ in self.servers:
+                server = self.servers[self._turn % len(self.servers)]
+                self._turn += 1
+                if self._dead_until[server.url] <= now:
+                    return server
+            return min(self.servers, key=lambda server: self._dead_until[server.url])
+
+    def report(self, server: _Server, *, ok: bool, deadly: bool = False) -> None:
+        """Count an attempt's outcome; several failures in a row rest the server."""
+        with self._lock:
+            self._failures[server.url] = 0 if ok else self._failures[server.url] + 1
+            if ok:
+                self._dead_until[server.url] = 0.0
+            elif deadly or self._failures[server.url] >= _FAILURES_UNTIL_DEAD:
+                if self._dead_until[server.url] <= time.monotonic() and not deadly:
+                    logger.warning("server %s keeps failing; left alone for %.0f s", server.url, _DEAD_SECONDS)
+                self._dead_until[server.url] = time.monotonic() + _DEAD_SECONDS
+
+
+def _responses(
+    reply: dict[str, Any], prompt: TokenizedPrompt, sampling: Sampling, seed: int | None
+) -> tuple[Response, ...]:
+    """Check one reply whole -> its K responses in index order."""
+    choices = reply.get("choices")
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+        raise _RequestFailed("the reply has no choices")
+    by_index = {choice.get("index"): choice for choice in choices}
+    if len(choices) != sampling.num_responses or set(by_index) != set(range(sampling.num_responses)):
+        raise _RequestFailed(f"{len(choices)} responses came back instead of {sampling.num_responses}")
+    responses = []
+    for index in range(sampling.num_responses):
+        choice = by_index[index]
+        echoed, token_ids, text = choice.get("prompt_token_ids"), choice.get("token_ids"), choice.get("text")
+        if choice.get("finish_reason") not in ("stop", "length") or not isinstance(text, str):
+            raise _RequestFailed(f"response {index} is unfinished (finish_reason {choice.get('finish_reason')!r})")
+        if not isinstance(token_ids, list) or not all(type(token) is int for token in token_ids):
+            raise ConfigError("the server returns no token ids. Use a vLLM server that knows return_token_ids (0.10.2 or later).")
+        if echoed is not None and echoed != list(prompt.token_ids):
+            raise _RequestFailed("the server answered another prompt than it was sent")
+        # vLLM gives sequence k of a request the seed that follows by k.
+        child_seed = None if seed is None else seed + index
+        responses.append(
+            Response(text=text, token_ids=tuple(token_ids), finish_reason=choice["finish_reason"], seed=child_seed)
+        )
+    return tuple(responses)
+
+
+def _prompt_seed(shard_seed: int, prompt_id: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{shard_seed}:{prompt_id}".encode()).digest()[:6])
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    try:
+        text = error.read(2000).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return str(error.reason)
+    try:
+        value = json.loads(text)
+        message = value.get("message") or value["error"]["message"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        message = text or error.reason
+    return " ".join(str(message).split())[:300]
