@@ -4,6 +4,7 @@
 from megatron_sppo.command_line import run
 from megatron_sppo.config import parse
 from megatron_sppo.selfplay.evaluation import EvaluateConfig, evaluate
+from megatron_sppo.selfplay.summary import rate_text
 
 NAME = "evaluate.py"
 
@@ -14,10 +15,7 @@ def main() -> None:
     result = evaluate(config)
     for name in ("base", "previous"):
         rate = result[f"win_rate_vs_{name}"]
-        print(
-            f"win rate against {name:8}  {100 * rate['mean']:.1f} %  "
-            f"[{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]  on {rate['num_prompts']} prompts, by {result['judge']}"
-        )
+        print(f"win rate against {name:8}  {rate_text(rate)}  on {rate['num_prompts']} prompts, by {result['judge']}")
 
 
 if __name__ == "__main__":

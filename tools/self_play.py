@@ -9,7 +9,8 @@ import sys
 from megatron_sppo.command_line import run
 from megatron_sppo.config import parse
 from megatron_sppo.selfplay.config import SelfPlayConfig
-from megatron_sppo.selfplay.loop import REPORT_NAME, self_play
+from megatron_sppo.selfplay.loop import self_play
+from megatron_sppo.selfplay.plan import REPORT_NAME
 from megatron_sppo.selfplay.process import Interrupted
 from megatron_sppo.selfplay.stages import StageFailed
 from megatron_sppo.selfplay.summary import result_table

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -13,7 +13,15 @@ from megatron_sppo.errors import ConfigError
 MIN_RESAMPLES = 2000
 
 FREE_TO_CHANGE = frozenset(
-    {"output", "model", "prompts", "training_processes", "training_launcher", "rollout_command", "rollout_tensor_parallel_size"}
+    {
+        "output",
+        "model",
+        "prompts",
+        "training_processes",
+        "training_launcher",
+        "rollout_command",
+        "rollout_tensor_parallel_size",
+    }
     | {"server", "micro_batch_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel"}
     | {"virtual_pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"}
 )
@@ -99,7 +107,8 @@ class EvaluationConfig:
     """Held-out evaluation after each iteration."""
 
     heldout_prompts: int | None = None
-    """Prompts kept from training for the evaluation. None: the rows of heldout_split; N: a random choice; 0: no evaluation."""
+    """Prompts kept from training for the evaluation. None: the rows of heldout_split; N: a random choice; 0: none, and
+    no evaluation."""
     eval_num_responses: int | None = None
     """Answers a prompt and policy. None: as many as in training."""
     eval_judge: str | None = None
@@ -131,8 +140,8 @@ class SelfPlayConfig:
     def __post_init__(self) -> None:
         if self.rollout.server and self.run.iterations > 1:
             raise ConfigError(
-                f"server is given with {self.run.iterations} iterations, but a server keeps the model that it was started "
-                "with. Use --iterations 1, or leave --server out."
+                f"server is given with {self.run.iterations} iterations, but a server keeps the model that it was "
+                "started with. Use --iterations 1, or leave --server out."
             )
 
     @property
@@ -144,6 +153,12 @@ class SelfPlayConfig:
     def eval_judge(self) -> str:
         """The evaluation's judge."""
         return self.evaluation.eval_judge or self.scoring.judge
+
+
+class _TextLoader(yaml.SafeLoader):
+    """YAML whose scalars stay as written: training's own flags read them."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
 
 def named_values(settings: Sequence[str], *, place: str) -> dict[str, Any]:
@@ -159,8 +174,8 @@ def named_values(settings: Sequence[str], *, place: str) -> dict[str, Any]:
         name, equals, text = setting.partition("=")
         if not equals:
             raise ConfigError(f"{place} holds {setting!r}. Write NAME=VALUE, or in YAML `{place}: {{NAME: VALUE}}`.")
-        is_flow = text[:1] in "[{" and text != ""
-        value = yaml.load(text, Loader=yaml.BaseLoader) if is_flow else text
+        is_flow = text.startswith(("[", "{"))
+        value = yaml.load(text, Loader=_TextLoader) if is_flow else text  # noqa: S506 - a SafeLoader
         values[name.removeprefix("--").replace("-", "_")] = None if value == "None" else value
     return values
 

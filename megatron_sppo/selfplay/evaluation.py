@@ -83,7 +83,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "mean_response_tokens": mean_response_tokens(policy.values()),
         "bootstrap_resamples": config.bootstrap_resamples,
         "prompts": [
-            {"prompt_id": prompt_id, "vs_base": rates["base"].get(prompt_id), "vs_previous": rates["previous"].get(prompt_id)}
+            {
+                "prompt_id": prompt_id,
+                "vs_base": rates["base"].get(prompt_id),
+                "vs_previous": rates["previous"].get(prompt_id),
+            }
             for prompt_id in policy
         ],
     }
@@ -99,9 +103,10 @@ def groups_by_prompt(directory: Path) -> dict[str, RolloutGroup]:
 def cross_win_rates(
     judge: Judge, policy: Mapping[str, RolloutGroup], opponent: Mapping[str, RolloutGroup], *, against: str
 ) -> dict[str, float]:
-    """Judge every answer of the policy against every one of the opponent -> {prompt_id: mean of P(policy's > opponent's)}.
+    """Judge every answer of the policy against every one of the opponent -> {prompt_id: mean P(policy's > opponent's)}.
 
-    P is the paper's: sigmoid((L_ij - L_ji) / 2), both orders asked. A prompt that one side lacks is left out and counted.
+    P is the paper's: sigmoid((L_ij - L_ji) / 2), both orders asked. A prompt that one side lacks is left out
+    and counted.
 
     Raises:
         DataError: no prompt has answers of both.
@@ -160,4 +165,3 @@ def mean_response_tokens(groups: Any) -> float:
     """Average the lengths of all answers -> tokens."""
     lengths = [len(response.token_ids) for group in groups for response in group.responses]
     return float(np.mean(lengths)) if lengths else 0.0
-

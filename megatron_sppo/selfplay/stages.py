@@ -1,8 +1,8 @@
 """The stage machine: what has been done, from which inputs, with which command; kept in `RUN_DIR/state.json`.
 
-A stage is one command that a person could type. It is skipped when it is done, its inputs hash to what they did then and
-its outputs are still what it wrote. It is continued, by the same command, when it was cut off; it starts afresh, its old
-outputs removed, when its inputs are others.
+A stage is one command that a person could type. It is skipped when it is done, its inputs hash to what they did then
+and its outputs are still what it wrote. It is continued, by the same command, when it was cut off; it starts afresh,
+its old outputs removed, when its inputs are others.
 """
 
 import logging
@@ -16,7 +16,14 @@ from typing import Any
 
 from megatron_sppo.errors import DataError
 from megatron_sppo.selfplay.fingerprint import FileHashes
-from megatron_sppo.selfplay.process import ProcessIdentity, end_orphan, identity_of, last_error, run_logged, tool_exit_code
+from megatron_sppo.selfplay.process import (
+    ProcessIdentity,
+    end_orphan,
+    identity_of,
+    last_error,
+    run_logged,
+    tool_exit_code,
+)
 from megatron_sppo.storage import read_json, remove_stale_temporaries, sha256_of_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -100,7 +107,7 @@ class StageMachine:
         if missing:
             raise DataError(f"{stage.name} needs {missing[0]}, which does not exist. Run the same command again.")
         self._clear_outputs(stage)
-        entry = self.state["stages"][stage.name] = {
+        entry: dict[str, Any] = {
             "status": "running",
             "command": list(stage.command),
             "inputs_sha256": self._inputs_sha256(stage),
@@ -108,6 +115,7 @@ class StageMachine:
             "outputs": {},
             "seconds": self.seconds(stage.name),
         }
+        self.state["stages"][stage.name] = entry
         self._write()
         log_path = self.run_dir / LOGS_NAME / f"{stage.name}.log"
         logger.info("%s: %s", stage.name, shlex.join(stage.command))

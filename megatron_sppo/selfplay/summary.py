@@ -28,7 +28,11 @@ def iteration_summary(paths: RunPaths, iteration: int, *, seconds: dict[str, flo
 
 
 def write_summary(
-    paths: RunPaths, iterations: Sequence[dict[str, Any]], *, base_response_tokens: float | None, seconds: dict[str, float]
+    paths: RunPaths,
+    iterations: Sequence[dict[str, Any]],
+    *,
+    base_response_tokens: float | None,
+    seconds: dict[str, float],
 ) -> None:
     """Write summary.json: one entry an iteration, beside it what belongs to none."""
     content = {"iterations": list(iterations), "base_mean_response_tokens": base_response_tokens, "seconds": seconds}
@@ -43,7 +47,9 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     """
     path = Path(run_dir, SUMMARY_NAME)
     if not path.is_file():
-        raise DataError(f"{path} does not exist: no iteration has ended. Run tools/self_play.py with --output {run_dir}.")
+        raise DataError(
+            f"{path} does not exist: no iteration has ended. Run tools/self_play.py with --output {run_dir}."
+        )
     summary = read_json(path)
     if not isinstance(summary, dict) or not isinstance(summary.get("iterations"), list):
         raise DataError(f"{path} is no summary of a run. Run the same self_play.py command again.")
