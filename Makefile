@@ -28,8 +28,9 @@ VENV := $(if $(filter 3.11,$(VERSION)),.venv,.venv-$(VERSION))
 BIN := $(VENV)/bin
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-# One short line a package in place of pip's pages; errors go to stderr, untouched.
-BRIEFLY := | while read -r action what rest; do case "$$action" in Collecting|Downloading|Building|Installing|Uninstalling) if [ -t 1 ]; then printf '\r\033[K    %.60s' "$$action $$what"; elif [ "$$action" = Collecting ]; then printf '.'; fi ;; esac; done; echo
+# One short line (on a terminal) or one dot a package in place of pip's pages; errors stay.
+DOTS := | while read -r action what rest; do case "$$action" in Collecting|Downloading|Building|Installing|Uninstalling) if [ -t 1 ]; then printf '\r\033[K    %.60s' "$$action $$what"; elif [ "$$action" = Collecting ]; then printf '.'; fi ;; esac; done; echo
+BRIEFLY := 2> >(grep -v '^WARNING' >&2) $(DOTS)
 
 # Tests and demo never ask a hub for what they build themselves, and two cores are best served by one thread a process.
 TEST_ENVIRONMENT := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
@@ -51,8 +52,8 @@ $(VENV)/.torch: | interpreter
 	@echo "[1/3] $(VENV): torch $(TORCH) for the CPU"
 	@"$(INTERPRETER)" -m venv $(VENV)
 	@$(PIP) install --quiet --upgrade pip
-	@$(PIP) install 'torch==$(TORCH)+cpu' 2>/dev/null $(BRIEFLY) \
-	  || $(PIP) install --index-url $(TORCH_CPU_INDEX) --retries 1 --timeout 10 'torch==$(TORCH)+cpu' 2>/dev/null $(BRIEFLY) \
+	@$(PIP) install 'torch==$(TORCH)+cpu' 2>/dev/null $(DOTS) \
+	  || $(PIP) install --index-url $(TORCH_CPU_INDEX) --retries 1 --timeout 10 'torch==$(TORCH)+cpu' 2>/dev/null $(DOTS) \
 	  || { echo "    no CPU build is offered for Python $(VERSION): taking the ordinary one (a few GB)"; $(PIP) install 'torch==$(TORCH)' $(BRIEFLY); }
 	@touch $@
 

@@ -1,0 +1,58 @@
+"""What every test stands on: one thread a process, no hub, and the models that more than one test needs."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before anything imports torch or transformers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _package_for_child_processes() -> Iterator[None]:
+    """Let tools that tests start as processes import this checkout, installed or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY), prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face directory: built once per checkout, by whoever comes first. Read only."""
+    directory = REPOSITORY / ".cache" / "smollm2"
+    directory.parent.mkdir(exist_ok=True)
+    with open(directory.parent / "smollm2.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [sys.executable, str(REPOSITORY / "examples/build_smollm2.py"), "--output", str(directory)]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers with random weights and a byte tokenizer. Read only."""
+    from tests.models import tiny_llama
+
+    return tiny_llama(tmp_path_factory.mktemp("models") / "tiny_llama")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is none, by name."""
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))

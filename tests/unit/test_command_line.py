@@ -1,0 +1,116 @@
+"""Proves exit codes and the last line on stderr, in real processes, as a shell sees them."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_sppo.command_line import one_line
+
+PREAMBLE = """
+import logging, os, sys, time
+from megatron_sppo import command_line
+from megatron_sppo.errors import ConfigError, DataError, ConversionError
+"""
+
+
+def start(body: str, *argv: str, **options) -> subprocess.Popen:
+    indented = "".join(f"    {line}\n" for line in body.splitlines())
+    program = f"{PREAMBLE}\ndef main():\n{indented}\ncommand_line.run(main, name='tool.py')\n"
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen([sys.executable, "-c", program, *argv], **streams)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize(
+    ("body", "last"),
+    [
+        ("raise ConfigError('tp 3 does not divide 8 heads. Use 4.')", "tp 3 does not divide 8 heads. Use 4."),
+        ("raise DataError('a\\n  b')", "a b"),
+        ("raise ConversionError('no such family')", "no such family"),
+        ("open('/nonexistent/file')", "/nonexistent/file: No such file or directory."),
+        ("raise OSError(28, 'No space left on device', 'x.bin')", "x.bin: No space left on device."),
+        ("print('half a table', end=''); raise DataError('bad row')", "bad row"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_last_line_and_exit_code_2(body, last):
+    code, _, err = finish(start(body))
+    assert code == 2
+    assert err == f"tool.py: error: {last}\n"
+
+
+def test_debug_shows_the_traceback_before_the_line():
+    code, _, err = finish(start("raise ConfigError('no')", "--debug"))
+    assert code == 2
+    assert "Traceback" in err
+    assert err.splitlines()[-1] == "tool.py: error: no"
+
+
+def test_a_fault_of_the_program_is_a_traceback_and_exit_code_1():
+    code, _, err = finish(start("raise RuntimeError('bug')"))
+    assert code == 1
+    assert "Traceback" in err and "RuntimeError: bug" in err
+
+
+def test_success_is_exit_code_0_with_our_info_and_without_other_packages_info():
+    body = "logging.getLogger('megatron_sppo.x').info('ours'); logging.getLogger('other').info('theirs'); print('out')"
+    code, out, err = finish(start(body))
+    assert (code, out) == (0, "out\n")
+    assert "ours" in err and "theirs" not in err
+
+
+def test_other_ranks_log_warnings_alone():
+    body = "logging.getLogger('megatron_sppo').info('quiet'); logging.getLogger('megatron_sppo').warning('loud')"
+    _, _, err = finish(start(body, env={**os.environ, "RANK": "3"}))
+    assert "quiet" not in err and "[rank 3] WARNING loud" in err
+
+
+def test_interrupt_is_exit_code_130_without_traceback():
+    process = start("print('ready', flush=True); time.sleep(60)")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130
+    assert err == "tool.py: interrupted\n"
+
+
+def test_a_reader_that_leaves_is_no_error_message():
+    process = start("for i in range(100000): print(i)")
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 141
+    assert err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+def test_a_full_disk_under_stdout_is_one_line():
+    with open("/dev/full", "w") as full:
+        code, _, err = finish(start("print('x' * 100000, flush=True)", stdout=full))
+    assert code == 2
+    assert err.splitlines()[-1] == "tool.py: error: No space left on device."
+
+
+def test_an_oserror_without_a_reason_keeps_its_words():
+    assert one_line(OSError("cannot reach\nthe hub")) == "cannot reach the hub"
+    assert (
+        one_line(OSError(errno.EXDEV, "Invalid cross-device link", "a", None, "b"))
+        == "a -> b: Invalid cross-device link."
+    )
+    assert one_line(ValueError()) == "ValueError"
+
+
+def test_config_and_command_line_import_neither_torch_nor_transformers():
+    """`--help` and refusals are quick: nothing heavy is imported for them."""
+    heavy = {"torch", "transformers", "megatron.core", "vllm"}
+    program = f"import sys; from megatron_sppo import command_line, config; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
