@@ -1,0 +1,324 @@
+"""Proof that a Hugging Face directory and a Megatron checkpoint are one model: tensors, tokenizer, and logits.
+
+The tensors are compared byte for byte. The logits come from Hugging Face's own model class and from the Megatron model
+that training builds, on the same tokens, one model in memory after the other. Neither half stands for the other: equal
+weights under a wrong rotary base or norm epsilon give other logits, and equal logits on eight prompts do not prove
+every row of a vocabulary.
+"""
+
+import dataclasses
+import gc
+import logging
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_sppo.architecture import Architecture, read_architecture
+from megatron_sppo.conversion.distcp import check_metadata
+from megatron_sppo.conversion.hf_checkpoint import open_hf_checkpoint
+from megatron_sppo.conversion.hf_config import architecture_from_hf, read_config
+from megatron_sppo.conversion.megatron_checkpoint import HF_DIRECTORY, resolve_checkpoint, verify_checkpoint
+from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, open_megatron
+from megatron_sppo.errors import ConversionError
+from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.model.gpt import build_stage, forward
+from megatron_sppo.rollout.prompts import read_prompts
+from megatron_sppo.storage import write_json
+from megatron_sppo.tokenizer import TEXT_FILES, tokenizer_hash
+from megatron_sppo.training import parallel
+from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.policy import host_config
+
+# S = tokens of a prompt, V = vocabulary, P = positions of all prompts
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+MAX_PROMPTS = 64
+MAX_TOKENS = 512
+
+PROMPTS = (
+    "The capital of France is Paris, and the capital of Japan is",
+    "Once upon a time, in a village between two rivers, there lived a clockmaker who",
+    "def binary_search(values, target):\n    low, high = 0, len(values) - 1\n    while low <= high:\n",
+    "1 + 1 = 2, 2 + 2 = 4, 4 + 4 = 8, 8 + 8 = 16, 16 + 16 =",
+    "Die Wissenschaft fängt eigentlich erst da an interessant zu werden, wo sie aufhört.",
+    '{"name": "Ada", "born": 1815, "fields": ["mathematics", "computing"], "quote": "',
+    "Question: Why is the sky blue?\nAnswer: Sunlight is scattered by the molecules of the air, and",
+    "水は摂氏百度で沸騰し、零度で凍る。 Вода кипит при ста градусах. 🙂🙂",
+)
+"""Prose, code, arithmetic, JSON and other scripts, so that many rows of the embedding take part."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """What two implementations of one model may differ by, in one precision."""
+
+    relative_max: float
+    """Largest difference of a logit, as a part of the largest logit."""
+    mean_kl: float
+    """KL(Hugging Face || Megatron) in nats, mean over positions."""
+    argmax_agreement: float
+    """Least part of positions with the same most likely token."""
+
+
+THRESHOLDS = {
+    # Float32 sums in another order (SmolLM2-135M on one CPU: none at all); near ties may flip.
+    "float32": Thresholds(relative_max=1e-4, mean_kl=1e-6, argmax_agreement=0.99),
+    # One rounding of bfloat16 is 2^-9 of a value, and residuals add up over layers.
+    "bfloat16": Thresholds(relative_max=0.05, mean_kl=1e-2, argmax_agreement=0.9),
+}
+
+
+def verify(
+    hf: Path, megatron: Path, *, prompts: Path | None = None, dtype: Literal["float32", "bfloat16"] | None = None
+) -> dict[str, Any]:
+    """Compare a Hugging Face directory with a Megatron checkpoint -> report, whose `faults` are empty if all is well.
+
+    Args:
+        prompts: prompt file as the rollouts take it, of which the first 64 are used; None takes the built-in ones.
+        dtype: of the computation; None computes in float32 on the CPU and in bfloat16 on a GPU.
+
+    Raises:
+        ConversionError, DataError: one of the two cannot be read.
+    """
+    hf, directory = Path(hf), resolve_checkpoint(Path(megatron))
+    if (directory / "manifest.json").is_file():
+        verify_checkpoint(directory)
+    opened = open_megatron(directory, template=None if (directory / "model.json").is_file() else hf)
+    described = architecture_from_hf(read_config(hf), place=str(hf / "config.json"))
+    different_fields = _different_fields(described, opened.architecture)
+    tensors = _compare_tensors(hf, opened)
+    tokenizer = _compare_tokenizer(hf, directory)
+    logits = None
+    if not different_fields:
+        compute_dtype = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+        logits = _compare_logits(hf, opened, prompts=prompts, dtype=compute_dtype)
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "hf": str(hf),
+        "megatron": str(directory),
+        "architecture": {"same": not different_fields, "different": different_fields},
+        "tensors": tensors,
+        "tokenizer": tokenizer,
+        "logits": logits,
+        "versions": {name: version(name) for name in ("torch", "megatron-core", "transformers")}
+        | {"python": platform.python_version()},
+    }
+    return {**report, "faults": _faults(report)}
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """Write the report as JSON; `faults` lists what differs, and is empty where all is well."""
+    write_json(path, report)
+
+
+def summary(report: dict[str, Any]) -> Iterator[str]:
+    """Word a report for people -> lines."""
+    tensors, logits, tokenizer = report["tensors"], report["logits"], report["tokenizer"]
+    cast = f" (after a cast to {tensors['cast']})" if tensors["cast"] else ""
+    equal = tensors["compared"] - len(tensors["different"])
+    yield f"tensors: {equal} of {tensors['compared']} are equal bit for bit{cast}"
+    yield f"tokenizer: {_same(tokenizer['ids_same'])}; texts and chat template: {_same(tokenizer['texts_same'])}"
+    if logits is not None:
+        yield (
+            f"logits ({logits['dtype']}, {logits['prompts']} prompts, {logits['positions']} positions): "
+            f"max |difference| {logits['max_abs']:.2e} of max |logit| {logits['max_logit']:.1f}, mean "
+            f"{logits['mean_abs']:.2e}; KL mean {logits['mean_kl']:.2e}, max {logits['max_kl']:.2e}; "
+            f"same most likely token at {logits['argmax_agreement']:.2%}"
+        )
+
+
+def enforce(report: dict[str, Any]) -> None:
+    """Pass a report without faults.
+
+    Raises:
+        ConversionError: names the first difference, and how many more there are.
+    """
+    if faults := report["faults"]:
+        more = f" (and {len(faults) - 1} more: --json FILE lists them)" if len(faults) > 1 else ""
+        raise ConversionError(
+            f"{report['megatron']} is not the model of {report['hf']}: {faults[0]}{more}. "
+            f"Convert again: tools/convert.py import --hf {report['hf']} --megatron NEW_DIR."
+        )
+
+
+def compare_logits(reference_PV: Tensor, logits_PV: Tensor) -> dict[str, float]:
+    """Measure how far two sets of logits lie apart, position by position -> statistics.
+
+    KL(p || q) = sum p (log p - log q), p by the reference; in float64, where a sum over 10^5 tokens keeps 1e-12.
+    """
+    log_p = torch.log_softmax(reference_PV.double(), dim=-1)
+    log_q = torch.log_softmax(logits_PV.double(), dim=-1)
+    kl_P = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    difference = (reference_PV.double() - logits_PV.double()).abs()
+    return {
+        "positions": len(reference_PV),
+        "max_abs": difference.max().item(),
+        "mean_abs": difference.mean().item(),
+        "max_logit": reference_PV.abs().max().item(),
+        "mean_kl": kl_P.mean().item(),
+        "max_kl": kl_P.max().item(),
+        "argmax_agreement": (reference_PV.argmax(-1) == logits_PV.argmax(-1)).double().mean().item(),
+    }
+
+
+def _compare_tensors(hf: Path, opened: OpenedMegatron) -> dict[str, Any]:
+    source = open_hf_checkpoint(hf)
+    dtypes = {opened.dtype(binding) for binding in opened.bindings}
+    stored = {entry.dtype for entry in source.entries.values()}
+    # An import with --dtype is the same model in another type: the Hugging Face side is then cast as the import did.
+    cast = next(iter(dtypes)) if len(dtypes) == 1 and stored != dtypes else None
+    with tqdm(total=source.nbytes, desc="tensors", unit="B", unit_scale=True, disable=None) as bar:
+        different = compare_tensors(source, opened, dtype=cast, progress=bar.update)
+    compared = sum(len(binding.hf_shapes) for binding in opened.bindings)
+    return {"compared": compared, "different": different, "cast": str(cast).removeprefix("torch.") if cast else None}
+
+
+def _compare_tokenizer(hf: Path, directory: Path) -> dict[str, Any]:
+    """Compare the files that decide ids by the hash in model.json, the others by their bytes."""
+    carried = directory / HF_DIRECTORY
+    recorded = read_architecture(directory)[1].get("hash") if (directory / "model.json").is_file() else None
+    texts: dict[str, bool] = {}
+    for name in TEXT_FILES:
+        pair = [path.read_bytes() if path.is_file() else None for path in (hf / name, carried / name)]
+        if pair != [None, None]:
+            texts[name] = pair[0] == pair[1]
+    found = tokenizer_hash(hf)
+    return {"hf_hash": found, "megatron_hash": recorded, "ids_same": found == recorded, "texts": texts} | {
+        "texts_same": all(texts.values())
+    }
+
+
+def _compare_logits(hf: Path, opened: OpenedMegatron, *, prompts: Path | None, dtype: str) -> dict[str, Any]:
+    token_ids = _token_ids(hf, opened.architecture, prompts)
+    reference = _hf_logits(hf, token_ids, getattr(torch, dtype))
+    ours = _megatron_logits(opened, token_ids, dtype)
+    # One prompt at a time: float64 over all positions of a large vocabulary would not fit.
+    parts = [compare_logits(one, other) for one, other in zip(reference, ours, strict=True)]
+    positions = sum(part["positions"] for part in parts)
+
+    def mean(name: str) -> float:
+        return sum(part[name] * part["positions"] for part in parts) / positions
+
+    return {
+        "dtype": dtype,
+        "prompts": len(parts),
+        "positions": positions,
+        **{name: max(part[name] for part in parts) for name in ("max_abs", "max_logit", "max_kl")},
+        **{name: mean(name) for name in ("mean_abs", "mean_kl", "argmax_agreement")},
+        "thresholds": dataclasses.asdict(THRESHOLDS[dtype]),
+    }
+
+
+def _token_ids(hf: Path, architecture: Architecture, prompts: Path | None) -> list[list[int]]:
+    """Tokenize the prompts by Hugging Face's tokenizer -> one list of ids a prompt."""
+    if tokenizer_hash(hf) is None:
+        logger.warning("%s has no tokenizer: the logits are compared on random tokens", hf)
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randint(architecture.vocab_size, (32,), generator=generator).tolist() for _ in PROMPTS]
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True, trust_remote_code=False)
+    if prompts is None:
+        lists = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    else:
+        chosen = read_prompts(prompts, limit=MAX_PROMPTS).prompts
+        lists = [_prompt_ids(tokenizer, prompt.messages) for prompt in chosen]
+    limit = min(MAX_TOKENS, architecture.max_position_embeddings)
+    return [ids[:limit] for ids in lists]
+
+
+def _prompt_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    if tokenizer.chat_template is None:
+        return tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@torch.no_grad()
+def _hf_logits(hf: Path, token_ids: list[list[int]], dtype: torch.dtype) -> list[Tensor]:
+    """Run Hugging Face's model -> [S, V] float32 on the CPU per prompt."""
+    from transformers import AutoModelForCausalLM
+
+    device = parallel.device()
+    model = AutoModelForCausalLM.from_pretrained(
+        hf, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+    model = model.to(device).eval()
+    bar = tqdm(token_ids, desc="Hugging Face", disable=None)
+    logits = [model(input_ids=torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in bar]
+    del model
+    gc.collect()
+    return logits
+
+
+@torch.no_grad()
+def _megatron_logits(opened: OpenedMegatron, token_ids: list[list[int]], dtype: str) -> list[Tensor]:
+    """Build the model as training does, in one process, load it by the host and run it -> [S, V] float32 per prompt."""
+    from megatron.core import dist_checkpointing
+
+    check_metadata(opened.directory)
+    layout, config = ParallelConfig(), ModelConfig(params_dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    parallel.initialize(layout, seed=0)
+    try:
+        transformer_config = host_config(opened.architecture, config, layout)
+        stage = build_stage(opened.architecture, transformer_config, config, pre_process=True, post_process=True)
+        device = parallel.device()
+        stage = stage.to(device).eval()
+        loaded = dist_checkpointing.load({"model": stage.sharded_state_dict()}, str(opened.directory))
+        stage.load_state_dict(loaded["model"])
+        results = []
+        for ids in tqdm(token_ids, desc="Megatron", disable=None):
+            tokens = torch.tensor([ids], device=device)
+            positions = torch.arange(len(ids), device=device)[None]
+            logits = forward(stage, tokens, positions)[0, :, : opened.architecture.vocab_size]
+            results.append(logits.float().cpu())
+        return results
+    finally:
+        parallel.shut_down()
+
+
+def _different_fields(one: Architecture, other: Architecture) -> list[str]:
+    return [
+        f"{field.name} is {getattr(one, field.name)} in config.json and {getattr(other, field.name)} in model.json"
+        for field in dataclasses.fields(Architecture)
+        if getattr(one, field.name) != getattr(other, field.name)
+    ]
+
+
+def _faults(report: dict[str, Any]) -> list[str]:
+    """List what differs, in words."""
+    faults = list(report["architecture"]["different"])
+    tensors, tokenizer, logits = report["tensors"], report["tokenizer"], report["logits"]
+    if different := tensors["different"]:
+        faults.append(f"{len(different)} of {tensors['compared']} tensors differ, the first is {different[0]}")
+    if not tokenizer["ids_same"]:
+        faults.append("the tokenizers differ")
+    faults += [f"{name} differs" for name, same in tokenizer["texts"].items() if not same]
+    if logits is None:
+        return faults
+    limits = logits["thresholds"]
+    largest = limits["relative_max"] * logits["max_logit"]
+    # Written so that NaN, which compares false with everything, is a fault.
+    if not logits["max_abs"] <= largest:
+        faults.append(f"logits differ by up to {logits['max_abs']:.3g} ({logits['dtype']} allows {largest:.3g})")
+    if not logits["mean_kl"] <= limits["mean_kl"]:
+        faults.append(f"mean KL is {logits['mean_kl']:.3g} nats ({logits['dtype']} allows {limits['mean_kl']:.3g})")
+    if not logits["argmax_agreement"] >= limits["argmax_agreement"]:
+        faults.append(
+            f"the most likely token agrees at {logits['argmax_agreement']:.2%} of positions "
+            f"({logits['dtype']} needs {limits['argmax_agreement']:.0%})"
+        )
+    return faults
+
+
+def _same(same: bool) -> str:
+    return "the same" if same else "different"
