@@ -126,7 +126,8 @@ def estimated_baseline_over_eta(win_rate_GK: Tensor, *, eta: float) -> float:
     if num_saturated:
         logger.warning(
             "baseline estimate: eta * (max w - min w) exceeds %g nats on %d of %d prompts (largest %.4g); mean "
-            "log Z / eta is %.4f against 1/2: nearly every response is pushed down. Use --baseline half, or a smaller --eta.",
+            "log Z / eta is %.4f against 1/2: nearly every response is pushed down. "
+            "Use --baseline half, or a smaller --eta.",
             SATURATION_NATS,
             num_saturated,
             spread.numel(),

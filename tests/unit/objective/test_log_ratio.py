@@ -1,0 +1,225 @@
+"""Proves the head against log_softmax + gather: values, gradients, padding, shards over 2 gloo ranks, memory.
+
+Does not prove speed, nor anything on a GPU: see benchmarks/ and tests/gpu.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_sppo.objective import linear_log_probs, sequence_sums
+from megatron_sppo.objective.log_ratio import default_chunk_size
+from tests.distributed.harness import run_ranks
+
+N, H, V, TRUE_V = 37, 16, 64, 59
+
+
+def problem(dtype=torch.float64, num_tokens=N, scale=1.0):
+    generator = torch.Generator().manual_seed(num_tokens)
+    hidden = (torch.randn(num_tokens, H, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    weight = torch.randn(V, H, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(TRUE_V, (num_tokens,), generator=generator)
+    upstream = torch.randn(num_tokens, generator=generator, dtype=torch.float64)
+    return hidden, weight, labels, upstream
+
+
+def naive(hidden, weight, labels, upstream, vocab_size=TRUE_V):
+    """log_softmax over the true columns, gather, autograd -> log-probs, dhidden, dweight; all kept in float64."""
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    log_prob = torch.log_softmax(hidden @ weight[:vocab_size].T, dim=-1).gather(1, labels[:, None])[:, 0]
+    (log_prob * upstream).sum().backward()
+    return log_prob.detach(), hidden.grad, weight.grad
+
+
+def ours(hidden, weight, labels, upstream, **options):
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    log_prob = linear_log_probs(hidden, weight, labels, **options)
+    (log_prob * upstream.to(log_prob.dtype)).sum().backward()
+    return log_prob.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("chunk_size", [1, 8, N, 1000, None])
+def test_values_and_gradients_equal_log_softmax_in_float64(chunk_size):
+    inputs = problem()
+    for actual, expected in zip(ours(*inputs, chunk_size=chunk_size, vocab_size=TRUE_V), naive(*inputs), strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_gradients_pass_gradcheck():
+    hidden, weight, labels, _ = problem(num_tokens=5)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_log_probs(h, w, labels, chunk_size=2, vocab_size=TRUE_V), (hidden, weight)
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+def test_values_and_gradients_in_working_precision(dtype, tolerance):
+    """float32: rounding of a 16-term dot product. bfloat16: logits of size ~8 step by 2^-5."""
+    inputs = problem(dtype)
+    log_prob, grad_hidden, grad_weight = ours(*inputs, chunk_size=8, vocab_size=TRUE_V)
+    assert (log_prob.dtype, grad_hidden.dtype, grad_weight.dtype) == (torch.float32, dtype, dtype)
+    for actual, expected in zip((log_prob, grad_hidden, grad_weight), naive(*inputs), strict=True):
+        torch.testing.assert_close(actual.double(), expected, atol=tolerance * 2, rtol=tolerance)
+
+
+def test_float32_is_kept_for_large_logits():
+    """Logits of +-400: exp overflows without the maximum taken out; -800 nats come out to float32's own rounding."""
+    inputs = problem(torch.float32, scale=100.0)
+    log_prob, grad_hidden, _ = ours(*inputs, chunk_size=8, vocab_size=TRUE_V)
+    expected, expected_grad, _ = naive(*inputs)
+    assert expected.min() < -500
+    torch.testing.assert_close(log_prob.double(), expected, atol=1e-3, rtol=1e-6)
+    assert torch.isfinite(grad_hidden).all()
+    torch.testing.assert_close(grad_hidden.double(), expected_grad, atol=1e-2, rtol=1e-3)
+
+
+def test_padded_columns_never_enter():
+    """Huge or even NaN padding rows change no bit, and get exactly no gradient."""
+    hidden, weight, labels, upstream = problem(torch.float32)
+    poisoned = weight.clone()
+    poisoned[TRUE_V:] = torch.nan
+    clean = ours(hidden, weight, labels, upstream, vocab_size=TRUE_V)
+    dirty = ours(hidden, poisoned, labels, upstream, vocab_size=TRUE_V)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    assert (dirty[2][TRUE_V:] == 0).all()
+
+
+def test_labels_outside_the_vocabulary_give_nan_and_spare_their_neighbours():
+    hidden, weight, labels, upstream = problem(torch.float32)
+    expected = ours(hidden, weight, labels, upstream, vocab_size=TRUE_V)[0]
+    labels = labels.clone()
+    labels[3], labels[5], labels[7] = TRUE_V, -100, V + 10
+    log_prob = ours(hidden, weight, labels, upstream, vocab_size=TRUE_V)[0]
+    outside = torch.zeros(N, dtype=torch.bool)
+    outside[[3, 5, 7]] = True
+    assert log_prob[outside].isnan().all()
+    assert torch.equal(log_prob[~outside], expected[~outside])
+
+
+def test_inputs_need_not_be_contiguous():
+    hidden, weight, labels, upstream = problem()
+    wide_hidden, wide_weight = torch.randn(H, N, dtype=torch.float64).T, torch.empty(V, 2 * H, dtype=torch.float64)
+    wide_hidden.copy_(hidden)
+    wide_weight[:, ::2] = weight
+    wide_labels = torch.stack([labels, labels], dim=1)[:, 0]
+    assert not (wide_hidden.is_contiguous() or wide_weight[:, ::2].is_contiguous() or wide_labels.is_contiguous())
+    for actual, expected in zip(
+        ours(wide_hidden, wide_weight[:, ::2], wide_labels, upstream, chunk_size=5, vocab_size=TRUE_V),
+        naive(hidden, weight, labels, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_no_rows_give_no_values_and_zero_gradients():
+    log_prob, grad_hidden, grad_weight = ours(*problem(torch.float32, num_tokens=0), vocab_size=TRUE_V)
+    assert log_prob.shape == (0,) and log_prob.dtype == torch.float32
+    assert grad_hidden.shape == (0, H)
+    assert torch.equal(grad_weight, torch.zeros(V, H))
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_input_gets_no_gradient_and_the_other_its_own(frozen):
+    hidden, weight, labels, upstream = problem()
+    hidden.requires_grad_(frozen != "hidden")
+    weight.requires_grad_(frozen != "weight")
+    (linear_log_probs(hidden, weight, labels, vocab_size=TRUE_V) * upstream).sum().backward()
+    _, expected_hidden, expected_weight = naive(hidden.detach(), weight.detach(), labels, upstream)
+    if frozen == "hidden":
+        assert hidden.grad is None
+        torch.testing.assert_close(weight.grad, expected_weight)
+    else:
+        assert weight.grad is None
+        torch.testing.assert_close(hidden.grad, expected_hidden)
+
+
+def test_only_hidden_weight_labels_and_one_float_a_token_are_kept_for_backward():
+    """Saved bytes beyond the inputs: 4 N. A [N, V] float32 would be 64 times that here."""
+    hidden, weight, labels, _ = problem(torch.float32, num_tokens=512)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    known = {tensor.data_ptr() for tensor in (hidden, weight, labels)}
+    extra = []
+
+    def note(tensor):
+        if tensor.data_ptr() not in known:
+            extra.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        linear_log_probs(hidden, weight, labels, chunk_size=64, vocab_size=TRUE_V)
+    assert extra == [4 * 512]
+
+
+def test_no_tensor_larger_than_a_chunk_of_logits_is_made():
+    """Every operator's output is watched, forward and backward: a chunk's logits or an input's gradient at most."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            largest.extend(t.numel() for t in (result if isinstance(result, tuple | list) else [result])
+                           if isinstance(t, torch.Tensor))  # fmt: skip
+            return result
+
+    num_tokens, chunk_size = 1024, 32
+    hidden, weight, labels, _ = problem(torch.float32, num_tokens=num_tokens)
+    with Watch():
+        ours(hidden, weight, labels, torch.ones(num_tokens), chunk_size=chunk_size)
+    assert max(largest) == max(chunk_size * V, num_tokens * H, V * H) < num_tokens * V
+
+
+def test_default_chunk_fits_its_budget():
+    """V = 128256: 128 MiB / (4 * 128256) = 261 tokens -> 256; 512 MiB -> 1046 -> 1024."""
+    assert default_chunk_size(128256, device_type="cpu") == 256
+    assert default_chunk_size(128256, device_type="cuda") == 1024
+    assert default_chunk_size(1 << 40, device_type="cpu") == 16
+
+
+def sharded(dtype, num_tokens, vocab_size):
+    """One rank of two: its shard's results, and the whole weight's gradient gathered."""
+    dist.init_process_group("gloo")
+    rank, group = dist.get_rank(), dist.group.WORLD
+    hidden, weight, labels, upstream = problem(dtype, num_tokens=num_tokens)
+    labels = labels % vocab_size
+    shard = weight[rank * V // 2 : (rank + 1) * V // 2]
+    log_prob, grad_hidden, grad_shard = ours(
+        hidden, shard, labels, upstream, tp_group=group, chunk_size=8, vocab_size=vocab_size
+    )
+    dist.destroy_process_group()
+    return log_prob, grad_hidden, grad_shard
+
+
+@pytest.mark.parametrize("vocab_size", [TRUE_V, V, V // 2, V // 2 - 3])
+def test_two_vocabulary_shards_equal_the_whole_weight(vocab_size):
+    """float64, to rounding. The last two vocabularies leave rank 1 with nothing but padding."""
+    results = run_ranks(sharded, 2, torch.float64, N, vocab_size)
+    hidden, weight, labels, upstream = problem()
+    log_prob, grad_hidden, grad_weight = naive(hidden, weight, labels % vocab_size, upstream, vocab_size=vocab_size)
+    for rank in range(2):
+        torch.testing.assert_close(results[rank][0], log_prob, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(results[rank][1], grad_hidden, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(torch.cat([results[0][2], results[1][2]]), grad_weight, atol=1e-12, rtol=1e-12)
+    assert torch.equal(results[0][0], results[1][0])
+
+
+def test_two_shards_in_bfloat16_and_without_rows():
+    inputs = problem(torch.bfloat16)
+    expected = naive(*inputs)
+    results = run_ranks(sharded, 2, torch.bfloat16, N, TRUE_V)
+    torch.testing.assert_close(results[0][0].double(), expected[0], atol=8e-2, rtol=4e-2)
+    torch.testing.assert_close(results[0][1].double(), expected[1], atol=8e-2, rtol=4e-2)
+    for log_prob, grad_hidden, grad_shard in run_ranks(sharded, 2, torch.float32, 0, TRUE_V):
+        assert log_prob.shape == (0,) and grad_hidden.shape == (0, H)
+        assert torch.equal(grad_shard, torch.zeros(V // 2, H))
+
+
+def test_sequence_sums_add_up_and_give_zero_without_rows():
+    """Sequence 0: 1 + 2, sequence 2: 4; sequence 1 has no rows."""
+    sums = sequence_sums(torch.tensor([1.0, 4.0, 2.0]), torch.tensor([0, 2, 0]), 3)
+    assert sums.tolist() == [3.0, 0.0, 4.0]
+    assert sequence_sums(torch.zeros(0), torch.zeros(0, dtype=torch.int64), 0).shape == (0,)
+    with pytest.raises(AssertionError):
+        sequence_sums(torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64), 1)
