@@ -248,7 +248,7 @@ def _tokens_of_file(file: Path, leaves: Mapping[str, _Leaf], config_class: type[
     """Read a YAML file -> {leaf: its command-line tokens}, in the file's order."""
     sections = {section for leaf in leaves.values() for section in leaf.path[:-1]}
     tokens: dict[str, list[str]] = {}
-    for section, key, value in _settings(_read_yaml(file), sections, file):
+    for section, key, value in _settings(_read_yaml(file), sections, leaves, file):
         if key not in leaves:
             known = (
                 [*leaves, *sections] if section is None else [k for k, leaf in leaves.items() if section in leaf.path]
@@ -265,13 +265,16 @@ def _tokens_of_file(file: Path, leaves: Mapping[str, _Leaf], config_class: type[
     return tokens
 
 
-def _settings(content: Mapping[str, Any], sections: set[str], file: Path) -> Iterator[tuple[str | None, str, Any]]:
+def _settings(
+    content: Mapping[str, Any], sections: set[str], leaves: Mapping[str, _Leaf], file: Path
+) -> Iterator[tuple[str | None, str, Any]]:
     """Walk a YAML mapping -> (innermost section or None, key, value) triples."""
     for name, value in content.items():
-        if name not in sections:
+        # A section may hold a setting of its own name, as in `objective: {objective: sppo}`.
+        if name not in sections or (name in leaves and not isinstance(value, dict)):
             yield None, str(name), value
         elif isinstance(value, dict):
-            for inner_section, key, inner in _settings(value, sections, file):
+            for inner_section, key, inner in _settings(value, sections, leaves, file):
                 yield inner_section or name, key, inner
         elif value is not None:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""Proves that command line, YAML and defaults meet in one validated config, and that each refusal is one useful line."""
+"""Proves that command line, YAML and defaults meet in one validated config; each refusal is one useful line."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,6 +188,22 @@ def test_the_dataclass_own_refusals_come_out_unchanged(argv, message):
     assert str(caught.value) == message
 
 
+def test_a_section_may_hold_a_setting_of_its_own_name(tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Objective:
+        objective: str = "sppo"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Job:
+        objective: Objective = Objective()
+
+    for text in ("objective: {objective: dpo}", "objective: dpo"):
+        path = tmp_path / "job.yaml"
+        path.write_text(text)
+        job = config.parse(Job, name="x", description="", argv=["--config", str(path)])
+        assert job == Job(objective=Objective(objective="dpo"))
+
+
 def test_help_is_grouped_by_section_with_defaults_and_exits_0(capsys):
     with pytest.raises(SystemExit) as caught:
         parse("--help")
@@ -221,7 +237,7 @@ _TEXTS = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]), mi
 @settings(deadline=None, max_examples=50)
 @given(
     lr=st.floats(min_value=0, allow_infinity=False),
-    betas=st.lists(st.floats(allow_nan=False)).map(tuple),
+    betas=st.lists(st.floats(allow_nan=False, allow_infinity=False)).map(tuple),
     fp8=st.none() | _TEXTS,
     seed=st.none() | st.integers().filter(lambda seed: seed != 13),
     packing=st.booleans(),
