@@ -24,6 +24,7 @@ from megatron_sppo.selfplay.lock import run_lock
 from megatron_sppo.selfplay.plan import (
     REPORT_NAME,
     RunPaths,
+    check_rollouts_and_judges,
     check_scripts,
     check_training_settings,
     iteration_stages,
@@ -84,6 +85,7 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
 def _check_before_anything(config: SelfPlayConfig) -> None:
     """Find what would stop a later stage, before a new run writes or computes anything."""
     divide_prompts(config.run, config.evaluation)
+    check_rollouts_and_judges(config)
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "training.yaml")
         _write_training_config(config, file)

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sppo import config as config_files
+from megatron_sppo.data.schema import parse_selection
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.judge.protocol import load_judge
+from megatron_sppo.rollout.sampler import Sampling
 from megatron_sppo.selfplay.config import SelfPlayConfig, named_values, option_flags
 from megatron_sppo.selfplay.stages import Stage
 
@@ -215,6 +218,26 @@ def _training_command(config: SelfPlayConfig, paths: RunPaths, iteration: int) -
         *(*launcher, "--config", str(paths.training_config), "--load", str(paths.checkpoint(iteration - 1))),
         *("--data", str(paths.of(iteration, "dataset")), "--save", str(paths.of(iteration, "checkpoint"))),
     )
+
+
+def check_rollouts_and_judges(config: SelfPlayConfig) -> None:
+    """Find settings of sampling and judging that a later stage would refuse; what lies on a hub is not asked for.
+
+    Raises:
+        ConfigError: a value out of its range, or a judge that does not exist.
+    """
+    rollout, scoring = config.rollout, config.scoring
+    Sampling(
+        num_responses=min(rollout.num_responses, config.eval_num_responses),
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        max_tokens=rollout.max_tokens,
+        seed=config.run.seed,
+    )
+    parse_selection(scoring.selection)
+    for spec in {scoring.judge, config.eval_judge}:
+        if spec.partition(":")[0] not in ("pairrm", "endpoint"):
+            load_judge(spec, preset=scoring.preset)
 
 
 def check_training_settings(config: SelfPlayConfig, file: Path) -> None:

@@ -24,7 +24,7 @@ main { max-width: 1180px; margin: 0 auto; padding: 28px 20px 60px; }
 h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 0 0 10px; }
 .muted { color: var(--muted); font-size: 13.5px; } p { margin: 0 0 10px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px; margin: 20px 0; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(460px, 1fr)); gap: 16px; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(460px, 1fr)); gap: 16px; margin-top: 16px; }
 .card, section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px; }
 section { margin-top: 16px; min-width: 0; } .panels section { margin-top: 0; } .panels + section { margin-top: 16px; }
 .card b { display: block; font-size: 25px; line-height: 1.25; } .card.good b { color: var(--good); }
@@ -71,14 +71,12 @@ def write_report(run_dir: Path) -> Path:
 def render(run: RunData) -> str:
     """Lay a run out as one page -> HTML text."""
     iterations = run.summary["iterations"]
+    base_tokens = run.summary.get("base_mean_response_tokens")
     figures = [
         _figure("Win rate on held-out prompts", plots.win_rate_figure(iterations), _WIN_RATE_NOTE),
-        _figure(
-            "Loss", plots.loss_figure(run.metrics), "Mean squared residual a response, before each optimizer step."
-        ),
-        _figure(
-            "Answer length", plots.length_figure(iterations, run.summary.get("base_mean_response_tokens")), _LENGTH_NOTE
-        ),
+        _figure("Loss", plots.loss_figure(run.metrics), _LOSS_NOTE),
+        _figure("Answer length", plots.length_figure(iterations, base_tokens), _LENGTH_NOTE),
+        _section("The judge", _diagnostics_table(run), _JUDGE_NOTE),
     ]
     preferences = run.iterations[-1].preferences if run.iterations else ()
     body = [
@@ -91,7 +89,6 @@ def render(run: RunData) -> str:
         _figure(
             "Preferences of the last iteration, four prompts", plots.preference_figure(preferences), _HEAT_MAP_NOTE
         ),
-        _section("The judge", _diagnostics_table(run), "Measured on each iteration's training answers."),
         _section("Answers before and after", _answers(run.answers, iterations), _ANSWERS_NOTE),
         _details("Settings", yaml.safe_dump(run.state.get("config", {}), sort_keys=False, allow_unicode=True)),
         _details("Commands", "\n\n".join(_commands(run))),
@@ -110,13 +107,15 @@ _WIN_RATE_NOTE = (
     "Mean over prompts of how often the judge prefers the policy's answers; bars are bootstrap 95 % intervals over "
     "prompts. 50 % is parity."
 )
+_LOSS_NOTE = "Mean squared residual a response, before each optimizer step."
+_JUDGE_NOTE = "Measured on each iteration's training answers."
 _LENGTH_NOTE = "A judge that likes length shows here first."
 _RESULTS_NOTE = "Win rates in per cent with bootstrap 95 % intervals; tokens is the mean length of held-out answers."
 _SCATTER_NOTE = (
     "Each point is a training response. SPPO regresses the log-ratio log pi(y|x) - log pi_t(y|x) onto the target; the "
     "dashed line is where it would arrive. The log-ratio is the one that the step found before its own update, so in a "
-    "single epoch no response has been trained on when it is measured; the solid line is the fit through the origin over "
-    "the last quarter of the steps, its slope the share of the way covered."
+    "single epoch no response has been trained on when it is measured; the solid line is the fit through the origin "
+    "over the last quarter of the steps, its slope the share of the way covered."
 )
 _HEAT_MAP_NOTE = (
     "P(answer of the row beats answer of the column), both orders asked. From the most to the least decided prompt."

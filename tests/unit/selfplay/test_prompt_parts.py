@@ -1,0 +1,75 @@
+"""Proves: held-out prompts are never trained on, parts are disjoint, and the same file and seed give the same parts."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.rollout.prompts import read_prompts
+from megatron_sppo.selfplay.config import EvaluationConfig, RunConfig
+from megatron_sppo.selfplay.prompt_parts import PromptParts, divide_prompts, write_prompts
+
+
+def write_file(path: Path, *, num_train: int = 20, num_heldout: int = 5) -> Path:
+    rows = [{"prompt_id": f"t{n}", "prompt": f"Train {n}?", "split": "train"} for n in range(num_train)]
+    rows += [{"prompt_id": f"h{n}", "prompt": f"Held {n}?", "split": "heldout"} for n in range(num_heldout)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def divide(path: Path, *, heldout_prompts: int | None = None, **run: object) -> PromptParts:
+    config = RunConfig(model=Path("m"), prompts=path, output=Path("o"), **run)
+    return divide_prompts(config, EvaluationConfig(heldout_prompts=heldout_prompts))
+
+
+def ids(prompts: tuple) -> set[str]:
+    return {prompt.prompt_id for prompt in prompts}
+
+
+def test_three_iterations_share_out_all_training_prompts_disjointly(tmp_path: Path) -> None:
+    parts = divide(write_file(tmp_path / "p.jsonl"), iterations=3)
+    assert sorted(len(part) for part in parts.iterations) == [6, 7, 7]
+    assert set().union(*(ids(part) for part in parts.iterations)) == {f"t{n}" for n in range(20)}
+    assert ids(parts.heldout) == {f"h{n}" for n in range(5)}
+
+
+def test_all_gives_every_iteration_every_training_prompt(tmp_path: Path) -> None:
+    parts = divide(write_file(tmp_path / "p.jsonl"), iterations=2, prompts_per_iteration="all")
+    assert [ids(part) for part in parts.iterations] == [{f"t{n}" for n in range(20)}] * 2
+
+
+def test_the_seed_decides_the_parts(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "p.jsonl")
+    assert divide(path, seed=1) == divide(path, seed=1)
+    assert divide(path, seed=1) != divide(path, seed=2)
+
+
+def test_a_number_of_held_out_prompts_is_taken_from_any_row(tmp_path: Path) -> None:
+    parts = divide(write_file(tmp_path / "p.jsonl", num_heldout=0), heldout_prompts=8, iterations=2)
+    assert len(parts.heldout) == 8
+    assert not ids(parts.heldout) & set().union(*(ids(part) for part in parts.iterations))
+    assert sum(len(part) for part in parts.iterations) == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "no rows with .*heldout.*--heldout-prompts 0"),
+        ({"heldout_prompts": 20}, "heldout_prompts is 20, but .* has 20 prompts"),
+        ({"heldout_prompts": 18, "iterations": 3}, "2 prompts to train on"),
+    ],
+)
+def test_too_few_prompts_are_refused_with_the_remedy(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        divide(write_file(tmp_path / "p.jsonl", num_heldout=0), **changes)
+
+
+def test_no_evaluation_needs_no_held_out_rows(tmp_path: Path) -> None:
+    assert divide(write_file(tmp_path / "p.jsonl", num_heldout=0), heldout_prompts=0).heldout == ()
+
+
+def test_what_is_written_reads_back_equal(tmp_path: Path) -> None:
+    heldout = divide(write_file(tmp_path / "p.jsonl")).heldout
+    write_prompts(tmp_path / "heldout.jsonl", heldout)
+    assert read_prompts(tmp_path / "heldout.jsonl").prompts == heldout
