@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_sppo.data.schema import FileEntry
 from megatron_sppo.errors import DataError
@@ -68,13 +68,9 @@ class Column:
     """
 
     def __init__(self, prefix: Path, dtype: type[np.number], *, remedy: str) -> None:
-        try:
-            self._dataset = IndexedDataset(str(prefix))
-        except (AssertionError, ValueError, struct.error) as error:
-            raise DataError(f"{prefix}.idx is no Megatron index ({error}). {remedy}") from None
+        _check_index(prefix, dtype, remedy=remedy)
+        self._dataset = IndexedDataset(str(prefix))
         index = self._dataset.index
-        if index.dtype is not dtype:
-            raise DataError(f"{prefix}.idx says {index.dtype.__name__}, expected {dtype.__name__}. {remedy}")
         self.lengths: np.ndarray = index.sequence_lengths.copy()
         self.document_indices: np.ndarray = index.document_indices.copy()
         self._pointers: np.ndarray = index.sequence_pointers.copy()
@@ -104,3 +100,31 @@ class Column:
 
     def _read(self, count: int, offset: int) -> np.ndarray:
         return self._dataset.bin_reader.read(dtype=self._dtype, count=count, offset=offset)
+
+
+_HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, dtype code, number of sequences, number of document boundaries; unpadded."""
+
+
+def _check_index(prefix: Path, dtype: type[np.number], *, remedy: str) -> None:
+    """Refuse an index that mcore's reader would fail on: that leaves half-built objects with noisy finalisers.
+
+    Raises:
+        DataError: the header, the size or the last document boundary is wrong, or the .bin file is empty.
+    """
+    path = Path(f"{prefix}.idx")
+    contents = np.fromfile(path, dtype=np.uint8)
+    if len(contents) < _HEADER.size:
+        raise DataError(f"{path} is no Megatron index ({len(contents)} bytes). {remedy}")
+    magic, version, code, num_sequences, num_boundaries = _HEADER.unpack(contents[: _HEADER.size].tobytes())
+    if magic != b"MMIDIDX\x00\x00" or version != 1 or code not in {member.value for member in DType}:
+        raise DataError(f"{path} is no Megatron index (magic {magic!r}, version {version}, dtype {code}). {remedy}")
+    if DType.dtype_from_code(code) is not dtype:
+        raise DataError(f"{path} says {DType.dtype_from_code(code).__name__}, expected {dtype.__name__}. {remedy}")
+    expected = _HEADER.size + num_sequences * (4 + 8) + num_boundaries * 8
+    if len(contents) != expected or not num_boundaries:
+        raise DataError(f"{path} has {len(contents)} bytes, its header says {expected}. {remedy}")
+    if contents[-8:].view(np.int64)[0] != num_sequences:
+        raise DataError(f"{path} has documents that do not cover its {num_sequences} sequences. {remedy}")
+    if not Path(f"{prefix}.bin").stat().st_size:
+        raise DataError(f"{prefix}.bin is empty. {remedy}")

@@ -80,7 +80,7 @@ def test_the_last_policy_of_a_cyclic_game_runs_away_while_the_average_does_not()
 
 def test_von_neumann_winner_of_a_weighted_circle_is_known():
     """P = 1/2 + [[0, a, -b], [-a, 0, c], [b, -c, 0]]: the winner is (c, b, a) / (a + b + c); every row of the skew
-    part is orthogonal to, e.g. a * b - b * a = 0.
+    part is orthogonal to it, e.g. a * b - b * a = 0.
     """
     a, b, c = 0.1, 0.3, 0.4
     skew = torch.tensor([[0, a, -b], [-a, 0, c], [b, -c, 0]], dtype=torch.float64)
