@@ -92,14 +92,25 @@ def publish_directory(temporary: Path, path: Path) -> None:
     aside = path.with_name(f".{path.name}.old-{os.getpid()}")
     if path.exists():
         os.rename(path, aside)
-    os.rename(temporary, path)
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        if aside.exists():
+            os.rename(aside, path)
+        raise
     fsync_path(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_stale_temporaries(path: Path) -> None:
-    """Remove what killed writers of `path` left beside it, except the temporaries of processes that still run."""
+    """Remove what killed writers of `path` left beside it, except the temporaries of processes that still run.
+
+    A directory whose writer was killed between moving the old one aside and naming the new one is put back first.
+    """
     path = Path(path)
+    for aside in path.parent.glob(f".{path.name}.old-*"):
+        if not path.exists() and not _process_runs(aside.name.rpartition("-")[2]):
+            os.rename(aside, path)
     for pattern in (f".{path.name}.tmp-*", f".{path.name}.old-*"):
         for stale in path.parent.glob(pattern):
             if _process_runs(stale.name.rpartition("-")[2]):
@@ -142,7 +153,7 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path} does not exist. Check the path, or run the step that writes it.") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}).") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}). It is damaged: write it again.") from None
 
 
