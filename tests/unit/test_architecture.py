@@ -1,0 +1,117 @@
+"""Proves that model.json round-trips, counts parameters as published models do, and refuses what it does not know."""
+
+import json
+
+import pytest
+
+from megatron_sppo.architecture import Architecture, Llama3RopeScaling, read_architecture, write_architecture
+from megatron_sppo.errors import ConversionError, DataError
+
+SMOLLM2_135M = {
+    "family": "llama",
+    "num_layers": 30,
+    "hidden_size": 576,
+    "ffn_hidden_size": 1536,
+    "num_attention_heads": 9,
+    "num_query_groups": 3,
+    "kv_channels": 64,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "layernorm_epsilon": 1e-5,
+    "rotary_base": 100000.0,
+    "share_embeddings_and_output_weights": True,
+}
+LLAMA_3_1_8B = {
+    **SMOLLM2_135M,
+    "num_layers": 32,
+    "hidden_size": 4096,
+    "ffn_hidden_size": 14336,
+    "num_attention_heads": 32,
+    "num_query_groups": 8,
+    "kv_channels": 128,
+    "vocab_size": 128256,
+    "share_embeddings_and_output_weights": False,
+}
+QWEN2_5_0_5B = {
+    **SMOLLM2_135M,
+    "num_layers": 24,
+    "hidden_size": 896,
+    "ffn_hidden_size": 4864,
+    "num_attention_heads": 14,
+    "num_query_groups": 2,
+    "vocab_size": 151936,
+    "add_qkv_bias": True,
+}
+QWEN3_0_6B = {
+    **SMOLLM2_135M,
+    "num_layers": 28,
+    "hidden_size": 1024,
+    "ffn_hidden_size": 3072,
+    "num_attention_heads": 16,
+    "num_query_groups": 8,
+    "kv_channels": 128,
+    "vocab_size": 151936,
+    "qk_layernorm": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "published"),
+    [
+        (SMOLLM2_135M, 134_515_008),
+        (LLAMA_3_1_8B, 8_030_261_248),
+        (QWEN2_5_0_5B, 494_032_768),
+        (QWEN3_0_6B, 596_049_920),
+    ],
+    ids=["SmolLM2-135M", "Llama-3.1-8B", "Qwen2.5-0.5B", "Qwen3-0.6B"],
+)
+def test_parameters_are_counted_as_published(values, published):
+    """Published: the safetensors index of each model on the hub."""
+    assert Architecture(**values).num_parameters() == published
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192),
+    ],
+)
+def test_model_json_reads_back_equal(tmp_path, scaling):
+    architecture = Architecture(**LLAMA_3_1_8B, rope_scaling=scaling)
+    tokenizer = {"hash": "0" * 64, "files": ["tokenizer.json"]}
+    write_architecture(architecture, tmp_path, tokenizer=tokenizer)
+    assert read_architecture(tmp_path) == (architecture, tokenizer)
+
+
+def changed(tmp_path, change) -> None:
+    write_architecture(Architecture(**SMOLLM2_135M), tmp_path, tokenizer={})
+    content = json.loads((tmp_path / "model.json").read_text())
+    change(content)
+    (tmp_path / "model.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: content.update(schema_version=2), "schema version"),
+        (lambda content: content.pop("tokenizer"), "tokenizer"),
+        (lambda content: content.update(architecture=[]), "architecture"),
+        (lambda content: content["architecture"].update(num_experts=8), "num_experts"),
+        (lambda content: content["architecture"].pop("num_layers"), "num_layers"),
+        (lambda content: content["architecture"].update(num_layers=0), "num_layers is 0"),
+        (lambda content: content["architecture"].update(num_query_groups=4), "num_query_groups"),
+        (lambda content: content["architecture"].update(rope_scaling={"factor": 8}), "describe"),
+    ],
+)
+def test_a_model_json_that_cannot_be_true_is_refused_in_one_line(tmp_path, change, words):
+    changed(tmp_path, change)
+    with pytest.raises(ConversionError) as caught:
+        read_architecture(tmp_path)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_directory_without_model_json_is_named(tmp_path):
+    with pytest.raises(DataError, match="model.json"):
+        read_architecture(tmp_path)

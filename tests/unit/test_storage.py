@@ -1,0 +1,219 @@
+"""Proves that a reader sees the complete old or the complete new artefact, whatever fails in between.
+
+Every write, fsync and rename is made to fail once. A really full disk (a small tmpfs) where the test may mount one.
+"""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_sppo import storage
+from megatron_sppo.errors import DataError
+
+
+def entries(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_file_appears_only_when_the_block_ends_well(tmp_path):
+    path = tmp_path / "deep" / "a.txt"
+    with storage.atomic_file(path) as file:
+        file.write("new")
+        assert not path.exists()
+    assert path.read_text() == "new"
+    assert entries(path.parent) == ["a.txt"]
+
+
+def test_a_failing_block_leaves_the_old_file_and_no_temporary(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), storage.atomic_file(path) as file:
+        file.write("half of the n")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert entries(tmp_path) == ["a.txt"]
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, name: str, call: int, number: int) -> None:
+    """Let the call-th use of os.<name> fail with the given errno."""
+    real, count = getattr(os, name), iter(range(1000))
+
+    def failing(*args, **kwargs):
+        if next(count) == call:
+            raise OSError(number, os.strerror(number))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(os, name, failing)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize(("name", "call"), [("fsync", 0), ("replace", 0), ("fsync", 1)])
+def test_a_file_is_old_or_new_after_any_failing_step(tmp_path, monkeypatch, name, call, number):
+    path = tmp_path / "a.json"
+    storage.write_json(path, {"state": "old"})
+    fail_once(monkeypatch, name, call, number)
+    with pytest.raises((OSError, DataError)):
+        storage.write_json(path, {"state": "new"})
+    monkeypatch.undo()
+    assert json.loads(path.read_text())["state"] in ("old", "new")
+    assert entries(tmp_path) == ["a.json"]
+
+
+def write_pair(directory: Path, text: str) -> None:
+    with storage.atomic_directory(directory) as temporary:
+        (temporary / "one").write_text(text)
+        (temporary / "two").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [("fsync", 0), ("fsync", 1), ("fsync", 2), ("fsync", 3), ("rename", 0), ("rename", 1)],
+)
+def test_a_directory_is_old_or_new_after_any_failing_step(tmp_path, monkeypatch, name, call):
+    directory = tmp_path / "artefact"
+    write_pair(directory, "old")
+    fail_once(monkeypatch, name, call, errno.EIO)
+    with pytest.raises(OSError):
+        write_pair(directory, "new")
+    monkeypatch.undo()
+    texts = {(directory / part).read_text() for part in ("one", "two")}
+    assert texts in ({"old"}, {"new"})
+    assert [name for name in entries(tmp_path) if ".tmp-" in name] == []
+
+
+def test_a_writer_killed_between_its_two_renames_loses_nothing(tmp_path):
+    write_pair(tmp_path / "artefact", "old")
+    program = (
+        "import os, signal; from megatron_sppo import storage\n"
+        "real = os.rename\n"
+        "def rename(a, b): real(a, b); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "os.rename = rename\n"
+        f"with storage.atomic_directory({str(tmp_path / 'artefact')!r}) as temporary: (temporary / 'one').touch()\n"
+    )
+    subprocess.run([sys.executable, "-c", program])
+    assert "artefact" not in entries(tmp_path)
+    storage.remove_stale_temporaries(tmp_path / "artefact")
+    assert entries(tmp_path) == ["artefact"]
+    assert (tmp_path / "artefact" / "two").read_text() == "old"
+
+
+def test_replacing_a_directory_leaves_nothing_of_the_old_one(tmp_path):
+    write_pair(tmp_path / "artefact", "old")
+    (tmp_path / "artefact" / "stale").touch()
+    write_pair(tmp_path / "artefact", "new")
+    assert entries(tmp_path) == ["artefact"]
+    assert entries(tmp_path / "artefact") == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, ["disk is full", "MiB free"]),
+        (errno.EDQUOT, ["disk is full"]),
+        (errno.EROFS, ["Read-only", "writable"]),
+        (errno.EACCES, ["Permission denied"]),
+        (errno.EMFILE, ["ulimit -n"]),
+    ],
+)
+def test_a_refusing_disk_is_one_line_with_the_file_and_the_remedy(tmp_path, monkeypatch, number, words):
+    fail_once(monkeypatch, "fsync", 0, number)
+    with pytest.raises(DataError) as caught:
+        storage.write_json(tmp_path / "a.json", 1)
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in [str(tmp_path / "a.json"), *words]), str(caught.value)
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A file system of 64 KiB."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a tmpfs")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_really_full_disk_keeps_the_old_file_and_says_so(full_disk):
+    path = full_disk / "a.json"
+    storage.write_json(path, "old")
+    with pytest.raises(DataError, match="disk is full"):
+        storage.write_json(path, "x" * 200_000)
+    assert storage.read_json(path) == "old"
+    assert entries(full_disk) == ["a.json"]
+
+
+def test_a_killed_writer_leaves_the_old_file_and_its_temporary_is_removed_later(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    program = (
+        "import os, signal; from megatron_sppo import storage\n"
+        f"with storage.atomic_file({str(path)!r}) as f: f.write('new'); f.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", program])
+    assert path.read_text() == "old"
+    assert len(entries(tmp_path)) == 2
+    ours = storage.temporary_beside(path)
+    ours.touch()
+    storage.remove_stale_temporaries(path)
+    assert entries(tmp_path) == sorted([ours.name, "a.txt"])
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/../../b", ".."])
+def test_a_name_that_leads_out_of_its_directory_is_refused(tmp_path, name):
+    with pytest.raises(DataError, match="outside"):
+        storage.contained(tmp_path, name)
+
+
+def test_a_name_inside_is_taken(tmp_path):
+    assert storage.contained(tmp_path, "a/b") == tmp_path / "a" / "b"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "does not exist"), (b"{", "not valid JSON"), (b"\xff\xfe", "not valid JSON")]
+)
+def test_a_missing_or_damaged_json_file_is_named(tmp_path, content, words):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        storage.read_json(path)
+    assert str(path) in str(caught.value) and words in str(caught.value)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda children: st.lists(children) | st.dictionaries(st.text(), children),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=_JSON)
+def test_json_reads_back_as_written(tmp_path, value):
+    storage.write_json(tmp_path / "a.json", value)
+    assert storage.read_json(tmp_path / "a.json") == value
+
+
+def test_not_a_number_is_no_json(tmp_path):
+    with pytest.raises(ValueError):
+        storage.write_json(tmp_path / "a.json", float("nan"))
+    assert entries(tmp_path) == []
+
+
+def test_hashes_are_those_of_the_standard(tmp_path):
+    """FIPS 180-2, appendix B.1: SHA-256 of "abc"."""
+    (tmp_path / "abc").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert storage.sha256_of_file(tmp_path / "abc") == expected
+
+
+def test_the_hash_of_json_does_not_depend_on_the_order_of_keys():
+    assert storage.sha256_of_json({"a": 1, "b": [2]}) == storage.sha256_of_json({"b": [2], "a": 1})
+    assert storage.sha256_of_json([1, 2]) != storage.sha256_of_json([2, 1])
