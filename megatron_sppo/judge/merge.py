@@ -1,0 +1,122 @@
+"""Scores of all shards into one dataset, in the rollouts' order whatever the number of ranks, and its diagnostics.
+
+The dataset's writer is handed in: it lives beside Megatron, the judges do not.
+
+# G = groups, K = responses per prompt
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from megatron_sppo.errors import DataError
+from megatron_sppo.judge.intake import read_rows
+from megatron_sppo.judge.protocol import Judge
+from megatron_sppo.judge.scoring import read_scores
+from megatron_sppo.objective.diagnostics import describe_preferences
+from megatron_sppo.rollout.records import RolloutGroup, RolloutManifest
+
+DIAGNOSTICS_NAME = "diagnostics.json"
+_PLAIN_COUNTS = ("pairs", "identical_pairs", "truncated_sources", "truncated_candidates", "neutralised_markers")
+
+
+class GroupWriter(Protocol):
+    """What is needed of data.writer.DatasetWriter."""
+
+    def append(
+        self,
+        prompt_token_ids: Sequence[int],
+        response_token_ids: Sequence[Sequence[int]],
+        judge_logits: np.ndarray,
+        *,
+        prompt_id: str | None = None,
+        info: dict[str, Any] | None = None,
+    ) -> bool:
+        """Add one prompt group, or quarantine it -> whether it was added."""
+        ...
+
+    def quarantine(self, prompt_id: str, reason: str) -> None:
+        """Leave a prompt group out and say why."""
+        ...
+
+
+def merge_scores(
+    rollouts: Path, manifest: RolloutManifest, judge: Judge, work_dir: Path, writer: GroupWriter
+) -> Counter[str]:
+    """Append every scored group to the writer, shard after shard -> the judge's counts over all shards.
+
+    Raises:
+        DataError: a shard has no scores (they vanished between scoring and now).
+    """
+    for row in manifest.quarantined:
+        writer.quarantine(row["prompt_id"], row["reason"])
+    counts: Counter[str] = Counter()
+    seen: set[str] = set()
+    num_responses = manifest.sampling["num_responses"]
+    for number, entry in enumerate(manifest.shards):
+        scores = read_scores(work_dir, number, entry, judge)
+        if scores is None:
+            raise DataError(f"{work_dir} holds no scores of {entry.file}. Run the same score_pairrm.py command again.")
+        counts += scores.counts
+        logits = iter(scores.judge_logits)
+        for row in read_rows(rollouts, entry, num_responses=num_responses, vocab_size=manifest.vocab_size):
+            if row.group is None:
+                writer.quarantine(row.prompt_id, row.reason or "")
+                continue
+            matrix = next(logits)
+            if row.prompt_id in seen:
+                writer.quarantine(row.prompt_id, "the prompt_id occurs twice; the first one was kept")
+                continue
+            seen.add(row.prompt_id)
+            writer.append(
+                row.group.prompt_token_ids,
+                [response.token_ids for response in row.group.responses],
+                matrix,
+                prompt_id=row.prompt_id,
+                info=_info(row.group),
+            )
+    return counts
+
+
+def _info(group: RolloutGroup) -> dict[str, Any]:
+    return {
+        "messages": list(group.messages),
+        "responses": [{"text": response.text, "finish_reason": response.finish_reason} for response in group.responses],
+    }
+
+
+def dataset_diagnostics(
+    *,
+    judge: str,
+    judge_logits_GKK: np.ndarray,
+    preferences_GKK: np.ndarray,
+    win_rates_GK: np.ndarray,
+    responses: Iterable[Sequence[Sequence[int]]],
+    num_quarantined: int,
+    counts: Counter[str],
+) -> dict[str, Any]:
+    """Describe the judge on these rollouts -> what diagnostics.json holds, plain numbers only."""
+    listed = [[tuple(response) for response in group] for group in responses]
+    lengths = torch.tensor([[len(response) for response in group] for group in listed])
+    described = describe_preferences(
+        torch.from_numpy(judge_logits_GKK),
+        torch.from_numpy(preferences_GKK),
+        torch.from_numpy(win_rates_GK),
+        response_lengths_GK=lengths,
+        responses=listed,
+    )
+    return {
+        "judge": judge,
+        "num_prompts": len(listed),
+        "num_responses": judge_logits_GKK.shape[-1],
+        "num_quarantined": num_quarantined,
+        **dataclasses.asdict(described),
+        **{name: counts.get(name, 0) for name in (*_PLAIN_COUNTS, *sorted(set(counts) - set(_PLAIN_COUNTS)))},
+    }

@@ -1,0 +1,83 @@
+"""Token ids of PairRM's input: `[CLS]<|source|>x[SEP][CLS]<|candidate1|>a[SEP][CLS]<|candidate2|>b[SEP]`.
+
+Each text is tokenised once. A marker or special token inside a text becomes a space, as llm-blender does with [SEP];
+llm-blender 0.0.2 crashes on the other ones, and takes the whole batch with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_sppo.judge.pairrm_checkpoint import FIRST_MARKER, MARKERS, SOURCE_MARKER
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairTokens:
+    """One ordered pair, ready for the network."""
+
+    ids: tuple[int, ...]
+    marker_positions: tuple[int, int, int]
+    """Where the source's, the first and the second candidate's marker stand."""
+
+
+class PairRMTokens:
+    """Tokenises sources and candidates, neutralises what is not text, truncates and counts."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        source_length: int,
+        candidate_length: int,
+        counts: Counter[str],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._source_length, self._candidate_length = source_length, candidate_length
+        self._counts = counts
+        self._source_id, self._first_id, self._second_id = tokenizer.convert_tokens_to_ids(list(MARKERS[:3]))
+        added = {str(token) for token in tokenizer.get_added_vocab()}
+        special = {token for token in (*tokenizer.all_special_tokens, *MARKERS, *added) if token}
+        self._foreign = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+        unknown = tokenizer.unk_token_id
+        self._foreign_ids = {tokenizer.convert_tokens_to_ids(token) for token in special} - {unknown, None}
+
+    def source(self, text: str) -> tuple[int, ...]:
+        """Tokenise a source: [CLS] marker text [SEP] -> ids, cut to the source's limit."""
+        ids = self._encode(SOURCE_MARKER, text)
+        return self._cut(ids, self._source_length, "truncated_sources")
+
+    def candidates(self, texts: list[str], *, source_tokens: int) -> list[tuple[int, ...]]:
+        """Tokenise the candidates of one source -> ids, each with the first candidate's marker.
+
+        What the source leaves of its limit is shared by the two candidates, as in llm-blender at batch size 1.
+        """
+        limit = self._candidate_length + (self._source_length - source_tokens) // 2
+        return [self._cut(self._encode(FIRST_MARKER, text), limit, "truncated_candidates") for text in texts]
+
+    def pair(self, source: tuple[int, ...], first: tuple[int, ...], second: tuple[int, ...]) -> PairTokens:
+        """Join a source and two candidates -> PairTokens."""
+        second = tuple(self._second_id if token == self._first_id else token for token in second)
+        return PairTokens(
+            ids=source + first + second,
+            marker_positions=(1, len(source) + 1, len(source) + len(first) + 1),
+        )
+
+    def _encode(self, marker: str, text: str) -> list[int]:
+        clean, replaced = self._foreign.subn(" ", text)
+        ids = list(self._tokenizer.encode(marker + clean))
+        marker_id = self._tokenizer.convert_tokens_to_ids(marker)
+        assert ids[:2] == [self._tokenizer.cls_token_id, marker_id] and ids[-1] == self._tokenizer.sep_token_id
+        # Unicode look-alikes become markers only in the tokenizer's own normalisation, so the ids are looked at too.
+        body = [token for token in ids[2:-1] if token not in self._foreign_ids]
+        self._counts["neutralised_markers"] += replaced + len(ids) - 3 - len(body)
+        return [*ids[:2], *body, ids[-1]]
+
+    def _cut(self, ids: list[int], limit: int, name: str) -> tuple[int, ...]:
+        if len(ids) <= limit:
+            return tuple(ids)
+        self._counts[name] += 1
+        return (*ids[: limit - 1], ids[-1])

@@ -1,0 +1,87 @@
+"""PairRM against llm-blender 0.0.2's own model on the same files: raw logits, `rank` and `compare`.
+
+Proves that input format, truncation, network and both orders are llm-blender's. Weights are random: it says nothing
+about the published checkpoint's taste. llm-blender needs older libraries than ours, so it runs in an interpreter of its
+own: SPPO_LLM_BLENDER_PYTHON names one that has `llm-blender==0.0.2`.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sentencepiece", reason="the tiny PairRM's tokenizer is trained with sentencepiece")
+
+from megatron_sppo.judge.pairrm import PairRMJudge
+from tests.unit.judge.groups import group_of, random_text
+from tests.unit.judge.tiny_pairrm import make_tiny_pairrm
+
+PEER_PYTHON = os.environ.get("SPPO_LLM_BLENDER_PYTHON", sys.executable)
+TOLERANCE = 1e-5
+
+
+def _peer_is_there() -> bool:
+    command = [
+        PEER_PYTHON,
+        "-c",
+        "import importlib.util, sys; sys.exit(importlib.util.find_spec('llm_blender') is None)",
+    ]
+    return Path(PEER_PYTHON).exists() and subprocess.run(command, check=False).returncode == 0
+
+
+pytestmark = pytest.mark.skipif(
+    not _peer_is_there(), reason="llm_blender is not importable: set SPPO_LLM_BLENDER_PYTHON to a Python that has it"
+)
+
+
+def _cases() -> list[dict[str, object]]:
+    """200 prompts with K = 2..8 responses; every 40th source or candidate is longer than PairRM's limits."""
+    rng = random.Random(11)
+    cases = []
+    for number in range(200):
+        num_responses = 2 + number % 7
+        texts = [random_text(rng, 1, 25) for _ in range(num_responses)]
+        source = random_text(rng, 1, 25)
+        if number % 40 == 0:
+            num_responses, texts = 2, [random_text(rng, 700, 900), random_text(rng, 700, 900)]
+        if number % 40 == 20:
+            source = random_text(rng, 900, 1000)
+        if number % 9 == 0:
+            texts[0] += " [SEP] line\nbreak\t\u00e9\u6f22 "
+        cases.append({"source": source, "candidates": texts})
+    return cases
+
+
+def test_logits_rank_and_compare_are_llm_blenders(tmp_path: Path) -> None:
+    native, hf = make_tiny_pairrm(tmp_path)
+    cases = _cases()
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    script = Path(__file__).with_name("llm_blender_logits.py")
+    subprocess.run(
+        [PEER_PYTHON, script, native, tmp_path / "cases.json", tmp_path / "peer.npz"],
+        check=True,
+        capture_output=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    peer = np.load(tmp_path / "peer.npz")
+    groups = [group_of(case["source"], case["candidates"]) for case in cases]
+    for checkpoint in (native, hf):
+        judge = PairRMJudge(str(checkpoint), preset="paper", device="cpu")
+        ours = judge.judge_logits(groups)
+        assert judge.counts["truncated_candidates"] >= 10 and judge.counts["truncated_sources"] == 5
+        spread = np.std(np.concatenate([matrix.ravel() for matrix in ours]))
+        assert spread > 0.1, "random weights that judge everything alike would prove nothing"
+        for number, matrix in enumerate(ours):
+            np.testing.assert_allclose(matrix, peer[f"logits_{number}"], atol=TOLERANCE, rtol=0)
+            if f"scores_{number}" not in peer:
+                continue
+            # rank: s_i = mean over all K of (L_ij - L_ji); compare: s_0 - s_1 of the pair alone, the sum of both orders.
+            scores = (matrix - matrix.T).mean(axis=1)
+            np.testing.assert_allclose(scores, peer[f"scores_{number}"], atol=TOLERANCE, rtol=0)
+            both_orders = matrix[0, 1] - matrix[1, 0]
+            np.testing.assert_allclose(both_orders, peer[f"compare_{number}"][0], atol=TOLERANCE, rtol=0)

@@ -1,0 +1,187 @@
+"""Judge rollouts pair by pair: a rollout directory in, a preference dataset out. The same command resumes.
+
+Under torchrun each rank takes its share of the shards. With --from-dataset nothing is judged: the targets are rebuilt
+from the stored logits under another --preset or --selection.
+"""
+
+import datetime
+import json
+import logging
+import os
+import shutil
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_sppo import command_line, config
+from megatron_sppo.data.dataset import PreferenceDataset
+from megatron_sppo.data.schema import DatasetManifest, parse_selection
+from megatron_sppo.data.writer import DatasetWriter, rebuild_dataset
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.judge import load_judge
+from megatron_sppo.judge.merge import DIAGNOSTICS_NAME, dataset_diagnostics, merge_scores
+from megatron_sppo.judge.scoring import score_rollouts
+from megatron_sppo.rollout.records import MANIFEST_NAME, read_manifest
+from megatron_sppo.storage import read_json, remove_stale_temporaries, sha256_of_file, write_json
+
+NAME = "score_pairrm.py"
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """What to judge, by whom, and what to keep of it."""
+
+    output: Path
+    """Directory of the dataset."""
+    rollouts: Path | None = None
+    """Directory that tools/generate_rollouts.py wrote."""
+    judge: str | None = None
+    """pairrm:HUB_ID_OR_DIR, rules:concise, rules:cyclic or endpoint:URL."""
+    from_dataset: Path | None = None
+    """Rebuild this dataset's targets from its stored logits, in place of --rollouts and --judge."""
+    preset: Literal["paper", "official"] | None = None
+    """How logits become preferences, and what the judge reads as the prompt. Default: paper, or the source dataset's."""
+    selection: str | None = None
+    """Responses to train on: all, extremes or top-bottom:M. Default: all, or the source dataset's."""
+    one_order: bool = False
+    """Ask each pair in one order only: half the cost, an approximation that keeps the judge's position bias."""
+    json: bool = False
+    """Print the outcome as one JSON object."""
+
+    def __post_init__(self) -> None:
+        scored = self.rollouts is not None and self.judge is not None
+        if scored == (self.from_dataset is not None) or (self.from_dataset and (self.rollouts or self.judge)):
+            raise ConfigError("nothing to judge is named. Use --rollouts DIR --judge SPEC, or --from-dataset DIR.")
+        if self.selection is not None:
+            parse_selection(self.selection)
+        if self.from_dataset is not None and self.from_dataset.resolve() == self.output.resolve():
+            raise ConfigError(f"--from-dataset and --output are both {self.output}. Give --output another directory.")
+
+
+def main() -> None:
+    """Parse the command line, judge or rebuild, report."""
+    command = config.parse(Command, name=NAME, description=__doc__ or "")
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if command.from_dataset is not None:
+        diagnostics = rebuild(command, command.from_dataset) if rank == 0 else None
+    else:
+        diagnostics = score(command, rank=rank, world_size=world_size)
+    if diagnostics is None:
+        return
+    if command.json:
+        print(json.dumps({"output": str(command.output), **diagnostics}))
+    else:
+        print(
+            f"{command.output}: {diagnostics['num_prompts']} prompts x {diagnostics['num_responses']} responses judged "
+            f"by {diagnostics['judge']}, {diagnostics['num_quarantined']} set aside"
+        )
+    sys.stdout.flush()
+
+
+def score(command: Command, *, rank: int, world_size: int) -> dict[str, Any] | None:
+    """Judge this rank's shards; rank 0 then writes the dataset -> its diagnostics, None on the other ranks."""
+    assert command.rollouts is not None and command.judge is not None
+    preset, selection = command.preset or "paper", command.selection or "all"
+    manifest = read_manifest(command.rollouts)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    judge = load_judge(command.judge, preset=preset, one_order=command.one_order)
+    rollouts_sha256 = sha256_of_file(command.rollouts / MANIFEST_NAME)
+    identity = {
+        "rollouts_sha256": rollouts_sha256,
+        "judge_fingerprint": judge.fingerprint,
+        "preset": preset,
+        "selection": str(parse_selection(selection)),
+    }
+    done = finished(command.output, identity)
+    work_dir = command.output.with_name(f".{command.output.name}.scores")
+    if world_size > 1:
+        # Ranks may be hours apart where shards are few and long.
+        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        torch.distributed.barrier()  # nobody writes before everybody has looked
+    if done is None:
+        score_rollouts(command.rollouts, judge, work_dir, rank=rank, world_size=world_size)
+    if world_size > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if rank != 0:
+        return None
+    if done is None:
+        remove_stale_temporaries(command.output)
+        writer = DatasetWriter(
+            command.output,
+            num_responses=manifest.sampling["num_responses"],
+            tokenizer_hash=manifest.tokenizer_hash,
+            vocab_size=manifest.vocab_size,
+            judge=judge.name,
+            preset=preset,
+            selection=selection,
+            rollouts_sha256=rollouts_sha256,
+        )
+        with writer:
+            counts = merge_scores(command.rollouts, manifest, judge, work_dir, writer)
+        assert writer.manifest is not None
+        done = write_diagnostics(command.output, writer.manifest, identity, counts)
+    else:
+        logger.info("%s is complete: nothing to judge.", command.output)
+    shutil.rmtree(work_dir, ignore_errors=True)
+    return done
+
+
+def rebuild(command: Command, source: Path) -> dict[str, Any]:
+    """Rebuild a dataset's targets from its stored logits -> the new one's diagnostics."""
+    remove_stale_temporaries(command.output)
+    manifest = rebuild_dataset(
+        PreferenceDataset(source), command.output, preset=command.preset, selection=command.selection
+    )
+    before = read_json(source / DIAGNOSTICS_NAME) if (source / DIAGNOSTICS_NAME).is_file() else {}
+    counts = Counter({name: value for name, value in before.get("counts", {}).items() if isinstance(value, int)})
+    identity = {
+        "rollouts_sha256": manifest.rollouts_sha256,
+        "judge_fingerprint": before.get("identity", {}).get("judge_fingerprint"),
+        "preset": manifest.preset,
+        "selection": manifest.selection,
+    }
+    return write_diagnostics(command.output, manifest, identity, counts)
+
+
+def write_diagnostics(
+    output: Path, manifest: DatasetManifest, identity: dict[str, Any], counts: Counter[str]
+) -> dict[str, Any]:
+    """Describe the judge on the finished dataset, beside it -> what diagnostics.json holds."""
+    dataset = PreferenceDataset(output)
+    diagnostics = dataset_diagnostics(
+        judge=manifest.judge,
+        judge_logits_GKK=dataset.all_judge_logits(),
+        preferences_GKK=dataset.all_preferences(),
+        win_rates_GK=dataset.all_win_rates(),
+        responses=(
+            [dataset.response(group, k).tolist() for k in range(dataset.num_responses)]
+            for group in range(dataset.num_groups)
+        ),
+        num_quarantined=len(manifest.quarantined),
+        counts=counts,
+    )
+    diagnostics |= {"counts": dict(sorted(counts.items())), "identity": {**identity, "dataset": manifest.dataset_hash}}
+    write_json(output / DIAGNOSTICS_NAME, diagnostics)
+    return diagnostics
+
+
+def finished(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Read the diagnostics of a dataset that this very command has finished -> None where there is none."""
+    path = output / DIAGNOSTICS_NAME
+    if not path.is_file() or not (output / "manifest.json").is_file():
+        return None
+    diagnostics = read_json(path)
+    dataset = PreferenceDataset(output)
+    wanted = {**identity, "dataset": dataset.manifest.dataset_hash}
+    return diagnostics if diagnostics.get("identity") == wanted else None
+
+
+if __name__ == "__main__":
+    command_line.run(main, name=NAME)
