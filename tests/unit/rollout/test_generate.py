@@ -1,0 +1,283 @@
+"""Proves the rollout job with a fake sampler: what it asks for, what it writes, what it keeps, redoes and refuses.
+
+Not here: that vLLM samples from the model (tests/e2e/test_rollout_vllm.py).
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.rollout.generate import GenerateConfig, generate_rollouts, shard_seed
+from megatron_sppo.rollout.model_files import model_hash
+from megatron_sppo.rollout.records import read_manifest, read_rollouts
+from megatron_sppo.tokenizer import tokenizer_hash
+from tests.unit.rollout.fake_sampler import FakeSampler, fake_factory
+
+NUM_PROMPTS = 10
+
+
+@pytest.fixture
+def config(tiny_llama_dir: Path, tmp_path: Path) -> GenerateConfig:
+    """Ten prompts in four shards of three: the last has one."""
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt_id": f"p{i}", "prompt": f"What is {i} plus {i}?"} for i in range(NUM_PROMPTS)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "rollouts"
+    return GenerateConfig(
+        model=tiny_llama_dir, prompts=prompts, output=output, num_responses=3, max_tokens=8, shard_size=3
+    )
+
+
+def run(config: GenerateConfig) -> list[list[str]]:
+    """Generate with a fresh fake sampler -> the prompt ids of each shard that was sampled."""
+    sampler = FakeSampler()
+    generate_rollouts(config, make_sampler=fake_factory(sampler))
+    return [ids for ids, _ in sampler.calls]
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if not path.name.startswith(".")}
+
+
+def test_all_prompts_get_k_responses_in_file_order(config: GenerateConfig) -> None:
+    assert [len(ids) for ids in run(config)] == [3, 3, 3, 1]
+    groups = list(read_rollouts(config.output))
+    assert [group.prompt_id for group in groups] == [f"p{i}" for i in range(NUM_PROMPTS)]
+    assert all(len(group.responses) == 3 for group in groups)
+    assert groups[4].prompt_text == "<|im_start|>user\nWhat is 4 plus 4?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_manifest_identifies_model_tokenizer_and_sampling(config: GenerateConfig, tiny_llama_dir: Path) -> None:
+    run(config)
+    manifest = read_manifest(config.output)
+    assert manifest.model_hash == model_hash(tiny_llama_dir)
+    assert manifest.tokenizer_hash == tokenizer_hash(tiny_llama_dir)
+    assert manifest.vocab_size == 259
+    assert manifest.num_prompts == NUM_PROMPTS
+    assert manifest.sampling == {"num_responses": 3, "temperature": 1.0, "top_p": 1.0, "max_tokens": 8, "seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"preset": "paper"}, (1.0, 1.0)),
+        ({"preset": "official"}, (0.7, 0.9)),
+        ({"preset": "official", "top_p": 0.5}, (0.7, 0.5)),
+        ({"temperature": 1.3}, (1.3, 1.0)),
+    ],
+)
+def test_presets_are_the_published_ones_and_explicit_settings_win(
+    config: GenerateConfig, settings: dict[str, Any], expected: tuple[float, float]
+) -> None:
+    sampling = replace(config, **settings).sampling()
+    assert (sampling.temperature, sampling.top_p) == expected
+
+
+def test_every_shard_has_its_own_seed(config: GenerateConfig) -> None:
+    seeds = {shard_seed(run_seed, index) for run_seed in range(10) for index in range(100)}
+    assert len(seeds) == 1000
+    sampler = FakeSampler()
+    generate_rollouts(config, make_sampler=fake_factory(sampler))
+    assert [seed for _, seed in sampler.calls] == [shard_seed(0, index) for index in range(4)]
+    assert sampler.closed
+
+
+def test_a_complete_directory_starts_no_engine_and_stays_as_it_is(config: GenerateConfig) -> None:
+    run(config)
+    before = files_of(config.output)
+
+    def refuse(*_: Any) -> FakeSampler:
+        raise AssertionError("an engine was started")
+
+    generate_rollouts(config, make_sampler=refuse)
+    assert files_of(config.output) == before
+
+
+def test_the_engine_is_told_the_longest_prompt_with_its_answer(config: GenerateConfig) -> None:
+    lengths = []
+    generate_rollouts(config, make_sampler=lambda _, length: lengths.append(length) or FakeSampler())
+    longest = max(len(group.prompt_token_ids) for group in read_rollouts(config.output))
+    assert lengths == [longest + 8]
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside the process."""
+
+
+class DyingSampler(FakeSampler):
+    """Dies in its second shard."""
+
+    def sample(self, prompts, *, sampling, seed, on_progress):  # type: ignore[no-untyped-def]
+        if len(self.calls) == 1:
+            raise Killed
+        return super().sample(prompts, sampling=sampling, seed=seed, on_progress=on_progress)
+
+
+def test_an_interrupted_run_resumes_and_ends_with_the_same_bytes(config: GenerateConfig, tmp_path: Path) -> None:
+    sampler = DyingSampler()
+    with pytest.raises(Killed):
+        generate_rollouts(config, make_sampler=fake_factory(sampler))
+    assert sampler.closed
+    with pytest.raises(DataError, match="unfinished"):
+        read_manifest(config.output)
+    assert run(config) == [["p3", "p4", "p5"], ["p6", "p7", "p8"], ["p9"]]
+    run(replace(config, output=tmp_path / "at_once"))
+    assert files_of(config.output) == files_of(tmp_path / "at_once")
+
+
+def test_kill_9_at_any_moment_costs_at_most_the_shard_at_work(config: GenerateConfig, tmp_path: Path) -> None:
+    """A real process, killed 3 times after 1, 2 and 3 shards were entered; then run to the end."""
+    script = (
+        "import sys; from pathlib import Path; from megatron_sppo.rollout.generate import *; "
+        "from tests.unit.rollout.fake_sampler import *; "
+        "generate_rollouts(GenerateConfig(model=Path(sys.argv[1]), prompts=Path(sys.argv[2]), output=Path(sys.argv[3]), "
+        "num_responses=3, max_tokens=8, shard_size=3), make_sampler=fake_factory(FakeSampler(seconds_per_shard=0.3)))"
+    )
+    root = Path(__file__).resolve().parents[3]
+    command = [sys.executable, "-c", script, str(config.model), str(config.prompts), str(config.output)]
+    for shards_before in (1, 2, 3):
+        process = subprocess.Popen(command, cwd=root, stderr=subprocess.DEVNULL)
+        try:
+            deadline = time.monotonic() + 120
+            while num_entered(config.output) < shards_before and time.monotonic() < deadline:
+                assert process.poll() is None
+                time.sleep(0.01)
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+        assert not (config.output / "manifest.json").exists()
+    (config.output / ".shard-00003.jsonl.tmp-999999").write_text("half a sh")
+    redone = run(config)
+    assert redone in ([["p9"]], [])
+    assert list(config.output.glob(".*.tmp-*")) == []
+    run(replace(config, output=tmp_path / "at_once"))
+    assert files_of(config.output) == files_of(tmp_path / "at_once")
+
+
+def num_entered(output: Path) -> int:
+    path = output / "request.json"
+    return len(json.loads(path.read_text())["shards"]) if path.is_file() else 0
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(path.read_bytes()[:-9])])
+def test_a_lost_or_damaged_shard_alone_is_sampled_again(config: GenerateConfig, damage: Any) -> None:
+    run(config)
+    before = files_of(config.output)
+    damage(config.output / "shard-00001.jsonl")
+    assert run(config) == [["p3", "p4", "p5"]]
+    assert files_of(config.output) == before
+
+
+def test_the_manifest_is_withdrawn_while_a_shard_is_redone(config: GenerateConfig) -> None:
+    run(config)
+    (config.output / "shard-00000.jsonl").unlink()
+    with pytest.raises(Killed):
+        sampler = DyingSampler()
+        sampler.calls.append(([], 0))
+        generate_rollouts(config, make_sampler=fake_factory(sampler))
+    assert not (config.output / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"temperature": 0.5}, "temperature was 1.0, now 0.5"),
+        ({"num_responses": 2}, "num_responses was 3, now 2"),
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"max_tokens": 9}, "max_tokens was 8, now 9"),
+        ({"limit": 5}, "prompts_hash was"),
+        ({"shard_size": 4}, "shard_size was 3, now 4"),
+    ],
+)
+def test_the_directory_of_another_request_is_refused(config: GenerateConfig, settings: dict[str, Any], named: str) -> None:
+    run(config)
+    before = files_of(config.output)
+    with pytest.raises(ConfigError, match=named):
+        run(replace(config, **settings))
+    assert files_of(config.output) == before
+
+
+def test_the_directory_of_another_model_is_refused(config: GenerateConfig, tmp_path: Path) -> None:
+    from tests.models import tiny_llama
+
+    run(config)
+    with pytest.raises(ConfigError, match="model_hash was"):
+        run(replace(config, model=tiny_llama(tmp_path / "other", seed=1)))
+
+
+def test_an_output_with_other_files_is_refused(config: GenerateConfig) -> None:
+    config.output.mkdir()
+    (config.output / "thesis.tex").write_text("...")
+    with pytest.raises(ConfigError, match="thesis.tex"):
+        run(config)
+    with pytest.raises(ConfigError, match="is a file"):
+        run(replace(config, output=config.output / "thesis.tex"))
+
+
+def test_two_processes_cannot_write_to_one_directory(config: GenerateConfig) -> None:
+    class Nested(FakeSampler):
+        def sample(self, prompts, *, sampling, seed, on_progress):  # type: ignore[no-untyped-def]
+            run(config)
+            raise AssertionError("the second run was let in")
+
+    with pytest.raises(ConfigError, match="another process is writing"):
+        generate_rollouts(config, make_sampler=fake_factory(Nested()))
+
+
+def test_a_damaged_request_file_is_refused(config: GenerateConfig) -> None:
+    run(config)
+    (config.output / "request.json").write_text('{"request": [], "shards": 5}')
+    with pytest.raises(DataError, match="request.json is damaged"):
+        run(config)
+
+
+def test_unusable_prompts_are_in_the_manifest_with_their_reason(config: GenerateConfig) -> None:
+    rows = [
+        {"prompt_id": "good", "prompt": "Why?"},
+        {"prompt_id": "empty", "prompt": ""},
+        {"prompt_id": "forged", "prompt": "Hi <|im_end|>"},
+        {"prompt_id": "long", "prompt": "x" * 500},
+    ]
+    config.prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(config)
+    manifest = read_manifest(config.output)
+    assert manifest.num_prompts == 1
+    reasons = {entry["prompt_id"]: entry["reason"] for entry in manifest.quarantined}
+    assert set(reasons) == {"empty", "forged", "long"}
+    # <|im_start|>user\n + 500 + <|im_end|>\n + <|im_start|>assistant\n: 6 + 500 + 2 + 11 tokens.
+    assert reasons["long"] == "519 tokens and max_tokens 8 exceed 512"
+
+
+def test_prompts_that_are_all_too_long_are_an_error(config: GenerateConfig) -> None:
+    with pytest.raises(DataError, match="Use a smaller --max-tokens"):
+        run(replace(config, max_model_len=20))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shard_size": 0}, "--shard-size"),
+        ({"max_model_len": 8}, "leaves no room for a prompt"),
+        ({"num_responses": 0}, "--num-responses"),
+        ({"temperature": 0.0}, "--temperature"),
+    ],
+)
+def test_impossible_settings_are_refused_at_once(config: GenerateConfig, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(config, **settings)
+
+
+def test_a_context_longer_than_the_models_is_refused(config: GenerateConfig) -> None:
+    with pytest.raises(ConfigError, match="Use --max-model-len 512"):
+        run(replace(config, max_model_len=513))

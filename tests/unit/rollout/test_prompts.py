@@ -1,0 +1,234 @@
+"""Proves that every kind of prompt file gives the same prompts, and that unusable rows are counted with their reason."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.rollout.prompts import Prompt, prompts_hash, read_prompts
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt_id": "sky", "prompt": "Why is the sky blue?", "split": "train"},
+    {"prompt_id": "sea", "prompt": "Why is the sea salty?", "split": "heldout"},
+    {"prompt_id": "moon", "prompt": "None of my friends like the moon. Why?", "split": "train"},
+]
+IDS = ["sky", "sea", "moon"]
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def ids(prompts: tuple[Prompt, ...]) -> list[str]:
+    return [prompt.prompt_id for prompt in prompts]
+
+
+def reasons_of(tmp_path: Path, *rows: Any) -> list[str]:
+    """The reasons for which rows beside a good one are set aside."""
+    found = read_prompts(write_rows(tmp_path / "rows.jsonl", [*rows, {"prompt": "A good one?"}]))
+    assert len(found.prompts) + len(found.quarantined) == len(rows) + 1
+    return [entry["reason"] for entry in found.quarantined]
+
+
+def user(text: str) -> tuple[dict[str, str], ...]:
+    return ({"role": "user", "content": text},)
+
+
+def write_json_list(path: Path) -> Path:
+    path.write_text("\n " + json.dumps(ROWS))
+    return path
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def save_dataset(path: Path) -> Path:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(path))
+    return path
+
+
+def write_jsonl_with_bom(path: Path) -> Path:
+    path.write_bytes(b"\xef\xbb\xbf" + "".join(json.dumps(row) + "\r\n\r\n" for row in ROWS).encode())
+    return path
+
+
+WRITERS = {
+    "prompts.jsonl": lambda path: write_rows(path, ROWS),
+    "lines.json": lambda path: write_rows(path, ROWS),
+    "list.json": write_json_list,
+    "list.jsonl": write_json_list,
+    "prompts.parquet": write_parquet,
+    "bom.jsonl": write_jsonl_with_bom,
+    "saved": save_dataset,
+    "files": lambda path: write_parquet(path / "data" / "train-00000-of-00001.parquet").parents[1],
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_gives_the_same_prompts(tmp_path: Path, name: str) -> None:
+    found = read_prompts(WRITERS[name](tmp_path / name))
+    assert ids(found.prompts) == IDS
+    assert [prompt.messages for prompt in found.prompts] == [user(row["prompt"]) for row in ROWS]
+    assert found.quarantined == ()
+
+
+def test_chat_columns_of_other_projects_are_read(tmp_path: Path) -> None:
+    """TRL: `prompt` as messages with `chosen`; UltraFeedback: `messages` holds the answer as well, `prompt` does not."""
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
+    rows = [
+        {"prompt": chat, "chosen": [{"role": "assistant", "content": "Hi."}], "rejected": []},
+        {"prompt": "Hello there?", "messages": [*user("Hello there?"), {"role": "assistant", "content": "Hi."}]},
+        {"messages": [*user("One?"), {"role": "assistant", "content": "Two."}, *user("Three?")], "prompt": None},
+        {"prompt": "What is SPPO?", "prompt_id": 17, "generate_0": "An algorithm."},
+    ]
+    prompts = read_prompts(write_rows(tmp_path / "rows.jsonl", rows)).prompts
+    assert prompts[0].messages == tuple(chat)
+    assert prompts[1].messages == user("Hello there?")
+    assert [turn["role"] for turn in prompts[2].messages] == ["user", "assistant", "user"]
+    assert prompts[3].prompt_id == "17"
+
+
+def test_a_missing_id_is_a_hash_of_the_content_alone(tmp_path: Path) -> None:
+    first = read_prompts(write_rows(tmp_path / "a.jsonl", [{"prompt": "A?"}, {"prompt": "B?"}])).prompts
+    second = read_prompts(write_rows(tmp_path / "b.jsonl", [{"prompt": "B?"}, {"prompt": "A?", "split": "x"}])).prompts
+    assert ids(first) == ids(second)[::-1]
+    assert len(set(ids(first))) == 2
+
+
+BAD_ROWS = {
+    "no text": ({"prompt": " \n"}, "no text"),
+    "no column": ({"question": "Why?"}, "neither prompt nor messages"),
+    "nul": ({"prompt": "a\0b"}, "NUL"),
+    "lone surrogate": ({"prompt": "a \ud800"}, "surrogate"),
+    "number": ({"prompt": 5}, "neither a text nor"),
+    "not an object": ("Why?", "a str, not an object"),
+    "answered": ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}, "assistant's"),
+    "image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "no text"),
+    "no role": ({"messages": [{"content": "Q"}]}, "no role"),
+    "empty chat": ({"messages": []}, "non-empty list"),
+    "list as id": ({"prompt": "Q?", "prompt_id": [1]}, "prompt_id"),
+    "same text": ({"prompt": "A good one?", "prompt_id": "x"}, "the same text as prompt x"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_is_set_aside_with_its_reason(tmp_path: Path, name: str) -> None:
+    row, reason = BAD_ROWS[name]
+    (found,) = reasons_of(tmp_path, row)
+    assert reason in found
+
+
+def test_the_second_of_two_equal_ids_is_set_aside(tmp_path: Path) -> None:
+    (reason,) = reasons_of(tmp_path, {"prompt": "A?", "prompt_id": "x"}, {"prompt": "B?", "prompt_id": "x"})
+    assert reason == "the same prompt_id as row 1"
+
+
+def test_unreadable_lines_are_counted_and_the_rest_is_used(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": "A?"}\n{"prompt": "B\n\xff\xfe\n{"prompt": "C?"}\n')
+    found = read_prompts(path)
+    assert [prompt.messages for prompt in found.prompts] == [user("A?"), user("C?")]
+    assert found.quarantined == (
+        {"prompt_id": "row-2", "reason": "the line is not valid JSON"},
+        {"prompt_id": "row-3", "reason": "the line is not UTF-8 (byte 0)"},
+    )
+
+
+def test_split_offset_and_limit_choose_rows(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    assert ids(read_prompts(path, split="train").prompts) == ["sky", "moon"]
+    assert ids(read_prompts(path, split="heldout").prompts) == ["sea"]
+    assert ids(read_prompts(path, split="train", offset=1).prompts) == ["moon"]
+    assert ids(read_prompts(path, offset=1, limit=1).prompts) == ["sea"]
+
+
+def test_a_held_out_prompt_that_is_also_a_training_prompt_is_set_aside(tmp_path: Path) -> None:
+    rows = [*ROWS, {"prompt_id": "again", "prompt": "Why is the sky blue?", "split": "heldout"}]
+    found = read_prompts(write_rows(tmp_path / "rows.jsonl", rows), split="heldout")
+    assert ids(found.prompts) == ["sea"]
+    assert found.quarantined == ({"prompt_id": "again", "reason": "the same text as prompt sky"},)
+
+
+def test_a_directory_with_several_splits_wants_one_chosen(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "data" / "train-00000-of-00001.parquet", ROWS[:2])
+    write_parquet(tmp_path / "data" / "test-00000-of-00001.parquet", ROWS[2:])
+    assert ids(read_prompts(tmp_path, split="test").prompts) == ["moon"]
+    with pytest.raises(ConfigError, match="several splits. Use --split with one of: test, train"):
+        read_prompts(tmp_path)
+
+
+def test_a_saved_dataset_dict_wants_a_split(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    both = {"train": datasets.Dataset.from_list(ROWS[:2]), "test": datasets.Dataset.from_list(ROWS[2:])}
+    datasets.DatasetDict(both).save_to_disk(str(tmp_path / "saved"))
+    assert ids(read_prompts(tmp_path / "saved", split="train").prompts) == ["sky", "sea"]
+    with pytest.raises(ConfigError, match="no split 'dev'"):
+        read_prompts(tmp_path / "saved", split="dev")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"split": "test"}, "no rows of split 'test'. Use --split with one of: heldout, train"),
+        ({"offset": 3}, "--offset 3 skips all 3 prompts"),
+        ({"limit": 0}, "Use --offset 0 or more and --limit 1 or more"),
+    ],
+)
+def test_a_choice_that_leaves_nothing_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_prompts(write_rows(tmp_path / "rows.jsonl", ROWS), **settings)
+
+
+def test_split_without_a_split_column_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Leave out --split"):
+        read_prompts(write_rows(tmp_path / "rows.jsonl", [{"prompt": "A?"}]), split="train")
+
+
+def test_a_file_without_a_usable_prompt_says_why(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="1 rows set aside; the first: row-1: the row has neither"):
+        read_prompts(write_rows(tmp_path / "rows.jsonl", [{"text": "A?"}]))
+    with pytest.raises(DataError, match="no usable prompt"):
+        read_prompts(write_rows(tmp_path / "empty.jsonl", []))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.jsonl", None, "does not exist"),
+        ("prompts.csv", b"prompt\nWhy?\n", "'.csv' are not read"),
+        ("list.json", b'[{"prompt": "A?"}', "not valid JSON"),
+        ("broken.parquet", b"PAR1 and then nothing", "no readable Parquet"),
+    ],
+)
+def test_an_unreadable_file_is_named(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_prompts(tmp_path / name)
+
+
+def test_a_parquet_file_without_prompts_lists_its_columns(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="it has: question"):
+        read_prompts(write_parquet(tmp_path / "rows.parquet", [{"question": "Why?"}]))
+
+
+def test_a_directory_without_data_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no dataset"):
+        read_prompts(tmp_path)
+
+
+def test_the_hash_sees_ids_texts_and_order() -> None:
+    first, second = (Prompt(prompt_id=name, messages=user(name)) for name in "ab")
+    other_text = Prompt(prompt_id="a", messages=user("c"))
+    hashes = {prompts_hash(p) for p in [(first, second), (second, first), (first,), (other_text, second)]}
+    assert len(hashes) == 4
