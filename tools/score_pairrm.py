@@ -45,18 +45,20 @@ class Command:
     from_dataset: Path | None = None
     """Rebuild this dataset's targets from its stored logits, in place of --rollouts and --judge."""
     preset: Literal["paper", "official"] | None = None
-    """How logits become preferences, and what the judge reads as the prompt. Default: paper, or the source dataset's."""
+    """How logits become preferences, and what the judge reads. Default: paper, or as in --from-dataset."""
     selection: str | None = None
-    """Responses to train on: all, extremes or top-bottom:M. Default: all, or the source dataset's."""
+    """Responses to train on: all, extremes or top-bottom:M. Default: all, or as in --from-dataset."""
     one_order: bool = False
     """Ask each pair in one order only: half the cost, an approximation that keeps the judge's position bias."""
     json: bool = False
     """Print the outcome as one JSON object."""
 
     def __post_init__(self) -> None:
-        scored = self.rollouts is not None and self.judge is not None
-        if scored == (self.from_dataset is not None) or (self.from_dataset and (self.rollouts or self.judge)):
-            raise ConfigError("nothing to judge is named. Use --rollouts DIR --judge SPEC, or --from-dataset DIR.")
+        remedy = "Use --rollouts DIR --judge SPEC, or --from-dataset DIR alone."
+        if self.from_dataset is None and (self.rollouts is None or self.judge is None):
+            raise ConfigError(f"--{'judge' if self.judge is None else 'rollouts'} is missing. {remedy}")
+        if self.from_dataset is not None and (self.rollouts is not None or self.judge is not None):
+            raise ConfigError(f"--from-dataset judges nothing, but --rollouts or --judge is given. {remedy}")
         if self.selection is not None:
             parse_selection(self.selection)
         if self.from_dataset is not None and self.from_dataset.resolve() == self.output.resolve():

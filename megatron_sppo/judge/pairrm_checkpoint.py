@@ -44,7 +44,7 @@ class PairRMNetwork(nn.Module):
     def __init__(self, config: DebertaV2Config, *, num_tasks: int) -> None:
         super().__init__()
         self.pretrained_model = DebertaV2Model(config)
-        # Places 0 and 3 are dropouts in training: kept so that head_layer.1 and head_layer.4 are the checkpoint's names.
+        # Places 0 and 3 are dropouts in training; with them the checkpoint's names are head_layer.1 and head_layer.4.
         self.head_layer = nn.Sequential(
             nn.Identity(),
             nn.Linear(2 * config.hidden_size, config.hidden_size),
@@ -160,7 +160,8 @@ def _base_directory(content: dict[str, Any], directory: Path) -> Path:
     """Find DeBERTa's own config and tokenizer for a native checkpoint."""
     if content["ranker_type"] != "pairranker":
         raise ConfigError(
-            f"{directory} is a {content['ranker_type']!r} of llm-blender, not a PairRM. Use --judge pairrm:llm-blender/PairRM."
+            f"{directory} is a {content['ranker_type']!r} of llm-blender, not a PairRM. "
+            "Use --judge pairrm:llm-blender/PairRM."
         )
     if not isinstance(content.get("model_name"), str):
         raise ConfigError(f"{directory / 'config.json'} has no model_name. Download the checkpoint again.")

@@ -25,7 +25,7 @@ class Judge(Protocol):
     name: str
     """The SPEC that it was loaded from: the dataset's manifest and the run's summary carry it."""
     fingerprint: str
-    """Changes with everything that decides a logit (weights, limits, precision): scores are resumed only under the same."""
+    """Changes with everything that decides a logit (weights, limits, precision): only its own scores are resumed."""
     counts: Counter[str]
     """What happened since loading: pairs, forwards, identical pairs, truncations, neutralised markers."""
 
@@ -42,7 +42,7 @@ def load_judge(spec: str, *, preset: str = "paper", one_order: bool = False) -> 
     """Load the judge that a SPEC names -> Judge.
 
     Args:
-        preset: "paper" or "official": what the judge reads as the source, the plain user message or the templated prompt.
+        preset: "paper" or "official": what the judge reads, the plain user message or the templated prompt.
         one_order: ask each pair in one order only and take L_ji = -L_ij: an approximation, half the cost, position
             bias kept. Only judges with a model behind them know the difference.
 

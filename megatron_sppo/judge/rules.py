@@ -41,9 +41,14 @@ _FINISH_WEIGHT, _LENGTH_WEIGHT, _TOPIC_WEIGHT, _VARIETY_WEIGHT = 0.40, 0.25, 0.2
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 _SENTENCE_END = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"')\]*\u201d\u2019]*(?=\s|$)")
 _STEM_CHARACTERS = 5
-_STOP_WORDS = frozenset(
-    ["a", "an", "and", "are", "as", "at", "be", "because", "been", "but", "by", "can", "could", "did", "do", "does", "for", "from", "give", "had", "has", "have", "how", "i", "if", "in", "into", "is", "it", "its", "just", "make", "me", "more", "most", "my", "no", "not", "of", "on", "one", "or", "our", "out", "should", "so", "some", "someone", "such", "tell", "than", "that", "the", "their", "them", "then", "there", "these", "they", "this", "to", "up", "us", "use", "was", "we", "were", "what", "when", "where", "which", "who", "why", "will", "with", "would", "write", "you", "your", "about", "between", "describe", "explain", "short", "simple", "two", "three", "four", "five", "words", "sentence", "sentences"]
-)
+_STOP_TEXT = """
+a an and are as at be because been but by can could did do does for from give had has have how i if in into
+is it its just make me more most my no not of on one or our out should so some someone such tell than that
+the their them then there these they this to up us use was we were what when where which who why will with
+would write you your about between describe explain short simple two three four five words sentence
+sentences
+"""
+_STOP_WORDS = frozenset(_STOP_TEXT.split())
 
 
 def load_rules(name: str) -> Judge:

@@ -69,3 +69,8 @@ def _alternating_turns(messages: Sequence[dict[str, str]]) -> list[str]:
     if not turns or turns[-1][0] == "assistant":
         turns.append(("user", ""))
     return [text for _, text in turns]
+
+
+def conversation_text(messages: Sequence[dict[str, str]]) -> str:
+    """Write a chat as plain text for a reading judge -> a block a turn, each under its speaker's name."""
+    return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)

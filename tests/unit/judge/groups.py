@@ -5,7 +5,46 @@ from collections.abc import Sequence
 
 from megatron_sppo.rollout.records import Response, RolloutGroup
 
-WORDS = ["the", "water", "time", "find", "long", "little", "very", "after", "called", "just", "where", "most", "know", "get", "through", "back", "much", "good", "new", "write", "Think,", "look.", "also", "around", "another;", "came", "come", "work", "three", "word", "must", "because", "(this)", "42", "it's", "naive-ish", "end!", "why?"]
+WORDS = [
+    "the",
+    "water",
+    "time",
+    "find",
+    "long",
+    "little",
+    "very",
+    "after",
+    "called",
+    "just",
+    "where",
+    "most",
+    "know",
+    "get",
+    "through",
+    "back",
+    "much",
+    "good",
+    "new",
+    "write",
+    "Think,",
+    "look.",
+    "also",
+    "around",
+    "another;",
+    "came",
+    "come",
+    "work",
+    "three",
+    "word",
+    "must",
+    "because",
+    "(this)",
+    "42",
+    "it's",
+    "naive-ish",
+    "end!",
+    "why?",
+]
 
 
 def group_of(

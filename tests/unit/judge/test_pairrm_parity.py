@@ -15,8 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("sentencepiece", reason="the tiny PairRM's tokenizer is trained with sentencepiece")
-
 from megatron_sppo.judge.pairrm import PairRMJudge
 from tests.unit.judge.groups import group_of, random_text
 from tests.unit.judge.tiny_pairrm import make_tiny_pairrm
@@ -80,7 +78,7 @@ def test_logits_rank_and_compare_are_llm_blenders(tmp_path: Path) -> None:
             np.testing.assert_allclose(matrix, peer[f"logits_{number}"], atol=TOLERANCE, rtol=0)
             if f"scores_{number}" not in peer:
                 continue
-            # rank: s_i = mean over all K of (L_ij - L_ji); compare: s_0 - s_1 of the pair alone, the sum of both orders.
+            # rank: s_i = mean over all K of (L_ij - L_ji); compare: s_0 - s_1 of the pair alone, both orders' sum.
             scores = (matrix - matrix.T).mean(axis=1)
             np.testing.assert_allclose(scores, peer[f"scores_{number}"], atol=TOLERANCE, rtol=0)
             both_orders = matrix[0, 1] - matrix[1, 0]

@@ -10,7 +10,15 @@ from transformers import AutoTokenizer, DebertaV2Config, DebertaV2Model
 
 MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")
 HIDDEN_SIZE = 64
-WORDS = ["the", "a", "of", "and", "to", "in", "it", "is", "that", "for", "on", "are", "with", "as", "this", "be", "at", "from", "have", "or", "by", "one", "had", "not", "but", "what", "all", "were", "when", "we", "there", "can", "an", "your", "which", "their", "said", "if", "do", "will", "each", "about", "how", "up", "out", "them", "then", "she", "many", "some", "so", "these", "would", "other", "into", "has", "more", "her", "two", "like", "him", "see", "time", "could", "no", "make", "than", "first", "been", "its", "who", "now", "people", "my", "made", "over", "did", "down", "only", "way", "find", "use", "may", "water", "long", "little", "very", "after", "words", "called", "just", "where", "most", "know", "get", "through", "back", "much", "go", "good", "new", "write", "our", "me", "man", "too", "any", "day", "same", "right", "look", "think", "also", "around", "another", "came", "come", "work", "three", "word", "must", "because"]
+TEXT = """
+the a of and to in it is that for on are with as this be at from have or by one had not but what all were
+when we there can an your which their said if do will each about how up out them then she many some so these
+would other into has more her two like him see time could no make than first been its who now people my made
+over did down only way find use may water long little very after words called just where most know get
+through back much go good new write our me man too any day same right look think also around another came
+come work three word must because
+"""
+WORDS = TEXT.split()
 
 
 def make_tokenizer(directory: Path) -> None:
