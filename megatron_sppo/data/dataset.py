@@ -3,6 +3,7 @@
 G = prompt groups, K = responses per prompt.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,29 @@ class PreferenceDataset:
         """[G] int32, tokens."""
         self.response_lengths: np.ndarray = lengths[:, 1:]
         """[G, K] int32, tokens."""
-        self.prompt_lines: list[dict[str, Any]] = self._read_prompt_lines()
-        """[G], each with at least `prompt_id`."""
         self._check_values()
 
     @property
     def dataset_hash(self) -> str:
         """Hash of the contents; the reference sidecar does not enter."""
         return self.manifest.dataset_hash
+
+    @functools.cached_property
+    def prompt_lines(self) -> list[dict[str, Any]]:
+        """Lines of prompts.jsonl -> [G], each with at least `prompt_id`. Read when asked for: training never does.
+
+        Raises:
+            DataError: no JSON lines, another number of them, or one without a prompt_id.
+        """
+        path = self.directory / PROMPTS_NAME
+        try:
+            with open(path, encoding="utf-8") as file:
+                lines = [json.loads(line) for line in file]
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path} is not JSON lines ({error}). {_REMEDY}") from None
+        if len(lines) != self.num_groups or not all(isinstance(line, dict) and "prompt_id" in line for line in lines):
+            raise DataError(f"{path} does not hold {self.num_groups} lines with a prompt_id. {_REMEDY}")
+        return lines
 
     def prompt(self, group: int) -> np.ndarray:
         """Token ids of a prompt -> [prompt_lengths[group]] int32."""
@@ -120,13 +136,3 @@ class PreferenceDataset:
             # Written so that a NaN fails too.
             if not (low >= 0 and high <= 1):
                 raise DataError(f"{self.directory / name}.bin holds a value outside [0, 1]. {_REMEDY}")
-
-    def _read_prompt_lines(self) -> list[dict[str, Any]]:
-        path = self.directory / PROMPTS_NAME
-        try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except ValueError as error:
-            raise DataError(f"{path} is not JSON lines ({error}). {_REMEDY}") from None
-        if len(lines) != self.num_groups or not all(isinstance(line, dict) and "prompt_id" in line for line in lines):
-            raise DataError(f"{path} does not hold {self.num_groups} lines with a prompt_id. {_REMEDY}")
-        return lines

@@ -194,7 +194,8 @@ def test_a_consistent_looking_but_wrong_dataset_is_refused_in_one_line(tmp_path,
     directory = write(tmp_path / "d", groups())
     forge(directory, change, **manifest)
     with pytest.raises(DataError, match=message) as caught:
-        PreferenceDataset(directory)
+        # The prompts' texts are read last and only by who wants them: training does not.
+        assert PreferenceDataset(directory).prompt_lines is None
     assert "\n" not in str(caught.value)
 
 

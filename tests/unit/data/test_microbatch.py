@@ -225,3 +225,14 @@ def test_a_length_that_is_too_small_is_our_own_mistake(dataset):
     index = training_index(dataset, "all", pairs=False)
     with pytest.raises(AssertionError):
         collate(dataset, index, np.arange(8), packed=True, length=4)
+
+
+def test_rows_of_padding_fill_a_padded_micro_batch_up_and_change_nothing_else(dataset):
+    """Pipeline stages want one shape a step: the same sequences in a taller tensor, picked by the same labels."""
+    index = training_index(dataset, "all", pairs=False)
+    plain = collate(dataset, index, np.array([5, 6]), packed=False)
+    taller = collate(dataset, index, np.array([5, 6]), packed=False, num_batch_rows=4)
+    assert taller.tokens.shape == (4, plain.tokens.shape[1]) and taller.num_sequences == 2
+    assert torch.equal(taller.tokens[:2], plain.tokens) and (taller.labels[2:] == IGNORED_LABEL).all()
+    for batch in (plain, taller):
+        assert torch.equal(batch.labels.T.reshape(-1)[batch.response_rows], batch.labels_R)
