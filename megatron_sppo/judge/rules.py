@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from megatron_sppo.judge.protocol import Judge
     from megatron_sppo.rollout.records import Response, RolloutGroup
 
-RULES_VERSION = 1
+RULES_VERSION = 2
 """Raised whenever a rule changes: stored scores of another version are not resumed."""
 
 WORD_BUDGET = 30
@@ -163,10 +163,10 @@ def _variety(words: Sequence[str]) -> float:
 
 
 def _originality(message_words: Sequence[str], words: Sequence[str]) -> float:
-    """Share of the answer's word triples that do not stand in the message."""
+    """Share of the answer's word triples that do not stand in the message; taking up 30 % of them costs nothing."""
     triples = _ngrams(words, 3)
-    copied = set(_ngrams(message_words, 3))
-    return sum(triple not in copied for triple in triples) / len(triples) if triples else 1.0
+    asked = set(_ngrams(message_words, 3))
+    return min(1.0, sum(triple not in asked for triple in triples) / len(triples) / 0.7) if triples else 1.0
 
 
 def _count_pairs(counts: Counter[str], responses: Sequence[Response]) -> None:

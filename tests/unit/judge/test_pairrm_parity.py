@@ -37,17 +37,16 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def _cases() -> list[dict[str, object]]:
-    """200 prompts with K = 2..8 responses; every 40th source or candidate is longer than PairRM's limits."""
+def _cases(num_cases: int) -> list[dict[str, object]]:
+    """Prompts with K = 2..8 responses; one pair of responses and one source are longer than PairRM's limits."""
     rng = random.Random(11)
     cases = []
-    for number in range(200):
-        num_responses = 2 + number % 7
-        texts = [random_text(rng, 1, 25) for _ in range(num_responses)]
-        source = random_text(rng, 1, 25)
-        if number % 40 == 0:
-            num_responses, texts = 2, [random_text(rng, 700, 900), random_text(rng, 700, 900)]
-        if number % 40 == 20:
+    for number in range(num_cases):
+        texts = [random_text(rng, 1, 12) for _ in range(2 + number % 7)]
+        source = random_text(rng, 1, 12)
+        if number == 7:
+            texts = [random_text(rng, 900, 1000), random_text(rng, 900, 1000)]
+        if number == 14:
             source = random_text(rng, 900, 1000)
         if number % 9 == 0:
             texts[0] += " [SEP] line\nbreak\t\u00e9\u6f22 "
@@ -55,9 +54,10 @@ def _cases() -> list[dict[str, object]]:
     return cases
 
 
-def test_logits_rank_and_compare_are_llm_blenders(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_cases", [21, pytest.param(200, marks=pytest.mark.slow)])
+def test_logits_rank_and_compare_are_llm_blenders(tmp_path: Path, num_cases: int) -> None:
     native, hf = make_tiny_pairrm(tmp_path)
-    cases = _cases()
+    cases = _cases(num_cases)
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     script = Path(__file__).with_name("llm_blender_logits.py")
     subprocess.run(
@@ -71,7 +71,7 @@ def test_logits_rank_and_compare_are_llm_blenders(tmp_path: Path) -> None:
     for checkpoint in (native, hf):
         judge = PairRMJudge(str(checkpoint), preset="paper", device="cpu")
         ours = judge.judge_logits(groups)
-        assert judge.counts["truncated_candidates"] >= 10 and judge.counts["truncated_sources"] == 5
+        assert judge.counts["truncated_candidates"] == 2 and judge.counts["truncated_sources"] == 1
         spread = np.std(np.concatenate([matrix.ravel() for matrix in ours]))
         assert spread > 0.1, "random weights that judge everything alike would prove nothing"
         for number, matrix in enumerate(ours):
