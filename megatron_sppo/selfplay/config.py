@@ -42,6 +42,8 @@ class RunConfig:
     """Rounds of rollouts, scoring and training."""
     prompts_per_iteration: Literal["disjoint", "all"] = "disjoint"
     """disjoint: each iteration trains on its own part of the prompts (paper: thirds). all: on all of them."""
+    max_prompts_per_iteration: int | None = None
+    """Most prompts of one iteration; the rest of its part is not used. None: all of them."""
     train_split: str | None = None
     """`split` of the prompts to train on. None: every row that is not held out."""
     heldout_split: str = "heldout"
@@ -62,6 +64,11 @@ class RunConfig:
             if getattr(self, name) < 1:
                 flag = "--" + name.replace("_", "-")
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1. Use {flag} 1 or more.")
+        if self.max_prompts_per_iteration is not None and self.max_prompts_per_iteration < 1:
+            raise ConfigError(
+                f"max_prompts_per_iteration is {self.max_prompts_per_iteration}. Use --max-prompts-per-iteration 64, or "
+                "leave it out for all."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ def divide_prompts(run: RunConfig, evaluation: EvaluationConfig) -> PromptParts:
             f"{run.prompts} has {len(training)} prompts to train on ({len(heldout)} more are held out) for "
             f"{run.iterations} disjoint parts. Use more prompts, --iterations 1 or --prompts-per-iteration all."
         )
-    parts = _cut(training, num_parts)
+    parts = tuple(part[: run.max_prompts_per_iteration] for part in _cut(training, num_parts))
     iterations = parts if run.prompts_per_iteration == "disjoint" else parts * run.iterations
     return PromptParts(iterations=iterations, heldout=heldout, num_quarantined=len(everything.quarantined))
 

@@ -52,6 +52,12 @@ _DIAGNOSTICS = {
     "tie_rate": "pairs at exactly one half",
     "length_correlation": "correlation of win rate and length",
     "duplicate_rate": "answers that repeat another of their prompt",
+    "num_quarantined": "prompts set aside",
+    "pairs": "ordered pairs asked",
+    "identical_pairs": "pairs of identical texts, tied unasked",
+    "truncated_sources": "prompts that the judge saw cut",
+    "truncated_candidates": "answers that the judge saw cut",
+    "neutralised_markers": "texts with the judge's own markers, made harmless",
 }
 
 
@@ -182,11 +188,10 @@ def _results_table(run: RunData) -> str:
 def _diagnostics_table(run: RunData) -> str:
     """Set the judge's diagnostics side by side -> HTML, empty without any."""
     described = [data for data in run.iterations if data.diagnostics]
-    names = list(dict.fromkeys(name for data in described for name in data.diagnostics))
     rows = [
-        [_DIAGNOSTICS.get(name, name), *(_number(data.diagnostics.get(name), digits=4) for data in described)]
-        for name in names
-        if all(_is_plain(data.diagnostics.get(name)) for data in described)
+        [label, *(_number(data.diagnostics.get(name), digits=4) for data in described)]
+        for name, label in _DIAGNOSTICS.items()
+        if any(name in data.diagnostics for data in described)
     ]
     return _table(["", *(f"iteration {data.iteration}" for data in described)], rows) if rows else ""
 
@@ -235,10 +240,6 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f'<td class="number">{_text(cell)}</td>' for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (int, float, str))
 
 
 def _number(value: Any, *, digits: int = 1) -> str:

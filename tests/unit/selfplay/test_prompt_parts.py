@@ -39,6 +39,11 @@ def test_all_gives_every_iteration_every_training_prompt(tmp_path: Path) -> None
     assert [ids(part) for part in parts.iterations] == [{f"t{n}" for n in range(20)}] * 2
 
 
+def test_a_limit_shortens_each_part_and_keeps_them_disjoint(tmp_path: Path) -> None:
+    parts = divide(write_file(tmp_path / "p.jsonl"), iterations=2, max_prompts_per_iteration=3).iterations
+    assert [len(part) for part in parts] == [3, 3] and not ids(parts[0]) & ids(parts[1])
+
+
 def test_the_seed_decides_the_parts(tmp_path: Path) -> None:
     path = write_file(tmp_path / "p.jsonl")
     assert divide(path, seed=1) == divide(path, seed=1)
