@@ -19,16 +19,16 @@ from tqdm import tqdm
 from megatron_sppo.architecture import Architecture, write_architecture
 from megatron_sppo.conversion.distcp import Piece, write_distcp
 from megatron_sppo.conversion.families import family_of
-from megatron_sppo.conversion.hf_checkpoint import INDEX_FILE as HF_INDEX_FILE
 from megatron_sppo.conversion.hf_checkpoint import (
     LAYOUT_FILE,
     SIDE_FILES,
     HFCheckpoint,
     check_tensors,
     copy_side_files,
+    kept_files,
+    new_files,
     open_hf_checkpoint,
     parse_size,
-    planned_files,
     write_side_files,
     write_tensors,
 )
@@ -149,11 +149,10 @@ def export_checkpoint(
         for name, shape in binding.hf_shapes.items()
     }
     layout_path = opened.directory / HF_DIRECTORY / LAYOUT_FILE
-    keep_layout = max_shard_size is None and layout_path.is_file()
-    layout = _read_layout(layout_path) if keep_layout else None
-    files, index = planned_files(
-        tensors, layout=layout, max_shard_bytes=parse_size(max_shard_size or DEFAULT_SHARD_SIZE)
-    )
+    kept = None
+    if max_shard_size is None and layout_path.is_file():
+        kept = kept_files(tensors, _read_layout(layout_path))
+    plan = kept or new_files(tensors, max_shard_bytes=parse_size(max_shard_size or DEFAULT_SHARD_SIZE))
     remove_stale_temporaries(hf)
     if _already_exported(hf, opened, cast, overwrite=overwrite):
         logger.info("%s holds this model already", hf)
@@ -161,16 +160,9 @@ def export_checkpoint(
     total = sum(math.prod(shape) * kind.itemsize for kind, shape in tensors.values())
     _check_space(hf, total)
     with atomic_directory(hf) as directory, _bar(total, "export") as bar:
-        write_tensors(directory, files, _hf_tensors(opened, cast, bar.update))
-        if index is not None:
-            (directory / HF_INDEX_FILE).write_text(index, encoding="utf-8")
-        changed = (
-            None
-            if layout is not None and index == layout["index"] and set(files) == set(layout["files"])
-            else _main_dtype(tensors)
-        )
-        _write_side_files(opened, directory, dtype=changed, fallback_dtype=_main_dtype(tensors))
-    logger.info("exported %s to %s: %d files, %.2f GB", opened.directory, hf, len(files), total / 1e9)
+        write_tensors(directory, plan, _hf_tensors(opened, cast, bar.update))
+        _write_side_files(opened, directory, dtype=_main_dtype(tensors), types_changed=kept is None)
+    logger.info("exported %s to %s: %d files, %.2f GB", opened.directory, hf, len(plan.files), total / 1e9)
     return hf
 
 
@@ -317,11 +309,11 @@ def _same_side_files(one: Path, other: Path, *, but: Sequence[str] = ()) -> bool
     return True
 
 
-def _write_side_files(opened: OpenedMegatron, directory: Path, *, dtype: str | None, fallback_dtype: str) -> None:
+def _write_side_files(opened: OpenedMegatron, directory: Path, *, dtype: str, types_changed: bool) -> None:
     if opened.side_files is not None:
-        write_side_files(opened.side_files, directory, dtype=dtype)
+        write_side_files(opened.side_files, directory, dtype=dtype if types_changed else None)
         return
-    write_json(directory / CONFIG_FILE, hf_from_architecture(opened.architecture, dtype=fallback_dtype))
+    write_json(directory / CONFIG_FILE, hf_from_architecture(opened.architecture, dtype=dtype))
     logger.warning(
         "%s carries no tokenizer: the export has none. Give the original model with --template HF_DIR.",
         opened.directory,

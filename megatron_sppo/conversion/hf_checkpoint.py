@@ -68,6 +68,16 @@ class HFCheckpoint:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class PlannedFiles:
+    """Where each tensor of an export will lie."""
+
+    files: Mapping[str, tuple[bytes, Mapping[str, Entry]]]
+    """{file: (header, entries)}."""
+    index: str | None
+    """Text of the index; None for a single file."""
+
+
 def open_hf_checkpoint(directory: Path) -> HFCheckpoint:
     """Open the safetensors files of a directory; symbolic links (snapshots of the hub's cache) are followed.
 
@@ -141,24 +151,23 @@ def copy_side_files(source: Path, target: Path) -> None:
             shutil.copyfile(Path(source, name), Path(target, name))  # follows links into the hub's cache
 
 
-def planned_files(
-    tensors: Mapping[str, tuple[torch.dtype, Shape]], *, layout: Mapping[str, Any] | None, max_shard_bytes: int
-) -> tuple[dict[str, tuple[bytes, dict[str, Entry]]], str | None]:
-    """Lay the tensors out in files -> ({file: (header, entries)}, text of the index or None for a single file).
+def kept_files(tensors: Mapping[str, tuple[torch.dtype, Shape]], layout: Mapping[str, Any]) -> PlannedFiles | None:
+    """Lay the tensors out as in the imported files -> plan, or None where those held other tensors or other types."""
+    files = {}
+    for name, encoded in layout["files"].items():
+        raw = base64.b64decode(encoded)
+        files[name] = (raw, entries_of_header(contained(Path(), name), raw))
+    held = {name: (entry.dtype, entry.shape) for _, entries in files.values() for name, entry in entries.items()}
+    return PlannedFiles(files=files, index=layout["index"]) if held == dict(tensors) else None
+
+
+def new_files(tensors: Mapping[str, tuple[torch.dtype, Shape]], *, max_shard_bytes: int) -> PlannedFiles:
+    """Lay the tensors out in new files by Hugging Face's names, in the order given -> plan.
 
     Args:
-        tensors: {name: (dtype, shape)} in the order to write.
-        layout: of the imported files; taken over when it holds exactly these tensors, so that files come out the same.
-        max_shard_bytes: of tensors in one file, where there is no such layout.
+        tensors: {name: (dtype, shape)}.
+        max_shard_bytes: of tensors in one file; a tensor that is larger has a file of its own.
     """
-    if layout is not None:
-        files = {}
-        for name, encoded in layout["files"].items():
-            raw = base64.b64decode(encoded)
-            files[name] = (raw, entries_of_header(contained(Path(), name), raw))
-        old = {name: (entry.dtype, entry.shape) for _, entries in files.values() for name, entry in entries.items()}
-        if old == dict(tensors):
-            return files, layout["index"]
     groups: list[list[str]] = [[]]
     size = 0
     for name, (dtype, shape) in tensors.items():
@@ -169,7 +178,7 @@ def planned_files(
         groups[-1].append(name)
         size += nbytes
     if len(groups) == 1:
-        return {SINGLE_FILE: new_header(Path(SINGLE_FILE), tensors)}, None
+        return PlannedFiles(files={SINGLE_FILE: new_header(Path(SINGLE_FILE), tensors)}, index=None)
     files = {}
     for number, group in enumerate(groups, start=1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
@@ -177,17 +186,15 @@ def planned_files(
     total = sum(entry.nbytes for _, entries in files.values() for entry in entries.values())
     weight_map = {name: file for file, (_, entries) in files.items() for name in entries}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return files, json.dumps(index, indent=2) + "\n"
+    return PlannedFiles(files=files, index=json.dumps(index, indent=2) + "\n")
 
 
-def write_tensors(
-    directory: Path, files: Mapping[str, tuple[bytes, Mapping[str, Entry]]], stream: Iterable[tuple[str, Tensor]]
-) -> None:
+def write_tensors(directory: Path, plan: PlannedFiles, stream: Iterable[tuple[str, Tensor]]) -> None:
     """Write tensors as they come, each at its planned place; all of them must come, once."""
     descriptors: dict[str, int] = {}
     places: dict[str, tuple[int, Entry]] = {}
     try:
-        for file, (raw, entries) in files.items():
+        for file, (raw, entries) in plan.files.items():
             write_header(directory / file, raw, entries)
             descriptors[file] = os.open(directory / file, os.O_WRONLY)
             places |= {name: (descriptors[file], entry) for name, entry in entries.items()}
@@ -198,6 +205,8 @@ def write_tensors(
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
+    if plan.index is not None:
+        (directory / INDEX_FILE).write_text(plan.index, encoding="utf-8")
 
 
 def write_side_files(source: Path, target: Path, *, dtype: str | None) -> None:

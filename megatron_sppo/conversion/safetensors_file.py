@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,13 +76,20 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Entry]]:
 
 def read_tensor(entry: Entry) -> Tensor:
     """Read one tensor into fresh memory -> [*entry.shape]."""
-    count = entry.nbytes
-    raw = np.fromfile(entry.file, dtype=np.uint8, count=count, offset=entry.offset)
-    if raw.size != count:
-        raise ConversionError(
-            f"{entry.file} became shorter while it was read. Leave it alone, and run the command again."
-        )
-    return torch.from_numpy(raw).view(entry.dtype).reshape(entry.shape)
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    if entry.nbytes == 0:
+        return tensor
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    with open(entry.file, "rb", buffering=0) as file:
+        file.seek(entry.offset)
+        while len(view):
+            count = file.readinto(view)  # at most 2 GiB at a time
+            if not count:
+                raise ConversionError(
+                    f"{entry.file} became shorter while it was read. Leave it alone, and run the command again."
+                )
+            view = view[count:]
+    return tensor
 
 
 def write_header(path: Path, raw: bytes, entries: Mapping[str, Entry]) -> None:

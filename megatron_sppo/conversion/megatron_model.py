@@ -1,0 +1,168 @@
+"""A Megatron checkpoint opened as the model that it holds: checked, and read as Hugging Face tensors."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
+from megatron_sppo.architecture import Architecture, read_architecture
+from megatron_sppo.conversion.distcp import METADATA_FILE, DistcpReader
+from megatron_sppo.conversion.families import family_of
+from megatron_sppo.conversion.hf_checkpoint import HFCheckpoint
+from megatron_sppo.conversion.hf_config import CONFIG_FILE, architecture_from_hf, read_config
+from megatron_sppo.conversion.megatron_checkpoint import (
+    HF_DIRECTORY,
+    MANIFEST_FILE,
+    resolve_checkpoint,
+    verify_checkpoint,
+)
+from megatron_sppo.conversion.rules import Binding, bind, megatron_shapes
+from megatron_sppo.errors import ConversionError
+
+logger = logging.getLogger(__name__)
+
+_MODEL_ROOTS = ("embedding.", "decoder.", "output_layer.", "mtp.", "encoder.", "vision_model.")
+"""Beginnings of a model's own keys in a distributed checkpoint; optimizer state and the like begin otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedMegatron:
+    """A Megatron checkpoint that was checked against its architecture, ready to be read as Hugging Face tensors."""
+
+    directory: Path
+    architecture: Architecture
+    bindings: tuple[Binding, ...]
+    reader: DistcpReader
+    side_files: Path | None
+    """Directory with config.json and tokenizer, or None where the checkpoint carries none."""
+
+    def key_of(self, binding: Binding) -> str:
+        """Key in the checkpoint: stacked over layers, or one of its own (mcore's non-homogeneous layers)."""
+        stored = self.reader.metadata.state_dict_metadata
+        return binding.rule.key if binding.rule.key in stored else binding.megatron_name
+
+    def dtype(self, binding: Binding) -> torch.dtype:
+        return self.reader.dtype(self.key_of(binding))
+
+    def read(self, binding: Binding) -> dict[str, Tensor]:
+        """Read one Megatron tensor and make the Hugging Face tensors of it -> {name: tensor}."""
+        shape = binding.rule.megatron_shape(self.architecture)
+        key = self.key_of(binding)
+        offsets, sizes = (0,) * len(shape), shape
+        if binding.rule.per_layer and key == binding.rule.key:
+            assert binding.layer is not None
+            offsets, sizes = (binding.layer, *offsets), (1, *shape)
+        tensor = self.reader.read(key, offsets, sizes).reshape(shape)
+        return dict(zip(binding.hf_shapes, binding.rule.to_hf(tensor, self.architecture), strict=True))
+
+
+def open_megatron(megatron: Path, *, template: Path | None = None) -> OpenedMegatron:
+    """Open a Megatron checkpoint for reading: checksums of what will be read, keys and shapes.
+
+    Raises:
+        DataError: no checkpoint there, or its checksums do not hold.
+        ConversionError: it is not the model that model.json (or the template's config.json) describes.
+    """
+    directory = resolve_checkpoint(Path(megatron))
+    carried = directory / HF_DIRECTORY
+    has_manifest = (directory / MANIFEST_FILE).is_file()
+    if has_manifest:
+        own = [directory / MODEL_FILE, *sorted(carried.glob("*"))]
+        names = [METADATA_FILE, *(path.relative_to(directory).as_posix() for path in own if path.is_file())]
+        verify_checkpoint(directory, names=names)
+    else:
+        logger.warning("%s has no %s: its checksums are unknown", directory, MANIFEST_FILE)
+    if template is not None:
+        architecture = architecture_from_hf(read_config(template), place=str(Path(template, CONFIG_FILE)))
+    elif (directory / MODEL_FILE).is_file():
+        architecture, _ = read_architecture(directory)
+    else:
+        raise ConversionError(
+            f"{directory} has no {MODEL_FILE} that says what model it holds. "
+            "Give its Hugging Face directory: --template HF_DIR."
+        )
+    bindings = bind(family_of(architecture.family, place=str(directory / MODEL_FILE)), architecture)
+    reader = DistcpReader.open(directory)
+    if has_manifest:
+        keys = [*megatron_shapes(bindings, architecture), *(binding.megatron_name for binding in bindings)]
+        verify_checkpoint(directory, names=reader.files(keys))
+    if template is not None:
+        side_files: Path | None = Path(template)
+    else:
+        side_files = carried if (carried / CONFIG_FILE).is_file() else None
+    opened = OpenedMegatron(
+        directory=directory, architecture=architecture, bindings=bindings, reader=reader, side_files=side_files
+    )
+    _check_keys(opened)
+    return opened
+
+
+def compare_tensors(
+    source: HFCheckpoint,
+    opened: OpenedMegatron,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int], None] = lambda nbytes: None,
+) -> list[str]:
+    """Compare, byte for byte and streamed, what the Megatron checkpoint exports with a Hugging Face directory.
+
+    Args:
+        dtype: that either side is cast to first; None compares as they are.
+
+    Returns:
+        Names of the tensors that differ in bytes, dtype or shape, or that `source` lacks.
+    """
+    different = []
+    for binding in opened.bindings:
+        for name, tensor in opened.read(binding).items():
+            entry = source.entries.get(name)
+            if entry is None or entry.shape != tuple(tensor.shape) or (dtype is None and entry.dtype != tensor.dtype):
+                different.append(name)
+                continue
+            other = source.read(name)
+            if dtype is not None:
+                tensor, other = tensor.to(dtype), other.to(dtype)
+            # As bytes: equal means equal for NaN and -0.0 too.
+            if not torch.equal(_bytes(tensor), _bytes(other)):
+                different.append(name)
+            progress(entry.nbytes)
+    return different
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _check_keys(opened: OpenedMegatron) -> None:
+    """Compare the checkpoint's keys with the architecture's: missing, mis-shaped and unknown ones are named."""
+    stored = opened.reader.shapes()
+    stacked = megatron_shapes(opened.bindings, opened.architecture)
+    known = set()
+    for binding in opened.bindings:
+        key = opened.key_of(binding)
+        known.add(key)
+        wanted = stacked[key] if key in stacked else binding.rule.megatron_shape(opened.architecture)
+        if key not in stored:
+            raise ConversionError(
+                f"{opened.directory} lacks {binding.rule.key}. It is a checkpoint of another model, or of no GPTModel."
+            )
+        found = stored[key]
+        rows_may_exceed = _is_vocab(binding) and found[0] >= wanted[0]  # Megatron pads the vocabulary
+        if found != wanted and not (rows_may_exceed and found[1:] == wanted[1:]):
+            raise ConversionError(
+                f"{opened.directory} holds {key} of shape {list(found)} where its architecture has {list(wanted)}. "
+                "It is a checkpoint of another model."
+            )
+    if unknown := sorted(key for key in stored if key.startswith(_MODEL_ROOTS) and key not in known):
+        raise ConversionError(
+            f"{opened.directory} holds {', '.join(unknown[:4])}, for which the family "
+            f"{opened.architecture.family!r} has no rule. It is a checkpoint of another model."
+        )
+
+
+def _is_vocab(binding: Binding) -> bool:
+    return getattr(binding.rule, "shape", ())[:1] == ("vocab",)

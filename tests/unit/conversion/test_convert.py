@@ -1,0 +1,450 @@
+"""Proves: HF -> Megatron -> HF gives the same files; what is malformed gives one line and leaves nothing behind.
+
+`test_host_layouts.py` proves that Megatron-Core agrees about what is in between.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_sppo.architecture import read_architecture
+from megatron_sppo.conversion import convert
+from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
+from megatron_sppo.conversion.hf_checkpoint import parse_size
+from megatron_sppo.conversion.megatron_checkpoint import verify_checkpoint
+from megatron_sppo.errors import ConversionError, DataError
+from megatron_sppo.tokenizer import tokenizer_hash
+from tests.models import CHAT_TEMPLATE, tiny_llama
+
+MODELS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"tie_word_embeddings": True},
+    "multi-query": {"num_key_value_heads": 1},
+    "multi-head": {"num_key_value_heads": 8},
+    "wide heads": {"head_dim": 24},
+    "odd layers, odd vocabulary": {"num_hidden_layers": 3, "vocab_size": 263},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float16": {"dtype": "float16"},
+}
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def shard(directory: Path, count: int) -> None:
+    """Cut model.safetensors into `count` shards with an index, as save_pretrained names them."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    weight_map = {}
+    for i in range(count):
+        file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+        names = sorted(tensors)[i::count]
+        save_file({name: tensors[name] for name in names}, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS)
+def test_there_and_back_every_file_is_the_same(tmp_path: Path, overrides: dict[str, Any]) -> None:
+    hf = tiny_llama(tmp_path / "hf", **overrides)
+    iteration = import_checkpoint(hf, tmp_path / "megatron")
+    verify_checkpoint(iteration)
+    export_checkpoint(tmp_path / "megatron", tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(hf)
+
+
+def test_shards_come_back_as_shards(tmp_path: Path) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+    shard(hf, 3)
+    import_checkpoint(hf, tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(hf)
+
+
+def test_a_snapshot_of_links_to_blobs_is_read(tmp_path: Path) -> None:
+    """The hub's cache: snapshots/REV/NAME -> ../../blobs/HASH."""
+    hf = tiny_llama(tmp_path / "hf")
+    shard(hf, 2)
+    snapshot = tmp_path / "cache" / "snapshots" / "abc"
+    (tmp_path / "cache" / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(hf.iterdir())):
+        shutil.copyfile(path, tmp_path / "cache" / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
+    import_checkpoint(snapshot, tmp_path / "megatron")
+    assert not any(path.is_symlink() for path in (tmp_path / "megatron").rglob("*"))
+    shutil.rmtree(tmp_path / "cache")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(hf)
+
+
+def test_small_shards_hold_all_tensors_and_transformers_reads_them(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    hf = tiny_llama(tmp_path / "hf")
+    import_checkpoint(hf, tmp_path / "megatron")
+    out = export_checkpoint(tmp_path / "megatron", tmp_path / "out", max_shard_size="100KB")
+    shards = sorted(path.name for path in out.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert all((out / name).stat().st_size < 102_000 for name in shards)
+    model, problems = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(problems.values())
+    expected = load_file(hf / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert transformers.AutoTokenizer.from_pretrained(out).chat_template == CHAT_TEMPLATE
+
+
+def test_a_cast_rounds_as_torch_does_and_config_says_so(tmp_path: Path) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+    import_checkpoint(hf, tmp_path / "megatron", dtype="bfloat16")
+    out = export_checkpoint(tmp_path / "megatron", tmp_path / "out")
+    original, result = load_file(hf / "model.safetensors"), load_file(out / "model.safetensors")
+    assert all(torch.equal(result[name], tensor.to(torch.bfloat16)) for name, tensor in original.items())
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    again = export_checkpoint(tmp_path / "megatron", tmp_path / "wide", dtype="float32")
+    assert {tensor.dtype for tensor in load_file(again / "model.safetensors").values()} == {torch.float32}
+    assert json.loads((again / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_the_old_spelling_of_dtype_stays(tmp_path: Path) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+    config = json.loads((hf / "config.json").read_text())
+    del config["dtype"]
+    (hf / "config.json").write_text(json.dumps({**config, "torch_dtype": "float32"}))
+    import_checkpoint(hf, tmp_path / "megatron")
+    out = export_checkpoint(tmp_path / "megatron", tmp_path / "out", dtype="bfloat16")
+    written = json.loads((out / "config.json").read_text())
+    assert written["torch_dtype"] == "bfloat16" and "dtype" not in written
+
+
+def test_model_json_describes_the_model_and_its_tokenizer(tmp_path: Path) -> None:
+    hf = tiny_llama(tmp_path / "hf", num_key_value_heads=2)
+    iteration = import_checkpoint(hf, tmp_path / "megatron")
+    for directory in (iteration, tmp_path / "megatron"):
+        architecture, tokenizer = read_architecture(directory)
+        assert architecture.num_query_groups == 2
+        assert tokenizer["hash"] == tokenizer_hash(hf)
+        assert "chat_template.jinja" in tokenizer["files"]
+    total = sum(tensor.numel() for tensor in load_file(hf / "model.safetensors").values())
+    assert architecture.num_parameters() == total
+
+
+def test_a_template_gives_tokenizer_and_config(tmp_path: Path) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+    import_checkpoint(hf, tmp_path / "megatron")
+    template = tiny_llama(tmp_path / "template", seed=9)
+    (template / "chat_template.jinja").write_text("other")
+    out = export_checkpoint(tmp_path / "megatron", tmp_path / "out", template=template)
+    assert (out / "chat_template.jinja").read_text() == "other"
+    assert (out / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
+    wrong = tiny_llama(tmp_path / "wrong", hidden_size=32)
+    with pytest.raises(ConversionError, match=r"shape \[259, 64\].*\[259, 32\]"):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "out2", template=wrong)
+    assert not (tmp_path / "out2").exists()
+
+
+def test_buffers_of_old_checkpoints_and_a_tied_copy_are_left_out(tmp_path: Path) -> None:
+    hf = tiny_llama(tmp_path / "hf", tie_word_embeddings=True)
+    tensors = load_file(hf / "model.safetensors")
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+    }
+    save_file({**tensors, **extra}, hf / "model.safetensors")
+    import_checkpoint(hf, tmp_path / "megatron")
+    out = export_checkpoint(tmp_path / "megatron", tmp_path / "out")
+    result = load_file(out / "model.safetensors")
+    assert set(result) == set(tensors)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, hf / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"lm_head\.weight, for which there is no rule"):
+        import_checkpoint(hf, tmp_path / "megatron2")
+
+
+def test_the_same_command_again_is_done_at_once_and_another_model_is_refused(tmp_path: Path) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+    other = tiny_llama(tmp_path / "other", seed=1)
+    iteration = import_checkpoint(hf, tmp_path / "megatron")
+    stamp = (iteration / ".metadata").stat().st_mtime_ns
+    import_checkpoint(hf, tmp_path / "megatron")
+    assert (iteration / ".metadata").stat().st_mtime_ns == stamp
+    with pytest.raises(ConversionError, match="--overwrite"):
+        import_checkpoint(other, tmp_path / "megatron")
+    with pytest.raises(ConversionError, match="--overwrite"):
+        import_checkpoint(hf, tmp_path / "megatron", dtype="bfloat16")
+    out = export_checkpoint(tmp_path / "megatron", tmp_path / "out")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "out")
+    import_checkpoint(other, tmp_path / "megatron", overwrite=True)
+    with pytest.raises(ConversionError, match="--overwrite"):
+        export_checkpoint(tmp_path / "megatron", out)
+    export_checkpoint(tmp_path / "megatron", out, overwrite=True)
+    assert files_of(out) == files_of(other)
+
+
+def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+    import_checkpoint(hf, tmp_path / "megatron")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("dear")
+    with pytest.raises(ConversionError, match="holds other files"):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "notes", overwrite=True)
+    with pytest.raises(ConversionError, match="is a file"):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "notes" / "diary.txt")
+    (tmp_path / "megatron" / "iter_0000010").mkdir()
+    with pytest.raises(ConversionError, match="up to iteration 10"):
+        import_checkpoint(hf, tmp_path / "megatron", overwrite=True)
+    assert (tmp_path / "notes" / "diary.txt").read_text() == "dear"
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(hf: Path) -> None:
+        config = json.loads((hf / "config.json").read_text())
+        (hf / "config.json").write_text(json.dumps({**config, **changes}))
+
+    return edit
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def edit(hf: Path) -> None:
+        tensors = load_file(hf / "model.safetensors")
+        change(tensors)
+        save_file(tensors, hf / "model.safetensors")
+
+    return edit
+
+
+def edit_index(change: Callable[[dict[str, str]], object]) -> Callable[[Path], None]:
+    def edit(hf: Path) -> None:
+        shard(hf, 2)
+        path = hf / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        change(index["weight_map"])
+        path.write_text(json.dumps(index))
+
+    return edit
+
+
+def truncate(hf: Path) -> None:
+    os.truncate(hf / "model.safetensors", (hf / "model.safetensors").stat().st_size - 10)
+
+
+def pickle_only(hf: Path) -> None:
+    torch.save(load_file(hf / "model.safetensors"), hf / "pytorch_model.bin")
+    (hf / "model.safetensors").unlink()
+
+
+def lose_shard(hf: Path) -> None:
+    shard(hf, 2)
+    (hf / "model-00002-of-00002.safetensors").unlink()
+
+
+def repeat_tensor(hf: Path) -> None:
+    shard(hf, 2)
+    second = hf / "model-00002-of-00002.safetensors"
+    first = load_file(hf / "model-00001-of-00002.safetensors")
+    name = sorted(first)[0]
+    save_file({**load_file(second), name: first[name]}, second)
+
+
+NORM = "model.norm.weight"
+MALFORMED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "tensor missing": (edit_tensors(lambda t: t.pop(NORM)), rf"lacks {NORM}"),
+    "tensor extra": (edit_tensors(lambda t: t.update(other=torch.ones(2))), r"holds other, for which there is no rule"),
+    "tensor mis-shaped": (
+        edit_tensors(lambda t: t.update({NORM: torch.ones(63)})),
+        r"norm\.weight of shape \[63\]",
+    ),
+    "tensor of whole numbers": (
+        edit_tensors(lambda t: t.update({NORM: torch.ones(64, dtype=torch.int64)})),
+        r"type I64",
+    ),
+    "mixed types in one stack": (
+        edit_tensors(lambda t: t.update({k: t[k].half() for k in t if "layers.1.mlp.down" in k})),
+        r"--dtype bfloat16",
+    ),
+    "more layers promised": (edit_config(num_hidden_layers=5), r"lacks model\.layers\.2.* and 23 more"),
+    "fewer layers promised": (edit_config(num_hidden_layers=1), r"holds model\.layers\.1.* and 5 more"),
+    "wrong vocabulary": (edit_config(vocab_size=300), r"embed_tokens\.weight of shape \[259, 64\].*\[300, 64\]"),
+    "wrong family": (edit_config(model_type="gpt_neox"), r"'gpt_neox'"),
+    "no family": (edit_config(model_type=None), r"model_type None"),
+    "biases": (edit_config(attention_bias=True), r"attention_bias"),
+    "NaN in config": (edit_config(rms_norm_eps=float("nan")), r"rms_norm_eps is nan"),
+    "yarn": (edit_config(rope_parameters={"rope_type": "yarn", "factor": 2.0}), r"yarn"),
+    "no config": (lambda hf: (hf / "config.json").unlink(), r"has no config\.json"),
+    "config no JSON": (lambda hf: (hf / "config.json").write_text("{"), r"config\.json is not valid JSON"),
+    "config a list": (lambda hf: (hf / "config.json").write_text("[1]"), r"no JSON object"),
+    "no weights": (lambda hf: (hf / "model.safetensors").unlink(), r"neither model\.safetensors nor"),
+    "pickle only": (pickle_only, r"pickle only \(pytorch_model\.bin\)"),
+    "weights cut short": (truncate, r"cut short"),
+    "weights empty": (lambda hf: (hf / "model.safetensors").write_bytes(b""), r"cut short or no safetensors"),
+    "weights are text": (
+        lambda hf: (hf / "model.safetensors").write_text("version https://git-lfs"),
+        r"cut short or no",
+    ),
+    "shard missing": (lose_shard, r"names model-00002-of-00002\.safetensors, which is missing"),
+    "tensor in two shards": (repeat_tensor, r"another shard has it too"),
+    "index names a file outside": (edit_index(lambda m: m.update({NORM: "../../x.safetensors"})), r"outside"),
+    "index names an absolute path": (edit_index(lambda m: m.update({NORM: "/etc/passwd"})), r"outside"),
+    "index names the wrong shard": (
+        edit_index(lambda m: m.update(dict.fromkeys(m, "model-00001-of-00002.safetensors"))),
+        r"which lacks it",
+    ),
+    "index names a tensor that is nowhere": (
+        edit_index(lambda m: m.update({"model.ghost": "model-00001-of-00002.safetensors"})),
+        r"model\.ghost is in",
+    ),
+    "index empty": (edit_index(lambda m: m.clear()), r"no weight_map"),
+    "a file in place of the directory": (lambda hf: (shutil.rmtree(hf), hf.write_text("x")), r"is no directory"),
+}
+
+
+@pytest.mark.parametrize(("damage", "named"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_model_is_one_line_and_nothing_is_written(
+    tmp_path: Path, damage: Callable[[Path], Any], named: str
+) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+    damage(hf)
+    with pytest.raises((ConversionError, DataError), match=named) as caught:
+        import_checkpoint(hf, tmp_path / "megatron")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def damaged(name: str) -> Callable[[Path], Any]:
+    def flip(iteration: Path) -> None:
+        content = bytearray((iteration / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (iteration / name).write_bytes(content)
+
+    return flip
+
+
+MEGATRON: dict[str, tuple[Callable[[Path], Any], str]] = {
+    **{
+        f"bit flipped in {name}": (damaged(name), r"is not what was written")
+        for name in ("__0_0.distcp", ".metadata", "model.json", "hf/config.json", "hf/tokenizer.json")
+    },
+    "weights missing": (lambda d: (d / "__0_0.distcp").unlink(), r"__0_0\.distcp is missing"),
+    "weights cut short": (lambda d: os.truncate(d / "__0_0.distcp", 1000), r"has 1000 bytes"),
+    "model.json missing": (lambda d: (d / "model.json").unlink(), r"no model\.json.*--template"),
+}
+
+
+@pytest.mark.parametrize(("damage", "named"), MEGATRON.values(), ids=MEGATRON)
+def test_a_damaged_megatron_checkpoint_is_never_exported(
+    tmp_path: Path, damage: Callable[[Path], Any], named: str
+) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+    damage(import_checkpoint(hf, tmp_path / "megatron"))
+    with pytest.raises((ConversionError, DataError), match=named) as caught:
+        export_checkpoint(tmp_path / "megatron", tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+
+    class Full:
+        def __init__(self, file: Any) -> None:
+            self.file, self.left = file, 100_000
+
+        def __enter__(self) -> "Full":
+            return self
+
+        def __exit__(self, *exception: object) -> None:
+            self.file.close()
+
+        def flush(self) -> None:
+            self.file.flush()
+
+        def write(self, block: Any) -> int:
+            self.left -= memoryview(block).nbytes
+            if self.left < 0:
+                raise OSError(28, "No space left on device")
+            return self.file.write(block)
+
+    def full_open(path: Any, mode: str = "r", **settings: Any) -> Any:
+        file = open(path, mode, **settings)
+        return Full(file) if mode == "wb" else file
+
+    monkeypatch.setattr("megatron_sppo.conversion.distcp.open", full_open, raising=False)
+    with pytest.raises(DataError, match="the disk is full") as caught:
+        import_checkpoint(hf, tmp_path / "megatron")
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "megatron").iterdir()) == []
+
+
+def test_too_little_space_is_said_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ConversionError, match=r"needs .* free"):
+        import_checkpoint(hf, tmp_path / "megatron")
+    assert not (tmp_path / "megatron").exists()
+
+
+def test_a_killed_import_leaves_no_checkpoint_and_the_next_one_cleans_up(tmp_path: Path) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+    pid = os.fork()
+    if pid == 0:  # dies in the middle of the weights, as by kill -9
+
+        def die(*_: object, **__: object) -> None:
+            os._exit(9)
+
+        convert.write_manifest = die
+        import_checkpoint(hf, tmp_path / "megatron")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert [path.name for path in (tmp_path / "megatron").iterdir()] == [f".iter_0000000.tmp-{pid}"]
+    with pytest.raises(DataError, match="no usable Megatron checkpoint"):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "out")
+    import_checkpoint(hf, tmp_path / "megatron")
+    assert sorted(path.name for path in (tmp_path / "megatron").iterdir()) == [
+        "iter_0000000",
+        "latest_checkpointed_iteration.txt",
+        "model.json",
+    ]
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts what the conversion itself holds: read tensors that are still alive when the next one is asked for."""
+    import weakref
+
+    from megatron_sppo.conversion import hf_checkpoint
+
+    hf = tiny_llama(tmp_path / "hf", num_hidden_layers=6)
+    alive: list[int] = []
+    seen: list[Any] = []
+    original = hf_checkpoint.read_tensor
+
+    def counting(entry: Any) -> torch.Tensor:
+        alive.append(sum(reference() is not None for reference in seen))
+        tensor = original(entry)
+        seen.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(hf_checkpoint, "read_tensor", counting)
+    import_checkpoint(hf, tmp_path / "megatron")
+    assert max(alive) <= 2, "q and k, when v is asked for"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("5GB", 5_000_000_000), ("500MiB", 524_288_000), ("1.5kb", 1500), ("7", 7)]
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "big", "-5GB", "5 bananas", "0GB"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(ConversionError, match="max-shard-size 5GB"):
+        parse_size(text)

@@ -1,0 +1,120 @@
+"""Proves: config.json is read in both spellings; what the Megatron model would not compute is refused by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sppo.architecture import Llama3RopeScaling
+from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture, read_config
+from megatron_sppo.errors import ConversionError
+from tests.models import llama_config
+
+LLAMA31 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def old_spelling(**changes: Any) -> dict[str, Any]:
+    config = llama_config(**changes)
+    del config["rope_parameters"]
+    return config
+
+
+def test_every_field_is_taken_over() -> None:
+    read = architecture_from_hf(llama_config(num_key_value_heads=2, head_dim=10, rms_norm_eps=1e-6, vocab_size=301))
+    assert (read.num_layers, read.hidden_size, read.ffn_hidden_size) == (2, 64, 96)
+    assert (read.num_attention_heads, read.num_query_groups, read.kv_channels) == (8, 2, 10)
+    assert (read.vocab_size, read.max_position_embeddings, read.layernorm_epsilon) == (301, 512, 1e-6)
+    assert (read.rotary_base, read.rope_scaling, read.share_embeddings_and_output_weights) == (10000.0, None, False)
+
+
+def test_llama_31_scaling_is_read_in_both_spellings() -> None:
+    new = llama_config(rope_parameters={"rope_theta": 500000.0, **LLAMA31})
+    old = old_spelling(rope_theta=500000.0, rope_scaling=LLAMA31)
+    expected = Llama3RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
+    for config in (new, old):
+        read = architecture_from_hf(config)
+        assert read.rotary_base == 500000.0
+        assert read.rope_scaling == expected
+
+
+def test_llama_2_without_optional_keys_has_a_head_per_key_and_hidden_size_over_heads() -> None:
+    config = old_spelling(rope_scaling=None)
+    for key in ("head_dim", "num_key_value_heads", "attention_bias", "mlp_bias", "tie_word_embeddings"):
+        del config[key]
+    read = architecture_from_hf(config)
+    assert (read.num_query_groups, read.kv_channels, read.rotary_base) == (8, 8, 10000.0)
+    assert not read.share_embeddings_and_output_weights
+
+
+@pytest.mark.parametrize("scaling", [None, LLAMA31])
+def test_a_written_config_reads_back_the_same(scaling: dict[str, Any] | None) -> None:
+    rope = {"rope_theta": 5e5, **(scaling or {"rope_type": "default"})}
+    read = architecture_from_hf(llama_config(rope_parameters=rope, tie_word_embeddings=True))
+    assert architecture_from_hf(hf_from_architecture(read, dtype="bfloat16")) == read
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ({"attention_bias": True}, "attention_bias: true"),
+        ({"mlp_bias": True}, "mlp_bias: true"),
+        ({"hidden_act": "gelu"}, 'hidden_act: "gelu"'),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ({"rope_parameters": {"type": "linear", "factor": 4.0}}, "'linear'"),
+        ({"rope_parameters": {**LLAMA31, "low_freq_factor": 2.0}}, "low_freq_factor 2"),
+        ({"rope_parameters": {**LLAMA31, "original_max_position_embeddings": 4096}}, "4096"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta is nan"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
+        ({"hidden_size": -64}, "hidden_size is -64"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers is 2.5"),
+        ({"num_attention_heads": True}, "num_attention_heads is True"),
+        ({"num_key_value_heads": 3}, "num_query_groups"),
+        ({"head_dim": 7}, r"head_dim \(7\) is odd"),
+        ({"head_dim": None, "num_attention_heads": 7}, "no multiple of num_attention_heads"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConversionError, match=named) as caught:
+        architecture_from_hf({**llama_config(), **changes}, place="DIR/config.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_quantized_weights_are_refused() -> None:
+    with pytest.raises(ConversionError, match="quantization_config"):
+        architecture_from_hf({**llama_config(), "quantization_config": {"quant_method": "fp8"}})
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "\x00\xff"])
+def test_a_damaged_config_is_one_line_with_its_path(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ConversionError, match=r"config\.json"):
+        read_config(tmp_path)
+
+
+def test_a_directory_without_config_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match=r"has no config\.json"):
+        read_config(tmp_path)
+    with pytest.raises(ConversionError, match="is no directory"):
+        read_config(tmp_path / "absent")
+
+
+def test_numbers_that_json_wrote_as_floats_are_whole(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**llama_config(), "hidden_size": 64.0}))
+    assert architecture_from_hf(read_config(tmp_path)).hidden_size == 64

@@ -1,0 +1,122 @@
+"""Proves: each rule lays rows as Megatron-Core's modules read them (written out row by row), and undoes itself."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_sppo.architecture import Architecture
+from megatron_sppo.conversion.families import FAMILIES, family_of, llama
+from megatron_sppo.conversion.rules import Copy, FusedQKV, GateUp, VocabRows, bind, hf_shapes, megatron_shapes
+from megatron_sppo.errors import ConversionError
+
+
+def architecture(**changes: object) -> Architecture:
+    values: dict[str, object] = {
+        "family": "llama",
+        "num_layers": 2,
+        "hidden_size": 6,
+        "ffn_hidden_size": 5,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 2,
+        "vocab_size": 7,
+        "max_position_embeddings": 16,
+        "layernorm_epsilon": 1e-5,
+        "rotary_base": 10000.0,
+        "share_embeddings_and_output_weights": False,
+    }
+    return Architecture(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_qkv_rows_lie_group_by_group_queries_first() -> None:
+    """4 heads over 2 groups, head dimension 2: group 0 has heads 0 and 1, so q rows 0-3, k rows 0-1, v rows 0-1."""
+    rows = {name: [f"{name}{i}" for i in range(n)] for name, n in (("q", 8), ("k", 4), ("v", 4))}
+    order = [*rows["q"][0:4], *rows["k"][0:2], *rows["v"][0:2], *rows["q"][4:8], *rows["k"][2:4], *rows["v"][2:4]]
+    code = {name: float(i) for i, name in enumerate(order)}
+    tensors = [torch.tensor([[code[row]] * 6 for row in rows[name]]) for name in "qkv"]
+    fused = FusedQKV("m.{layer}.qkv", "h.{layer}.{qkv}").to_megatron(tensors, architecture())
+    assert fused[:, 0].tolist() == [float(i) for i in range(16)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    groups=st.integers(1, 4),
+    heads_per_group=st.integers(1, 4),
+    head=st.integers(1, 5),
+    hidden=st.integers(1, 5),
+    bias=st.booleans(),
+)
+def test_qkv_and_gate_up_undo_themselves(groups: int, heads_per_group: int, head: int, hidden: int, bias: bool) -> None:
+    shape = architecture(
+        num_query_groups=groups, num_attention_heads=groups * heads_per_group, kv_channels=head, hidden_size=hidden
+    )
+    for rule in (FusedQKV("m", "h.{qkv}", columns=() if bias else ("hidden",)), GateUp("m", "h.{gate_up}")):
+        tensors = [torch.randn(size) for size in rule.part_shapes(shape)]
+        fused = rule.to_megatron(tensors, shape)
+        assert tuple(fused.shape) == rule.megatron_shape(shape)
+        back = rule.to_hf(fused, shape)
+        assert all(torch.equal(one, other) for one, other in zip(tensors, back, strict=True))
+
+
+def test_gate_rows_come_before_up_rows() -> None:
+    gate, up = torch.zeros(5, 6), torch.ones(5, 6)
+    fused = GateUp("m", "h.{gate_up}").to_megatron([gate, up], architecture())
+    assert fused[:, 0].tolist() == [0.0] * 5 + [1.0] * 5
+
+
+def test_llama_names_are_those_of_transformers_model() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=7, hidden_size=8, intermediate_size=5, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        theirs = {name: tuple(t.shape) for name, t in transformers.LlamaForCausalLM(config).state_dict().items()}
+    assert hf_shapes(bind(FAMILIES["llama"], architecture(hidden_size=8))) == theirs
+
+
+def test_megatron_keys_stack_the_layers_first() -> None:
+    shapes = megatron_shapes(bind(FAMILIES["llama"], architecture()), architecture())
+    assert shapes["decoder.layers.self_attention.linear_qkv.weight"] == (2, 16, 6)
+    assert shapes["decoder.layers.mlp.linear_fc1.weight"] == (2, 10, 6)
+    assert shapes["decoder.final_layernorm.weight"] == (6,)
+    assert shapes["output_layer.weight"] == shapes["embedding.word_embeddings.weight"] == (7, 6)
+    assert len(shapes) == 9
+
+
+def test_a_tied_model_has_no_output_layer() -> None:
+    tied = architecture(share_embeddings_and_output_weights=True)
+    bindings = bind(FAMILIES["llama"], tied)
+    assert "output_layer.weight" not in megatron_shapes(bindings, tied)
+    assert "lm_head.weight" not in hf_shapes(bindings)
+
+
+@pytest.mark.parametrize("families", FAMILIES)
+def test_the_number_of_values_is_the_architectures(families: str) -> None:
+    family = FAMILIES[families]
+    model = architecture(family=families, add_qkv_bias=family.add_qkv_bias, qk_layernorm=family.qk_layernorm)
+    bindings = bind(family, model)
+    expected = model.num_parameters()
+    assert sum(torch.Size(shape).numel() for shape in hf_shapes(bindings).values()) == expected
+    assert sum(torch.Size(shape).numel() for shape in megatron_shapes(bindings, model).values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("extra", "name"),
+    [
+        (VocabRows("other.weight", "lm_head.weight"), "lm_head.weight"),
+        (Copy("decoder.final_layernorm.weight", "model.other.weight", ("hidden",)), "decoder.final_layernorm.weight"),
+    ],
+)
+def test_a_tensor_that_two_rules_claim_is_named(extra: Copy, name: str) -> None:
+    family = dataclasses.replace(llama.FAMILY, rules=(*llama.RULES, extra))
+    with pytest.raises(ConversionError, match=name):
+        bind(family, architecture())
+
+
+def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConversionError, match=r"'gpt2'.*llama"):
+        family_of("gpt2", place="config.json")
