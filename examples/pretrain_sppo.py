@@ -28,7 +28,7 @@ def main() -> None:
     # What can be refused is refused here, before the first second of compute.
     source, architecture, tokenizer = inputs.open_source(config)
     dataset = inputs.open_dataset(config, architecture, tokenizer)
-    batches = Batches(dataset, config)
+    batches = Batches(dataset, config, max_length=architecture.max_position_embeddings)
     resumed = inputs.find_resumable(config)
     if resumed is not None and checkpoint.step_of(resumed) >= batches.train_iters:
         logger.info("%s is complete: all %d steps are done", config.save, batches.train_iters)
@@ -45,12 +45,13 @@ def main() -> None:
     # log pi_t of every response, once, through the very micro-batches of training: before the first step log pi_theta
     # equals it, and every log-ratio is zero.
     if resumed is None:
-        progress = loop.Progress(facts=batches.facts)
+        progress = loop.Progress(facts=loop.run_facts(batches, config))
         progress.reference = reference.fingerprint(policy, dataset, config, selection=batches.selection)
         reference_GK = reference.load_or_compute(policy, dataset, batches, progress.reference, config=config)
     else:
-        progress = checkpoint.resume(resumed, policy, optimizer, scheduler)
-        batches.check_resumes(progress.facts)
+        progress = checkpoint.read_progress(resumed)
+        progress.check_resumes(loop.run_facts(batches, config), config.save)
+        checkpoint.resume(resumed, policy, optimizer, scheduler)
         reference_GK = reference.read_for_resume(dataset, progress.reference, config=config)
 
     # (log pi_theta / pi_t - (eta w - log Z))^2, meaned over the responses of a global batch, one update each.

@@ -15,7 +15,6 @@ from torch import Tensor
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.microbatch import MicroBatch, collate, epoch_order, plan_step, rows_of_units
 from megatron_sppo.data.selection import RowTargets, TrainingIndex, row_targets, training_index
-from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import token_multiple
 from megatron_sppo.objective.loss import OBJECTIVES
 from megatron_sppo.objective.win_rate import parse_baseline
@@ -58,14 +57,19 @@ class StepPlan:
 class Batches:
     """All steps of a run over one dataset."""
 
-    def __init__(self, dataset: PreferenceDataset, config: TrainingConfig) -> None:
+    def __init__(self, dataset: PreferenceDataset, config: TrainingConfig, *, max_length: int) -> None:
+        """List the rows of an epoch and their targets.
+
+        Args:
+            max_length: positions of the model, in tokens; holds where the config sets no smaller seq_length.
+        """
         objective = OBJECTIVES[config.objective.objective]
         self.selection = config.batch.selection or ("extremes" if objective.needs_pairs else dataset.manifest.selection)
         self.index: TrainingIndex = training_index(
             dataset,
             self.selection,
             pairs=objective.needs_pairs,
-            seq_length=config.batch.seq_length,
+            seq_length=config.batch.seq_length or max_length,
             max_prompt_length=config.batch.max_prompt_length,
         )
         self.targets: RowTargets = row_targets(
@@ -88,7 +92,7 @@ class Batches:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What decides the global batches and their targets; a resumed run must have the same."""
+        """What decides the global batches and their targets."""
         batch, objective = self._config.batch, self._config.objective
         return {
             "dataset_hash": self._dataset.dataset_hash,
@@ -101,23 +105,6 @@ class Batches:
             "beta": objective.beta,
             "baseline": objective.baseline,
         }
-
-    def check_resumes(self, stored: dict[str, Any]) -> None:
-        """Refuse to go on with a run whose data order or targets were others.
-
-        Raises:
-            ConfigError: names each differing setting with both values.
-        """
-        differing = [
-            f"{name} was {stored.get(name)!r}, is {value!r}"
-            for name, value in self.facts.items()
-            if stored.get(name) != value
-        ]
-        if differing:
-            raise ConfigError(
-                f"{self._config.save} was trained with other settings: {'; '.join(differing)}. "
-                "Use the same settings to resume, or another --save to start anew."
-            )
 
     def steps(self, *, first: int, last: int, reference_GK: np.ndarray | None = None) -> Iterator[StepPlan]:
         """Yield the plans of steps `first`..`last`, counted from 1."""

@@ -84,24 +84,61 @@ def save(
     return target
 
 
-def resume(
-    checkpoint: Path, policy: Policy, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
-) -> Progress:
-    """Restore a run from an `iter_*` directory that `save` wrote, in any layout -> Progress. Collective."""
+def read_progress(checkpoint: Path) -> Progress:
+    """Read where the run that wrote an `iter_*` directory stood -> Progress.
+
+    Raises:
+        DataError: the checkpoint holds weights only.
+    """
+    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
+    if "sppo" not in common:
+        raise DataError(f"{checkpoint} holds no training state. Use it with --load and choose another --save.")
+    return Progress(step=int(common["iteration"]), **common["sppo"])
+
+
+@torch.no_grad()
+def resume(checkpoint: Path, policy: Policy, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> None:
+    """Restore weights, optimizer, schedule and RNG from an `iter_*` directory that `save` wrote, in any layout. Collective."""
     model_state = _model_state(policy)
-    with torch.no_grad():
-        state = {
-            **model_state,
-            "optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_OPTIMIZER_SHARDING),
-        }
-        loaded = _load(state, checkpoint)
-        if "sppo" not in loaded:
-            raise DataError(f"{checkpoint} holds no training state. Use it with --load and choose another --save.")
-        _adopt_model(policy, loaded)
-        optimizer.load_state_dict(loaded["optimizer"])
+    _allocate_adam_state(optimizer)
+    optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_OPTIMIZER_SHARDING)
+    loaded = _load({**model_state, "optimizer": optimizer_state}, checkpoint)
+    _adopt_model(policy, loaded)
+    optimizer.load_state_dict(loaded["optimizer"])
+    _separate_adam_steps(optimizer)
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
     torch.set_rng_state(loaded["rng"])
-    return Progress(step=int(loaded["iteration"]), **loaded["sppo"])
+
+
+def _allocate_adam_state(optimizer: MegatronOptimizer) -> None:
+    """Give torch's AdamW the state that its first step would make, for the checkpoint to fill.
+
+    The distributed optimizer reads `step` of every parameter when it describes itself to a load, and does not create
+    it (megatron-core 0.16.1 and 0.19.2, optimizer/distrib_optimizer.py). TE's and apex's optimizers need nothing.
+    """
+    for inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                state = inner.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+def _separate_adam_steps(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter its own step count again.
+
+    The distributed optimizer loads one tensor into all of them; AdamW counts in place, once for each parameter.
+    """
+    for inner in _torch_optimizers(optimizer):
+        for state in inner.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
 
 
 def step_of(checkpoint: Path) -> int:

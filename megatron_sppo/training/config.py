@@ -48,8 +48,9 @@ class BatchConfig:
     """Responses in one forward pass of one data-parallel rank."""
     global_batch_size: int = 128
     """Responses in one optimizer step; the published runs use 128 (64 pairs)."""
-    seq_length: int = 1024
-    """Longest prompt + response, in tokens. Longer ones are left out and counted."""
+    seq_length: int | None = None
+    """Longest prompt + response, in tokens; longer ones are left out and counted. Unset: as many as the model has
+    positions. The official recipe uses 1024."""
     max_prompt_length: int | None = None
     """Keep this many tokens of a longer prompt, from its end (the official recipe: 512); unset: prompts are never cut."""
     packing: bool = True
@@ -64,13 +65,18 @@ class BatchConfig:
     """Seed of the data order."""
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch_size", "global_batch_size", "seq_length", "num_epochs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.train_iters is not None and self.train_iters < 1:
-            raise ConfigError(
-                f"train_iters is {self.train_iters}; it must be at least 1. Leave it out for whole epochs."
-            )
+        counts = (
+            "micro_batch_size",
+            "global_batch_size",
+            "seq_length",
+            "max_prompt_length",
+            "num_epochs",
+            "train_iters",
+        )
+        for name in counts:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}. Use --{name.replace('_', '-')} 1 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,9 +41,10 @@ def open_dataset(config: TrainingConfig, architecture: Architecture, tokenizer: 
         DataError: it is damaged, or was tokenised by another tokenizer.
         ConfigError: sequences may be longer than the model's positions.
     """
-    if config.batch.seq_length > architecture.max_position_embeddings:
+    seq_length = config.batch.seq_length
+    if seq_length is not None and seq_length > architecture.max_position_embeddings:
         raise ConfigError(
-            f"seq_length ({config.batch.seq_length} tokens) exceeds the model's {architecture.max_position_embeddings} "
+            f"seq_length ({seq_length} tokens) exceeds the model's {architecture.max_position_embeddings} "
             f"positions. Use --seq-length {architecture.max_position_embeddings}."
         )
     dataset = PreferenceDataset(config.data, verify_checksums=parallel.is_rank_zero())

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -15,11 +16,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_sppo.errors import DataError
+from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.objective import objective_loss, regression_target
 from megatron_sppo.objective.loss import find_objective
 from megatron_sppo.training import parallel
-from megatron_sppo.training.batches import StepPlan
+from megatron_sppo.training.batches import Batches, StepPlan
 from megatron_sppo.training.config import ObjectiveConfig, TrainingConfig
 from megatron_sppo.training.forward_step import objective_terms, run_micro_batches
 from megatron_sppo.training.metrics import MetricsFile, drift_per_token, response_metrics
@@ -41,13 +42,39 @@ class Progress:
     num_clipped: int = 0
     """Steps whose gradient was clipped."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What must be the same when the run is resumed: `Batches.facts`."""
+    """What must be the same when the run is resumed."""
     reference: dict[str, Any] = field(default_factory=dict)
     """Fingerprint of the reference log-probabilities that the run trains against."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what a checkpoint stores beside the step itself."""
         return {"num_clipped": self.num_clipped, "facts": self.facts, "reference": self.reference}
+
+    def check_resumes(self, facts: dict[str, Any], save: Path) -> None:
+        """Refuse to go on with a run whose data order, targets or optimizer were others.
+
+        Raises:
+            ConfigError: names each differing setting with both values.
+        """
+        differing = [
+            f"{name} was {self.facts.get(name)!r}, is {value!r}"
+            for name, value in facts.items()
+            if self.facts.get(name) != value
+        ]
+        if differing:
+            raise ConfigError(
+                f"{save} was trained with other settings: {'; '.join(differing)}. "
+                "Use the same settings to resume, or another --save to start anew."
+            )
+
+
+def run_facts(batches: Batches, config: TrainingConfig) -> dict[str, Any]:
+    """Name what a resumed run must share with its beginning -> JSON dict. The layout may differ."""
+    return batches.facts | {
+        "optimizer": config.optimization.optimizer,
+        "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
+        "params_dtype": config.model.params_dtype,
+    }
 
 
 def train(
