@@ -2,7 +2,7 @@
 
 N = tokens that predict a response token, H = hidden size, V = vocabulary (padded), V/tp = rows of this rank's shard,
 B = sequences. Between forward and backward only hidden, weight, labels and one float32 per token are kept; backward
-computes the logits of a chunk of tokens again.
+computes the logits again, block by block.
 """
 
 from typing import Any
@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
-"""float32 logits of one chunk. Larger on a GPU, where each chunk also reads and writes the weight's gradient once."""
+_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+"""float32 logits of one chunk. Larger on a GPU, where small products leave the tensor cores idle."""
 
 
 def linear_log_probs(
@@ -27,18 +27,19 @@ def linear_log_probs(
 ) -> Tensor:
     """Log-probability of each label under softmax(hidden @ weight.T) -> [N], float32, nats, differentiable.
 
-    The product is taken in the weight's dtype, all else (log-softmax, reductions, the weight's gradient over chunks) in
-    float32; float64 weights stay in float64. A label outside the vocabulary gives NaN.
+    The product is taken in the weight's dtype, all else (log-softmax, reductions, sums over blocks) in float32; float64
+    weights stay in float64. A label outside the vocabulary gives NaN.
 
     Collectives on `tp_group`: forward one max and one sum all-reduce of [N] and [2, N]; backward one sum all-reduce of
-    the gradient of `hidden`. None when N is 0, which every rank of the group sees alike.
+    the gradient of `hidden`, in float32. None when N is 0, which every rank of the group sees alike.
 
     Args:
         hidden: [N, H], replicated over `tp_group`.
         weight: [V/tp, H]; rank r of `tp_group` holds rows r * V/tp and up.
         labels: [N], integers, ids in the whole vocabulary.
         tp_group: group that the vocabulary is sharded over; None for the whole weight.
-        chunk_size: tokens whose logits exist at one time; None takes as many as fit in 128 MiB (512 MiB on a GPU).
+        chunk_size: tokens whose logits exist at one time (backward: as many logits, cut the other way); None takes as
+            many as fit in 64 MiB (512 MiB on a GPU).
         vocab_size: number of true columns; columns from there on are padding and never enter the softmax.
     """
     assert hidden.ndim == 2 and weight.ndim == 2 and labels.shape == hidden.shape[:1], (
@@ -114,24 +115,28 @@ class _LinearLogProbs(torch.autograd.Function):
         (grad_log_prob,) = grad_outputs
         hidden, weight, labels, log_sum_exp = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        num_columns, precise = ctx.num_columns, log_sum_exp.dtype
-        columns = weight[:num_columns]
-        grad_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs_hidden else None
-        grad_weight = weight.new_zeros(weight.shape, dtype=precise) if needs_weight else None
-        for rows in _chunks(hidden.shape[0] if num_columns else 0, ctx.chunk_size):
-            grad_chunk = grad_log_prob[rows].to(precise)
-            grad_logits = _logits(hidden[rows], columns, precise).sub_(log_sum_exp[rows].unsqueeze(1)).exp_()
-            grad_logits.mul_(-grad_chunk.unsqueeze(1))
-            column, is_local = _local_column(labels[rows], ctx.first_row, num_columns)
-            grad_logits.scatter_add_(1, column.unsqueeze(1), grad_chunk.masked_fill(~is_local, 0.0).unsqueeze(1))
+        (num_tokens, num_columns), precise = (hidden.shape[0], ctx.num_columns), log_sum_exp.dtype
+        grad_log_prob = grad_log_prob.to(precise)
+        inputs = hidden.to(weight.dtype)
+        grad_hidden = hidden.new_zeros(hidden.shape, dtype=precise) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
+        # All tokens by a block of columns, as many logits as a chunk of tokens has in forward: each block of the
+        # weight's gradient is then one product, summed in float32 by the hardware, rounded once: no [V/tp, H] float32.
+        block = max(1, ctx.chunk_size * num_columns // max(num_tokens, 1))
+        for columns in _chunks(num_columns if num_tokens else 0, block):
+            grad_logits = _logits(inputs, weight[columns], precise).sub_(log_sum_exp.unsqueeze(1)).exp_()
+            grad_logits.mul_(-grad_log_prob.unsqueeze(1))
+            column, is_local = _local_column(labels, ctx.first_row + columns.start, columns.stop - columns.start)
+            grad_logits.scatter_add_(1, column.unsqueeze(1), grad_log_prob.masked_fill(~is_local, 0.0).unsqueeze(1))
             grad_logits = grad_logits.to(weight.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = (grad_logits @ columns).to(hidden.dtype)
+                grad_hidden += grad_logits @ weight[columns]
             if grad_weight is not None:
-                _accumulate(grad_weight[:num_columns], grad_logits, hidden[rows].to(weight.dtype))
-        if grad_hidden is not None and ctx.tp_group is not None and hidden.shape[0]:
+                torch.mm(grad_logits.T, inputs, out=grad_weight[columns])
+        if grad_hidden is not None and ctx.tp_group is not None and num_tokens:
             dist.all_reduce(grad_hidden, op=dist.ReduceOp.SUM, group=ctx.tp_group)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None, None
+        grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _chunks(num_tokens: int, chunk_size: int) -> list[slice]:
@@ -148,11 +153,3 @@ def _local_column(labels: Tensor, first_row: int, num_columns: int) -> tuple[Ten
     column = labels.long() - first_row
     is_local = (column >= 0) & (column < num_columns)
     return column.masked_fill(~is_local, 0), is_local
-
-
-def _accumulate(grad_weight: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """grad_weight += grad_logits.T @ hidden, in grad_weight's (wider) dtype."""
-    if grad_weight.dtype == grad_logits.dtype:
-        grad_weight.addmm_(grad_logits.T, hidden)
-    else:
-        grad_weight += grad_logits.T @ hidden

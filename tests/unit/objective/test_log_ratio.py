@@ -172,8 +172,8 @@ def test_no_tensor_larger_than_a_chunk_of_logits_is_made():
 
 
 def test_default_chunk_fits_its_budget():
-    """V = 128256: 128 MiB / (4 * 128256) = 261 tokens -> 256; 512 MiB -> 1046 -> 1024."""
-    assert default_chunk_size(128256, device_type="cpu") == 256
+    """V = 128256: 64 MiB / (4 * 128256) = 130 tokens -> 128; 512 MiB -> 1046 -> 1024."""
+    assert default_chunk_size(128256, device_type="cpu") == 128
     assert default_chunk_size(128256, device_type="cuda") == 1024
     assert default_chunk_size(1 << 40, device_type="cpu") == 16
 
