@@ -66,8 +66,8 @@ class RunConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1. Use {flag} 1 or more.")
         if self.max_prompts_per_iteration is not None and self.max_prompts_per_iteration < 1:
             raise ConfigError(
-                f"max_prompts_per_iteration is {self.max_prompts_per_iteration}. Use --max-prompts-per-iteration 64, or "
-                "leave it out for all."
+                f"max_prompts_per_iteration is {self.max_prompts_per_iteration}. "
+                "Use --max-prompts-per-iteration 64, or leave it out for all."
             )
 
 

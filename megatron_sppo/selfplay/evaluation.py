@@ -17,6 +17,7 @@ from megatron_sppo.errors import DataError
 from megatron_sppo.judge.protocol import Judge, load_judge
 from megatron_sppo.objective import preference_matrix
 from megatron_sppo.rollout.records import RolloutGroup, read_rollouts
+from megatron_sppo.selfplay.summary import mean_response_tokens
 from megatron_sppo.storage import write_json
 
 logger = logging.getLogger(__name__)
@@ -159,9 +160,3 @@ def bootstrap(values: Sequence[float], *, resamples: int, seed: int) -> WinRate:
     means_R = np.array([generator.choice(sample_N, size=sample_N.size).mean() for _ in range(resamples)])
     low, high = np.quantile(means_R, [0.025, 0.975])
     return WinRate(mean=float(sample_N.mean()), low=float(low), high=float(high), num_prompts=sample_N.size)
-
-
-def mean_response_tokens(groups: Any) -> float:
-    """Average the lengths of all answers -> tokens."""
-    lengths = [len(response.token_ids) for group in groups for response in group.responses]
-    return float(np.mean(lengths)) if lengths else 0.0

@@ -6,9 +6,11 @@ state of the run is on disk after each; the same command goes on where the last 
 
 import importlib.metadata
 import logging
+import multiprocessing
 import platform
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ from megatron_sppo.rollout.records import read_rollouts
 from megatron_sppo.selfplay import config as settings
 from megatron_sppo.selfplay import summary
 from megatron_sppo.selfplay.config import SelfPlayConfig
-from megatron_sppo.selfplay.evaluation import mean_response_tokens
 from megatron_sppo.selfplay.lock import run_lock
 from megatron_sppo.selfplay.plan import (
     REPORT_NAME,
@@ -89,7 +90,7 @@ def _check_before_anything(config: SelfPlayConfig) -> None:
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "training.yaml")
         _write_training_config(config, file)
-        check_training_settings(config, file)
+        _in_own_process(check_training_settings, config, file)
 
 
 def _is_finished(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths) -> bool:
@@ -160,11 +161,11 @@ def _sum_up(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths, iter
     ]
     base_tokens = None
     if paths.base_rollouts.is_dir():
-        base_tokens = mean_response_tokens(read_rollouts(paths.base_rollouts))
+        base_tokens = summary.mean_response_tokens(read_rollouts(paths.base_rollouts))
     start_seconds = {name: machine.seconds(name) for name in ("import", "base-eval-rollouts")}
     summary.write_summary(paths, entries, base_response_tokens=base_tokens, seconds=start_seconds)
     summary.gather_metrics(paths, iteration)
-    summary.write_events(paths, entries)
+    _in_own_process(summary.write_events, paths, entries)
     machine.run(
         Stage(
             name="report",
@@ -185,6 +186,12 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def _in_own_process(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function that imports torch where its memory ends with it: the loop lives beside the sampler's engine."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(function, *arguments).result()
 
 
 def _stage_seconds(machine: StageMachine, prefix: str) -> dict[str, float]:

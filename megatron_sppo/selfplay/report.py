@@ -31,7 +31,7 @@ section { margin-top: 16px; min-width: 0; } .panels section { margin-top: 0; } .
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 7px 12px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--muted); font-weight: 600; font-size: 13px; white-space: nowrap; } td.number { white-space: nowrap; }
+th { color: var(--muted); font-weight: 600; font-size: 13px; white-space: nowrap; } td + td { white-space: nowrap; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; margin: 6px 0 18px; }
 .answer { border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; min-width: 0; }
 .answer h4 { margin: 0 0 4px; font-size: 12.5px; color: var(--muted); }
@@ -86,7 +86,7 @@ def render(run: RunData) -> str:
     ]
     preferences = run.iterations[-1].preferences if run.iterations else ()
     body = [
-        f"<h1>Self-play run {_text(run.run_dir.resolve().name)}</h1>",
+        f"<h1>Self-play: {_text(run.run_dir.resolve().name)}</h1>",
         f'<p class="muted">{_subtitle(run)}</p>',
         _cards(iterations),
         _section("Results", _results_table(run), _RESULTS_NOTE),
@@ -238,7 +238,7 @@ def _details(title: str, content: str) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f'<td class="number">{_text(cell)}</td>' for cell in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 

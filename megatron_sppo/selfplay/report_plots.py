@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from megatron_sppo.selfplay.report_data import IterationData, PreferenceExample
 
@@ -122,7 +123,7 @@ def log_ratio_figure(iterations: Sequence[IterationData]) -> str | None:
         for axes, data in zip(panels, shown, strict=True):
             points = _scatter(axes, data)
         panels[0].set_ylabel("log-ratio, nats")
-        figure.colorbar(points, ax=panels, pad=0.02, label="step")
+        figure.colorbar(points, ax=panels, pad=0.02, label="step", ticks=MaxNLocator(nbins=6, integer=True))
         return _data_uri(figure)
 
 

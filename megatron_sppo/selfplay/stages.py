@@ -195,4 +195,6 @@ def _failure(stage: Stage, returncode: int, log_path: Path) -> StageFailed:
     code = tool_exit_code(returncode, log_path)
     how = f"was killed by signal {-code}" if code < 0 else f"failed (exit code {code})"
     reason = last_error(log_path)
-    return StageFailed(f"{stage.name} {how}: {reason} Its log: {log_path}", exit_code=2 if code == 2 else 1)
+    return StageFailed(
+        f"{stage.name} {how}: {reason.rstrip('.')}. Its log: {log_path}", exit_code=2 if code == 2 else 1
+    )

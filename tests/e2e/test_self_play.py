@@ -141,7 +141,7 @@ def test_iterations_train_on_disjoint_prompts_and_each_moves_the_weights(
 
 
 def test_the_table_and_the_report_are_named_on_stdout(finished: tuple[Path, str]) -> None:
-    run_dir, printed = finished
+    printed = finished[1]
     lines = printed.splitlines()
     assert lines[0].startswith("iteration") and lines[2].startswith("1 ") and lines[3].startswith("2 ")
     assert lines[-1] == "report: run/report.html"

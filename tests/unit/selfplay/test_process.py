@@ -1,0 +1,70 @@
+"""Proves: on a terminal a stage's progress bar is seen and its log stays readable; elsewhere nothing but the log."""
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_sppo.selfplay.process import last_error, run_logged
+
+STAGE = """
+import sys, time
+assert sys.argv[1] == str(sys.stderr.isatty()), sys.stderr.isatty()
+print("a line for the log", file=sys.stderr)
+for percent in (10, 60, 100):
+    sys.stderr.write(f"\\rprogress {percent} %"); sys.stderr.flush(); time.sleep(0.3)
+sys.stderr.write("\\nlast words\\n")
+"""
+
+RUNNER = """
+import pathlib, sys
+from megatron_sppo.selfplay.process import run_logged
+sys.exit(run_logged([sys.executable, "-c", sys.argv[1], "True"], pathlib.Path(sys.argv[2]), on_start=lambda pid: None))
+"""
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    return path.read_text().splitlines()[-count:]  # before them stands the command
+
+
+def test_on_a_terminal_the_bar_is_shown_and_the_log_keeps_its_last_state(tmp_path: Path) -> None:
+    log, (ours, theirs) = tmp_path / "stage.log", pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", RUNNER, STAGE, str(log)], stderr=theirs, stdout=theirs)
+    os.close(theirs)
+    seen = b""
+    while True:
+        try:
+            block = os.read(ours, 4096)
+        except OSError:
+            break
+        if not block:
+            break
+        seen += block
+    os.close(ours)
+    assert process.wait(timeout=30) == 0
+    assert b"progress 10 %" in seen and b"progress 60 %" in seen
+    assert b"a line for the log" not in seen and b"last words" not in seen
+    assert last_lines(log, 3) == ["a line for the log", "progress 100 %", "last words"]
+
+
+def test_without_a_terminal_the_output_goes_to_the_log_alone(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "stage.log"
+    assert run_logged([sys.executable, "-c", STAGE, "False"], log, on_start=lambda pid: None) == 0
+    assert last_lines(log, 1) == ["last words"]
+    assert last_error(log) == "last words"
+
+
+def test_a_command_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    log = tmp_path / "stage.log"
+    assert run_logged(["/no/such/sampler", "--model", "m"], log, on_start=lambda pid: None) == 2
+    assert last_error(log) == "self_play: error: /no/such/sampler does not exist."
+
+
+def test_attempts_are_kept_one_after_the_other(tmp_path: Path) -> None:
+    log = tmp_path / "stage.log"
+    for word in ("first", "second"):
+        run_logged([sys.executable, "-c", f"print({word!r})"], log, on_start=lambda pid: None)
+    lines = log.read_text().splitlines()
+    assert [line for line in lines if not line.startswith("$ ")] == ["first", "second"]
+    assert last_error(log) == "second"
