@@ -43,7 +43,9 @@ class ChatTokenizer:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(f"{model_dir} has no readable tokenizer ({reason}). Copy the model's tokenizer files there.") from None
+            raise DataError(
+                f"{model_dir} has no readable tokenizer ({reason}). Copy the model's tokenizer files there."
+            ) from None
         self._template = self._choose_template(model_dir, chat_template_file)
         self._special_texts = tuple(self._special_tokens())
 
@@ -58,7 +60,8 @@ class ChatTokenizer:
             template = template.get("default")
         if not template:
             raise ConfigError(
-                f"{model_dir} has no chat template: it is no chat model. Use an instruct model, or --chat-template FILE.jinja."
+                f"{model_dir} has no chat template: it is no chat model. "
+                "Use an instruct model, or --chat-template FILE.jinja."
             )
         return str(template)
 

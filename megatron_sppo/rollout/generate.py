@@ -69,8 +69,8 @@ class GenerateConfig:
             raise ConfigError(f"shard_size is {self.shard_size}. Use --shard-size 64.")
         if self.max_model_len is not None and self.max_model_len <= self.max_tokens:
             raise ConfigError(
-                f"max_model_len ({self.max_model_len}) leaves no room for a prompt beside max_tokens ({self.max_tokens}). "
-                f"Use --max-model-len {self.max_tokens + 512}."
+                f"max_model_len ({self.max_model_len}) leaves no room for a prompt beside max_tokens "
+                f"({self.max_tokens}). Use --max-model-len {self.max_tokens + 512}."
             )
         self.sampling()
 
@@ -160,7 +160,9 @@ def _tokenize(
             tokenized = tokenizer.tokenize(prompt)
             needed = len(tokenized.token_ids) + config.max_tokens
             if needed > room:
-                raise UnusablePrompt(f"{len(tokenized.token_ids)} tokens and max_tokens {config.max_tokens} exceed {room}")
+                raise UnusablePrompt(
+                    f"{len(tokenized.token_ids)} tokens and max_tokens {config.max_tokens} exceed {room}"
+                )
             kept.append(tokenized)
         except UnusablePrompt as reason:
             quarantined.append({"prompt_id": prompt.prompt_id, "reason": str(reason)})

@@ -73,7 +73,9 @@ def open_ledger(directory: Path, request: dict[str, Any], *, num_shards: int) ->
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(f"another process is writing to {directory}. Wait for it, or use another --output.") from None
+            raise ConfigError(
+                f"another process is writing to {directory}. Wait for it, or use another --output."
+            ) from None
         names = [MANIFEST_NAME, REQUEST_NAME, *(shard_name(index) for index in range(num_shards))]
         for name in names:
             remove_stale_temporaries(directory / name)
@@ -91,7 +93,7 @@ def _finished_shards(directory: Path, request: dict[str, Any], num_shards: int) 
         foreign = sorted(file.name for file in directory.iterdir() if file.name != _LOCK_NAME)
         if foreign:
             raise ConfigError(
-                f"{directory} is not empty (it has {foreign[0]}) and holds no unfinished rollouts. Use another --output."
+                f"{directory} is not empty (it has {foreign[0]}) and holds no rollouts of ours. Use another --output."
             )
         return {}
     value = read_json(path)
@@ -102,7 +104,9 @@ def _finished_shards(directory: Path, request: dict[str, Any], num_shards: int) 
         raise DataError(f"{path} is damaged. Remove {directory} and run the command again.") from None
     difference = _first_difference(written, request)
     if difference is not None:
-        raise ConfigError(f"{directory} holds rollouts of another request: {difference}. Use another --output, or remove it.")
+        raise ConfigError(
+            f"{directory} holds rollouts of another request: {difference}. Use another --output, or remove it."
+        )
     finished = {}
     for index, entry in entered.items():
         file = directory / shard_name(index)

@@ -42,7 +42,9 @@ def model_hash(directory: Path) -> str:
     else:
         files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise DataError(f"{directory} has no *.safetensors weights. Convert or download the model in safetensors format.")
+        raise DataError(
+            f"{directory} has no *.safetensors weights. Convert or download the model in safetensors format."
+        )
     for file in files:
         _check_whole(file)
     return sha256_of_json({file.name: sha256_of_file(file) for file in files})
@@ -58,15 +60,17 @@ def read_model_files(directory: Path) -> ModelFiles:
     directory = Path(directory)
     if not directory.is_dir():
         raise ConfigError(
-            f"--model {directory} is no directory. Download the model first (`hf download {directory} --local-dir DIR`) "
-            "and use --model DIR."
+            f"--model {directory} is no directory. Download the model first "
+            f"(`hf download {directory} --local-dir DIR`) and use --model DIR."
         )
     config = read_json(directory / "config.json")
     if not isinstance(config, dict):
         raise DataError(f"{directory / 'config.json'} is no JSON object. Download the model again.")
     tokenizer = tokenizer_hash(directory)
     if tokenizer is None:
-        raise DataError(f"{directory} has no tokenizer file (tokenizer.json or tokenizer.model). Copy the model's there.")
+        raise DataError(
+            f"{directory} has no tokenizer file (tokenizer.json or tokenizer.model). Copy the model's there."
+        )
     return ModelFiles(
         directory=directory,
         model_hash=model_hash(directory),
@@ -86,7 +90,7 @@ def _positive(config: dict[str, Any], name: str, directory: Path) -> int:
 
 
 def _check_whole(file: Path) -> None:
-    """Refuse a safetensors file that is missing or shorter than its header says, before an engine spends minutes on it."""
+    """Refuse a safetensors file that is missing or not as long as its header says, before an engine loads it."""
     if not file.is_file():
         raise DataError(f"{file} does not exist, but the model's index names it. Download the model again.")
     size = file.stat().st_size

@@ -2,8 +2,8 @@
 
 Read: JSON Lines, a JSON list, Parquet, and directories (`datasets.save_to_disk`, or a dataset snapshot with Parquet or
 JSON Lines files). A row has `prompt` (a string, or TRL's list of chat messages) or `messages`; `prompt_id` and `split`
-are optional; other columns (uclaml's and TRL's responses) are ignored. `prompt` wins over `messages`, because preference
-sets hold the answered conversation in the latter.
+are optional; other columns (uclaml's and TRL's responses) are ignored. `prompt` wins over `messages`, because
+preference sets hold the answered conversation in the latter.
 """
 
 import hashlib
@@ -145,7 +145,9 @@ def _refuse_bad_text(text: str, place: str) -> None:
         raise _Unusable(f"the {place} holds half a surrogate pair at character {error.start}") from None
 
 
-def _refuse_duplicate(prompt: Prompt, number: int, first_row_of_id: dict[str, int], id_of_content: dict[str, str]) -> None:
+def _refuse_duplicate(
+    prompt: Prompt, number: int, first_row_of_id: dict[str, int], id_of_content: dict[str, str]
+) -> None:
     content = _content_hash(prompt.messages)
     if content in id_of_content:
         raise _Unusable(f"the same text as prompt {id_of_content[content]}")

@@ -95,7 +95,9 @@ class ServerSampler:
                 self._pool.report(server, ok=False, deadly=True)
                 logger.warning("server %s does not answer (%s)", server.url, fault)
         if len(faults) == len(self._pool.servers):
-            raise ConfigError(f"no server answers ({faults[0]}). Start one with `vllm serve MODEL_DIR` and check --server.")
+            raise ConfigError(
+                f"no server answers ({faults[0]}). Start one with `vllm serve MODEL_DIR` and check --server."
+            )
 
     def sample(
         self,
@@ -112,7 +114,7 @@ class ServerSampler:
             DataError: a prompt stayed unanswered after all retries.
         """
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-        finished: queue.SimpleQueue[tuple[int, tuple[Response, ...] | BaseException]] = queue.SimpleQueue()
+        finished: queue.SimpleQueue[tuple[int, tuple[Response, ...] | ValueError | None]] = queue.SimpleQueue()
         stop = threading.Event()
         for position in range(len(prompts)):
             waiting.put(position)
@@ -123,10 +125,13 @@ class ServerSampler:
                     position = waiting.get_nowait()
                 except queue.Empty:
                     return
+                outcome: tuple[Response, ...] | ValueError | None = None
                 try:
-                    finished.put((position, self._answer(prompts[position], sampling, seed, stop)))
-                except BaseException as error:  # handed to the waiting caller, which raises it
-                    finished.put((position, error))
+                    outcome = self._answer(prompts[position], sampling, seed, stop)
+                except (ConfigError, DataError) as error:
+                    outcome = error
+                finally:
+                    finished.put((position, outcome))  # None: the thread crashed, and the caller must not wait
 
         num_workers = min(self._config.server_concurrency * len(self._pool.servers), len(prompts))
         for _ in range(num_workers):
@@ -136,8 +141,9 @@ class ServerSampler:
         try:
             while len(answers) < len(prompts):
                 position, outcome = finished.get()
-                if isinstance(outcome, BaseException):
+                if isinstance(outcome, ValueError):
                     raise outcome
+                assert outcome is not None, "a request thread crashed; its traceback is above"
                 assert position not in answers
                 answers[position] = outcome
                 on_progress(1, sum(len(response.token_ids) for response in outcome))
@@ -210,13 +216,21 @@ class _Server:
         """Learn the served model's name and check its context length."""
         reply = self._exchange("/v1/models", None, min(self._timeout, _MODELS_TIMEOUT_SECONDS))
         models = reply.get("data")
-        if not isinstance(models, list) or not all(isinstance(m, dict) and isinstance(m.get("id"), str) for m in models):
-            raise ConfigError(f"{self.url} answers /v1/models without model names: it is no OpenAI API. Check --server.")
+        if not isinstance(models, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("id"), str) for m in models
+        ):
+            raise ConfigError(
+                f"{self.url} answers /v1/models without model names: it is no OpenAI API. Check --server."
+            )
         names = [model["id"] for model in models]
         if name is None and len(names) != 1:
-            raise ConfigError(f"{self.url} serves {len(names)} models ({', '.join(names)}). Choose with --server-model NAME.")
+            raise ConfigError(
+                f"{self.url} serves {len(names)} models ({', '.join(names)}). Choose with --server-model NAME."
+            )
         if name is not None and name not in names:
-            raise ConfigError(f"{self.url} does not serve {name!r} but {', '.join(names)}. Use --server-model {names[0]}.")
+            raise ConfigError(
+                f"{self.url} does not serve {name!r} but {', '.join(names)}. Use --server-model {names[0]}."
+            )
         self._model = name or names[0]
         allowed = models[names.index(self._model)].get("max_model_len")
         if isinstance(allowed, int) and allowed < max_model_len:
@@ -244,7 +258,9 @@ class _Server:
         except urllib.error.HTTPError as error:
             reason = _reason(error)
             if error.code < 500 and error.code not in _TRY_LATER:
-                raise ConfigError(f"{self.url} refuses the request: HTTP {error.code} {reason}. Check --server and its log.") from None
+                raise ConfigError(
+                    f"{self.url} refuses the request: HTTP {error.code} {reason}. Check --server and its log."
+                ) from None
             raise _RequestFailed(f"HTTP {error.code} {reason}") from None
         except (OSError, http.client.HTTPException) as error:
             raise _RequestFailed(f"{type(error).__name__}: {error}") from None
@@ -307,7 +323,9 @@ def _responses(
         if choice.get("finish_reason") not in ("stop", "length") or not isinstance(text, str):
             raise _RequestFailed(f"response {index} is unfinished (finish_reason {choice.get('finish_reason')!r})")
         if not isinstance(token_ids, list) or not all(type(token) is int for token in token_ids):
-            raise ConfigError("the server returns no token ids. Use a vLLM server that knows return_token_ids (0.10.2 or later).")
+            raise ConfigError(
+                "the server returns no token ids. Use a vLLM server that knows return_token_ids (0.10.2 or later)."
+            )
         if echoed is not None and echoed != list(prompt.token_ids):
             raise _RequestFailed("the server answered another prompt than it was sent")
         # vLLM gives sequence k of a request the seed that follows by k.

@@ -42,10 +42,13 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.tensor_parallel_size < 1:
-            raise ConfigError(f"tensor_parallel_size is {self.tensor_parallel_size}. Use --tensor-parallel-size 1 or more.")
+            raise ConfigError(
+                f"tensor_parallel_size is {self.tensor_parallel_size}. Use --tensor-parallel-size 1 or more."
+            )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
-                f"gpu_memory_utilization is {self.gpu_memory_utilization}, outside (0, 1]. Use --gpu-memory-utilization 0.9."
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}, outside (0, 1]. "
+                "Use --gpu-memory-utilization 0.9."
             )
         if self.max_num_seqs is not None and self.max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs is {self.max_num_seqs}. Use --max-num-seqs 1 or more.")
@@ -125,7 +128,7 @@ class VllmSampler:
             max_tokens=sampling.max_tokens,
             output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
-        engine = self._llm.llm_engine
+        engine: Any = self._llm.llm_engine
         position_of: dict[str, int] = {}
         for position, prompt in enumerate(prompts):
             request = str(next(self._request_numbers))
@@ -141,7 +144,9 @@ class VllmSampler:
                     on_progress(1, sum(len(response.token_ids) for response in responses))
         missing = [prompt.prompt.prompt_id for i, prompt in enumerate(prompts) if i not in answers]
         if missing:
-            raise DataError(f"vLLM dropped {len(missing)} prompts (the first: {missing[0]!r}). Run the same command again.")
+            raise DataError(
+                f"vLLM dropped {len(missing)} prompts (the first: {missing[0]!r}). Run the same command again."
+            )
         return [answers[position] for position in range(len(prompts))]
 
     def close(self) -> None:

@@ -65,12 +65,15 @@ def test_a_server_of_another_model_is_refused(flags: dict[str, Any]) -> None:
     """Its ids are 1000 and above; the model has 259."""
     assert answer_to([1, 100], 0)[0] >= 259
     server = FakeVllm(max_model_len=512)
-    server.fault = lambda body, number: FakeVllm.good_reply({**body, "prompt": [1, 100]}) | {
-        "choices": [
-            {**choice, "prompt_token_ids": body["prompt"]}
-            for choice in FakeVllm.good_reply({**body, "prompt": [1, 100]})["choices"]
-        ]
-    }
+    server.fault = lambda body, number: (
+        FakeVllm.good_reply({**body, "prompt": [1, 100]})
+        | {
+            "choices": [
+                {**choice, "prompt_token_ids": body["prompt"]}
+                for choice in FakeVllm.good_reply({**body, "prompt": [1, 100]})["choices"]
+            ]
+        }
+    )
     try:
         done = run(*spelled(flags), "--server", server.url)
     finally:

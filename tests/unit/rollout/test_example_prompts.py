@@ -27,6 +27,8 @@ def test_the_file_is_ascii_and_its_prompts_are_short() -> None:
 
 def test_no_two_prompts_are_near_duplicates() -> None:
     """Fewer than two thirds of all words shared."""
-    words = [set(re.findall(r"[a-z0-9]+", prompt.messages[0]["content"].lower())) for prompt in read_prompts(FILE).prompts]
+    words = [
+        set(re.findall(r"[a-z0-9]+", prompt.messages[0]["content"].lower())) for prompt in read_prompts(FILE).prompts
+    ]
     near = [(a, b) for a, b in combinations(words, 2) if len(a & b) >= 2 / 3 * len(a | b)]
     assert near == []

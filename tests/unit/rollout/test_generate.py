@@ -141,7 +141,8 @@ def test_kill_9_at_any_moment_costs_at_most_the_shard_at_work(config: GenerateCo
     script = (
         "import sys; from pathlib import Path; from megatron_sppo.rollout.generate import *; "
         "from tests.unit.rollout.fake_sampler import *; "
-        "generate_rollouts(GenerateConfig(model=Path(sys.argv[1]), prompts=Path(sys.argv[2]), output=Path(sys.argv[3]), "
+        "model, prompts, output = map(Path, sys.argv[1:]); "
+        "generate_rollouts(GenerateConfig(model=model, prompts=prompts, output=output, "
         "num_responses=3, max_tokens=8, shard_size=3), make_sampler=fake_factory(FakeSampler(seconds_per_shard=0.3)))"
     )
     root = Path(__file__).resolve().parents[3]
@@ -200,7 +201,9 @@ def test_the_manifest_is_withdrawn_while_a_shard_is_redone(config: GenerateConfi
         ({"shard_size": 4}, "shard_size was 3, now 4"),
     ],
 )
-def test_the_directory_of_another_request_is_refused(config: GenerateConfig, settings: dict[str, Any], named: str) -> None:
+def test_the_directory_of_another_request_is_refused(
+    config: GenerateConfig, settings: dict[str, Any], named: str
+) -> None:
     run(config)
     before = files_of(config.output)
     with pytest.raises(ConfigError, match=named):
@@ -273,7 +276,9 @@ def test_prompts_that_are_all_too_long_are_an_error(config: GenerateConfig) -> N
         ({"temperature": 0.0}, "--temperature"),
     ],
 )
-def test_impossible_settings_are_refused_at_once(config: GenerateConfig, settings: dict[str, Any], message: str) -> None:
+def test_impossible_settings_are_refused_at_once(
+    config: GenerateConfig, settings: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(config, **settings)
 

@@ -1,4 +1,4 @@
-"""Proves that a model's hash follows its weights alone, and that broken directories are named before an engine starts."""
+"""Proves that a model's hash follows its weights alone, and that broken directories are named."""
 
 import json
 import shutil
@@ -53,7 +53,9 @@ def test_every_shard_of_the_index_is_hashed_and_must_be_there(model_dir: Path) -
         model_hash(model_dir)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:100], lambda b: b[:4], lambda b: b"x" * 64, lambda b: b""])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-1], lambda b: b[:100], lambda b: b[:4], lambda b: b"x" * 64, lambda b: b""]
+)
 def test_a_cut_or_foreign_weights_file_is_refused(model_dir: Path, damage) -> None:
     path = model_dir / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))

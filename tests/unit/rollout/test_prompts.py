@@ -1,4 +1,4 @@
-"""Proves that every kind of prompt file gives the same prompts, and that unusable rows are counted with their reason."""
+"""Proves that every kind of file gives the same prompts, and that unusable rows are counted with their reason."""
 
 import json
 from pathlib import Path
@@ -44,10 +44,9 @@ def write_json_list(path: Path) -> Path:
 
 def write_parquet(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return path
 
 
@@ -83,7 +82,7 @@ def test_every_kind_of_file_gives_the_same_prompts(tmp_path: Path, name: str) ->
 
 
 def test_chat_columns_of_other_projects_are_read(tmp_path: Path) -> None:
-    """TRL: `prompt` as messages with `chosen`; UltraFeedback: `messages` holds the answer as well, `prompt` does not."""
+    """TRL: `prompt` as messages with `chosen`; UltraFeedback: `messages` holds the answer too, `prompt` does not."""
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
     rows = [
         {"prompt": chat, "chosen": [{"role": "assistant", "content": "Hi."}], "rejected": []},
@@ -112,7 +111,10 @@ BAD_ROWS = {
     "lone surrogate": ({"prompt": "a \ud800"}, "surrogate"),
     "number": ({"prompt": 5}, "neither a text nor"),
     "not an object": ("Why?", "a str, not an object"),
-    "answered": ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}, "assistant's"),
+    "answered": (
+        {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]},
+        "assistant's",
+    ),
     "image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "no text"),
     "no role": ({"messages": [{"content": "Q"}]}, "no role"),
     "empty chat": ({"messages": []}, "non-empty list"),

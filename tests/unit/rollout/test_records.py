@@ -25,7 +25,10 @@ from megatron_sppo.rollout.records import (
 def group(prompt_id: str, text: str = "Ja.\u2028\r\nSo ist es.") -> RolloutGroup:
     return RolloutGroup(
         prompt_id=prompt_id,
-        messages=({"role": "system", "content": "Be kind."}, {"role": "user", "content": "Warum ist der Himmel blau? \u2600"}),
+        messages=(
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": "Warum ist der Himmel blau? \u2600"},
+        ),
         prompt_token_ids=(1, 7, 7),
         responses=(
             Response(text=text, token_ids=(5, 2), finish_reason="stop", seed=None),
@@ -204,7 +207,9 @@ def test_a_wrong_number_of_rows_is_found(tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_occurs_in_two_shards_is_refused(tmp_path: Path) -> None:
-    write_manifest(tmp_path, manifest_of(write_shard(tmp_path, 0, [group("a")]), write_shard(tmp_path, 1, [group("a")])))
+    write_manifest(
+        tmp_path, manifest_of(write_shard(tmp_path, 0, [group("a")]), write_shard(tmp_path, 1, [group("a")]))
+    )
     with pytest.raises(DataError, match="'a' occurs twice"):
         list(read_rollouts(tmp_path))
 
