@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_sppo import command_line, config
-from megatron_sppo.conversion import convert
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +71,8 @@ def main() -> None:
     settings = config.parse_command(
         COMMANDS, name="convert.py", description="Convert between Hugging Face and Megatron-Core."
     )
+    from megatron_sppo.conversion import convert  # brings torch, which --help need not wait for
+
     match settings:
         case ImportConfig():
             convert.import_checkpoint(
