@@ -78,7 +78,7 @@ def llama_config(**overrides: Any) -> dict[str, Any]:
 
 
 def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """List the tensors of a Llama checkpoint -> {Hugging Face name: shape}, in checkpoint order."""
+    """List the tensors of a checkpoint of Llama's kind -> {Hugging Face name: shape}, in checkpoint order."""
     hidden, ffn, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
@@ -95,6 +95,10 @@ def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             prefix + "self_attn.q_proj.weight": (queries, hidden),
             prefix + "self_attn.v_proj.weight": (keys, hidden),
         }
+        if config["model_type"] == "qwen2":
+            shapes |= {prefix + f"self_attn.{x}_proj.bias": (keys if x in "kv" else queries,) for x in "kqv"}
+        if config["model_type"] == "qwen3":
+            shapes |= {prefix + f"self_attn.{x}_norm.weight": (head,) for x in "kq"}
     shapes["model.norm.weight"] = (hidden,)
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
@@ -122,7 +126,8 @@ def tiny_llama(
         tokenizer_dir: whose tokenizer files to copy; without it the byte tokenizer (259 tokens) is written.
         seed: of the weights.
         scale: standard deviation of the weights.
-        overrides: fields of config.json, such as `num_key_value_heads=1` or `dtype="bfloat16"`.
+        overrides: fields of config.json, such as `num_key_value_heads=1` or `dtype="bfloat16"`; `model_type="qwen2"`
+            or "qwen3" adds the tensors of those families.
     """
     directory = Path(directory)
     config = llama_config(**overrides)

@@ -49,6 +49,12 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
     family = family_of(config.get("model_type"), place=place)
     if config.get("quantization_config") is not None:
         raise ConversionError(f"{place} describes quantized weights (quantization_config). Use the unquantized model.")
+    if absent := [key for key in family.required if key not in config]:
+        raise ConversionError(
+            f"{place} does not say {' and '.join(absent)}. The config is damaged: fetch the model again."
+        )
+    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
+        raise ConversionError(f"{place} says layer_types other than full_attention. Use another model.")
     for key, allowed in family.fixed.items():
         if config.get(key) not in allowed:
             wanted = " or ".join(json.dumps(value) for value in allowed if value is not None)
@@ -120,7 +126,11 @@ def hf_from_architecture(architecture: Architecture, *, dtype: str) -> dict[str,
         "rope_parameters": rope,
         "tie_word_embeddings": architecture.share_embeddings_and_output_weights,
         "vocab_size": architecture.vocab_size,
-        **{key: allowed[-1] for key, allowed in family.fixed.items() if allowed[-1] is not None},
+        **{
+            key: allowed[-1]
+            for key, allowed in family.fixed.items()
+            if allowed[-1] is not None or key in family.required
+        },
     }
 
 

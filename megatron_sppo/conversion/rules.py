@@ -169,6 +169,8 @@ class Family:
     rules: tuple[Rule, ...]
     fixed: Mapping[str, tuple[Any, ...]]
     """Keys of config.json that change the computation, and the values this table stands for (None: absent or null)."""
+    required: tuple[str, ...] = ()
+    """Keys that must be there (they may be null), for without them transformers would take another value than we."""
     ignored: tuple[str, ...] = ()
     """Ends of tensor names that old checkpoints carry and that hold no weights, such as RoPE's frequencies."""
     add_qkv_bias: bool = False

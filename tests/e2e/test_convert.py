@@ -31,6 +31,9 @@ LLAMA31 = {
 MODELS: dict[str, dict[str, Any]] = {
     "tied, one key/value head": {"tie_word_embeddings": True, "num_key_value_heads": 1},
     "untied, wide heads, Llama 3.1 RoPE": {"head_dim": 32, "rope_parameters": LLAMA31},
+    "mistral": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
     "odd vocabulary, other epsilon and base": {
         "vocab_size": 263,
         "rms_norm_eps": 1e-2,

@@ -32,6 +32,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "odd layers, odd vocabulary": {"num_hidden_layers": 3, "vocab_size": 263},
     "bfloat16": {"dtype": "bfloat16"},
     "float16": {"dtype": "float16"},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3"},
 }
 
 

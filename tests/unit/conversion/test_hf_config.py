@@ -96,6 +96,37 @@ def test_what_cannot_be_computed_is_refused_by_name(changes: dict[str, Any], nam
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "mistral"}, "does not say sliding_window"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window: 4096"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window: true"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias: true"),
+        ({"model_type": "qwen3_moe"}, "'qwen3_moe'"),
+    ],
+)
+def test_what_other_families_cannot_do_is_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConversionError, match=named):
+        architecture_from_hf({**llama_config(), **changes})
+
+
+def test_each_family_writes_a_config_that_reads_back_and_that_transformers_reads_alike() -> None:
+    transformers = pytest.importorskip("transformers")
+    for family, extra in FAMILIES.items():
+        read = architecture_from_hf({**llama_config(), "model_type": family, **extra})
+        written = hf_from_architecture(read, dtype="float32")
+        assert architecture_from_hf(written) == read
+        theirs = transformers.AutoConfig.for_model(**written)
+        assert (theirs.num_key_value_heads, theirs.hidden_size, theirs.tie_word_embeddings) == (4, 64, False)
+        assert getattr(theirs, "head_dim", 8) in (8, None)
+        assert getattr(theirs, "sliding_window", None) is None
+
+
+FAMILIES: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {}}
+
+
 def test_quantized_weights_are_refused() -> None:
     with pytest.raises(ConversionError, match="quantization_config"):
         architecture_from_hf({**llama_config(), "quantization_config": {"quant_method": "fp8"}})

@@ -64,6 +64,8 @@ MODELS = {
     "untied grouped, odd vocabulary": {},
     "tied, one key/value head for all": {"tie_word_embeddings": True, "num_key_value_heads": 1},
     "no grouping, wide heads": {"num_key_value_heads": 8, "head_dim": 16},
+    "qwen2, biases": {"model_type": "qwen2"},
+    "qwen3, norms of heads": {"model_type": "qwen3", "tie_word_embeddings": True},
 }
 
 
@@ -77,6 +79,11 @@ def test_the_host_loads_an_import_and_its_save_exports_to_the_same_tensors(
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
 def test_the_host_loads_and_saves_under_any_layout(tmp_path: Path, tensor: int, pipeline: int) -> None:
     round_trip(tmp_path, {}, tensor=tensor, pipeline=pipeline, with_optimizer=True)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_other_families_survive_tensor_parallelism(tmp_path: Path, family: str) -> None:
+    round_trip(tmp_path, {"model_type": family}, tensor=2, pipeline=1)
 
 
 def test_a_tied_embedding_reaches_both_pipeline_ends(tmp_path: Path) -> None:

@@ -1,0 +1,21 @@
+"""Qwen3 (dense): Llama's tensors, and RMSNorms over each head of queries and keys."""
+
+from megatron_sppo.conversion.families import llama
+from megatron_sppo.conversion.rules import Copy, Family
+
+SELF_ATTENTION, SELF_ATTN = "decoder.layers.{layer}.self_attention", "model.layers.{layer}.self_attn"
+
+RULES = (
+    *llama.RULES,
+    Copy(f"{SELF_ATTENTION}.q_layernorm.weight", f"{SELF_ATTN}.q_norm.weight", ("head",)),
+    Copy(f"{SELF_ATTENTION}.k_layernorm.weight", f"{SELF_ATTN}.k_norm.weight", ("head",)),
+)
+
+FAMILY = Family(
+    model_type="qwen3",
+    architecture_class="Qwen3ForCausalLM",
+    rules=RULES,
+    required=("num_key_value_heads", "head_dim"),
+    fixed={"attention_bias": (None, False), "use_sliding_window": (None, False), "hidden_act": (None, "silu")},
+    qk_layernorm=True,
+)
