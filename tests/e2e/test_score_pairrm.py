@@ -1,0 +1,220 @@
+"""tools/score_pairrm.py as a user runs it: exit codes, resuming, torchrun, rebuilding targets.
+
+PairRM is the tiny random one, so nothing here says what the published weights prefer.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_sppo import command_line
+from megatron_sppo.data.dataset import PreferenceDataset
+from tests.unit.judge.rollout_files import encoded, random_rollouts, raw_row, write_raw_rollouts
+from tests.unit.judge.tiny_pairrm import make_tiny_pairrm
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TOOL = REPOSITORY / "tools" / "score_pairrm.py"
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
+}  # fmt: skip
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TIMEOUT_SECONDS = 240
+
+
+def start(*arguments: object, ranks: int = 1) -> subprocess.Popen:
+    launcher = [] if ranks == 1 else TORCHRUN
+    command = [sys.executable, *launcher, str(TOOL), *map(str, arguments)]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(*arguments: object, ranks: int = 1) -> str:
+    process = start(*arguments, ranks=ranks)
+    try:
+        output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        kill(process.pid)
+        raise
+    assert process.returncode == 0, errors
+    return output
+
+
+def family_of(pid: int) -> list[int]:
+    """Find a process and all of its descendants; torchrun's workers have sessions of their own."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        children.setdefault(int(fields[1]), []).append(int(path.parent.name))
+    family = [pid]
+    for member in family:
+        family += children.get(member, [])
+    return family
+
+
+def kill(pid: int) -> None:
+    """kill -9 a process with its descendants, the oldest first, so that nobody is left to clean up."""
+    for member in family_of(pid):
+        try:
+            os.kill(member, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """The tool in this process: for what needs no process of its own."""
+    spec = importlib.util.spec_from_file_location("score_pairrm", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            command_line.run(module.main, name=module.NAME)
+        return left.value.code
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def rollouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_rollouts(tmp_path_factory.mktemp("rollouts") / "r", num_prompts=48, num_responses=4, rows_per_shard=2)
+
+
+@pytest.fixture(scope="module")
+def pairrm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_pairrm(tmp_path_factory.mktemp("pairrm"))[0]
+
+
+def test_killed_under_torchrun_and_resumed_equals_one_undisturbed_process(
+    rollouts: Path, pairrm: Path, tmp_path: Path
+) -> None:
+    arguments = ["--rollouts", rollouts, "--judge", f"pairrm:{pairrm}", "--selection", "extremes"]
+    run(*arguments, "--output", tmp_path / "one")
+    output, work_dir = tmp_path / "two", tmp_path / ".two.scores"
+    process = start(*arguments, "--output", output, ranks=2)
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while len(list(work_dir.glob("scores-*.npz"))) < 3:
+        assert time.monotonic() < deadline and process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    kill(process.pid)
+    process.communicate()
+    finished = sorted(work_dir.glob("scores-*.npz"))
+    assert not output.exists() and 3 <= len(finished) < 24
+    stamps = {path: path.stat().st_mtime_ns for path in finished}
+    replaced = []
+    process = start(*arguments, "--output", output, ranks=2)
+    while process.poll() is None:
+        for path, stamp in stamps.items():
+            try:
+                if path.stat().st_mtime_ns != stamp:
+                    replaced.append(path)
+            except FileNotFoundError:
+                break
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert process.communicate() and process.returncode == 0
+    assert not replaced, "finished shards were judged again"
+    assert contents(output) == contents(tmp_path / "one")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"], "something was left behind"
+
+
+def test_the_same_command_again_says_that_it_is_complete(
+    tool, rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = ["--rollouts", rollouts, "--judge", "rules:concise", "--output", tmp_path / "d"]
+    assert tool(monkeypatch, *arguments) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "d").iterdir()}
+    with caplog.at_level("INFO", logger="megatron_sppo"):
+        assert tool(monkeypatch, *arguments) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "d").iterdir()}
+    assert tool(monkeypatch, *arguments, "--selection", "extremes") == 0
+    assert PreferenceDataset(tmp_path / "d").manifest.selection == "extremes"
+
+
+def test_rebuilt_targets_are_those_of_scoring_under_the_other_preset(
+    tool, rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged = ["--rollouts", rollouts, "--judge", "rules:cyclic"]
+    assert tool(monkeypatch, *judged, "--output", tmp_path / "paper") == 0
+    official = ["--preset", "official", "--selection", "top-bottom:2"]
+    assert tool(monkeypatch, *judged, *official, "--output", tmp_path / "scored") == 0
+    assert tool(monkeypatch, "--from-dataset", tmp_path / "paper", *official, "--output", tmp_path / "rebuilt") == 0
+    scored, rebuilt = (PreferenceDataset(tmp_path / name) for name in ("scored", "rebuilt"))
+    assert scored.dataset_hash == rebuilt.dataset_hash != PreferenceDataset(tmp_path / "paper").dataset_hash
+    assert contents(tmp_path / "scored") == contents(tmp_path / "rebuilt")
+
+
+def test_json_reports_what_was_judged_and_set_aside(
+    tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [encoded(raw_row("a")), b"{", encoded(raw_row("b")), encoded(raw_row("c", responses=[]))]
+    rollouts = write_raw_rollouts(tmp_path / "r", [rows], num_responses=2)
+    assert (
+        tool(monkeypatch, "--rollouts", rollouts, "--judge", "rules:concise", "--output", tmp_path / "d", "--json") == 0
+    )
+    report = json.loads(capsys.readouterr().out)
+    assert (report["num_prompts"], report["num_quarantined"], report["pairs"]) == (2, 2, 4)
+    assert json.loads((tmp_path / "d" / "diagnostics.json").read_text())["cycle_rate"] is None
+    reasons = PreferenceDataset(tmp_path / "d").manifest.quarantined
+    assert [row["prompt_id"] for row in reasons] == ["shard-00000.jsonl:2", "c"]
+
+
+def test_pairrm_writes_the_same_dataset_through_the_command_line_and_the_official_preset_needs_its_text(
+    tool, rollouts: Path, pairrm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    arguments = ["--judge", f"pairrm:{pairrm}", "--preset", "official", "--output", tmp_path / "d"]
+    assert tool(monkeypatch, "--rollouts", rollouts, *arguments) == 0
+    assert PreferenceDataset(tmp_path / "d").manifest.preset == "official"
+    bare = write_raw_rollouts(tmp_path / "r", [[encoded(raw_row("a"))]], num_responses=2)
+    shutil.rmtree(tmp_path / "d")
+    assert tool(monkeypatch, "--rollouts", bare, *arguments) == 2
+    assert "--preset paper" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["--judge", "rules:concise"], "--rollouts is missing"),
+        (["--rollouts", "R"], "--judge is missing"),
+        (["--rollouts", "nowhere", "--judge", "rules:concise"], "nowhere"),
+        (["--rollouts", "R", "--judge", "rules:fair"], "rules:concise"),
+        (["--rollouts", "R", "--judge", "pairrm:./nowhere"], "no directory"),
+        (["--rollouts", "R", "--judge", "endpoint:nowhere"], "endpoint:http"),
+        (["--rollouts", "R", "--judge", "rules:concise", "--selection", "best"], "extremes"),
+        (["--rollouts", "R", "--judge", "rules:concise", "--selection", "top-bottom:3"], "--num-responses"),
+        (["--rollouts", "R", "--judge", "rules:concise", "--preset", "mine"], "preset"),
+        (["--rollouts", "R", "--judge", "rules:concise", "--from-dataset", "D"], "alone"),
+        (["--from-dataset", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(
+    tool,
+    rollouts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    arguments,
+    fragment,
+) -> None:
+    named = [str(rollouts) if argument == "R" else argument for argument in arguments]
+    assert tool(monkeypatch, *named, "--output", tmp_path / "d") == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("score_pairrm.py: error: ") and fragment in last
+    assert not (tmp_path / "d").exists()

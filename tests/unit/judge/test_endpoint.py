@@ -1,0 +1,187 @@
+"""The endpoint judge against a real HTTP server on the loopback: verdicts, retries, cache, and what is never logged.
+
+The server's verdicts are made up: no language model runs here.
+"""
+
+import json
+import logging
+import math
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.judge.endpoint import LARGEST_LOGIT, VERDICT_LOGIT, EndpointJudge, verdict_logit
+from tests.unit.judge.groups import group_of
+
+KEY = "sk-a-secret-of-the-user"
+
+
+class Server(ThreadingHTTPServer):
+    """Prefers the longer answer with log-probabilities in the ratio of lengths, the first one slightly."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.faults: list[int | str] = []
+        self.logprobs = True
+        self.models = ["judge-7b"]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self._send(200, {"data": [{"id": name} for name in self.server.models]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.keys.append(self.headers["Authorization"])
+        if self.server.faults:
+            fault = self.server.faults.pop(0)
+            if fault == "hang up":
+                self.connection.close()
+                return
+            if fault == "garbage":
+                self._send(200, None, raw=b"<html>")
+                return
+            self._send(int(fault), {"error": "busy"})
+            return
+        self.server.bodies.append(body)
+        question = body["messages"][1]["content"]
+        a, b = (len(question.split(f"[Answer {x} begins]\n")[1].split(f"\n[Answer {x} ends]")[0]) for x in "AB")
+        choice: dict[str, Any] = {"message": {"content": "A" if a >= b else "B"}}
+        if self.server.logprobs:
+            p = 1.1 * a / (1.1 * a + b)
+            top = [{"token": " A", "logprob": math.log(p)}, {"token": "B", "logprob": math.log(1 - p)}]
+            choice["logprobs"] = {"content": [{"token": " A", "top_logprobs": top}]}
+        self._send(200, {"choices": [choice]})
+
+    def _send(self, status: int, content: Any, raw: bytes | None = None) -> None:
+        data = json.dumps(content).encode() if raw is None else raw
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for name in ("SPPO_ENDPOINT_CACHE", "SPPO_ENDPOINT_KEY_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    with Server() as running:
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,))
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def judge_of(server: Server, **settings: Any) -> EndpointJudge:
+    return EndpointJudge(server.url, preset="paper", first_wait_seconds=0.001, timeout_seconds=5, **settings)
+
+
+def test_logits_are_the_servers_log_probabilities_in_both_orders(server: Server) -> None:
+    """Lengths 4, 2 and 4: L_ij = log(1.1 * n_i / n_j); equal texts are not asked about."""
+    judge = judge_of(server)
+    (logits,) = judge.judge_logits([group_of("why?", ["aaaa", "bb", "aaaa"])])
+    expected = [[0, math.log(2.2), 0], [math.log(0.55), 0, math.log(0.55)], [0, math.log(2.2), 0]]
+    np.testing.assert_allclose(logits, expected, atol=1e-6)
+    assert len(server.bodies) == 2 and judge.counts["logprob_verdicts"] == 2
+    assert judge.counts["pairs"] == 6 and judge.counts["identical_pairs"] == 2
+    assert judge.name.endswith("#judge-7b")
+
+
+def test_a_server_without_log_probabilities_is_taken_at_its_word(server: Server) -> None:
+    server.logprobs = False
+    judge = judge_of(server)
+    (logits,) = judge.judge_logits([group_of("why?", ["aaaa", "bb"])])
+    np.testing.assert_array_equal(logits, np.float32([[0, VERDICT_LOGIT], [-VERDICT_LOGIT, 0]]))
+    assert judge.counts["bare_verdicts"] == 2
+
+
+def test_one_order_asks_each_pair_once(server: Server) -> None:
+    (logits,) = judge_of(server, one_order=True).judge_logits([group_of("why?", ["aaaa", "bb", "c"])])
+    assert len(server.bodies) == 3
+    np.testing.assert_array_equal(logits, -logits.T)
+
+
+@pytest.mark.parametrize("fault", [429, 500, 503, "hang up", "garbage"])
+def test_a_passing_fault_is_tried_again(server: Server, fault: int | str) -> None:
+    server.faults = [fault, fault]
+    (logits,) = judge_of(server).judge_logits([group_of("why?", ["aaaa", "bb"])])
+    assert logits[0, 1] > 0 and not server.faults
+
+
+@pytest.mark.parametrize(("fault", "message"), [(401, "API key"), (404, "address"), (503, "in 3 attempts")])
+def test_a_lasting_fault_is_one_line_without_the_key(
+    server: Server, fault: int, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.faults = [fault] * 100
+    with caplog.at_level(logging.DEBUG), pytest.raises(DataError, match=message) as caught:
+        judge_of(server, max_attempts=3).judge_logits([group_of("why?", ["aaaa", "bb"])])
+    assert "\n" not in str(caught.value)
+    assert f"Bearer {KEY}" in server.keys, "the key was not sent"
+    assert KEY not in str(caught.value) and KEY not in caplog.text
+
+
+def test_answers_come_from_the_cache_the_second_time(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPPO_ENDPOINT_CACHE", str(tmp_path))
+    group = group_of("why?", ["aaaa", "bb"])
+    first = judge_of(server).judge_logits([group])
+    server.faults = [500] * 100
+    np.testing.assert_array_equal(judge_of(server, max_attempts=1).judge_logits([group])[0], first[0])
+    assert len(server.bodies) == 2 and len(list(tmp_path.iterdir())) == 2
+    assert all(KEY not in path.read_text() for path in tmp_path.iterdir())
+
+
+def test_several_models_must_be_told_apart(server: Server) -> None:
+    server.models = ["a", "b"]
+    with pytest.raises(ConfigError, match="2 models.*#MODEL"):
+        judge_of(server)
+    assert EndpointJudge(f"{server.url}#b", preset="paper").name == f"endpoint:{server.url}#b"
+
+
+@pytest.mark.parametrize(
+    "spec", ["localhost:8000", "file:///etc/passwd", "ftp://x/v1", "http://", "http://user:pw@h/v1"]
+)
+def test_an_address_that_cannot_be_asked_is_refused(spec: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EndpointJudge(spec, preset="paper")
+    assert "pw" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ({"message": {"content": "**B**"}}, (-VERDICT_LOGIT, "bare_verdicts")),
+        ({"message": {"content": "neither"}}, (0.0, "unreadable_verdicts")),
+        ({"message": {"content": None}}, (0.0, "unreadable_verdicts")),
+        ({}, (0.0, "unreadable_verdicts")),
+        ({"logprobs": None, "message": {"content": "A"}}, (VERDICT_LOGIT, "bare_verdicts")),
+        (
+            {"logprobs": {"content": [{"top_logprobs": [{"token": "A", "logprob": 0}, {"token": "", "logprob": -99}]}]}},
+            (LARGEST_LOGIT, "logprob_verdicts"),
+        ),
+    ],
+)  # fmt: skip
+def test_verdicts_are_read_as_they_come(choice: dict[str, Any], expected: tuple[float, str]) -> None:
+    assert verdict_logit(choice) == expected

@@ -1,0 +1,274 @@
+"""Rollouts to a dataset: any number of ranks, any kill, any bad row; the result is one and the same directory.
+
+Ranks are forked processes, kills are SIGKILL. The command line itself, torchrun included, is tests/e2e's to prove.
+"""
+
+import multiprocessing
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_sppo.data.dataset import PreferenceDataset
+from megatron_sppo.data.writer import DatasetWriter
+from megatron_sppo.errors import DataError
+from megatron_sppo.judge import load_judge
+from megatron_sppo.judge.merge import dataset_diagnostics, merge_scores
+from megatron_sppo.judge.scoring import read_scores, score_rollouts, scores_path
+from megatron_sppo.rollout.records import read_manifest, read_rollouts
+from tests.unit.judge.rollout_files import encoded, random_rollouts, raw_response, raw_row, write_raw_rollouts
+
+NUM_SHARDS = 6
+
+
+class DyingJudge:
+    """rules:cyclic, until its process is killed while it judges shard number `last_shard`."""
+
+    def __init__(self, last_shard: int) -> None:
+        self._judge = load_judge("rules:cyclic")
+        self.name, self.fingerprint, self.counts = self._judge.name, self._judge.fingerprint, self._judge.counts
+        self._left = last_shard
+
+    def judge_logits(self, groups):
+        if self._left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._left -= 1
+        return self._judge.judge_logits(groups)
+
+
+@pytest.fixture(scope="module")
+def rollouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("rollouts") / "r"
+    return random_rollouts(directory, num_prompts=NUM_SHARDS * 2, num_responses=4, rows_per_shard=2)
+
+
+def in_a_process(function, *arguments) -> int:
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def score(rollouts: Path, work_dir: Path, rank: int, world_size: int, last_shard: int | None = None) -> None:
+    judge = load_judge("rules:cyclic") if last_shard is None else DyingJudge(last_shard)
+    score_rollouts(rollouts, judge, work_dir, rank=rank, world_size=world_size)
+
+
+def merge(rollouts: Path, work_dir: Path, output: Path, spec: str = "rules:cyclic") -> dict[str, bytes]:
+    """Write the dataset -> the bytes of all of its files."""
+    manifest = read_manifest(rollouts)
+    writer = DatasetWriter(
+        output, num_responses=manifest.sampling["num_responses"], tokenizer_hash=manifest.tokenizer_hash,
+        vocab_size=manifest.vocab_size, judge=spec, preset="paper", selection="all", rollouts_sha256=None,
+    )  # fmt: skip
+    with writer:
+        merge_scores(rollouts, manifest, load_judge(spec), work_dir, writer)
+    return {path.name: path.read_bytes() for path in sorted(output.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(rollouts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    root = tmp_path_factory.mktemp("undisturbed")
+    score(rollouts, root / "work", 0, 1)
+    return merge(rollouts, root / "work", root / "dataset")
+
+
+def test_the_dataset_holds_the_rollouts_and_the_judges_logits(rollouts: Path, undisturbed, tmp_path: Path) -> None:
+    for name, content in undisturbed.items():
+        (tmp_path / name).write_bytes(content)
+    dataset = PreferenceDataset(tmp_path)
+    groups = list(read_rollouts(rollouts))
+    assert dataset.num_groups == len(groups)
+    for number, (group, logits) in enumerate(zip(groups, load_judge("rules:cyclic").judge_logits(groups), strict=True)):
+        np.testing.assert_array_equal(dataset.judge_logits(number), logits)
+        assert dataset.prompt(number).tolist() == list(group.prompt_token_ids)
+        assert [dataset.response(number, k).tolist() for k in range(4)] == [list(r.token_ids) for r in group.responses]
+        assert dataset.prompt_lines[number]["prompt_id"] == group.prompt_id
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_any_number_of_ranks_writes_the_same_bytes(
+    rollouts: Path, undisturbed, tmp_path: Path, world_size: int
+) -> None:
+    for rank in reversed(range(world_size)):
+        assert in_a_process(score, rollouts, tmp_path / "work", rank, world_size) == 0
+    assert merge(rollouts, tmp_path / "work", tmp_path / "dataset") == undisturbed
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("last_shard", range(NUM_SHARDS))
+def test_a_killed_run_resumes_to_the_same_bytes(
+    rollouts: Path, undisturbed, tmp_path: Path, world_size: int, last_shard: int
+) -> None:
+    work_dir = tmp_path / "work"
+    for rank in range(world_size):
+        in_a_process(score, rollouts, work_dir, rank, world_size, last_shard // world_size)
+    judge = load_judge("rules:cyclic")
+    entries = read_manifest(rollouts).shards
+    done = [number for number in range(NUM_SHARDS) if read_scores(work_dir, number, entries[number], judge)]
+    assert len(done) == last_shard // world_size * world_size
+    for rank in range(world_size):
+        score_rollouts(rollouts, judge, work_dir, rank=rank, world_size=world_size)
+    assert judge.counts["pairs"] == (NUM_SHARDS - len(done)) * 2 * 4 * 3, "finished shards were judged again"
+    assert merge(rollouts, work_dir, tmp_path / "dataset") == undisturbed
+
+
+def test_scores_of_another_judge_are_not_taken(rollouts: Path, tmp_path: Path) -> None:
+    score(rollouts, tmp_path, 0, 1)
+    assert score_rollouts(rollouts, load_judge("rules:cyclic"), tmp_path) == 0
+    assert score_rollouts(rollouts, load_judge("rules:concise"), tmp_path) == NUM_SHARDS * 2 * 12
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "flipped"])
+def test_a_damaged_score_file_is_judged_again(rollouts: Path, undisturbed, tmp_path: Path, damage: str) -> None:
+    score(rollouts, tmp_path / "work", 0, 1)
+    path = scores_path(tmp_path / "work", 3)
+    content = path.read_bytes()
+    middle = len(content) // 3
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    path.write_bytes(
+        {"empty": b"", "cut": content[: len(content) // 2], "garbage": b"x" * 99, "flipped": flipped}[damage]
+    )
+    assert score_rollouts(rollouts, load_judge("rules:cyclic"), tmp_path / "work") == 2 * 12
+    assert merge(rollouts, tmp_path / "work", tmp_path / "dataset") == undisturbed
+
+
+def test_vanished_scores_stop_the_merge(rollouts: Path, tmp_path: Path) -> None:
+    score(rollouts, tmp_path / "work", 0, 1)
+    scores_path(tmp_path / "work", 2).unlink()
+    with pytest.raises(DataError, match=r"shard-00002.jsonl.*Run the same"):
+        merge(rollouts, tmp_path / "work", tmp_path / "dataset")
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_a_flipped_bit_in_the_rollouts_is_found(tmp_path: Path) -> None:
+    directory = random_rollouts(tmp_path / "r", num_prompts=2, num_responses=2, rows_per_shard=2)
+    shard = directory / "shard-00000.jsonl"
+    content = bytearray(shard.read_bytes())
+    content[40] ^= 1
+    shard.write_bytes(bytes(content))
+    with pytest.raises(DataError, match="is damaged"):
+        score_rollouts(directory, load_judge("rules:concise"), tmp_path / "work")
+
+
+def _with_responses(*responses: object) -> dict:
+    return raw_row(responses=list(responses))
+
+
+GOOD = raw_response("Fine.")
+BAD_ROWS = {
+    "no JSON": (b"{", "not valid JSON"),
+    "cut JSON": (encoded(raw_row())[:-9], "not valid JSON"),
+    "not UTF-8": (b'{"prompt_id": "\xff\xfe"}', "not valid JSON"),
+    "deep JSON": (b"[" * 100_000, "not valid JSON"),
+    "a list": (encoded([1]), "no JSON object"),
+    "a number": (b"7", "no JSON object"),
+    "null": (b"null", "no JSON object"),
+    "empty line": (b"", "not valid JSON"),
+    "no messages": (encoded(raw_row(messages=[])), "messages"),
+    "messages a string": (encoded(raw_row(messages="why?")), "messages"),
+    "no role": (encoded(raw_row(messages=[{"content": "why?"}])), "role"),
+    "strange role": (encoded(raw_row(messages=[{"role": "tool", "content": "x"}])), "role"),
+    "turn a string": (encoded(raw_row(messages=["why?"])), "role"),
+    "content a list": (encoded(raw_row(messages=[{"role": "user", "content": ["x"]}])), "no text"),
+    "content null": (encoded(raw_row(messages=[{"role": "user", "content": None}])), "no text"),
+    "NUL in the prompt": (encoded(raw_row(messages=[{"role": "user", "content": "a\x00"}])), "NUL"),
+    "surrogate in the prompt": (encoded(raw_row(messages=[{"role": "user", "content": "\udc00"}])), "surrogate"),
+    "user silent": (encoded(raw_row(messages=[{"role": "user", "content": "  "}])), "empty"),
+    "assistant last": (
+        encoded(raw_row(messages=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])),
+        "not the user's",
+    ),
+    "NUL in prompt_text": (encoded(raw_row(prompt_text="\x00")), "NUL"),
+    "prompt_text a number": (encoded(raw_row(prompt_text=3)), "no text"),
+    "no prompt tokens": (encoded(raw_row(prompt_token_ids=[])), "prompt_token_ids"),
+    "prompt tokens null": (encoded(raw_row(prompt_token_ids=None)), "prompt_token_ids"),
+    "prompt token negative": (encoded(raw_row(prompt_token_ids=[-1])), "token id"),
+    "prompt token too high": (encoded(raw_row(prompt_token_ids=[1000])), "token id"),
+    "prompt token a float": (encoded(raw_row(prompt_token_ids=[1.5])), "token id"),
+    "prompt token true": (encoded(raw_row(prompt_token_ids=[True])), "token id"),
+    "prompt token a string": (encoded(raw_row(prompt_token_ids=["1"])), "token id"),
+    "prompt token huge": (encoded(raw_row(prompt_token_ids=[10**30])), "token id"),
+    "no responses": (encoded(_with_responses()), "no responses"),
+    "responses null": (encoded(raw_row(responses=None)), "no responses"),
+    "responses an object": (encoded(raw_row(responses={"0": GOOD})), "no responses"),
+    "responses missing": (encoded({k: v for k, v in raw_row().items() if k != "responses"}), "no responses"),
+    "one response": (encoded(_with_responses(GOOD)), "1 responses, expected 2"),
+    "three responses": (encoded(_with_responses(GOOD, GOOD, GOOD)), "3 responses, expected 2"),
+    "response a string": (encoded(_with_responses(GOOD, "text")), "no JSON object"),
+    "response null": (encoded(_with_responses(None, GOOD)), "no JSON object"),
+    "text null": (encoded(_with_responses(GOOD, raw_response(None))), "no text"),
+    "text a number": (encoded(_with_responses(GOOD, raw_response(1))), "no text"),
+    "text missing": (encoded(_with_responses(GOOD, {"token_ids": [1]})), "no text"),
+    "text empty": (encoded(_with_responses(GOOD, raw_response(""))), "empty text"),
+    "text white": (encoded(_with_responses(GOOD, raw_response(" \n\t"))), "empty text"),
+    "NUL": (encoded(_with_responses(GOOD, raw_response("a\x00b"))), "NUL"),
+    "high surrogate": (encoded(_with_responses(raw_response("\ud83d"), GOOD)), "surrogate"),
+    "low surrogate": (encoded(_with_responses(raw_response("a\udc00b"), GOOD)), "surrogate"),
+    "surrogates swapped": (encoded(_with_responses(raw_response("\ude00\ud83d"), GOOD)), "surrogate"),
+    "no tokens": (encoded(_with_responses(GOOD, raw_response("a", token_ids=[]))), "token_ids"),
+    "tokens null": (encoded(_with_responses(GOOD, raw_response("a", token_ids=None))), "token_ids"),
+    "tokens a string": (encoded(_with_responses(GOOD, raw_response("a", token_ids="12"))), "token_ids"),
+    "tokens nested": (encoded(_with_responses(GOOD, raw_response("a", token_ids=[[1]]))), "token id"),
+    "token negative": (encoded(_with_responses(GOOD, raw_response("a", token_ids=[-2]))), "token id"),
+    "token too high": (encoded(_with_responses(GOOD, raw_response("a", token_ids=[4, 1000]))), "token id"),
+    "token null": (encoded(_with_responses(GOOD, raw_response("a", token_ids=[None]))), "token id"),
+    "token NaN": (b'{"x": 1, ' + encoded(raw_row(prompt_token_ids=[float("nan")]))[1:], "token id"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", ["rules:concise"])
+def test_bad_rows_are_set_aside_with_their_reason_and_nothing_else_moves(tmp_path: Path, spec: str) -> None:
+    good = [encoded(raw_row(f"good-{number}")) for number in range(3)]
+    bad = [line for line, _ in BAD_ROWS.values()]
+    mixed = write_raw_rollouts(
+        tmp_path / "mixed", [[good[0], *bad[:20], good[1]], [*bad[20:], good[2]]], num_responses=2
+    )
+    plain = write_raw_rollouts(tmp_path / "plain", [good], num_responses=2)
+    for directory in (mixed, plain):
+        score_rollouts(directory, load_judge(spec), tmp_path / f"work-{directory.name}")
+        merge(directory, tmp_path / f"work-{directory.name}", tmp_path / f"dataset-{directory.name}", spec)
+    left, right = (PreferenceDataset(tmp_path / f"dataset-{name}") for name in ("mixed", "plain"))
+    assert left.dataset_hash == right.dataset_hash, "a bad row changed its neighbours"
+    reasons = [row["reason"] for row in left.manifest.quarantined]
+    assert len(reasons) == len(BAD_ROWS) >= 50
+    for (name, (_, fragment)), reason in zip(BAD_ROWS.items(), reasons, strict=True):
+        assert fragment in reason and "\n" not in reason, name
+
+
+def test_a_prompt_id_that_occurs_twice_keeps_the_first(tmp_path: Path) -> None:
+    other = raw_row("a", prompt_token_ids=[9])
+    rollouts = write_raw_rollouts(tmp_path / "r", [[encoded(raw_row("a"))], [encoded(other)]], num_responses=2)
+    score_rollouts(rollouts, load_judge("rules:concise"), tmp_path / "work")
+    merge(rollouts, tmp_path / "work", tmp_path / "dataset", "rules:concise")
+    dataset = PreferenceDataset(tmp_path / "dataset")
+    assert dataset.prompt(0).tolist() == [1, 2, 3]
+    assert [row["prompt_id"] for row in dataset.manifest.quarantined] == ["a"]
+
+
+def test_rollouts_without_a_single_good_row_are_refused(tmp_path: Path) -> None:
+    rollouts = write_raw_rollouts(tmp_path / "r", [[b"{", b"null"]], num_responses=2)
+    score_rollouts(rollouts, load_judge("rules:concise"), tmp_path / "work")
+    with pytest.raises(DataError, match="2 were quarantined"):
+        merge(rollouts, tmp_path / "work", tmp_path / "dataset", "rules:concise")
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_diagnostics_tell_the_cyclic_judge_from_the_concise_one(rollouts: Path) -> None:
+    groups = list(read_rollouts(rollouts))
+    found = {}
+    for spec in ("rules:cyclic", "rules:concise"):
+        judge = load_judge(spec)
+        logits = np.stack(judge.judge_logits(groups))
+        preferences = 1 / (1 + np.exp(-(logits - logits.transpose(0, 2, 1)) / 2))
+        found[spec] = dataset_diagnostics(
+            judge=spec, judge_logits_GKK=logits, preferences_GKK=preferences, win_rates_GK=preferences.mean(-1),
+            responses=[[r.token_ids for r in group.responses] for group in groups],
+            num_quarantined=0, counts=Counter(judge.counts),
+        )  # fmt: skip
+    assert found["rules:concise"]["cycle_rate"] == 0 and found["rules:concise"]["cyclic_energy"] < 1e-9
+    assert found["rules:cyclic"]["cycle_rate"] > 0.1 and found["rules:cyclic"]["cyclic_energy"] > 0.2
+    assert found["rules:cyclic"]["pairs"] == len(groups) * 12
