@@ -12,7 +12,7 @@ import pytest
 from megatron_sppo.command_line import one_line
 
 PREAMBLE = """
-import logging, os, sys, time
+import logging, os, signal, sys, time
 from megatron_sppo import command_line
 from megatron_sppo.errors import ConfigError, DataError, ConversionError
 """
@@ -74,7 +74,9 @@ def test_other_ranks_log_warnings_alone():
 
 
 def test_interrupt_is_exit_code_130_without_traceback():
-    process = start("print('ready', flush=True); time.sleep(60)")
+    # A shell's background job starts with SIGINT ignored; a tool at a prompt does not.
+    body = "signal.signal(signal.SIGINT, signal.default_int_handler); print('ready', flush=True); time.sleep(60)"
+    process = start(body)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
