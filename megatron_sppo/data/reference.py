@@ -16,7 +16,14 @@ import numpy as np
 from megatron_sppo.data.indexed import Column, ColumnWriter, file_entry, verify_file
 from megatron_sppo.data.schema import FileEntry
 from megatron_sppo.errors import DataError
-from megatron_sppo.storage import atomic_file, fsync_path, read_json, sha256_of_json, write_json
+from megatron_sppo.storage import (
+    atomic_file,
+    fsync_path,
+    read_json,
+    remove_stale_temporaries,
+    sha256_of_json,
+    write_json,
+)
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "reference.json"
@@ -36,6 +43,8 @@ def write_reference(directory: Path, values_GK: np.ndarray, fingerprint: Mapping
     directory = Path(directory)
     assert values_GK.ndim == 2
     directory.mkdir(parents=True, exist_ok=True)
+    for name in (*FILES, MANIFEST_NAME):
+        remove_stale_temporaries(directory / name)
     with tempfile.TemporaryDirectory() as scratch:
         column = ColumnWriter(Path(scratch, "reference"), np.float32)
         for row in values_GK:

@@ -27,7 +27,7 @@ from megatron_sppo.data.schema import (
 )
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.objective import preference_matrix, win_rates
-from megatron_sppo.storage import atomic_directory
+from megatron_sppo.storage import atomic_directory, remove_stale_temporaries
 
 
 class DatasetWriter:
@@ -79,6 +79,7 @@ class DatasetWriter:
         return len(self._quarantined)
 
     def __enter__(self) -> "DatasetWriter":
+        remove_stale_temporaries(self._directory)
         with contextlib.ExitStack() as stack:
             self._temporary = stack.enter_context(atomic_directory(self._directory))
             self._columns: dict[str, ColumnWriter] = {}

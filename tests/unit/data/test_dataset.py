@@ -9,6 +9,8 @@ import logging
 import math
 import random
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -241,6 +243,17 @@ def test_a_failed_writer_leaves_the_older_dataset_alone(tmp_path):
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     write(directory, groups(seed=1))
     assert PreferenceDataset(directory).prompt(0).tolist() == groups(seed=1)[0][0]
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_one(tmp_path):
+    """A process that is no more (its id was a child's, reaped here) left its temporary directory behind."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    stale = tmp_path / f".d.tmp-{child.pid}"
+    stale.mkdir()
+    (stale / "tokens.bin").write_bytes(b"half")
+    write(tmp_path / "d", groups())
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
