@@ -50,7 +50,8 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
         "calculate_per_token_loss": True,
         "use_cpu_initialization": not torch.cuda.is_available(),
         "batch_p2p_sync": torch.cuda.is_available(),
-        "deallocate_pipeline_outputs": True,
+        # Swaps an output's storage while gloo may still be sending it (measured: wrong losses under VPP on the CPU).
+        "deallocate_pipeline_outputs": torch.cuda.is_available(),
         "gradient_accumulation_fusion": False,
         "bias_activation_fusion": fused,
         "masked_softmax_fusion": False,

@@ -1,0 +1,172 @@
+"""The pretraining script on real gloo ranks: same losses in every layout, bit-exact resume, refusals.
+
+Each run is examples/pretrain_sppo.py itself with its command line. Kills by signal are in tests/e2e.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.conftest import write_dataset
+from tests.distributed.harness import run_ranks
+from tests.distributed.worlds import pretrain
+
+BASE = "--params-dtype float32 --lr 1e-3 --eta 10 --global-batch-size 8 --micro-batch-size 2 --lr-warmup-fraction 0.25"
+
+
+@pytest.fixture(scope="module")
+def untied_data(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Judged responses; every run here shares their cached reference."""
+    return write_dataset(tmp_path_factory.mktemp("data") / "data", untied.parent / "hf")
+
+
+@pytest.fixture
+def run(untied: Path, untied_data: Path, tmp_path: Path):  # noqa: ANN201
+    """Start the script in a world of ranks -> exit codes; fresh data unless told otherwise."""
+    data = tmp_path / "data"
+    shutil.copytree(untied_data, data)
+
+    def start(save: Path, flags: str = "", *, world_size: int = 1) -> list[int]:
+        argv = ["--load", str(untied), "--data", str(data), "--save", str(save), *BASE.split(), *flags.split()]
+        return run_ranks(pretrain, world_size, argv)
+
+    return start
+
+
+def metrics(save: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(save: Path) -> list[float]:
+    return [line["loss"] for line in metrics(save)]
+
+
+def forget_after(save: Path, step: int) -> None:
+    """Take a run back to the checkpoint of `step`, as if it had been killed before the next one."""
+    for directory in save.glob("iter_*"):
+        if int(directory.name.removeprefix("iter_")) > step:
+            shutil.rmtree(directory)
+    (save / "latest_checkpointed_iteration.txt").write_text(f"{step}\n")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [
+        (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+        (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+        (2, "--use-distributed-optimizer"),
+        (4, "--use-distributed-optimizer --tensor-model-parallel-size 2"),
+        (2, "--pipeline-model-parallel-size 2 --virtual-pipeline-model-parallel-size 2"),
+        (2, "--optimizer rmsprop --use-distributed-optimizer"),
+    ],
+)
+def test_training_gives_the_losses_of_one_process(run, tmp_path: Path, world_size: int, flags: str) -> None:
+    same_optimizer = "--optimizer rmsprop" if "rmsprop" in flags else ""
+    assert run(tmp_path / "one", same_optimizer) == [0]
+    assert run(tmp_path / "many", flags, world_size=world_size) == [0] * world_size
+    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"), [(1, ""), (1, "--no-packing"), (4, "--tensor-model-parallel-size 2 --sequence-parallel")]
+)
+def test_log_ratio_is_zero_before_the_first_step(run, tmp_path: Path, world_size: int, flags: str) -> None:
+    run(tmp_path / "save", flags, world_size=world_size)
+    first = metrics(tmp_path / "save")[0]
+    assert first["sppo/ref_drift_step0"] == 0
+    assert first["loss"] == pytest.approx(first["sppo/target_rms"] ** 2)
+
+
+def test_training_lowers_the_loss_on_what_it_has_seen(run, tmp_path: Path) -> None:
+    run(tmp_path / "save", "--num-epochs 6 --lr 3e-3 --lr-decay-style constant")
+    per_step = losses(tmp_path / "save")
+    steps_per_epoch = len(per_step) // 6
+    assert sum(per_step[-steps_per_epoch:]) < 0.7 * sum(per_step[:steps_per_epoch])
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [
+        (1, ""),
+        (1, "--params-dtype bfloat16"),
+        (1, "--optimizer rmsprop"),
+        (2, "--use-distributed-optimizer --params-dtype bfloat16"),
+        (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"),
+    ],
+)
+def test_a_resumed_run_is_bit_exact(run, tmp_path: Path, world_size: int, flags: str) -> None:
+    save = tmp_path / "save"
+    run(save, f"{flags} --save-interval 2", world_size=world_size)
+    expected = metrics(save)
+    forget_after(save, 2)
+    assert run(save, f"{flags} --save-interval 2", world_size=world_size) == [0] * world_size
+    for line, again in zip(expected, metrics(save), strict=True):
+        same = {name: value for name, value in line.items() if not name.startswith("perf/")}
+        assert {name: again.get(name) for name in same} == same
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((1, ""), (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel")),
+        ((2, "--tensor-model-parallel-size 2"), (2, "--pipeline-model-parallel-size 2")),
+        (
+            (2, "--use-distributed-optimizer"),
+            (4, "--use-distributed-optimizer --tensor-model-parallel-size 2"),
+        ),
+        ((2, "--pipeline-model-parallel-size 2 --virtual-pipeline-model-parallel-size 2"), (2, "")),
+    ],
+)
+def test_a_run_resumes_in_another_layout(run, tmp_path: Path, before: tuple, after: tuple) -> None:
+    save = tmp_path / "save"
+    run(save, f"{before[1]} --save-interval 2", world_size=before[0])
+    expected = losses(save)
+    forget_after(save, 2)
+    assert run(save, f"{after[1]} --save-interval 2", world_size=after[0]) == [0] * after[0]
+    assert losses(save) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_complete_run_says_so_and_changes_nothing(run, tmp_path: Path) -> None:
+    run(tmp_path / "save")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "save").rglob("*") if path.is_file()}
+    assert run(tmp_path / "save") == [0]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "save").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("objective", ["sppo_single", "sppo_hard", "dpo", "ipo"])
+def test_every_pair_objective_trains_alike_on_one_rank_and_two(run, tmp_path: Path, objective: str) -> None:
+    flags = f"--objective {objective}"
+    assert run(tmp_path / "one", flags) == [0]
+    assert run(tmp_path / "two", flags, world_size=2) == [0, 0]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.parametrize("change", ["--eta 20", "--seed 5", "--global-batch-size 4", "--optimizer rmsprop"])
+def test_resuming_with_other_settings_is_refused(run, tmp_path: Path, change: str) -> None:
+    run(tmp_path / "save", "--save-interval 2")
+    forget_after(tmp_path / "save", 2)
+    before = sorted(path.name for path in (tmp_path / "save").iterdir())
+    assert run(tmp_path / "save", f"--save-interval 2 {change}") == [2]
+    assert sorted(path.name for path in (tmp_path / "save").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [
+        (3, "--tensor-model-parallel-size 3"),
+        (3, "--pipeline-model-parallel-size 3"),
+        (1, "--tensor-model-parallel-size 2"),
+        (2, "--micro-batch-size 3"),
+        (1, "--seq-length 100000"),
+        (1, "--load /nowhere"),
+        (1, "--context-parallel-size 2"),
+        (1, "--fp8 hybrid"),
+        (1, "--transformer-config no_such_field=1"),
+        (1, "--selection top-bottom:3"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_exit_code_2(run, tmp_path: Path, world_size: int, flags: str) -> None:
+    assert run(tmp_path / "save", flags, world_size=world_size) == [2] * world_size
+    assert not list(tmp_path.glob("save/iter_*"))
