@@ -4,7 +4,9 @@
 The same command again goes on where the last one stopped.
 """
 
+import json
 import sys
+from dataclasses import dataclass
 
 from megatron_sppo.command_line import run
 from megatron_sppo.config import parse
@@ -18,9 +20,17 @@ from megatron_sppo.selfplay.summary import result_table
 NAME = "self_play.py"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Command(SelfPlayConfig):
+    """The run, and how to report it."""
+
+    json: bool = False
+    """Print summary.json's content in place of the table."""
+
+
 def main() -> None:
     """Run all iterations and print the table."""
-    config = parse(SelfPlayConfig, name=NAME, description=str(__doc__))
+    config = parse(Command, name=NAME, description=str(__doc__))
     try:
         summary = self_play(config)
     except StageFailed as failure:
@@ -29,6 +39,9 @@ def main() -> None:
     except Interrupted as interruption:
         print(f"{NAME}: stopped by {interruption}. The same command goes on from here.", file=sys.stderr)
         sys.exit(interruption.exit_code)
+    if config.json:
+        print(json.dumps(summary))
+        return
     print(f"{result_table(summary)}\n\nreport: {config.run.output / REPORT_NAME}")
 
 

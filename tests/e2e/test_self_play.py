@@ -220,6 +220,7 @@ def fingerprints(run_dir: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_kill_9_in_every_stage_then_the_same_command_ends_with_the_same_files(
     finished: tuple[Path, str], inputs: Path, tmp_path: Path
 ) -> None:
