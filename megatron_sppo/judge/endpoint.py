@@ -94,7 +94,7 @@ class EndpointJudge:
         self._first_wait_seconds, self._num_connections = first_wait_seconds, num_connections
         self._one_order = one_order
         self._model = model or self._only_model()
-        self.name = f"endpoint:{self._url}#{self._model}"
+        self.name = f"endpoint:{self._url}#{self._model}" + (", one order" if one_order else "")
         self.fingerprint = sha256_of_json(
             {"endpoint": self._url, "model": self._model, "instruction": _INSTRUCTION, "one_order": one_order}
         )

@@ -59,7 +59,8 @@ class PairRMJudge:
         Args:
             checkpoint: hub id or directory, in either format (see pairrm_checkpoint.py).
             preset: "paper" or "official": see `pairrm_texts`.
-            one_order: ask each pair once, L_ji = -L_ij: half the forwards, position bias kept.
+            one_order: ask each pair once, L_ji = -L_ij: half the forwards, position bias kept. The first group of
+                every call is asked in both orders, to count how often both name the same winner.
             tokens_per_batch: padded tokens of a forward; None chooses by device.
 
         Raises:
@@ -69,7 +70,7 @@ class PairRMJudge:
         on_cpu = self._device.type == "cpu"
         dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
         loaded = load_pairrm(checkpoint, dtype=dtype, device=self._device)
-        self.name = f"pairrm:{checkpoint}"
+        self.name = f"pairrm:{checkpoint}" + (", one order" if one_order else "")
         self.counts: Counter[str] = Counter()
         self.fingerprint = sha256_of_json(
             {"pairrm": loaded.fingerprint, "preset": preset, "one_order": one_order, "dtype": str(dtype)}
@@ -104,26 +105,34 @@ class PairRMJudge:
             source = self._tokens.source(source_text)
             candidates = self._tokens.candidates(list(index_of), source_tokens=len(source))
             for first, second in itertools.permutations(range(len(candidates)), 2):
-                if self._one_order and first > second:
+                if self._one_order and first > second and number > 0:
                     continue
                 places.append(_Place(group=number, first=first, second=second))
                 pairs.append(self._tokens.pair(source, candidates[first], candidates[second]))
             self._count(distinct[-1])
-        logits = self._forward(pairs)
-        return self._scatter(places, logits, distinct)
+        matrices_UU = self._scatter(places, self._forward(pairs), distinct)
+        if self._one_order and matrices_UU:
+            self._count_agreement(matrices_UU[0])
+            matrices_UU = [np.triu(matrix_UU) - np.triu(matrix_UU).T for matrix_UU in matrices_UU]
+        return [matrix_UU[np.ix_(of_K, of_K)] for matrix_UU, of_K in zip(matrices_UU, distinct, strict=True)]
 
     def _count(self, distinct_K: list[int]) -> None:
         num_responses = len(distinct_K)
         self.counts["pairs"] += num_responses * (num_responses - 1)
         self.counts["identical_pairs"] += sum(number * (number - 1) for number in Counter(distinct_K).values())
 
-    def _scatter(self, places: list[_Place], logits: np.ndarray, distinct: list[list[int]]) -> list[np.ndarray]:
+    def _count_agreement(self, both_UU: np.ndarray) -> None:
+        """Count the pairs of a group asked in both orders, and those whose winner one order finds as well."""
+        upper = np.triu_indices(len(both_UU), k=1)
+        self.counts["one_order_checked"] += len(upper[0])
+        self.counts["one_order_agreed"] += int((np.sign(both_UU[upper]) == np.sign((both_UU - both_UU.T)[upper])).sum())
+
+    @staticmethod
+    def _scatter(places: list[_Place], logits: np.ndarray, distinct: list[list[int]]) -> list[np.ndarray]:
         matrices_UU = [np.zeros((max(of_K) + 1,) * 2, dtype=np.float32) for of_K in distinct]
         for place, logit in zip(places, logits, strict=True):
             matrices_UU[place.group][place.first, place.second] = logit
-            if self._one_order:
-                matrices_UU[place.group][place.second, place.first] = -logit
-        return [matrix_UU[np.ix_(of_K, of_K)] for matrix_UU, of_K in zip(matrices_UU, distinct, strict=True)]
+        return matrices_UU
 
     @torch.inference_mode()
     def _forward(self, pairs: list[PairTokens]) -> np.ndarray:

@@ -20,6 +20,7 @@ from megatron_sppo.judge.endpoint import LARGEST_LOGIT, VERDICT_LOGIT, EndpointJ
 from tests.unit.judge.groups import group_of
 
 KEY = "sk-a-secret-of-the-user"
+SURE_OF_A = [{"token": "A", "logprob": 0.0}, {"token": "x", "logprob": -99.0}]
 
 
 class Server(ThreadingHTTPServer):
@@ -177,10 +178,7 @@ def test_an_address_that_cannot_be_asked_is_refused(spec: str) -> None:
         ({"message": {"content": None}}, (0.0, "unreadable_verdicts")),
         ({}, (0.0, "unreadable_verdicts")),
         ({"logprobs": None, "message": {"content": "A"}}, (VERDICT_LOGIT, "bare_verdicts")),
-        (
-            {"logprobs": {"content": [{"top_logprobs": [{"token": "A", "logprob": 0}, {"token": "", "logprob": -99}]}]}},
-            (LARGEST_LOGIT, "logprob_verdicts"),
-        ),
+        ({"logprobs": {"content": [{"top_logprobs": SURE_OF_A}]}}, (LARGEST_LOGIT, "logprob_verdicts")),
     ],
 )  # fmt: skip
 def test_verdicts_are_read_as_they_come(choice: dict[str, Any], expected: tuple[float, str]) -> None:

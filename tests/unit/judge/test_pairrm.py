@@ -85,7 +85,7 @@ def test_identical_responses_are_exactly_tied_and_cost_nothing(judge: PairRMJudg
 
 def test_logits_do_not_depend_on_the_batch_to_the_last_bit(checkpoints: tuple[Path, Path]) -> None:
     rng = random.Random(4)
-    groups = [random_group(rng, number, 2 + number % 5) for number in range(12)]
+    groups = [random_group(rng, number, 2 + number % 3, high=12) for number in range(6)]
     whole = PairRMJudge(str(checkpoints[0]), preset="paper", device="cpu").judge_logits(groups)
     for tokens_per_batch in (1, 100, 700, 100_000):
         judge = PairRMJudge(str(checkpoints[0]), preset="paper", device="cpu", tokens_per_batch=tokens_per_batch)
@@ -95,10 +95,20 @@ def test_logits_do_not_depend_on_the_batch_to_the_last_bit(checkpoints: tuple[Pa
         np.testing.assert_array_equal(judge.judge_logits([group])[0], expected)
 
 
-def test_limits_cut_the_longest_texts_and_are_counted(judge: PairRMJudge) -> None:
-    rng = random.Random(5)
+@pytest.fixture(scope="module")
+def short_judge(checkpoints: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> PairRMJudge:
+    """The same weights with limits of 60 and 30 tokens, which a config may set: 2048 tokens take a CPU seconds."""
+    directory = tmp_path_factory.mktemp("short") / "PairRM"
+    shutil.copytree(checkpoints[0], directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "source_maxlength": 60, "candidate_maxlength": 30}))
+    return PairRMJudge(str(directory), preset="paper", device="cpu")
+
+
+def test_limits_cut_the_longest_texts_and_are_counted(short_judge: PairRMJudge) -> None:
+    rng, judge = random.Random(5), short_judge
     judge.counts.clear()
-    source, long, short = random_text(rng, 1500, 1500), random_text(rng, 900, 900), "the time"
+    source, long, short = random_text(rng, 100, 100), random_text(rng, 70, 70), "the time"
     (logits,) = judge.judge_logits([group_of(source, [long, short, long + " and more"])])
     assert judge.counts["truncated_sources"] == 1 and judge.counts["truncated_candidates"] == 2
     # Texts that differ only behind the limit are the same input in both orders.
@@ -141,20 +151,28 @@ def test_markers_in_texts_are_counted_and_read_as_spaces(judge: PairRMJudge) -> 
     np.testing.assert_array_equal(hostile, clean)
 
 
-def test_a_megabyte_of_text_is_judged(judge: PairRMJudge) -> None:
+def test_a_megabyte_of_text_is_judged(short_judge: PairRMJudge) -> None:
+    judge = short_judge
     judge.counts.clear()
     (logits,) = judge.judge_logits([group_of("why?", ["the water " * 100_000, "look"])])
     assert np.isfinite(logits).all() and judge.counts["truncated_candidates"] == 1
 
 
-def test_one_order_is_half_the_pairs_and_antisymmetric(checkpoints: tuple[Path, Path], judge: PairRMJudge) -> None:
+def test_one_order_is_antisymmetric_and_says_how_often_both_orders_agree(
+    checkpoints: tuple[Path, Path], judge: PairRMJudge
+) -> None:
     rng = random.Random(7)
-    group = random_group(rng, 0, 4)
-    (both,) = judge.judge_logits([group])
-    (one,) = PairRMJudge(str(checkpoints[0]), preset="paper", one_order=True, device="cpu").judge_logits([group])
-    np.testing.assert_array_equal(np.triu(one), np.triu(both))
-    np.testing.assert_array_equal(one, -one.T)
-    assert not np.array_equal(both, -both.T), "this PairRM has position bias, or the test shows nothing"
+    groups = [random_group(rng, number, 4) for number in range(3)]
+    both = judge.judge_logits(groups)
+    one_judge = PairRMJudge(str(checkpoints[0]), preset="paper", one_order=True, device="cpu")
+    for one, two in zip(one_judge.judge_logits(groups), both, strict=True):
+        np.testing.assert_array_equal(np.triu(one), np.triu(two))
+        np.testing.assert_array_equal(one, -one.T)
+    assert not np.array_equal(both[0], -both[0].T), "this PairRM has position bias, or the test shows nothing"
+    pairs = [(i, j) for i in range(4) for j in range(i + 1, 4)]
+    agreed = sum((both[0][i, j] > 0) == (both[0][i, j] - both[0][j, i] > 0) for i, j in pairs)
+    assert one_judge.counts["one_order_checked"] == 6 and one_judge.counts["one_order_agreed"] == agreed
+    assert one_judge.name.endswith(", one order") and one_judge.fingerprint != judge.fingerprint
 
 
 def test_the_fingerprint_follows_weights_and_settings(
