@@ -21,10 +21,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_sppo.architecture import Architecture, read_architecture
-from megatron_sppo.conversion.distcp import check_metadata
+from megatron_sppo.conversion.distcp import COMMON_FILE, check_metadata
 from megatron_sppo.conversion.hf_checkpoint import open_hf_checkpoint
 from megatron_sppo.conversion.hf_config import architecture_from_hf, read_config
-from megatron_sppo.conversion.megatron_checkpoint import HF_DIRECTORY, resolve_checkpoint, verify_checkpoint
+from megatron_sppo.conversion.megatron_checkpoint import (
+    HF_DIRECTORY,
+    MANIFEST_FILE,
+    resolve_checkpoint,
+    verify_checkpoint,
+)
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, open_megatron
 from megatron_sppo.errors import ConversionError
 from megatron_sppo.model.config import ModelConfig
@@ -43,6 +48,7 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 MAX_PROMPTS = 64
 MAX_TOKENS = 512
+HOST_FILES = (COMMON_FILE, "metadata.json")
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Japan is",
@@ -90,8 +96,6 @@ def verify(
         ConversionError, DataError: one of the two cannot be read.
     """
     hf, directory = Path(hf), resolve_checkpoint(Path(megatron))
-    if (directory / "manifest.json").is_file():
-        verify_checkpoint(directory)
     opened = open_megatron(directory, template=None if (directory / "model.json").is_file() else hf)
     described = architecture_from_hf(read_config(hf), place=str(hf / "config.json"))
     different_fields = _different_fields(described, opened.architecture)
@@ -265,6 +269,9 @@ def _megatron_logits(opened: OpenedMegatron, token_ids: list[list[int]], dtype: 
     """Build the model as training does, in one process, load it by the host and run it -> [S, V] float32 per prompt."""
     from megatron.core import dist_checkpointing
 
+    if (opened.directory / MANIFEST_FILE).is_file():
+        # What the host reads beyond the tensors, which open_megatron has checked.
+        verify_checkpoint(opened.directory, names=[name for name in HOST_FILES if (opened.directory / name).is_file()])
     check_metadata(opened.directory)
     layout, config = ParallelConfig(), ModelConfig(params_dtype="bfloat16" if dtype == "bfloat16" else "float32")
     parallel.initialize(layout, seed=0)

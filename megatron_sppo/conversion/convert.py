@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_sppo.architecture import Architecture, write_architecture
-from megatron_sppo.conversion.distcp import Piece, write_distcp
+from megatron_sppo.conversion.distcp import COMMON_FILE, Piece, write_distcp
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_checkpoint import (
     LAYOUT_FILE,
@@ -104,7 +104,7 @@ def import_checkpoint(hf: Path, megatron: Path, *, dtype: str | None = None, ove
     _check_space(megatron, total)
     with atomic_directory(target) as directory, _bar(total, "import") as bar:
         written = write_distcp(directory, pieces, objects=_extra_states(architecture), progress=bar.update)
-        torch.save(_COMMON_STATE, directory / "common.pt")
+        torch.save(_COMMON_STATE, directory / COMMON_FILE)
         (directory / "metadata.json").write_text(json.dumps(_METADATA_JSON))
         write_architecture(architecture, directory, tokenizer=_tokenizer_record(hf))
         (directory / HF_DIRECTORY).mkdir()

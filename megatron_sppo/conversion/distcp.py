@@ -13,6 +13,7 @@ import math
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.storage import contained
 
 METADATA_FILE = ".metadata"
+COMMON_FILE = "common.pt"
 
 _DCP_VERSION = "1.0.0"
 _MAX_FILE_BYTES = 4 * 2**30  # so that many readers can share the work
+_HASH_APART_BYTES = 1 << 16
 _CLASSES: dict[tuple[str, str], Any] = {
     (found.__module__, found.__qualname__): found
     for found in (
@@ -229,18 +232,19 @@ def write_distcp(
     tensors: dict[str, Any] = {}
     places: dict[Any, Any] = {}
     files: dict[str, tuple[str, int]] = {}
-    for number, group in enumerate(_groups(pieces)):
-        name = f"__0_{number}.distcp"
-        with open(directory / name, "wb") as file:
-            stream = _HashingStream(file)
-            for key, value in objects.items() if number == 0 else ():
-                tensors[key] = dcp.BytesStorageMetadata()
-                places[dcp.MetadataIndex(key)] = _save([value], stream, name)
-            for piece in group:
-                places[dcp.MetadataIndex(piece.key, piece.offsets)] = _save(_own_storage(piece), stream, name)
-                _describe(tensors, piece)
-                progress(math.prod(piece.sizes) * piece.dtype.itemsize)
-            files[name] = stream.digest.hexdigest(), stream.position
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        for number, group in enumerate(_groups(pieces)):
+            name = f"__0_{number}.distcp"
+            with open(directory / name, "wb") as file:
+                stream = _HashingStream(file, pool)
+                for key, value in objects.items() if number == 0 else ():
+                    tensors[key] = dcp.BytesStorageMetadata()
+                    places[dcp.MetadataIndex(key)] = _save([value], stream, name)
+                for piece in group:
+                    places[dcp.MetadataIndex(piece.key, piece.offsets)] = _save(_own_storage(piece), stream, name)
+                    _describe(tensors, piece)
+                    progress(math.prod(piece.sizes) * piece.dtype.itemsize)
+                files[name] = stream.digest.hexdigest(), stream.position
     content = dcp.Metadata(tensors, None, places, dcp.StorageMeta(), _DCP_VERSION)
     raw = pickle.dumps(content)
     (directory / METADATA_FILE).write_bytes(raw)
@@ -251,17 +255,25 @@ def write_distcp(
 class _HashingStream:
     """What torch.save writes into: counts and hashes on the way, and remembers why a write failed."""
 
-    def __init__(self, file: Any) -> None:
-        self._file, self.digest, self.position, self.error = file, hashlib.sha256(), 0, None
+    def __init__(self, file: Any, pool: ThreadPoolExecutor) -> None:
+        self._file, self._pool = file, pool
+        self.digest, self.position = hashlib.sha256(), 0
+        self.error: OSError | None = None
 
     def write(self, block: Any) -> int:
+        count = memoryview(block).nbytes
+        # Both release the GIL. The block is torch's and valid during this call only, so wait for the hash.
+        hashed = self._pool.submit(self.digest.update, block) if count >= _HASH_APART_BYTES else None
         try:
             self._file.write(block)
         except OSError as error:
-            self.error: OSError | None = error
+            self.error = error
             raise
-        self.digest.update(block)
-        count = memoryview(block).nbytes
+        finally:
+            if hashed is not None:
+                hashed.result()
+        if hashed is None:
+            self.digest.update(block)
         self.position += count
         return count
 
@@ -305,12 +317,12 @@ def _groups(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
 
 
 def check_metadata(directory: Path) -> None:
-    """Check that `.metadata` names nothing but metadata classes and that all files that it names exist.
+    """Check that the pickles of a checkpoint hold data only and that all files that `.metadata` names exist.
 
     For those who hand the directory to a reader that trusts it, such as Megatron-Core's.
 
     Raises:
-        DataError: a file that it names is missing or lies outside.
+        DataError: a file that it names is missing or lies outside, or common.pt holds more than data.
         ConversionError: as `read_metadata`.
     """
     for info in read_metadata(directory).storage_data.values():
@@ -318,3 +330,11 @@ def check_metadata(directory: Path) -> None:
             raise DataError(
                 f"{directory} lacks {info.relative_path}, which its {METADATA_FILE} names. Use another checkpoint."
             )
+    common = Path(directory, COMMON_FILE)
+    if not common.is_file():  # megatron-core 0.19 keeps that state among the tensors
+        return
+    try:
+        torch.load(common, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{common} is damaged or holds more than data ({reason}). Use another checkpoint.") from None

@@ -1,5 +1,6 @@
 """Proves: our files are read by torch.distributed.checkpoint itself and its files by us, box by box; no pickle runs."""
 
+import hashlib
 import os
 import pickle
 from pathlib import Path
@@ -107,6 +108,33 @@ def test_a_payload_in_place_of_a_tensor_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="damaged"):
         reader.read("rows", (0, 0), (4, 2))
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_payload_in_the_common_state_is_not_run(tmp_path: Path) -> None:
+    directory = write(tmp_path / "c")
+    torch.save({"iteration": 0}, directory / "common.pt")
+    check_metadata(directory)
+    torch.save({"iteration": Payload(tmp_path / "owned")}, directory / "common.pt")
+    with pytest.raises(DataError, match="holds more than data"):
+        check_metadata(directory)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_hashes_made_while_writing_are_those_of_the_files(tmp_path: Path) -> None:
+    large = torch.randn(300, 1000)
+    piece = Piece(
+        key="large",
+        offsets=(0, 0),
+        sizes=(300, 1000),
+        global_shape=(300, 1000),
+        dtype=torch.float32,
+        load=lambda: large,
+    )
+    files = write_distcp(tmp_path, [piece], objects={"x": None}, progress=lambda nbytes: None)
+    assert sorted(files) == [".metadata", "__0_0.distcp"]
+    for name, (digest, size) in files.items():
+        content = (tmp_path / name).read_bytes()
+        assert (hashlib.sha256(content).hexdigest(), len(content)) == (digest, size)
 
 
 @pytest.mark.parametrize("module", ["builtins eval", "os system", "torch load", "torch.serialization load"])
