@@ -4,8 +4,10 @@ A save goes to `.iter_0000010.partial`, gets the sha256 of every file, is rename
 """
 
 import contextlib
+import errno
 import inspect
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch.distributed
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sppo.conversion import megatron_checkpoint
 from megatron_sppo.errors import ConfigError, DataError
@@ -28,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 """The sharding that resumes in another layout; `dp_reshardable` restores a wrong Adam step on torch's AdamW."""
+_NEARLY_FULL_BYTES = 64 << 20
 
 
 def load_weights(policy: Policy, checkpoint: Path) -> None:
@@ -182,11 +186,15 @@ def _disk_errors_explained(partial: Path) -> Iterator[None]:
     """The host wraps a writer's OSError; unwrap it, remove the half-written directory, and say it in one line."""
     try:
         yield
-    except (OSError, RuntimeError, dist_checkpointing.core.CheckpointingException) as error:
+    except (OSError, RuntimeError, CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
+        is_full = shutil.disk_usage(partial.parent).free < _NEARLY_FULL_BYTES
         shutil.rmtree(partial, ignore_errors=True)
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__cause__ or cause.__context__
+        if cause is None and is_full:
+            # torch's zip writer says "unexpected pos" (inline_container.cc) where the disk said ENOSPC.
+            cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if cause is not None:
             explain_os_error(cause, partial)
         raise

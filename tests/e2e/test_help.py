@@ -11,7 +11,7 @@ TOOLS = sorted([*REPOSITORY.glob("tools/*.py"), *REPOSITORY.glob("examples/*.py"
 COMMANDS = [(tool, ()) for tool in TOOLS] + [
     (REPOSITORY / "tools/convert.py", (command,)) for command in ("import", "export", "verify")
 ]
-HEAVY = {"vllm", "transformers", "datasets", "transformer_engine"}
+HEAVY = {"vllm", "transformers", "datasets"}
 
 
 @pytest.mark.parametrize(
@@ -26,17 +26,3 @@ def test_help_reads_well_and_exits_0(tool, command):
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "megatron_sppo.config" in imported
     assert not HEAVY & imported
-
-
-def test_every_option_is_explained():
-    """A flag whose help is nothing but its default tells a user nothing."""
-    tool = REPOSITORY / "tools/self_play.py"
-    done = subprocess.run(
-        [sys.executable, str(tool), "--help"], capture_output=True, text=True, check=True, timeout=300
-    )
-    for flag in ("--iterations", "--judge", "--num-responses", "--heldout-prompts", "--training"):
-        line = next(
-            number for number, text in enumerate(done.stdout.splitlines()) if text.strip("│| ").startswith(flag)
-        )
-        explanation = "".join(done.stdout.splitlines()[line : line + 2]).replace(flag, "")
-        assert len([word for word in explanation.split() if word.isalpha() and word.islower()]) >= 3, explanation
