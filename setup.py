@@ -25,6 +25,8 @@ setup(
         "matplotlib>=3.8",
         "numpy>=1.26",
         "nvidia-ml-py>=12.560",
+        # megatron-core 0.19 imports it when it saves a checkpoint and does not declare it.
+        "psutil>=5.9",
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "tensorboard>=2.16",

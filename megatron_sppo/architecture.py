@@ -51,7 +51,14 @@ class Architecture:
     """Per-head RMSNorm of queries and keys (Qwen3)."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels"):
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+        ):
             if getattr(self, name) < 1:
                 raise ConversionError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.num_attention_heads % self.num_query_groups:

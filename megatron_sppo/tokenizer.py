@@ -11,7 +11,13 @@ from megatron_sppo.storage import sha256_of_file, sha256_of_json
 ID_FILES = ("tokenizer.json", "tokenizer.model", "spm.model", "vocab.json", "merges.txt")
 """Files that decide which ids a text becomes."""
 
-TEXT_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
+TEXT_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 """Files that travel with them."""
 
 

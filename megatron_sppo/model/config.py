@@ -42,7 +42,7 @@ class ModelConfig:
             return
         if self.fp8_recipe in _BLACKWELL_RECIPES:
             raise ConfigError(
-                f"fp8_recipe {self.fp8_recipe} needs a Blackwell GPU (compute capability 10.0); this software is for Hopper. "
+                f"fp8_recipe {self.fp8_recipe} needs a Blackwell GPU (compute capability 10.0); this is for Hopper. "
                 "Use --fp8-recipe tensorwise."
             )
         if self.params_dtype != "bfloat16":
@@ -68,7 +68,7 @@ def resolve_transformer_impl(config: ModelConfig) -> str:
     """Decide between the layer implementations -> "transformer_engine" or "torch".
 
     Raises:
-        ConfigError: Transformer Engine is asked for and not there. Megatron-Core would put mocks in its place and fail late.
+        ConfigError: Transformer Engine is asked for and not there; the host would put mocks in its place and fail late.
     """
     available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     if config.transformer_impl == "auto":

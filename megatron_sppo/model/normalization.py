@@ -1,4 +1,4 @@
-"""RMSNorm for the torch layer spec: Hugging Face's rounding, and sequence parallelism, which Megatron's wrapper refuses."""
+"""RMSNorm for the torch layer spec: Hugging Face's rounding, and sequence parallelism, which the host's refuses."""
 
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square normalisation: float32 inside, rounded to the input's type before the weight, as LlamaRMSNorm."""
+    """Root-mean-square normalisation: float32 inside, rounded to the input's type before the weight (LlamaRMSNorm)."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
         super().__init__()

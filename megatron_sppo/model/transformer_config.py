@@ -19,7 +19,7 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
     """Describe the model to Megatron-Core -> TransformerConfig.
 
     Args:
-        parallelism: TransformerConfig's own fields for the layout (`tensor_model_parallel_size`, `sequence_parallel`, ...).
+        parallelism: TransformerConfig's own fields for the layout (`tensor_model_parallel_size`, ...).
 
     Raises:
         ConfigError: an unknown or refused KEY=VALUE, or a combination that Megatron-Core itself refuses.

@@ -102,7 +102,7 @@ def read_progress(checkpoint: Path) -> Progress:
 
 @torch.no_grad()
 def resume(checkpoint: Path, policy: Policy, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> None:
-    """Restore weights, optimizer, schedule and RNG from an `iter_*` directory that `save` wrote, in any layout. Collective."""
+    """Restore weights, optimizer, schedule and RNG from an `iter_*` directory of `save`, in any layout. Collective."""
     model_state = _model_state(policy)
     _allocate_adam_state(optimizer)
     optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_OPTIMIZER_SHARDING)
@@ -151,7 +151,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def _model_state(policy: Policy) -> dict[str, Any]:
-    """Describe the stages to the checkpoint -> Megatron-LM's names: `model`, or `model0`, `model1`, ... when interleaved."""
+    """Describe the stages to the checkpoint -> by Megatron-LM's names: `model`; `model0`, `model1`, ... interleaved."""
     stages = policy.stages
     if len(stages) == 1:
         return {"model": stages[0].sharded_state_dict()}

@@ -16,7 +16,7 @@ class ObjectiveConfig:
     """What is minimised: ALGORITHM by name, its strength and its baseline."""
 
     objective: str = "sppo"
-    """One of sppo, sppo_single, sppo_hard, dpo, ipo. All but sppo train on the best and the worst response of a prompt."""
+    """One of sppo, sppo_single, sppo_hard, dpo, ipo. All but sppo train on pairs: best and worst of a prompt."""
     eta: float = 1000.0
     """Nats per unit of preference (uclaml/SPPO and TRL call 1/eta `beta`). Published runs use 1000."""
     baseline: str = "half"
@@ -52,7 +52,7 @@ class BatchConfig:
     """Longest prompt + response, in tokens; longer ones are left out and counted. Unset: as many as the model has
     positions. The official recipe uses 1024."""
     max_prompt_length: int | None = None
-    """Keep this many tokens of a longer prompt, from its end (the official recipe: 512); unset: prompts are never cut."""
+    """Keep this many tokens of a longer prompt, from its end (official recipe: 512); unset: no prompt is cut."""
     packing: bool = True
     """Lay the responses of a micro-batch end to end instead of padding each to the longest."""
     selection: str | None = None

@@ -65,7 +65,7 @@ def objective_terms(batch: MicroBatch, log_prob_B: Tensor, *, objective: Objecti
 
 
 def run_micro_batches(policy: Policy, plan: StepPlan, *, loss: Loss, forward_only: bool) -> Tensor:
-    """Run Megatron's schedule over this rank's micro-batches -> log pi of all the global batch's responses, [N] float64.
+    """Run Megatron's schedule over this rank's micro-batches -> log pi of the global batch's responses, [N] float64.
 
     Afterwards the gradients lie in the DDP buffers, averaged over sequences and reduced (`finalize_model_grads`).
     Collective over all ranks; every data-parallel rank brings the same number of micro-batches.

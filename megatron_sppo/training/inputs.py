@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_sppo.architecture import Architecture, read_architecture
 from megatron_sppo.config import write_yaml
-from megatron_sppo.conversion import megatron_checkpoint
+from megatron_sppo.conversion import distcp, megatron_checkpoint
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.training import parallel
@@ -29,8 +29,7 @@ def open_source(config: TrainingConfig) -> tuple[Path, Architecture, dict[str, A
     world_size = parallel.world_size()
     parallel.check_layout(config.parallel, architecture, world_size=world_size)
     config.check_batch(data_parallel_size=world_size // config.parallel.model_parallel_size)
-    if parallel.is_rank_zero():
-        megatron_checkpoint.verify_checkpoint(source)
+    _verify(source)
     return source, architecture, tokenizer
 
 
@@ -51,7 +50,7 @@ def open_dataset(config: TrainingConfig, architecture: Architecture, tokenizer: 
     theirs, ours = dataset.manifest.tokenizer_hash, tokenizer.get("hash")
     if theirs is not None and ours is not None and theirs != ours:
         raise DataError(
-            f"{config.data} was tokenised by another tokenizer (sha256 {theirs[:12]}...) than the model's ({ours[:12]}...). "
+            f"{config.data} was tokenised by another tokenizer (sha256 {theirs[:12]}) than the model's ({ours[:12]}). "
             "Generate and score rollouts with this model."
         )
     vocab_size = dataset.manifest.vocab_size
@@ -68,10 +67,20 @@ def find_resumable(config: TrainingConfig) -> Path | None:
     if not megatron_checkpoint.iterations(config.save):
         return None
     found = megatron_checkpoint.resolve_checkpoint(config.save)
-    if parallel.is_rank_zero():
-        megatron_checkpoint.verify_checkpoint(found)
-        logger.info("resuming from %s", found)
+    _verify(found)
+    logger.info("resuming from %s", found)
     return found
+
+
+def _verify(checkpoint: Path) -> None:
+    """Check every file's hash, and that the pickles which the host will load hold data only. Rank 0 answers for all.
+
+    Raises:
+        DataError: a file is damaged or missing, or a pickle names code.
+    """
+    if parallel.is_rank_zero():
+        megatron_checkpoint.verify_checkpoint(checkpoint)
+        distcp.check_metadata(checkpoint)
 
 
 def prepare_save_directory(config: TrainingConfig) -> None:

@@ -71,7 +71,7 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """Build Megatron-Core's optimizer over DDP-wrapped model chunks -> MegatronOptimizer.
 
-    bfloat16 weights get float32 master weights; the distributed optimizer shards these and the moments over data-parallel ranks.
+    bfloat16 weights get float32 master weights; the distributed optimizer shards these and the moments.
     """
     values: dict[str, Any] = {
         "optimizer": "adam",

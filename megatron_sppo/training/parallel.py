@@ -59,8 +59,8 @@ class ParallelConfig:
         chunks = self.virtual_pipeline_model_parallel_size
         if chunks is not None and (chunks < 2 or self.pipeline_model_parallel_size < 2):
             raise ConfigError(
-                f"virtual_pipeline_model_parallel_size {chunks} with {self.pipeline_model_parallel_size} pipeline stage(s) "
-                "does not interleave anything: both must be at least 2. Leave --virtual-pipeline-model-parallel-size out."
+                f"virtual_pipeline_model_parallel_size {chunks} with {self.pipeline_model_parallel_size} stage(s) "
+                "interleaves nothing: both must be at least 2. Leave --virtual-pipeline-model-parallel-size out."
             )
 
     @property

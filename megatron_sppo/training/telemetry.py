@@ -25,7 +25,7 @@ class GpuSampler:
             logger.warning("no GPU telemetry: %s", error)
 
     def sample(self) -> dict[str, float]:
-        """Read the counters -> {"gpu/...": value}; W, degrees Celsius, MHz, percent, GiB, J since the driver started."""
+        """Read the counters -> {"gpu/...": value}; W, degrees Celsius, MHz, percent, GiB, J."""
         if self._device is None:
             return {}
         device = self._device

@@ -23,7 +23,7 @@ def untied_data(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(untied: Path, untied_data: Path, tmp_path: Path):  # noqa: ANN201
+def run(untied: Path, untied_data: Path, tmp_path: Path):
     """Start the script in a world of ranks -> exit codes; fresh data unless told otherwise."""
     data = tmp_path / "data"
     shutil.copytree(untied_data, data)
@@ -80,10 +80,10 @@ def test_log_ratio_is_zero_before_the_first_step(run, tmp_path: Path, world_size
 
 
 def test_training_lowers_the_loss_on_what_it_has_seen(run, tmp_path: Path) -> None:
-    run(tmp_path / "save", "--num-epochs 6 --lr 3e-3 --lr-decay-style constant")
+    run(tmp_path / "save", "--num-epochs 10 --lr 3e-4 --lr-decay-style constant --lr-warmup-fraction 0")
     per_step = losses(tmp_path / "save")
-    steps_per_epoch = len(per_step) // 6
-    assert sum(per_step[-steps_per_epoch:]) < 0.7 * sum(per_step[:steps_per_epoch])
+    steps_per_epoch = len(per_step) // 10
+    assert sum(per_step[-steps_per_epoch:]) < 0.6 * sum(per_step[:steps_per_epoch])
 
 
 @pytest.mark.parametrize(

@@ -81,5 +81,3 @@ def save_gradient(megatron: str, data: str, reference_GK: np.ndarray, save: str,
     parallel.shut_down()
     order = np.argsort(plan.rows)
     return {"loss": float(terms.mean()), "rows": plan.rows[order], "log_prob": log_prob_N.numpy()[order]}
-
-
