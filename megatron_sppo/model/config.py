@@ -52,11 +52,6 @@ class ModelConfig:
                 "first_last_layers_bf16 is not supported with fp8_recipe delayed (Megatron-Core refuses it). "
                 "Use --fp8-recipe tensorwise."
             )
-        if resolve_transformer_impl(self) != "transformer_engine":
-            raise ConfigError(
-                "fp8 needs Transformer Engine and a CUDA device, and this machine lacks at least one of them. "
-                "Use --fp8 none, or: pip install --no-build-isolation transformer-engine[pytorch]"
-            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -79,6 +74,19 @@ def resolve_transformer_impl(config: ModelConfig) -> str:
             "Use --transformer-impl torch."
         )
     return config.transformer_impl
+
+
+def check_machine(config: ModelConfig) -> None:
+    """Refuse what this machine cannot compute; a config for another machine can still be read.
+
+    Raises:
+        ConfigError: FP8 or Transformer Engine is asked for and not there.
+    """
+    if resolve_transformer_impl(config) != "transformer_engine" and config.fp8 != "none":
+        raise ConfigError(
+            "fp8 needs Transformer Engine and a CUDA device, and this machine lacks at least one of them. "
+            "Use --fp8 none, or: pip install --no-build-isolation transformer-engine[pytorch]"
+        )
 
 
 def token_multiple(config: ModelConfig, *, tensor_model_parallel_size: int, sequence_parallel: bool) -> int:

@@ -9,6 +9,7 @@ from megatron_sppo.config import write_yaml
 from megatron_sppo.conversion import distcp, megatron_checkpoint
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.model.config import check_machine
 from megatron_sppo.training import parallel
 from megatron_sppo.training.config import TrainingConfig
 
@@ -24,6 +25,7 @@ def open_source(config: TrainingConfig) -> tuple[Path, Architecture, dict[str, A
         DataError: no such checkpoint, or a file of it is missing or changed.
         ConfigError: the layout does not divide the model, the ranks or the batch.
     """
+    check_machine(config.model)
     source = megatron_checkpoint.resolve_checkpoint(config.load)
     architecture, tokenizer = read_architecture(source)
     world_size = parallel.world_size()

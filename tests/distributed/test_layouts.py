@@ -107,6 +107,7 @@ def test_loss_and_gradient_equal_hugging_faces_under(layout: str, truth: dict, t
     if "loss" not in answers:
         answers["loss"], answers["gradients"], answers["log_probs"] = hugging_face_truth(truth["hf"], dataset, rows)
     assert len(rows) == 16
+    assert {result["weights"] for result in results} == {answers.setdefault("weights", results[0]["weights"])}
     for result in results:  # every rank knows the whole batch's log-probabilities
         np.testing.assert_array_equal(result["log_prob"], results[0]["log_prob"])
     np.testing.assert_allclose(results[0]["log_prob"], answers["log_probs"], rtol=0, atol=5e-5)

@@ -35,7 +35,7 @@ def save_gradient(megatron: str, data: str, reference_GK: np.ndarray, save: str,
     from megatron_sppo.training.batches import Batches
     from megatron_sppo.training.config import TrainingConfig
     from megatron_sppo.training.forward_step import objective_terms, run_micro_batches
-    from megatron_sppo.training.policy import build_policy
+    from megatron_sppo.training.policy import build_policy, weights_hash
 
     arguments = ["--load", megatron, "--data", data, "--save", save, *argv]
     config = configuration.parse(TrainingConfig, name="test", description="", argv=arguments)
@@ -45,6 +45,7 @@ def save_gradient(megatron: str, data: str, reference_GK: np.ndarray, save: str,
     parallel.initialize(config.parallel, seed=1)
     policy = build_policy(architecture, config.model, config.parallel)
     checkpoint.load_weights(policy, source)
+    weights = weights_hash(policy.stages)
     plan = next(batches.steps(first=1, last=1, reference_GK=reference_GK))
     for chunk in policy.chunks:
         chunk.zero_grad_buffer()
@@ -80,4 +81,9 @@ def save_gradient(megatron: str, data: str, reference_GK: np.ndarray, save: str,
         megatron_checkpoint.publish(Path(save), 0)
     parallel.shut_down()
     order = np.argsort(plan.rows)
-    return {"loss": float(terms.mean()), "rows": plan.rows[order], "log_prob": log_prob_N.numpy()[order]}
+    return {
+        "weights": weights,
+        "loss": float(terms.mean()),
+        "rows": plan.rows[order],
+        "log_prob": log_prob_N.numpy()[order],
+    }

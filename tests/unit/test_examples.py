@@ -6,7 +6,6 @@ Values are those of the paper and of the authors' code, written down here by han
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_sppo import config
 from megatron_sppo.selfplay.config import SelfPlayConfig, option_flags
@@ -28,13 +27,6 @@ def training_config(*argv: str) -> TrainingConfig:
 
 def training_of(name: str) -> TrainingConfig:
     return training_config(*option_flags(self_play_config(name).training, place="training"))
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    """A machine with CUDA and Transformer Engine, as far as settings are concerned."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
 
 
 def test_every_configuration_is_covered_here():
@@ -73,7 +65,7 @@ def test_the_two_published_recipes_differ_where_the_sources_do():
     assert (official_training.batch.max_prompt_length, official_training.batch.seq_length) == (512, 1024)
 
 
-def test_the_70b_configuration_fits_32_and_64_gpus(hopper):
+def test_the_70b_configuration_fits_32_and_64_gpus():
     training = training_config("--config", str(CONFIGS / "llama3_70b_h100.yaml"))
     assert training.parallel.model_parallel_size == 32
     assert (training.model.fp8, training.model.fp8_recipe) == ("hybrid", "tensorwise")

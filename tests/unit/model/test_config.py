@@ -1,0 +1,92 @@
+"""Settings of the model that are refused, and the sizes that are rounded."""
+
+import math
+
+import pytest
+
+from megatron_sppo.architecture import Architecture
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.model.config import ModelConfig, check_machine, token_multiple
+from megatron_sppo.model.gpt import padded_vocab_size
+from megatron_sppo.model.transformer_config import transformer_config
+
+ARCHITECTURE = Architecture(
+    family="llama",
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=8,
+    vocab_size=259,
+    max_position_embeddings=512,
+    layernorm_epsilon=1e-5,
+    rotary_base=1e4,
+    share_embeddings_and_output_weights=False,
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"fp8": "hybrid", "fp8_recipe": "mxfp8"}, "Blackwell"),
+        ({"fp8": "hybrid", "fp8_recipe": "nvfp4"}, "Blackwell"),
+        ({"fp8": "hybrid", "params_dtype": "float32"}, "bfloat16"),
+        ({"fp8": "hybrid", "fp8_recipe": "delayed", "first_last_layers_bf16": True}, "first_last_layers_bf16"),
+        ({"head_chunk_size": 0}, "head_chunk_size"),
+    ],
+)
+def test_a_setting_that_cannot_run_is_refused(settings: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        ModelConfig(**settings)
+
+
+def test_fp8_is_refused_on_a_machine_without_cuda_but_can_be_read_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = ModelConfig(fp8="hybrid")
+    with pytest.raises(ConfigError, match="--fp8 none"):
+        check_machine(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tensor", "sequence_parallel", "expected"),
+    [
+        ({}, 4, False, 1),
+        ({}, 4, True, 4),
+        ({"fp8": "hybrid"}, 1, False, 16),
+        ({"fp8": "hybrid"}, 4, True, 64),
+        ({"fp8": "hybrid", "fp8_recipe": "blockwise"}, 2, True, 256),
+    ],
+)
+def test_tokens_are_padded_to_what_the_kernels_want(
+    settings: dict, tensor: int, sequence_parallel: bool, expected: int
+) -> None:
+    config = ModelConfig(**settings)
+    assert token_multiple(config, tensor_model_parallel_size=tensor, sequence_parallel=sequence_parallel) == expected
+
+
+@pytest.mark.parametrize("vocab_size", [259, 32000, 49152, 128256])
+@pytest.mark.parametrize("tensor", [1, 2, 3, 8])
+def test_the_padded_vocabulary_divides_and_is_the_least(vocab_size: int, tensor: int) -> None:
+    padded = padded_vocab_size(vocab_size, tensor)
+    assert padded % tensor == 0 and padded % 128 == 0
+    assert vocab_size <= padded < vocab_size + math.lcm(128, tensor)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [("no_such=1", "no such field"), ("num_layers=3", "decided by"), ("recompute_granularity", "KEY=VALUE")],
+)
+def test_a_host_field_that_is_unknown_or_ours_is_refused(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        transformer_config(ARCHITECTURE, ModelConfig(transformer_config=(override,)))
+
+
+def test_a_host_field_is_reachable_without_being_listed() -> None:
+    config = transformer_config(ARCHITECTURE, ModelConfig(transformer_config=("fp32_residual_connection=true",)))
+    assert config.fp32_residual_connection is True
+
+
+def test_what_the_host_refuses_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="Megatron-Core refuses"):
+        transformer_config(ARCHITECTURE, ModelConfig(transformer_config=("recompute_granularity=nonsense",)))

@@ -1,0 +1,45 @@
+"""Metrics by arithmetic, and metrics.jsonl across a kill."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sppo.training.metrics import MetricsFile, drift_per_token, response_metrics
+
+
+def test_metrics_of_four_responses() -> None:
+    """Chosen: rows 0, 1 (w > 1/2); rejected: row 2; row 3 is tied and counts as neither."""
+    metrics = response_metrics(
+        torch.tensor([2.0, -1.0, -3.0, 5.0], dtype=torch.float64),
+        torch.tensor([-10.0, -20.0, -30.0, -40.0], dtype=torch.float64),
+        win_rate_N=torch.tensor([0.9, 0.7, 0.2, 0.5]),
+        target_N=torch.tensor([4.0, 2.0, -3.0, 0.0]),
+        eta=10.0,
+    )
+    assert metrics["rewards/chosen"] == pytest.approx((0.2 - 0.1) / 2)
+    assert metrics["rewards/rejected"] == pytest.approx(-0.3)
+    assert metrics["rewards/margins"] == pytest.approx(0.05 + 0.3)
+    assert metrics["rewards/accuracies"] == pytest.approx(2 / 3)
+    assert metrics["logps/chosen"] == pytest.approx(-15)
+    assert metrics["logps/rejected"] == pytest.approx(-30)
+    assert metrics["sppo/log_ratio_mean"] == pytest.approx(3 / 4)
+    assert metrics["sppo/residual_rms"] == pytest.approx(((4 + 9 + 0 + 25) / 4) ** 0.5)
+
+
+def test_drift_is_per_response_token() -> None:
+    assert drift_per_token(torch.tensor([1.0, -3.0]), torch.tensor([6, 2])) == pytest.approx(0.5)
+
+
+def test_a_resumed_run_cuts_off_the_steps_that_it_does_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
+    metrics = MetricsFile(tmp_path, first_step=3, tensorboard=False)
+    metrics.write(3, {"loss": 2.0})
+    metrics.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 1.0},
+        {"step": 3, "loss": 2.0},
+    ]

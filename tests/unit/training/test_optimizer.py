@@ -1,0 +1,74 @@
+"""RMSprop against torch.optim.RMSprop bit for bit, and the schedule against its arithmetic."""
+
+import pytest
+import torch
+
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.training.optimizer import OptimizationConfig, RMSprop, build_scheduler
+
+
+def test_rmsprop_is_torchs_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(17, 5), torch.randn(33)]
+    ours = [torch.nn.Parameter(tensor.clone()) for tensor in start]
+    theirs = [torch.nn.Parameter(tensor.clone()) for tensor in start]
+    our_optimizer = RMSprop(ours, lr=3e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0, adam_w_mode=True)
+    their_optimizer = torch.optim.RMSprop(theirs, lr=3e-3, alpha=0.99, eps=1e-8, foreach=False)
+    for _ in range(20):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine) * 100
+            other.grad = mine.grad.clone()
+        our_optimizer.step()
+        their_optimizer.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
+
+
+class _Groups:
+    """What the host's schedule asks of an optimizer."""
+
+    def __init__(self) -> None:
+        self.param_groups = [{"lr": 0.0, "max_lr": 1.0, "min_lr": 0.0, "wd_mult": 1.0}]
+
+
+def rates(config: OptimizationConfig, train_iters: int) -> list[float]:
+    optimizer = _Groups()
+    optimizer.param_groups[0] |= {"max_lr": config.lr, "min_lr": config.min_lr}
+    scheduler = build_scheduler(optimizer, config, train_iters=train_iters)
+    seen = []
+    for _ in range(train_iters):
+        seen.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(increment=1)
+    return seen
+
+
+def test_linear_warm_up_then_linear_decay_to_zero() -> None:
+    """10 steps, 2 of warm-up: 0, 1/2, 1, then 7/8, 6/8, ... of the peak."""
+    config = OptimizationConfig(lr=8.0, lr_warmup_fraction=0.2)
+    assert rates(config, 10) == pytest.approx([0, 4, 8, 7, 6, 5, 4, 3, 2, 1])
+
+
+def test_the_papers_schedule_stops_before_the_decay_ends() -> None:
+    config = OptimizationConfig(lr=1.0, lr_decay_iters=100)
+    assert rates(config, 3) == pytest.approx([1.0, 0.99, 0.98])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lr": 0.0},
+        {"lr": 1e-6, "min_lr": 1e-5},
+        {"lr": 1e-6, "lr_warmup_iters": 3, "lr_warmup_fraction": 0.1},
+        {"lr": 1e-6, "lr_warmup_fraction": 1.0},
+        {"lr": 1e-6, "optimizer": "rmsprop", "weight_decay": 0.1},
+        {"lr": 1e-6, "clip_grad": -1.0},
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings: dict) -> None:
+    with pytest.raises(ConfigError):
+        OptimizationConfig(**settings)
+
+
+def test_a_warm_up_longer_than_the_run_is_refused() -> None:
+    with pytest.raises(ConfigError, match="shorter than the decay"):
+        build_scheduler(_Groups(), OptimizationConfig(lr=1.0, lr_warmup_iters=5), train_iters=5)
