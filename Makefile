@@ -36,11 +36,11 @@ BRIEFLY := 2> >(grep -v '^WARNING' >&2) $(DOTS)
 TEST_ENVIRONMENT := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 PYTEST := $(TEST_ENVIRONMENT) $(BIN)/python -m pytest
 
-.PHONY: help interpreter install demo test lint test-unit test-distributed test-e2e test-gpu clean
+.PHONY: help interpreter install demo test lint test-unit test-distributed test-e2e clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
-	@echo 'make lint     ruff and mypy            make test-unit | test-distributed | test-e2e | test-gpu     one part'
+	@echo 'make lint     ruff and mypy            make test-unit | test-distributed | test-e2e     one part'
 	@echo 'make clean    remove environments, caches and built models (not runs/)'
 	@echo
 	@echo 'make demo JUDGE=$(JUDGE) ITERATIONS=$(ITERATIONS) RUN=$(RUN)      JUDGE=pairrm:llm-blender/PairRM where a hub is reachable'
@@ -101,9 +101,6 @@ test-distributed: install
 # vLLM holds some GiB: these run alone and last.
 test-e2e: install
 	$(PYTEST) tests/e2e
-
-test-gpu: install
-	$(PYTEST) tests/gpu
 
 clean:
 	rm -rf .venv .venv-3.* .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -67,7 +67,6 @@ def install() -> None:
             importlib.import_module(name).torch = _TorchOnCpu()
     _save_checkpoints_without_a_manager_process()
     _call_cpu_tensors_cuda_inside_the_optimizer()
-    _keep_the_step_of_torch_adamw()
 
 
 def _replace_device_queries() -> None:
@@ -117,19 +116,3 @@ def _call_cpu_tensors_cuda_inside_the_optimizer() -> None:
         return answer
 
     torch.Tensor.type = type_  # type: ignore[method-assign]
-
-
-def _keep_the_step_of_torch_adamw() -> None:
-    """The distributed optimizer's load leaves `step` out of what it copies, and then misses it there.
-
-    TE's and apex's optimizers, which a GPU has, keep the step in the parameter groups (optimizer/distrib_optimizer.py).
-    """
-    distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
-    original = distributed._set_main_param_and_optimizer_states
-
-    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        original(self, model_param, {"step": state["step"], **tensors} if "step" in state else tensors)
-
-    distributed._set_main_param_and_optimizer_states = set_states

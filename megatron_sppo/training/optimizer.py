@@ -8,6 +8,7 @@ from typing import Any, Literal
 import megatron.core.optimizer as host
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sppo.errors import ConfigError
@@ -88,6 +89,8 @@ def build_optimizer(
     }
     values |= parse_overrides(config.optimizer_config, OptimizerConfig, flag="--optimizer-config", taken=values)
     host_config = host_dataclass(OptimizerConfig, values)
+    if layout.use_distributed_optimizer:
+        _let_the_distributed_optimizer_load_adamw()
     with _rmsprop_in_place_of_adam() if config.optimizer == "rmsprop" else contextlib.nullcontext():
         return get_megatron_optimizer(host_config, list(chunks))
 
@@ -160,3 +163,22 @@ def _rmsprop_in_place_of_adam() -> Iterator[None]:
         yield
     finally:
         host.Adam, host.USING_PYTORCH_OPTIMIZER = saved
+
+
+def _let_the_distributed_optimizer_load_adamw() -> None:
+    """Complete what the host copies on load with the `step` that torch's AdamW (and RMSprop above) keeps in its state.
+
+    It asks for every entry of the state and leaves `step` out of what it brings (megatron-core 0.16.1 and 0.19.2,
+    optimizer/distrib_optimizer.py); TE's and apex's FusedAdam keep the step elsewhere and are not touched.
+    """
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+    if getattr(original, "brings_step", False):
+        return
+
+    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        original(self, model_param, {"step": state["step"], **tensors} if "step" in state else tensors)
+
+    set_states.brings_step = True  # type: ignore[attr-defined]
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states

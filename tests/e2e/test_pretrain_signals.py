@@ -1,0 +1,83 @@
+"""examples/pretrain_sppo.py as a process that is killed and stopped: what it leaves resumes to the same numbers.
+
+kill -9 at random moments, saves included, and SIGTERM. One process on the tiny Llama; layouts are in tests/distributed.
+"""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_sppo.conversion.convert import import_checkpoint
+from tests.distributed.conftest import write_dataset
+from tests.models import tiny_llama
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS = 24
+FLAGS = (
+    f"--params-dtype float32 --lr 1e-4 --eta 10 --global-batch-size 8 --micro-batch-size 2 --num-epochs {STEPS // 4} "
+    "--save-interval 2 --no-tensorboard"
+).split()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("signals")
+    import_checkpoint(tiny_llama(root / "hf"), root / "megatron")
+    write_dataset(root / "data", root / "hf")
+    assert start(root, root / "whole").wait() == 0
+    return root
+
+
+def start(root: Path, save: Path) -> subprocess.Popen:
+    script = [sys.executable, str(REPOSITORY / "examples/pretrain_sppo.py")]
+    paths = ["--load", str(root / "megatron"), "--data", str(root / "data"), "--save", str(save)]
+    return subprocess.Popen([*script, *paths, *FLAGS], stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+
+
+def numbers(save: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
+
+
+def wait_for_step(save: Path, process: subprocess.Popen, step: int) -> None:
+    while process.poll() is None:
+        if (save / "metrics.jsonl").exists() and len((save / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.01)
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_an_undisturbed_one(world: Path) -> None:
+    """Each life is killed a few steps after it began, at a random point of a step or of a save."""
+    save, dice, kills = world / "killed", random.Random(5), 0
+    for _ in range(20):
+        process = start(world, save)
+        done = len(numbers(save)) if (save / "metrics.jsonl").exists() else 0
+        wait_for_step(save, process, min(STEPS, done + dice.randint(3, 7)))
+        time.sleep(dice.random() * 0.2)
+        process.kill()
+        if process.wait() == 0:
+            break
+        kills += 1
+    assert kills >= 3
+    assert start(world, save).wait() == 0
+    assert numbers(save) == numbers(world / "whole")
+    assert not list(save.glob(".iter_*"))
+
+
+def test_sigterm_saves_and_exits_with_143_and_the_same_command_goes_on(world: Path) -> None:
+    save = world / "stopped"
+    process = start(world, save)
+    wait_for_step(save, process, 3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    stopped_at = len(numbers(save))
+    assert 3 <= stopped_at < STEPS
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == f"{stopped_at}\n"
+    assert start(world, save).wait() == 0
+    assert numbers(save) == numbers(world / "whole")
