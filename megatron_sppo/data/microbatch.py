@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.selection import RowTargets, TrainingIndex
+from megatron_sppo.zigzag import zigzag_positions
 
 IGNORED_LABEL = -100
 
@@ -152,6 +153,7 @@ def collate(
     packed: bool,
     length: int | None = None,
     multiple: int = 1,
+    document_multiple: int = 1,
     num_batch_rows: int | None = None,
     targets: RowTargets | None = None,
     reference_GK: np.ndarray | None = None,
@@ -166,12 +168,15 @@ def collate(
     Args:
         length: S exactly; None: as short as the rows allow.
         multiple: S is rounded up to it (tensor parallelism, context parallelism, FP8).
+        document_multiple: each document is padded at its end to a multiple of it, where no real token sees the padding
+            (2 x the context-parallel ranks); divides `multiple`.
         num_batch_rows: b when padded, rows of padding added (pipeline stages want one shape); None: one row a sequence.
         reference_GK: [G, K], from `read_reference`.
     """
     rows = np.asarray(rows, dtype=np.int64)
     samples = [sample_tokens(dataset, index, int(row)) for row in rows]
-    sizes = [len(tokens) for tokens, _ in samples]
+    assert multiple % document_multiple == 0
+    sizes = [-(-len(tokens) // document_multiple) * document_multiple for tokens, _ in samples]
     needed = max(sum(sizes) if packed else max(sizes, default=0), 1)
     num_columns = -(-needed // multiple) * multiple if length is None else length
     assert needed <= num_columns and num_columns % multiple == 0, (
@@ -183,14 +188,14 @@ def collate(
     position_ids = np.tile(np.arange(num_columns), (num_batch_rows, 1))
     response_rows, start = [], 0
     for sequence, (sample, num_prompt_tokens) in enumerate(samples):
-        batch_row, end = (0, start + len(sample)) if packed else (sequence, len(sample))
-        begin = end - len(sample)
+        batch_row, begin = (0, start) if packed else (sequence, 0)
+        end = begin + len(sample)
         tokens[batch_row, begin:end] = sample
-        position_ids[batch_row, begin:end] = np.arange(len(sample))
+        position_ids[batch_row, begin : begin + sizes[sequence]] = np.arange(sizes[sequence])
         predicting = np.arange(begin + num_prompt_tokens - 1, end - 1)
         labels[batch_row, predicting] = sample[num_prompt_tokens:]
         response_rows.append(predicting * num_batch_rows + batch_row)
-        start = end
+        start += sizes[sequence]
     if packed:
         position_ids[0, start:] = np.arange(num_columns - start)
     bounds = np.cumsum([0, *sizes, *([num_columns - start] if start < num_columns else [])])
@@ -215,6 +220,30 @@ def collate(
         reference_log_prob=_float_rows(
             None if reference_GK is None else reference_GK[index.group[rows], index.response[rows]], len(rows)
         ),
+    )
+
+
+def context_parallel_share(batch: MicroBatch, *, rank: int, size: int) -> MicroBatch:
+    """Keep one context-parallel rank's tokens of a micro-batch (zigzag) -> MicroBatch with S / size columns.
+
+    `cu_seqlens` and `max_seqlen` still describe the whole row, as Transformer Engine wants them. A response token goes
+    to the rank that holds the position before it, so every rank has partial sums of every sequence.
+    """
+    num_columns, num_batch_rows = batch.tokens.shape[1], batch.tokens.shape[0]
+    boundaries = torch.tensor([0, num_columns]) if batch.cu_seqlens is None else batch.cu_seqlens
+    position = zigzag_positions(boundaries, rank=rank, size=size)
+    column_of = torch.full((num_columns,), -1, dtype=torch.int64)
+    column_of[position] = torch.arange(len(position))
+    column = column_of[batch.response_rows // num_batch_rows]
+    here = column >= 0
+    return dataclasses.replace(
+        batch,
+        tokens=batch.tokens[:, position],
+        position_ids=batch.position_ids[:, position],
+        labels=batch.labels[:, position],
+        response_rows=column[here] * num_batch_rows + batch.response_rows[here] % num_batch_rows,
+        sequence_index=batch.sequence_index[here],
+        labels_R=batch.labels_R[here],
     )
 
 

@@ -1,14 +1,19 @@
 """Core attention for the torch layer spec: causal within each document, by torch's scaled_dot_product_attention.
 
-Megatron-Core's own local attention refuses packed sequences. Shapes follow the host's SelfAttention:
-T = tokens of a packed micro-batch, S = tokens, B = sequences, Q = query heads, G = key/value heads, D = head size.
+Megatron-Core's own local attention refuses packed sequences and context parallelism. Shapes follow the host's
+SelfAttention: T = tokens of a packed micro-batch, S = tokens, B = sequences, D = head size. Under context parallelism
+queries are this rank's share of the tokens; keys and values of all are gathered, and their gradients reduce-scattered.
 """
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_sppo.zigzag import zigzag_positions
 
 
 class DocumentAttention(torch.nn.Module):
@@ -28,6 +33,7 @@ class DocumentAttention(torch.nn.Module):
         assert attention_type == "self"
         assert not (config.attention_dropout if attention_dropout is None else attention_dropout)
         self.softmax_scale = softmax_scale
+        self.context_parallel_size = config.context_parallel_size
 
     def forward(
         self,
@@ -43,14 +49,44 @@ class DocumentAttention(torch.nn.Module):
         """Attend -> [S, B, Q * D], or [T, Q * D] when packed. A given mask is ignored: padding lies at the end."""
         assert attention_bias is None
         if packed_seq_params is None:
-            context = self._attend(*(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)))
-            return context.permute(2, 0, 1, 3).flatten(2)
-        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-        documents = zip(*(tensor.transpose(0, 1).split(lengths, dim=1) for tensor in (query, key, value)), strict=True)
-        contexts = [self._attend(*(tensor[None] for tensor in document))[0] for document in documents]
-        return torch.cat(contexts, dim=1).transpose(0, 1).flatten(1)
+            boundaries = torch.tensor([0, query.shape[0] * self.context_parallel_size])
+        else:
+            boundaries = packed_seq_params.cu_seqlens_q
+            query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+        if self.context_parallel_size > 1:
+            context = self._attend_across_ranks(query, key, value, boundaries)
+        else:
+            lengths = boundaries.diff().tolist()
+            documents = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
+            context = torch.cat([self._attend(*document, visible=None) for document in documents])
+        return context.flatten(2) if packed_seq_params is None else context.squeeze(1).flatten(1)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=query.shape[1] != key.shape[1]
+    def _attend_across_ranks(self, query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor) -> Tensor:
+        """Attend from this rank's tokens to all tokens of their documents -> [S / C, B, Q, D]."""
+        group, size = parallel_state.get_context_parallel_group(), self.context_parallel_size
+        held = [zigzag_positions(boundaries, rank=rank, size=size) for rank in range(size)]
+        # Gathered rows come rank by rank; this puts them back into the order of the text.
+        order = torch.cat(held).argsort().to(query.device)
+        key, value = (gather_from_sequence_parallel_region(tensor, group=group)[order] for tensor in (key, value))
+        position = held[group.rank()].to(query.device)
+        contexts, first = [], 0
+        for start, end in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True):
+            here = slice(first, first + (end - start) // size)
+            visible = torch.arange(start, end, device=query.device) <= position[here, None]
+            contexts.append(self._attend(query[here], key[start:end], value[start:end], visible=visible))
+            first = here.stop
+        return torch.cat(contexts)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, visible: Tensor | None) -> Tensor:
+        """Attend causally (`visible` None) or where `visible` [queries, keys] -> [S, B, Q, D]."""
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        context = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=visible,
+            is_causal=visible is None,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
+        return context.permute(2, 0, 1, 3)

@@ -4,6 +4,7 @@ The global batches depend on the data, the seed and the global batch size alone,
 what any step holds, so resuming needs no more than the step's number.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,14 @@ import torch
 from torch import Tensor
 
 from megatron_sppo.data.dataset import PreferenceDataset
-from megatron_sppo.data.microbatch import MicroBatch, collate, epoch_order, plan_step, rows_of_units
+from megatron_sppo.data.microbatch import (
+    MicroBatch,
+    collate,
+    context_parallel_share,
+    epoch_order,
+    plan_step,
+    rows_of_units,
+)
 from megatron_sppo.data.selection import RowTargets, TrainingIndex, row_targets, training_index
 from megatron_sppo.model.config import token_multiple
 from megatron_sppo.objective.loss import OBJECTIVES
@@ -151,14 +159,18 @@ class Batches:
             tensor_model_parallel_size=layout.tensor_model_parallel_size,
             sequence_parallel=layout.sequence_parallel,
         )
+        context_size = layout.context_parallel_size
+        document_multiple = 2 * context_size if context_size > 1 else 1
+        multiple = math.lcm(multiple * context_size, document_multiple)
         length = num_batch_rows = None
         if layout.pipeline_model_parallel_size > 1:
             # Pipeline stages exchange tensors of one shape throughout a step.
             measure = np.sum if config.batch.packing else np.max
-            longest = max(int(measure(self.index.lengths[part], initial=1)) for part in share)
+            lengths = -(-self.index.lengths // document_multiple) * document_multiple
+            longest = max(int(measure(lengths[part], initial=1)) for part in share)
             length = -(-longest // multiple) * multiple
             num_batch_rows = None if config.batch.packing else max(len(part) for part in share)
-        return [
+        whole = [
             collate(
                 self._dataset,
                 self.index,
@@ -166,9 +178,14 @@ class Batches:
                 packed=config.batch.packing,
                 length=length,
                 multiple=multiple,
+                document_multiple=document_multiple,
                 num_batch_rows=num_batch_rows,
                 targets=self.targets,
                 reference_GK=reference_GK,
             )
             for part in share
         ]
+        if context_size == 1:
+            return whole
+        rank = parallel.context_parallel_rank()
+        return [context_parallel_share(batch, rank=rank, size=context_size) for batch in whole]

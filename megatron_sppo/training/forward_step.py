@@ -41,9 +41,12 @@ def sppo_forward_step(
     )
 
     def loss_sum(token_log_prob_R: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        log_prob_B = sequence_sums(token_log_prob_R, batch.sequence_index, batch.num_sequences)
+        partial_B = sequence_sums(token_log_prob_R, batch.sequence_index, batch.num_sequences)
+        log_prob_B = parallel.sum_over_context(partial_B)
         terms = loss(batch, log_prob_B)
-        count = torch.tensor(terms.numel(), dtype=torch.int, device=terms.device)
+        # Context-parallel ranks compute the same terms, each with the gradient of its own tokens: count them once.
+        counted = terms.numel() if parallel.context_parallel_rank() == 0 else 0
+        count = torch.tensor(counted, dtype=torch.int, device=terms.device)
         # The schedule divides the loss in place (megatron-core 0.16.1, schedules.py): report copies only.
         return terms.sum(), count, {"rows": batch.rows, "log_prob": log_prob_B.detach().clone()}
 
@@ -78,9 +81,9 @@ def run_micro_batches(policy: Policy, plan: StepPlan, *, loss: Loss, forward_onl
         data_iterator=[iter(micro_batches) for _ in range(num_chunks)] if num_chunks > 1 else iter(micro_batches),
         model=list(policy.chunks) if num_chunks > 1 else policy.chunks[0],
         num_microbatches=len(micro_batches),
-        seq_length=tokens.shape[1],
+        seq_length=tokens.shape[1] * policy.config.context_parallel_size,
         micro_batch_size=tokens.shape[0],
-        decoder_seq_length=tokens.shape[1],
+        decoder_seq_length=tokens.shape[1] * policy.config.context_parallel_size,
         forward_only=forward_only,
     )
     log_prob_N = torch.zeros(len(plan.rows), dtype=torch.float64)

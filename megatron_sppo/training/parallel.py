@@ -48,9 +48,11 @@ class ParallelConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1. Use --{_kebab(name)} 1.")
-        for name in ("context_parallel_size", "expert_model_parallel_size"):
-            if getattr(self, name) > 1:
-                raise ConfigError(f"{name} {getattr(self, name)} is not supported yet. Use --{_kebab(name)} 1.")
+        if self.expert_model_parallel_size > 1:
+            raise ConfigError(
+                f"expert_model_parallel_size {self.expert_model_parallel_size} is for mixtures of experts; there are "
+                "none here yet. Use --expert-model-parallel-size 1."
+            )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
                 "sequence_parallel splits activations over tensor-parallel ranks, and there is one. "
@@ -172,6 +174,17 @@ def tensor_parallel_rank() -> int:
     return parallel_state.get_tensor_model_parallel_rank()
 
 
+def context_parallel_rank() -> int:
+    """Say which part of each sequence this rank holds -> int."""
+    return parallel_state.get_context_parallel_rank()
+
+
+def sum_over_context(values: torch.Tensor) -> torch.Tensor:
+    """Add the ranks' partial sums over the sequence -> the whole sum on each. Backward, each rank gets it undivided."""
+    group = parallel_state.get_context_parallel_group()
+    return tensor_parallel.reduce_from_tensor_model_parallel_region(values, group=group)
+
+
 def is_first_replica() -> bool:
     """Tell whether this rank holds the first of the data-parallel copies of its parameters."""
     return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
@@ -188,7 +201,9 @@ def is_last_stage(vp_stage: int | None = None) -> bool:
 
 
 def reports_results() -> bool:
-    """Tell the ranks whose results count once: the last stage, tensor rank 0, in each data-parallel share."""
+    """Tell the ranks whose results count once: last stage, tensor and context rank 0, in each data-parallel share."""
+    if context_parallel_rank() > 0:
+        return False
     return (
         parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         and parallel_state.get_tensor_model_parallel_rank() == 0

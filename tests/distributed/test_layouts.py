@@ -41,6 +41,21 @@ LAYOUTS = {
     ),
     "DP2": (2, "--micro-batch-size 4"),
     "DP4": (4, "--micro-batch-size 2"),
+    "CP2": (2, "--micro-batch-size 4 --context-parallel-size 2"),
+    "CP2 padded": (2, "--micro-batch-size 4 --context-parallel-size 2 --no-packing"),
+    "CP4": (4, "--micro-batch-size 4 --context-parallel-size 4"),
+    "CP2 recompute": (2, "--micro-batch-size 4 --context-parallel-size 2 --recompute-granularity full"),
+    "CP2 TP2": (4, "--micro-batch-size 4 --context-parallel-size 2 --tensor-model-parallel-size 2"),
+    "CP2 TP2 SP": (
+        4,
+        "--micro-batch-size 4 --context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel",
+    ),
+    "CP2 PP2": (4, "--micro-batch-size 4 --context-parallel-size 2 --pipeline-model-parallel-size 2"),
+    "CP2 PP2 padded": (
+        4,
+        "--micro-batch-size 2 --context-parallel-size 2 --pipeline-model-parallel-size 2 --no-packing",
+    ),
+    "CP2 DP2": (4, "--micro-batch-size 2 --context-parallel-size 2"),
     "TP2 PP2": (4, "--micro-batch-size 4 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
     "TP2 PP2 SP": (
         4,

@@ -59,6 +59,7 @@ def forget_after(save: Path, step: int) -> None:
         (2, "--use-distributed-optimizer"),
         (4, "--use-distributed-optimizer --tensor-model-parallel-size 2"),
         (2, "--pipeline-model-parallel-size 2 --virtual-pipeline-model-parallel-size 2"),
+        (4, "--context-parallel-size 2 --use-distributed-optimizer"),
         (2, "--optimizer rmsprop --use-distributed-optimizer"),
     ],
 )
@@ -70,7 +71,13 @@ def test_training_gives_the_losses_of_one_process(run, tmp_path: Path, world_siz
 
 
 @pytest.mark.parametrize(
-    ("world_size", "flags"), [(1, ""), (1, "--no-packing"), (4, "--tensor-model-parallel-size 2 --sequence-parallel")]
+    ("world_size", "flags"),
+    [
+        (1, ""),
+        (1, "--no-packing"),
+        (4, "--tensor-model-parallel-size 2 --sequence-parallel"),
+        (2, "--context-parallel-size 2"),
+    ],
 )
 def test_log_ratio_is_zero_before_the_first_step(run, tmp_path: Path, world_size: int, flags: str) -> None:
     run(tmp_path / "save", flags, world_size=world_size)
@@ -116,6 +123,7 @@ def test_a_resumed_run_is_bit_exact(run, tmp_path: Path, world_size: int, flags:
             (2, "--use-distributed-optimizer"),
             (4, "--use-distributed-optimizer --tensor-model-parallel-size 2"),
         ),
+        ((1, ""), (2, "--context-parallel-size 2")),
         ((2, "--pipeline-model-parallel-size 2 --virtual-pipeline-model-parallel-size 2"), (2, "")),
     ],
 )
@@ -161,7 +169,7 @@ def test_resuming_with_other_settings_is_refused(run, tmp_path: Path, change: st
         (2, "--micro-batch-size 3"),
         (1, "--seq-length 100000"),
         (1, "--load /nowhere"),
-        (1, "--context-parallel-size 2"),
+        (1, "--expert-model-parallel-size 2"),
         (1, "--fp8 hybrid"),
         (1, "--transformer-config no_such_field=1"),
         (1, "--selection top-bottom:3"),

@@ -8,7 +8,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_sppo.model.attention import DocumentAttention
 
-CONFIG = SimpleNamespace(attention_dropout=0.0)
+CONFIG = SimpleNamespace(attention_dropout=0.0, context_parallel_size=1)
 
 
 def masked_softmax_attention(query, key, value, visible):
