@@ -4,6 +4,7 @@ The global batches depend on the data, the seed and the global batch size alone,
 what any step holds, so resuming needs no more than the step's number.
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,9 +26,11 @@ from megatron_sppo.data.microbatch import (
 from megatron_sppo.data.selection import RowTargets, TrainingIndex, row_targets, training_index
 from megatron_sppo.model.config import token_multiple
 from megatron_sppo.objective.loss import OBJECTIVES
-from megatron_sppo.objective.win_rate import parse_baseline
+from megatron_sppo.objective.win_rate import estimated_baseline_over_eta, parse_baseline
 from megatron_sppo.training import parallel
 from megatron_sppo.training.config import TrainingConfig
+
+logger = logging.getLogger(__name__)
 
 # N = responses of the global batch
 
@@ -72,7 +75,9 @@ class Batches:
             max_length: positions of the model, in tokens; holds where the config sets no smaller seq_length.
         """
         objective = OBJECTIVES[config.objective.objective]
-        self.selection = config.batch.selection or ("extremes" if objective.needs_pairs else dataset.manifest.selection)
+        self.selection = config.batch.selection or str(dataset.manifest.selection)
+        if config.batch.selection is None and self.selection == "all" and objective.needs_pairs:
+            self.selection = "extremes"  # not every pair of a prompt: what the pairwise baselines are trained on
         self.index: TrainingIndex = training_index(
             dataset,
             self.selection,
@@ -85,6 +90,25 @@ class Batches:
         )
         self._dataset = dataset
         self._config = config
+        self._report()
+
+    def _report(self) -> None:
+        """Say what is trained on, and count what is not."""
+        index, config = self.index, self._config
+        logger.info(
+            "%d responses of %d prompts (%s), %d steps; left out: %d tied prompts, %d tied pairs, %d too long rows",
+            index.num_rows,
+            self._dataset.num_groups,
+            self.selection,
+            self.train_iters,
+            index.num_dropped_ties,
+            index.num_tied_pairs,
+            index.num_too_long,
+        )
+        if config.objective.baseline == "estimate":
+            win_rate_GK = torch.from_numpy(self._dataset.all_win_rates())
+            over_eta = estimated_baseline_over_eta(win_rate_GK, eta=config.objective.eta)
+            logger.info("baseline estimate: log Z / eta is %.4f on average, half would be 0.5", over_eta)
 
     @property
     def steps_per_epoch(self) -> int:
