@@ -111,6 +111,10 @@ def resume(checkpoint: Path, policy: Policy, optimizer: MegatronOptimizer, sched
     optimizer.load_state_dict(loaded["optimizer"])
     _separate_adam_steps(optimizer)
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    for group in optimizer.param_groups:
+        # The groups came back with the rates of the run that saved them; the command line decides.
+        group |= {"max_lr": scheduler.max_lr, "min_lr": scheduler.min_lr}
+    scheduler.step(increment=0)
     torch.set_rng_state(loaded["rng"])
 
 

@@ -121,7 +121,9 @@ def build_scheduler(
         end_wd=config.weight_decay,
         wd_incr_steps=train_iters,
         wd_incr_style="constant",
+        # On resume the command line decides, and the checkpoint only says how many steps were done.
         use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
 
 

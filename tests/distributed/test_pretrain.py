@@ -151,6 +151,16 @@ def test_every_pair_objective_trains_alike_on_one_rank_and_two(run, tmp_path: Pa
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
+def test_a_run_resumes_with_another_learning_rate(run, tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    run(save, "--save-interval 2")
+    forget_after(save, 2)
+    assert run(save, "--save-interval 2 --lr 5e-4") == [0]
+    rates = [line["lr"] for line in metrics(save)]
+    assert rates[2] == pytest.approx(5e-4 * (1 - 1 / 3))  # step 3 of 4: one of three steps of decay is done
+    assert rates[1] == pytest.approx(1e-3)
+
+
 @pytest.mark.parametrize("change", ["--eta 20", "--seed 5", "--global-batch-size 4", "--optimizer rmsprop"])
 def test_resuming_with_other_settings_is_refused(run, tmp_path: Path, change: str) -> None:
     run(tmp_path / "save", "--save-interval 2")
