@@ -68,7 +68,10 @@ def world(tmp_path_factory, tiny_llama_dir) -> dict[str, Path]:
         quarantined=(),
     )
     write_manifest(places["rollouts"], manifest)
-    rows = [{"prompt_id": group.prompt_id, "messages": list(group.messages)} for group in groups]
+    rows = [
+        {"prompt_id": group.prompt_id, "messages": list(group.messages), "split": "heldout" if number % 2 else "train"}
+        for number, group in enumerate(groups)
+    ]
     places["prompts"].write_text("".join(json.dumps(row) + "\n" for row in rows))
     score = f"tools/score_pairrm.py --rollouts {places['rollouts']} --judge rules:concise --output {places['dataset']}"
     subprocess.run([sys.executable, *score.split()], cwd=REPOSITORY, check=True, timeout=300)
@@ -227,7 +230,7 @@ CASES = {
         words=("run.yaml", "num_respones", "num_responses"),
     ),
     "self-play: a training setting that training does not have": Case(
-        command=f"{SELF_PLAY} --model {{hf}} --prompts {{prompts}} --training learning_rate=1e-6",
+        command=f"{SELF_PLAY} --model {{hf}} --prompts {{prompts}} --iterations 1 --training learning_rate=1e-6",
         words=("learning_rate",),
     ),
     "report: no such run": Case(command="tools/report.py --run {directory}/nowhere", words=("nowhere",)),
