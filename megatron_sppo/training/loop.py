@@ -1,6 +1,7 @@
 """The training loop: a step is micro-batches forward and backward, one update, one line of metrics."""
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -91,7 +92,7 @@ def train(
     """Train from `progress.step` to `train_iters` -> whether the run is complete (False: asked to stop, and saved).
 
     Raises:
-        DataError: the loss or the gradient is not finite; the weights are those of the last good step.
+        DataError: the loss or the gradient is not finite; what is saved is from before that step.
     """
     stop = _StopRequest()
     sampler = GpuSampler()
@@ -144,11 +145,11 @@ def _step(
     log_prob_N = run_micro_batches(policy, plan, loss=loss, forward_only=False)
     log_ratio_N = log_prob_N - plan.reference.double()
     metrics = _describe(log_ratio_N, log_prob_N, plan, config.objective)
-    _refuse_if_not_finite(torch.tensor(metrics["loss"]), "loss", plan, step)
+    _refuse_if_not_finite(metrics["loss"], "loss", plan, step)
     updated, grad_norm, _ = optimizer.step()
-    _refuse_if_not_finite(torch.tensor(float(grad_norm)), "gradient norm", plan, step)
     assert updated, "only loss scaling skips updates, and there is none"
     metrics["grad_norm"] = float(grad_norm)
+    _refuse_if_not_finite(metrics["grad_norm"], "gradient norm", plan, step)
     if step == 1:
         metrics["sppo/ref_drift_step0"] = drift_per_token(log_ratio_N, plan.num_response_tokens)
     target = _target(plan, config.objective)
@@ -194,13 +195,13 @@ def _target(plan: StepPlan, objective: ObjectiveConfig) -> Tensor | None:
     )
 
 
-def _refuse_if_not_finite(value: Tensor, what: str, plan: StepPlan, step: int) -> None:
-    if torch.isfinite(value):
+def _refuse_if_not_finite(value: float, what: str, plan: StepPlan, step: int) -> None:
+    if math.isfinite(value):
         return
     rows = ", ".join(f"{g}/{k}" for g, k in zip(plan.group[:8].tolist(), plan.response[:8].tolist(), strict=True))
     raise DataError(
-        f"the {what} of step {step} is {float(value)}; its first responses (prompt group/response) are {rows}. "
-        "No update was made with it. Lower --lr or --eta, or leave these rows out, and run the same command again."
+        f"the {what} of step {step} is {value}; its first responses (prompt group/response) are {rows}. "
+        "Nothing of it was saved. Lower --lr, or leave these rows out, and run the same command again."
     )
 
 

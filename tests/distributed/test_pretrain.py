@@ -143,6 +143,13 @@ def test_a_complete_run_says_so_and_changes_nothing(run, tmp_path: Path) -> None
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "save").rglob("*") if path.is_file()} == before
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(run, tmp_path: Path) -> None:
+    """A learning rate of 1e30 leaves weights of 1e30 after step 1; step 2 overflows before anything is saved."""
+    assert run(tmp_path / "save", "--lr 1e30 --lr-warmup-fraction 0 --lr-decay-style constant") == [2]
+    assert not list(tmp_path.glob("save/iter_*"))
+    assert len(losses(tmp_path / "save")) == 1
+
+
 @pytest.mark.parametrize("objective", ["sppo_single", "sppo_hard", "dpo", "ipo"])
 def test_every_pair_objective_trains_alike_on_one_rank_and_two(run, tmp_path: Path, objective: str) -> None:
     flags = f"--objective {objective}"
