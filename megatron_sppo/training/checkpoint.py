@@ -108,14 +108,25 @@ def resume(checkpoint: Path, policy: Policy, optimizer: MegatronOptimizer, sched
     optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_OPTIMIZER_SHARDING)
     loaded = _load({**model_state, "optimizer": optimizer_state}, checkpoint)
     _adopt_model(policy, loaded)
+    for group in _saved_groups(loaded["optimizer"]):
+        # They come with the rates of the run that saved them, by which 0.19.2 also tells them apart; the command line
+        # decides.
+        group |= {"max_lr": scheduler.max_lr, "min_lr": scheduler.min_lr}
     optimizer.load_state_dict(loaded["optimizer"])
     _separate_adam_steps(optimizer)
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
-    for group in optimizer.param_groups:
-        # The groups came back with the rates of the run that saved them; the command line decides.
-        group |= {"max_lr": scheduler.max_lr, "min_lr": scheduler.min_lr}
     scheduler.step(increment=0)
     torch.set_rng_state(loaded["rng"])
+
+
+def _saved_groups(state: Mapping[Any, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the parameter groups in an optimizer's state, which wrappers nest under `optimizer` or by number."""
+    if "param_groups" in state:
+        yield from state["param_groups"]
+    else:
+        for part in state.values():
+            if isinstance(part, Mapping):
+                yield from _saved_groups(part)
 
 
 def _allocate_adam_state(optimizer: MegatronOptimizer) -> None:
