@@ -59,8 +59,8 @@ def write_results(name: str, rows: Sequence[Row], *, machine: str, packages: Seq
     for row in rows:
         spread = "" if row.spread is None else f" [{row.spread[0]:.3g}, {row.spread[1]:.3g}]"
         verdict = {True: "met", False: "MISSED", None: ""}[row.met]
-        ratio = "" if row.ratio is None else f"{row.ratio:.4g}"
-        print(f"{row.id:4} {row.metric} | against {row.peer_name}: {ratio}{spread} (target {row.target}) {verdict}")
+        ours, peer, ratio = ("-" if x is None else f"{x:.4g}" for x in (row.ours, row.peer, row.ratio))
+        print(f"{row.id:3} {row.metric}: ours {ours}, {row.peer_name} {peer}; {ratio}{spread} ({row.target}) {verdict}")
     print(path)
     return path
 
