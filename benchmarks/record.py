@@ -77,17 +77,18 @@ def describe_cpu() -> str:
 
 
 def alternate(runs: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, list[float]]:
-    """Time each function `repeats` times in turns, after one unmeasured turn -> seconds by name.
+    """Time each function `repeats` times in turns -> CPU seconds of this process, by name. Call each once before.
 
-    A slow spell of a shared machine falls on all of them alike; every other turn goes backwards.
+    A slow spell of a shared machine falls on all of them alike; every other turn goes backwards. CPU time leaves out
+    the waiting for a core that others hold; with one thread (OMP_NUM_THREADS=1) it is a quiet machine's wall time.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(-1, repeats):
-        for name in list(runs)[:: 1 if repeat % 2 else -1]:
-            begin = time.perf_counter()
+    for repeat in range(repeats):
+        for name in list(runs)[:: -1 if repeat % 2 else 1]:
+            begin = time.process_time()
             runs[name]()
-            if repeat >= 0:
-                seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(time.process_time() - begin)
+            print(f"    {name}: {seconds[name][-1]:.2f} CPU seconds", flush=True)
     return seconds
 
 
