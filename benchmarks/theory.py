@@ -99,8 +99,10 @@ class Trained:
 
     policies: Tensor
     """[I, A], the policy that each iteration sampled from."""
+    average: Tensor
+    """[I, A], the average of the policies so far."""
     gaps: Tensor
-    """[I], duality gap of the average of the policies so far."""
+    """[I], duality gap of that average."""
 
 
 def train(payoff: Tensor, *, rule: str, config: TheoryConfig, seed: int) -> Trained:
@@ -122,7 +124,7 @@ def train(payoff: Tensor, *, rule: str, config: TheoryConfig, seed: int) -> Trai
         theta = descend(theta, log_policy, answer_GK.reshape(-1), win_rate, config)
     stacked = torch.stack(policies)
     average = stacked.cumsum(0) / torch.arange(1, len(stacked) + 1).unsqueeze(1)
-    return Trained(policies=stacked, gaps=duality_gap(payoff, average))
+    return Trained(policies=stacked, average=average, gaps=duality_gap(payoff, average))
 
 
 def descend(theta: Tensor, reference: Tensor, answer: Tensor, win_rate: Tensor, config: TheoryConfig) -> Tensor:
@@ -189,15 +191,21 @@ def training_rows(config: TheoryConfig) -> tuple[list[Row], dict[str, Trained]]:
     runs = {
         rule: [train(payoff, rule=rule, config=config, seed=seed) for seed in range(config.seeds)] for rule in RULES
     }
-    gap = {rule: [float(run.gaps[-1]) for run in runs[rule]] for rule in RULES}
-    away = {rule: [float((run.policies.mean(0) - winner).abs().max()) for run in runs[rule]] for rule in RULES}
+    # The average still circles in: a single iteration could be picked at a lucky phase, so the worst of many is taken.
+    tail = config.iterations // 3
+    gap = {rule: [float(run.gaps[-tail:].max()) for run in runs[rule]] for rule in RULES}
+    away = {rule: [float((run.average[-tail:] - winner).abs().max()) for run in runs[rule]] for rule in RULES}
     last = {rule: [float(duality_gap(payoff, run.policies[-1])) for run in runs[rule]] for rule in RULES}
     start = float(duality_gap(payoff, runs["paper"][0].policies[0]))
-    what = f"weighted circle, K={config.responses}, eta={config.eta:g}, {config.iterations} iterations"
+    what = f"weighted circle, K={config.responses}, eta={config.eta:g}, last {tail} of {config.iterations} iterations"
     rows = []
     for metric, values, target in (
-        (f"gap of the averaged policy (start {start:.3g}), {what}", gap, "paper's below official's"),
-        (f"averaged policy's greatest distance from the von Neumann winner, {what}", away, "paper's below official's"),
+        (f"greatest gap of the averaged policy, {what} (start: {start:.3g})", gap, "paper's below official's"),
+        (
+            f"greatest distance of the averaged policy from the von Neumann winner, {what}",
+            away,
+            "paper's below official's",
+        ),
         (f"gap of the last policy, {what}", last, "(the theorem says nothing)"),
     ):
         ours, peer = (statistics.median(values[rule]) for rule in RULES)
@@ -231,8 +239,7 @@ def plot(curves: dict[str, tuple[list[int], list[float], list[float]]], runs: di
     winner = von_neumann_winner(weighted_circle(), tolerance=1e-8)
     for rule, run in runs.items():
         middle.loglog(np.arange(1, len(run.gaps) + 1), run.gaps, label=f"{rule} rule")
-        average = run.policies.cumsum(0) / torch.arange(1, len(run.policies) + 1).unsqueeze(1)
-        x, y = (average @ torch.tensor([[0, 0], [1, 0], [0.5, 3**0.5 / 2]], dtype=torch.float64)).T
+        x, y = (run.average @ torch.tensor([[0, 0], [1, 0], [0.5, 3**0.5 / 2]], dtype=torch.float64)).T
         right.plot(x, y, label=f"average, {rule} rule", linewidth=2)
         x, y = (run.policies @ torch.tensor([[0, 0], [1, 0], [0.5, 3**0.5 / 2]], dtype=torch.float64)).T
         right.plot(x, y, linewidth=0.5, alpha=0.6)
