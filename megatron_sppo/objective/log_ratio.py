@@ -120,7 +120,9 @@ class _LinearLogProbs(torch.autograd.Function):
         grad_log_prob = grad_log_prob.to(precise)
         inputs = hidden.to(weight.dtype)
         grad_hidden = hidden.new_zeros(hidden.shape, dtype=precise) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
+        grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
+        if grad_weight is not None:
+            grad_weight[num_columns if num_tokens else 0 :].zero_()  # padding columns; the rest is written below
         # All tokens by a block of columns, as many logits as a chunk of tokens has in forward: each block of the
         # weight's gradient is then one product, summed in float32 by the hardware, rounded once: no [V/tp, H] float32.
         block = max(1, min(ctx.chunk_size * num_columns // max(num_tokens, 1), num_columns))
