@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -47,6 +48,8 @@ class HeadConfig:
     """Pairs in C2's padded batch."""
     padded_hidden: int | None = None
     """Hidden size of C2; None: the same."""
+    only: Literal["memory", "times", "padded"] | None = None
+    """One part, written to head_PART.json; None: all three, written to head.json."""
     machine: str | None = None
     """Folder under benchmarks/results; None names the processor."""
 
@@ -279,9 +282,11 @@ def main() -> None:
     """Measure and write benchmarks/results/<machine>/head.json."""
     config = parse(HeadConfig, name=NAME, description=str(__doc__))
     rows: list[Row] = []
-    for compare in (compare_memory, compare_times, compare_padded):  # written part by part: the whole takes minutes
+    parts = {"memory": compare_memory, "times": compare_times, "padded": compare_padded}
+    name = f"head_{config.only}" if config.only else "head"
+    for compare in [parts[config.only]] if config.only else parts.values():  # written part by part: all take minutes
         rows += compare(config)
-        write_results("head", rows, machine=config.machine or describe_cpu(), packages=["torch", "numpy"])
+        write_results(name, rows, machine=config.machine or describe_cpu(), packages=["torch", "numpy"])
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Row:
 
 def write_results(name: str, rows: Sequence[Row], *, machine: str, packages: Sequence[str]) -> Path:
     """Write benchmarks/results/<machine>/<name>.json, print the rows -> its path."""
-    command = ["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]
+    command = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
     path = RESULTS / machine / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version()} | {package: metadata.version(package) for package in packages}
