@@ -91,8 +91,9 @@ class _LinearLogProbs(torch.autograd.Function):
         maximum = hidden.new_full((num_tokens,), -torch.inf, dtype=precise)
         # Row 0: sum of exp(logit - maximum); row 1: the label's logit, 0 on the ranks that do not hold its column.
         sums = hidden.new_zeros((2, num_tokens), dtype=precise)
+        workspace = _workspace(weight, min(chunk_size, num_tokens) * num_columns, precise)
         for rows in _chunks(num_tokens if num_columns else 0, chunk_size):
-            logits = _logits(hidden[rows], weight[:num_columns], precise)
+            logits = _logits(hidden[rows], weight[:num_columns], workspace)
             column, is_local = _local_column(labels[rows], first_row, num_columns)
             sums[1, rows] = logits.gather(1, column.unsqueeze(1)).squeeze(1).masked_fill(~is_local, 0.0)
             torch.amax(logits, dim=1, out=maximum[rows])
@@ -119,16 +120,19 @@ class _LinearLogProbs(torch.autograd.Function):
         grad_log_prob = grad_log_prob.to(precise)
         inputs = hidden.to(weight.dtype)
         grad_hidden = hidden.new_zeros(hidden.shape, dtype=precise) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
+        grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
+        if grad_weight is not None:
+            grad_weight[num_columns if num_tokens else 0 :].zero_()  # padding columns; the rest is written below
         # All tokens by a block of columns, as many logits as a chunk of tokens has in forward: each block of the
         # weight's gradient is then one product, summed in float32 by the hardware, rounded once: no [V/tp, H] float32.
-        block = max(1, ctx.chunk_size * num_columns // max(num_tokens, 1))
+        block = max(1, min(ctx.chunk_size * num_columns // max(num_tokens, 1), num_columns))
+        workspace = _workspace(weight, block * num_tokens, precise)
         for columns in _chunks(num_columns if num_tokens else 0, block):
-            grad_logits = _logits(inputs, weight[columns], precise).sub_(log_sum_exp.unsqueeze(1)).exp_()
+            grad_logits = _logits(inputs, weight[columns], workspace).sub_(log_sum_exp.unsqueeze(1)).exp_()
             grad_logits.mul_(-grad_log_prob.unsqueeze(1))
             column, is_local = _local_column(labels, ctx.first_row + columns.start, columns.stop - columns.start)
             grad_logits.scatter_add_(1, column.unsqueeze(1), grad_log_prob.masked_fill(~is_local, 0.0).unsqueeze(1))
-            grad_logits = grad_logits.to(weight.dtype)
+            grad_logits = _narrowed(grad_logits, workspace)
             if grad_hidden is not None:
                 grad_hidden += grad_logits @ weight[columns]
             if grad_weight is not None:
@@ -143,9 +147,27 @@ def _chunks(num_tokens: int, chunk_size: int) -> list[slice]:
     return [slice(first, min(first + chunk_size, num_tokens)) for first in range(0, num_tokens, chunk_size)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Product in the weight's dtype, then widened -> a fresh [n, V/tp] that the caller may overwrite."""
-    return (hidden.to(weight.dtype) @ weight.T).to(dtype)
+def _workspace(weight: Tensor, num_logits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Allocate what every block of logits overwrites -> [num_logits] in the weight's dtype, [num_logits] in `dtype`.
+
+    Once, not once a block: on a CPU the first touch of fresh pages costs more than the arithmetic done on them.
+    """
+    narrow = weight.new_empty(num_logits)
+    return narrow, narrow if weight.dtype == dtype else weight.new_empty(num_logits, dtype=dtype)
+
+
+def _logits(hidden: Tensor, weight: Tensor, workspace: tuple[Tensor, Tensor]) -> Tensor:
+    """Product in the weight's dtype, then widened -> [n, V/tp] in the workspace; the caller may overwrite it."""
+    num_tokens, num_columns = hidden.shape[0], weight.shape[0]
+    narrow, wide = (buffer[: num_tokens * num_columns].view(num_tokens, num_columns) for buffer in workspace)
+    torch.mm(hidden.to(weight.dtype), weight.T, out=narrow)
+    return narrow if narrow.dtype == wide.dtype else wide.copy_(narrow)
+
+
+def _narrowed(logits: Tensor, workspace: tuple[Tensor, Tensor]) -> Tensor:
+    """Round what `_logits` gave to the weight's dtype -> [n, V/tp], in the workspace."""
+    narrow = workspace[0][: logits.numel()].view(logits.shape)
+    return logits if logits.dtype == narrow.dtype else narrow.copy_(logits)
 
 
 def _local_column(labels: Tensor, first_row: int, num_columns: int) -> tuple[Tensor, Tensor]:

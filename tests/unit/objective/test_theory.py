@@ -68,3 +68,33 @@ def test_a_bradley_terry_reward_ends_at_one_response_that_another_beats():
     assert duality_gap(PAYOFF, best) > 0.15
     modelled = preference_matrix(score.detach()[:, None] - score.detach()[None, :], rule="paper")
     assert win_rates(modelled).argmax() == score.argmax()
+
+
+def test_the_paper_rule_nears_the_von_neumann_winner_and_the_official_rule_rests_elsewhere():
+    """Exact expectations over K = 3 answers drawn from the policy, all 27 draws weighed, no sampling.
+
+    Paper: the win rate of answer i in its group is 1/6 + 2/3 * P(i > pi) on average, so the game's own winner is at
+    rest. Official: group means of logits weigh sure wins more, another policy is at rest, and it can be beaten.
+    """
+    draws = torch.cartesian_prod(*[torch.arange(3)] * 3)
+    judge = torch.logit(PAYOFF)[draws.unsqueeze(-1), draws.unsqueeze(-2)]
+    is_answer = torch.nn.functional.one_hot(draws, 3).double()
+    average = {}
+    for rule in ("paper", "official"):
+        win_rate = win_rates(preference_matrix(judge, rule=rule))
+        log_policy, total = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64).log(), torch.zeros(3).double()
+        for iteration in range(4000):
+            policy = log_policy.exp()
+            total += policy / 4000
+            weight = policy[draws].prod(dim=-1)
+            expected = torch.einsum("d,dk,dki->i", weight, win_rate, is_answer) / (3 * policy)
+            if rule == "paper" and iteration % 100 == 0:
+                torch.testing.assert_close(expected, 1 / 6 + 2 / 3 * (PAYOFF @ policy))
+            log_policy = torch.log_softmax(log_policy + 0.1 * expected, dim=-1)
+        average[rule] = total
+    # Regret bound of multiplicative weights, gains 2/3 of the game's: 2 * 3/2 * (D / (eta T) + eta / 8), D = log 10.
+    assert duality_gap(PAYOFF, average["paper"]) < 3 * (2.303 / 400 + 0.1 / 8)
+    assert duality_gap(PAYOFF, average["official"]) > 10 * duality_gap(PAYOFF, average["paper"])
+    winner = von_neumann_winner(PAYOFF, tolerance=1e-8)
+    paper, official = ((average[rule] - winner).abs().max() for rule in ("paper", "official"))
+    assert official > 5 * paper

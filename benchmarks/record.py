@@ -1,0 +1,136 @@
+"""What every figure shares: rows in one JSON form, the machine in words, repeats that alternate, memory of a child."""
+
+import datetime
+import multiprocessing
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from megatron_sppo.storage import write_json
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One figure: ours beside a peer's, and whether the target is met."""
+
+    id: str
+    """Number of the figure, such as C1."""
+    metric: str
+    """What is compared, with its unit and the settings that matter."""
+    ours: float | None
+    peer: float | None
+    peer_name: str
+    ratio: float | None
+    """The number that the target speaks of."""
+    target: str
+    met: bool | None
+    """None where the target does not apply to this row."""
+    spread: list[float] | None = None
+    """Least and greatest ratio over the repeats."""
+
+
+def write_results(name: str, rows: Sequence[Row], *, machine: str, packages: Sequence[str]) -> Path:
+    """Write benchmarks/results/<machine>/<name>.json, print the rows -> its path."""
+    command = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+    path = RESULTS / machine / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    versions = {"python": platform.python_version()} | {package: metadata.version(package) for package in packages}
+    write_json(
+        path,
+        {
+            "benchmark": name,
+            "command": shlex.join(command),
+            "machine": machine,
+            "versions": versions,
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "rows": [asdict(row) for row in rows],
+        },
+    )
+    for row in rows:
+        spread = "" if row.spread is None else f" [{row.spread[0]:.3g}, {row.spread[1]:.3g}]"
+        verdict = {True: "met", False: "MISSED", None: ""}[row.met]
+        ours, peer, ratio = ("-" if x is None else f"{x:.4g}" for x in (row.ours, row.peer, row.ratio))
+        print(f"{row.id:3} {row.metric}: ours {ours}, {row.peer_name} {peer}; {ratio}{spread} ({row.target}) {verdict}")
+    print(path)
+    return path
+
+
+def describe_cpu() -> str:
+    """Name this machine by its processor -> such as "cpu-amd-epyc-2core"; no host name."""
+    model = ""
+    for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2]
+            break
+    words = [word for word in model.lower().replace("(r)", "").replace("(tm)", "").split() if word.isalnum()]
+    return "-".join(["cpu", *words[:3], f"{multiprocessing.cpu_count()}core"])
+
+
+def alternate(runs: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, list[float]]:
+    """Time each function `repeats` times in turns -> CPU seconds of this process, by name. Call each once before.
+
+    A slow spell of a shared machine falls on all of them alike; every other turn goes backwards. CPU time leaves out
+    the waiting for a core that others hold; with one thread (OMP_NUM_THREADS=1) it is a quiet machine's wall time.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats):
+        for name in list(runs)[:: -1 if repeat % 2 else 1]:
+            begin = time.process_time()
+            runs[name]()
+            seconds[name].append(time.process_time() - begin)
+            print(f"    {name}: {seconds[name][-1]:.2f} CPU seconds", flush=True)
+    return seconds
+
+
+def ratio_of_medians(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[float, list[float]]:
+    """Compare two series taken in turns -> ratio of the medians; least and greatest ratio of a turn."""
+    turns = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    return statistics.median(numerator) / statistics.median(denominator), [min(turns), max(turns)]
+
+
+def peak_in_child(function: Callable[..., tuple[int, int]], *arguments: Any) -> tuple[int, int]:
+    """Run `function(*arguments)` in a fresh process -> what it returns, its (bytes before, peak bytes)."""
+    context = multiprocessing.get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    child = context.Process(target=_send, args=(sending, function, arguments))
+    child.start()
+    sending.close()
+    try:
+        return receiving.recv()
+    except EOFError:
+        child.join()
+        raise RuntimeError(f"{function.__name__}{arguments} died with exit code {child.exitcode}") from None
+    finally:
+        child.join()
+
+
+def _send(connection: Connection, function: Callable[..., tuple[int, int]], arguments: tuple[Any, ...]) -> None:
+    connection.send(function(*arguments))
+
+
+def peak_of(function: Callable[[], object]) -> tuple[int, int]:
+    """Run `function` -> (resident bytes before, peak resident bytes), of this process.
+
+    The kernel's high-water mark is reset first. `ru_maxrss` would not do: a child inherits its parent's.
+    """
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = _status("VmRSS")
+    function()
+    return before, _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)

@@ -1,0 +1,125 @@
+"""Sequences of many lengths into packs of one token budget, and packs to data-parallel ranks of like cost.
+
+N = rows, U = units (a row, or the rows of a pair), P = packs. No randomness: the same lengths give the same packs.
+Nothing here looks at the order of an epoch: what is packed together is trained on together, so the caller shuffles the
+units first and packs as many at a time as may share a step.
+"""
+
+import heapq
+from collections import defaultdict
+
+import numpy as np
+
+from megatron_sppo.errors import DataError
+
+
+def pack(lengths_N: np.ndarray, *, budget: int, unit_size: int = 1) -> list[np.ndarray]:
+    """Fill packs of at most `budget` tokens by best-fit decreasing -> the rows of each pack, units side by side.
+
+    Longest units first, each into the fullest pack that has room. Units of one length are placed together: packs wait
+    in buckets of equal room, and the fullest with room for n tokens takes room // n of them at once, which is what
+    best-fit would do one by one. So the work grows with the sort of N lengths and the buckets touched, not with N * P.
+
+    Args:
+        lengths_N: [N], tokens of every row, padding of the document included.
+        budget: tokens a pack holds.
+        unit_size: consecutive rows that stay in one pack; 2 for pairs.
+
+    Raises:
+        DataError: a unit is longer than the budget, or has no tokens.
+    """
+    lengths = np.asarray(lengths_N, dtype=np.int64)
+    assert lengths.ndim == 1 and unit_size > 0 and len(lengths) % unit_size == 0, f"{lengths.shape} by {unit_size}"
+    if not len(lengths):
+        return []
+    units = lengths.reshape(-1, unit_size)
+    pack_of_unit = _best_fit_decreasing(_unit_sizes(units, budget=budget), budget=budget)
+    order = np.argsort(pack_of_unit, kind="stable")
+    rows = (order[:, None] * unit_size + np.arange(unit_size)).reshape(-1)
+    bounds = np.cumsum(np.bincount(pack_of_unit))[:-1] * unit_size
+    return np.split(rows, bounds)
+
+
+def _unit_sizes(units: np.ndarray, *, budget: int) -> np.ndarray:
+    """Add up each unit's tokens -> [U], every one in [1, budget]."""
+    size: np.ndarray = units.sum(axis=1)
+    if units.min() < 1:
+        row = int(units.argmin())
+        raise DataError(f"row {row} has {int(units.min())} tokens. Drop rows without tokens before packing.")
+    if size.max() > budget:
+        first = int(size.argmax()) * units.shape[1]
+        rows = f"row {first} has" if units.shape[1] == 1 else f"rows {first} to {first + units.shape[1] - 1} have"
+        raise DataError(f"{rows} {size.max()} tokens and a pack holds {budget}. Use --seq-length {size.max()}.")
+    return size
+
+
+def _best_fit_decreasing(size_U: np.ndarray, *, budget: int) -> np.ndarray:
+    """Give every unit its pack -> [U] int64, packs numbered from 0 in the order in which they were opened."""
+    order = np.argsort(-size_U, kind="stable")
+    pack_of_unit = np.empty(len(size_U), dtype=np.int64)
+    waiting: defaultdict[int, list[np.ndarray]] = defaultdict(list)  # room -> packs with exactly that room
+    has_room = 0  # bit r is set where waiting[r] holds packs
+    num_packs = 0
+    starts = np.flatnonzero(np.diff(size_U[order], prepend=-1))
+    for begin, end in zip(starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
+        size = int(size_U[order[begin]])
+        while begin < end:
+            fitting = has_room >> size
+            if fitting:
+                room = size + (fitting & -fitting).bit_length() - 1
+                packs = waiting[room].pop()
+                if not waiting[room]:
+                    has_room ^= 1 << room
+            else:
+                room = budget
+                packs = np.arange(num_packs, num_packs + -(-(end - begin) // (budget // size)))
+                num_packs += len(packs)
+            each = room // size
+            num_full, rest = divmod(min(end - begin, each * len(packs)), each)
+            placed = num_full * each + rest
+            pack_of_unit[order[begin : begin + placed]] = np.repeat(packs, each)[:placed]
+            begin += placed
+            # At most three kinds are left: packs that took all they could, one that took the rest, and untouched ones.
+            for left, kept in (
+                (room - each * size, packs[:num_full]),
+                (room - rest * size, packs[num_full : num_full + (rest > 0)]),
+                (room, packs[num_full + (rest > 0) :]),
+            ):
+                if left and len(kept):
+                    waiting[left].append(kept)
+                    has_room |= 1 << left
+    return pack_of_unit
+
+
+def document_cost(lengths_N: np.ndarray, *, parity_length: float) -> np.ndarray:
+    """Estimate each document's time, in tokens of linear work: n * (1 + n / parity_length) -> [N] float64.
+
+    Causal attention of a layer takes about 2 * n * d FLOPs a token forward (d = heads x head size) and its matrices
+    take 2 * (weights of a layer): they are equal at n = weights of a layer / d, 53,000 tokens for Llama-3-8B.
+
+    Args:
+        lengths_N: [N], tokens.
+        parity_length: tokens of a document at which attention takes as long as all else.
+    """
+    lengths = np.asarray(lengths_N, dtype=np.float64)
+    cost: np.ndarray = lengths * (1 + lengths / parity_length)
+    return cost
+
+
+def assign_to_ranks(cost_P: np.ndarray, *, num_ranks: int) -> list[np.ndarray]:
+    """Share packs out, costliest first, each to the least loaded rank with room -> packs of each rank, costliest first.
+
+    Longest processing time first (Graham 1969), with room for ceil(P / num_ranks) packs a rank: the ranks of a
+    data-parallel step run equally many micro-batches, so a multiple of `num_ranks` packs wastes none.
+    """
+    cost = np.asarray(cost_P, dtype=np.float64)
+    assert num_ranks > 0
+    capacity = -(-len(cost) // num_ranks)
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    open_ranks = [(0.0, rank) for rank in range(num_ranks)]
+    for item in np.argsort(-cost, kind="stable").tolist():
+        load, rank = heapq.heappop(open_ranks)
+        ranks[rank].append(item)
+        if len(ranks[rank]) < capacity:
+            heapq.heappush(open_ranks, (load + float(cost[item]), rank))
+    return [np.array(members, dtype=np.int64) for members in ranks]
