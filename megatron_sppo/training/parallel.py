@@ -236,7 +236,7 @@ def is_first_replica() -> bool:
 
 
 def is_first_expert_replica() -> bool:
-    """Tell whether this rank holds the first of the copies of its experts, where these are divided over ranks."""
+    """Tell whether this rank holds the first of the copies of its experts."""
     return parallel_state.get_expert_data_parallel_rank() == 0
 
 

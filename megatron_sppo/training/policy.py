@@ -76,6 +76,7 @@ def build_policy(architecture: Architecture, model: ModelConfig, layout: Paralle
     chunks = []
     for index, stage in enumerate(_stages(architecture, config, model, layout)):
         stage.to(parallel.device())
+        _set_experts_apart(stage)
         chunks.append(
             DistributedDataParallel(config=config, ddp_config=ddp_config, module=stage, disable_bucketing=index > 0)
         )
@@ -99,6 +100,17 @@ def _stages(
             post_process=parallel.is_last_stage(vp_stage),
             vp_stage=vp_stage,
         )
+
+
+def _set_experts_apart(stage: PolicyModel) -> None:
+    """Mark the experts for their own gradient buffers and optimizer, even where no rank divides them.
+
+    Megatron-Core marks them (`allreduce`) only where there are several expert-parallel ranks, and names the optimizer's
+    state after that: a run could then not go on with one rank for the experts where it had two.
+    """
+    for name, parameter in stage.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -144,7 +156,7 @@ def _own_parameters(stages: Sequence[PolicyModel]) -> Iterator[tuple[str, torch.
 
 def _answers_for(parameter: torch.nn.Parameter) -> bool:
     """Tell whether this rank is the first of those that hold the same values."""
-    if not getattr(parameter, "allreduce", True):  # Megatron-Core's mark of an expert that lives on some ranks only
+    if not getattr(parameter, "allreduce", True):  # an expert
         return parallel.is_first_expert_replica()
     if not getattr(parameter, "tensor_model_parallel", False) and parallel.tensor_parallel_rank() > 0:
         return False
