@@ -14,6 +14,9 @@ from megatron_sppo.storage import read_json, write_json
 SCHEMA_VERSION = 1
 FILE_NAME = "model.json"
 
+_EXPERT_NUMBERS = ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size")
+_EXPERT_FIELDS = (*_EXPERT_NUMBERS, "moe_router_pre_softmax")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3RopeScaling:
@@ -27,7 +30,7 @@ class Llama3RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A dense decoder-only transformer, by Megatron-Core's field names."""
+    """A decoder-only transformer, dense or with a mixture of experts in every layer, by Megatron-Core's field names."""
 
     family: str
     """Name of the conversion table, such as "llama": megatron_sppo/conversion/families/<family>.py."""
@@ -49,6 +52,15 @@ class Architecture:
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
     """Per-head RMSNorm of queries and keys (Qwen3)."""
+    num_moe_experts: int | None = None
+    """Experts of every layer; None in a dense model."""
+    moe_router_topk: int | None = None
+    """Experts that each token goes to."""
+    moe_ffn_hidden_size: int | None = None
+    """Feed-forward channels of one expert; `ffn_hidden_size` is then of no use but kept, as config.json keeps it."""
+    moe_router_pre_softmax: bool = False
+    """True: an expert's weight is its part of the softmax over all experts. False: of the softmax over the chosen ones,
+    which is the same as dividing the chosen parts of the former by their sum."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -66,6 +78,27 @@ class Architecture:
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_query_groups "
                 f"({self.num_query_groups}). The model's config is wrong."
             )
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        numbers = {name: getattr(self, name) for name in _EXPERT_NUMBERS}
+        if all(value is None for value in numbers.values()):
+            if self.moe_router_pre_softmax:
+                raise ConversionError("moe_router_pre_softmax is set without experts. The model's config is wrong.")
+            return
+        for name, value in numbers.items():
+            if value is None or value < 1:
+                raise ConversionError(f"{name} is {value}; a mixture of experts needs at least 1.")
+        experts, chosen = self.num_moe_experts or 0, self.moe_router_topk or 0
+        if chosen > experts:
+            raise ConversionError(
+                f"moe_router_topk ({chosen}) is more than num_moe_experts ({experts}). The model's config is wrong."
+            )
+        if chosen == 1 and not self.moe_router_pre_softmax:
+            raise ConversionError(
+                "moe_router_topk is 1 with normalised weights: the router has no gradient, and Megatron-Core refuses "
+                "it. Use another model."
+            )
 
     def num_parameters(self) -> int:
         """Count the weights, tied embeddings once -> int."""
@@ -76,14 +109,22 @@ class Architecture:
             attention += query_rows + 2 * key_rows
         if self.qk_layernorm:
             attention += 2 * self.kv_channels
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        if self.num_moe_experts is not None:
+            expert = 3 * self.hidden_size * (self.moe_ffn_hidden_size or 0)
+            feed_forward = self.num_moe_experts * (expert + self.hidden_size)  # the router has a row for each
+        else:
+            feed_forward = 3 * self.hidden_size * self.ffn_hidden_size
+        layer = attention + feed_forward + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.share_embeddings_and_output_weights else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 
 
 def write_architecture(architecture: Architecture, directory: Path, *, tokenizer: dict[str, Any]) -> None:
     """Write `model.json`: the architecture and where its tokenizer came from (`hash`, `files`), for later checks."""
-    content = {"schema_version": SCHEMA_VERSION, "architecture": asdict(architecture), "tokenizer": tokenizer}
+    values = asdict(architecture)
+    if architecture.num_moe_experts is None:  # a dense model's file is what it was before there were experts
+        values = {name: value for name, value in values.items() if name not in _EXPERT_FIELDS}
+    content = {"schema_version": SCHEMA_VERSION, "architecture": values, "tokenizer": tokenizer}
     write_json(Path(directory, FILE_NAME), content)
 
 

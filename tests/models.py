@@ -19,6 +19,38 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+MIXTURE_KEYS = {
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "router_aux_loss_coef",
+}
+MIXTURES: dict[str, dict[str, Any]] = {
+    # Four experts of 32 channels, two for each token; keys as the hub's config.json spell them.
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "mixtral": {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 32,
+        "sliding_window": None,
+    },
+}
+"""Config overrides that make `tiny_llama` a mixture of experts."""
 BYTE_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 
@@ -72,6 +104,7 @@ def llama_config(**overrides: Any) -> dict[str, Any]:
         set(overrides)
         - set(values)
         - {"rope_theta", "rope_scaling", "torch_dtype", "sliding_window", "use_sliding_window"}
+        - MIXTURE_KEYS
     )
     assert not unused, f"config.json of a Llama has no {sorted(unused)}"
     return {**values, **overrides}
@@ -79,16 +112,14 @@ def llama_config(**overrides: Any) -> dict[str, Any]:
 
 def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """List the tensors of a checkpoint of Llama's kind -> {Hugging Face name: shape}, in checkpoint order."""
-    hidden, ffn, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    hidden, head = config["hidden_size"], config["head_dim"]
     queries, keys = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         shapes |= {
             prefix + "input_layernorm.weight": (hidden,),
-            prefix + "mlp.down_proj.weight": (hidden, ffn),
-            prefix + "mlp.gate_proj.weight": (ffn, hidden),
-            prefix + "mlp.up_proj.weight": (ffn, hidden),
+            **feed_forward_shapes(config, prefix),
             prefix + "post_attention_layernorm.weight": (hidden,),
             prefix + "self_attn.k_proj.weight": (keys, hidden),
             prefix + "self_attn.o_proj.weight": (hidden, queries),
@@ -97,11 +128,37 @@ def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         }
         if config["model_type"] == "qwen2":
             shapes |= {prefix + f"self_attn.{x}_proj.bias": (keys if x in "kv" else queries,) for x in "kqv"}
-        if config["model_type"] == "qwen3":
+        if config["model_type"] in ("qwen3", "qwen3_moe"):
             shapes |= {prefix + f"self_attn.{x}_norm.weight": (head,) for x in "kq"}
     shapes["model.norm.weight"] = (hidden,)
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
+    return shapes
+
+
+def feed_forward_shapes(config: dict[str, Any], prefix: str) -> dict[str, tuple[int, ...]]:
+    """List the tensors of one layer's feed-forward unit, or of its experts, by the names that the hub's files use."""
+    hidden, ffn = config["hidden_size"], config["intermediate_size"]
+    if config["model_type"] == "qwen3_moe":
+        count, width = config["num_experts"], config["moe_intermediate_size"]
+        block, gate, up, down = "mlp", "gate_proj", "up_proj", "down_proj"
+    elif config["model_type"] == "mixtral":
+        count, width = config["num_local_experts"], ffn
+        block, gate, up, down = "block_sparse_moe", "w1", "w3", "w2"
+    else:
+        return {
+            prefix + "mlp.down_proj.weight": (hidden, ffn),
+            prefix + "mlp.gate_proj.weight": (ffn, hidden),
+            prefix + "mlp.up_proj.weight": (ffn, hidden),
+        }
+    shapes: dict[str, tuple[int, ...]] = {f"{prefix}{block}.gate.weight": (count, hidden)}
+    for expert in range(count):
+        name = f"{prefix}{block}.experts.{expert}"
+        shapes |= {
+            f"{name}.{down}.weight": (hidden, width),
+            f"{name}.{gate}.weight": (width, hidden),
+            f"{name}.{up}.weight": (width, hidden),
+        }
     return shapes
 
 
@@ -127,7 +184,7 @@ def tiny_llama(
         seed: of the weights.
         scale: standard deviation of the weights.
         overrides: fields of config.json, such as `num_key_value_heads=1` or `dtype="bfloat16"`; `model_type="qwen2"`
-            or "qwen3" adds the tensors of those families.
+            or "qwen3" adds the tensors of those families, `**MIXTURES["mixtral"]` puts experts in every layer.
     """
     directory = Path(directory)
     config = llama_config(**overrides)

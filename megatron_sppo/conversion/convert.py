@@ -63,16 +63,16 @@ _METADATA_JSON = {
 _COMMON_STATE = {"iteration": IMPORT_ITERATION, "checkpoint_version": 3.0}
 
 # Modules whose (here empty) extra state mcore's layer specs ask for: Transformer Engine keeps FP8 scales there.
-# A reader takes what it knows: the last two, for example, exist only with per-head norms.
-_LAYER_EXTRA_STATES = (
+# A reader takes what it knows: those of per-head norms, for example, exist only where there are such norms.
+_ATTENTION_EXTRA_STATES = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
     "self_attention.core_attention",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-    "self_attention.q_layernorm",
-    "self_attention.k_layernorm",
 )
+_HEAD_NORM_EXTRA_STATES = ("self_attention.q_layernorm", "self_attention.k_layernorm")
+_DENSE_EXTRA_STATES = (*_ATTENTION_EXTRA_STATES, "mlp.linear_fc1", "mlp.linear_fc2", *_HEAD_NORM_EXTRA_STATES)
+_MIXTURE_EXTRA_STATES = (*_ATTENTION_EXTRA_STATES, *_HEAD_NORM_EXTRA_STATES, "pre_mlp_layernorm")
+_EXPERT_EXTRA_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 
 
 def import_checkpoint(hf: Path, megatron: Path, *, dtype: str | None = None, overwrite: bool = False) -> Path:
@@ -182,12 +182,12 @@ def _pieces(
                     "which Megatron keeps in one tensor. Choose one type: --dtype bfloat16."
                 )
         shape = binding.rule.megatron_shape(architecture)
-        layered = binding.layer is not None
+        index = binding.index
         pieces.append(
             Piece(
                 key=binding.rule.key,
-                offsets=(binding.layer, *(0,) * len(shape)) if layered else (0,) * len(shape),  # type: ignore[arg-type]
-                sizes=(1, *shape) if layered else shape,
+                offsets=(*index, *(0,) * len(shape)),
+                sizes=(*(1,) * len(index), *shape),
                 global_shape=shapes[binding.rule.key],
                 dtype=cast or dtypes[binding.rule.key][0],
                 load=_loader(source, binding, architecture, cast),
@@ -217,11 +217,17 @@ def _hf_tensors(
 
 
 def _extra_states(architecture: Architecture) -> dict[str, Any]:
-    layers = architecture.num_layers
+    layers, experts = architecture.num_layers, architecture.num_moe_experts
     keys = [
         f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
         for layer in range(layers)
-        for module in _LAYER_EXTRA_STATES
+        for module in (_DENSE_EXTRA_STATES if experts is None else _MIXTURE_EXTRA_STATES)
+    ]
+    keys += [
+        f"decoder.layers.{module}._extra_state/shard_{layer}.{expert}_{layers}.{experts}"
+        for layer in range(layers)
+        for expert in range(experts or 0)
+        for module in _EXPERT_EXTRA_STATES
     ]
     return dict.fromkeys([*keys, "decoder.final_layernorm._extra_state/shard_0_1"])
 

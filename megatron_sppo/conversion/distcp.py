@@ -6,6 +6,7 @@ metadata classes may appear in it, and tensors are loaded with weights_only. The
 at a time, so that memory holds one tensor, not a state dict.
 """
 
+import functools
 import hashlib
 import io
 import itertools
@@ -131,10 +132,13 @@ class DistcpReader:
         Raises:
             ConversionError: a chunk is missing or damaged, or the chunks do not cover the box.
         """
-        entry = self.metadata.state_dict_metadata[key]
+        chunks = self.metadata.state_dict_metadata[key].chunks
+        if sizes[0] == 1:
+            thin, thick = self._by_first_index[key]
+            chunks = [*thin.get(offsets[0], ()), *thick]
         result: Tensor | None = None
         covered = 0
-        for chunk in entry.chunks:
+        for chunk in chunks:
             low = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
             high = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
             if any(end <= start for start, end in zip(low, high, strict=True)):
@@ -153,6 +157,22 @@ class DistcpReader:
                 f"{self.directory} holds {covered} of {math.prod(sizes)} values of {key}. The checkpoint is incomplete."
             )
         return result
+
+    @functools.cached_property
+    def _by_first_index(self) -> dict[str, tuple[dict[int, list[Any]], list[Any]]]:
+        """Chunks of each key: those of one index of the first axis (layers) by that index, and the others.
+
+        A mixture of experts has thousands of chunks a key; without this each read would look at all of them.
+        """
+        sorted_chunks: dict[str, tuple[dict[int, list[Any]], list[Any]]] = {}
+        for key in self.shapes():
+            thin: dict[int, list[Any]] = {}
+            thick: list[Any] = []
+            for chunk in self.metadata.state_dict_metadata[key].chunks:
+                is_thin = len(chunk.sizes) > 0 and chunk.sizes[0] == 1
+                (thin.setdefault(chunk.offsets[0], []) if is_thin else thick).append(chunk)
+            sorted_chunks[key] = thin, thick
+        return sorted_chunks
 
     def _read_chunk(self, key: str, chunk: Any) -> Tensor:
         place = f"{self.directory}: {key} at {list(chunk.offsets)}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_sppo.architecture import Architecture, Llama3RopeScaling
 from megatron_sppo.conversion.families import family_of
+from megatron_sppo.conversion.rules import Family
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.storage import read_json
 
@@ -78,7 +79,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
     )  # PretrainedConfig's default is True, but each of our families sets False
     if not isinstance(tied, bool):
         raise ConversionError(f"{place}: tie_word_embeddings is {tied!r}; it must be true or false.")
-    base, scaling = _rope(config, place)
+    base, scaling = _rope(config, place, default_base=family.rotary_base)
     return Architecture(
         family=family.model_type,
         num_layers=_whole(config, "num_hidden_layers", place),
@@ -95,6 +96,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         share_embeddings_and_output_weights=tied,
         add_qkv_bias=family.add_qkv_bias,
         qk_layernorm=family.qk_layernorm,
+        **_experts(config, family, place),
     )
 
 
@@ -126,6 +128,7 @@ def hf_from_architecture(architecture: Architecture, *, dtype: str) -> dict[str,
         "rope_parameters": rope,
         "tie_word_embeddings": architecture.share_embeddings_and_output_weights,
         "vocab_size": architecture.vocab_size,
+        **_expert_keys(architecture, family),
         **{
             key: allowed[-1]
             for key, allowed in family.fixed.items()
@@ -134,7 +137,40 @@ def hf_from_architecture(architecture: Architecture, *, dtype: str) -> dict[str,
     }
 
 
-def _rope(config: Mapping[str, Any], place: str) -> tuple[float, Llama3RopeScaling | None]:
+def _experts(config: Mapping[str, Any], family: Family, place: str) -> dict[str, Any]:
+    """Read the mixture of experts -> Architecture's fields; none for a dense family."""
+    keys = family.experts
+    if keys is None:
+        return {}
+    named = [key for key in keys.count if config.get(key) is not None] or [keys.count[0]]
+    counts = {key: _whole(config, key, place) for key in named}
+    if len(set(counts.values())) > 1:
+        raise ConversionError(f"{place} names two numbers of experts: {counts}. The config is wrong.")
+    normalised = True if keys.normalised is None else config.get(keys.normalised, False)
+    if not isinstance(normalised, bool):
+        raise ConversionError(f"{place}: {keys.normalised} is {normalised!r}; it must be true or false.")
+    return {
+        "num_moe_experts": counts[named[0]],
+        "moe_router_topk": _whole(config, keys.chosen, place),
+        "moe_ffn_hidden_size": _whole(config, keys.width, place),
+        "moe_router_pre_softmax": not normalised,
+    }
+
+
+def _expert_keys(architecture: Architecture, family: Family) -> dict[str, Any]:
+    """Undo `_experts` -> keys of config.json."""
+    keys = family.experts
+    if keys is None:
+        return {}
+    written = {
+        keys.count[0]: architecture.num_moe_experts,
+        keys.chosen: architecture.moe_router_topk,
+        keys.width: architecture.moe_ffn_hidden_size,
+    }
+    return written if keys.normalised is None else written | {keys.normalised: not architecture.moe_router_pre_softmax}
+
+
+def _rope(config: Mapping[str, Any], place: str, *, default_base: float) -> tuple[float, Llama3RopeScaling | None]:
     """Read base and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
     parameters = config.get("rope_parameters")
     scaling = parameters if parameters is not None else config.get("rope_scaling")
@@ -143,7 +179,7 @@ def _rope(config: Mapping[str, Any], place: str) -> tuple[float, Llama3RopeScali
     if not isinstance(scaling, dict):
         raise ConversionError(f"{place}: rope_parameters is {scaling!r}; it must be an object. Fetch the model again.")
     base = _positive(
-        {"rope_theta": 10000.0, **_only(config, "rope_theta"), **_only(scaling, "rope_theta")}, "rope_theta", place
+        {"rope_theta": default_base, **_only(config, "rope_theta"), **_only(scaling, "rope_theta")}, "rope_theta", place
     )
     if scaling.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
         raise ConversionError(f"{place} rotates a part of each head only (partial_rotary_factor). Use another model.")

@@ -53,9 +53,8 @@ class OpenedMegatron:
         shape = binding.rule.megatron_shape(self.architecture)
         key = self.key_of(binding)
         offsets, sizes = (0,) * len(shape), shape
-        if binding.rule.per_layer and key == binding.rule.key:
-            assert binding.layer is not None
-            offsets, sizes = (binding.layer, *offsets), (1, *shape)
+        if key == binding.rule.key:
+            offsets, sizes = (*binding.index, *offsets), (*(1,) * len(binding.index), *shape)
         tensor = self.reader.read(key, offsets, sizes).reshape(shape)
         return dict(zip(binding.hf_shapes, binding.rule.to_hf(tensor, self.architecture), strict=True))
 

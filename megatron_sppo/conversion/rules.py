@@ -2,7 +2,8 @@
 
 A family's table (families/<family>.py) is a tuple of these. A Megatron name with "{layer}" is one slice of a tensor
 that Megatron-Core's distributed checkpoint stacks over layers: "decoder.layers.{layer}.mlp.linear_fc2.weight" is
-[layer] of the key "decoder.layers.mlp.linear_fc2.weight", whose first axis counts layers.
+[layer] of the key "decoder.layers.mlp.linear_fc2.weight", whose first axis counts layers. "{expert}" likewise: experts
+are the second axis.
 """
 
 # G = key/value heads, R = query heads per key/value head, d = head dimension, F = feed-forward, H = hidden, V = rows
@@ -21,7 +22,10 @@ Shape = tuple[int, ...]
 
 
 def dimension(architecture: Architecture, name: str) -> int:
-    """Give the size of a named dimension: "hidden", "ffn", "query" (all heads), "key" (all key/value heads), "head"."""
+    """Give the size of a named dimension.
+
+    "hidden", "ffn", "query" (all heads), "key" (all key/value heads), "head", "vocab", "experts", "expert_ffn" (one).
+    """
     return {
         "hidden": architecture.hidden_size,
         "ffn": architecture.ffn_hidden_size,
@@ -29,6 +33,8 @@ def dimension(architecture: Architecture, name: str) -> int:
         "key": architecture.num_query_groups * architecture.kv_channels,
         "head": architecture.kv_channels,
         "vocab": architecture.vocab_size,
+        "experts": architecture.num_moe_experts or 0,
+        "expert_ffn": architecture.moe_ffn_hidden_size or 0,
     }[name]
 
 
@@ -37,7 +43,7 @@ class Rule:
     """One Megatron tensor and its Hugging Face tensors."""
 
     megatron: str
-    """Megatron-Core's name; with "{layer}" where it belongs to a layer."""
+    """Megatron-Core's name; with "{layer}" where it belongs to a layer, and "{expert}" where to an expert of it."""
     hf: str
     """Hugging Face's name; with "{layer}" likewise."""
 
@@ -46,16 +52,25 @@ class Rule:
         return "{layer}" in self.megatron
 
     @property
+    def per_expert(self) -> bool:
+        return "{expert}" in self.megatron
+
+    @property
     def key(self) -> str:
-        """Megatron's key in the distributed checkpoint, layers stacked."""
-        return self.megatron.replace(".{layer}", "")
+        """Megatron's key in the distributed checkpoint, layers and experts stacked."""
+        return self.megatron.replace(".{layer}", "").replace(".{expert}", "")
+
+    def stacked(self, architecture: Architecture) -> Shape:
+        """Axes of the key before those of the tensor: layers, experts."""
+        layers = (architecture.num_layers,) if self.per_layer else ()
+        return (*layers, dimension(architecture, "experts")) if self.per_expert else layers
 
     def applies(self, architecture: Architecture) -> bool:
         """Whether a model of this architecture has the tensor."""
         return True
 
     def parts(self) -> tuple[str, ...]:
-        """Hugging Face's names, layer not yet filled in, in the order of `to_megatron`."""
+        """Hugging Face's names, layer and expert not yet filled in, in the order of `to_megatron`."""
         return (self.hf,)
 
     def part_shapes(self, architecture: Architecture) -> tuple[Shape, ...]:
@@ -63,7 +78,7 @@ class Rule:
         raise NotImplementedError
 
     def megatron_shape(self, architecture: Architecture) -> Shape:
-        """Shape of the Megatron tensor, without the axis of layers."""
+        """Shape of the Megatron tensor, without the axes of layers and experts."""
         raise NotImplementedError
 
     def to_megatron(self, tensors: Sequence[Tensor], architecture: Architecture) -> Tensor:
@@ -142,20 +157,39 @@ class FusedQKV(Rule):
 class GateUp(Rule):
     """The two input projections of a gated feed-forward unit in one: [gate; up] rows."""
 
+    width: str = "ffn"
+    """Name of the dimension of either."""
+    names: tuple[str, str] = ("gate", "up")
+    """What stands for "{gate_up}"."""
+
     def parts(self) -> tuple[str, ...]:
-        return tuple(self.hf.replace("{gate_up}", name) for name in ("gate", "up"))
+        return tuple(self.hf.replace("{gate_up}", name) for name in self.names)
 
     def part_shapes(self, architecture: Architecture) -> tuple[Shape, ...]:
-        return ((architecture.ffn_hidden_size, architecture.hidden_size),) * 2
+        return ((dimension(architecture, self.width), architecture.hidden_size),) * 2
 
     def megatron_shape(self, architecture: Architecture) -> Shape:
-        return (2 * architecture.ffn_hidden_size, architecture.hidden_size)
+        return (2 * dimension(architecture, self.width), architecture.hidden_size)
 
     def to_megatron(self, tensors: Sequence[Tensor], architecture: Architecture) -> Tensor:
         return torch.cat(list(tensors))
 
     def to_hf(self, tensor: Tensor, architecture: Architecture) -> tuple[Tensor, ...]:
-        return torch.split(tensor, architecture.ffn_hidden_size)
+        return torch.split(tensor, dimension(architecture, self.width))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertKeys:
+    """Where a family's config.json says what its experts are."""
+
+    count: tuple[str, ...]
+    """Spellings of the key for the number of experts; the first is written."""
+    width: str
+    """Key of one expert's feed-forward channels."""
+    chosen: str = "num_experts_per_tok"
+    normalised: str | None = None
+    """Boolean key that says whether the chosen experts' weights are made to add up to 1; absent means false. None: they
+    always are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +209,10 @@ class Family:
     """Ends of tensor names that old checkpoints carry and that hold no weights, such as RoPE's frequencies."""
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
+    rotary_base: float = 10000.0
+    """RoPE's base where config.json names none."""
+    experts: ExpertKeys | None = None
+    """None in a dense family."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,16 +221,24 @@ class Binding:
 
     rule: Rule
     layer: int | None
+    expert: int | None
     hf_shapes: Mapping[str, Shape] = field(hash=False)
     """Hugging Face's names and shapes, in the order that the rule takes them."""
 
     @property
     def megatron_name(self) -> str:
-        return self.rule.megatron.replace("{layer}", str(self.layer))
+        return self.rule.megatron.replace("{layer}", str(self.layer)).replace("{expert}", str(self.expert))
+
+    @property
+    def index(self) -> tuple[int, ...]:
+        """The tensor's place on the stacked axes of its key."""
+        return tuple(i for i in (self.layer, self.expert) if i is not None)
 
 
 def bind(family: Family, architecture: Architecture) -> tuple[Binding, ...]:
-    """Lay a family's table over a model -> one binding per Megatron tensor and layer: embedding, layers, the rest.
+    """Lay a family's table over a model -> one binding per Megatron tensor, layer and expert.
+
+    In the order of embedding, layers, the rest.
 
     Raises:
         ConversionError: two rules claim one Hugging Face tensor or one Megatron key.
@@ -202,10 +248,15 @@ def bind(family: Family, architecture: Architecture) -> tuple[Binding, ...]:
     first_layer_rule = next(i for i, rule in enumerate(rules) if rule.per_layer)
     before = rules[:first_layer_rule]
     after = [rule for rule in rules[first_layer_rule:] if not rule.per_layer]
-    bindings += [_binding(rule, architecture, None) for rule in before]
+    bindings += [_binding(rule, architecture, None, None) for rule in before]
     for layer in range(architecture.num_layers):
-        bindings += [_binding(rule, architecture, layer) for rule in rules if rule.per_layer]
-    bindings += [_binding(rule, architecture, None) for rule in after]
+        for rule in rules:
+            if rule.per_expert:
+                experts = range(dimension(architecture, "experts"))
+                bindings += [_binding(rule, architecture, layer, expert) for expert in experts]
+            elif rule.per_layer:
+                bindings.append(_binding(rule, architecture, layer, None))
+    bindings += [_binding(rule, architecture, None, None) for rule in after]
     _check_no_double(bindings, family)
     return tuple(bindings)
 
@@ -216,17 +267,15 @@ def hf_shapes(bindings: Sequence[Binding]) -> dict[str, Shape]:
 
 
 def megatron_shapes(bindings: Sequence[Binding], architecture: Architecture) -> dict[str, Shape]:
-    """List the keys of the distributed checkpoint -> {key: global shape}, layers as the first axis."""
-    shapes: dict[str, Shape] = {}
-    for binding in bindings:
-        shape = binding.rule.megatron_shape(architecture)
-        shapes[binding.rule.key] = (architecture.num_layers, *shape) if binding.rule.per_layer else shape
-    return shapes
+    """List the keys of the distributed checkpoint -> {key: global shape}, layers as the first axis, then experts."""
+    rules = dict.fromkeys(binding.rule for binding in bindings)
+    return {rule.key: (*rule.stacked(architecture), *rule.megatron_shape(architecture)) for rule in rules}
 
 
-def _binding(rule: Rule, architecture: Architecture, layer: int | None) -> Binding:
-    names = [name.replace("{layer}", str(layer)) for name in rule.parts()]
-    return Binding(rule=rule, layer=layer, hf_shapes=dict(zip(names, rule.part_shapes(architecture), strict=True)))
+def _binding(rule: Rule, architecture: Architecture, layer: int | None, expert: int | None) -> Binding:
+    names = [name.replace("{layer}", str(layer)).replace("{expert}", str(expert)) for name in rule.parts()]
+    shapes = dict(zip(names, rule.part_shapes(architecture), strict=True))
+    return Binding(rule=rule, layer=layer, expert=expert, hf_shapes=shapes)
 
 
 def _check_no_double(bindings: Sequence[Binding], family: Family) -> None:

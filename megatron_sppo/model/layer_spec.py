@@ -14,14 +14,26 @@ def layer_spec(config: TransformerConfig, implementation: str, *, vp_stage: int 
     if implementation == "transformer_engine":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.num_moe_experts is not None,
+            qk_layernorm=config.qk_layernorm,
+        )
     return _torch_spec(config, vp_stage=vp_stage)
 
 
 def _torch_spec(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Megatron's local spec with our norm and attention in the places where the stock ones refuse SP and packing."""
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
     layer = spec.submodules
+    if config.num_moe_experts is not None:
+        # The local spec renames every norm before an MLP to that of a fused linear layer, which experts do not have:
+        # Transformer Engine's spec saves it under its own name, and so do we.
+        layer.sharded_state_dict_keys_map = {
+            name: key for name, key in layer.sharded_state_dict_keys_map.items() if name != "pre_mlp_layernorm."
+        }
     layer.input_layernorm = RMSNorm
     layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules

@@ -57,12 +57,37 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
         "masked_softmax_fusion": False,
         "persist_layer_norm": fused,
         "apply_rope_fusion": fused,
+        **_experts(architecture, fused=fused),
         **_precision(config),
         **_recomputation(config, architecture),
         **parallelism,
     }
     values |= parse_overrides(config.transformer_config, TransformerConfig, flag="--transformer-config", taken=values)
     return host_dataclass(TransformerConfig, values)
+
+
+def _experts(architecture: Architecture, *, fused: bool) -> dict[str, Any]:
+    """Describe the mixture of experts; nothing for a dense model.
+
+    No auxiliary loss: it would have to be weighed against SPPO's squared residuals of hundreds of nats. No capacity:
+    no token is dropped, so tokens of padding go through the router without touching the others.
+    """
+    if architecture.num_moe_experts is None:
+        return {}
+    return {
+        "num_moe_experts": architecture.num_moe_experts,
+        "moe_router_topk": architecture.moe_router_topk,
+        "moe_ffn_hidden_size": architecture.moe_ffn_hidden_size,
+        "moe_router_pre_softmax": architecture.moe_router_pre_softmax,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_z_loss_coeff": None,
+        "moe_expert_capacity_factor": None,
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": fused,
+        # alltoall sends each token only where it goes, and needs CUDA (its splits stay tensors on the CPU).
+        "moe_token_dispatcher_type": "alltoall" if torch.cuda.is_available() else "allgather",
+    }
 
 
 def _precision(config: ModelConfig) -> dict[str, Any]:
@@ -117,6 +142,7 @@ _TUNABLE = frozenset(
         "apply_rope_fusion",
         "deallocate_pipeline_outputs",
         "attention_softmax_in_fp32",
+        "moe_token_dispatcher_type",
         "overlap_p2p_comm",
         "recompute_granularity",
         "recompute_method",

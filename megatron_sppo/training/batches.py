@@ -171,13 +171,14 @@ class Batches:
 
     def _micro_batches(self, rows: np.ndarray, reference_GK: np.ndarray | None) -> list[MicroBatch]:
         config, layout = self._config, self._config.parallel
-        share = plan_step(
+        shares = plan_step(
             rows,
             self.index.lengths,
             data_parallel_size=parallel.data_parallel_size(),
             micro_batch_size=config.batch.micro_batch_size,
             unit_size=config.objective.unit_size,
-        )[parallel.data_parallel_rank()]
+        )
+        share = shares[parallel.data_parallel_rank()]
         multiple = token_multiple(
             config.model,
             tensor_model_parallel_size=layout.tensor_model_parallel_size,
@@ -186,14 +187,7 @@ class Batches:
         context_size = layout.context_parallel_size
         document_multiple = 2 * context_size if context_size > 1 else 1
         multiple = math.lcm(multiple * context_size, document_multiple)
-        length = num_batch_rows = None
-        if layout.pipeline_model_parallel_size > 1:
-            # Pipeline stages exchange tensors of one shape throughout a step.
-            measure = np.sum if config.batch.packing else np.max
-            lengths = -(-self.index.lengths // document_multiple) * document_multiple
-            longest = max(int(measure(lengths[part], initial=1)) for part in share)
-            length = -(-longest // multiple) * multiple
-            num_batch_rows = None if config.batch.packing else max(len(part) for part in share)
+        shapes = self._shapes(shares, multiple=multiple, document_multiple=document_multiple)
         whole = [
             collate(
                 self._dataset,
@@ -207,9 +201,33 @@ class Batches:
                 targets=self.targets,
                 reference_GK=reference_GK,
             )
-            for part in share
+            for part, (length, num_batch_rows) in zip(share, shapes, strict=True)
         ]
         if context_size == 1:
             return whole
         rank = parallel.context_parallel_rank()
         return [context_parallel_share(batch, rank=rank, size=context_size) for batch in whole]
+
+    def _shapes(
+        self, shares: list[list[np.ndarray]], *, multiple: int, document_multiple: int
+    ) -> list[tuple[int | None, int | None]]:
+        """Say which shape each micro-batch of this rank must have -> (columns, rows); None: what its rows need."""
+        packed, layout = self._config.batch.packing, self._config.parallel
+        share = shares[parallel.data_parallel_rank()]
+        together = [[part] for part in share]
+        if layout.expert_model_parallel_size > 1:
+            # Ranks that share out experts gather each other's tokens, as many from each.
+            together = [list(parts) for parts in zip(*shares, strict=True)]
+        if layout.pipeline_model_parallel_size > 1:
+            # Pipeline stages exchange tensors of one shape throughout a step.
+            together = [[part for parts in together for part in parts]] * len(share)
+        elif layout.expert_model_parallel_size == 1:
+            return [(None, None)] * len(share)
+        measure = np.sum if packed else np.max
+        lengths = -(-self.index.lengths // document_multiple) * document_multiple
+        shapes: list[tuple[int | None, int | None]] = []
+        for parts in together:
+            longest = max(int(measure(lengths[part], initial=1)) for part in parts)
+            num_batch_rows = None if packed else max(len(part) for part in parts)
+            shapes.append((-(-longest // multiple) * multiple, num_batch_rows))
+        return shapes

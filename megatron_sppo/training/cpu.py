@@ -65,6 +65,7 @@ def install() -> None:
     for name in _MODULES_THAT_NAME_CUDA:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name).torch = _TorchOnCpu()
+    _route_without_transformer_engine()
     _save_checkpoints_without_a_manager_process()
     _call_cpu_tensors_cuda_inside_the_optimizer()
 
@@ -89,6 +90,13 @@ def _replace_random_state() -> None:
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _route_without_transformer_engine() -> None:
+    """The router asks whether `te_general_gemm` is None; 0.16.1 leaves the name undefined without the engine."""
+    moe: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(moe, "te_general_gemm"):
+        moe.te_general_gemm = None
 
 
 def _save_checkpoints_without_a_manager_process() -> None:

@@ -29,7 +29,7 @@ class ParallelConfig:
     context_parallel_size: int = 1
     """Ranks that split each sequence."""
     expert_model_parallel_size: int = 1
-    """Ranks that divide a mixture of experts."""
+    """Ranks that the experts of each layer are divided over. They may be data-, tensor- and context-parallel ranks."""
     sequence_parallel: bool = False
     """Split the activations of norms along the sequence over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
@@ -48,11 +48,6 @@ class ParallelConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1. Use --{_kebab(name)} 1.")
-        if self.expert_model_parallel_size > 1:
-            raise ConfigError(
-                f"expert_model_parallel_size {self.expert_model_parallel_size} is for mixtures of experts; there are "
-                "none here yet. Use --expert-model-parallel-size 1."
-            )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
                 "sequence_parallel splits activations over tensor-parallel ranks, and there is one. "
@@ -70,6 +65,15 @@ class ParallelConfig:
         """Ranks that hold one copy of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
+    @property
+    def expert_tensor_parallel_size(self) -> int:
+        """Ranks that split each expert's matrices.
+
+        Experts that are divided over ranks stay whole: small matrices are not worth splitting. Undivided, they are
+        split like all else, as Megatron-Core reduces their gradients over the dense layers' groups then.
+        """
+        return 1 if self.expert_model_parallel_size > 1 else self.tensor_model_parallel_size
+
 
 def check_layout(config: ParallelConfig, architecture: Architecture, *, world_size: int) -> None:
     """Refuse a layout that does not divide the model or the world, before any process group exists.
@@ -79,13 +83,10 @@ def check_layout(config: ParallelConfig, architecture: Architecture, *, world_si
     """
     tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
     chunks = pipeline * (config.virtual_pipeline_model_parallel_size or 1)
-    for what, count in (
-        ("attention heads", architecture.num_attention_heads),
-        ("key/value heads", architecture.num_query_groups),
-        ("feed-forward channels", architecture.ffn_hidden_size),
-    ):
+    counts = _split_counts(config, architecture)
+    for what, count in counts.items():
         if count % tensor:
-            fitting = _divisors(architecture)
+            fitting = _divisors(counts)
             raise ConfigError(
                 f"tensor_model_parallel_size ({tensor}) does not divide the model's {count} {what}. "
                 f"Use --tensor-model-parallel-size with one of {fitting}."
@@ -102,11 +103,54 @@ def check_layout(config: ParallelConfig, architecture: Architecture, *, world_si
             f"(TP {tensor} x PP {pipeline} x CP {config.context_parallel_size}). "
             f"Use torchrun --nproc-per-node {config.model_parallel_size} or a multiple of it."
         )
+    _check_experts(config, architecture, world_size=world_size)
 
 
-def _divisors(architecture: Architecture) -> list[int]:
-    counts = (architecture.num_attention_heads, architecture.num_query_groups, architecture.ffn_hidden_size)
-    return [size for size in range(1, architecture.num_query_groups + 1) if not any(n % size for n in counts)]
+def _check_experts(config: ParallelConfig, architecture: Architecture, *, world_size: int) -> None:
+    ranks, experts = config.expert_model_parallel_size, architecture.num_moe_experts
+    if experts is None:
+        if ranks > 1:
+            raise ConfigError(
+                f"expert_model_parallel_size {ranks} divides the experts of a mixture, and this model is dense "
+                f"({architecture.family}). Use --expert-model-parallel-size 1."
+            )
+        return
+    if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
+        raise ConfigError(
+            "a mixture of experts under tensor parallelism needs sequence parallelism (Megatron-Core trains it with no "
+            "other). Add --sequence-parallel."
+        )
+    if experts % ranks:
+        fitting = [size for size in range(1, experts + 1) if experts % size == 0]
+        raise ConfigError(
+            f"expert_model_parallel_size ({ranks}) does not divide the model's {experts} experts. "
+            f"Use --expert-model-parallel-size with one of {fitting}."
+        )
+    # With experts left whole these ranks lie across the tensor-, context- and data-parallel ones of a stage.
+    stage_ranks = world_size // config.pipeline_model_parallel_size
+    if ranks > 1 and stage_ranks % ranks:
+        fitting = [size for size in range(1, stage_ranks + 1) if stage_ranks % size == 0 and experts % size == 0]
+        raise ConfigError(
+            f"the {stage_ranks} ranks of a pipeline stage cannot be divided into groups of "
+            f"expert_model_parallel_size {ranks}. Use --expert-model-parallel-size with one of {fitting}."
+        )
+
+
+def _split_counts(config: ParallelConfig, architecture: Architecture) -> dict[str, int]:
+    """Name what tensor parallelism splits -> {words: how many}."""
+    counts = {
+        "attention heads": architecture.num_attention_heads,
+        "key/value heads": architecture.num_query_groups,
+    }
+    if architecture.moe_ffn_hidden_size is None:
+        return {**counts, "feed-forward channels": architecture.ffn_hidden_size}
+    if config.expert_tensor_parallel_size > 1:
+        return {**counts, "feed-forward channels of an expert": architecture.moe_ffn_hidden_size}
+    return counts
+
+
+def _divisors(counts: dict[str, int]) -> list[int]:
+    return [size for size in range(1, min(counts.values()) + 1) if not any(n % size for n in counts.values())]
 
 
 def world_size() -> int:
@@ -139,6 +183,7 @@ def initialize(config: ParallelConfig, *, seed: int) -> None:
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_parallel_size,
         distributed_timeout_minutes=config.distributed_timeout_minutes,
         create_gloo_process_groups=True,
     )
@@ -188,6 +233,16 @@ def sum_over_context(values: torch.Tensor) -> torch.Tensor:
 def is_first_replica() -> bool:
     """Tell whether this rank holds the first of the data-parallel copies of its parameters."""
     return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+
+
+def is_first_expert_replica() -> bool:
+    """Tell whether this rank holds the first of the copies of its experts."""
+    return parallel_state.get_expert_data_parallel_rank() == 0
+
+
+def expert_parallel_rank() -> int:
+    """Say which share of each layer's experts this rank holds -> int."""
+    return parallel_state.get_expert_model_parallel_rank()
 
 
 def is_first_stage(vp_stage: int | None = None) -> bool:

@@ -1,6 +1,7 @@
 """The policy on this rank: its pipeline stage(s), wrapped for data parallelism, and what identifies its weights."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,9 @@ from megatron_sppo.training.parallel import ParallelConfig
 
 _HASH_BITS = 48
 """Partial sums of 48 bits leave room to add 32768 ranks in an int64 without overflow."""
+
+_LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(?P<expert>\d+)\.(?P<module>linear_fc[12])\.weight$")
+_GROUPED_EXPERT = re.compile(r"\.experts\.(?P<module>linear_fc[12])\.weight(?P<expert>\d+)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,7 @@ def host_config(architecture: Architecture, model: ModelConfig, layout: Parallel
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
         context_parallel_size=layout.context_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
         sequence_parallel=layout.sequence_parallel,
         # Interleaving with batched, blocking p2p gives wrong losses in silence (measured, megatron-core 0.16.1, gloo).
         overlap_p2p_comm=interleaved,
@@ -71,6 +76,7 @@ def build_policy(architecture: Architecture, model: ModelConfig, layout: Paralle
     chunks = []
     for index, stage in enumerate(_stages(architecture, config, model, layout)):
         stage.to(parallel.device())
+        _set_experts_apart(stage)
         chunks.append(
             DistributedDataParallel(config=config, ddp_config=ddp_config, module=stage, disable_bucketing=index > 0)
         )
@@ -94,6 +100,17 @@ def _stages(
             post_process=parallel.is_last_stage(vp_stage),
             vp_stage=vp_stage,
         )
+
+
+def _set_experts_apart(stage: PolicyModel) -> None:
+    """Mark the experts for their own gradient buffers and optimizer, even where no rank divides them.
+
+    Megatron-Core marks them (`allreduce`) only where there are several expert-parallel ranks, and names the optimizer's
+    state after that: a run could then not go on with one rank for the experts where it had two.
+    """
+    for name, parameter in stage.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -123,12 +140,10 @@ def weights_hash(stages: Sequence[PolicyModel]) -> str:
 
 def _own_parameters(stages: Sequence[PolicyModel]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the parameters that this rank alone answers for, by their names in the whole model."""
-    if not parallel.is_first_replica():
-        return
     for stage in stages:
         offsets = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(stage.decoder.layers)}
         for name, parameter in stage.named_parameters():
-            if not getattr(parameter, "tensor_model_parallel", False) and parallel.tensor_parallel_rank() > 0:
+            if not _answers_for(parameter):
                 continue
             if stage.share_embeddings_and_output_weights and name == "output_layer.weight":
                 continue  # the last stage's copy of the tied embedding
@@ -136,4 +151,23 @@ def _own_parameters(stages: Sequence[PolicyModel]) -> Iterator[tuple[str, torch.
                 if name.startswith(prefix):
                     name = f"decoder.layers.{layer}.{name.removeprefix(prefix)}"
                     break
-            yield name, parameter
+            yield _global_expert(name, stage.config), parameter
+
+
+def _answers_for(parameter: torch.nn.Parameter) -> bool:
+    """Tell whether this rank is the first of those that hold the same values."""
+    if not getattr(parameter, "allreduce", True):  # an expert
+        return parallel.is_first_expert_replica()
+    if not getattr(parameter, "tensor_model_parallel", False) and parallel.tensor_parallel_rank() > 0:
+        return False
+    return parallel.is_first_replica()
+
+
+def _global_expert(name: str, config: TransformerConfig) -> str:
+    """Number an expert's parameter as in the whole model, in the naming of both layer specs; leave others alone."""
+    found = _LOCAL_EXPERT.search(name) or _GROUPED_EXPERT.search(name)
+    if found is None:
+        return name
+    per_rank = (config.num_moe_experts or 0) // config.expert_model_parallel_size
+    expert = parallel.expert_parallel_rank() * per_rank + int(found["expert"])
+    return f"{name[: found.start()]}.experts.{expert}.{found['module']}.weight"

@@ -54,6 +54,26 @@ QWEN3_0_6B = {
     "qk_layernorm": True,
 }
 
+MIXTRAL_8X7B = {
+    **LLAMA_3_1_8B,
+    "vocab_size": 32000,
+    "num_moe_experts": 8,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 14336,
+}
+QWEN3_30B_A3B = {
+    **LLAMA_3_1_8B,
+    "num_layers": 48,
+    "hidden_size": 2048,
+    "ffn_hidden_size": 6144,
+    "num_query_groups": 4,
+    "vocab_size": 151936,
+    "qk_layernorm": True,
+    "num_moe_experts": 128,
+    "moe_router_topk": 8,
+    "moe_ffn_hidden_size": 768,
+}
+
 
 @pytest.mark.parametrize(
     ("values", "published"),
@@ -62,8 +82,10 @@ QWEN3_0_6B = {
         (LLAMA_3_1_8B, 8_030_261_248),
         (QWEN2_5_0_5B, 494_032_768),
         (QWEN3_0_6B, 596_049_920),
+        (MIXTRAL_8X7B, 46_702_792_704),
+        (QWEN3_30B_A3B, 30_532_122_624),
     ],
-    ids=["SmolLM2-135M", "Llama-3.1-8B", "Qwen2.5-0.5B", "Qwen3-0.6B"],
+    ids=["SmolLM2-135M", "Llama-3.1-8B", "Qwen2.5-0.5B", "Qwen3-0.6B", "Mixtral-8x7B", "Qwen3-30B-A3B"],
 )
 def test_parameters_are_counted_as_published(values, published):
     """Published: the safetensors index of each model on the hub."""
@@ -82,6 +104,29 @@ def test_model_json_reads_back_equal(tmp_path, scaling):
     tokenizer = {"hash": "0" * 64, "files": ["tokenizer.json"]}
     write_architecture(architecture, tmp_path, tokenizer=tokenizer)
     assert read_architecture(tmp_path) == (architecture, tokenizer)
+
+
+def test_model_json_of_a_mixture_reads_back_equal_and_a_dense_one_does_not_speak_of_experts(tmp_path):
+    mixture = Architecture(**QWEN3_30B_A3B)
+    write_architecture(mixture, tmp_path, tokenizer={})
+    assert read_architecture(tmp_path) == (mixture, {})
+    write_architecture(Architecture(**LLAMA_3_1_8B), tmp_path, tokenizer={})
+    assert "moe" not in (tmp_path / "model.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"num_moe_experts": None},
+        {"moe_router_topk": 129},
+        {"moe_router_topk": 1},
+        {"moe_ffn_hidden_size": None},
+        {"moe_router_topk": 0},
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused(values):
+    with pytest.raises(ConversionError):
+        Architecture(**{**QWEN3_30B_A3B, **values})
 
 
 def changed(tmp_path, change) -> None:

@@ -5,11 +5,11 @@ from megatron_sppo.conversion.rules import Copy, Family
 
 SELF_ATTENTION, SELF_ATTN = "decoder.layers.{layer}.self_attention", "model.layers.{layer}.self_attn"
 
-RULES = (
-    *llama.RULES,
+HEAD_NORMS = (
     Copy(f"{SELF_ATTENTION}.q_layernorm.weight", f"{SELF_ATTN}.q_norm.weight", ("head",)),
     Copy(f"{SELF_ATTENTION}.k_layernorm.weight", f"{SELF_ATTN}.k_norm.weight", ("head",)),
 )
+RULES = (*llama.RULES, *HEAD_NORMS)
 
 FAMILY = Family(
     model_type="qwen3",

@@ -21,7 +21,8 @@ from megatron_sppo.conversion.hf_checkpoint import parse_size
 from megatron_sppo.conversion.megatron_checkpoint import verify_checkpoint
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.tokenizer import tokenizer_hash
-from tests.models import CHAT_TEMPLATE, tiny_llama
+from megatron_sppo.verification import verify
+from tests.models import CHAT_TEMPLATE, MIXTURES, tiny_llama
 
 MODELS: dict[str, dict[str, Any]] = {
     "untied": {},
@@ -35,6 +36,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3"},
+    **MIXTURES,
+    "mixture, bfloat16": {**MIXTURES["qwen3_moe"], "dtype": "bfloat16", "tie_word_embeddings": True},
 }
 
 
@@ -104,6 +107,29 @@ def test_small_shards_hold_all_tensors_and_transformers_reads_them(tmp_path: Pat
     expected = load_file(hf / "model.safetensors")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     assert transformers.AutoTokenizer.from_pretrained(out).chat_template == CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_an_exported_mixture_is_read_by_transformers_and_verified_by_its_logits(tmp_path: Path, family: str) -> None:
+    """Large weights, so that the router decides and the experts matter; float32 sums in another order."""
+    transformers = pytest.importorskip("transformers")
+    hf = tiny_llama(tmp_path / "hf", scale=0.2, **MIXTURES[family])
+    import_checkpoint(hf, tmp_path / "megatron")
+    out = export_checkpoint(tmp_path / "megatron", tmp_path / "out", max_shard_size="100KB")
+    assert len(list(out.glob("*.safetensors"))) > 2
+    _, problems = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(problems.values())
+    report = verify(out, tmp_path / "megatron")
+    assert report["faults"] == []
+    assert report["logits"]["max_abs"] < 1e-5 and report["logits"]["max_logit"] > 5
+    assert report["tensors"]["compared"] == len(load_file(hf / "model.safetensors"))
+
+
+def test_weights_of_experts_that_do_not_add_up_to_one_are_computed_as_such(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    hf = tiny_llama(tmp_path / "hf", scale=0.2, **{**MIXTURES["qwen3_moe"], "norm_topk_prob": False})
+    import_checkpoint(hf, tmp_path / "megatron")
+    assert verify(hf, tmp_path / "megatron")["logits"]["max_abs"] < 1e-5
 
 
 def test_a_cast_rounds_as_torch_does_and_config_says_so(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from megatron_sppo.architecture import Llama3RopeScaling
 from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture, read_config
 from megatron_sppo.errors import ConversionError
-from tests.models import llama_config
+from tests.models import MIXTURES, llama_config
 
 LLAMA31 = {
     "rope_type": "llama3",
@@ -104,7 +104,20 @@ def test_what_cannot_be_computed_is_refused_by_name(changes: dict[str, Any], nam
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window: true"),
         ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias: true"),
-        ({"model_type": "qwen3_moe"}, "'qwen3_moe'"),
+        ({"model_type": "qwen2_moe"}, "'qwen2_moe'"),
+        ({**MIXTURES["qwen3_moe"], "decoder_sparse_step": 2}, "decoder_sparse_step: 2"),
+        ({**MIXTURES["qwen3_moe"], "mlp_only_layers": [0]}, r"mlp_only_layers: \[0\]"),
+        ({**MIXTURES["qwen3_moe"], "use_sliding_window": True}, "use_sliding_window: true"),
+        ({**MIXTURES["qwen3_moe"], "shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size: 64"),
+        ({**MIXTURES["qwen3_moe"], "num_experts": None}, "num_experts is missing"),
+        ({**MIXTURES["qwen3_moe"], "num_local_experts": 8}, "two numbers of experts"),
+        ({**MIXTURES["qwen3_moe"], "num_experts_per_tok": 5}, r"moe_router_topk \(5\)"),
+        ({**MIXTURES["qwen3_moe"], "num_experts_per_tok": 1}, "moe_router_topk is 1"),
+        ({**MIXTURES["qwen3_moe"], "norm_topk_prob": "yes"}, "norm_topk_prob is 'yes'"),
+        ({**MIXTURES["qwen3_moe"], "moe_intermediate_size": 0}, "moe_intermediate_size is 0"),
+        ({**MIXTURES["mixtral"], "sliding_window": 4096}, "sliding_window: 4096"),
+        ({**MIXTURES["mixtral"], "router_jitter_noise": 0.1}, "router_jitter_noise: 0.1"),
+        ({**MIXTURES["mixtral"], "num_experts_per_tok": None}, "num_experts_per_tok is missing"),
     ],
 )
 def test_what_other_families_cannot_do_is_refused(changes: dict[str, Any], named: str) -> None:
@@ -124,7 +137,38 @@ def test_each_family_writes_a_config_that_reads_back_and_that_transformers_reads
         assert getattr(theirs, "sliding_window", None) is None
 
 
-FAMILIES: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {}}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    **MIXTURES,
+}
+
+
+@pytest.mark.parametrize(("normalised", "pre_softmax"), [({"norm_topk_prob": True}, False), ({}, True)])
+def test_qwen3_moe_weighs_by_the_whole_softmax_unless_it_says_otherwise(
+    normalised: dict[str, Any], pre_softmax: bool
+) -> None:
+    config = {**llama_config(), **MIXTURES["qwen3_moe"]}
+    del config["norm_topk_prob"]
+    assert architecture_from_hf({**config, **normalised}).moe_router_pre_softmax is pre_softmax
+
+
+def test_experts_are_read_in_either_spelling_of_their_number() -> None:
+    config = {**llama_config(), **MIXTURES["qwen3_moe"]}
+    read = architecture_from_hf(config)
+    assert (read.num_moe_experts, read.moe_router_topk) == (4, 2)
+    assert (read.moe_ffn_hidden_size, read.ffn_hidden_size) == (32, 96)
+    config["num_local_experts"] = config.pop("num_experts")
+    assert architecture_from_hf(config) == read
+
+
+def test_mixtral_without_a_rope_base_has_transformers_default() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = {**old_spelling(), **MIXTURES["mixtral"]}
+    theirs = transformers.AutoConfig.for_model(**config)
+    assert architecture_from_hf(config).rotary_base == theirs.rope_parameters["rope_theta"] == 1e6
 
 
 def test_quantized_weights_are_refused() -> None:

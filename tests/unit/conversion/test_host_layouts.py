@@ -16,10 +16,10 @@ from megatron_sppo.architecture import read_architecture
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.conversion.distcp import check_metadata
 from tests.distributed.harness import run_ranks
-from tests.models import tiny_llama
+from tests.models import MIXTURES, tiny_llama
 
 
-def load_and_save(source: str, target: str, tensor: int, pipeline: int, with_optimizer: bool) -> list[str]:
+def load_and_save(source: str, target: str, tensor: int, pipeline: int, with_optimizer: bool, expert: int) -> list[str]:
     """Build the policy's stage on this rank, load `source` with mcore, save it with mcore -> its parameter names."""
     from megatron.core import dist_checkpointing
 
@@ -29,7 +29,12 @@ def load_and_save(source: str, target: str, tensor: int, pipeline: int, with_opt
     from megatron_sppo.training.policy import build_policy
 
     architecture, _ = read_architecture(Path(source))
-    layout = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    layout = ParallelConfig(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        expert_model_parallel_size=expert,
+        sequence_parallel=tensor > 1 and architecture.num_moe_experts is not None,
+    )
     parallel.initialize(layout, seed=1)
     policy = build_policy(architecture, ModelConfig(params_dtype="float32", transformer_impl="torch"), layout)
     stage = policy.stages[0]
@@ -66,6 +71,7 @@ MODELS = {
     "no grouping, wide heads": {"num_key_value_heads": 8, "head_dim": 16},
     "qwen2, biases": {"model_type": "qwen2"},
     "qwen3, norms of heads": {"model_type": "qwen3", "tie_word_embeddings": True},
+    **MIXTURES,
 }
 
 
@@ -86,18 +92,33 @@ def test_other_families_survive_tensor_parallelism(tmp_path: Path, family: str) 
     round_trip(tmp_path, {"model_type": family}, tensor=2, pipeline=1)
 
 
+@pytest.mark.parametrize(("tensor", "pipeline", "expert"), [(2, 1, 1), (2, 2, 1), (1, 1, 2), (1, 2, 2), (2, 1, 4)])
+def test_experts_are_loaded_and_saved_under_any_layout(tmp_path: Path, tensor: int, pipeline: int, expert: int) -> None:
+    ranks = pipeline * max(tensor, expert)
+    settings = {"with_optimizer": True, "expert": expert, "world_size": ranks}
+    round_trip(tmp_path, MIXTURES["qwen3_moe"], tensor=tensor, pipeline=pipeline, **settings)
+
+
 def test_a_tied_embedding_reaches_both_pipeline_ends(tmp_path: Path) -> None:
     round_trip(tmp_path, {"tie_word_embeddings": True}, tensor=2, pipeline=2)
 
 
 def round_trip(
-    tmp_path: Path, overrides: dict[str, Any], *, tensor: int, pipeline: int, with_optimizer: bool = False
+    tmp_path: Path,
+    overrides: dict[str, Any],
+    *,
+    tensor: int,
+    pipeline: int,
+    with_optimizer: bool = False,
+    expert: int = 1,
+    world_size: int | None = None,
 ) -> None:
     """Import, load and save by the host's ranks, export; compare with the original files."""
     hf = tiny_llama(tmp_path / "hf", num_hidden_layers=4, **overrides)
     source = import_checkpoint(hf, tmp_path / "megatron")
     saved = tmp_path / "trained" / "iter_0000003"
-    names = run_ranks(load_and_save, tensor * pipeline, str(source), str(saved), tensor, pipeline, with_optimizer)
+    ranks = world_size or tensor * pipeline
+    names = run_ranks(load_and_save, ranks, str(source), str(saved), tensor, pipeline, with_optimizer, expert)
     assert len({name for rank in names for name in rank}) > 10
     check_metadata(saved)
     exported = export_checkpoint(saved, tmp_path / "out", template=hf)

@@ -31,6 +31,9 @@ def architecture(**changes: object) -> Architecture:
     return Architecture(**{**values, **changes})  # type: ignore[arg-type]
 
 
+EXPERTS = {"num_moe_experts": 3, "moe_router_topk": 2, "moe_ffn_hidden_size": 4}
+
+
 def test_qkv_rows_lie_group_by_group_queries_first() -> None:
     """4 heads over 2 groups, head dimension 2: group 0 has heads 0 and 1, so q rows 0-3, k rows 0-1, v rows 0-1."""
     rows = {name: [f"{name}{i}" for i in range(n)] for name, n in (("q", 8), ("k", 4), ("v", 4))}
@@ -87,6 +90,27 @@ def test_megatron_keys_stack_the_layers_first() -> None:
     assert len(shapes) == 9
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_megatron_keys_stack_the_experts_after_the_layers(family: str) -> None:
+    """The keys and axes that megatron-core's SequentialMLP and TEGroupedMLP give (transformer/moe/experts.py)."""
+    model = architecture(family=family, qk_layernorm=family == "qwen3_moe", **EXPERTS)
+    shapes = megatron_shapes(bind(FAMILIES[family], model), model)
+    assert shapes["decoder.layers.mlp.experts.experts.linear_fc1.weight"] == (2, 3, 8, 6)
+    assert shapes["decoder.layers.mlp.experts.experts.linear_fc2.weight"] == (2, 3, 6, 4)
+    assert shapes["decoder.layers.mlp.router.weight"] == (2, 3, 6)
+    assert shapes["decoder.layers.pre_mlp_layernorm.weight"] == (2, 6)
+    assert not any("mlp.linear_fc" in key for key in shapes)
+
+
+def test_an_experts_place_is_its_layer_and_its_number() -> None:
+    model = architecture(family="mixtral", **EXPERTS)
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    (binding,) = [binding for binding in bind(FAMILIES["mixtral"], model) if name in binding.hf_shapes]
+    assert binding.index == (1, 2)
+    assert binding.hf_shapes == {name.replace("w3", "w1"): (4, 6), name: (4, 6)}
+    assert binding.megatron_name == "decoder.layers.1.mlp.experts.experts.2.linear_fc1.weight"
+
+
 def test_a_tied_model_has_no_output_layer() -> None:
     tied = architecture(share_embeddings_and_output_weights=True)
     bindings = bind(FAMILIES["llama"], tied)
@@ -97,7 +121,12 @@ def test_a_tied_model_has_no_output_layer() -> None:
 @pytest.mark.parametrize("families", FAMILIES)
 def test_the_number_of_values_is_the_architectures(families: str) -> None:
     family = FAMILIES[families]
-    model = architecture(family=families, add_qkv_bias=family.add_qkv_bias, qk_layernorm=family.qk_layernorm)
+    model = architecture(
+        family=families,
+        add_qkv_bias=family.add_qkv_bias,
+        qk_layernorm=family.qk_layernorm,
+        **(EXPERTS if family.experts else {}),
+    )
     bindings = bind(family, model)
     expected = model.num_parameters()
     assert sum(torch.Size(shape).numel() for shape in hf_shapes(bindings).values()) == expected

@@ -1,0 +1,112 @@
+"""The pretraining script on a mixture of experts: same losses and gradient norms in every layout, and resuming.
+
+As `test_pretrain.py`, which has the dense models.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_sppo.conversion.convert import import_checkpoint
+from tests.distributed.conftest import write_dataset
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_pretrain import BASE, forget_after, losses, metrics
+from tests.distributed.worlds import pretrain
+from tests.models import MIXTURES, tiny_llama
+
+Run = Callable[..., list[int]]
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of four experts, and judged responses for them -> the directory with `megatron` and `data`."""
+    root = tmp_path_factory.mktemp("mixture")
+    import_checkpoint(tiny_llama(root / "hf", **MIXTURES["qwen3_moe"]), root / "megatron")
+    write_dataset(root / "data", root / "hf")
+    return root
+
+
+@pytest.fixture
+def run(mixture: Path, tmp_path: Path) -> Run:
+    """Start the script in a world of ranks -> exit codes."""
+    shutil.copytree(mixture / "data", tmp_path / "data")
+
+    def start(save: Path, flags: str = "", *, world_size: int = 1) -> list[int]:
+        places = ["--load", str(mixture / "megatron"), "--data", str(tmp_path / "data"), "--save", str(save)]
+        return run_ranks(pretrain, world_size, [*places, *BASE.split(), *flags.split()])
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [
+        (2, "--expert-model-parallel-size 2"),
+        (2, "--expert-model-parallel-size 2 --use-distributed-optimizer"),
+        (4, "--expert-model-parallel-size 2 --use-distributed-optimizer"),
+        (4, "--expert-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
+        (4, "--expert-model-parallel-size 2 --pipeline-model-parallel-size 2"),
+        (2, "--expert-model-parallel-size 2 --context-parallel-size 2"),
+        (2, "--expert-model-parallel-size 2 --optimizer rmsprop"),
+        (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
+    ],
+)
+def test_training_gives_the_losses_and_gradient_norms_of_one_process(
+    run: Run, tmp_path: Path, world_size: int, flags: str
+) -> None:
+    assert run(tmp_path / "one", "--optimizer rmsprop" if "rmsprop" in flags else "") == [0]
+    assert run(tmp_path / "many", flags, world_size=world_size) == [0] * world_size
+    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, many = ([line["grad_norm"] for line in metrics(tmp_path / name)] for name in ("one", "many"))
+    assert many == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize(("world_size", "flags"), [(1, ""), (2, "--expert-model-parallel-size 2 --no-packing")])
+def test_log_ratio_is_zero_before_the_first_step(run: Run, tmp_path: Path, world_size: int, flags: str) -> None:
+    assert run(tmp_path / "save", flags, world_size=world_size) == [0] * world_size
+    first = metrics(tmp_path / "save")[0]
+    assert first["sppo/ref_drift_step0"] == 0
+    assert first["loss"] == pytest.approx(first["sppo/target_rms"] ** 2)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [
+        (2, "--expert-model-parallel-size 2"),
+        (2, "--expert-model-parallel-size 2 --use-distributed-optimizer --params-dtype bfloat16"),
+        (4, "--expert-model-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel"),
+    ],
+)
+def test_a_resumed_run_is_bit_exact(run: Run, tmp_path: Path, world_size: int, flags: str) -> None:
+    save = tmp_path / "save"
+    run(save, f"{flags} --save-interval 2", world_size=world_size)
+    expected = metrics(save)
+    forget_after(save, 2)
+    assert run(save, f"{flags} --save-interval 2", world_size=world_size) == [0] * world_size
+    for line, again in zip(expected, metrics(save), strict=True):
+        same = {name: value for name, value in line.items() if not name.startswith("perf/")}
+        assert {name: again.get(name) for name in same} == same
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((1, ""), (2, "--pipeline-model-parallel-size 2")),
+        ((2, "--expert-model-parallel-size 2"), (4, "--expert-model-parallel-size 4")),
+        ((2, "--expert-model-parallel-size 2"), (1, "")),
+        ((1, ""), (2, "--expert-model-parallel-size 2")),
+        (
+            (2, "--expert-model-parallel-size 2 --use-distributed-optimizer"),
+            (4, "--expert-model-parallel-size 4 --use-distributed-optimizer"),
+        ),
+    ],
+)
+def test_a_run_resumes_in_another_layout(run: Run, tmp_path: Path, before: tuple, after: tuple) -> None:
+    save = tmp_path / "save"
+    run(save, f"{before[1]} --save-interval 2", world_size=before[0])
+    expected = losses(save)
+    forget_after(save, 2)
+    assert run(save, f"{after[1]} --save-interval 2", world_size=after[0]) == [0] * after[0]
+    assert losses(save) == pytest.approx(expected, rel=1e-5)
