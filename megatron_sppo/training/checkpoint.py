@@ -4,11 +4,14 @@ A save goes to `.iter_0000010.partial`, gets the sha256 of every file, is rename
 """
 
 import contextlib
+import ctypes
 import errno
+import functools
 import inspect
 import logging
 import os
 import shutil
+import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -193,7 +196,19 @@ def _host_save(state: dict[str, Any], directory: Path) -> None:
     settings = (
         {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
     )
+    _tie_children_to_this_process()
     dist_checkpointing.save(state, str(directory), validate_access_integrity=True, **settings)
+
+
+@functools.cache
+def _tie_children_to_this_process() -> None:
+    """Let the kernel end forked children when this process dies, however it dies.
+
+    The host writes by forked processes (strategies/filesystem_async.py); one whose parent was killed in a save waits
+    for it for ever, holding a copy of its memory.
+    """
+    prctl, set_death_signal = ctypes.CDLL(None, use_errno=True).prctl, 1
+    os.register_at_fork(after_in_child=lambda: prctl(set_death_signal, signal.SIGKILL))
 
 
 @contextlib.contextmanager

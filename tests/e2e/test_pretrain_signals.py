@@ -3,6 +3,7 @@
 kill -9 at random moments, saves included, and SIGTERM. One process on the tiny Llama; layouts are in tests/distributed.
 """
 
+import contextlib
 import json
 import random
 import signal
@@ -45,6 +46,15 @@ def numbers(save: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
 
 
+def processes_of(save: Path) -> list[str]:
+    """Find what still runs with the directory on its command line: a killed run may leave no writer behind."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            lines.append(path.read_bytes().decode(errors="replace"))
+    return [line for line in lines if str(save) in line]
+
+
 def wait_for_step(save: Path, process: subprocess.Popen, step: int) -> None:
     while process.poll() is None:
         if (save / "metrics.jsonl").exists() and len((save / "metrics.jsonl").read_text().splitlines()) >= step:
@@ -68,6 +78,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_an_undisturbed_
     assert start(world, save).wait() == 0
     assert numbers(save) == numbers(world / "whole")
     assert not list(save.glob(".iter_*"))
+    assert processes_of(save) == []
 
 
 def test_sigterm_saves_and_exits_with_143_and_the_same_command_goes_on(world: Path) -> None:
