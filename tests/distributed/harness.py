@@ -15,6 +15,7 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import secrets
 import signal
 import socket
 import subprocess
@@ -250,9 +251,12 @@ def _report(rank: int, reason: str, output: Any) -> str:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Pick a port below the kernel's ephemeral range, where no connection of gloo's can take it before the ranks do."""
+    while True:
+        port = secrets.choice(range(15000, 30000))
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _kill_group(group: int) -> None:

@@ -5,19 +5,15 @@ gradients are compared under the per-expert names of the hub's files, which the 
 Not shown here: CUDA, Transformer Engine's grouped experts, the alltoall dispatcher.
 """
 
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
-from megatron_sppo.data.dataset import PreferenceDataset
+from megatron_sppo.conversion.convert import import_checkpoint
 from tests.distributed.conftest import write_dataset
-from tests.distributed.harness import run_ranks
-from tests.distributed.test_layouts import BASE, hugging_face_truth, reference_of
-from tests.distributed.worlds import save_gradient
+from tests.distributed.truth import Truth
 from tests.models import MIXTURES, tiny_llama
 
 LAYOUTS = {
@@ -75,40 +71,17 @@ def by_hub_names(gradients: dict[str, torch.Tensor], family: str) -> dict[str, t
 
 
 @pytest.fixture(scope="module", params=MIXTURES)
-def truth(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def truth(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Truth:
     root = tmp_path_factory.mktemp(request.param)
     hf = tiny_llama(root / "hf", num_hidden_layers=4, **MIXTURES[request.param])
     import_checkpoint(hf, root / "megatron")
+    names = partial(by_hub_names, family=request.param)
     data = write_dataset(root / "data", hf)
-    return {"family": request.param, "hf": hf, "megatron": root / "megatron", "data": data, "answers": {}}
+    return Truth(hf=hf, megatron=root / "megatron", data=data, by_exported_names=names)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_and_gradient_equal_hugging_faces_under(layout: str, truth: dict, tmp_path: Path) -> None:
+def test_loss_and_gradient_equal_hugging_faces_under(layout: str, truth: Truth, tmp_path: Path) -> None:
     world_size, flags = LAYOUTS[layout]
-    dataset = PreferenceDataset(truth["data"])
-    results = run_ranks(
-        save_gradient,
-        world_size,
-        str(truth["megatron"]),
-        str(truth["data"]),
-        reference_of(dataset),
-        str(tmp_path / "gradient"),
-        [*BASE, *flags.split()],
-    )
-    rows = results[0]["rows"]
-    answers = truth["answers"]
-    if "loss" not in answers:
-        answers["loss"], gradients, answers["log_probs"] = hugging_face_truth(truth["hf"], dataset, rows)
-        answers["gradients"] = by_hub_names(gradients, truth["family"])
-    assert len(rows) == 16
-    assert {result["weights"] for result in results} == {answers.setdefault("weights", results[0]["weights"])}
-    np.testing.assert_allclose(results[0]["log_prob"], answers["log_probs"], rtol=0, atol=5e-5)
-    assert results[0]["loss"] == pytest.approx(answers["loss"], rel=5e-6)
-    exported = load_file(export_checkpoint(tmp_path / "gradient", tmp_path / "hf") / "model.safetensors")
-    expected = {name: gradient for name, gradient in answers["gradients"].items() if name in exported}
-    assert set(exported) == set(expected)
+    exported = truth.assert_equal_under(world_size, flags, tmp_path)
     assert sum(".experts." in name and bool(exported[name].any()) for name in exported) > 24  # of 4 x 4 x 3
-    for name, gradient in expected.items():
-        difference = (exported[name] - gradient).abs().max().item()
-        assert difference <= 2e-5 * max(1.0, gradient.abs().max().item()), f"{name} differs by {difference}"
