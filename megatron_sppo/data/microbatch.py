@@ -123,11 +123,6 @@ class MicroBatch:
         """B; 0 for a micro-batch of padding alone."""
         return len(self.rows)
 
-    @property
-    def is_packed(self) -> bool:
-        """Whether all sequences share one batch row."""
-        return self.cu_seqlens is not None
-
     def to(self, device: torch.device | str) -> "MicroBatch":
         """Move every tensor -> a MicroBatch on `device`."""
         moved = {

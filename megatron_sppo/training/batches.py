@@ -53,7 +53,7 @@ class StepPlan:
     """[N] float32, over the pair's other response; NaN without pairs."""
     chosen: Tensor
     """[N] bool."""
-    reference: Tensor
+    reference_log_prob: Tensor
     """[N] float32, log pi_t in nats; NaN before the reference pass."""
     num_response_tokens: Tensor
     """[N] int64."""
@@ -162,7 +162,7 @@ class Batches:
             log_z=torch.from_numpy(self.targets.log_z[rows]),
             preference=torch.from_numpy(self.targets.preference[rows]),
             chosen=torch.from_numpy(index.chosen[rows]),
-            reference=torch.from_numpy(reference),
+            reference_log_prob=torch.from_numpy(reference),
             num_response_tokens=torch.from_numpy(index.response_lengths[rows]),
             num_tokens=int(index.lengths[rows].sum()),
             micro_batches=micro_batches,

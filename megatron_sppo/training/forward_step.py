@@ -53,17 +53,17 @@ def sppo_forward_step(
     return output, loss_sum
 
 
-def objective_terms(batch: MicroBatch, log_prob_B: Tensor, *, objective: ObjectiveConfig) -> Tensor:
-    """Evaluate the objective on a micro-batch -> [B], or [B / 2] where it couples pairs; unreduced."""
+def objective_terms(rows: MicroBatch | StepPlan, log_prob_B: Tensor, *, objective: ObjectiveConfig) -> Tensor:
+    """Evaluate the objective on a micro-batch or a whole step -> [B], or [B / 2] where it couples pairs; unreduced."""
     return objective_loss(
         objective.objective,
-        log_prob_B - batch.reference_log_prob,
+        log_prob_B - rows.reference_log_prob,
         eta=objective.eta,
         beta=objective.beta,
-        win_rate=batch.win_rate,
-        log_z=batch.log_z,
-        preference=batch.preference,
-        chosen=batch.chosen,
+        win_rate=rows.win_rate,
+        log_z=rows.log_z,
+        preference=rows.preference,
+        chosen=rows.chosen,
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.objective import objective_loss, regression_target
+from megatron_sppo.objective import regression_target
 from megatron_sppo.objective.loss import find_objective
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import Batches, StepPlan
@@ -143,8 +143,13 @@ def _step(
     optimizer.zero_grad()
     loss = partial(objective_terms, objective=config.objective)
     log_prob_N = run_micro_batches(policy, plan, loss=loss, forward_only=False)
-    log_ratio_N = log_prob_N - plan.reference.double()
-    metrics = _describe(log_ratio_N, log_prob_N, plan, config.objective)
+    log_ratio_N = log_prob_N - plan.reference_log_prob
+    target_N = _target(plan, config.objective)
+    # The loss is evaluated again on the whole global batch, so that it is one number in every layout.
+    metrics = {"loss": float(loss(plan, log_prob_N).mean())}
+    metrics |= response_metrics(
+        log_ratio_N, log_prob_N, win_rate_N=plan.win_rate, target_N=target_N, eta=_strength(config.objective)
+    )
     _refuse_if_not_finite(metrics["loss"], "loss", plan, step)
     updated, grad_norm, _ = optimizer.step()
     assert updated, "only loss scaling skips updates, and there is none"
@@ -152,34 +157,19 @@ def _step(
     _refuse_if_not_finite(metrics["grad_norm"], "gradient norm", plan, step)
     if step == 1:
         metrics["sppo/ref_drift_step0"] = drift_per_token(log_ratio_N, plan.num_response_tokens)
-    target = _target(plan, config.objective)
     rows = [
         {"group": int(g), "response": int(k), "win_rate": float(w), "log_ratio": float(r)}
         for g, k, w, r in zip(plan.group, plan.response, plan.win_rate, log_ratio_N, strict=True)
     ]
-    if target is not None:
-        for row, value in zip(rows, target.tolist(), strict=True):
+    if target_N is not None:
+        for row, value in zip(rows, target_N.tolist(), strict=True):
             row["target"] = value
     return metrics, rows
 
 
-def _describe(log_ratio_N: Tensor, log_prob_N: Tensor, plan: StepPlan, objective: ObjectiveConfig) -> dict[str, float]:
-    """Evaluate loss and metrics on the whole global batch, whatever the layout was -> {name: value}."""
-    terms = objective_loss(
-        objective.objective,
-        log_ratio_N,
-        eta=objective.eta,
-        beta=objective.beta,
-        win_rate=plan.win_rate,
-        log_z=plan.log_z,
-        preference=plan.preference,
-        chosen=plan.chosen,
-    )
-    strength = objective.eta if find_objective(objective.objective).strength == "eta" else 1 / objective.beta
-    described = response_metrics(
-        log_ratio_N, log_prob_N, win_rate_N=plan.win_rate, target_N=_target(plan, objective), eta=strength
-    )
-    return {"loss": float(terms.mean()), **described}
+def _strength(objective: ObjectiveConfig) -> float:
+    """Say how many nats of log-ratio make one unit of reward -> eta, or 1 / beta for dpo and ipo."""
+    return objective.eta if find_objective(objective.objective).strength == "eta" else 1 / objective.beta
 
 
 def _target(plan: StepPlan, objective: ObjectiveConfig) -> Tensor | None:

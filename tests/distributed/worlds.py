@@ -30,7 +30,6 @@ def save_gradient(megatron: str, data: str, reference_GK: np.ndarray, save: str,
 
     from megatron_sppo import config as configuration
     from megatron_sppo.conversion import megatron_checkpoint
-    from megatron_sppo.objective import objective_loss
     from megatron_sppo.training import checkpoint, inputs, parallel
     from megatron_sppo.training.batches import Batches
     from megatron_sppo.training.config import TrainingConfig
@@ -54,16 +53,7 @@ def save_gradient(megatron: str, data: str, reference_GK: np.ndarray, save: str,
         return objective_terms(batch, log_prob, objective=config.objective)
 
     log_prob_N = run_micro_batches(policy, plan, loss=loss, forward_only=False)
-    terms = objective_loss(
-        config.objective.objective,
-        log_prob_N - plan.reference.double(),
-        eta=config.objective.eta,
-        beta=config.objective.beta,
-        win_rate=plan.win_rate,
-        log_z=plan.log_z,
-        preference=plan.preference,
-        chosen=plan.chosen,
-    )
+    terms = loss(plan, log_prob_N)
     with torch.no_grad():
         for chunk in policy.chunks:
             for parameter in chunk.parameters():
