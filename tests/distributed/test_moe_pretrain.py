@@ -12,7 +12,13 @@ import pytest
 from megatron_sppo.conversion.convert import import_checkpoint
 from tests.distributed.conftest import write_dataset
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_pretrain import BASE, forget_after, losses, metrics
+from tests.distributed.test_pretrain import (
+    BASE,
+    assert_resumes_bit_exactly,
+    assert_resumes_in_another_layout,
+    losses,
+    metrics,
+)
 from tests.distributed.worlds import pretrain
 from tests.models import MIXTURES, tiny_llama
 
@@ -80,14 +86,7 @@ def test_log_ratio_is_zero_before_the_first_step(run: Run, tmp_path: Path, world
     ],
 )
 def test_a_resumed_run_is_bit_exact(run: Run, tmp_path: Path, world_size: int, flags: str) -> None:
-    save = tmp_path / "save"
-    run(save, f"{flags} --save-interval 2", world_size=world_size)
-    expected = metrics(save)
-    forget_after(save, 2)
-    assert run(save, f"{flags} --save-interval 2", world_size=world_size) == [0] * world_size
-    for line, again in zip(expected, metrics(save), strict=True):
-        same = {name: value for name, value in line.items() if not name.startswith("perf/")}
-        assert {name: again.get(name) for name in same} == same
+    assert_resumes_bit_exactly(run, tmp_path / "save", world_size, flags)
 
 
 @pytest.mark.parametrize(
@@ -104,9 +103,4 @@ def test_a_resumed_run_is_bit_exact(run: Run, tmp_path: Path, world_size: int, f
     ],
 )
 def test_a_run_resumes_in_another_layout(run: Run, tmp_path: Path, before: tuple, after: tuple) -> None:
-    save = tmp_path / "save"
-    run(save, f"{before[1]} --save-interval 2", world_size=before[0])
-    expected = losses(save)
-    forget_after(save, 2)
-    assert run(save, f"{after[1]} --save-interval 2", world_size=after[0]) == [0] * after[0]
-    assert losses(save) == pytest.approx(expected, rel=1e-5)
+    assert_resumes_in_another_layout(run, tmp_path / "save", before, after)

@@ -51,6 +51,26 @@ def forget_after(save: Path, step: int) -> None:
     (save / "latest_checkpointed_iteration.txt").write_text(f"{step}\n")
 
 
+def assert_resumes_bit_exactly(run, save: Path, world_size: int, flags: str) -> None:
+    """Run, go back to step 2, run again: every number but the speeds is the same."""
+    run(save, f"{flags} --save-interval 2", world_size=world_size)
+    expected = metrics(save)
+    forget_after(save, 2)
+    assert run(save, f"{flags} --save-interval 2", world_size=world_size) == [0] * world_size
+    for line, again in zip(expected, metrics(save), strict=True):
+        same = {name: value for name, value in line.items() if not name.startswith("perf/")}
+        assert {name: again.get(name) for name in same} == same
+
+
+def assert_resumes_in_another_layout(run, save: Path, before: tuple[int, str], after: tuple[int, str]) -> None:
+    """Run in one layout (world size, flags), go back to step 2, run in the other: the same losses to 1e-5."""
+    run(save, f"{before[1]} --save-interval 2", world_size=before[0])
+    expected = losses(save)
+    forget_after(save, 2)
+    assert run(save, f"{after[1]} --save-interval 2", world_size=after[0]) == [0] * after[0]
+    assert losses(save) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("world_size", "flags"),
     [
@@ -104,14 +124,7 @@ def test_training_lowers_the_loss_on_what_it_has_seen(run, tmp_path: Path) -> No
     ],
 )
 def test_a_resumed_run_is_bit_exact(run, tmp_path: Path, world_size: int, flags: str) -> None:
-    save = tmp_path / "save"
-    run(save, f"{flags} --save-interval 2", world_size=world_size)
-    expected = metrics(save)
-    forget_after(save, 2)
-    assert run(save, f"{flags} --save-interval 2", world_size=world_size) == [0] * world_size
-    for line, again in zip(expected, metrics(save), strict=True):
-        same = {name: value for name, value in line.items() if not name.startswith("perf/")}
-        assert {name: again.get(name) for name in same} == same
+    assert_resumes_bit_exactly(run, tmp_path / "save", world_size, flags)
 
 
 @pytest.mark.parametrize(
@@ -128,12 +141,7 @@ def test_a_resumed_run_is_bit_exact(run, tmp_path: Path, world_size: int, flags:
     ],
 )
 def test_a_run_resumes_in_another_layout(run, tmp_path: Path, before: tuple, after: tuple) -> None:
-    save = tmp_path / "save"
-    run(save, f"{before[1]} --save-interval 2", world_size=before[0])
-    expected = losses(save)
-    forget_after(save, 2)
-    assert run(save, f"{after[1]} --save-interval 2", world_size=after[0]) == [0] * after[0]
-    assert losses(save) == pytest.approx(expected, rel=1e-5)
+    assert_resumes_in_another_layout(run, tmp_path / "save", before, after)
 
 
 def test_a_complete_run_says_so_and_changes_nothing(run, tmp_path: Path) -> None:
