@@ -13,6 +13,7 @@ import sys
 
 from megatron_sppo import config as configuration
 from megatron_sppo.command_line import run
+from megatron_sppo.data.packing import parity_length
 from megatron_sppo.training import checkpoint, inputs, loop, parallel, reference
 from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import TrainingConfig
@@ -28,7 +29,12 @@ def main() -> None:
     # What can be refused is refused here, before the first second of compute.
     source, architecture, tokenizer = inputs.open_source(config)
     dataset = inputs.open_dataset(config, architecture, tokenizer)
-    batches = Batches(dataset, config, max_length=architecture.max_position_embeddings)
+    batches = Batches(
+        dataset,
+        config,
+        max_length=architecture.max_position_embeddings,
+        parity_length=parity_length(architecture),
+    )
     resumed = inputs.find_resumable(config)
     if resumed is not None and checkpoint.step_of(resumed) >= batches.train_iters:
         logger.info("%s is complete: all %d steps are done", config.save, batches.train_iters)

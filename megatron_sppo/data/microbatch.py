@@ -1,12 +1,10 @@
-"""From training rows to micro-batches: which rows go together, and the tensors of one micro-batch.
+"""The tensors of one micro-batch, from the rows that `planning` put into it.
 
 N = training rows, b = batch rows of a tensor, S = tokens of each (b = 1 when packed), B = sequences, R = response
 tokens.
-No randomness but `epoch_order`; no process groups: the caller says how many data-parallel ranks there are.
 """
 
 import dataclasses
-import heapq
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,61 +18,6 @@ from megatron_sppo.zigzag import zigzag_positions
 IGNORED_LABEL = -100
 
 
-def epoch_order(num_units: int, *, seed: int, epoch: int) -> np.ndarray:
-    """Shuffle the units (rows, or pairs of rows) of an epoch -> [num_units] int64, a permutation.
-
-    Sorts raw words of PCG64, whose stream numpy guarantees for ever; `Generator.permutation` may change with a release.
-    """
-    words = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(num_units)
-    return np.argsort(words, kind="stable")
-
-
-def rows_of_units(units: np.ndarray, *, unit_size: int) -> np.ndarray:
-    """Expand unit indices to row indices -> [len(units) * unit_size], the rows of a unit side by side."""
-    return (np.asarray(units)[:, None] * unit_size + np.arange(unit_size)).reshape(-1)
-
-
-def plan_step(
-    rows: np.ndarray, lengths_N: np.ndarray, *, data_parallel_size: int, micro_batch_size: int, unit_size: int
-) -> list[list[np.ndarray]]:
-    """Share a global batch out over ranks and micro-batches -> one list of row arrays per data-parallel rank.
-
-    Longest units first, each to the emptiest micro-batch with room (tokens balanced, at most `micro_batch_size` rows),
-    then the micro-batches alike to the ranks. Every rank gets the same number of micro-batches, longest first. The loss
-    is normalised by sequences of the global batch, so uneven micro-batches are exact.
-
-    A global batch cut short by the end of an epoch is trained on, never dropped. Micro-batches are empty (length 0)
-    only when there are fewer units than micro-batches; `collate` makes one of padding alone from such, with B = 0.
-
-    Args:
-        rows: the rows of the global batch, units side by side.
-        lengths_N: tokens of every row of the training index, looked up by row.
-        unit_size: 1, or 2 where a pair must share a micro-batch.
-    """
-    assert len(rows) % unit_size == 0 and len(rows) > 0
-    assert micro_batch_size % unit_size == 0, f"micro_batch_size {micro_batch_size} cannot hold units of {unit_size}"
-    units = np.asarray(rows).reshape(-1, unit_size)
-    cost = np.asarray(lengths_N)[units].sum(axis=1)
-    num_micro_batches = -(-len(rows) // (data_parallel_size * micro_batch_size))
-    num_bins = data_parallel_size * num_micro_batches
-    bins = _balance(cost, num_bins=num_bins, capacity=micro_batch_size // unit_size)
-    bin_cost = np.array([cost[members].sum() for members in bins])
-    ranks = _balance(bin_cost, num_bins=data_parallel_size, capacity=num_micro_batches)
-    return [[units[bins[bin_index]].reshape(-1) for bin_index in rank] for rank in ranks]
-
-
-def _balance(cost: np.ndarray, *, num_bins: int, capacity: int) -> list[list[int]]:
-    """Longest processing time first, with room for `capacity` items a bin -> item indices per bin, longest first."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    open_bins = [(0, bin_index) for bin_index in range(num_bins)]
-    for item in np.argsort(-cost, kind="stable"):
-        load, bin_index = heapq.heappop(open_bins)
-        bins[bin_index].append(int(item))
-        if len(bins[bin_index]) < capacity:
-            heapq.heappush(open_bins, (load + int(cost[item]), bin_index))
-    return bins
-
-
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
     """The tensors of one micro-batch, on one device.
@@ -86,13 +29,19 @@ class MicroBatch:
     tokens: Tensor
     """[b, S] int64."""
     position_ids: Tensor
-    """[b, S] int64, from 0 in each document."""
+    """[b, S] int64, from 0 in each sequence."""
     labels: Tensor
-    """[b, S] int64: the response token that follows each position, -100 where none does."""
+    """[b, S] int64: the response token that follows each position, -100 where none does, or where several do (at the
+    end of a shared prompt)."""
     cu_seqlens: Tensor | None
     """[documents + 1] int32, packed only; padding at the end is a document of its own. None when padded."""
+    parents: Tensor | None
+    """[documents] int32, with shared prompts only: the document that each one continues (a response its prompt), which
+    it sees too; -1 where it begins a sequence."""
     max_seqlen: int
-    """Tokens of the longest document (packed) or S (padded)."""
+    """Tokens of the longest sequence (packed) or S (padded)."""
+    num_tokens: int
+    """Tokens that are no padding; of all context-parallel ranks together."""
     response_rows: Tensor
     """[R] int64."""
     sequence_index: Tensor
@@ -140,12 +89,42 @@ def sample_tokens(dataset: PreferenceDataset, index: TrainingIndex, row: int) ->
     return np.concatenate([prompt, dataset.response(group, int(index.response[row]))]), num_prompt_tokens
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Document:
+    """A stretch of tokens that sees itself and all of the document that it continues: prompt and response, or one."""
+
+    tokens: np.ndarray
+    num_prompt_tokens: int
+    """How many of `tokens` are the prompt's: all of them where the responses lie in documents of their own."""
+    parent: int = -1
+    """Number of the document that this one continues; -1: none."""
+
+
+def _documents(
+    dataset: PreferenceDataset, index: TrainingIndex, rows: np.ndarray, *, share_prompts: bool
+) -> list[_Document]:
+    """Cut rows into documents: one a row; or the prompt of neighbouring rows, and one for each response."""
+    found: list[_Document] = []
+    prompt, group = -1, None
+    for row in rows:
+        sample, num_prompt_tokens = sample_tokens(dataset, index, int(row))
+        if not share_prompts:
+            found.append(_Document(tokens=sample, num_prompt_tokens=num_prompt_tokens))
+            continue
+        if group != index.group[row]:
+            prompt, group = len(found), index.group[row]
+            found.append(_Document(tokens=sample[:num_prompt_tokens], num_prompt_tokens=num_prompt_tokens))
+        found.append(_Document(tokens=sample[num_prompt_tokens:], num_prompt_tokens=0, parent=prompt))
+    return found
+
+
 def collate(
     dataset: PreferenceDataset,
     index: TrainingIndex,
     rows: np.ndarray,
     *,
     packed: bool,
+    share_prompts: bool = False,
     length: int | None = None,
     multiple: int = 1,
     document_multiple: int = 1,
@@ -161,6 +140,8 @@ def collate(
     pipeline.
 
     Args:
+        share_prompts: lay neighbouring rows of one prompt behind one copy of it; packed only. The last position of the
+            prompt then predicts the first token of each response.
         length: S exactly; None: as short as the rows allow.
         multiple: S is rounded up to it (tensor parallelism, context parallelism, FP8).
         document_multiple: each document is padded at its end to a multiple of it, where no real token sees the padding
@@ -169,46 +150,35 @@ def collate(
         reference_GK: [G, K], from `read_reference`.
     """
     rows = np.asarray(rows, dtype=np.int64)
-    samples = [sample_tokens(dataset, index, int(row)) for row in rows]
     assert multiple % document_multiple == 0
-    sizes = [-(-len(tokens) // document_multiple) * document_multiple for tokens, _ in samples]
+    assert not share_prompts or (packed and document_multiple == 1)
+    documents = _documents(dataset, index, rows, share_prompts=share_prompts)
+    sizes = [-(-len(document.tokens) // document_multiple) * document_multiple for document in documents]
     needed = max(sum(sizes) if packed else max(sizes, default=0), 1)
     num_columns = -(-needed // multiple) * multiple if length is None else length
     assert needed <= num_columns and num_columns % multiple == 0, (
         f"{needed} tokens, length {num_columns}, multiple {multiple}"
     )
-    num_batch_rows = 1 if packed else max(len(rows), 1, num_batch_rows or 1)
-    tokens = np.full((num_batch_rows, num_columns), pad_token_id, dtype=np.int64)
-    labels = np.full((num_batch_rows, num_columns), IGNORED_LABEL, dtype=np.int64)
-    position_ids = np.tile(np.arange(num_columns), (num_batch_rows, 1))
-    response_rows, start = [], 0
-    for sequence, (sample, num_prompt_tokens) in enumerate(samples):
-        batch_row, begin = (0, start) if packed else (sequence, 0)
-        end = begin + len(sample)
-        tokens[batch_row, begin:end] = sample
-        position_ids[batch_row, begin : begin + sizes[sequence]] = np.arange(sizes[sequence])
-        predicting = np.arange(begin + num_prompt_tokens - 1, end - 1)
-        labels[batch_row, predicting] = sample[num_prompt_tokens:]
-        response_rows.append(predicting * num_batch_rows + batch_row)
-        start += sizes[sequence]
+    shape = (1 if packed else max(len(rows), 1, num_batch_rows or 1), num_columns)
+    bounds, parents = np.cumsum([0, *sizes]), [document.parent for document in documents]
+    if bounds[-1] < num_columns:
+        bounds, parents = np.append(bounds, num_columns), [*parents, -1]
+    starts = [(0, int(begin)) if packed else (number, 0) for number, begin in enumerate(bounds[: len(documents)])]
+    laid_out = _lay_out(documents, starts, sizes, shape=shape, pad_token_id=pad_token_id)
     if packed:
-        position_ids[0, start:] = np.arange(num_columns - start)
-    bounds = np.cumsum([0, *sizes, *([num_columns - start] if start < num_columns else [])])
-    response_lengths = index.response_lengths[rows]
+        laid_out["position_ids"][0, sum(sizes) :] = torch.arange(num_columns - sum(sizes))
     return MicroBatch(
-        tokens=torch.from_numpy(tokens),
-        position_ids=torch.from_numpy(position_ids),
-        labels=torch.from_numpy(labels),
+        **laid_out,
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)) if packed else None,
-        max_seqlen=int(np.diff(bounds).max()) if packed else num_columns,
-        response_rows=torch.from_numpy(_joined(response_rows)),
-        sequence_index=torch.from_numpy(np.repeat(np.arange(len(rows)), response_lengths)),
-        labels_R=torch.from_numpy(_joined([sample[prompt:].astype(np.int64) for sample, prompt in samples])),
+        parents=torch.tensor(parents, dtype=torch.int32) if share_prompts else None,
+        max_seqlen=int(laid_out["position_ids"].max()) + 1 if packed else num_columns,
+        num_tokens=sum(len(document.tokens) for document in documents),
+        sequence_index=torch.from_numpy(np.repeat(np.arange(len(rows)), index.response_lengths[rows])),
         rows=torch.from_numpy(rows),
         group=torch.from_numpy(index.group[rows]),
         response=torch.from_numpy(index.response[rows]),
         chosen=torch.from_numpy(index.chosen[rows]),
-        response_lengths=torch.from_numpy(response_lengths),
+        response_lengths=torch.from_numpy(index.response_lengths[rows]),
         win_rate=_float_rows(None if targets is None else targets.win_rate[rows], len(rows)),
         log_z=_float_rows(None if targets is None else targets.log_z[rows], len(rows)),
         preference=_float_rows(None if targets is None else targets.preference[rows], len(rows)),
@@ -216,6 +186,46 @@ def collate(
             None if reference_GK is None else reference_GK[index.group[rows], index.response[rows]], len(rows)
         ),
     )
+
+
+def _lay_out(
+    documents: list[_Document],
+    starts: list[tuple[int, int]],
+    sizes: list[int],
+    *,
+    shape: tuple[int, int],
+    pad_token_id: int,
+) -> dict[str, Tensor]:
+    """Write documents into a [b, S] tensor -> tokens, position_ids, labels, response_rows and labels_R by name.
+
+    Args:
+        starts: batch row and column of each document's first token.
+        sizes: tokens of each document, its own padding included.
+    """
+    tokens = np.full(shape, pad_token_id, dtype=np.int64)
+    labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
+    position_ids = np.tile(np.arange(shape[1]), (shape[0], 1))
+    response_rows, labels_R = [], []
+    for document, (batch_row, begin), size in zip(documents, starts, sizes, strict=True):
+        shared = document.parent >= 0
+        before = len(documents[document.parent].tokens) if shared else 0
+        position_ids[batch_row, begin : begin + size] = np.arange(before, before + size)
+        end = begin + len(document.tokens)
+        tokens[batch_row, begin:end] = document.tokens
+        response = document.tokens[document.num_prompt_tokens :].astype(np.int64)
+        predicting = np.arange(begin + document.num_prompt_tokens - 1, end - 1)
+        labels[batch_row, predicting[shared:]] = response[shared:]
+        if shared:
+            predicting[0] = starts[document.parent][1] + before - 1  # the prompt's last position
+        response_rows.append(predicting * shape[0] + batch_row)
+        labels_R.append(response)
+    return {
+        "tokens": torch.from_numpy(tokens),
+        "position_ids": torch.from_numpy(position_ids),
+        "labels": torch.from_numpy(labels),
+        "response_rows": torch.from_numpy(_joined(response_rows)),
+        "labels_R": torch.from_numpy(_joined(labels_R)),
+    }
 
 
 def context_parallel_share(batch: MicroBatch, *, rank: int, size: int) -> MicroBatch:

@@ -1,8 +1,8 @@
-"""Sequences of many lengths into packs of one token budget, and packs to data-parallel ranks of like cost.
+"""Sequences of many lengths into packs of one budget, and items of unlike cost to bins of like load.
 
-N = rows, U = units (a row, or the rows of a pair), P = packs. No randomness: the same lengths give the same packs.
-Nothing here looks at the order of an epoch: what is packed together is trained on together, so the caller shuffles the
-units first and packs as many at a time as may share a step.
+N = rows, U = units (a row, or the rows of a pair), I = items (units or packs). No randomness: the same lengths give the
+same packs. Nothing here looks at the order of an epoch: what is packed together is trained on together, so the caller
+shuffles the units first and packs as many at a time as may share a step (`planning.plan_step`).
 """
 
 import heapq
@@ -10,6 +10,7 @@ from collections import defaultdict
 
 import numpy as np
 
+from megatron_sppo.architecture import Architecture
 from megatron_sppo.errors import DataError
 
 
@@ -91,35 +92,61 @@ def _best_fit_decreasing(size_U: np.ndarray, *, budget: int) -> np.ndarray:
     return pack_of_unit
 
 
-def document_cost(lengths_N: np.ndarray, *, parity_length: float) -> np.ndarray:
-    """Estimate each document's time, in tokens of linear work: n * (1 + n / parity_length) -> [N] float64.
+def parity_length(architecture: Architecture) -> float:
+    """Say how many tokens a document has whose attention takes as long as all else of a layer -> tokens.
 
     Causal attention of a layer takes about 2 * n * d FLOPs a token forward (d = heads x head size) and its matrices
-    take 2 * (weights of a layer): they are equal at n = weights of a layer / d, 53,000 tokens for Llama-3-8B.
+    take 2 * (weights of a layer that a token meets): they are equal at n = weights / d, 53,000 tokens for Llama-3-8B.
+    """
+    query_rows = architecture.num_attention_heads * architecture.kv_channels
+    key_rows = architecture.num_query_groups * architecture.kv_channels
+    channels = architecture.ffn_hidden_size
+    if architecture.num_moe_experts is not None:
+        channels = (architecture.moe_router_topk or 0) * (architecture.moe_ffn_hidden_size or 0)
+    weights = architecture.hidden_size * (2 * query_rows + 2 * key_rows + 3 * channels)
+    return weights / query_rows
+
+
+def document_cost(lengths_N: np.ndarray, *, parity_length: float, context_N: np.ndarray | int = 0) -> np.ndarray:
+    """Estimate each document's time, in tokens of linear work: n * (1 + (n + 2c) / parity_length) -> [N] float64.
 
     Args:
-        lengths_N: [N], tokens.
+        lengths_N: [N], tokens that are computed.
         parity_length: tokens of a document at which attention takes as long as all else.
+        context_N: tokens before them that they see and that are computed once for several documents (c above).
     """
     lengths = np.asarray(lengths_N, dtype=np.float64)
-    cost: np.ndarray = lengths * (1 + lengths / parity_length)
+    cost: np.ndarray = lengths * (1 + (lengths + 2 * np.asarray(context_N)) / parity_length)
     return cost
 
 
-def assign_to_ranks(cost_P: np.ndarray, *, num_ranks: int) -> list[np.ndarray]:
-    """Share packs out, costliest first, each to the least loaded rank with room -> packs of each rank, costliest first.
+def balance(
+    cost_I: np.ndarray, *, num_bins: int, capacity: int, size_I: np.ndarray | None = None
+) -> list[np.ndarray] | None:
+    """Share items out, costliest first, each to the least loaded bin with room -> items of each bin, costliest first.
 
-    Longest processing time first (Graham 1969), with room for ceil(P / num_ranks) packs a rank: the ranks of a
-    data-parallel step run equally many micro-batches, so a multiple of `num_ranks` packs wastes none.
+    Longest processing time first (Graham 1969), with room. None where that leaves an item no bin.
+
+    Args:
+        size_I: [I], how much of a bin's capacity each item takes; None: 1 each.
     """
-    cost = np.asarray(cost_P, dtype=np.float64)
-    assert num_ranks > 0
-    capacity = -(-len(cost) // num_ranks)
-    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-    open_ranks = [(0.0, rank) for rank in range(num_ranks)]
+    cost = np.asarray(cost_I, dtype=np.float64)
+    size = np.ones(len(cost), dtype=np.int64) if size_I is None else np.asarray(size_I)
+    assert num_bins > 0
+    least = int(size.min(initial=capacity))
+    room = [capacity] * num_bins
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    open_bins = [(0.0, index) for index in range(num_bins)]
     for item in np.argsort(-cost, kind="stable").tolist():
-        load, rank = heapq.heappop(open_ranks)
-        ranks[rank].append(item)
-        if len(ranks[rank]) < capacity:
-            heapq.heappush(open_ranks, (load + float(cost[item]), rank))
-    return [np.array(members, dtype=np.int64) for members in ranks]
+        passed = []
+        while open_bins and room[open_bins[0][1]] < size[item]:
+            passed.append(heapq.heappop(open_bins))
+        if not open_bins:
+            return None
+        load, index = heapq.heappop(open_bins)
+        bins[index].append(item)
+        room[index] -= int(size[item])
+        for entry in (*passed, (load + float(cost[item]), index)):
+            if room[entry[1]] >= least:
+                heapq.heappush(open_bins, entry)
+    return [np.array(members, dtype=np.int64) for members in bins]

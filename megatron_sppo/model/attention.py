@@ -5,6 +5,8 @@ SelfAttention: T = tokens of a packed micro-batch, S = tokens, B = sequences, D 
 queries are this rank's share of the tokens; keys and values of all are gathered, and their gradients reduce-scattered.
 """
 
+import itertools
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -13,6 +15,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from megatron_sppo.model.shared_prompts import SharedPromptParams
 from megatron_sppo.zigzag import zigzag_positions
 
 
@@ -48,6 +51,8 @@ class DocumentAttention(torch.nn.Module):
     ) -> Tensor:
         """Attend -> [S, B, Q * D], or [T, Q * D] when packed. A given mask is ignored: padding lies at the end."""
         assert attention_bias is None
+        if isinstance(packed_seq_params, SharedPromptParams):
+            return self._attend_within_trees(query, key, value, packed_seq_params).squeeze(1).flatten(1)
         if packed_seq_params is None:
             boundaries = torch.tensor([0, query.shape[0] * self.context_parallel_size])
         else:
@@ -75,6 +80,22 @@ class DocumentAttention(torch.nn.Module):
             visible = torch.arange(start, end, device=query.device) <= position[here, None]
             contexts.append(self._attend(query[here], key[start:end], value[start:end], visible=visible))
             first = here.stop
+        return torch.cat(contexts)
+
+    def _attend_within_trees(self, query: Tensor, key: Tensor, value: Tensor, packed: SharedPromptParams) -> Tensor:
+        """Attend from each document to itself and to the one that it continues -> [T, 1, Q, D]."""
+        assert packed.documents is not None and packed.parents is not None
+        query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+        bounds = packed.documents.tolist()
+        spans = [slice(start, end) for start, end in itertools.pairwise(bounds)]
+        contexts = []
+        for here, parent in zip(spans, packed.parents.tolist(), strict=True):
+            keys, values, visible = key[here], value[here], None
+            if parent >= 0:
+                keys, values = (torch.cat([tensor[spans[parent]], tensor[here]]) for tensor in (key, value))
+                places = torch.arange(len(keys), device=query.device)
+                visible = places <= places[len(keys) - (here.stop - here.start) :, None]
+            contexts.append(self._attend(query[here], keys, values, visible=visible))
         return torch.cat(contexts)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, visible: Tensor | None) -> Tensor:

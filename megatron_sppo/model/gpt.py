@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.model.config import ModelConfig, resolve_transformer_impl
 from megatron_sppo.model.layer_spec import layer_spec
+from megatron_sppo.model.shared_prompts import SharedPromptParams, shared_prompt_params
 from megatron_sppo.objective import linear_log_probs
 
 # R = response tokens of the micro-batch, S = tokens, B = sequences, H = hidden size, V = vocabulary
@@ -31,6 +32,20 @@ class PolicyModel(GPTModel):
 
     true_vocab_size: int
     head_chunk_size: int
+
+    def _preprocess(self, *, position_ids: Tensor, packed_seq_params: Any = None, **kwargs: Any) -> tuple[Any, ...]:
+        """Embed, and look up the rotary table -> the host's tuple, with a line of the table for each token of a tree.
+
+        Overrides GPTModel._preprocess, which both supported hosts call with keywords, the table second in its answer.
+        The host counts positions from 0 in each document of `cu_seqlens`, and a response goes on from its prompt's end.
+        Given as many lines as the row has tokens, it takes them as they are (rope_utils.py, _apply_rotary_pos_emb_thd).
+        """
+        embedded, rotary, *rest = super()._preprocess(
+            position_ids=position_ids, packed_seq_params=packed_seq_params, **kwargs
+        )
+        if isinstance(packed_seq_params, SharedPromptParams):
+            rotary = rotary[position_ids[0]]
+        return embedded, rotary, *rest
 
     def _postprocess(self, hidden_states: Tensor, *, labels: ResponseTokens | None = None, **kwargs: Any) -> Tensor:
         """Compute log pi of the response tokens -> [R] float32 on the last stage, hidden states elsewhere.
@@ -105,6 +120,7 @@ def forward(
     position_ids_BS: Tensor,
     *,
     cu_seqlens: Tensor | None = None,
+    parents: Tensor | None = None,
     max_seqlen: int = 0,
     response: ResponseTokens | None = None,
 ) -> Tensor:
@@ -112,11 +128,14 @@ def forward(
 
     Args:
         cu_seqlens: int32, boundaries of the documents of a packed micro-batch (B = 1), the last equal to S.
-        max_seqlen: length of the longest document, in tokens.
+        parents: int32, for each document the number of the one that it continues, or -1; where prompts are shared.
+        max_seqlen: length of the longest sequence, in tokens.
         response: without it the last stage returns logits.
     """
     packed = None
-    if cu_seqlens is not None:
+    if cu_seqlens is not None and parents is not None:
+        packed = shared_prompt_params(cu_seqlens, parents, num_tokens=tokens_BS.shape[1], max_seqlen=max_seqlen)
+    elif cu_seqlens is not None:
         packed = PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,

@@ -7,6 +7,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_sppo.model.attention import DocumentAttention
 from megatron_sppo.model.normalization import RMSNorm
+from megatron_sppo.model.shared_prompts import with_shared_prompts
 
 
 def layer_spec(config: TransformerConfig, implementation: str, *, vp_stage: int | None) -> object:
@@ -14,11 +15,14 @@ def layer_spec(config: TransformerConfig, implementation: str, *, vp_stage: int 
     if implementation == "transformer_engine":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
-        return get_gpt_layer_with_transformer_engine_spec(
+        spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.num_moe_experts is not None,
             qk_layernorm=config.qk_layernorm,
         )
+        attention = spec.submodules.self_attention.submodules
+        attention.core_attention = with_shared_prompts(attention.core_attention)
+        return spec
     return _torch_spec(config, vp_stage=vp_stage)
 
 

@@ -15,15 +15,10 @@ import torch
 from torch import Tensor
 
 from megatron_sppo.data.dataset import PreferenceDataset
-from megatron_sppo.data.microbatch import (
-    MicroBatch,
-    collate,
-    context_parallel_share,
-    epoch_order,
-    plan_step,
-    rows_of_units,
-)
+from megatron_sppo.data.microbatch import MicroBatch, collate, context_parallel_share
+from megatron_sppo.data.planning import epoch_rows, packed_tokens, plan_step, shared_prompt_units, step_units
 from megatron_sppo.data.selection import RowTargets, TrainingIndex, row_targets, training_index
+from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import token_multiple
 from megatron_sppo.objective.loss import OBJECTIVES
 from megatron_sppo.objective.win_rate import estimated_baseline_over_eta, parse_baseline
@@ -58,7 +53,9 @@ class StepPlan:
     num_response_tokens: Tensor
     """[N] int64."""
     num_tokens: int
-    """Real tokens of the global batch, prompts included."""
+    """Real tokens of the global batch: each response with its prompt."""
+    num_computed_tokens: int
+    """Those that pass through the model: fewer where responses share a prompt."""
     micro_batches: list[MicroBatch]
     """This data-parallel rank's share."""
     padding_fraction: float
@@ -68,11 +65,18 @@ class StepPlan:
 class Batches:
     """All steps of a run over one dataset."""
 
-    def __init__(self, dataset: PreferenceDataset, config: TrainingConfig, *, max_length: int) -> None:
+    def __init__(
+        self, dataset: PreferenceDataset, config: TrainingConfig, *, max_length: int, parity_length: float = math.inf
+    ) -> None:
         """List the rows of an epoch and their targets.
 
         Args:
             max_length: positions of the model, in tokens; holds where the config sets no smaller seq_length.
+            parity_length: tokens of a document whose attention takes as long as all else (`data.packing`), for
+                micro-batches and ranks of like cost; infinite: balance tokens.
+
+        Raises:
+            ConfigError: a response, or a pair, is longer than a pack.
         """
         objective = OBJECTIVES[config.objective.objective]
         self.selection = config.batch.selection or str(dataset.manifest.selection)
@@ -90,7 +94,31 @@ class Batches:
         )
         self._dataset = dataset
         self._config = config
+        self._parity_length = parity_length
+        self._document_multiple, self._multiple = _token_multiples(config)
+        self._check_budget()
         self._report()
+
+    @property
+    def _budget(self) -> int | None:
+        """Tokens that a pack may have, of all context-parallel ranks together; None: packs are filled by responses."""
+        size = self._config.batch.packed_sequence_size
+        return None if size is None else size // self._multiple * self._multiple
+
+    def _check_budget(self) -> None:
+        """Refuse a pack that does not hold the longest response, or the longest pair where the loss couples pairs."""
+        if self._budget is None:
+            return
+        unit_size = self._config.objective.unit_size
+        lengths = -(-self.index.lengths // self._document_multiple) * self._document_multiple
+        longest = int(lengths.reshape(-1, unit_size).sum(axis=1).max())
+        if longest > self._budget:
+            fitting = -(-longest // self._multiple) * self._multiple
+            raise ConfigError(
+                f"packed_sequence_size ({self._config.batch.packed_sequence_size} tokens) does not hold the longest "
+                f"{'pair' if unit_size == 2 else 'prompt and response'}, {longest} tokens in multiples of "
+                f"{self._multiple}. Use --packed-sequence-size {fitting}, or a smaller --seq-length."
+            )
 
     def _report(self) -> None:
         """Say what is trained on, and count what is not."""
@@ -132,6 +160,7 @@ class Batches:
             "num_rows": self.index.num_rows,
             "global_batch_size": batch.global_batch_size,
             "seed": batch.seed,
+            "share_prompts": batch.share_prompts,
             "objective": objective.objective,
             "eta": objective.eta,
             "beta": objective.beta,
@@ -144,15 +173,15 @@ class Batches:
             yield self._plan(step, reference_GK)
 
     def _plan(self, step: int, reference_GK: np.ndarray | None) -> StepPlan:
-        index, config = self.index, self._config
+        index, batch = self.index, self._config.batch
         epoch, step_of_epoch = divmod(step - 1, self.steps_per_epoch)
-        order = epoch_order(index.num_rows // index.unit_size, seed=config.batch.seed, epoch=epoch)
-        units_per_step = config.batch.global_batch_size // index.unit_size
-        units = order[step_of_epoch * units_per_step : (step_of_epoch + 1) * units_per_step]
-        rows = rows_of_units(units, unit_size=index.unit_size)
+        order = epoch_rows(index, seed=batch.seed, epoch=epoch, by_prompt=batch.share_prompts)
+        rows = order[step_of_epoch * batch.global_batch_size : (step_of_epoch + 1) * batch.global_batch_size]
         group, response = index.group[rows], index.response[rows]
-        micro_batches = self._micro_batches(rows, reference_GK)
-        real = sum(int(index.lengths[batch.rows].sum()) for batch in micro_batches)
+        shares = self._shares(rows)
+        micro_batches = self._micro_batches(shares, reference_GK)
+        real = sum(micro_batch.num_tokens for micro_batch in micro_batches)
+        computed = sum(micro_batch.tokens.numel() for micro_batch in micro_batches)
         reference = np.full(len(rows), np.nan, np.float32) if reference_GK is None else reference_GK[group, response]
         return StepPlan(
             rows=rows,
@@ -165,54 +194,64 @@ class Batches:
             reference_log_prob=torch.from_numpy(reference),
             num_response_tokens=torch.from_numpy(index.response_lengths[rows]),
             num_tokens=int(index.lengths[rows].sum()),
+            num_computed_tokens=sum(
+                packed_tokens(index, part, share_prompts=batch.share_prompts) for share in shares for part in share
+            ),
             micro_batches=micro_batches,
-            padding_fraction=1 - real / sum(batch.tokens.numel() for batch in micro_batches),
+            padding_fraction=1 - real / (computed * self._config.parallel.context_parallel_size),
         )
 
-    def _micro_batches(self, rows: np.ndarray, reference_GK: np.ndarray | None) -> list[MicroBatch]:
-        config, layout = self._config, self._config.parallel
-        shares = plan_step(
-            rows,
-            self.index.lengths,
+    def _shares(self, rows: np.ndarray) -> list[list[np.ndarray]]:
+        """Divide a global batch -> for each data-parallel rank, the rows of its micro-batches."""
+        batch, unit_size, budget = self._config.batch, self._config.objective.unit_size, self._budget
+        if batch.share_prompts:
+            assert budget is not None
+            units = shared_prompt_units(
+                self.index, rows, unit_size=unit_size, capacity=budget, parity_length=self._parity_length
+            )
+        else:
+            units = step_units(
+                self.index,
+                rows,
+                unit_size=unit_size,
+                document_multiple=self._document_multiple,
+                parity_length=self._parity_length,
+            )
+        return plan_step(
+            units,
             data_parallel_size=parallel.data_parallel_size(),
-            micro_batch_size=config.batch.micro_batch_size,
-            unit_size=config.objective.unit_size,
+            micro_batch_size=batch.micro_batch_size if budget is None else None,
+            packed_sequence_size=budget,
         )
-        share = shares[parallel.data_parallel_rank()]
-        multiple = token_multiple(
-            config.model,
-            tensor_model_parallel_size=layout.tensor_model_parallel_size,
-            sequence_parallel=layout.sequence_parallel,
-        )
-        context_size = layout.context_parallel_size
-        document_multiple = 2 * context_size if context_size > 1 else 1
-        multiple = math.lcm(multiple * context_size, document_multiple)
-        shapes = self._shapes(shares, multiple=multiple, document_multiple=document_multiple)
+
+    def _micro_batches(self, shares: list[list[np.ndarray]], reference_GK: np.ndarray | None) -> list[MicroBatch]:
+        batch, context_size = self._config.batch, self._config.parallel.context_parallel_size
         whole = [
             collate(
                 self._dataset,
                 self.index,
                 part,
-                packed=config.batch.packing,
+                packed=batch.packing,
+                share_prompts=batch.share_prompts,
                 length=length,
-                multiple=multiple,
-                document_multiple=document_multiple,
+                multiple=self._multiple,
+                document_multiple=self._document_multiple,
                 num_batch_rows=num_batch_rows,
                 targets=self.targets,
                 reference_GK=reference_GK,
             )
-            for part, (length, num_batch_rows) in zip(share, shapes, strict=True)
+            for part, (length, num_batch_rows) in zip(
+                shares[parallel.data_parallel_rank()], self._shapes(shares), strict=True
+            )
         ]
         if context_size == 1:
             return whole
         rank = parallel.context_parallel_rank()
         return [context_parallel_share(batch, rank=rank, size=context_size) for batch in whole]
 
-    def _shapes(
-        self, shares: list[list[np.ndarray]], *, multiple: int, document_multiple: int
-    ) -> list[tuple[int | None, int | None]]:
+    def _shapes(self, shares: list[list[np.ndarray]]) -> list[tuple[int | None, int | None]]:
         """Say which shape each micro-batch of this rank must have -> (columns, rows); None: what its rows need."""
-        packed, layout = self._config.batch.packing, self._config.parallel
+        batch, layout = self._config.batch, self._config.parallel
         share = shares[parallel.data_parallel_rank()]
         together = [[part] for part in share]
         if layout.expert_model_parallel_size > 1:
@@ -223,11 +262,35 @@ class Batches:
             together = [[part for parts in together for part in parts]] * len(share)
         elif layout.expert_model_parallel_size == 1:
             return [(None, None)] * len(share)
-        measure = np.sum if packed else np.max
-        lengths = -(-self.index.lengths // document_multiple) * document_multiple
         shapes: list[tuple[int | None, int | None]] = []
         for parts in together:
-            longest = max(int(measure(lengths[part], initial=1)) for part in parts)
-            num_batch_rows = None if packed else max(len(part) for part in parts)
-            shapes.append((-(-longest // multiple) * multiple, num_batch_rows))
+            longest = max(1, *(self._num_columns(part) for part in parts))
+            num_batch_rows = None if batch.packing else max(len(part) for part in parts)
+            shapes.append((-(-longest // self._multiple) * self._multiple, num_batch_rows))
         return shapes
+
+    def _num_columns(self, rows: np.ndarray) -> int:
+        """Count the columns that a micro-batch of these rows needs."""
+        batch, document_multiple = self._config.batch, self._document_multiple
+        if batch.packing:
+            return packed_tokens(
+                self.index, rows, share_prompts=batch.share_prompts, document_multiple=document_multiple
+            )
+        longest = int(self.index.lengths[rows].max(initial=1))
+        return -(-longest // document_multiple) * document_multiple
+
+
+def _token_multiples(config: TrainingConfig) -> tuple[int, int]:
+    """Say what a document's and a micro-batch's tokens must be multiples of -> (document's, micro-batch's).
+
+    Of all context-parallel ranks together: each holds two chunks of every document.
+    """
+    layout = config.parallel
+    per_rank = token_multiple(
+        config.model,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        sequence_parallel=layout.sequence_parallel,
+    )
+    context_size = layout.context_parallel_size
+    document_multiple = 2 * context_size if context_size > 1 else 1
+    return document_multiple, math.lcm(per_rank * context_size, document_multiple)

@@ -45,7 +45,7 @@ class BatchConfig:
     """Which responses a step sees, and in what pieces. Sizes count responses (sequences), not pairs or tokens."""
 
     micro_batch_size: int = 1
-    """Responses in one forward pass of one data-parallel rank."""
+    """Responses in one forward pass of one data-parallel rank. Of no effect with `packed_sequence_size`."""
     global_batch_size: int = 128
     """Responses in one optimizer step; the published runs use 128 (64 pairs)."""
     seq_length: int | None = None
@@ -55,6 +55,14 @@ class BatchConfig:
     """Keep this many tokens of a longer prompt, from its end (official recipe: 512); unset: no prompt is cut."""
     packing: bool = True
     """Lay the responses of a micro-batch end to end instead of padding each to the longest."""
+    packed_sequence_size: int | None = None
+    """Tokens in one forward pass of one data-parallel rank, at most: its responses are packed by length into as few
+    micro-batches as hold them, and `micro_batch_size` limits nothing. At least the longest prompt + response (with dpo
+    and ipo: the longest pair); rounded down to what the layout's tokens are a multiple of. Unset: micro-batches of
+    `micro_batch_size` responses."""
+    share_prompts: bool = False
+    """Compute a prompt once for all its responses in a micro-batch. Prompts are then shuffled rather than responses, so
+    that those of one prompt meet in a global batch. Needs `packed_sequence_size`."""
     selection: str | None = None
     """all, extremes or top-bottom:M; unset: what the dataset's manifest says."""
     num_epochs: int = 1
@@ -67,6 +75,7 @@ class BatchConfig:
     def __post_init__(self) -> None:
         counts = (
             "micro_batch_size",
+            "packed_sequence_size",
             "global_batch_size",
             "seq_length",
             "max_prompt_length",
@@ -77,6 +86,13 @@ class BatchConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}. Use --{name.replace('_', '-')} 1 or more.")
+        if self.packed_sequence_size is not None and not self.packing:
+            raise ConfigError("packed_sequence_size needs packing. Use --packing, or --micro-batch-size in its place.")
+        if self.share_prompts and self.packed_sequence_size is None:
+            raise ConfigError(
+                "share_prompts lays responses behind their prompt in packs of packed_sequence_size tokens, and none is "
+                "set. Use for example --packed-sequence-size 8192."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +130,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         name, batch = self.objective.objective, self.batch
-        if batch.micro_batch_size % self.objective.unit_size:
+        if batch.packed_sequence_size is None and batch.micro_batch_size % self.objective.unit_size:
             raise ConfigError(
                 f"objective {name} couples pairs, so micro_batch_size ({batch.micro_batch_size}) must be even. "
                 f"Use --micro-batch-size {batch.micro_batch_size + 1}."
@@ -124,13 +140,20 @@ class TrainingConfig:
                 f"objective {name} trains on pairs, so global_batch_size ({batch.global_batch_size}) must be even. "
                 f"Use --global-batch-size {batch.global_batch_size + 1}."
             )
+        if batch.share_prompts and self.parallel.context_parallel_size > 1:
+            raise ConfigError(
+                f"share_prompts does not go with context_parallel_size {self.parallel.context_parallel_size}: ranks "
+                "that split every sequence cannot hold a prompt for several. Use --no-share-prompts."
+            )
 
     def check_batch(self, *, data_parallel_size: int) -> None:
-        """Refuse a global batch that the ranks cannot share evenly.
+        """Refuse a global batch that the ranks cannot share evenly; packs of tokens need no such thing.
 
         Raises:
             ConfigError: names the numbers and the next size that fits.
         """
+        if self.batch.packed_sequence_size is not None:
+            return
         share = self.batch.micro_batch_size * data_parallel_size
         if self.batch.global_batch_size % share:
             fitting = -(-self.batch.global_batch_size // share) * share

@@ -36,6 +36,7 @@ def sppo_forward_step(
         batch.tokens,
         batch.position_ids,
         cu_seqlens=batch.cu_seqlens,
+        parents=batch.parents,
         max_seqlen=batch.max_seqlen,
         response=gpt.ResponseTokens(batch.response_rows, batch.labels_R),
     )

@@ -196,11 +196,14 @@ def _refuse_if_not_finite(value: float, what: str, plan: StepPlan, step: int) ->
 
 
 def _speed(plan: StepPlan, seconds: float) -> dict[str, float]:
-    return {
+    speed = {
         "perf/step_seconds": seconds,
         "perf/tokens_per_second": plan.num_tokens / seconds,
         "perf/padding_fraction": plan.padding_fraction,
     }
+    if plan.num_computed_tokens < plan.num_tokens:
+        speed["perf/shared_token_fraction"] = 1 - plan.num_computed_tokens / plan.num_tokens
+    return speed
 
 
 def _line(step: int, train_iters: int, metrics: dict[str, float]) -> str:

@@ -34,16 +34,18 @@ def fingerprint(
     The layout is not part of it: other layouts give the same numbers up to rounding, which the first step reports as
     `sppo/ref_drift_step0`.
     """
-    model = config.model
+    model, batch = config.model, config.batch
     return {
         "weights_hash": weights_hash(policy.stages),
         "dataset_hash": dataset.dataset_hash,
         "selection": selection,
-        "seq_length": config.batch.seq_length,
+        "seq_length": batch.seq_length,
         "params_dtype": model.params_dtype,
         "fp8": model.fp8,
         "fp8_recipe": model.fp8_recipe if model.fp8 != "none" else None,
-        "packing": config.batch.packing,
+        "packing": batch.packing,
+        "packed_sequence_size": batch.packed_sequence_size,
+        "share_prompts": batch.share_prompts,
     }
 
 

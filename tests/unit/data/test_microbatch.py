@@ -1,23 +1,13 @@
-"""Proves the plan's properties on random batches and the collated tensors against a token-by-token construction."""
+"""Proves the collated tensors against a token-by-token construction."""
 
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 
 from megatron_sppo.data.dataset import PreferenceDataset
-from megatron_sppo.data.microbatch import (
-    IGNORED_LABEL,
-    collate,
-    epoch_order,
-    packed_attention_mask,
-    plan_step,
-    rows_of_units,
-)
+from megatron_sppo.data.microbatch import IGNORED_LABEL, collate, packed_attention_mask
 from megatron_sppo.data.selection import row_targets, training_index
 from tests.unit.data.make import groups, write
 
@@ -25,72 +15,6 @@ from tests.unit.data.make import groups, write
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     return PreferenceDataset(write(tmp_path_factory.mktemp("microbatch") / "d", groups(num_groups=8)))
-
-
-def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch():
-    orders = {(seed, epoch): epoch_order(100, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)}
-    for order in orders.values():
-        assert sorted(order.tolist()) == list(range(100))
-    assert len({tuple(order) for order in orders.values()}) == 4
-    assert np.array_equal(epoch_order(100, seed=1, epoch=1), orders[1, 1])
-    assert len(epoch_order(0, seed=0, epoch=0)) == 0
-
-
-def test_epoch_order_is_that_of_the_raw_generator():
-    """Order of PCG64's 64-bit words, which numpy promises never to change; sorted here by Python."""
-    words = np.random.PCG64(np.random.SeedSequence([7, 3])).random_raw(20).tolist()
-    assert epoch_order(20, seed=7, epoch=3).tolist() == sorted(range(20), key=words.__getitem__)
-
-
-def test_units_expand_to_neighbouring_rows():
-    assert rows_of_units(np.array([3, 0]), unit_size=2).tolist() == [6, 7, 0, 1]
-    assert rows_of_units(np.array([3, 0]), unit_size=1).tolist() == [3, 0]
-
-
-@st.composite
-def steps(draw):
-    unit_size = draw(st.sampled_from([1, 2]))
-    num_units = draw(st.integers(1, 60))
-    lengths = np.array(draw(st.lists(st.integers(1, 2000), min_size=num_units * 2, max_size=num_units * 2)))
-    units = np.array(draw(st.permutations(range(num_units))))
-    sizes = {"data_parallel_size": draw(st.integers(1, 8)), "micro_batch_size": unit_size * draw(st.integers(1, 5))}
-    return rows_of_units(units, unit_size=unit_size), lengths, {**sizes, "unit_size": unit_size}
-
-
-@hypothesis_settings(max_examples=150, deadline=None)
-@given(steps())
-def test_a_plan_holds_every_row_once_in_bounded_equal_and_whole_micro_batches(step):
-    rows, lengths, sizes = step
-    plan = plan_step(rows, lengths, **sizes)
-    num_micro_batches = -(-len(rows) // (sizes["data_parallel_size"] * sizes["micro_batch_size"]))
-    assert [len(rank) for rank in plan] == [num_micro_batches] * sizes["data_parallel_size"]
-    flat = [micro_batch for rank in plan for micro_batch in rank]
-    assert sorted(np.concatenate(flat).tolist()) == sorted(rows.tolist())
-    assert all(len(micro_batch) <= sizes["micro_batch_size"] for micro_batch in flat)
-    if sizes["unit_size"] == 2:
-        for micro_batch in flat:
-            assert (micro_batch[0::2] % 2 == 0).all() and (micro_batch[1::2] == micro_batch[0::2] + 1).all()
-    if len(rows) // sizes["unit_size"] >= len(flat):
-        assert all(len(micro_batch) for micro_batch in flat)
-    again = plan_step(rows, lengths, **sizes)
-    assert all(
-        np.array_equal(a, b) for one, two in zip(plan, again, strict=True) for a, b in zip(one, two, strict=True)
-    )
-
-
-def test_tokens_are_balanced_over_ranks():
-    """Log-normal lengths, 512 rows over 8 ranks x 8 micro-batches: the busiest rank within 2 % of the mean (C5)."""
-    lengths = np.random.default_rng(0).lognormal(5, 0.8, 512).astype(np.int64) + 1
-    plan = plan_step(np.arange(512), lengths, data_parallel_size=8, micro_batch_size=8, unit_size=1)
-    tokens = np.array([sum(lengths[rows].sum() for rows in rank) for rank in plan])
-    assert tokens.max() / tokens.mean() < 1.02
-    in_order = lengths.reshape(8, 64).sum(axis=1)
-    assert in_order.max() / in_order.mean() > 1.1
-
-
-def test_an_epochs_tail_smaller_than_the_ranks_marks_empty_micro_batches():
-    plan = plan_step(np.array([4, 9]), np.full(10, 5), data_parallel_size=4, micro_batch_size=2, unit_size=1)
-    assert sorted(len(rank[0]) for rank in plan) == [0, 0, 1, 1]
 
 
 def expected_sequence(dataset, index, row):
@@ -131,6 +55,46 @@ def test_collated_tensors_equal_a_token_by_token_construction(dataset, packed, m
     assert batch.sequence_index.tolist() == sequence_index
     assert batch.labels_R.tolist() == labels_R
     assert batch.response_lengths.tolist() == [len(expected_sequence(dataset, index, row)[1]) for row in rows]
+
+
+def test_shared_prompts_equal_a_token_by_token_construction(dataset):
+    """Rows of prompts 4 4 4, 0, 7 7: each prompt once, its responses behind it, their positions going on from it."""
+    index = training_index(dataset, "all", pairs=False, max_prompt_length=5)
+    rows = np.array([16, 19, 17, 3, 30, 29])
+    batch = collate(dataset, index, rows, packed=True, share_prompts=True, multiple=16)
+    tokens, positions, bounds, parents, predicting = [], [], [0], [], []
+    for members in ([16, 19, 17], [3], [30, 29]):
+        prompt, _ = expected_sequence(dataset, index, members[0])
+        parent, last = len(parents), len(tokens) + len(prompt) - 1
+        tokens += prompt
+        positions += range(len(prompt))
+        bounds.append(len(tokens))
+        parents.append(-1)
+        for row in members:
+            _, response = expected_sequence(dataset, index, row)
+            predicting += [last, *range(len(tokens), len(tokens) + len(response) - 1)]
+            tokens += response
+            positions += range(len(prompt), len(prompt) + len(response))
+            bounds.append(len(tokens))
+            parents.append(parent)
+    assert batch.num_tokens == len(tokens) < int(index.lengths[rows].sum())
+    padding = batch.tokens.shape[1] - len(tokens)
+    assert batch.tokens.shape == (1, -(-len(tokens) // 16) * 16) and padding > 0
+    assert batch.tokens[0].tolist() == tokens + [0] * padding
+    assert batch.position_ids[0].tolist() == positions + list(range(padding))
+    assert batch.cu_seqlens.tolist() == [*bounds, batch.tokens.shape[1]] and batch.cu_seqlens.dtype == torch.int32
+    assert batch.parents.tolist() == [*parents, -1]
+    assert batch.max_seqlen == max(max(positions) + 1, padding)
+    assert batch.response_rows.tolist() == predicting
+    unshared = collate(dataset, index, rows, packed=True)
+    for name in ("labels_R", "sequence_index", "rows", "group", "response", "response_lengths"):
+        assert torch.equal(getattr(batch, name), getattr(unshared, name)), name
+    assert unshared.parents is None and unshared.num_tokens == int(index.lengths[rows].sum())
+    # Of each response all labels but the first stand beside the position that predicts them.
+    first = [0, *np.cumsum(index.response_lengths[rows])[:-1].tolist()]
+    later = [r for r in range(len(batch.labels_R)) if r not in first]
+    assert batch.labels[0][batch.response_rows[later]].tolist() == batch.labels_R[later].tolist()
+    assert int((batch.labels != IGNORED_LABEL).sum()) == len(later)
 
 
 def test_response_rows_pick_the_hidden_states_of_megatrons_layout(dataset):

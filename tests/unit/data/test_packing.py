@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sppo.data.packing import assign_to_ranks, document_cost, pack
+from megatron_sppo.architecture import Architecture
+from megatron_sppo.data.packing import balance, document_cost, pack, parity_length
 from megatron_sppo.errors import DataError
 
 BUDGET = 40
@@ -84,10 +85,40 @@ def test_cost_of_a_document_is_linear_work_and_attention():
     assert document_cost(np.array([100, 50]), parity_length=100).tolist() == [200.0, 75.0]
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 200), st.integers(1, 200))
+def test_attention_of_a_document_costs_the_same_cut_in_two(prompt, response):
+    """What a prompt and a response behind it cost together is what they cost in one piece."""
+    whole = document_cost(np.array([prompt + response]), parity_length=70)
+    cut = document_cost(np.array([prompt, response]), parity_length=70, context_N=np.array([0, prompt])).sum()
+    assert cut == pytest.approx(float(whole[0]))
+
+
+def test_parity_length_of_a_published_model_and_of_a_mixture():
+    """Llama-3-8B: 4096 (2 x 4096 + 2 x 1024 + 3 x 14336) / 4096 = 53,248. Of a mixture's experts two in each token."""
+    shape = {
+        "family": "llama",
+        "num_layers": 32,
+        "hidden_size": 4096,
+        "ffn_hidden_size": 14336,
+        "num_attention_heads": 32,
+        "num_query_groups": 8,
+        "kv_channels": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "layernorm_epsilon": 1e-5,
+        "rotary_base": 5e5,
+        "share_embeddings_and_output_weights": False,
+    }
+    assert parity_length(Architecture(**shape)) == 53248
+    experts = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 14336}
+    assert parity_length(Architecture(**shape, **experts)) == 53248 + 3 * 14336
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 7))
 def test_every_pack_goes_to_one_rank_and_no_rank_has_more_than_its_share(cost, num_ranks):
-    ranks = assign_to_ranks(np.array(cost), num_ranks=num_ranks)
+    ranks = balance(np.array(cost), num_bins=num_ranks, capacity=-(-len(cost) // num_ranks))
     assert len(ranks) == num_ranks
     assert sorted(itertools.chain(*(members.tolist() for members in ranks))) == list(range(len(cost)))
     assert max(len(members) for members in ranks) == -(-len(cost) // num_ranks)
@@ -96,7 +127,28 @@ def test_every_pack_goes_to_one_rank_and_no_rank_has_more_than_its_share(cost, n
     )
 
 
+def naive_longest_first(cost, sizes, num_bins, capacity):
+    """One by one, scanning all bins for the least loaded with room -> items of each bin, or None."""
+    bins = [[] for _ in range(num_bins)]
+    for item in sorted(range(len(cost)), key=lambda item: -cost[item]):
+        open_bins = [b for b in range(num_bins) if sum(sizes[i] for i in bins[b]) + sizes[item] <= capacity]
+        if not open_bins:
+            return None
+        bins[min(open_bins, key=lambda b: (sum(cost[i] for i in bins[b]), b))].append(item)
+    return bins
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), max_size=40), st.integers(1, 6), st.integers(20, 90))
+def test_items_of_unlike_size_go_where_the_naive_loop_puts_them(items, num_bins, capacity):
+    cost, sizes = [cost for cost, _ in items], [size for _, size in items]
+    found = balance(np.array(cost), num_bins=num_bins, capacity=capacity, size_I=np.array(sizes, dtype=np.int64))
+    assert (None if found is None else [members.tolist() for members in found]) == naive_longest_first(
+        cost, sizes, num_bins, capacity
+    )
+
+
 def test_ranks_of_a_known_example():
     """Costs 8 7 6 5 4 2 on two ranks: 8, 5, 4 against 7, 6 and 2: 17 and 15 (three packs each)."""
-    ranks = assign_to_ranks(np.array([2, 8, 4, 7, 5, 6]), num_ranks=2)
+    ranks = balance(np.array([2, 8, 4, 7, 5, 6]), num_bins=2, capacity=3)
     assert [members.tolist() for members in ranks] == [[1, 4, 2], [3, 5, 0]]
