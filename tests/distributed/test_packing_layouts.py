@@ -2,10 +2,12 @@
 
 Truth is Hugging Face's model under autograd, one unpadded sequence at a time, as in `test_layouts.py`. The responses
 have 1 to 23 tokens and their prompts 3 to 19, so a pack of 96 tokens holds about three in a row of them.
+The pretraining script then runs on the same packs: its first log-ratios are 0 exactly, it resumes with other packs.
 Not shown here: CUDA, Transformer Engine, FlexAttention (its mask: tests/unit/model/test_shared_prompts.py).
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,86 @@ def test_a_mixtures_loss_and_gradient_equal_hugging_faces_under(
 ) -> None:
     world_size, flags = MIXTURE_LAYOUTS[layout]
     mixture_truths["--share-prompts" in flags].assert_equal_under(world_size, flags, tmp_path)
+
+
+TRAINING = "--params-dtype float32 --lr 1e-3 --eta 100 --global-batch-size 8 --lr-warmup-fraction 0.25"
+
+
+@pytest.fixture
+def run(untied: Path, tmp_path: Path):
+    """Start the pretraining script in a world of ranks, on data of its own -> exit codes."""
+    data = write_dataset(tmp_path / "data", untied.parent / "hf")
+
+    def start(save: str, flags: str, *, world_size: int = 1) -> list[int]:
+        argv = ["--load", str(untied), "--data", str(data), "--save", str(tmp_path / save)]
+        return run_ranks(pretrain, world_size, [*argv, *TRAINING.split(), *flags.split()])
+
+    return start
+
+
+def metrics(save: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(save: Path) -> list[float]:
+    return [line["loss"] for line in metrics(save)]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [
+        (1, ""),
+        (2, "--pipeline-model-parallel-size 2"),
+        (2, "--context-parallel-size 2"),
+        (1, "--share-prompts"),
+        (2, "--share-prompts --tensor-model-parallel-size 2 --sequence-parallel"),
+        (4, "--share-prompts --pipeline-model-parallel-size 2"),
+    ],
+)
+def test_log_ratio_is_zero_before_the_first_step(run, tmp_path: Path, world_size: int, flags: str) -> None:
+    assert run("save", f"--packed-sequence-size 96 --train-iters 1 {flags}", world_size=world_size) == [0] * world_size
+    (first,) = metrics(tmp_path / "save")
+    assert first["sppo/ref_drift_step0"] == 0
+    assert first["loss"] == pytest.approx(first["sppo/target_rms"] ** 2)
+    assert 0 <= first["perf/padding_fraction"] < 1
+    assert ("perf/shared_token_fraction" in first) == ("--share-prompts" in flags)
+
+
+@pytest.mark.parametrize("objective", ["sppo", "dpo"])
+def test_packs_give_the_losses_of_micro_batches_of_responses(run, tmp_path: Path, objective: str) -> None:
+    """The same global batches in the same order, whichever way they are cut; dpo needs its pairs in one piece."""
+    run("responses", f"--micro-batch-size 2 --objective {objective}")
+    # The reference beside the data is of other packs, and would be refused.
+    for path in (tmp_path / "data").glob("reference.*"):
+        path.unlink()
+    assert run("tokens", f"--packed-sequence-size 96 --objective {objective}", world_size=2) == [0, 0]
+    assert losses(tmp_path / "tokens") == pytest.approx(losses(tmp_path / "responses"), rel=1e-4)
+
+
+def test_pairs_share_their_prompt_on_one_rank_and_two(run, tmp_path: Path) -> None:
+    flags = "--objective dpo --selection top-bottom:2 --packed-sequence-size 96 --share-prompts"
+    assert run("one", flags) == [0]
+    assert run("two", flags, world_size=2) == [0, 0]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def test_a_run_resumes_in_other_packs_and_another_layout(run, tmp_path: Path) -> None:
+    """Packs are where and how, not what: the global batches stay. Sharing prompts changes these, and is refused."""
+    save = tmp_path / "save"
+    run("save", "--packed-sequence-size 96 --share-prompts --save-interval 2")
+    expected = losses(save)
+    assert len(expected) == 4
+    for directory in save.glob("iter_*"):
+        if int(directory.name.removeprefix("iter_")) > 2:
+            shutil.rmtree(directory)
+    (save / "latest_checkpointed_iteration.txt").write_text("2\n")
+    assert run("save", "--packed-sequence-size 96 --save-interval 2") == [2]
+    flags = "--packed-sequence-size 64 --share-prompts --save-interval 2"
+    assert run("save", f"{flags} --tensor-model-parallel-size 2", world_size=2) == [0, 0]
+    assert losses(save) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_reference_of_other_packs_is_refused(run, tmp_path: Path) -> None:
+    assert run("one", "--packed-sequence-size 96 --train-iters 1") == [0]
+    assert run("two", "--packed-sequence-size 96 --share-prompts --train-iters 1") == [2]
+    assert not (tmp_path / "two" / "metrics.jsonl").exists()
