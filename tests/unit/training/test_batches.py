@@ -1,0 +1,173 @@
+"""Which responses a step holds, whatever the layout; what a layout that does not fit is told.
+
+The number of data-parallel ranks and this one's place are set by hand: the arithmetic of any world runs in one process.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_sppo.data.dataset import PreferenceDataset
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.training import parallel
+from megatron_sppo.training.batches import Batches, StepPlan
+from megatron_sppo.training.config import BatchConfig, ObjectiveConfig, TrainingConfig
+from megatron_sppo.training.optimizer import OptimizationConfig
+from megatron_sppo.training.parallel import ParallelConfig
+from tests.unit.data.make import groups, write
+
+PATHS = {"load": Path("pi_t"), "data": Path("data"), "save": Path("save")}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """24 prompts of 1 to 8 tokens with four responses of 1 to 11 each."""
+    return PreferenceDataset(write(tmp_path_factory.mktemp("batches") / "d", groups(num_groups=24)))
+
+
+def config(*, objective: str = "sppo", layout: dict[str, Any] | None = None, **batch: Any) -> TrainingConfig:
+    return TrainingConfig(
+        **PATHS,
+        objective=ObjectiveConfig(objective=objective),
+        batch=BatchConfig(global_batch_size=16, **batch),
+        optimization=OptimizationConfig(lr=1e-3),
+        model=ModelConfig(params_dtype="float32"),
+        parallel=ParallelConfig(**layout or {}),
+    )
+
+
+def plans(monkeypatch, dataset, settings: TrainingConfig, *, num_ranks: int) -> list[list[StepPlan]]:
+    """Every step of an epoch as each data-parallel rank sees it -> plans[step][rank]."""
+    monkeypatch.setattr(parallel, "data_parallel_size", lambda: num_ranks)
+    monkeypatch.setattr(parallel, "context_parallel_rank", lambda: 0)
+    ranks = []
+    for rank in range(num_ranks):
+        monkeypatch.setattr(parallel, "data_parallel_rank", lambda rank=rank: rank)
+        batches = Batches(dataset, settings, max_length=64, parity_length=100.0)
+        ranks.append(list(batches.steps(first=1, last=batches.steps_per_epoch)))
+    return [list(step) for step in zip(*ranks, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "num_tokens"),
+    [
+        ({"micro_batch_size": 2}, None),
+        ({"packed_sequence_size": 40}, 40),
+        ({"packed_sequence_size": 40, "share_prompts": True}, 40),
+        ({"packed_sequence_size": 45, "objective": "dpo", "selection": "top-bottom:2"}, 45),
+        ({"packed_sequence_size": 45, "objective": "dpo", "selection": "all", "share_prompts": True}, 45),
+    ],
+)
+def test_global_batches_do_not_depend_on_the_ranks_that_share_them(monkeypatch, dataset, flags, num_tokens) -> None:
+    settings, expected = config(**flags), None
+    for num_ranks in (1, 2, 4, 8):
+        steps = plans(monkeypatch, dataset, settings, num_ranks=num_ranks)
+        rows = [step[0].rows.tolist() for step in steps]
+        expected = expected or rows
+        assert rows == expected
+        for step in steps:
+            assert all(plan.rows.tolist() == step[0].rows.tolist() for plan in step)
+            assert len({len(plan.micro_batches) for plan in step}) == 1
+            shared_out = [row for plan in step for batch in plan.micro_batches for row in batch.rows.tolist()]
+            assert sorted(shared_out) == sorted(step[0].rows.tolist())
+            sizes = [batch.num_tokens for plan in step for batch in plan.micro_batches]
+            assert num_tokens is None or max(sizes) <= num_tokens
+            assert sum(sizes) == step[0].num_computed_tokens <= step[0].num_tokens
+            for plan in step:
+                real = sum(batch.num_tokens for batch in plan.micro_batches)
+                computed = sum(batch.tokens.numel() for batch in plan.micro_batches)
+                assert plan.padding_fraction == pytest.approx(1 - real / computed)
+    assert sorted(np.concatenate(expected).tolist()) == list(range(sum(len(step) for step in expected)))
+
+
+def test_responses_of_a_prompt_meet_in_one_global_batch_where_it_is_shared(monkeypatch, dataset) -> None:
+    """16 responses are four whole prompts, each laid down once; shuffled by responses they would be of many more."""
+    for shared in True, False:
+        settings = config(packed_sequence_size=64, share_prompts=shared)
+        steps = plans(monkeypatch, dataset, settings, num_ranks=1)
+        assert len(steps) == 6
+        num_prompts = [len(set(plan.group.tolist())) for (plan,) in steps]
+        assert (max(num_prompts) == 4) == shared
+        for (plan,) in steps:
+            prompts = sum(int(dataset.prompt_lengths[group]) for group in set(plan.group.tolist()))
+            once = prompts + int(plan.num_response_tokens.sum())
+            assert (plan.num_computed_tokens == once) == shared
+
+
+def test_pipeline_stages_see_one_shape_a_step(monkeypatch, dataset) -> None:
+    for flags in {"packed_sequence_size": 40}, {"packed_sequence_size": 40, "share_prompts": True}:
+        settings = config(layout={"pipeline_model_parallel_size": 2}, **flags)
+        for step in plans(monkeypatch, dataset, settings, num_ranks=2):
+            for plan in step:
+                assert len({tuple(batch.tokens.shape) for batch in plan.micro_batches}) == 1
+
+
+def test_padding_of_documents_and_of_the_row_is_counted_under_context_parallelism(monkeypatch, dataset) -> None:
+    """Two ranks cut each document into four chunks: lengths in fours, and half of the row on each rank."""
+    settings = config(layout={"context_parallel_size": 2}, packed_sequence_size=47)
+    for (plan,) in plans(monkeypatch, dataset, settings, num_ranks=1):
+        for batch in plan.micro_batches:
+            padded = sum(
+                -(-int(dataset.prompt_lengths[g] + n) // 4) * 4
+                for g, n in zip(batch.group, batch.response_lengths, strict=True)
+            )
+            assert batch.tokens.shape == (1, padded // 2) and padded <= 44  # 47, rounded down
+        computed = sum(2 * batch.tokens.numel() for batch in plan.micro_batches)
+        assert plan.padding_fraction == pytest.approx(1 - plan.num_tokens / computed)
+
+
+def test_a_pack_that_does_not_hold_the_longest_response_or_pair_is_refused_with_the_size_that_does(dataset) -> None:
+    lengths = dataset.prompt_lengths[:, None] + dataset.response_lengths
+    longest = int(lengths.max())
+    Batches(dataset, config(packed_sequence_size=longest), max_length=64)
+    with pytest.raises(
+        ConfigError, match=rf"does not hold the longest prompt and response.*--packed-sequence-size {longest},"
+    ):
+        Batches(dataset, config(packed_sequence_size=longest - 1), max_length=64)
+    # Two sequence-parallel ranks want an even number of tokens, so an odd budget is one less.
+    halved = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    odd = longest if longest % 2 else longest - 1
+    with pytest.raises(ConfigError, match=rf"--packed-sequence-size {longest + longest % 2},"):
+        Batches(dataset, config(packed_sequence_size=odd, layout=halved), max_length=64)
+    index = Batches(dataset, config(objective="dpo", packed_sequence_size=64), max_length=64).index
+    pair = int(index.lengths.reshape(-1, 2).sum(axis=1).max())
+    with pytest.raises(ConfigError, match=rf"the longest pair, {pair} tokens .*--packed-sequence-size {pair},"):
+        Batches(dataset, config(objective="dpo", packed_sequence_size=pair - 1), max_length=64)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"packed_sequence_size": 0}, "packed_sequence_size is 0. Use --packed-sequence-size 1 or more."),
+        ({"packed_sequence_size": 64, "packing": False}, "packed_sequence_size needs packing. Use --packing"),
+        ({"share_prompts": True}, "Use for example --packed-sequence-size 8192."),
+        (
+            {"share_prompts": True, "packed_sequence_size": 64, "layout": {"context_parallel_size": 2}},
+            "share_prompts does not go with context_parallel_size 2: .* Use --no-share-prompts.",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(flags, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**flags)
+
+
+def test_packs_of_tokens_ask_nothing_of_the_number_of_responses() -> None:
+    """16 responses over three ranks, and pairs with micro_batch_size at 1: both are refused without packs of tokens."""
+    config(packed_sequence_size=64, objective="dpo").check_batch(data_parallel_size=3)
+    with pytest.raises(ConfigError, match="Use --global-batch-size 18"):
+        config(micro_batch_size=2).check_batch(data_parallel_size=3)
+    with pytest.raises(ConfigError, match="Use --micro-batch-size 2"):
+        config(objective="dpo")
+
+
+def test_the_order_of_tensors_follows_the_plan(monkeypatch, dataset) -> None:
+    """Whatever packs they lie in, targets stand beside their responses."""
+    ((plan,), *_) = plans(monkeypatch, dataset, config(packed_sequence_size=40, share_prompts=True), num_ranks=1)
+    expected = {int(row): float(rate) for row, rate in zip(plan.rows, plan.win_rate, strict=True)}
+    for batch in plan.micro_batches:
+        assert torch.equal(batch.win_rate, torch.tensor([expected[int(row)] for row in batch.rows]))
