@@ -21,22 +21,20 @@ def pretrain(argv: list[str]) -> int:
     raise AssertionError("the script always exits")
 
 
-def save_gradient(megatron: str, data: str, reference_GK: np.ndarray, save: str, argv: list[str]) -> dict[str, Any]:
+def first_step(megatron: str, data: str, reference_GK: np.ndarray, save: str | None, argv: list[str]) -> dict[str, Any]:
     """Compute the first step's loss and gradient, and save the gradient in the weights' place as a checkpoint.
 
     A checkpoint is free of the layout, so the test exports it with the converter and holds it against Hugging Face.
+    `log_ratio` is the largest |log pi_theta - log pi_t| where the reference pass is our own.
     """
-    from megatron.core import dist_checkpointing
-
     from megatron_sppo import config as configuration
-    from megatron_sppo.conversion import megatron_checkpoint
     from megatron_sppo.training import checkpoint, inputs, parallel
     from megatron_sppo.training.batches import Batches
     from megatron_sppo.training.config import TrainingConfig
     from megatron_sppo.training.forward_step import objective_terms, run_micro_batches
     from megatron_sppo.training.policy import build_policy, weights_hash
 
-    arguments = ["--load", megatron, "--data", data, "--save", save, *argv]
+    arguments = ["--load", megatron, "--data", data, "--save", save or "nowhere", *argv]
     config = configuration.parse(TrainingConfig, name="test", description="", argv=arguments)
     source, architecture, tokenizer = inputs.open_source(config)
     dataset = inputs.open_dataset(config, architecture, tokenizer)
@@ -52,23 +50,12 @@ def save_gradient(megatron: str, data: str, reference_GK: np.ndarray, save: str,
     def loss(batch: Any, log_prob: Any) -> Any:
         return objective_terms(batch, log_prob, objective=config.objective)
 
+    with torch.no_grad():  # as training/reference.py does
+        reference_N = run_micro_batches(policy, plan, loss=lambda _, log_prob: log_prob, forward_only=True)
     log_prob_N = run_micro_batches(policy, plan, loss=loss, forward_only=False)
     terms = loss(plan, log_prob_N)
-    with torch.no_grad():
-        for chunk in policy.chunks:
-            for parameter in chunk.parameters():
-                parameter.copy_(parameter.main_grad)
-    target = Path(save, "iter_0000000")
-    if parallel.is_rank_zero():
-        target.mkdir(parents=True)
-    torch.distributed.barrier()
-    states = checkpoint._model_state(policy)
-    checkpoint._host_save(states, target)
-    assert dist_checkpointing.check_is_distributed_checkpoint(str(target))
-    if parallel.is_rank_zero():
-        megatron_checkpoint.carry_model_files(source, target)
-        megatron_checkpoint.write_manifest(target)
-        megatron_checkpoint.publish(Path(save), 0)
+    if save is not None:
+        _save_gradient(policy, source, Path(save))
     parallel.shut_down()
     order = np.argsort(plan.rows)
     return {
@@ -76,4 +63,30 @@ def save_gradient(megatron: str, data: str, reference_GK: np.ndarray, save: str,
         "loss": float(terms.mean()),
         "rows": plan.rows[order],
         "log_prob": log_prob_N.numpy()[order],
+        "log_ratio": float((log_prob_N - reference_N).abs().max()),
     }
+
+
+@torch.no_grad()
+def _save_gradient(policy: Any, source: Path, root: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    from megatron_sppo.conversion import megatron_checkpoint
+    from megatron_sppo.training import checkpoint, parallel
+
+    for chunk in policy.chunks:
+        for parameter in chunk.parameters():
+            parameter.copy_(parameter.main_grad)
+        if chunk.ddp_config.use_distributed_optimizer:
+            # Each rank has the reduced gradient of its own shard alone; gathered as the optimizer gathers weights.
+            chunk.start_param_sync(force_sync=True)
+    target = Path(root, "iter_0000000")
+    if parallel.is_rank_zero():
+        target.mkdir(parents=True)
+    torch.distributed.barrier()
+    checkpoint._host_save(checkpoint._model_state(policy), target)
+    assert dist_checkpointing.check_is_distributed_checkpoint(str(target))
+    if parallel.is_rank_zero():
+        megatron_checkpoint.carry_model_files(source, target)
+        megatron_checkpoint.write_manifest(target)
+        megatron_checkpoint.publish(root, 0)
