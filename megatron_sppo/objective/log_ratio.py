@@ -66,9 +66,9 @@ def default_chunk_size(num_rows: int, *, device_type: str) -> int:
 def sequence_sums(log_prob: Tensor, sequence_index: Tensor, num_sequences: int) -> Tensor:
     """Sum token log-probabilities per sequence, never averaging -> [B], float64; 0 for a sequence without rows.
 
-    Hundreds of terms add up to hundreds of nats, where float32 steps by 6e-5 at every addition, in an order that depends
-    on the layout (and, on a GPU, on the run). In float64 that is invisible; the caller rounds once, when the partial
-    sums of all ranks are in.
+    Hundreds of terms add up to hundreds of nats, where float32 steps by 6e-5 at every addition, in an order that
+    depends on the layout (on a GPU on the run too). In float64 that is invisible; the caller rounds once, when the
+    partial sums of all ranks are in.
 
     Args:
         log_prob: [N], float32.
