@@ -35,7 +35,13 @@ def rows_of_units(units: np.ndarray, *, unit_size: int) -> np.ndarray:
 
 
 def plan_step(
-    rows: np.ndarray, lengths_N: np.ndarray, *, data_parallel_size: int, micro_batch_size: int, unit_size: int
+    rows: np.ndarray,
+    lengths_N: np.ndarray,
+    *,
+    data_parallel_size: int,
+    micro_batch_size: int,
+    unit_size: int,
+    multiple: int = 1,
 ) -> list[list[np.ndarray]]:
     """Share a global batch out over ranks and micro-batches -> one list of row arrays per data-parallel rank.
 
@@ -50,12 +56,13 @@ def plan_step(
         rows: the rows of the global batch, units side by side.
         lengths_N: tokens of every row of the training index, looked up by row.
         unit_size: 1, or 2 where a pair must share a micro-batch.
+        multiple: of which each rank's number of micro-batches is one (interleaved pipelines: their stages).
     """
     assert len(rows) % unit_size == 0 and len(rows) > 0
     assert micro_batch_size % unit_size == 0, f"micro_batch_size {micro_batch_size} cannot hold units of {unit_size}"
     units = np.asarray(rows).reshape(-1, unit_size)
     cost = np.asarray(lengths_N)[units].sum(axis=1)
-    num_micro_batches = -(-len(rows) // (data_parallel_size * micro_batch_size))
+    num_micro_batches = -(-len(rows) // (data_parallel_size * micro_batch_size * multiple)) * multiple
     num_bins = data_parallel_size * num_micro_batches
     bins = _balance(cost, num_bins=num_bins, capacity=micro_batch_size // unit_size)
     bin_cost = np.array([cost[members].sum() for members in bins])

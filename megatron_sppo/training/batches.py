@@ -177,6 +177,8 @@ class Batches:
             data_parallel_size=parallel.data_parallel_size(),
             micro_batch_size=config.batch.micro_batch_size,
             unit_size=config.objective.unit_size,
+            # The interleaved schedule takes no other numbers (megatron-core 0.16.1 and 0.19.2, schedules.py).
+            multiple=layout.pipeline_model_parallel_size if layout.virtual_pipeline_model_parallel_size else 1,
         )
         share = shares[parallel.data_parallel_rank()]
         multiple = token_multiple(

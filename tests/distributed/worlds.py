@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,11 @@ def first_step(megatron: str, data: str, reference_GK: np.ndarray, save: str | N
     A checkpoint is free of the layout, so the test exports it with the converter and holds it against Hugging Face.
     `log_ratio` is the largest |log pi_theta - log pi_t| where the reference pass is our own.
     """
-    from megatron_sppo import config as configuration
-    from megatron_sppo.training import checkpoint, inputs, parallel
-    from megatron_sppo.training.batches import Batches
-    from megatron_sppo.training.config import TrainingConfig
+    from megatron_sppo.training import checkpoint, parallel
     from megatron_sppo.training.forward_step import objective_terms, run_micro_batches
-    from megatron_sppo.training.policy import build_policy, weights_hash
+    from megatron_sppo.training.policy import weights_hash
 
-    arguments = ["--load", megatron, "--data", data, "--save", save or "nowhere", *argv]
-    config = configuration.parse(TrainingConfig, name="test", description="", argv=arguments)
-    source, architecture, tokenizer = inputs.open_source(config)
-    dataset = inputs.open_dataset(config, architecture, tokenizer)
-    batches = Batches(dataset, config, max_length=architecture.max_position_embeddings)
-    parallel.initialize(config.parallel, seed=1)
-    policy = build_policy(architecture, config.model, config.parallel)
+    config, source, batches, policy = _begin(["--load", megatron, "--data", data, "--save", save or "nowhere", *argv])
     checkpoint.load_weights(policy, source)
     weights = weights_hash(policy.stages)
     plan = next(batches.steps(first=1, last=1, reference_GK=reference_GK))
@@ -65,6 +57,58 @@ def first_step(megatron: str, data: str, reference_GK: np.ndarray, save: str | N
         "log_prob": log_prob_N.numpy()[order],
         "log_ratio": float((log_prob_N - reference_N).abs().max()),
     }
+
+
+def step_by_step(
+    megatron: str, data: str, reference_GK: np.ndarray, save: str, argv: list[str], first: int, last: int
+) -> None:
+    """Do the steps `first`..`last`, from the weights or from the checkpoint of the step before, and save all of it.
+
+    `SAVE` gets the last step's checkpoint, `SAVE/gradient_STEP` what each step's optimizer was given.
+    """
+    from megatron_sppo.training import checkpoint, parallel
+    from megatron_sppo.training.forward_step import objective_terms, run_micro_batches
+    from megatron_sppo.training.loop import Progress
+    from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
+
+    config, source, batches, policy = _begin(["--load", megatron, "--data", data, "--save", save, *argv])
+    if first == 1:
+        checkpoint.load_weights(policy, source)
+    optimizer = build_optimizer(policy.chunks, config.optimization, config.model, config.parallel)
+    scheduler = build_scheduler(optimizer, config.optimization, train_iters=last)
+    if first > 1:
+        checkpoint.resume(Path(save, f"iter_{first - 1:07d}"), policy, optimizer, scheduler)
+    for step, plan in enumerate(batches.steps(first=first, last=last, reference_GK=reference_GK), start=first):
+        for chunk in policy.chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        terms = partial(objective_terms, objective=config.objective)
+        run_micro_batches(policy, plan, loss=terms, forward_only=False)
+        kept = [parameter.detach().clone() for chunk in policy.chunks for parameter in chunk.parameters()]
+        _save_gradient(policy, source, Path(save, f"gradient_{step}"))
+        with torch.no_grad():
+            for chunk in policy.chunks:
+                for parameter in chunk.parameters():
+                    parameter.copy_(kept.pop(0))
+        optimizer.step()
+    checkpoint.save(Path(save), policy, optimizer, scheduler, progress=Progress(step=last), source=source)
+    parallel.shut_down()
+
+
+def _begin(argv: list[str]) -> tuple[Any, Path, Any, Any]:
+    """Do what the script does before it loads weights -> (config, source checkpoint, batches, policy)."""
+    from megatron_sppo import config as configuration
+    from megatron_sppo.training import inputs, parallel
+    from megatron_sppo.training.batches import Batches
+    from megatron_sppo.training.config import TrainingConfig
+    from megatron_sppo.training.policy import build_policy
+
+    config = configuration.parse(TrainingConfig, name="test", description="", argv=argv)
+    source, architecture, tokenizer = inputs.open_source(config)
+    dataset = inputs.open_dataset(config, architecture, tokenizer)
+    batches = Batches(dataset, config, max_length=architecture.max_position_embeddings)
+    parallel.initialize(config.parallel, seed=1)
+    return config, source, batches, build_policy(architecture, config.model, config.parallel)
 
 
 @torch.no_grad()

@@ -54,6 +54,7 @@ def steps(draw):
     lengths = np.array(draw(st.lists(st.integers(1, 2000), min_size=num_units * 2, max_size=num_units * 2)))
     units = np.array(draw(st.permutations(range(num_units))))
     sizes = {"data_parallel_size": draw(st.integers(1, 8)), "micro_batch_size": unit_size * draw(st.integers(1, 5))}
+    sizes["multiple"] = draw(st.integers(1, 3))
     return rows_of_units(units, unit_size=unit_size), lengths, {**sizes, "unit_size": unit_size}
 
 
@@ -62,7 +63,8 @@ def steps(draw):
 def test_a_plan_holds_every_row_once_in_bounded_equal_and_whole_micro_batches(step):
     rows, lengths, sizes = step
     plan = plan_step(rows, lengths, **sizes)
-    num_micro_batches = -(-len(rows) // (sizes["data_parallel_size"] * sizes["micro_batch_size"]))
+    needed = -(-len(rows) // (sizes["data_parallel_size"] * sizes["micro_batch_size"]))
+    num_micro_batches = -(-needed // sizes["multiple"]) * sizes["multiple"]
     assert [len(rank) for rank in plan] == [num_micro_batches] * sizes["data_parallel_size"]
     flat = [micro_batch for rank in plan for micro_batch in rank]
     assert sorted(np.concatenate(flat).tolist()) == sorted(rows.tolist())
