@@ -232,7 +232,7 @@ def compare_padded(config: HeadConfig) -> list[Row]:
     def rows_only() -> list[Tensor]:
         sums = sequence_sums(
             linear_log_probs(hidden[predicts], weight, labels[predicts]), sequence[predicts], num_sequences
-        )
+        ).float()
         return [sums.detach(), *torch.autograd.grad(sums, (hidden, weight), coefficient)]
 
     wanted, found = official(), rows_only()

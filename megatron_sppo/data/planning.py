@@ -119,6 +119,7 @@ def plan_step(
     data_parallel_size: int,
     micro_batch_size: int | None = None,
     packed_sequence_size: int | None = None,
+    multiple: int = 1,
 ) -> list[list[np.ndarray]]:
     """Share a step's units out over ranks and micro-batches -> one list of row arrays per data-parallel rank.
 
@@ -134,6 +135,7 @@ def plan_step(
     Args:
         micro_batch_size: most rows of a micro-batch.
         packed_sequence_size: most tokens of a micro-batch. Exactly one of the two is given.
+        multiple: of which each rank's number of micro-batches is one (interleaved pipelines: their stages).
     """
     assert (micro_batch_size is None) != (packed_sequence_size is None) and len(units.rows) > 0
     if packed_sequence_size is None:
@@ -141,7 +143,7 @@ def plan_step(
     else:
         size_U, capacity = units.num_tokens, packed_sequence_size
     packs = pack(size_U, budget=capacity)
-    num_micro_batches = -(-len(packs) // data_parallel_size)
+    num_micro_batches = -(-len(packs) // (data_parallel_size * multiple)) * multiple
     num_packs = num_micro_batches * data_parallel_size
     even = balance(units.cost, num_bins=num_packs, capacity=capacity, size_I=size_U)
     if even is None:

@@ -127,10 +127,34 @@ def parse_overrides(pairs: Sequence[str], cls: type, *, flag: str, taken: dict[s
             raise ConfigError(f"{flag} {pair!r} is not KEY=VALUE. Use for example {flag} {sorted(names)[0]}=...")
         if key not in names:
             raise ConfigError(f"{flag} {key}: Megatron-Core's {cls.__name__} has no such field. Check the spelling.")
+        if key in _REFUSED:
+            raise ConfigError(f"{flag} {key}: {_REFUSED[key]}. Remove it.")
         if key in taken and key not in _TUNABLE:
             raise ConfigError(f"{flag} {key} is decided by this software's own settings. Remove it.")
         parsed[key] = yaml.safe_load(text)
+    if parsed.get("deallocate_pipeline_outputs") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"{flag} deallocate_pipeline_outputs swaps an output's storage while gloo may still send it, which gives "
+            "wrong losses in silence. Remove it."
+        )
     return parsed
+
+
+_POINT_TO_POINT = (
+    "how stages exchange activations is decided by the schedule (interleaved: overlapped and not batched, otherwise the "
+    "reverse), the other ways give wrong losses in silence"
+)
+_REFUSED = {
+    "overlap_p2p_comm": _POINT_TO_POINT,
+    "batch_p2p_comm": _POINT_TO_POINT,
+    "batch_p2p_sync": _POINT_TO_POINT,
+    "use_ring_exchange_p2p": _POINT_TO_POINT,
+    "overlap_p2p_comm_warmup_flush": _POINT_TO_POINT,
+    "variable_seq_lengths": "the micro-batches of a step have one shape already, and with it Megatron-Core does without "
+    "the dispatcher that experts need on the CPU",
+    "overlap_param_gather_with_optimizer_step": "the reference pass and the checkpoint would see stale weights",
+}
+"""Fields of the host that are never the user's, and why."""
 
 
 _TUNABLE = frozenset(
@@ -143,7 +167,6 @@ _TUNABLE = frozenset(
         "deallocate_pipeline_outputs",
         "attention_softmax_in_fp32",
         "moe_token_dispatcher_type",
-        "overlap_p2p_comm",
         "recompute_granularity",
         "recompute_method",
         "recompute_num_layers",

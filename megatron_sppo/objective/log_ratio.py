@@ -64,14 +64,18 @@ def default_chunk_size(num_rows: int, *, device_type: str) -> int:
 
 
 def sequence_sums(log_prob: Tensor, sequence_index: Tensor, num_sequences: int) -> Tensor:
-    """Sum token log-probabilities per sequence, never averaging -> [B], float32; 0 for a sequence without rows.
+    """Sum token log-probabilities per sequence, never averaging -> [B], float64; 0 for a sequence without rows.
+
+    Hundreds of terms add up to hundreds of nats, where float32 steps by 6e-5 at every addition, in an order that
+    depends on the layout (on a GPU on the run too). In float64 that is invisible; the caller rounds once, when the
+    partial sums of all ranks are in.
 
     Args:
         log_prob: [N], float32.
         sequence_index: [N], int64, the sequence of each token, in [0, num_sequences).
     """
     assert log_prob.dtype in (torch.float32, torch.float64), f"{log_prob.dtype} loses whole nats in a sum"
-    return log_prob.new_zeros(num_sequences).index_add(0, sequence_index, log_prob)
+    return log_prob.new_zeros(num_sequences, dtype=torch.float64).index_add(0, sequence_index, log_prob.double())
 
 
 class _LinearLogProbs(torch.autograd.Function):

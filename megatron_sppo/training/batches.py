@@ -204,6 +204,7 @@ class Batches:
     def _shares(self, rows: np.ndarray) -> list[list[np.ndarray]]:
         """Divide a global batch -> for each data-parallel rank, the rows of its micro-batches."""
         batch, unit_size, budget = self._config.batch, self._config.objective.unit_size, self._budget
+        layout = self._config.parallel
         if batch.share_prompts:
             assert budget is not None
             units = shared_prompt_units(
@@ -222,6 +223,8 @@ class Batches:
             data_parallel_size=parallel.data_parallel_size(),
             micro_batch_size=batch.micro_batch_size if budget is None else None,
             packed_sequence_size=budget,
+            # The interleaved schedule takes no other numbers (megatron-core 0.16.1 and 0.19.2, schedules.py).
+            multiple=layout.pipeline_model_parallel_size if layout.virtual_pipeline_model_parallel_size else 1,
         )
 
     def _micro_batches(self, shares: list[list[np.ndarray]], reference_GK: np.ndarray | None) -> list[MicroBatch]:

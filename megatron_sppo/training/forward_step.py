@@ -43,7 +43,7 @@ def sppo_forward_step(
 
     def loss_sum(token_log_prob_R: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         partial_B = sequence_sums(token_log_prob_R, batch.sequence_index, batch.num_sequences)
-        log_prob_B = parallel.sum_over_context(partial_B)
+        log_prob_B = parallel.sum_over_context(partial_B).float()
         terms = loss(batch, log_prob_B)
         # Context-parallel ranks compute the same terms, each with the gradient of its own tokens: count them once.
         counted = terms.numel() if parallel.context_parallel_rank() == 0 else 0

@@ -32,6 +32,15 @@ class Policy:
     config: TransformerConfig
     chunks: tuple[DistributedDataParallel, ...]
 
+    def gather_weights(self) -> None:
+        """Wait for weights that the last step left scattered: `overlap_param_gather` gathers them in the next forward.
+
+        Collective over data-parallel ranks; nothing to do under other settings.
+        """
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
     @property
     def stages(self) -> tuple[PolicyModel, ...]:
         """The chunks without their data-parallel wrapper."""
@@ -41,7 +50,7 @@ class Policy:
 def host_config(architecture: Architecture, model: ModelConfig, layout: ParallelConfig) -> TransformerConfig:
     """Describe model and layout to Megatron-Core -> TransformerConfig, with what its schedules and DDP need."""
     interleaved = layout.virtual_pipeline_model_parallel_size is not None
-    return transformer_config(
+    config = transformer_config(
         architecture,
         model,
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
@@ -55,6 +64,9 @@ def host_config(architecture: Architecture, model: ModelConfig, layout: Parallel
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
     )
+    assert (config.overlap_p2p_comm, config.batch_p2p_comm) == (interleaved, not interleaved)
+    assert not config.variable_seq_lengths
+    return config
 
 
 def build_policy(architecture: Architecture, model: ModelConfig, layout: ParallelConfig) -> Policy:

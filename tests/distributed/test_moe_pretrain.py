@@ -69,14 +69,6 @@ def test_training_gives_the_losses_and_gradient_norms_of_one_process(
     assert many == pytest.approx(one, rel=1e-4)
 
 
-@pytest.mark.parametrize(("world_size", "flags"), [(1, ""), (2, "--expert-model-parallel-size 2 --no-packing")])
-def test_log_ratio_is_zero_before_the_first_step(run: Run, tmp_path: Path, world_size: int, flags: str) -> None:
-    assert run(tmp_path / "save", flags, world_size=world_size) == [0] * world_size
-    first = metrics(tmp_path / "save")[0]
-    assert first["sppo/ref_drift_step0"] == 0
-    assert first["loss"] == pytest.approx(first["sppo/target_rms"] ** 2)
-
-
 @pytest.mark.parametrize(
     ("world_size", "flags"),
     [
@@ -92,10 +84,13 @@ def test_a_resumed_run_is_bit_exact(run: Run, tmp_path: Path, world_size: int, f
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ((1, ""), (2, "--pipeline-model-parallel-size 2")),
         ((2, "--expert-model-parallel-size 2"), (4, "--expert-model-parallel-size 4")),
         ((2, "--expert-model-parallel-size 2"), (1, "")),
-        ((1, ""), (2, "--expert-model-parallel-size 2")),
+        ((2, "--pipeline-model-parallel-size 2"), (2, "--expert-model-parallel-size 2")),
+        (
+            (2, "--optimizer rmsprop --tensor-model-parallel-size 2 --sequence-parallel"),
+            (2, "--optimizer rmsprop --expert-model-parallel-size 2 --context-parallel-size 2"),
+        ),
         (
             (2, "--expert-model-parallel-size 2 --use-distributed-optimizer"),
             (4, "--expert-model-parallel-size 4 --use-distributed-optimizer"),

@@ -1,6 +1,7 @@
 """The pretraining script on real gloo ranks: same losses in every layout, bit-exact resume, refusals.
 
-Each run is examples/pretrain_sppo.py itself with its command line. Kills by signal are in tests/e2e.
+Each run is examples/pretrain_sppo.py itself with its command line. Kills by signal are in tests/e2e; that the first
+log-ratio is zero in every layout is in test_layouts.py.
 """
 
 import json
@@ -11,6 +12,7 @@ import pytest
 
 from tests.distributed.conftest import write_dataset
 from tests.distributed.harness import run_ranks
+from tests.distributed.test_layouts import CP2, OVERLAP_BOTH, PP2, SHARDED, SP, TP2, VPP2
 from tests.distributed.worlds import pretrain
 
 BASE = "--params-dtype float32 --lr 1e-3 --eta 10 --global-batch-size 8 --micro-batch-size 2 --lr-warmup-fraction 0.25"
@@ -51,36 +53,51 @@ def forget_after(save: Path, step: int) -> None:
     (save / "latest_checkpointed_iteration.txt").write_text(f"{step}\n")
 
 
+RESUMED = "--num-epochs 5 --save-interval 10 --lr 1e-4 --eta 100"
+"""20 steps, ten of them after the checkpoint that the run is taken back to; residuals of some 5 nats."""
+
+
+def responses(save: Path) -> list[tuple[int, int, int]]:
+    """Which responses were trained on, in the order of the global batches -> (step, group, response)."""
+    lines = [json.loads(line) for line in (save / "responses.jsonl").read_text().splitlines()]
+    return [(line["step"], line["group"], line["response"]) for line in lines]
+
+
 def assert_resumes_bit_exactly(run, save: Path, world_size: int, flags: str) -> None:
-    """Run, go back to step 2, run again: every number but the speeds is the same."""
-    run(save, f"{flags} --save-interval 2", world_size=world_size)
-    expected = metrics(save)
-    forget_after(save, 2)
-    assert run(save, f"{flags} --save-interval 2", world_size=world_size) == [0] * world_size
+    """Run, go back to step 10, run again: every number but the speeds is the same."""
+    run(save, f"{flags} {RESUMED}", world_size=world_size)
+    expected, order = metrics(save), responses(save)
+    assert len(expected) == 20
+    forget_after(save, 10)
+    assert run(save, f"{flags} {RESUMED}", world_size=world_size) == [0] * world_size
     for line, again in zip(expected, metrics(save), strict=True):
         same = {name: value for name, value in line.items() if not name.startswith("perf/")}
         assert {name: again.get(name) for name in same} == same
+    assert responses(save) == order
 
 
 def assert_resumes_in_another_layout(run, save: Path, before: tuple[int, str], after: tuple[int, str]) -> None:
-    """Run in one layout (world size, flags), go back to step 2, run in the other: the same losses to 1e-5."""
-    run(save, f"{before[1]} --save-interval 2", world_size=before[0])
-    expected = losses(save)
-    forget_after(save, 2)
-    assert run(save, f"{after[1]} --save-interval 2", world_size=after[0]) == [0] * after[0]
+    """Run in one layout (ranks, flags), go back to step 10, go on in the other: same data, same losses to 1e-5."""
+    run(save, f"{before[1]} {RESUMED}", world_size=before[0])
+    expected, order = losses(save), responses(save)
+    forget_after(save, 10)
+    assert run(save, f"{after[1]} {RESUMED}", world_size=after[0]) == [0] * after[0]
+    assert responses(save) == order and len(order) == 20 * 8
+    assert losses(save)[:10] == expected[:10] and len(expected) == 20
     assert losses(save) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("world_size", "flags"),
     [
-        (2, "--tensor-model-parallel-size 2 --sequence-parallel"),
-        (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
-        (2, "--use-distributed-optimizer"),
-        (4, "--use-distributed-optimizer --tensor-model-parallel-size 2"),
-        (2, "--pipeline-model-parallel-size 2 --virtual-pipeline-model-parallel-size 2"),
-        (4, "--context-parallel-size 2 --use-distributed-optimizer"),
-        (2, "--optimizer rmsprop --use-distributed-optimizer"),
+        (2, f"{TP2} {SP}"),
+        (4, f"{TP2} {PP2}"),
+        (2, SHARDED),
+        (4, f"{SHARDED} {TP2}"),
+        (2, OVERLAP_BOTH),
+        (2, VPP2),
+        (4, f"{CP2} {SHARDED}"),
+        (2, f"--optimizer rmsprop {SHARDED}"),
     ],
 )
 def test_training_gives_the_losses_of_one_process(run, tmp_path: Path, world_size: int, flags: str) -> None:
@@ -90,20 +107,23 @@ def test_training_gives_the_losses_of_one_process(run, tmp_path: Path, world_siz
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("world_size", "flags"),
-    [
-        (1, ""),
-        (1, "--no-packing"),
-        (4, "--tensor-model-parallel-size 2 --sequence-parallel"),
-        (2, "--context-parallel-size 2"),
-    ],
-)
-def test_log_ratio_is_zero_before_the_first_step(run, tmp_path: Path, world_size: int, flags: str) -> None:
-    run(tmp_path / "save", flags, world_size=world_size)
+def test_the_first_step_finds_the_reference_unchanged_and_its_loss_is_the_targets(run, tmp_path: Path) -> None:
+    """With every log-ratio 0 the loss is mean((eta (w - 1/2))^2), the mean square of the targets."""
+    run(tmp_path / "save", f"{TP2} {SP}", world_size=4)
     first = metrics(tmp_path / "save")[0]
     assert first["sppo/ref_drift_step0"] == 0
     assert first["loss"] == pytest.approx(first["sppo/target_rms"] ** 2)
+
+
+def test_steps_of_an_odd_number_of_micro_batches_are_trained_on_under_the_interleaved_schedule(
+    run, tmp_path: Path
+) -> None:
+    """32 responses in steps of 12, 12 and 8 are 3, 3 and 2 micro-batches of 4; the schedule wants even numbers."""
+    sizes = "--global-batch-size 12 --micro-batch-size 4"
+    assert run(tmp_path / "one", sizes) == [0]
+    assert run(tmp_path / "two", f"{sizes} {VPP2}", world_size=2) == [0, 0]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert len(losses(tmp_path / "one")) == 3
 
 
 def test_training_lowers_the_loss_on_what_it_has_seen(run, tmp_path: Path) -> None:
@@ -130,14 +150,19 @@ def test_a_resumed_run_is_bit_exact(run, tmp_path: Path, world_size: int, flags:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ((1, ""), (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel")),
-        ((2, "--tensor-model-parallel-size 2"), (2, "--pipeline-model-parallel-size 2")),
-        (
-            (2, "--use-distributed-optimizer"),
-            (4, "--use-distributed-optimizer --tensor-model-parallel-size 2"),
-        ),
-        ((1, ""), (2, "--context-parallel-size 2")),
-        ((2, "--pipeline-model-parallel-size 2 --virtual-pipeline-model-parallel-size 2"), (2, "")),
+        ((1, ""), (4, f"{TP2} {PP2} {SP}")),
+        ((1, ""), (2, VPP2)),
+        ((2, TP2), (2, PP2)),
+        ((2, f"{TP2} {SP}"), (2, CP2)),
+        ((2, CP2), (2, f"{TP2} {SP}")),
+        ((2, VPP2), (2, "")),
+        ((2, SHARDED), (4, f"{SHARDED} {TP2}")),
+        ((4, SHARDED), (1, SHARDED)),
+        ((4, f"{SHARDED} {CP2}"), (4, f"{SHARDED} {PP2}")),
+        ((2, f"--optimizer rmsprop {PP2}"), (2, f"--optimizer rmsprop {TP2}")),
+        ((2, f"--optimizer rmsprop {SHARDED}"), (4, f"--optimizer rmsprop {SHARDED} {VPP2}")),
+        ((2, f"--params-dtype bfloat16 {SHARDED}"), (4, f"--params-dtype bfloat16 {SHARDED}")),
+        ((2, f"--params-dtype bfloat16 {PP2}"), (2, "--params-dtype bfloat16")),
     ],
 )
 def test_a_run_resumes_in_another_layout(run, tmp_path: Path, before: tuple, after: tuple) -> None:

@@ -1,6 +1,17 @@
-"""Truth for the layout tests: Hugging Face's model under autograd, and how a world of ranks is held against it."""
+"""Truth for the layout tests: Hugging Face's model under autograd, and how a world of ranks is held against it.
 
-from collections.abc import Callable
+Hugging Face's weights are widened to float64, so that the rounding of its matrix products and of its sums is not ours
+to explain; its norms and its softmax stay in float32, as its code has them. What remains follows from float32's 2^-24:
+
+- log pi of at most 128 nats is rounded to float32 once (3.8e-6), its 24 terms carry 1e-6 together: LOG_PROB_BOUND.
+- Residuals are some 50 nats (eta as published), so a squared one moves by 2 * 5e-6 / 50 or 2e-7 of itself; a small one
+  moves by more and weighs less in the mean: LOSS_BOUND, relative. (At eta 10 residuals of 3 nats allowed 5e-6 only.)
+- A weight's gradient comes through about 60 matrix products in a row (four layers, forward and backward), each of
+  which rounds by some 2^-24 * 5 in the root mean square: 2^-24 * 5 * sqrt(60), 2.3e-6 of the tensor's largest entry.
+  Found: 1.2e-6 to 2.9e-6. GRADIENT_BOUND is relative to the largest entry.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +25,16 @@ from torch import Tensor
 from megatron_sppo.conversion.convert import export_checkpoint
 from megatron_sppo.data.dataset import PreferenceDataset
 from tests.distributed.harness import run_ranks
-from tests.distributed.worlds import save_gradient
+from tests.distributed.worlds import first_step
 
-ETA = 10.0
-BASE = ["--params-dtype", "float32", "--lr", "1e-3", "--eta", str(ETA), "--global-batch-size", "16"]
+ETA = 1000.0
+NUM_ROWS = 16
+BASE = ["--params-dtype", "float32", "--lr", "1e-3", "--eta", str(ETA), "--global-batch-size", str(NUM_ROWS)]
+ONE_RANK = "--micro-batch-size 4"
+
+LOG_PROB_BOUND = 1e-5
+LOSS_BOUND = 1e-6
+GRADIENT_BOUND = 1e-5
 
 
 @dataclass
@@ -28,66 +45,93 @@ class Truth:
     megatron: Path
     data: Path
     by_exported_names: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
-    answers: dict[str, Any] = field(default_factory=dict)
+    answers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def assert_equal_under(self, world_size: int, flags: str, directory: Path) -> dict[str, Tensor]:
-        """Run the first step in a layout and compare loss, log-probabilities and gradient -> the gradient, exported."""
-        dataset = PreferenceDataset(self.data)
-        results = run_ranks(
-            save_gradient,
-            world_size,
-            str(self.megatron),
-            str(self.data),
-            reference_of(dataset),
-            str(directory / "gradient"),
-            [*BASE, *flags.split()],
-        )
-        first, answers = results[0], self.answers
-        if not answers:
-            answers["loss"], gradients, answers["log_probs"] = hugging_face_truth(self.hf, dataset, first["rows"])
-            answers["gradients"] = self.by_exported_names(gradients)
-            answers["weights"] = first["weights"]
-        assert len(first["rows"]) == 16
+        """Run the first step in a layout and hold it against Hugging Face and one rank -> its gradient, exported.
+
+        On every rank the log-ratio is zero where the reference pass and training meet: no step has been made.
+        """
+        if "one rank" not in self.answers:
+            self.answers["one rank"] = self._step(1, ONE_RANK, directory / "one_rank")
+        one_rank = self.answers["one rank"]
+        found = self._step(world_size, flags, directory / "layout")
+        assert found["weights"] == one_rank["weights"]
+        for truth in (one_rank, self.hugging_face(found["rows"])):
+            np.testing.assert_array_equal(found["rows"], truth["rows"])
+            np.testing.assert_allclose(found["log_prob"], truth["log_prob"], rtol=0, atol=LOG_PROB_BOUND)
+            assert found["loss"] == pytest.approx(truth["loss"], rel=LOSS_BOUND)
+            assert_same_gradient(found["gradient"], truth["gradient"])
+        return found["gradient"]
+
+    def _step(self, world_size: int, flags: str, directory: Path) -> dict[str, Any]:
+        """Run the first step on ranks that agree with each other -> rank 0's answer, with the exported gradient."""
+        results = self.run(world_size, flags, save=directory / "gradient")
         for result in results:  # every rank knows the whole batch's log-probabilities, and the model by its weights
-            np.testing.assert_array_equal(result["log_prob"], first["log_prob"])
-            assert result["weights"] == answers["weights"]
-        np.testing.assert_allclose(first["log_prob"], answers["log_probs"], rtol=0, atol=5e-5)
-        assert first["loss"] == pytest.approx(answers["loss"], rel=5e-6)
-        exported = load_file(export_checkpoint(directory / "gradient", directory / "hf") / "model.safetensors")
-        expected = {name: gradient for name, gradient in answers["gradients"].items() if name in exported}
-        assert set(exported) == set(expected)
-        for name, gradient in expected.items():
-            difference = (exported[name] - gradient).abs().max().item()
-            assert difference <= 2e-5 * max(1.0, gradient.abs().max().item()), f"{name} differs by {difference}"
-        return exported
+            np.testing.assert_array_equal(result["log_prob"], results[0]["log_prob"])
+            assert result["weights"] == results[0]["weights"]
+            assert result["log_ratio"] == 0
+        assert len(results[0]["rows"]) == NUM_ROWS
+        exported = export_checkpoint(directory / "gradient", directory / "hf") / "model.safetensors"
+        return {**results[0], "gradient": load_file(exported)}
+
+    def run(self, world_size: int, flags: str, *, save: Path | None = None) -> list[dict[str, Any]]:
+        """Run `first_step` in a layout -> its results by rank."""
+        dataset = PreferenceDataset(self.data)
+        arguments = (str(self.megatron), str(self.data), reference_of(dataset), None if save is None else str(save))
+        return run_ranks(first_step, world_size, *arguments, [*BASE, *flags.split()])
+
+    def hugging_face(self, rows: np.ndarray) -> dict[str, Any]:
+        """Compute loss, log-probabilities and gradient of the given rows of the "all" index -> as `first_step` has it.
+
+        (3.6) written out, one unpadded sequence at a time: the mean over responses of
+        (log pi_theta - reference - eta (w - 1/2))^2.
+        """
+        if "Hugging Face" not in self.answers:
+            self.answers["Hugging Face"] = self._hugging_face(rows)
+        return self.answers["Hugging Face"]
+
+    def _hugging_face(self, rows: np.ndarray) -> dict[str, Any]:
+        from transformers import AutoModelForCausalLM
+
+        dataset = PreferenceDataset(self.data)
+        eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        model = AutoModelForCausalLM.from_pretrained(self.hf, dtype=torch.float64, **eager)
+        log_probs, residuals = [], []
+        for group, k in (divmod(int(row), dataset.num_responses) for row in rows):
+            log_probs.append(log_prob_of(model, dataset.prompt(group), dataset.response(group, k)))
+            target = ETA * (float(dataset.win_rates(group)[k]) - 0.5)
+            residuals.append(log_probs[-1] - float(reference_of(dataset)[group, k]) - target)
+        loss = torch.stack(residuals).square().mean()
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return {
+            "rows": rows,
+            "loss": loss.item(),
+            "log_prob": torch.stack(log_probs).detach().numpy(),
+            "gradient": self.by_exported_names(gradients),
+        }
+
+
+def assert_same_gradient(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> None:
+    """Compare every tensor that was exported; where weights are tied, Hugging Face names some twice."""
+    missing = set(found) - set(truth)
+    assert not missing, f"{missing} have no gradient in truth"
+    for name, gradient in found.items():
+        scale = truth[name].abs().max().item()
+        difference = (gradient - truth[name]).abs().max().item()
+        assert difference <= GRADIENT_BOUND * scale, f"{name} differs by {difference / (scale or 1):.1e} of {scale:.3g}"
+
+
+def log_prob_of(model: Any, prompt: np.ndarray, response: np.ndarray) -> Tensor:
+    """Sum log pi over a response's tokens -> scalar float64, differentiable."""
+    tokens = torch.tensor([[*prompt, *response]], dtype=torch.long)
+    log_p = model(tokens).logits.double().log_softmax(-1)[0, len(prompt) - 1 : -1]
+    return log_p.gather(1, tokens[0, len(prompt) :, None]).sum()
 
 
 def reference_of(dataset: PreferenceDataset) -> np.ndarray:
-    """Any numbers will do for log pi_t; these leave residuals of a few nats -> [G, K]."""
+    """Any numbers will do for log pi_t; these leave log-ratios of a few nats -> [G, K]."""
     generator = np.random.default_rng(3)
     lengths = dataset.response_lengths
     return (-5.5 * lengths + generator.normal(size=lengths.shape)).astype(np.float32)
-
-
-def hugging_face_truth(
-    hf: Path, dataset: PreferenceDataset, rows: np.ndarray
-) -> tuple[float, dict[str, torch.Tensor], list[float]]:
-    """Compute loss and gradient of the given rows of the "all" index -> (loss, {name: gradient}, log-probs)."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager")
-    reference = reference_of(dataset)
-    losses, log_probs = [], []
-    for row in rows:
-        group, k = divmod(int(row), dataset.num_responses)
-        prompt, response = dataset.prompt(group), dataset.response(group, k)
-        tokens = torch.tensor([[*prompt, *response]], dtype=torch.long)
-        log_p = model(tokens).logits.float().log_softmax(-1)[0, len(prompt) - 1 : -1]
-        log_prob = log_p.gather(1, tokens[0, len(prompt) :, None]).sum()
-        target = ETA * (float(dataset.win_rates(group)[k]) - 0.5)
-        losses.append((log_prob - float(reference[group, k]) - target).square())
-        log_probs.append(float(log_prob))
-    loss = torch.stack(losses).mean()
-    loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return float(loss), gradients, log_probs

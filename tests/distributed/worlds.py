@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +22,17 @@ def pretrain(argv: list[str]) -> int:
     raise AssertionError("the script always exits")
 
 
-def save_gradient(megatron: str, data: str, reference_GK: np.ndarray, save: str, argv: list[str]) -> dict[str, Any]:
+def first_step(megatron: str, data: str, reference_GK: np.ndarray, save: str | None, argv: list[str]) -> dict[str, Any]:
     """Compute the first step's loss and gradient, and save the gradient in the weights' place as a checkpoint.
 
     A checkpoint is free of the layout, so the test exports it with the converter and holds it against Hugging Face.
+    `log_ratio` is the largest |log pi_theta - log pi_t| where the reference pass is our own.
     """
-    from megatron.core import dist_checkpointing
-
-    from megatron_sppo import config as configuration
-    from megatron_sppo.conversion import megatron_checkpoint
-    from megatron_sppo.training import checkpoint, inputs, parallel
-    from megatron_sppo.training.batches import Batches
-    from megatron_sppo.training.config import TrainingConfig
+    from megatron_sppo.training import checkpoint, parallel
     from megatron_sppo.training.forward_step import objective_terms, run_micro_batches
-    from megatron_sppo.training.policy import build_policy, weights_hash
+    from megatron_sppo.training.policy import weights_hash
 
-    arguments = ["--load", megatron, "--data", data, "--save", save, *argv]
-    config = configuration.parse(TrainingConfig, name="test", description="", argv=arguments)
-    source, architecture, tokenizer = inputs.open_source(config)
-    dataset = inputs.open_dataset(config, architecture, tokenizer)
-    batches = Batches(dataset, config, max_length=architecture.max_position_embeddings)
-    parallel.initialize(config.parallel, seed=1)
-    policy = build_policy(architecture, config.model, config.parallel)
+    config, source, batches, policy = _begin(["--load", megatron, "--data", data, "--save", save or "nowhere", *argv])
     checkpoint.load_weights(policy, source)
     weights = weights_hash(policy.stages)
     plan = next(batches.steps(first=1, last=1, reference_GK=reference_GK))
@@ -52,23 +42,12 @@ def save_gradient(megatron: str, data: str, reference_GK: np.ndarray, save: str,
     def loss(batch: Any, log_prob: Any) -> Any:
         return objective_terms(batch, log_prob, objective=config.objective)
 
+    with torch.no_grad():  # as training/reference.py does
+        reference_N = run_micro_batches(policy, plan, loss=lambda _, log_prob: log_prob, forward_only=True)
     log_prob_N = run_micro_batches(policy, plan, loss=loss, forward_only=False)
     terms = loss(plan, log_prob_N)
-    with torch.no_grad():
-        for chunk in policy.chunks:
-            for parameter in chunk.parameters():
-                parameter.copy_(parameter.main_grad)
-    target = Path(save, "iter_0000000")
-    if parallel.is_rank_zero():
-        target.mkdir(parents=True)
-    torch.distributed.barrier()
-    states = checkpoint._model_state(policy)
-    checkpoint._host_save(states, target)
-    assert dist_checkpointing.check_is_distributed_checkpoint(str(target))
-    if parallel.is_rank_zero():
-        megatron_checkpoint.carry_model_files(source, target)
-        megatron_checkpoint.write_manifest(target)
-        megatron_checkpoint.publish(Path(save), 0)
+    if save is not None:
+        _save_gradient(policy, source, Path(save))
     parallel.shut_down()
     order = np.argsort(plan.rows)
     return {
@@ -76,4 +55,82 @@ def save_gradient(megatron: str, data: str, reference_GK: np.ndarray, save: str,
         "loss": float(terms.mean()),
         "rows": plan.rows[order],
         "log_prob": log_prob_N.numpy()[order],
+        "log_ratio": float((log_prob_N - reference_N).abs().max()),
     }
+
+
+def step_by_step(
+    megatron: str, data: str, reference_GK: np.ndarray, save: str, argv: list[str], first: int, last: int
+) -> None:
+    """Do the steps `first`..`last`, from the weights or from the checkpoint of the step before, and save all of it.
+
+    `SAVE` gets the last step's checkpoint, `SAVE/gradient_STEP` what each step's optimizer was given.
+    """
+    from megatron_sppo.training import checkpoint, parallel
+    from megatron_sppo.training.forward_step import objective_terms, run_micro_batches
+    from megatron_sppo.training.loop import Progress
+    from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
+
+    config, source, batches, policy = _begin(["--load", megatron, "--data", data, "--save", save, *argv])
+    if first == 1:
+        checkpoint.load_weights(policy, source)
+    optimizer = build_optimizer(policy.chunks, config.optimization, config.model, config.parallel)
+    scheduler = build_scheduler(optimizer, config.optimization, train_iters=last)
+    if first > 1:
+        checkpoint.resume(Path(save, f"iter_{first - 1:07d}"), policy, optimizer, scheduler)
+    for step, plan in enumerate(batches.steps(first=first, last=last, reference_GK=reference_GK), start=first):
+        for chunk in policy.chunks:
+            chunk.zero_grad_buffer()
+        optimizer.zero_grad()
+        terms = partial(objective_terms, objective=config.objective)
+        run_micro_batches(policy, plan, loss=terms, forward_only=False)
+        kept = [parameter.detach().clone() for chunk in policy.chunks for parameter in chunk.parameters()]
+        _save_gradient(policy, source, Path(save, f"gradient_{step}"))
+        with torch.no_grad():
+            for chunk in policy.chunks:
+                for parameter in chunk.parameters():
+                    parameter.copy_(kept.pop(0))
+        optimizer.step()
+    checkpoint.save(Path(save), policy, optimizer, scheduler, progress=Progress(step=last), source=source)
+    parallel.shut_down()
+
+
+def _begin(argv: list[str]) -> tuple[Any, Path, Any, Any]:
+    """Do what the script does before it loads weights -> (config, source checkpoint, batches, policy)."""
+    from megatron_sppo import config as configuration
+    from megatron_sppo.training import inputs, parallel
+    from megatron_sppo.training.batches import Batches
+    from megatron_sppo.training.config import TrainingConfig
+    from megatron_sppo.training.policy import build_policy
+
+    config = configuration.parse(TrainingConfig, name="test", description="", argv=argv)
+    source, architecture, tokenizer = inputs.open_source(config)
+    dataset = inputs.open_dataset(config, architecture, tokenizer)
+    batches = Batches(dataset, config, max_length=architecture.max_position_embeddings)
+    parallel.initialize(config.parallel, seed=1)
+    return config, source, batches, build_policy(architecture, config.model, config.parallel)
+
+
+@torch.no_grad()
+def _save_gradient(policy: Any, source: Path, root: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    from megatron_sppo.conversion import megatron_checkpoint
+    from megatron_sppo.training import checkpoint, parallel
+
+    for chunk in policy.chunks:
+        for parameter in chunk.parameters():
+            parameter.copy_(parameter.main_grad)
+        if chunk.ddp_config.use_distributed_optimizer:
+            # Each rank has the reduced gradient of its own shard alone; gathered as the optimizer gathers weights.
+            chunk.start_param_sync(force_sync=True)
+    target = Path(root, "iter_0000000")
+    if parallel.is_rank_zero():
+        target.mkdir(parents=True)
+    torch.distributed.barrier()
+    checkpoint._host_save(checkpoint._model_state(policy), target)
+    assert dist_checkpointing.check_is_distributed_checkpoint(str(target))
+    if parallel.is_rank_zero():
+        megatron_checkpoint.carry_model_files(source, target)
+        megatron_checkpoint.write_manifest(target)
+        megatron_checkpoint.publish(root, 0)

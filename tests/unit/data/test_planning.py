@@ -91,7 +91,7 @@ def steps(draw):
     ]
     index = training_index(prompts, responses, pairs=unit_size == 2)
     by_tokens = shared or draw(st.booleans())
-    sizes = {"data_parallel_size": draw(st.integers(1, 8))}
+    sizes = {"data_parallel_size": draw(st.integers(1, 8)), "multiple": draw(st.integers(1, 3))}
     multiple = 1 if shared else draw(st.sampled_from([1, 4]))
     if by_tokens:
         sizes["packed_sequence_size"] = draw(st.integers(1608, 4000))
@@ -115,11 +115,13 @@ def test_a_plan_holds_every_row_once_in_bounded_equal_and_whole_micro_batches(st
     flat = [micro_batch for rank in plan for micro_batch in rank]
     assert len(plan) == num_ranks and sorted(np.concatenate(flat).tolist()) == sorted(rows.tolist())
     if "micro_batch_size" in sizes:
-        assert num_micro_batches == -(-len(rows) // (num_ranks * sizes["micro_batch_size"]))
+        needed = -(-len(rows) // (num_ranks * sizes["micro_batch_size"]))
+        assert num_micro_batches == -(-needed // sizes["multiple"]) * sizes["multiple"]
         assert all(len(micro_batch) <= sizes["micro_batch_size"] for micro_batch in flat)
     else:
         budget = sizes["packed_sequence_size"]
-        assert num_micro_batches == -(-len(pack(units.num_tokens, budget=budget)) // num_ranks)
+        needed = -(-len(pack(units.num_tokens, budget=budget)) // num_ranks)
+        assert num_micro_batches == -(-needed // sizes["multiple"]) * sizes["multiple"]
         for micro_batch in flat:
             settings = {"share_prompts": kind["shared"], "document_multiple": kind["multiple"]}
             assert packed_tokens(index, micro_batch, **settings) <= budget

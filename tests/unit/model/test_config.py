@@ -75,11 +75,27 @@ def test_the_padded_vocabulary_divides_and_is_the_least(vocab_size: int, tensor:
 
 @pytest.mark.parametrize(
     ("override", "words"),
-    [("no_such=1", "no such field"), ("num_layers=3", "decided by"), ("recompute_granularity", "KEY=VALUE")],
+    [
+        ("no_such=1", "no such field"),
+        ("num_layers=3", "decided by"),
+        ("recompute_granularity", "KEY=VALUE"),
+        ("overlap_p2p_comm=false", "wrong losses in silence"),
+        ("batch_p2p_comm=true", "wrong losses in silence"),
+        ("batch_p2p_sync=true", "wrong losses in silence"),
+        ("use_ring_exchange_p2p=true", "wrong losses in silence"),
+        ("overlap_p2p_comm_warmup_flush=true", "wrong losses in silence"),
+        ("variable_seq_lengths=true", "one shape already"),
+    ],
 )
 def test_a_host_field_that_is_unknown_or_ours_is_refused(override: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         transformer_config(ARCHITECTURE, ModelConfig(transformer_config=(override,)))
+
+
+def test_freeing_sent_activations_is_refused_where_gloo_sends_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="wrong losses in silence"):
+        transformer_config(ARCHITECTURE, ModelConfig(transformer_config=("deallocate_pipeline_outputs=true",)))
 
 
 def test_a_host_field_is_reachable_without_being_listed() -> None:
