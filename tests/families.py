@@ -84,7 +84,7 @@ def family_model(directory: Path, name: str, **overrides: Any) -> Path:
         for parameter in model.parameters():
             # Norms are vectors around what they begin with, 0 or 1. Matrices are large, so that scores and caps matter.
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(parameter + 0.2 * noise if parameter.ndim == 1 else 0.2 * noise)
+            parameter.copy_(parameter + 0.2 * noise if parameter.ndim == 1 else 0.15 * noise)
     shutil.rmtree(directory, ignore_errors=True)
     model.save_pretrained(directory)
     byte_tokenizer(directory)

@@ -59,14 +59,25 @@ def layouts_of(family: str, model: str) -> list[str]:
     return chosen
 
 
-def logits_under(jobs: list[tuple[str, str]], tokens_BS: torch.Tensor) -> list[Answer | None]:
-    """Load each checkpoint in its layout and run it -> answers, None before the last pipeline stage."""
-    return [_logits(checkpoint, LAYOUTS[layout], tokens_BS) for checkpoint, layout in jobs]
-
-
-@torch.no_grad()
-def _logits(checkpoint: str, settings: dict[str, Any], tokens_BS: torch.Tensor) -> Answer | None:
+def logits_under(checkpoints: dict[str, list[str]], tokens_BS: torch.Tensor) -> dict[tuple[str, str], Answer]:
+    """Load checkpoints in each layout and run them -> {(layout, checkpoint): answer}, on ranks of the last stage."""
     from megatron.core import parallel_state
+
+    from megatron_sppo.training import parallel
+
+    answers: dict[tuple[str, str], Answer] = {}
+    for name, directories in checkpoints.items():
+        layout = parallel.ParallelConfig(**LAYOUTS[name])
+        parallel.initialize(layout, seed=1)
+        for directory in directories:
+            answer = _logits(Path(directory), layout, tokens_BS)
+            if answer is not None:
+                answers[name, directory] = answer
+        parallel_state.destroy_model_parallel()
+    return answers
+
+
+def _logits(checkpoint: Path, layout: Any, tokens_BS: torch.Tensor) -> Answer | None:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
@@ -78,11 +89,10 @@ def _logits(checkpoint: str, settings: dict[str, Any], tokens_BS: torch.Tensor) 
     from megatron_sppo.training.policy import build_policy
     from megatron_sppo.zigzag import zigzag_positions
 
-    layout, (architecture, _) = parallel.ParallelConfig(**settings), read_architecture(Path(checkpoint))
+    architecture, _ = read_architecture(checkpoint)
     parallel.check_layout(layout, architecture, world_size=WORLD_SIZE)
-    parallel.initialize(layout, seed=1)
     policy = build_policy(architecture, ModelConfig(params_dtype="float32", transformer_impl="torch"), layout)
-    load_weights(policy, Path(checkpoint))
+    load_weights(policy, checkpoint)
     length = tokens_BS.shape[1]
     positions = zigzag_positions(
         torch.tensor([0, length]), rank=parallel.context_parallel_rank(), size=layout.context_parallel_size
@@ -90,9 +100,9 @@ def _logits(checkpoint: str, settings: dict[str, Any], tokens_BS: torch.Tensor) 
 
     def step(_: object, model: Any) -> tuple[torch.Tensor, Any]:
         here = positions.expand(len(tokens_BS), -1)
-        return gpt.forward(model, tokens_BS[:, positions], here), lambda output, non_loss_data: output
+        return gpt.forward(model, tokens_BS[:, positions], here), lambda output, non_loss_data: output.detach()
 
-    answers = get_forward_backward_func()(
+    logits = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=None,
         model=policy.chunks[0],
@@ -103,33 +113,61 @@ def _logits(checkpoint: str, settings: dict[str, Any], tokens_BS: torch.Tensor) 
         forward_only=True,
         collect_non_loss_data=True,
     )
-    logits = None
-    if parallel.is_last_stage():
-        logits = gather_from_tensor_model_parallel_region(answers[0])[..., : architecture.vocab_size].clone()
-    parallel_state.destroy_model_parallel()
-    return None if logits is None else (positions, logits)
+    if not parallel.is_last_stage():
+        return None
+    return positions, gather_from_tensor_model_parallel_region(logits[0])[..., : architecture.vocab_size].clone()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """Every family's two models, as Hugging Face ("hf") and Megatron ("megatron") directories -> {(family, model)}."""
+    made = {}
+    for family in FAMILIES:
+        for model, overrides in MODELS.items():
+            root = tmp_path_factory.mktemp("model")
+            family_model(root / "hf", family, **overrides)
+            import_checkpoint(root / "hf", root / "megatron")
+            made[family, model] = root
+    return made
+
+
+@pytest.fixture(scope="module")
+def answers(models: dict[tuple[str, str], Path]) -> list[dict[tuple[str, str], Answer]]:
+    """Run all of them in all of their layouts, in one world of ranks -> one dict a rank, as `logits_under` gives it."""
+    checkpoints: dict[str, list[str]] = {name: [] for name in LAYOUTS}
+    for (family, model), root in models.items():
+        for layout in layouts_of(family, model):
+            checkpoints[layout].append(str(root / "megatron/iter_0000000"))
+    return run_ranks(logits_under, WORLD_SIZE, checkpoints, token_ids())
 
 
 def hashes(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_files_come_back_and_logits_are_hugging_faces_under_every_layout(family: str, tmp_path: Path) -> None:
-    tokens, jobs, expected = token_ids(), [], []
-    for number, (model, overrides) in enumerate(MODELS.items()):
-        hf, megatron = tmp_path / f"hf{number}", tmp_path / f"megatron{number}"
-        family_model(hf, family, **overrides)
-        checkpoint = import_checkpoint(hf, megatron)
-        assert hashes(export_checkpoint(megatron, tmp_path / f"out{number}")) == hashes(hf)
-        logits = hugging_face_logits(hf, tokens)
-        for layout in layouts_of(family, model):
-            jobs.append((str(checkpoint), layout))
-            expected.append(logits)
-    ranks = run_ranks(logits_under, WORLD_SIZE, jobs, tokens)
-    for job, (_, layout) in enumerate(jobs):
-        answers = [rank[job] for rank in ranks if rank[job] is not None]
-        assert {position for positions, _ in answers for position in positions.tolist()} == set(range(tokens.shape[1]))
-        for positions, logits in answers:
-            difference = (logits - expected[job][:, positions]).abs().max().item()
-            assert difference <= TOLERANCE, f"{layout}, {jobs[job][0]}: logits differ by {difference}"
+def test_every_file_comes_back_the_same(
+    family: str, model: str, models: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    root = models[family, model]
+    assert hashes(export_checkpoint(root / "megatron", tmp_path / "out")) == hashes(root / "hf")
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_hugging_faces_under_every_layout(
+    family: str, model: str, models: dict[tuple[str, str], Path], answers: list[dict[tuple[str, str], Answer]]
+) -> None:
+    root, tokens = models[family, model], token_ids()
+    expected = hugging_face_logits(root / "hf", tokens)
+    assert expected.std() > 0.3
+    layouts = layouts_of(family, model)
+    for layout in layouts:
+        found = [rank.get((layout, str(root / "megatron/iter_0000000"))) for rank in answers]
+        parts = [answer for answer in found if answer is not None]
+        assert {position for positions, _ in parts for position in positions.tolist()} == set(range(tokens.shape[1]))
+        for positions, logits in parts:
+            difference = (logits - expected[:, positions]).abs().max().item()
+            assert difference <= TOLERANCE, f"{layout}: logits differ by {difference}"
+    assert len(layouts) >= 3

@@ -16,7 +16,7 @@ FAMILY = Family(
     rules=RULES,
     # Absent, it would mean 1e-5.
     required=("rms_norm_eps",),
-    fixed={"attention_bias": (None, False), "hidden_act": (None, "silu")},
+    fixed={"attention_bias": (None, False), "clip_qkv": (None,), "hidden_act": (None, "silu")},
     traits={
         "qk_layernorm": True,
         "qk_layernorm_across_heads": True,
