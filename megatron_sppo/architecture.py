@@ -4,9 +4,9 @@ One frozen dataclass, written as `model.json` beside a Megatron checkpoint. Fiel
 (`TransformerConfig`, `GPTModel`). Pure Python: no torch, no megatron.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_sppo.errors import ConversionError
 from megatron_sppo.storage import read_json, write_json
@@ -15,7 +15,6 @@ SCHEMA_VERSION = 1
 FILE_NAME = "model.json"
 
 _EXPERT_NUMBERS = ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size")
-_EXPERT_FIELDS = (*_EXPERT_NUMBERS, "moe_router_pre_softmax")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,29 @@ class Architecture:
     share_embeddings_and_output_weights: bool
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
-    """Per-head RMSNorm of queries and keys (Qwen3)."""
+    """RMSNorm of queries and keys, one head at a time (Qwen3)."""
+    qk_layernorm_across_heads: bool = False
+    """With `qk_layernorm`: one norm over all heads of the queries and one over all of the keys (OLMo-2)."""
+    activation_func: Literal["silu", "gelu_tanh"] = "silu"
+    """Of the gated feed-forward unit; gelu_tanh is GELU in its tanh approximation."""
+    pre_layernorm: bool = True
+    """RMSNorm of what attention and feed-forward unit read."""
+    post_layernorm: bool = False
+    """RMSNorm of what they answer, before it joins the residual stream (Gemma-2, OLMo-2)."""
+    layernorm_zero_centered_gamma: bool = False
+    """Every norm multiplies by 1 + its weight (Gemma-2)."""
+    scale_embeddings: bool = False
+    """Embeddings are multiplied by sqrt(hidden_size), itself rounded to the weights' type (Gemma-2)."""
+    query_pre_attn_scalar: float | None = None
+    """Attention scores are divided by the square root of this; None: of `kv_channels`."""
+    attention_softcap: float | None = None
+    """Attention scores s become c tanh(s / c) before the mask."""
+    logit_softcap: float | None = None
+    """Logits likewise, before the softmax."""
+    sliding_window: int | None = None
+    """Tokens that a query sees, itself and those just before it; None: all up to itself."""
+    full_attention_layers: tuple[int, ...] = ()
+    """Layers, from 0, without that window."""
     num_moe_experts: int | None = None
     """Experts of every layer; None in a dense model."""
     moe_router_topk: int | None = None
@@ -78,7 +99,23 @@ class Architecture:
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_query_groups "
                 f"({self.num_query_groups}). The model's config is wrong."
             )
+        self._check_attention()
         self._check_experts()
+
+    def _check_attention(self) -> None:
+        for name in ("query_pre_attn_scalar", "attention_softcap", "logit_softcap", "sliding_window"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConversionError(f"{name} is {value}; it must be above 0. The model's config is wrong.")
+        if self.activation_func not in ("silu", "gelu_tanh"):
+            raise ConversionError(f"activation_func is {self.activation_func!r}; it must be silu or gelu_tanh.")
+        if self.qk_layernorm_across_heads and not self.qk_layernorm:
+            raise ConversionError("qk_layernorm_across_heads is set without qk_layernorm. The model's config is wrong.")
+        if not all(0 <= layer < self.num_layers for layer in self.full_attention_layers):
+            raise ConversionError(
+                f"full_attention_layers {self.full_attention_layers} are not all of the {self.num_layers} layers. "
+                "The model's config is wrong."
+            )
 
     def _check_experts(self) -> None:
         numbers = {name: getattr(self, name) for name in _EXPERT_NUMBERS}
@@ -100,6 +137,10 @@ class Architecture:
                 "it. Use another model."
             )
 
+    def window(self, layer: int) -> int | None:
+        """Say how many tokens a query of a layer (from 0) sees, itself included -> int; None: all up to itself."""
+        return None if layer in self.full_attention_layers else self.sliding_window
+
     def num_parameters(self) -> int:
         """Count the weights, tied embeddings once -> int."""
         query_rows = self.num_attention_heads * self.kv_channels
@@ -108,22 +149,25 @@ class Architecture:
         if self.add_qkv_bias:
             attention += query_rows + 2 * key_rows
         if self.qk_layernorm:
-            attention += 2 * self.kv_channels
+            attention += query_rows + key_rows if self.qk_layernorm_across_heads else 2 * self.kv_channels
         if self.num_moe_experts is not None:
             expert = 3 * self.hidden_size * (self.moe_ffn_hidden_size or 0)
             feed_forward = self.num_moe_experts * (expert + self.hidden_size)  # the router has a row for each
         else:
             feed_forward = 3 * self.hidden_size * self.ffn_hidden_size
-        layer = attention + feed_forward + 2 * self.hidden_size
+        norms = 2 * self.hidden_size * (self.pre_layernorm + self.post_layernorm)
+        layer = attention + feed_forward + norms
         embeddings = self.vocab_size * self.hidden_size * (1 if self.share_embeddings_and_output_weights else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 
 
 def write_architecture(architecture: Architecture, directory: Path, *, tokenizer: dict[str, Any]) -> None:
     """Write `model.json`: the architecture and where its tokenizer came from (`hash`, `files`), for later checks."""
-    values = asdict(architecture)
-    if architecture.num_moe_experts is None:  # a dense model's file is what it was before there were experts
-        values = {name: value for name, value in values.items() if name not in _EXPERT_FIELDS}
+    # What has its default value is left out: a model's file does not change when other families bring new fields.
+    defaults = {field.name: field.default for field in fields(architecture) if field.default is not MISSING}
+    values = {
+        name: value for name, value in asdict(architecture).items() if name not in defaults or value != defaults[name]
+    }
     content = {"schema_version": SCHEMA_VERSION, "architecture": values, "tokenizer": tokenizer}
     write_json(Path(directory, FILE_NAME), content)
 
@@ -148,6 +192,8 @@ def read_architecture(directory: Path) -> tuple[Architecture, dict[str, Any]]:
     try:
         if values.get("rope_scaling") is not None:
             values = {**values, "rope_scaling": Llama3RopeScaling(**values["rope_scaling"])}
+        if "full_attention_layers" in values:
+            values = {**values, "full_attention_layers": tuple(values["full_attention_layers"])}
         return Architecture(**values), tokenizer
     except TypeError as error:
         raise ConversionError(f"{path} does not describe a model ({error}). Import the model again.") from None

@@ -54,8 +54,6 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         raise ConversionError(
             f"{place} does not say {' and '.join(absent)}. The config is damaged: fetch the model again."
         )
-    if any(kind != "full_attention" for kind in config.get("layer_types") or ()):
-        raise ConversionError(f"{place} says layer_types other than full_attention. Use another model.")
     for key, allowed in family.fixed.items():
         if config.get(key) not in allowed:
             wanted = " or ".join(json.dumps(value) for value in allowed if value is not None)
@@ -74,15 +72,14 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         raise ConversionError(
             f"{place}: head_dim ({head_dim}) is odd, and rotary embeddings need pairs. The config is wrong."
         )
-    tied = config.get(
-        "tie_word_embeddings", False
-    )  # PretrainedConfig's default is True, but each of our families sets False
+    tied = config.get("tie_word_embeddings", family.tied)
     if not isinstance(tied, bool):
         raise ConversionError(f"{place}: tie_word_embeddings is {tied!r}; it must be true or false.")
     base, scaling = _rope(config, place, default_base=family.rotary_base)
+    num_layers = _whole(config, "num_hidden_layers", place)
     return Architecture(
         family=family.model_type,
-        num_layers=_whole(config, "num_hidden_layers", place),
+        num_layers=num_layers,
         hidden_size=hidden,
         ffn_hidden_size=_whole(config, "intermediate_size", place),
         num_attention_heads=heads,
@@ -94,8 +91,9 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         rotary_base=base,
         rope_scaling=scaling,
         share_embeddings_and_output_weights=tied,
-        add_qkv_bias=family.add_qkv_bias,
-        qk_layernorm=family.qk_layernorm,
+        **family.traits,
+        **_numbers(config, family, place),
+        **_windows(config, family, place, num_layers=num_layers),
         **_experts(config, family, place),
     )
 
@@ -116,7 +114,6 @@ def hf_from_architecture(architecture: Architecture, *, dtype: str) -> dict[str,
         "architectures": [family.architecture_class],
         "dtype": dtype,
         "head_dim": architecture.kv_channels,
-        "hidden_act": "silu",
         "hidden_size": architecture.hidden_size,
         "intermediate_size": architecture.ffn_hidden_size,
         "max_position_embeddings": architecture.max_position_embeddings,
@@ -134,7 +131,72 @@ def hf_from_architecture(architecture: Architecture, *, dtype: str) -> dict[str,
             for key, allowed in family.fixed.items()
             if allowed[-1] is not None or key in family.required
         },
+        **{key: getattr(architecture, name) for key, name in family.numbers.items()},
+        **_window_keys(architecture, family),
     }
+
+
+def _numbers(config: Mapping[str, Any], family: Family, place: str) -> dict[str, Any]:
+    """Read the numbers that only some families have -> Architecture's fields."""
+    values: dict[str, Any] = {}
+    for key, name in family.numbers.items():
+        if config.get(key) is not None:
+            _positive(config, key, place)
+            values[name] = config[key]  # as it is: transformers wants some of them whole
+    return values
+
+
+def _windows(config: Mapping[str, Any], family: Family, place: str, *, num_layers: int) -> dict[str, Any]:
+    """Read which layers see a window of tokens only -> Architecture's fields; none where no layer does."""
+    keys, first = family.windows, 0
+    has_window = keys is not None and config.get("sliding_window") is not None
+    if has_window and keys.switch is not None:
+        has_window = bool(config.get(keys.switch, False))
+    if has_window and keys.first_layer is not None:
+        first = _whole(config, keys.first_layer, place, least=0)
+    windowed = [has_window and layer >= first and (layer - first) % keys.every == 0 for layer in range(num_layers)]
+    listed = config.get("layer_types")
+    if listed is not None:
+        kinds = ("full_attention", "sliding_attention")
+        if not isinstance(listed, list) or len(listed) != num_layers or any(kind not in kinds for kind in listed):
+            raise ConversionError(
+                f"{place}: layer_types must name full_attention or sliding_attention for each of the {num_layers} "
+                "layers; the Megatron model knows no others. Use another model."
+            )
+        chosen = [kind == "sliding_attention" for kind in listed]
+        if any(chosen) and not has_window:
+            raise ConversionError(
+                f"{place} says layer_types with sliding_attention, for which {family.model_type} has no window here. "
+                "Use another model."
+            )
+        if chosen != windowed and not (keys is not None and keys.layer_types):
+            raise ConversionError(
+                f"{place} says layer_types other than its sliding_window, which alone decides in {family.model_type}. "
+                "Use another model."
+            )
+        windowed = chosen
+    if not any(windowed):
+        return {}
+    return {
+        "sliding_window": _whole(config, "sliding_window", place),
+        "full_attention_layers": tuple(layer for layer in range(num_layers) if not windowed[layer]),
+    }
+
+
+def _window_keys(architecture: Architecture, family: Family) -> dict[str, Any]:
+    """Undo `_windows` -> keys of config.json."""
+    keys = family.windows
+    if keys is None:
+        return {}
+    windowed = [architecture.window(layer) is not None for layer in range(architecture.num_layers)]
+    written: dict[str, Any] = {"sliding_window": architecture.sliding_window}
+    if keys.switch is not None:
+        written[keys.switch] = any(windowed)
+    if keys.first_layer is not None:
+        written[keys.first_layer] = [*windowed, True].index(True)
+    if keys.layer_types:
+        written["layer_types"] = [("sliding" if one else "full") + "_attention" for one in windowed]
+    return written
 
 
 def _experts(config: Mapping[str, Any], family: Family, place: str) -> dict[str, Any]:
@@ -211,14 +273,15 @@ def _only(values: Mapping[str, Any], key: str) -> dict[str, Any]:
     return {key: values[key]} if values.get(key) is not None else {}
 
 
-def _whole(values: Mapping[str, Any], key: str, place: str, *, default: int | None = None) -> int:
+def _whole(values: Mapping[str, Any], key: str, place: str, *, default: int | None = None, least: int = 1) -> int:
     value = default if values.get(key) is None else values[key]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         fact = "is missing" if value is None else f"is {value!r}"
         raise ConversionError(
-            f"{place}: {key} {fact}; it must be a whole number from 1. The config is damaged: fetch the model again."
+            f"{place}: {key} {fact}; it must be a whole number from {least}. "
+            "The config is damaged: fetch the model again."
         )
     return value
 

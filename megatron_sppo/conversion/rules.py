@@ -24,11 +24,13 @@ Shape = tuple[int, ...]
 def dimension(architecture: Architecture, name: str) -> int:
     """Give the size of a named dimension.
 
-    "hidden", "ffn", "query" (all heads), "key" (all key/value heads), "head", "vocab", "experts", "expert_ffn" (one).
+    "hidden", "ffn", "gate_up" (two "ffn"), "query" (all heads), "key" (all key/value heads), "head", "vocab",
+    "experts", "expert_ffn" (one).
     """
     return {
         "hidden": architecture.hidden_size,
         "ffn": architecture.ffn_hidden_size,
+        "gate_up": 2 * architecture.ffn_hidden_size,
         "query": architecture.num_attention_heads * architecture.kv_channels,
         "key": architecture.num_query_groups * architecture.kv_channels,
         "head": architecture.kv_channels,
@@ -137,8 +139,8 @@ class FusedQKV(Rule):
         return tuple((dimension(architecture, rows), *columns) for rows in ("query", "key", "key"))
 
     def megatron_shape(self, architecture: Architecture) -> Shape:
-        shapes = self.part_shapes(architecture)
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        columns = tuple(dimension(architecture, name) for name in self.columns)
+        return (dimension(architecture, "query") + 2 * dimension(architecture, "key"), *columns)
 
     def to_megatron(self, tensors: Sequence[Tensor], architecture: Architecture) -> Tensor:
         groups = architecture.num_query_groups
@@ -151,6 +153,24 @@ class FusedQKV(Rule):
         grouped = tensor.reshape(groups, queries + 2 * head, *tensor.shape[1:])
         split = torch.split(grouped, [queries, head, head], dim=1)
         return tuple(part.reshape(-1, *tensor.shape[1:]) for part in split)
+
+
+@dataclass(frozen=True)
+class PackedQKV(FusedQKV):
+    """The same where Hugging Face has one tensor too, of other rows: all queries, then all keys, then all values."""
+
+    def parts(self) -> tuple[str, ...]:
+        return (self.hf,)
+
+    def part_shapes(self, architecture: Architecture) -> tuple[Shape, ...]:
+        return (self.megatron_shape(architecture),)
+
+    def to_megatron(self, tensors: Sequence[Tensor], architecture: Architecture) -> Tensor:
+        rows = [dimension(architecture, name) for name in ("query", "key", "key")]
+        return super().to_megatron(torch.split(tensors[0], rows), architecture)
+
+    def to_hf(self, tensor: Tensor, architecture: Architecture) -> tuple[Tensor, ...]:
+        return (torch.cat(super().to_hf(tensor, architecture)),)
 
 
 @dataclass(frozen=True)
@@ -193,6 +213,20 @@ class ExpertKeys:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WindowKeys:
+    """How a family's config.json says which layers see `sliding_window` tokens only."""
+
+    switch: str | None = None
+    """Boolean key without which there is no window, whatever `sliding_window` says."""
+    first_layer: str | None = None
+    """Key of the first layer, from 0, that has the window; None: layer 0."""
+    every: int = 1
+    """From there on each layer has it, or every second one."""
+    layer_types: bool = False
+    """Whether transformers goes by `layer_types` where it is given. Where it overlooks it, the two must agree."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A model family: what its config.json must say, and its rules."""
 
@@ -207,10 +241,16 @@ class Family:
     """Keys that must be there (they may be null), for without them transformers would take another value than we."""
     ignored: tuple[str, ...] = ()
     """Ends of tensor names that old checkpoints carry and that hold no weights, such as RoPE's frequencies."""
-    add_qkv_bias: bool = False
-    qk_layernorm: bool = False
+    traits: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `Architecture` that every model of the family has alike, such as {"add_qkv_bias": True}."""
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    """Keys of config.json with a number above 0, or null, and the fields of `Architecture` that take it as it is."""
+    windows: WindowKeys | None = None
+    """None in a family whose every layer sees all tokens up to its own."""
     rotary_base: float = 10000.0
     """RoPE's base where config.json names none."""
+    tied: bool = False
+    """Whether the output layer shares the embedding where config.json does not say."""
     experts: ExpertKeys | None = None
     """None in a dense family."""
 

@@ -1,11 +1,13 @@
 """Core attention for the torch layer spec: causal within each document, by torch's scaled_dot_product_attention.
 
-Megatron-Core's own local attention refuses packed sequences and context parallelism. Shapes follow the host's
+Megatron-Core's own local attention refuses packed sequences and context parallelism, and Transformer Engine's refuses
+soft-capped scores: for those this one stands in there too. Shapes follow the host's
 SelfAttention: T = tokens of a packed micro-batch, S = tokens, B = sequences, D = head size. Under context parallelism
 queries are this rank's share of the tokens; keys and values of all are gathered, and their gradients reduce-scattered.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from megatron.core import parallel_state
@@ -30,12 +32,23 @@ class DocumentAttention(torch.nn.Module):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        windows: Sequence[int | None] | None = None,
+        softcap: float | None = None,
         **_: object,
     ) -> None:
+        """Build it for one layer.
+
+        Args:
+            layer_number: of the whole model, from 1.
+            windows: for each layer of the model, how many tokens a query sees, its own included; None is all.
+            softcap: scores s become c tanh(s / c).
+        """
         super().__init__()
         assert attention_type == "self"
         assert not (config.attention_dropout if attention_dropout is None else attention_dropout)
         self.softmax_scale = softmax_scale
+        self.softcap = softcap
+        self.window = None if windows is None else windows[layer_number - 1]
         self.context_parallel_size = config.context_parallel_size
 
     def forward(
@@ -63,7 +76,7 @@ class DocumentAttention(torch.nn.Module):
         else:
             lengths = boundaries.diff().tolist()
             documents = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
-            context = torch.cat([self._attend(*document, visible=None) for document in documents])
+            context = torch.cat([self._attend(*document, visible=self._visible(document[0])) for document in documents])
         return context.flatten(2) if packed_seq_params is None else context.squeeze(1).flatten(1)
 
     def _attend_across_ranks(self, query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor) -> Tensor:
@@ -77,7 +90,7 @@ class DocumentAttention(torch.nn.Module):
         contexts, first = [], 0
         for start, end in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True):
             here = slice(first, first + (end - start) // size)
-            visible = torch.arange(start, end, device=query.device) <= position[here, None]
+            visible = self._sees(position[here], torch.arange(start, end, device=query.device))
             contexts.append(self._attend(query[here], key[start:end], value[start:end], visible=visible))
             first = here.stop
         return torch.cat(contexts)
@@ -90,17 +103,34 @@ class DocumentAttention(torch.nn.Module):
         spans = [slice(start, end) for start, end in itertools.pairwise(bounds)]
         contexts = []
         for here, parent in zip(spans, packed.parents.tolist(), strict=True):
-            keys, values, visible = key[here], value[here], None
+            keys, values, visible = key[here], value[here], self._visible(query[here])
             if parent >= 0:
                 keys, values = (torch.cat([tensor[spans[parent]], tensor[here]]) for tensor in (key, value))
-                places = torch.arange(len(keys), device=query.device)
-                visible = places <= places[len(keys) - (here.stop - here.start) :, None]
+                position = torch.arange(len(keys), device=query.device)
+                visible = self._sees(position[len(keys) - (here.stop - here.start) :], position)
             contexts.append(self._attend(query[here], keys, values, visible=visible))
         return torch.cat(contexts)
+
+    def _visible(self, document: Tensor) -> Tensor | None:
+        """Say which keys of its own document each query sees -> [queries, keys] bool; None: all up to itself."""
+        if self.window is None or len(document) <= self.window:
+            return None
+        position = torch.arange(len(document), device=document.device)
+        return self._sees(position, position)
+
+    def _sees(self, query_position: Tensor, key_position: Tensor) -> Tensor:
+        """Compare positions -> [queries, keys] bool: not later, and within the window."""
+        distance = query_position[:, None] - key_position
+        return distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, visible: Tensor | None) -> Tensor:
         """Attend causally (`visible` None) or where `visible` [queries, keys] -> [S, B, Q, D]."""
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        if self.softcap is not None:
+            context = _capped_attention(
+                query, key, value, visible=visible, scale=self.softmax_scale, softcap=self.softcap
+            )
+            return context.permute(2, 0, 1, 3)
         context = scaled_dot_product_attention(
             query,
             key,
@@ -111,3 +141,20 @@ class DocumentAttention(torch.nn.Module):
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return context.permute(2, 0, 1, 3)
+
+
+def _capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, visible: Tensor | None, scale: float | None, softcap: float
+) -> Tensor:
+    """Attend by scores c tanh(q k / c), written out and rounded as Hugging Face's eager Gemma-2 -> [B, Q, S, D].
+
+    All scores of a document are in memory at once, several times over until backward: recompute_granularity selective
+    keeps them of one layer only.
+    """
+    key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.tanh(scores / softcap) * softcap
+    if visible is None:
+        visible = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32)
+    return weights.to(query.dtype) @ value

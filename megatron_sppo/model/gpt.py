@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -32,6 +33,7 @@ class PolicyModel(GPTModel):
 
     true_vocab_size: int
     head_chunk_size: int
+    logit_softcap: float | None
 
     def _preprocess(self, *, position_ids: Tensor, packed_seq_params: Any = None, **kwargs: Any) -> tuple[Any, ...]:
         """Embed, and look up the rotary table -> the host's tuple, with a line of the table for each token of a tree.
@@ -54,7 +56,9 @@ class PolicyModel(GPTModel):
         call with keywords and which passes `labels` through untouched.
         """
         if labels is None or not self.post_process:
-            return super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+            answer = super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+            capped = self.post_process and self.logit_softcap is not None
+            return torch.tanh(answer / self.logit_softcap) * self.logit_softcap if capped else answer
         if self.config.sequence_parallel:
             # The head returns the whole gradient of its rows, so the gather's backward only splits.
             hidden_states = gather_from_sequence_parallel_region(
@@ -70,6 +74,7 @@ class PolicyModel(GPTModel):
             tp_group=self.pg_collection.tp if self.pg_collection.tp.size() > 1 else None,
             chunk_size=self.head_chunk_size,
             vocab_size=self.true_vocab_size,
+            logit_softcap=self.logit_softcap,
         )
 
 
@@ -96,7 +101,9 @@ def build_stage(
     scaling = architecture.rope_scaling
     model = PolicyModel(
         config=transformer_config,
-        transformer_layer_spec=layer_spec(transformer_config, resolve_transformer_impl(config), vp_stage=vp_stage),
+        transformer_layer_spec=layer_spec(
+            architecture, transformer_config, resolve_transformer_impl(config), vp_stage=vp_stage
+        ),
         vocab_size=padded_vocab_size(architecture.vocab_size, transformer_config.tensor_model_parallel_size),
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=pre_process,
@@ -111,7 +118,19 @@ def build_stage(
     )
     model.true_vocab_size = architecture.vocab_size
     model.head_chunk_size = config.head_chunk_size
+    model.logit_softcap = architecture.logit_softcap
+    if pre_process and architecture.scale_embeddings:
+        _scale_embeddings(model, architecture.hidden_size**0.5)
     return model
+
+
+def _scale_embeddings(model: PolicyModel, factor: float) -> None:
+    """Multiply what the embedding answers, by a factor of the weights' type as Gemma2TextScaledWordEmbedding does.
+
+    A hook, for GPTModel builds the embedding itself. Sequence parallelism has given each rank its tokens by then.
+    """
+    rounded = torch.tensor(factor, dtype=model.config.params_dtype).item()
+    model.embedding.register_forward_hook(lambda module, inputs, output: output * rounded)
 
 
 def forward(

@@ -1,32 +1,57 @@
 """Layer specifications: Transformer Engine's on CUDA, torch's on CPU. Same parameters, same checkpoint keys."""
 
+from functools import partial
+from typing import Any
+
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from megatron_sppo.architecture import Architecture
 from megatron_sppo.model.attention import DocumentAttention
-from megatron_sppo.model.normalization import RMSNorm
+from megatron_sppo.model.normalization import KeyNorm, QueryNorm, RMSNorm, with_post_norm
 from megatron_sppo.model.shared_prompts import with_shared_prompts
 
 
-def layer_spec(config: TransformerConfig, implementation: str, *, vp_stage: int | None) -> object:
+def layer_spec(
+    architecture: Architecture, config: TransformerConfig, implementation: str, *, vp_stage: int | None
+) -> object:
     """Choose the decoder's spec for this pipeline stage -> ModuleSpec or TransformerBlockSubmodules."""
     if implementation == "transformer_engine":
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-
-        spec = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.num_moe_experts is not None,
-            qk_layernorm=config.qk_layernorm,
-        )
-        attention = spec.submodules.self_attention.submodules
-        attention.core_attention = with_shared_prompts(attention.core_attention)
-        return spec
-    return _torch_spec(config, vp_stage=vp_stage)
+        return _transformer_engine_spec(architecture, config)
+    return _torch_spec(architecture, config, vp_stage=vp_stage)
 
 
-def _torch_spec(config: TransformerConfig, *, vp_stage: int | None) -> TransformerBlockSubmodules:
+def _transformer_engine_spec(architecture: Architecture, config: TransformerConfig) -> ModuleSpec:
+    """Megatron's Transformer Engine spec, with our parts where it has none for a family."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.num_moe_experts is not None,
+        qk_layernorm=config.qk_layernorm,
+    )
+    layer = spec.submodules
+    attention = layer.self_attention.submodules
+    if not architecture.pre_layernorm:
+        attention.linear_qkv = _dense_mlp(layer).linear_fc1 = TEColumnParallelLinear
+    _add_norms(architecture, layer, linear=TERowParallelLinear, norm=TENorm)
+    # Transformer Engine has no soft-capping, and its attention over a ring of context-parallel ranks no windows.
+    windows_across_ranks = architecture.sliding_window is not None and config.context_parallel_size > 1
+    if architecture.attention_softcap is not None or windows_across_ranks:
+        attention.core_attention = _document_attention(architecture)
+    else:
+        attention.core_attention = with_shared_prompts(attention.core_attention, windows=_windows(architecture))
+    return spec
+
+
+def _torch_spec(
+    architecture: Architecture, config: TransformerConfig, *, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """Megatron's local spec with our norm and attention in the places where the stock ones refuse SP and packing."""
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
@@ -38,13 +63,35 @@ def _torch_spec(config: TransformerConfig, *, vp_stage: int | None) -> Transform
         layer.sharded_state_dict_keys_map = {
             name: key for name, key in layer.sharded_state_dict_keys_map.items() if name != "pre_mlp_layernorm."
         }
-    layer.input_layernorm = RMSNorm
-    layer.pre_mlp_layernorm = RMSNorm
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm if architecture.pre_layernorm else IdentityOp
     attention = layer.self_attention.submodules
-    attention.core_attention = DocumentAttention
+    attention.core_attention = _document_attention(architecture)
     if config.qk_layernorm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
+    _add_norms(architecture, layer, linear=RowParallelLinear, norm=RMSNorm)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     layers = [ModuleSpec(module=spec.module, submodules=layer) for _ in range(num_layers)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def _add_norms(architecture: Architecture, layer: Any, *, linear: type, norm: type) -> None:
+    """Put the norms into a layer's submodules that no spec of Megatron-Core has a place for."""
+    attention = layer.self_attention.submodules
+    if architecture.post_layernorm:
+        attention.linear_proj = _dense_mlp(layer).linear_fc2 = with_post_norm(linear, norm)
+    if architecture.qk_layernorm_across_heads:
+        attention.q_layernorm, attention.k_layernorm = QueryNorm, KeyNorm
+
+
+def _dense_mlp(layer: Any) -> Any:
+    """Find the submodules of a layer's feed-forward unit: megatron-core 0.16.1 has a spec there, 0.19 a partial."""
+    return layer.mlp.keywords["submodules"] if isinstance(layer.mlp, partial) else layer.mlp.submodules
+
+
+def _document_attention(architecture: Architecture) -> partial[DocumentAttention]:
+    return partial(DocumentAttention, windows=_windows(architecture), softcap=architecture.attention_softcap)
+
+
+def _windows(architecture: Architecture) -> tuple[int | None, ...]:
+    return tuple(architecture.window(layer) for layer in range(architecture.num_layers))

@@ -5,8 +5,8 @@ T = tokens of the row, D = head size. On the CPU `attention.DocumentAttention` c
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,15 +29,17 @@ class SharedPromptParams(PackedSeqParams):
     parents: Tensor | None = None
     """[documents] int32, number of the document that each one continues; -1: none."""
 
-    @functools.cached_property
-    def block_mask(self) -> BlockMask:
-        """The row's mask for FlexAttention, made once for all layers of a pass; a few [T, T] bool on the way."""
-        assert self.documents is not None and self.parents is not None
-        document_T, parent_T = documents_of_tokens(self.documents, self.parents)
-        num_tokens, device = len(document_T), document_T.device
-        return create_block_mask(
-            tree_mask(document_T, parent_T), None, None, num_tokens, num_tokens, device=str(device)
-        )
+    block_masks: dict[int | None, BlockMask] = field(default_factory=dict)
+    """What `block_mask` has made, by window."""
+
+    def block_mask(self, window: int | None) -> BlockMask:
+        """The row's mask for FlexAttention, made once for all layers of a window; a few [T, T] bool on the way."""
+        if window not in self.block_masks:
+            assert self.documents is not None and self.parents is not None
+            predicate = tree_mask(self.documents, self.parents, window=window)
+            num_tokens, device = int(self.documents[-1]), str(self.documents.device)
+            self.block_masks[window] = create_block_mask(predicate, None, None, num_tokens, num_tokens, device=device)
+        return self.block_masks[window]
 
 
 def shared_prompt_params(
@@ -60,30 +62,40 @@ def shared_prompt_params(
     )
 
 
-def documents_of_tokens(documents: Tensor, parents: Tensor) -> tuple[Tensor, Tensor]:
-    """Say for each token which document it is in, and which one that continues -> [T], [T] int32."""
-    number = torch.arange(len(parents), dtype=torch.int32, device=parents.device)
+def tree_mask(
+    documents: Tensor, parents: Tensor, *, window: int | None
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Make FlexAttention's predicate "token q sees token k".
+
+    k is in q's document or in its parent, not later, and, by the sequence's own count, less than `window` before it.
+    """
     lengths = documents.diff()
-    return torch.repeat_interleave(number, lengths), torch.repeat_interleave(parents, lengths)
-
-
-def tree_mask(document_T: Tensor, parent_T: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Make FlexAttention's predicate "token q sees token k": k is not later, and in q's document or in its parent."""
+    document_T = torch.repeat_interleave(torch.arange(len(parents), device=parents.device), lengths)
+    parent_T = parents[document_T]
+    before = torch.where(parents >= 0, lengths[parents], 0)  # of a document, in its sequence
+    position_T = torch.arange(len(document_T), device=parents.device) - documents[document_T] + before[document_T]
 
     def sees(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (k <= q) & ((document_T[k] == document_T[q]) | (document_T[k] == parent_T[q]))
+        within = (k <= q) & ((document_T[k] == document_T[q]) | (document_T[k] == parent_T[q]))
+        return within if window is None else within & (position_T[q] - position_T[k] < window)
 
     return sees
 
 
 def flex_tree_attention(
-    query: Tensor, key: Tensor, value: Tensor, packed: SharedPromptParams, *, softmax_scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: SharedPromptParams,
+    *,
+    softmax_scale: float | None,
+    window: int | None = None,
 ) -> Tensor:
     """Attend by FlexAttention, from [T, heads, D] each -> [T, heads * D]. Compiled on CUDA."""
     attend = _compiled_flex_attention() if query.is_cuda else flex_attention
     query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
-    context = attend(query, key, value, block_mask=packed.block_mask, scale=softmax_scale, enable_gqa=grouped)
+    context = attend(query, key, value, block_mask=packed.block_mask(window), scale=softmax_scale, enable_gqa=grouped)
     return context.squeeze(0).transpose(0, 1).flatten(1)
 
 
@@ -92,19 +104,23 @@ def _compiled_flex_attention() -> Callable[..., Any]:
     return torch.compile(flex_attention)
 
 
-def with_shared_prompts(core_attention: type) -> type:
-    """Teach the host's Transformer Engine attention, which knows no trees, rows of shared prompts -> a subclass."""
+def with_shared_prompts(core_attention: type, *, windows: Sequence[int | None]) -> type:
+    """Teach the host's Transformer Engine attention, which knows no trees, rows of shared prompts -> a subclass.
+
+    Args:
+        windows: for each layer of the model, how many tokens a query sees, its own included; None is all.
+    """
 
     class SharedPromptAttention(core_attention):  # type: ignore[misc]
-        def __init__(self, *args: Any, softmax_scale: float | None = None, **kwargs: Any) -> None:
-            super().__init__(*args, softmax_scale=softmax_scale, **kwargs)
-            self._softmax_scale = softmax_scale
+        def __init__(self, *args: Any, layer_number: int, softmax_scale: float | None = None, **kwargs: Any) -> None:
+            super().__init__(*args, layer_number=layer_number, softmax_scale=softmax_scale, **kwargs)
+            self._trees = {"softmax_scale": softmax_scale, "window": windows[layer_number - 1]}
 
         def forward(
             self, query: Tensor, key: Tensor, value: Tensor, *args: Any, packed_seq_params: Any = None, **kwargs: Any
         ) -> Tensor:
             if not isinstance(packed_seq_params, SharedPromptParams):
                 return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
-            return flex_tree_attention(query, key, value, packed_seq_params, softmax_scale=self._softmax_scale)
+            return flex_tree_attention(query, key, value, packed_seq_params, **self._trees)
 
     return SharedPromptAttention

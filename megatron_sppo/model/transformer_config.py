@@ -1,6 +1,7 @@
 """Architecture + precision + layout -> Megatron-Core's TransformerConfig, and the one seam to its further fields."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +14,11 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig, resolve_transformer_impl
 
 T = TypeVar("T")
+
+_ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+}
 
 
 def transformer_config(architecture: Architecture, config: ModelConfig, **parallelism: Any) -> TransformerConfig:
@@ -38,7 +44,9 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
         "add_bias_linear": False,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
+        "activation_func": _ACTIVATIONS[architecture.activation_func],
+        "layernorm_zero_centered_gamma": architecture.layernorm_zero_centered_gamma,
+        **_attention(architecture),
         # Both passes must see the same network, or the log-ratio is not zero before the first step.
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -53,7 +61,8 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
         # Swaps an output's storage while gloo may still be sending it (measured: wrong losses under VPP on the CPU).
         "deallocate_pipeline_outputs": torch.cuda.is_available(),
         "gradient_accumulation_fusion": False,
-        "bias_activation_fusion": fused,
+        # Megatron-Core fuses SiLU, and a GELU that it recognises by another function than ours.
+        "bias_activation_fusion": fused and architecture.activation_func == "silu",
         "masked_softmax_fusion": False,
         "persist_layer_norm": fused,
         "apply_rope_fusion": fused,
@@ -64,6 +73,21 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
     }
     values |= parse_overrides(config.transformer_config, TransformerConfig, flag="--transformer-config", taken=values)
     return host_dataclass(TransformerConfig, values)
+
+
+def _attention(architecture: Architecture) -> dict[str, Any]:
+    """Describe scale and windows of the attention, for Transformer Engine's core attention; nothing where it is plain.
+
+    Transformer Engine counts the tokens before the query's own; Megatron-Core's list says which layers it holds for.
+    """
+    values: dict[str, Any] = {}
+    if architecture.query_pre_attn_scalar is not None:
+        values["softmax_scale"] = architecture.query_pre_attn_scalar**-0.5
+    if architecture.sliding_window is not None:
+        values["window_size"] = (architecture.sliding_window - 1, 0)
+        windows = [architecture.window(layer) for layer in range(architecture.num_layers)]
+        values["window_attn_skip_freq"] = [int(window is not None) for window in windows]
+    return values
 
 
 def _experts(architecture: Architecture, *, fused: bool) -> dict[str, Any]:

@@ -24,6 +24,7 @@ def linear_log_probs(
     tp_group: dist.ProcessGroup | None = None,
     chunk_size: int | None = None,
     vocab_size: int | None = None,
+    logit_softcap: float | None = None,
 ) -> Tensor:
     """Log-probability of each label under softmax(hidden @ weight.T) -> [N], float32, nats, differentiable.
 
@@ -41,6 +42,7 @@ def linear_log_probs(
         chunk_size: tokens whose logits exist at one time (backward: as many logits, cut the other way); None takes as
             many as fit in 64 MiB (512 MiB on a GPU).
         vocab_size: number of true columns; columns from there on are padding and never enter the softmax.
+        logit_softcap: c, by which logits z become c tanh(z / c) before the softmax (Gemma-2); None leaves them.
     """
     assert hidden.ndim == 2 and weight.ndim == 2 and labels.shape == hidden.shape[:1], (
         f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}"
@@ -53,7 +55,9 @@ def linear_log_probs(
     vocab_size = tp_size * weight.shape[0] if vocab_size is None else vocab_size
     assert 0 < vocab_size <= tp_size * weight.shape[0], f"vocab_size {vocab_size} > {tp_size * weight.shape[0]} rows"
     group = tp_group if tp_size > 1 else None
-    log_prob: Tensor = _LinearLogProbs.apply(hidden, weight, labels, group, chunk_size, vocab_size, first_row)  # type: ignore[no-untyped-call]
+    log_prob: Tensor = _LinearLogProbs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, labels, group, chunk_size, vocab_size, first_row, logit_softcap
+    )
     return log_prob
 
 
@@ -89,6 +93,7 @@ class _LinearLogProbs(torch.autograd.Function):
         chunk_size: int,
         vocab_size: int,
         first_row: int,
+        softcap: float | None,
     ) -> Tensor:
         num_tokens, num_columns = hidden.shape[0], min(max(vocab_size - first_row, 0), weight.shape[0])
         precise = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -97,7 +102,7 @@ class _LinearLogProbs(torch.autograd.Function):
         sums = hidden.new_zeros((2, num_tokens), dtype=precise)
         workspace = _workspace(weight, min(chunk_size, num_tokens) * num_columns, precise)
         for rows in _chunks(num_tokens if num_columns else 0, chunk_size):
-            logits = _logits(hidden[rows], weight[:num_columns], workspace)
+            logits = _capped(_logits(hidden[rows], weight[:num_columns], workspace), softcap)
             column, is_local = _local_column(labels[rows], first_row, num_columns)
             sums[1, rows] = logits.gather(1, column.unsqueeze(1)).squeeze(1).masked_fill(~is_local, 0.0)
             torch.amax(logits, dim=1, out=maximum[rows])
@@ -110,6 +115,7 @@ class _LinearLogProbs(torch.autograd.Function):
         log_sum_exp = maximum + sums[0].log()
         ctx.save_for_backward(hidden, weight, labels, log_sum_exp)
         ctx.tp_group, ctx.chunk_size, ctx.num_columns, ctx.first_row = tp_group, chunk_size, num_columns, first_row
+        ctx.softcap = softcap
         # No rank holds such a column; NaN stops the run in its first step, with no synchronisation spent on the check.
         outside = (labels < 0) | (labels >= vocab_size)
         return (sums[1] - log_sum_exp).masked_fill(outside, torch.nan)
@@ -132,10 +138,14 @@ class _LinearLogProbs(torch.autograd.Function):
         block = max(1, min(ctx.chunk_size * num_columns // max(num_tokens, 1), num_columns))
         workspace = _workspace(weight, block * num_tokens, precise)
         for columns in _chunks(num_columns if num_tokens else 0, block):
-            grad_logits = _logits(inputs, weight[columns], workspace).sub_(log_sum_exp.unsqueeze(1)).exp_()
+            logits = _capped(_logits(inputs, weight[columns], workspace), ctx.softcap)
+            slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap).square()  # of c tanh(z / c)
+            grad_logits = logits.sub_(log_sum_exp.unsqueeze(1)).exp_()
             grad_logits.mul_(-grad_log_prob.unsqueeze(1))
             column, is_local = _local_column(labels, ctx.first_row + columns.start, columns.stop - columns.start)
             grad_logits.scatter_add_(1, column.unsqueeze(1), grad_log_prob.masked_fill(~is_local, 0.0).unsqueeze(1))
+            if slope is not None:
+                grad_logits.mul_(slope)
             grad_logits = _narrowed(grad_logits, workspace)
             if grad_hidden is not None:
                 grad_hidden += grad_logits @ weight[columns]
@@ -144,7 +154,7 @@ class _LinearLogProbs(torch.autograd.Function):
         if grad_hidden is not None and ctx.tp_group is not None and num_tokens:
             dist.all_reduce(grad_hidden, op=dist.ReduceOp.SUM, group=ctx.tp_group)
         grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _chunks(num_tokens: int, chunk_size: int) -> list[slice]:
@@ -166,6 +176,11 @@ def _logits(hidden: Tensor, weight: Tensor, workspace: tuple[Tensor, Tensor]) ->
     narrow, wide = (buffer[: num_tokens * num_columns].view(num_tokens, num_columns) for buffer in workspace)
     torch.mm(hidden.to(weight.dtype), weight.T, out=narrow)
     return narrow if narrow.dtype == wide.dtype else wide.copy_(narrow)
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Cap logits softly, in place -> the same tensor."""
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 def _narrowed(logits: Tensor, workspace: tuple[Tensor, Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ FREE_TO_CHANGE = frozenset(
         *("rollout_tensor_parallel_size", "micro_batch_size", "tensor_model_parallel_size", "sequence_parallel"),
         *("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size"),
         *("expert_model_parallel_size", "packed_sequence_size"),
+        *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
     )
 )
 """Where and how a run is computed, not what: it may go on with others. Model and prompts are compared by content."""

@@ -24,6 +24,10 @@ class ParallelConfig:
     """Ranks that split each weight matrix."""
     pipeline_model_parallel_size: int = 1
     """Stages that the layers are divided into."""
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the first stage, where they are not the even share: 61 layers are 13 + 16 + 16 + 16."""
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers of the last stage, likewise."""
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per pipeline stage (interleaved schedule)."""
     context_parallel_size: int = 1
@@ -48,6 +52,13 @@ class ParallelConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1. Use --{_kebab(name)} 1.")
+        for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
+            value = getattr(self, name)
+            if value is not None and (value < 1 or self.pipeline_model_parallel_size < 2):
+                raise ConfigError(
+                    f"{name} is {value} with {self.pipeline_model_parallel_size} pipeline stage(s); it is the layers "
+                    f"of one of several stages. Leave --{_kebab(name)} out."
+                )
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ConfigError(
                 "sequence_parallel splits activations over tensor-parallel ranks, and there is one. "
@@ -82,7 +93,6 @@ def check_layout(config: ParallelConfig, architecture: Architecture, *, world_si
         ConfigError: names both numbers and a size that fits.
     """
     tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    chunks = pipeline * (config.virtual_pipeline_model_parallel_size or 1)
     counts = _split_counts(config, architecture)
     for what, count in counts.items():
         if count % tensor:
@@ -91,12 +101,7 @@ def check_layout(config: ParallelConfig, architecture: Architecture, *, world_si
                 f"tensor_model_parallel_size ({tensor}) does not divide the model's {count} {what}. "
                 f"Use --tensor-model-parallel-size with one of {fitting}."
             )
-    if architecture.num_layers % chunks:
-        fitting = [size for size in range(1, architecture.num_layers + 1) if architecture.num_layers % size == 0]
-        raise ConfigError(
-            f"{architecture.num_layers} layers cannot be divided evenly into {chunks} pipeline chunks. "
-            f"Use --pipeline-model-parallel-size (times virtual chunks) with one of {fitting}."
-        )
+    _check_stages(config, architecture.num_layers)
     if world_size % config.model_parallel_size:
         raise ConfigError(
             f"{world_size} ranks cannot be divided into model replicas of {config.model_parallel_size} "
@@ -104,6 +109,33 @@ def check_layout(config: ParallelConfig, architecture: Architecture, *, world_si
             f"Use torchrun --nproc-per-node {config.model_parallel_size} or a multiple of it."
         )
     _check_experts(config, architecture, world_size=world_size)
+
+
+def _check_stages(config: ParallelConfig, num_layers: int) -> None:
+    stages, chunks = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size or 1
+    ends = (config.decoder_first_pipeline_num_layers, config.decoder_last_pipeline_num_layers)
+    given = [layers for layers in ends if layers is not None]
+    between, rest = stages - len(given), num_layers - sum(given)
+    if not given:
+        if num_layers % (stages * chunks):
+            fitting = [size for size in range(1, num_layers + 1) if num_layers % size == 0]
+            raise ConfigError(
+                f"{num_layers} layers cannot be divided evenly into {stages * chunks} pipeline chunks. "
+                f"Use --pipeline-model-parallel-size (times virtual chunks) with one of {fitting}, or "
+                "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers."
+            )
+        return
+    if any(layers % chunks for layers in given):
+        raise ConfigError(
+            f"first and last stage of {given} layers cannot be divided evenly into {chunks} virtual chunks. "
+            f"Use multiples of {chunks}."
+        )
+    if rest != 0 if between == 0 else rest < 1 or rest % (between * chunks):
+        raise ConfigError(
+            f"{num_layers} layers without the {sum(given)} of first and last stage leave {rest}, which cannot be "
+            f"divided evenly into {between * chunks} pipeline chunks. Change --decoder-first-pipeline-num-layers or "
+            "--decoder-last-pipeline-num-layers."
+        )
 
 
 def _check_experts(config: ParallelConfig, architecture: Architecture, *, world_size: int) -> None:

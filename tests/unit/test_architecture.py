@@ -61,6 +61,31 @@ MIXTRAL_8X7B = {
     "moe_router_topk": 2,
     "moe_ffn_hidden_size": 14336,
 }
+GEMMA_2_9B = {
+    **SMOLLM2_135M,
+    "num_layers": 42,
+    "hidden_size": 3584,
+    "ffn_hidden_size": 14336,
+    "num_attention_heads": 16,
+    "num_query_groups": 8,
+    "kv_channels": 256,
+    "vocab_size": 256000,
+    "post_layernorm": True,
+    "query_pre_attn_scalar": 256,
+    "attention_softcap": 50.0,
+    "sliding_window": 4096,
+    "full_attention_layers": tuple(range(1, 42, 2)),
+}
+OLMO_2_7B = {
+    **LLAMA_3_1_8B,
+    "ffn_hidden_size": 11008,
+    "num_query_groups": 32,
+    "vocab_size": 100352,
+    "pre_layernorm": False,
+    "post_layernorm": True,
+    "qk_layernorm": True,
+    "qk_layernorm_across_heads": True,
+}
 QWEN3_30B_A3B = {
     **LLAMA_3_1_8B,
     "num_layers": 48,
@@ -84,8 +109,13 @@ QWEN3_30B_A3B = {
         (QWEN3_0_6B, 596_049_920),
         (MIXTRAL_8X7B, 46_702_792_704),
         (QWEN3_30B_A3B, 30_532_122_624),
+        (GEMMA_2_9B, 9_241_705_984),
+        (OLMO_2_7B, 7_298_617_344),
     ],
-    ids=["SmolLM2-135M", "Llama-3.1-8B", "Qwen2.5-0.5B", "Qwen3-0.6B", "Mixtral-8x7B", "Qwen3-30B-A3B"],
+    ids=[
+        *("SmolLM2-135M", "Llama-3.1-8B", "Qwen2.5-0.5B", "Qwen3-0.6B", "Mixtral-8x7B", "Qwen3-30B-A3B"),
+        *("Gemma-2-9B", "OLMo-2-7B"),
+    ],
 )
 def test_parameters_are_counted_as_published(values, published):
     """Published: the safetensors index of each model on the hub."""
@@ -104,6 +134,30 @@ def test_model_json_reads_back_equal(tmp_path, scaling):
     tokenizer = {"hash": "0" * 64, "files": ["tokenizer.json"]}
     write_architecture(architecture, tmp_path, tokenizer=tokenizer)
     assert read_architecture(tmp_path) == (architecture, tokenizer)
+
+
+def test_model_json_of_windows_and_caps_reads_back_equal(tmp_path):
+    gemma = Architecture(**GEMMA_2_9B)
+    write_architecture(gemma, tmp_path, tokenizer={})
+    assert read_architecture(tmp_path) == (gemma, {})
+    assert [gemma.window(layer) for layer in (0, 1, 40, 41)] == [4096, None, 4096, None]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"sliding_window": 0},
+        {"attention_softcap": -1.0},
+        {"logit_softcap": float("nan")},
+        {"query_pre_attn_scalar": 0},
+        {"full_attention_layers": (42,)},
+        {"activation_func": "relu"},
+        {"qk_layernorm_across_heads": True},
+    ],
+)
+def test_an_attention_that_cannot_be_is_refused(values):
+    with pytest.raises(ConversionError):
+        Architecture(**{**GEMMA_2_9B, **values})
 
 
 def test_model_json_of_a_mixture_reads_back_equal_and_a_dense_one_does_not_speak_of_experts(tmp_path):

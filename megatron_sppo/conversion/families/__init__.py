@@ -1,10 +1,13 @@
 """One table per model family; FAMILIES lists them by `model_type`."""
 
-from megatron_sppo.conversion.families import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+from megatron_sppo.conversion.families import gemma2, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe
 from megatron_sppo.conversion.rules import Family
 from megatron_sppo.errors import ConversionError
 
-FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (llama, mistral, qwen2, qwen3, mixtral, qwen3_moe)}
+FAMILIES = {
+    module.FAMILY.model_type: module.FAMILY
+    for module in (llama, mistral, qwen2, qwen3, mixtral, qwen3_moe, gemma2, olmo2, phi3)
+}
 
 
 def family_of(model_type: object, *, place: str) -> Family:

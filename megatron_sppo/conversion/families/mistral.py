@@ -1,7 +1,7 @@
-"""Mistral 7B from v0.2 on: Llama's tensors, no sliding window."""
+"""Mistral 7B: Llama's tensors; in v0.1 every layer sees a window of 4096 tokens, from v0.2 on all."""
 
 from megatron_sppo.conversion.families import llama
-from megatron_sppo.conversion.rules import Family
+from megatron_sppo.conversion.rules import Family, WindowKeys
 
 FAMILY = Family(
     model_type="mistral",
@@ -9,6 +9,7 @@ FAMILY = Family(
     rules=llama.RULES,
     # Absent, these would mean a window of 4096 tokens and 8 key/value heads.
     required=("sliding_window", "num_key_value_heads"),
-    fixed={"sliding_window": (None,), "hidden_act": (None, "silu")},
+    fixed={"hidden_act": (None, "silu")},
+    windows=WindowKeys(),
     ignored=llama.FAMILY.ignored,
 )

@@ -1,6 +1,6 @@
 """Qwen3 (dense): Llama's tensors, and RMSNorms over each head of queries and keys."""
 
-from megatron_sppo.conversion.families import llama
+from megatron_sppo.conversion.families import llama, qwen2
 from megatron_sppo.conversion.rules import Copy, Family
 
 SELF_ATTENTION, SELF_ATTN = "decoder.layers.{layer}.self_attention", "model.layers.{layer}.self_attn"
@@ -16,6 +16,7 @@ FAMILY = Family(
     architecture_class="Qwen3ForCausalLM",
     rules=RULES,
     required=("num_key_value_heads", "head_dim"),
-    fixed={"attention_bias": (None, False), "use_sliding_window": (None, False), "hidden_act": (None, "silu")},
-    qk_layernorm=True,
+    fixed={"attention_bias": (None, False), "use_sliding_window": (None, True, False), "hidden_act": (None, "silu")},
+    traits={"qk_layernorm": True},
+    windows=qwen2.WINDOWS,
 )

@@ -47,7 +47,7 @@ FAMILY = Family(
         "num_shared_experts": (0, None),
         "n_shared_experts": (0, None),
     },
-    qk_layernorm=True,
+    traits={"qk_layernorm": True},
     experts=ExpertKeys(
         count=("num_experts", "num_local_experts"), width="moe_intermediate_size", normalised="norm_topk_prob"
     ),

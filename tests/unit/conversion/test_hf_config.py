@@ -96,13 +96,48 @@ def test_what_cannot_be_computed_is_refused_by_name(changes: dict[str, Any], nam
     assert "\n" not in str(caught.value)
 
 
+WINDOW = {"model_type": "mistral", "sliding_window": 4096}
+SWITCHED = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}
+GEMMA2 = {
+    "model_type": "gemma2",
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
+PHI3 = {"model_type": "phi3", "sliding_window": 2047}
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"model_type": "mistral"}, "does not say sliding_window"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window: 4096"),
-        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window: true"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
+        ({**WINDOW, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types other than its sliding"),
+        ({**WINDOW, "layer_types": ["full_attention"]}, "layer_types must name"),
+        ({**WINDOW, "layer_types": ["sliding_attention", "chunked_attention"]}, "layer_types must name"),
+        ({**WINDOW, "layer_types": [[], {}]}, "layer_types must name"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types with sliding_attention"),
+        ({"model_type": "qwen2", "use_sliding_window": "yes"}, 'use_sliding_window: "yes"'),
+        ({**SWITCHED, "max_window_layers": None}, "max_window_layers is missing"),
+        ({**SWITCHED, "max_window_layers": -1}, "max_window_layers is -1"),
         ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({**GEMMA2, "attention_bias": True}, "attention_bias: true"),
+        ({**GEMMA2, "hidden_activation": "gelu"}, 'hidden_activation: "gelu"'),
+        ({**GEMMA2, "use_bidirectional_attention": True}, "use_bidirectional_attention: true"),
+        ({**GEMMA2, "query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),
+        ({**GEMMA2, "attn_logit_softcapping": -50.0}, "attn_logit_softcapping is -50"),
+        ({**GEMMA2, "final_logit_softcapping": "30"}, "final_logit_softcapping is '30'"),
+        ({key: value for key, value in GEMMA2.items() if key != "final_logit_softcapping"}, "final_logit_softcapping"),
+        ({**GEMMA2, "sliding_window": None, "layer_types": ["sliding_attention"] * 2}, "layer_types with sliding"),
+        ({"model_type": "gemma"}, "'gemma'"),
+        ({"model_type": "gemma3_text"}, "'gemma3_text'"),
+        ({"model_type": "olmo2", "attention_bias": True}, "attention_bias: true"),
+        ({"model_type": "olmo2", "clip_qkv": 8.0}, "clip_qkv: 8.0"),
+        ({**PHI3, "rope_parameters": {"rope_type": "longrope", "factor": 32.0}}, "'longrope'"),
+        ({**PHI3, "rope_parameters": None, "rope_scaling": {"type": "su"}}, "'su'"),
+        ({**PHI3, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.75}}, "partial_rotary_factor"),
+        ({**PHI3, "hidden_act": "gelu"}, 'hidden_act: "gelu"'),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias: true"),
         ({"model_type": "qwen2_moe"}, "'qwen2_moe'"),
         ({**MIXTURES["qwen3_moe"], "decoder_sparse_step": 2}, "decoder_sparse_step: 2"),
@@ -134,7 +169,12 @@ def test_each_family_writes_a_config_that_reads_back_and_that_transformers_reads
         theirs = transformers.AutoConfig.for_model(**written)
         assert (theirs.num_key_value_heads, theirs.hidden_size, theirs.tie_word_embeddings) == (4, 64, False)
         assert getattr(theirs, "head_dim", 8) in (8, None)
-        assert getattr(theirs, "sliding_window", None) is None
+        assert getattr(theirs, "sliding_window", None) == read.sliding_window
+        windows = [
+            read.sliding_window if kind != "full_attention" else None
+            for kind in getattr(theirs, "layer_types", None) or ()
+        ]
+        assert windows in ([], [read.window(layer) for layer in range(2)])
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -143,7 +183,46 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
     **MIXTURES,
+    "gemma2": GEMMA2,
+    "olmo2": {},
+    "phi3": PHI3,
 }
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        (WINDOW, [4096, 4096]),
+        ({**WINDOW, "layer_types": ["sliding_attention"] * 2}, [4096, 4096]),
+        (PHI3, [2047, 2047]),
+        (SWITCHED, [None, 4096]),
+        ({**SWITCHED, "max_window_layers": 0}, [4096, 4096]),
+        ({**SWITCHED, "max_window_layers": 28}, [None, None]),
+        ({**SWITCHED, "use_sliding_window": False}, [None, None]),
+        ({**SWITCHED, "model_type": "qwen3"}, [None, 4096]),
+        ({**SWITCHED, "layer_types": ["sliding_attention", "full_attention"]}, [4096, None]),
+        (GEMMA2, [4096, None]),
+        ({**GEMMA2, "layer_types": ["full_attention", "sliding_attention"]}, [None, 4096]),
+    ],
+)
+def test_the_layers_with_a_window_are_those_of_transformers(changes: dict[str, Any], windows: list[int | None]) -> None:
+    read = architecture_from_hf({**llama_config(), **changes})
+    assert [read.window(layer) for layer in range(2)] == windows
+    assert (read.sliding_window is None) == (windows == [None, None])
+    assert architecture_from_hf(hf_from_architecture(read, dtype="float32")) == read
+
+
+def test_gemma_2_is_read_as_its_authors_wrote_it() -> None:
+    """The config.json of Gemma-2-9B-It names no tie_word_embeddings; transformers ties them."""
+    config = {**llama_config(), **GEMMA2, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+    del config["tie_word_embeddings"]
+    read = architecture_from_hf(config)
+    assert read.share_embeddings_and_output_weights and read.scale_embeddings and read.layernorm_zero_centered_gamma
+    assert (read.pre_layernorm, read.post_layernorm, read.activation_func) == (True, True, "gelu_tanh")
+    assert (read.query_pre_attn_scalar, read.attention_softcap, read.logit_softcap) == (256, 50.0, 30.0)
+    written = hf_from_architecture(read, dtype="bfloat16")
+    assert isinstance(written["query_pre_attn_scalar"], int)
+    assert written["hidden_activation"] == "gelu_pytorch_tanh" and "hidden_act" not in written
 
 
 @pytest.mark.parametrize(("normalised", "pre_softmax"), [({"norm_topk_prob": True}, False), ({}, True)])

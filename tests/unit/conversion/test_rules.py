@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.conversion.families import FAMILIES, family_of, llama
-from megatron_sppo.conversion.rules import Copy, FusedQKV, GateUp, VocabRows, bind, hf_shapes, megatron_shapes
+from megatron_sppo.conversion.rules import (
+    Copy,
+    FusedQKV,
+    GateUp,
+    PackedQKV,
+    VocabRows,
+    bind,
+    hf_shapes,
+    megatron_shapes,
+)
 from megatron_sppo.errors import ConversionError
 
 
@@ -70,15 +79,29 @@ def test_gate_rows_come_before_up_rows() -> None:
     assert fused[:, 0].tolist() == [0.0] * 5 + [1.0] * 5
 
 
-def test_llama_names_are_those_of_transformers_model() -> None:
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.experts is None])
+def test_names_and_shapes_are_those_of_transformers_model(name: str) -> None:
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=7, hidden_size=8, intermediate_size=5, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=2,
+    config = transformers.AutoConfig.for_model(
+        name, vocab_size=7, hidden_size=8, intermediate_size=5, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=2, tie_word_embeddings=False, pad_token_id=0,
     )  # fmt: skip
     with torch.device("meta"):
-        theirs = {name: tuple(t.shape) for name, t in transformers.LlamaForCausalLM(config).state_dict().items()}
-    assert hf_shapes(bind(FAMILIES["llama"], architecture(hidden_size=8))) == theirs
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ours = architecture(family=name, hidden_size=8, **FAMILIES[name].traits)
+    assert hf_shapes(bind(FAMILIES[name], ours)) == theirs
+
+
+def test_packed_rows_are_all_queries_then_all_keys_then_all_values() -> None:
+    """Phi-3's qkv_proj holds the rows that FusedQKV takes from three tensors, one after the other."""
+    shape = architecture()
+    tensors = [torch.randn(size) for size in FusedQKV("m", "h.{qkv}").part_shapes(shape)]
+    packed = PackedQKV("m", "h")
+    assert packed.part_shapes(shape) == ((16, 6),)
+    fused = packed.to_megatron([torch.cat(tensors)], shape)
+    assert torch.equal(fused, FusedQKV("m", "h.{qkv}").to_megatron(tensors, shape))
+    assert torch.equal(*packed.to_hf(fused, shape), torch.cat(tensors))
 
 
 def test_megatron_keys_stack_the_layers_first() -> None:
@@ -123,8 +146,7 @@ def test_the_number_of_values_is_the_architectures(families: str) -> None:
     family = FAMILIES[families]
     model = architecture(
         family=families,
-        add_qkv_bias=family.add_qkv_bias,
-        qk_layernorm=family.qk_layernorm,
+        **family.traits,
         **(EXPERTS if family.experts else {}),
     )
     bindings = bind(family, model)

@@ -73,3 +73,50 @@ def test_a_mixture_under_tensor_parallelism_needs_sequence_parallelism() -> None
     with pytest.raises(ConfigError, match="Add --sequence-parallel"):
         check_layout(alone, mixture, world_size=2)
     check_layout(alone, Architecture(**DENSE), world_size=2)
+
+
+def stages(first: int | None, last: int | None, *, pipeline: int, virtual: int | None = None) -> ParallelConfig:
+    return ParallelConfig(
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
+        decoder_first_pipeline_num_layers=first,
+        decoder_last_pipeline_num_layers=last,
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "config"),
+    [
+        (3, stages(2, None, pipeline=2)),
+        (3, stages(None, 2, pipeline=2)),
+        (3, stages(2, 1, pipeline=2)),
+        (61, stages(13, None, pipeline=4)),  # 13 + 3 x 16
+        (78, stages(9, 9, pipeline=8)),  # 9 + 6 x 10 + 9
+        (14, stages(2, None, pipeline=4, virtual=2)),  # 2 + 3 x 4
+    ],
+)
+def test_first_and_last_stage_may_have_other_numbers_of_layers(num_layers: int, config: ParallelConfig) -> None:
+    model = Architecture(**{**DENSE, "num_layers": num_layers})
+    check_layout(config, model, world_size=config.pipeline_model_parallel_size)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "config", "named"),
+    [
+        (3, stages(None, None, pipeline=2), "--decoder-first-pipeline-num-layers"),
+        (3, stages(1, 1, pipeline=2), "leave 1, which cannot be divided evenly into 0"),
+        (3, stages(3, None, pipeline=2), "leave 0"),
+        (61, stages(12, None, pipeline=4), "leave 49.*into 3"),
+        (13, stages(1, None, pipeline=4, virtual=2), "Use multiples of 2"),
+        (9, stages(2, None, pipeline=4, virtual=2), "leave 7.*into 6"),
+    ],
+)
+def test_stages_that_do_not_add_up_are_refused(num_layers: int, config: ParallelConfig, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        check_layout(config, Architecture(**{**DENSE, "num_layers": num_layers}), world_size=4)
+
+
+@pytest.mark.parametrize(("first", "pipeline"), [(2, 1), (0, 2)])
+def test_a_first_stage_that_cannot_be_is_refused(first: int, pipeline: int) -> None:
+    with pytest.raises(ConfigError, match="decoder_first_pipeline_num_layers is"):
+        stages(first, None, pipeline=pipeline)

@@ -1,0 +1,26 @@
+"""OLMo-2: norms behind attention and feed-forward unit, none before; norms over all heads of queries and of keys."""
+
+from megatron_sppo.conversion.families import gemma2, llama, qwen3
+from megatron_sppo.conversion.rules import Copy, Family
+
+RULES = (
+    *(rule for rule in llama.RULES if not rule.megatron.endswith(".layer_norm_weight")),
+    Copy(f"{qwen3.SELF_ATTENTION}.q_layernorm.weight", f"{qwen3.SELF_ATTN}.q_norm.weight", ("query",)),
+    Copy(f"{qwen3.SELF_ATTENTION}.k_layernorm.weight", f"{qwen3.SELF_ATTN}.k_norm.weight", ("key",)),
+    *gemma2.POST_NORMS,
+)
+
+FAMILY = Family(
+    model_type="olmo2",
+    architecture_class="Olmo2ForCausalLM",
+    rules=RULES,
+    # Absent, it would mean 1e-5.
+    required=("rms_norm_eps",),
+    fixed={"attention_bias": (None, False), "clip_qkv": (None,), "hidden_act": (None, "silu")},
+    traits={
+        "qk_layernorm": True,
+        "qk_layernorm_across_heads": True,
+        "pre_layernorm": False,
+        "post_layernorm": True,
+    },
+)

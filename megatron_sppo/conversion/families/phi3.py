@@ -1,0 +1,24 @@
+"""Phi-3 (4k contexts) and Phi-4: Llama's model, with query, key and value, and gate and up, in one tensor each."""
+
+from megatron_sppo.conversion.families import llama
+from megatron_sppo.conversion.rules import Copy, Family, FusedQKV, GateUp, PackedQKV, WindowKeys
+
+ATTENTION, MLP = "decoder.layers.{layer}.self_attention", "decoder.layers.{layer}.mlp"
+
+RULES = (
+    *(rule for rule in llama.RULES if not isinstance(rule, (FusedQKV, GateUp))),
+    PackedQKV(f"{ATTENTION}.linear_qkv.weight", "model.layers.{layer}.self_attn.qkv_proj.weight"),
+    Copy(f"{MLP}.linear_fc1.weight", "model.layers.{layer}.mlp.gate_up_proj.weight", ("gate_up", "hidden")),
+)
+
+FAMILY = Family(
+    model_type="phi3",
+    architecture_class="Phi3ForCausalLM",
+    rules=RULES,
+    # Absent, it would mean 1e-5.
+    required=("rms_norm_eps",),
+    # Dropout is not computed; a model that was trained with it stands for the network without.
+    fixed={"hidden_act": (None, "silu")},
+    ignored=llama.FAMILY.ignored,
+    windows=WindowKeys(),
+)

@@ -1,0 +1,53 @@
+"""Loss, log-probabilities and gradient of the families that compute other things than Llama, as in test_layouts.py.
+
+Truth is Hugging Face's model under autograd, its eager attention and its log-softmax: windows, soft caps, scaled
+embeddings, norms behind the units (sequence parallelism adds their gradients up) and norms over the heads of all
+tensor-parallel ranks. Documents are longer than the window of eight tokens.
+Not shown here: CUDA, Transformer Engine, FP8.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sppo.conversion.convert import import_checkpoint
+from tests.distributed.conftest import write_dataset
+from tests.distributed.truth import Truth
+from tests.families import family_model
+
+TP2 = "--micro-batch-size 4 --tensor-model-parallel-size 2"
+CP2 = "--micro-batch-size 4 --context-parallel-size 2"
+# Three layers over two stages.
+PP2 = "--micro-batch-size 4 --pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 2"
+LAYOUTS = {
+    "gemma2": {
+        "TP2 SP": (2, f"{TP2} --sequence-parallel"),
+        "CP2": (2, CP2),
+        "PP2 TP2 SP recompute": (
+            4,
+            f"{PP2} --tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity selective",
+        ),
+    },
+    "olmo2": {"TP2": (2, TP2), "TP2 SP": (2, f"{TP2} --sequence-parallel")},
+    "mistral, window": {"CP2 padded": (2, f"{CP2} --no-packing")},
+}
+CASES = [(family, layout) for family, layouts in LAYOUTS.items() for layout in layouts]
+
+
+@pytest.fixture(scope="module")
+def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Truth]:
+    made = {}
+    for family in LAYOUTS:
+        root = tmp_path_factory.mktemp("family")
+        hf = family_model(root / "hf", family)
+        import_checkpoint(hf, root / "megatron")
+        made[family] = Truth(hf=hf, megatron=root / "megatron", data=write_dataset(root / "data", hf))
+    return made
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_loss_and_gradient_equal_hugging_faces(
+    family: str, layout: str, truths: dict[str, Truth], tmp_path: Path
+) -> None:
+    world_size, flags = LAYOUTS[family][layout]
+    truths[family].assert_equal_under(world_size, flags, tmp_path)

@@ -1,0 +1,106 @@
+"""A tiny random model of every family, made and written by transformers itself: the truth that the tables answer to.
+
+Awkward on purpose: heads wider than hidden_size / heads, 263 tokens (no multiple of 128), three layers, windows of
+eight tokens, soft caps that bite. `KEY_VALUE_HEADS` says for which tensor-parallel sizes a model is.
+"""
+
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.models import byte_tokenizer
+
+NUM_LAYERS = 3
+VOCAB_SIZE = 263
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 20,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+LLAMA_32 = {
+    "rope_theta": 5e5,
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+EXPERTS = {"num_experts_per_tok": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama, scaled rope": {"model_type": "llama", "rope_parameters": LLAMA_32, "max_position_embeddings": 131072},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral, window": {"model_type": "mistral", "sliding_window": 8},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, **EXPERTS},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2, window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"model_type": "qwen3"},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        **EXPERTS,
+    },
+    "gemma2": {
+        "model_type": "gemma2",
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 28,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "olmo2": {"model_type": "olmo2"},
+    "phi3": {"model_type": "phi3", "sliding_window": 8},
+}
+MIXTURES = ("mixtral", "qwen3_moe")
+"""Those with experts."""
+
+
+def family_model(directory: Path, name: str, **overrides: Any) -> Path:
+    """Write a random model of `FAMILIES[name]`, with the byte tokenizer -> the directory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {**COMMON, **FAMILIES[name], **overrides}
+    config = AutoConfig.for_model(**settings)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Norms are vectors around what they begin with, 0 or 1. Matrices are large, so that scores and caps matter.
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(parameter + 0.2 * noise if parameter.ndim == 1 else 0.15 * noise)
+    shutil.rmtree(directory, ignore_errors=True)
+    model.save_pretrained(directory)
+    byte_tokenizer(directory)
+    return directory
+
+
+def token_ids(num_prompts: int = 3, length: int = 40) -> torch.Tensor:
+    """Draw prompts that are longer than any window above -> [num_prompts, length]."""
+    return torch.randint(VOCAB_SIZE, (num_prompts, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def hugging_face_logits(hf: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """Run Hugging Face's own model in float32 with its eager attention -> [B, S, V]."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
+    logits: torch.Tensor = model(input_ids=tokens).logits
+    return logits
