@@ -1,12 +1,13 @@
 """A Hugging Face directory: its tensors, its shards, and the small files that travel with the weights."""
 
 import base64
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from megatron_sppo.conversion.safetensors_file import (
     read_header,
     read_tensor,
     write_header,
-    write_tensor,
 )
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.storage import contained, read_json, write_json
@@ -189,24 +189,24 @@ def new_files(tensors: Mapping[str, tuple[torch.dtype, Shape]], *, max_shard_byt
     return PlannedFiles(files=files, index=json.dumps(index, indent=2) + "\n")
 
 
-def write_tensors(directory: Path, plan: PlannedFiles, stream: Iterable[tuple[str, Tensor]]) -> None:
-    """Write tensors as they come, each at its planned place; all of them must come, once."""
+@contextlib.contextmanager
+def opened_files(directory: Path, plan: PlannedFiles) -> Iterator[dict[str, tuple[int, Entry]]]:
+    """Create the planned files with their headers, and the index -> {tensor: (descriptor, place)}, to be filled in."""
     descriptors: dict[str, int] = {}
-    places: dict[str, tuple[int, Entry]] = {}
     try:
         for file, (raw, entries) in plan.files.items():
             write_header(directory / file, raw, entries)
             descriptors[file] = os.open(directory / file, os.O_WRONLY)
-            places |= {name: (descriptors[file], entry) for name, entry in entries.items()}
-        for name, tensor in stream:
-            descriptor, entry = places.pop(name)
-            write_tensor(descriptor, entry, tensor)
-        assert not places, f"never written: {sorted(places)}"
+        if plan.index is not None:
+            (directory / INDEX_FILE).write_text(plan.index, encoding="utf-8")
+        yield {
+            name: (descriptors[file], entry)
+            for file, (_, entries) in plan.files.items()
+            for name, entry in entries.items()
+        }
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
-    if plan.index is not None:
-        (directory / INDEX_FILE).write_text(plan.index, encoding="utf-8")
 
 
 def write_side_files(source: Path, target: Path, *, dtype: str | None) -> None:
