@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,11 @@ def import_checkpoint(
     architecture = architecture_from_hf(read_config(hf), place=str(hf / CONFIG_FILE))
     family = family_of(architecture.family, place=str(hf))
     source = open_hf_checkpoint(hf)
+    if architecture.num_layers * (architecture.num_moe_experts or 1) > len(source.entries):
+        raise ConversionError(
+            f"{hf} holds {len(source.entries)} tensors, too few for the {architecture.num_layers} layers that its "
+            f"{CONFIG_FILE} promises. Fetch the model again."
+        )
     bindings = bind(family, architecture)
     left_out = check_tensors(source, hf_shapes(bindings), ignored=family.ignored)
     pieces = import_pieces(source, bindings, architecture, _dtype(dtype))
@@ -103,6 +109,7 @@ def import_checkpoint(
         logger.info("%s holds this model already", target)
         publish(megatron, IMPORT_ITERATION)
         return target
+    begin = time.monotonic()
     total = sum(piece.nbytes for piece in pieces)
     _check_space(megatron, total)
     with atomic_directory(target) as directory, _bar(total, "import") as bar:
@@ -117,7 +124,9 @@ def import_checkpoint(
             write_json(directory / HF_DIRECTORY / LAYOUT_FILE, source.layout())
         write_manifest(directory, known=written)
     publish(megatron, IMPORT_ITERATION)
-    logger.info("imported %s to %s: %s parameters, %s", hf, target, f"{architecture.num_parameters():,}", _speed(bar))
+    logger.info(
+        "imported %s to %s: %s parameters, %s", hf, target, f"{architecture.num_parameters():,}", _speed(total, begin)
+    )
     return target
 
 
@@ -163,12 +172,13 @@ def export_checkpoint(
     if _already_exported(hf, opened, cast, overwrite=overwrite):
         logger.info("%s holds this model already", hf)
         return hf
+    begin = time.monotonic()
     total = sum(math.prod(shape) * kind.itemsize for kind, shape in tensors.values())
     _check_space(hf, total)
     with atomic_directory(hf) as directory, _bar(total, "export") as bar:
         export_tensors(directory, plan, opened, cast=cast, workers=workers, progress=bar.update)
         _write_side_files(opened, directory, dtype=_main_dtype(tensors), types_changed=kept is None)
-    logger.info("exported %s to %s: %d files, %s", opened.directory, hf, len(plan.files), _speed(bar))
+    logger.info("exported %s to %s: %d files, %s", opened.directory, hf, len(plan.files), _speed(total, begin))
     return hf
 
 
@@ -328,6 +338,6 @@ def _bar(total: int, description: str) -> "tqdm[Any]":
     return tqdm(total=total, desc=description, unit="B", unit_scale=True, disable=None)
 
 
-def _speed(bar: "tqdm[Any]") -> str:
-    seconds = bar.format_dict["elapsed"]
-    return f"{bar.n / 1e9:.2f} GB in {seconds:.1f} s ({bar.n / 1e9 / max(seconds, 1e-9):.2f} GB/s)"
+def _speed(nbytes: int, begin: float) -> str:
+    seconds = time.monotonic() - begin
+    return f"{nbytes / 1e9:.2f} GB in {seconds:.1f} s ({nbytes / 1e9 / seconds:.2f} GB/s)"

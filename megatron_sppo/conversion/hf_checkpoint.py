@@ -79,12 +79,15 @@ class PlannedFiles:
 
 
 def open_hf_checkpoint(directory: Path) -> HFCheckpoint:
-    """Open the safetensors files of a directory; symbolic links (snapshots of the hub's cache) are followed.
+    """Open the safetensors files of a directory; links of the hub's cache to its blobs are followed.
 
     Raises:
-        ConversionError: pickled weights only, a shard that is missing, cut short or outside, a tensor twice or absent.
+        ConversionError: pickled weights only, a shard that is missing, cut short or outside, a tensor twice or absent,
+            a link that leads elsewhere.
     """
     directory = Path(directory)
+    for name in (*SIDE_FILES, SINGLE_FILE, INDEX_FILE):
+        _check_link(directory, name)
     if (directory / SINGLE_FILE).is_file():
         weight_map, files = None, [SINGLE_FILE]
     elif (directory / INDEX_FILE).is_file():
@@ -96,6 +99,7 @@ def open_hf_checkpoint(directory: Path) -> HFCheckpoint:
     entries: dict[str, Entry] = {}
     for file in files:
         path = contained(directory, file)
+        _check_link(directory, file)
         if not path.is_file():
             raise ConversionError(f"{directory / INDEX_FILE} names {file}, which is missing. Fetch the model again.")
         headers[file], found = read_header(path)
@@ -147,6 +151,7 @@ def check_tensors(checkpoint: HFCheckpoint, expected: Mapping[str, Shape], *, ig
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy config.json, generation config, tokenizer and chat template, those that there are."""
     for name in SIDE_FILES:
+        _check_link(source, name)
         if Path(source, name).is_file():
             shutil.copyfile(Path(source, name), Path(target, name))  # follows links into the hub's cache
 
@@ -241,6 +246,24 @@ def parse_size(text: str) -> int:
     if match is None or match[2].upper() not in units or float(match[1]) == 0:
         raise ConversionError(f"max_shard_size is {text!r}, which is no size. Use --max-shard-size 5GB.")
     return int(float(match[1]) * units[match[2].upper()])
+
+
+def _check_link(directory: Path, name: str) -> None:
+    """Refuse a symbolic link that leads out of a model: what it points to would be copied into a checkpoint.
+
+    The hub's cache is the exception: models--ORG--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH.
+    """
+    path = Path(directory, name)
+    if not path.is_symlink():
+        return
+    home = Path(directory).resolve()
+    allowed = [home] + [home.parent.parent / "blobs"] * (home.parent.name == "snapshots")
+    target = path.resolve()
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise ConversionError(
+            f"{path} is a link to {target}, outside of the model. Put the file itself there: cp --remove-destination "
+            f"{target} {path}"
+        )
 
 
 def _weight_map(directory: Path) -> dict[str, str]:

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 MANIFEST_FILE = "manifest.json"
+BACKEND_FILE = "metadata.json"
 HF_DIRECTORY = "hf"
 """Inside an iteration directory: config.json, tokenizer and chat template of the model, for the export."""
 MANIFEST_VERSION = 1
@@ -160,6 +161,24 @@ def listed_digests(directory: Path, *, names: Sequence[str] | None = None) -> di
             )
         expected[name] = entry.get("sha256")
     return expected
+
+
+def check_backend(directory: Path) -> None:
+    """Refuse what `metadata.json` does not call torch_dist, such as Megatron-LM's older zarr checkpoints.
+
+    Raises:
+        DataError: it names another format, or is damaged.
+    """
+    path = Path(directory, BACKEND_FILE)
+    if not path.is_file():
+        return
+    described = read_json(path)
+    backend = described.get("sharded_backend") if isinstance(described, dict) else None
+    if backend != "torch_dist":
+        raise DataError(
+            f"{path} says sharded_backend {backend!r}, which is not read. "
+            "Save it again by Megatron-LM with --ckpt-format torch_dist."
+        )
 
 
 def check_digest(path: Path, found: str | None, expected: str) -> None:

@@ -1,6 +1,7 @@
 """A Megatron checkpoint opened as the model that it holds: checked, and read as Hugging Face tensors."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_sppo.conversion.hf_config import CONFIG_FILE, architecture_from_hf
 from megatron_sppo.conversion.megatron_checkpoint import (
     HF_DIRECTORY,
     MANIFEST_FILE,
+    check_backend,
     listed_digests,
     resolve_checkpoint,
     verify_checkpoint,
@@ -103,8 +105,11 @@ def open_megatron(megatron: Path, *, template: Path | None = None, leave_uncheck
             f"{directory} has no {MODEL_FILE} that says what model it holds. "
             "Give its Hugging Face directory: --template HF_DIR."
         )
-    bindings = bind(family_of(architecture.family, place=str(directory / MODEL_FILE)), architecture)
+    family = family_of(architecture.family, place=str(directory / MODEL_FILE))
+    check_backend(directory)
     reader = DistcpReader.open(directory)
+    _check_counts(reader, architecture)
+    bindings = bind(family, architecture)
     unchecked: dict[str, str] = {}
     if has_manifest:
         keys = [*megatron_shapes(bindings, architecture), *(binding.megatron_name for binding in bindings)]
@@ -116,6 +121,7 @@ def open_megatron(megatron: Path, *, template: Path | None = None, leave_uncheck
         side_files: Path | None = Path(template)
     else:
         side_files = carried if (carried / CONFIG_FILE).is_file() else None
+        _check_carried(carried, architecture)
     opened = OpenedMegatron(
         directory=directory,
         architecture=architecture,
@@ -162,6 +168,26 @@ def compare_tensors(
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _check_carried(carried: Path, architecture: Architecture) -> None:
+    """Refuse a carried config.json of another model: an export would hand it out with these weights."""
+    path = carried / CONFIG_FILE
+    if path.is_file() and architecture_from_hf(read_config(carried), place=str(path)) != architecture:
+        raise ConversionError(
+            f"{path} describes another model than {carried.parent / MODEL_FILE}. "
+            "Give the right Hugging Face directory: --template HF_DIR."
+        )
+
+
+def _check_counts(reader: DistcpReader, architecture: Architecture) -> None:
+    """Refuse more layers than there can be, before each is planned for."""
+    values = sum(math.prod(shape) for shape in reader.shapes().values())
+    if architecture.num_layers * (architecture.num_moe_experts or 1) > values:
+        raise ConversionError(
+            f"{reader.directory} holds {values} values, too few for {architecture.num_layers} layers. "
+            "It is a checkpoint of another model."
+        )
 
 
 def _check_keys(opened: OpenedMegatron) -> None:
