@@ -113,6 +113,11 @@ class DistcpReader:
                     f"{Path(directory, METADATA_FILE)} describes {key} in a way that cannot be (its pieces lie outside "
                     "of it). It is damaged: use another checkpoint."
                 )
+        for index, info in reader.metadata.storage_data.items():
+            if not _are_counts((info.offset, info.length)) or not isinstance(info.relative_path, str):
+                raise ConversionError(
+                    f"{Path(directory, METADATA_FILE)} says no possible place for {index.fqn}. Use another checkpoint."
+                )
         return reader
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -233,6 +238,8 @@ class DistcpReader:
         path, device = contained(self.directory, info.relative_path), "cpu" if values else "meta"
         try:
             with open(path, "rb") as file:
+                if info.offset + info.length > os.fstat(file.fileno()).st_size:
+                    raise EOFError("it lies beyond the end")
                 tensor = torch.load(_Section(file, info.offset, info.length), map_location=device, weights_only=True)
         except FileNotFoundError:
             raise ConversionError(

@@ -160,8 +160,15 @@ def kept_files(tensors: Mapping[str, tuple[torch.dtype, Shape]], layout: Mapping
     """Lay the tensors out as in the imported files -> plan, or None where those held other tensors or other types."""
     files = {}
     for name, encoded in layout["files"].items():
-        raw = base64.b64decode(encoded)
-        files[name] = (raw, entries_of_header(contained(Path(), name), raw))
+        path = contained(Path(), name)
+        try:
+            raw = base64.b64decode(encoded)
+            files[name] = (raw, entries_of_header(path, raw))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ConversionError(
+                f"{LAYOUT_FILE} of the checkpoint has a damaged header of {name} ({type(error).__name__}). "
+                "Give --max-shard-size 5GB to do without it."
+            ) from None
     held = {name: (entry.dtype, entry.shape) for _, entries in files.values() for name, entry in entries.items()}
     return PlannedFiles(files=files, index=layout["index"]) if held == dict(tensors) else None
 
