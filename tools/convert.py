@@ -29,6 +29,8 @@ class ImportConfig:
     """Cast the weights; without it each keeps its type."""
     overwrite: bool = False
     """Replace another model that is there."""
+    workers: int | None = None
+    """Threads; without it the cores that there are, at most 16. The files are the same by any number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,8 @@ class ExportConfig:
     """Size of a safetensors file, such as 5GB; without it the files are cut as in the imported model (or at 5GB)."""
     overwrite: bool = False
     """Replace another model that is there."""
+    workers: int | None = None
+    """Threads; without it the cores that there are, at most 16. The files are the same by any number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +80,11 @@ def main() -> None:
     match settings:
         case ImportConfig():
             convert.import_checkpoint(
-                settings.hf, settings.megatron, dtype=settings.dtype, overwrite=settings.overwrite
+                settings.hf,
+                settings.megatron,
+                dtype=settings.dtype,
+                overwrite=settings.overwrite,
+                workers=settings.workers,
             )
         case ExportConfig():
             convert.export_checkpoint(
@@ -86,6 +94,7 @@ def main() -> None:
                 dtype=settings.dtype,
                 max_shard_size=settings.max_shard_size,
                 overwrite=settings.overwrite,
+                workers=settings.workers,
             )
         case VerifyConfig():
             from megatron_sppo import verification  # builds both models: heavy

@@ -8,16 +8,17 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from megatron_sppo.architecture import Architecture, write_architecture
-from megatron_sppo.conversion.distcp import COMMON_FILE, Piece, write_distcp
+from megatron_sppo.conversion.distcp import COMMON_FILE
+from megatron_sppo.conversion.distcp_writer import write_distcp
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_checkpoint import (
     LAYOUT_FILE,
@@ -30,7 +31,6 @@ from megatron_sppo.conversion.hf_checkpoint import (
     open_hf_checkpoint,
     parse_size,
     write_side_files,
-    write_tensors,
 )
 from megatron_sppo.conversion.hf_config import CONFIG_FILE, architecture_from_hf, hf_from_architecture, read_config
 from megatron_sppo.conversion.megatron_checkpoint import (
@@ -42,7 +42,8 @@ from megatron_sppo.conversion.megatron_checkpoint import (
     write_manifest,
 )
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, open_megatron
-from megatron_sppo.conversion.rules import Binding, bind, hf_shapes, megatron_shapes
+from megatron_sppo.conversion.plan import export_tensors, import_pieces
+from megatron_sppo.conversion.rules import Binding, bind, hf_shapes
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.storage import atomic_directory, read_json, remove_stale_temporaries, write_json
 from megatron_sppo.tokenizer import ID_FILES, TEXT_FILES, tokenizer_hash
@@ -75,7 +76,9 @@ _MIXTURE_EXTRA_STATES = (*_ATTENTION_EXTRA_STATES, *_HEAD_NORM_EXTRA_STATES, "pr
 _EXPERT_EXTRA_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 
 
-def import_checkpoint(hf: Path, megatron: Path, *, dtype: str | None = None, overwrite: bool = False) -> Path:
+def import_checkpoint(
+    hf: Path, megatron: Path, *, dtype: str | None = None, overwrite: bool = False, workers: int | None = None
+) -> Path:
     """Convert a Hugging Face directory into a Megatron-Core checkpoint -> its iteration directory.
 
     Args:
@@ -83,6 +86,7 @@ def import_checkpoint(hf: Path, megatron: Path, *, dtype: str | None = None, ove
         megatron: root of the checkpoint to write, iteration 0.
         dtype: "bfloat16", "float16" or "float32" casts the weights; None keeps each as it is.
         overwrite: replace another model that is there.
+        workers: threads; None takes the cores that there are, at most 16. The files are the same by any number.
 
     Raises:
         ConversionError: the model cannot be read or mapped, or `megatron` holds another one. Nothing is written then.
@@ -91,19 +95,26 @@ def import_checkpoint(hf: Path, megatron: Path, *, dtype: str | None = None, ove
     architecture = architecture_from_hf(read_config(hf), place=str(hf / CONFIG_FILE))
     family = family_of(architecture.family, place=str(hf))
     source = open_hf_checkpoint(hf)
+    if architecture.num_layers * (architecture.num_moe_experts or 1) > len(source.entries):
+        raise ConversionError(
+            f"{hf} holds {len(source.entries)} tensors, too few for the {architecture.num_layers} layers that its "
+            f"{CONFIG_FILE} promises. Fetch the model again."
+        )
     bindings = bind(family, architecture)
     left_out = check_tensors(source, hf_shapes(bindings), ignored=family.ignored)
-    pieces = _pieces(source, bindings, architecture, _dtype(dtype))
+    pieces = import_pieces(source, bindings, architecture, _dtype(dtype))
     target = iteration_directory(megatron, IMPORT_ITERATION)
     remove_stale_temporaries(target)
     if _already_imported(target, source, bindings, architecture, _dtype(dtype), overwrite=overwrite):
         logger.info("%s holds this model already", target)
         publish(megatron, IMPORT_ITERATION)
         return target
-    total = sum(_piece_bytes(piece) for piece in pieces)
+    begin = time.monotonic()
+    total = sum(piece.nbytes for piece in pieces)
     _check_space(megatron, total)
     with atomic_directory(target) as directory, _bar(total, "import") as bar:
-        written = write_distcp(directory, pieces, objects=_extra_states(architecture), progress=bar.update)
+        states = _extra_states(architecture)
+        written = write_distcp(directory, pieces, objects=states, progress=bar.update, workers=workers)
         torch.save(_COMMON_STATE, directory / COMMON_FILE)
         (directory / "metadata.json").write_text(json.dumps(_METADATA_JSON))
         write_architecture(architecture, directory, tokenizer=_tokenizer_record(hf))
@@ -113,7 +124,9 @@ def import_checkpoint(hf: Path, megatron: Path, *, dtype: str | None = None, ove
             write_json(directory / HF_DIRECTORY / LAYOUT_FILE, source.layout())
         write_manifest(directory, known=written)
     publish(megatron, IMPORT_ITERATION)
-    logger.info("imported %s to %s: %s parameters", hf, target, f"{architecture.num_parameters():,}")
+    logger.info(
+        "imported %s to %s: %s parameters, %s", hf, target, f"{architecture.num_parameters():,}", _speed(total, begin)
+    )
     return target
 
 
@@ -125,6 +138,7 @@ def export_checkpoint(
     dtype: str | None = None,
     max_shard_size: str | None = None,
     overwrite: bool = False,
+    workers: int | None = None,
 ) -> Path:
     """Convert a Megatron-Core checkpoint into a Hugging Face directory -> that directory.
 
@@ -136,12 +150,13 @@ def export_checkpoint(
         dtype: casts the weights; None keeps them.
         max_shard_size: of a safetensors file, such as "5GB"; None keeps the files as they were imported.
         overwrite: replace what is in `hf`.
+        workers: as for the import.
 
     Raises:
         ConversionError, DataError: the checkpoint is damaged or of another model, or `hf` holds something else.
     """
     hf = Path(hf)
-    opened = open_megatron(megatron, template=template)
+    opened = open_megatron(megatron, template=template, leave_unchecked=True)
     cast = _dtype(dtype)
     tensors = {
         name: (cast or opened.dtype(binding), shape)
@@ -157,63 +172,14 @@ def export_checkpoint(
     if _already_exported(hf, opened, cast, overwrite=overwrite):
         logger.info("%s holds this model already", hf)
         return hf
+    begin = time.monotonic()
     total = sum(math.prod(shape) * kind.itemsize for kind, shape in tensors.values())
     _check_space(hf, total)
     with atomic_directory(hf) as directory, _bar(total, "export") as bar:
-        write_tensors(directory, plan, _hf_tensors(opened, cast, bar.update))
+        export_tensors(directory, plan, opened, cast=cast, workers=workers, progress=bar.update)
         _write_side_files(opened, directory, dtype=_main_dtype(tensors), types_changed=kept is None)
-    logger.info("exported %s to %s: %d files, %.2f GB", opened.directory, hf, len(plan.files), total / 1e9)
+    logger.info("exported %s to %s: %d files, %s", opened.directory, hf, len(plan.files), _speed(total, begin))
     return hf
-
-
-def _pieces(
-    source: HFCheckpoint, bindings: Sequence[Binding], architecture: Architecture, cast: torch.dtype | None
-) -> list[Piece]:
-    """Plan the import: one piece per Megatron tensor and layer; nothing is read yet."""
-    shapes = megatron_shapes(bindings, architecture)
-    dtypes: dict[str, tuple[torch.dtype, str]] = {}
-    pieces = []
-    for binding in bindings:
-        for name in binding.hf_shapes:
-            found, first = dtypes.setdefault(binding.rule.key, (source.entries[name].dtype, name))
-            if cast is None and found != source.entries[name].dtype:
-                raise ConversionError(
-                    f"{source.directory} holds {first} in {found} and {name} in {source.entries[name].dtype}, "
-                    "which Megatron keeps in one tensor. Choose one type: --dtype bfloat16."
-                )
-        shape = binding.rule.megatron_shape(architecture)
-        index = binding.index
-        pieces.append(
-            Piece(
-                key=binding.rule.key,
-                offsets=(*index, *(0,) * len(shape)),
-                sizes=(*(1,) * len(index), *shape),
-                global_shape=shapes[binding.rule.key],
-                dtype=cast or dtypes[binding.rule.key][0],
-                load=_loader(source, binding, architecture, cast),
-            )
-        )
-    return pieces
-
-
-def _loader(
-    source: HFCheckpoint, binding: Binding, architecture: Architecture, cast: torch.dtype | None
-) -> Callable[[], Tensor]:
-    def load() -> Tensor:
-        tensor = binding.rule.to_megatron([source.read(name) for name in binding.hf_shapes], architecture)
-        return tensor if cast is None else tensor.to(cast)
-
-    return load
-
-
-def _hf_tensors(
-    opened: OpenedMegatron, cast: torch.dtype | None, progress: Callable[[int], None]
-) -> Iterator[tuple[str, Tensor]]:
-    for binding in opened.bindings:
-        for name, tensor in opened.read(binding).items():
-            tensor = tensor if cast is None else tensor.to(cast)
-            yield name, tensor
-            progress(tensor.nbytes)
 
 
 def _extra_states(architecture: Architecture) -> dict[str, Any]:
@@ -294,6 +260,8 @@ def _already_exported(hf: Path, opened: OpenedMegatron, cast: torch.dtype | None
         raise ConversionError(f"{hf} holds other files and no model. Choose an empty or a new directory with --hf.")
     if overwrite:
         return False
+    if opened.unchecked:
+        verify_checkpoint(opened.directory, names=list(opened.unchecked))
     try:
         source = open_hf_checkpoint(hf)
         same = architecture_from_hf(read_config(hf)) == opened.architecture
@@ -356,10 +324,6 @@ def _main_dtype(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> s
     return str(max(counts, key=lambda kind: counts[kind])).removeprefix("torch.")
 
 
-def _piece_bytes(piece: Piece) -> int:
-    return math.prod(piece.sizes) * piece.dtype.itemsize
-
-
 def _check_space(path: Path, needed: int) -> None:
     place = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(place).free
@@ -372,3 +336,8 @@ def _check_space(path: Path, needed: int) -> None:
 
 def _bar(total: int, description: str) -> "tqdm[Any]":
     return tqdm(total=total, desc=description, unit="B", unit_scale=True, disable=None)
+
+
+def _speed(nbytes: int, begin: float) -> str:
+    seconds = time.monotonic() - begin
+    return f"{nbytes / 1e9:.2f} GB in {seconds:.1f} s ({nbytes / 1e9 / seconds:.2f} GB/s)"

@@ -2,22 +2,18 @@
 
 A checkpoint is `.metadata` (a pickle of DCP's own metadata classes) and `*.distcp` files, each a row of `torch.save`
 streams. Here they are read without Megatron, without a process group and without trusting the pickle: only the
-metadata classes may appear in it, and tensors are loaded with weights_only. They are written the same way, a tensor
-at a time, so that memory holds one tensor, not a state dict.
+metadata classes may appear in it, and tensors are loaded with weights_only. `distcp_writer` writes them.
 """
 
 import functools
-import hashlib
 import io
-import itertools
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,15 +21,13 @@ from torch.distributed.checkpoint import filesystem, planner
 from torch.distributed.checkpoint import metadata as dcp
 from torch.serialization import _get_layout
 
+from megatron_sppo.conversion.transfer import Span
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.storage import contained
 
 METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
 
-_DCP_VERSION = "1.0.0"
-_MAX_FILE_BYTES = 4 * 2**30  # so that many readers can share the work
-_HASH_APART_BYTES = 1 << 16
 _CLASSES: dict[tuple[str, str], Any] = {
     (found.__module__, found.__qualname__): found
     for found in (
@@ -107,8 +101,24 @@ class DistcpReader:
 
     @classmethod
     def open(cls, directory: Path) -> "DistcpReader":
-        """Open a checkpoint directory (one iteration)."""
-        return cls(directory=Path(directory), metadata=read_metadata(directory))
+        """Open a checkpoint directory (one iteration).
+
+        Raises:
+            ConversionError: as `read_metadata`, or a tensor is described in a way that cannot be.
+        """
+        reader = cls(directory=Path(directory), metadata=read_metadata(directory))
+        for key in reader.shapes():
+            if not _is_possible(reader.metadata.state_dict_metadata[key]):
+                raise ConversionError(
+                    f"{Path(directory, METADATA_FILE)} describes {key} in a way that cannot be (its pieces lie outside "
+                    "of it). It is damaged: use another checkpoint."
+                )
+        for index, info in reader.metadata.storage_data.items():
+            if not _are_counts((info.offset, info.length)) or not isinstance(info.relative_path, str):
+                raise ConversionError(
+                    f"{Path(directory, METADATA_FILE)} says no possible place for {index.fqn}. Use another checkpoint."
+                )
+        return reader
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """List the tensors -> {key: global shape}; objects are not listed."""
@@ -132,13 +142,9 @@ class DistcpReader:
         Raises:
             ConversionError: a chunk is missing or damaged, or the chunks do not cover the box.
         """
-        chunks = self.metadata.state_dict_metadata[key].chunks
-        if sizes[0] == 1:
-            thin, thick = self._by_first_index[key]
-            chunks = [*thin.get(offsets[0], ()), *thick]
         result: Tensor | None = None
         covered = 0
-        for chunk in chunks:
+        for chunk in self._chunks(key, offsets, sizes):
             low = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
             high = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
             if any(end <= start for start, end in zip(low, high, strict=True)):
@@ -158,6 +164,55 @@ class DistcpReader:
             )
         return result
 
+    def spans(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[Span] | None:
+        """Find a box of a global tensor as runs of bytes in files, in the box's order -> spans, to be joined.
+
+        None where it is no such row of runs (a cut across columns, say), or is not whole: `read` then makes the tensor
+        of it, or says what is wrong.
+        """
+        found: list[tuple[int, int, Span]] = []
+        for chunk in self._chunks(key, offsets, sizes):
+            run = _run_of_rows(chunk, offsets, sizes)
+            if run is None:
+                return None
+            if run.rows:
+                place = self._payload(key, chunk)
+                if place is None:
+                    return None
+                item = self.dtype(key).itemsize
+                found.append(
+                    (run.start, run.rows, Span(place.path, place.offset + run.first * item, run.values * item))
+                )
+        found.sort(key=lambda entry: entry[0])
+        rows = 0
+        for start, count, _ in found:
+            if start != rows:
+                return None
+            rows += count
+        return [span for _, _, span in found] if rows == sizes[_row_axis(sizes)] else None
+
+    def _payload(self, key: str, chunk: Any) -> Span | None:
+        """Find a chunk's values in its file -> span, or None where they are not stored plainly, one after another."""
+        info = self.metadata.storage_data.get(dcp.MetadataIndex(key, chunk.offsets))
+        path = None if info is None else contained(self.directory, info.relative_path)
+        if info is None or path is None or not path.is_file() or path.stat().st_size < info.offset + info.length:
+            return None
+        described = self._read_chunk(key, chunk, values=False)
+        start = getattr(described.untyped_storage(), "_checkpoint_offset", None)
+        if start is None or not described.is_contiguous():
+            return None
+        start += described.storage_offset() * described.itemsize
+        if start + described.nbytes > info.length:
+            return None
+        return Span(path, info.offset + start, described.nbytes)
+
+    def _chunks(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[Any]:
+        """List the chunks that may hold values of a box."""
+        if sizes[0] != 1:
+            return self.metadata.state_dict_metadata[key].chunks
+        thin, thick = self._by_first_index[key]
+        return [*thin.get(offsets[0], ()), *thick]
+
     @functools.cached_property
     def _by_first_index(self) -> dict[str, tuple[dict[int, list[Any]], list[Any]]]:
         """Chunks of each key: those of one index of the first axis (layers) by that index, and the others.
@@ -174,15 +229,18 @@ class DistcpReader:
             sorted_chunks[key] = thin, thick
         return sorted_chunks
 
-    def _read_chunk(self, key: str, chunk: Any) -> Tensor:
+    def _read_chunk(self, key: str, chunk: Any, *, values: bool = True) -> Tensor:
+        """Load a chunk -> [*chunk.sizes]; without `values` only described, on the meta device."""
         place = f"{self.directory}: {key} at {list(chunk.offsets)}"
         info = self.metadata.storage_data.get(dcp.MetadataIndex(key, chunk.offsets))
         if info is None:
             raise ConversionError(f"{place} is in no file. The checkpoint is incomplete.")
-        path = contained(self.directory, info.relative_path)
+        path, device = contained(self.directory, info.relative_path), "cpu" if values else "meta"
         try:
             with open(path, "rb") as file:
-                tensor = torch.load(_Section(file, info.offset, info.length), map_location="cpu", weights_only=True)
+                if info.offset + info.length > os.fstat(file.fileno()).st_size:
+                    raise EOFError("it lies beyond the end")
+                tensor = torch.load(_Section(file, info.offset, info.length), map_location=device, weights_only=True)
         except FileNotFoundError:
             raise ConversionError(
                 f"{place} is in {info.relative_path}, which is missing. Use another checkpoint."
@@ -196,7 +254,65 @@ class DistcpReader:
             raise ConversionError(
                 f"{place} in {info.relative_path} is not of shape {list(chunk.sizes)}. Use another checkpoint."
             )
+        if tensor.dtype != self.dtype(key):
+            raise ConversionError(
+                f"{place} in {info.relative_path} is {tensor.dtype}, and {METADATA_FILE} says {self.dtype(key)}. "
+                "Use another checkpoint."
+            )
         return tensor
+
+
+class _Run(NamedTuple):
+    """What one chunk has of a box, where that lies in the chunk in one piece."""
+
+    start: int
+    """First row in the box."""
+    rows: int
+    first: int
+    """First value in the chunk."""
+    values: int
+
+
+def _row_axis(sizes: Sequence[int]) -> int:
+    """Choose the axis along which a box may be cut into pieces that follow each other: the first that is not 1."""
+    return next((axis for axis, size in enumerate(sizes) if size != 1), len(sizes) - 1)
+
+
+def _run_of_rows(chunk: Any, offsets: Sequence[int], sizes: Sequence[int]) -> _Run | None:
+    """Cut a box with a chunk -> the run of rows that they share (none: 0 rows), or None where it is no run."""
+    low = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
+    high = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
+    if any(end <= start for start, end in zip(low, high, strict=True)):
+        return _Run(0, 0, 0, 0)
+    axis = _row_axis(sizes)
+    if list(sizes[axis + 1 :]) != list(chunk.sizes[axis + 1 :]) or low[axis + 1 :] != list(chunk.offsets[axis + 1 :]):
+        return None
+    inner = math.prod(sizes[axis + 1 :])
+    first, stride = 0, inner
+    for i in range(axis, -1, -1):
+        first += (low[i] - chunk.offsets[i]) * stride
+        stride *= chunk.sizes[i]
+    rows = high[axis] - low[axis]
+    return _Run(low[axis] - offsets[axis], rows, first, rows * inner)
+
+
+def _is_possible(described: Any) -> bool:
+    """Whether a tensor's description has chunks of its own rank that lie within it."""
+    shape = getattr(described, "size", None)
+    dtype = getattr(getattr(described, "properties", None), "dtype", None)
+    if not _are_counts(shape) or not isinstance(dtype, torch.dtype) or not isinstance(described.chunks, list):
+        return False
+    return all(
+        _are_counts(getattr(chunk, "offsets", None))
+        and _are_counts(getattr(chunk, "sizes", None))
+        and len(chunk.offsets) == len(chunk.sizes) == len(shape)
+        and all(a + n <= whole for a, n, whole in zip(chunk.offsets, chunk.sizes, shape, strict=True))
+        for chunk in described.chunks
+    )
+
+
+def _are_counts(numbers: Any) -> bool:
+    return isinstance(numbers, tuple) and all(isinstance(number, int) and number >= 0 for number in numbers)
 
 
 class _Section(io.RawIOBase):
@@ -224,116 +340,6 @@ class _Section(io.RawIOBase):
         count = self._file.readinto(view)
         self._position += count
         return count
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """One chunk to write: a box of a global tensor, and how to get it when its turn comes."""
-
-    key: str
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    global_shape: tuple[int, ...]
-    dtype: torch.dtype
-    load: Callable[[], Tensor]
-
-
-def write_distcp(
-    directory: Path, pieces: Sequence[Piece], *, objects: Mapping[str, Any], progress: Callable[[int], None]
-) -> dict[str, tuple[str, int]]:
-    """Write `*.distcp` and `.metadata` -> {file: (sha256, bytes)}.
-
-    Args:
-        directory: an existing directory; the caller makes it appear atomically.
-        pieces: in the order to write; one is in memory at a time.
-        objects: {key: plain object} saved as Megatron-Core saves ShardedObjects, `torch.save` of a list of one.
-        progress: called with the bytes of each piece written.
-    """
-    tensors: dict[str, Any] = {}
-    places: dict[Any, Any] = {}
-    files: dict[str, tuple[str, int]] = {}
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        for number, group in enumerate(_groups(pieces)):
-            name = f"__0_{number}.distcp"
-            with open(directory / name, "wb") as file:
-                stream = _HashingStream(file, pool)
-                for key, value in objects.items() if number == 0 else ():
-                    tensors[key] = dcp.BytesStorageMetadata()
-                    places[dcp.MetadataIndex(key)] = _save([value], stream, name)
-                for piece in group:
-                    places[dcp.MetadataIndex(piece.key, piece.offsets)] = _save(_own_storage(piece), stream, name)
-                    _describe(tensors, piece)
-                    progress(math.prod(piece.sizes) * piece.dtype.itemsize)
-                files[name] = stream.digest.hexdigest(), stream.position
-    content = dcp.Metadata(tensors, None, places, dcp.StorageMeta(), _DCP_VERSION)
-    raw = pickle.dumps(content)
-    (directory / METADATA_FILE).write_bytes(raw)
-    files[METADATA_FILE] = hashlib.sha256(raw).hexdigest(), len(raw)
-    return files
-
-
-class _HashingStream:
-    """What torch.save writes into: counts and hashes on the way, and remembers why a write failed."""
-
-    def __init__(self, file: Any, pool: ThreadPoolExecutor) -> None:
-        self._file, self._pool = file, pool
-        self.digest, self.position = hashlib.sha256(), 0
-        self.error: OSError | None = None
-
-    def write(self, block: Any) -> int:
-        count = memoryview(block).nbytes
-        # Both release the GIL. The block is torch's and valid during this call only, so wait for the hash.
-        hashed = self._pool.submit(self.digest.update, block) if count >= _HASH_APART_BYTES else None
-        try:
-            self._file.write(block)
-        except OSError as error:
-            self.error = error
-            raise
-        finally:
-            if hashed is not None:
-                hashed.result()
-        if hashed is None:
-            self.digest.update(block)
-        self.position += count
-        return count
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def _save(value: Any, stream: _HashingStream, name: str) -> Any:
-    offset = stream.position
-    try:
-        torch.save(value, stream)
-    except RuntimeError:
-        if stream.error is not None:  # torch reports a full disk as a RuntimeError of its zip writer
-            raise stream.error from None
-        raise
-    return filesystem._StorageInfo(name, offset, stream.position - offset)
-
-
-def _own_storage(piece: Piece) -> Tensor:
-    tensor = piece.load()
-    assert tensor.numel() == math.prod(piece.sizes) and tensor.dtype == piece.dtype, piece.key
-    tensor = tensor.reshape(piece.sizes)
-    # torch.save writes the whole storage behind a view.
-    return tensor if tensor.untyped_storage().size() == tensor.nbytes else tensor.clone()
-
-
-def _describe(tensors: dict[str, Any], piece: Piece) -> None:
-    if piece.key not in tensors:
-        properties = dcp.TensorProperties(dtype=piece.dtype)
-        tensors[piece.key] = dcp.TensorStorageMetadata(properties, torch.Size(piece.global_shape), [])
-    chunk = dcp.ChunkStorageMetadata(offsets=torch.Size(piece.offsets), sizes=torch.Size(piece.sizes))
-    tensors[piece.key].chunks.append(chunk)
-
-
-def _groups(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Cut the pieces into runs of a file each."""
-    starts = itertools.accumulate((math.prod(piece.sizes) * piece.dtype.itemsize for piece in pieces), initial=0)
-    numbered = zip(starts, pieces, strict=False)
-    for _, run in itertools.groupby(numbered, key=lambda item: item[0] // _MAX_FILE_BYTES):
-        yield [piece for _, piece in run]
 
 
 def check_metadata(directory: Path) -> None:

@@ -1,12 +1,13 @@
 """A Hugging Face directory: its tensors, its shards, and the small files that travel with the weights."""
 
 import base64
+import contextlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from megatron_sppo.conversion.safetensors_file import (
     read_header,
     read_tensor,
     write_header,
-    write_tensor,
 )
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.storage import contained, read_json, write_json
@@ -79,12 +79,15 @@ class PlannedFiles:
 
 
 def open_hf_checkpoint(directory: Path) -> HFCheckpoint:
-    """Open the safetensors files of a directory; symbolic links (snapshots of the hub's cache) are followed.
+    """Open the safetensors files of a directory; links of the hub's cache to its blobs are followed.
 
     Raises:
-        ConversionError: pickled weights only, a shard that is missing, cut short or outside, a tensor twice or absent.
+        ConversionError: pickled weights only, a shard that is missing, cut short or outside, a tensor twice or absent,
+            a link that leads elsewhere.
     """
     directory = Path(directory)
+    for name in (*SIDE_FILES, SINGLE_FILE, INDEX_FILE):
+        _check_link(directory, name)
     if (directory / SINGLE_FILE).is_file():
         weight_map, files = None, [SINGLE_FILE]
     elif (directory / INDEX_FILE).is_file():
@@ -96,6 +99,7 @@ def open_hf_checkpoint(directory: Path) -> HFCheckpoint:
     entries: dict[str, Entry] = {}
     for file in files:
         path = contained(directory, file)
+        _check_link(directory, file)
         if not path.is_file():
             raise ConversionError(f"{directory / INDEX_FILE} names {file}, which is missing. Fetch the model again.")
         headers[file], found = read_header(path)
@@ -147,6 +151,7 @@ def check_tensors(checkpoint: HFCheckpoint, expected: Mapping[str, Shape], *, ig
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy config.json, generation config, tokenizer and chat template, those that there are."""
     for name in SIDE_FILES:
+        _check_link(source, name)
         if Path(source, name).is_file():
             shutil.copyfile(Path(source, name), Path(target, name))  # follows links into the hub's cache
 
@@ -155,8 +160,15 @@ def kept_files(tensors: Mapping[str, tuple[torch.dtype, Shape]], layout: Mapping
     """Lay the tensors out as in the imported files -> plan, or None where those held other tensors or other types."""
     files = {}
     for name, encoded in layout["files"].items():
-        raw = base64.b64decode(encoded)
-        files[name] = (raw, entries_of_header(contained(Path(), name), raw))
+        path = contained(Path(), name)
+        try:
+            raw = base64.b64decode(encoded)
+            files[name] = (raw, entries_of_header(path, raw))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ConversionError(
+                f"{LAYOUT_FILE} of the checkpoint has a damaged header of {name} ({type(error).__name__}). "
+                "Give --max-shard-size 5GB to do without it."
+            ) from None
     held = {name: (entry.dtype, entry.shape) for _, entries in files.values() for name, entry in entries.items()}
     return PlannedFiles(files=files, index=layout["index"]) if held == dict(tensors) else None
 
@@ -189,24 +201,24 @@ def new_files(tensors: Mapping[str, tuple[torch.dtype, Shape]], *, max_shard_byt
     return PlannedFiles(files=files, index=json.dumps(index, indent=2) + "\n")
 
 
-def write_tensors(directory: Path, plan: PlannedFiles, stream: Iterable[tuple[str, Tensor]]) -> None:
-    """Write tensors as they come, each at its planned place; all of them must come, once."""
+@contextlib.contextmanager
+def opened_files(directory: Path, plan: PlannedFiles) -> Iterator[dict[str, tuple[int, Entry]]]:
+    """Create the planned files with their headers, and the index -> {tensor: (descriptor, place)}, to be filled in."""
     descriptors: dict[str, int] = {}
-    places: dict[str, tuple[int, Entry]] = {}
     try:
         for file, (raw, entries) in plan.files.items():
             write_header(directory / file, raw, entries)
             descriptors[file] = os.open(directory / file, os.O_WRONLY)
-            places |= {name: (descriptors[file], entry) for name, entry in entries.items()}
-        for name, tensor in stream:
-            descriptor, entry = places.pop(name)
-            write_tensor(descriptor, entry, tensor)
-        assert not places, f"never written: {sorted(places)}"
+        if plan.index is not None:
+            (directory / INDEX_FILE).write_text(plan.index, encoding="utf-8")
+        yield {
+            name: (descriptors[file], entry)
+            for file, (_, entries) in plan.files.items()
+            for name, entry in entries.items()
+        }
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
-    if plan.index is not None:
-        (directory / INDEX_FILE).write_text(plan.index, encoding="utf-8")
 
 
 def write_side_files(source: Path, target: Path, *, dtype: str | None) -> None:
@@ -241,6 +253,24 @@ def parse_size(text: str) -> int:
     if match is None or match[2].upper() not in units or float(match[1]) == 0:
         raise ConversionError(f"max_shard_size is {text!r}, which is no size. Use --max-shard-size 5GB.")
     return int(float(match[1]) * units[match[2].upper()])
+
+
+def _check_link(directory: Path, name: str) -> None:
+    """Refuse a symbolic link that leads out of a model: what it points to would be copied into a checkpoint.
+
+    The hub's cache is the exception: models--ORG--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH.
+    """
+    path = Path(directory, name)
+    if not path.is_symlink():
+        return
+    home = Path(directory).resolve()
+    allowed = [home] + [home.parent.parent / "blobs"] * (home.parent.name == "snapshots")
+    target = path.resolve()
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise ConversionError(
+            f"{path} is a link to {target}, outside of the model. Put the file itself there: cp --remove-destination "
+            f"{target} {path}"
+        )
 
 
 def _weight_map(directory: Path) -> dict[str, str]:

@@ -12,10 +12,12 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
 from megatron_sppo.conversion.distcp import METADATA_FILE
+from megatron_sppo.conversion.transfer import default_workers
 from megatron_sppo.errors import DataError
 from megatron_sppo.storage import atomic_file, contained, read_json, sha256_of_file, write_json
 
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 MANIFEST_FILE = "manifest.json"
+BACKEND_FILE = "metadata.json"
 HF_DIRECTORY = "hf"
 """Inside an iteration directory: config.json, tokenizer and chat template of the model, for the export."""
 MANIFEST_VERSION = 1
@@ -122,6 +125,19 @@ def verify_checkpoint(directory: Path, *, names: Sequence[str] | None = None) ->
     Raises:
         DataError: no manifest, or a file that is missing, changed or not in it.
     """
+    expected = listed_digests(directory, names=names)
+    with ThreadPoolExecutor(max_workers=default_workers()) as pool:  # hashing releases the GIL
+        paths = [Path(directory, name) for name in expected]
+        for path, found, wanted in zip(paths, pool.map(sha256_of_file, paths), expected.values(), strict=True):
+            check_digest(path, found, wanted)
+
+
+def listed_digests(directory: Path, *, names: Sequence[str] | None = None) -> dict[str, str]:
+    """Check files against the manifest by size alone -> {name: the sha256 that each must have}.
+
+    Raises:
+        DataError: as `verify_checkpoint`, but for a wrong sha256.
+    """
     directory = Path(directory)
     manifest = read_json(directory / MANIFEST_FILE)
     files = manifest.get("files") if isinstance(manifest, dict) else None
@@ -131,6 +147,7 @@ def verify_checkpoint(directory: Path, *, names: Sequence[str] | None = None) ->
         raise DataError(
             f"{directory / MANIFEST_FILE} does not list {METADATA_FILE}. It is damaged: use another checkpoint."
         )
+    expected = {}
     for name in files if names is None else names:
         path, entry = contained(directory, name), files.get(name)
         if not isinstance(entry, dict):
@@ -142,10 +159,36 @@ def verify_checkpoint(directory: Path, *, names: Sequence[str] | None = None) ->
                 f"{path} has {path.stat().st_size} bytes, not {entry.get('bytes')}. "
                 "The checkpoint is damaged: use another one."
             )
-        if sha256_of_file(path) != entry.get("sha256"):
-            raise DataError(
-                f"{path} is not what was written (sha256 differs). The checkpoint is damaged: use another one."
-            )
+        expected[name] = entry.get("sha256")
+    return expected
+
+
+def check_backend(directory: Path) -> None:
+    """Refuse what `metadata.json` does not call torch_dist, such as Megatron-LM's older zarr checkpoints.
+
+    Raises:
+        DataError: it names another format, or is damaged.
+    """
+    path = Path(directory, BACKEND_FILE)
+    if not path.is_file():
+        return
+    described = read_json(path)
+    backend = described.get("sharded_backend") if isinstance(described, dict) else None
+    if backend != "torch_dist":
+        raise DataError(
+            f"{path} says sharded_backend {backend!r}, which is not read. "
+            "Save it again by Megatron-LM with --ckpt-format torch_dist."
+        )
+
+
+def check_digest(path: Path, found: str | None, expected: str) -> None:
+    """Compare a file's sha256 with its manifest's.
+
+    Raises:
+        DataError: they differ.
+    """
+    if found != expected:
+        raise DataError(f"{path} is not what was written (sha256 differs). The checkpoint is damaged: use another one.")
 
 
 def publish(root: Path, iteration: int) -> None:

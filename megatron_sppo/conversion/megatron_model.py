@@ -1,7 +1,8 @@
 """A Megatron checkpoint opened as the model that it holds: checked, and read as Hugging Face tensors."""
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,13 @@ from megatron_sppo.conversion.hf_config import CONFIG_FILE, architecture_from_hf
 from megatron_sppo.conversion.megatron_checkpoint import (
     HF_DIRECTORY,
     MANIFEST_FILE,
+    check_backend,
+    listed_digests,
     resolve_checkpoint,
     verify_checkpoint,
 )
 from megatron_sppo.conversion.rules import Binding, bind, megatron_shapes
+from megatron_sppo.conversion.transfer import Span
 from megatron_sppo.errors import ConversionError
 
 logger = logging.getLogger(__name__)
@@ -39,6 +43,8 @@ class OpenedMegatron:
     reader: DistcpReader
     side_files: Path | None
     """Directory with config.json and tokenizer, or None where the checkpoint carries none."""
+    unchecked: Mapping[str, str]
+    """{file: sha256 that it must have} of those that whoever reads them has still to check."""
 
     def key_of(self, binding: Binding) -> str:
         """Key in the checkpoint: stacked over layers, or one of its own (mcore's non-homogeneous layers)."""
@@ -50,17 +56,32 @@ class OpenedMegatron:
 
     def read(self, binding: Binding) -> dict[str, Tensor]:
         """Read one Megatron tensor and make the Hugging Face tensors of it -> {name: tensor}."""
-        shape = binding.rule.megatron_shape(self.architecture)
-        key = self.key_of(binding)
-        offsets, sizes = (0,) * len(shape), shape
-        if key == binding.rule.key:
-            offsets, sizes = (*binding.index, *offsets), (*(1,) * len(binding.index), *shape)
-        tensor = self.reader.read(key, offsets, sizes).reshape(shape)
+        tensor = self.read_megatron(binding)
         return dict(zip(binding.hf_shapes, binding.rule.to_hf(tensor, self.architecture), strict=True))
 
+    def read_megatron(self, binding: Binding) -> Tensor:
+        """Read one Megatron tensor -> [*megatron_shape]."""
+        return self.reader.read(*self._box(binding)).reshape(binding.rule.megatron_shape(self.architecture))
 
-def open_megatron(megatron: Path, *, template: Path | None = None) -> OpenedMegatron:
+    def spans(self, binding: Binding) -> list[Span] | None:
+        """Find one Megatron tensor's bytes in the files, in its order; None where it has to be read."""
+        return self.reader.spans(*self._box(binding))
+
+    def _box(self, binding: Binding) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        """Place a Megatron tensor in the checkpoint -> (key, offsets, sizes)."""
+        shape = binding.rule.megatron_shape(self.architecture)
+        key, offsets = self.key_of(binding), (0,) * len(shape)
+        if key != binding.rule.key:
+            return key, offsets, shape
+        return key, (*binding.index, *offsets), (*(1,) * len(binding.index), *shape)
+
+
+def open_megatron(megatron: Path, *, template: Path | None = None, leave_unchecked: bool = False) -> OpenedMegatron:
     """Open a Megatron checkpoint for reading: checksums of what will be read, keys and shapes.
+
+    Args:
+        template: Hugging Face directory that says what model it is.
+        leave_unchecked: do not hash the weights now; the caller will while reading them (`unchecked`).
 
     Raises:
         DataError: no checkpoint there, or its checksums do not hold.
@@ -84,17 +105,30 @@ def open_megatron(megatron: Path, *, template: Path | None = None) -> OpenedMega
             f"{directory} has no {MODEL_FILE} that says what model it holds. "
             "Give its Hugging Face directory: --template HF_DIR."
         )
-    bindings = bind(family_of(architecture.family, place=str(directory / MODEL_FILE)), architecture)
+    family = family_of(architecture.family, place=str(directory / MODEL_FILE))
+    check_backend(directory)
     reader = DistcpReader.open(directory)
+    _check_counts(reader, architecture)
+    bindings = bind(family, architecture)
+    unchecked: dict[str, str] = {}
     if has_manifest:
         keys = [*megatron_shapes(bindings, architecture), *(binding.megatron_name for binding in bindings)]
-        verify_checkpoint(directory, names=reader.files(keys))
+        if leave_unchecked:
+            unchecked = listed_digests(directory, names=reader.files(keys))
+        else:
+            verify_checkpoint(directory, names=reader.files(keys))
     if template is not None:
         side_files: Path | None = Path(template)
     else:
         side_files = carried if (carried / CONFIG_FILE).is_file() else None
+        _check_carried(carried, architecture)
     opened = OpenedMegatron(
-        directory=directory, architecture=architecture, bindings=bindings, reader=reader, side_files=side_files
+        directory=directory,
+        architecture=architecture,
+        bindings=bindings,
+        reader=reader,
+        side_files=side_files,
+        unchecked=unchecked,
     )
     _check_keys(opened)
     return opened
@@ -134,6 +168,26 @@ def compare_tensors(
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _check_carried(carried: Path, architecture: Architecture) -> None:
+    """Refuse a carried config.json of another model: an export would hand it out with these weights."""
+    path = carried / CONFIG_FILE
+    if path.is_file() and architecture_from_hf(read_config(carried), place=str(path)) != architecture:
+        raise ConversionError(
+            f"{path} describes another model than {carried.parent / MODEL_FILE}. "
+            "Give the right Hugging Face directory: --template HF_DIR."
+        )
+
+
+def _check_counts(reader: DistcpReader, architecture: Architecture) -> None:
+    """Refuse more layers than there can be, before each is planned for."""
+    values = sum(math.prod(shape) for shape in reader.shapes().values())
+    if architecture.num_layers * (architecture.num_moe_experts or 1) > values:
+        raise ConversionError(
+            f"{reader.directory} holds {values} values, too few for {architecture.num_layers} layers. "
+            "It is a checkpoint of another model."
+        )
 
 
 def _check_keys(opened: OpenedMegatron) -> None:

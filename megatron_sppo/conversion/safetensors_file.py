@@ -7,7 +7,6 @@ while we read it gives an error, not SIGBUS.
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sppo.conversion.transfer import bytes_of, write_at
 from megatron_sppo.errors import ConversionError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -104,11 +104,7 @@ def write_tensor(descriptor: int, entry: Entry, tensor: Tensor) -> None:
     assert tensor.dtype == entry.dtype and tuple(tensor.shape) == entry.shape, (
         f"{entry} is to hold {tensor.dtype} {tensor.shape}"
     )
-    view = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    offset = entry.offset
-    while len(view):
-        written = os.pwrite(descriptor, view, offset)  # at most 2 GiB at a time
-        view, offset = view[written:], offset + written
+    write_at(descriptor, bytes_of(tensor), entry.offset)
 
 
 def new_header(

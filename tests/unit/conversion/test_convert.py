@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sppo.architecture import read_architecture
-from megatron_sppo.conversion import convert
+from megatron_sppo.conversion import convert, distcp_writer, transfer
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.conversion.hf_checkpoint import parse_size
 from megatron_sppo.conversion.megatron_checkpoint import verify_checkpoint
@@ -382,30 +382,16 @@ def test_a_damaged_megatron_checkpoint_is_never_exported(
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hf = tiny_llama(tmp_path / "hf")
 
-    class Full:
-        def __init__(self, file: Any) -> None:
-            self.file, self.left = file, 100_000
+    written, write = 0, os.pwrite
 
-        def __enter__(self) -> "Full":
-            return self
+    def full(descriptor: int, block: Any, offset: int) -> int:
+        nonlocal written
+        written += memoryview(block).nbytes
+        if written > 100_000:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, block, offset)
 
-        def __exit__(self, *exception: object) -> None:
-            self.file.close()
-
-        def flush(self) -> None:
-            self.file.flush()
-
-        def write(self, block: Any) -> int:
-            self.left -= memoryview(block).nbytes
-            if self.left < 0:
-                raise OSError(28, "No space left on device")
-            return self.file.write(block)
-
-    def full_open(path: Any, mode: str = "r", **settings: Any) -> Any:
-        file = open(path, mode, **settings)
-        return Full(file) if mode == "wb" else file
-
-    monkeypatch.setattr("megatron_sppo.conversion.distcp.open", full_open, raising=False)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(DataError, match="the disk is full") as caught:
         import_checkpoint(hf, tmp_path / "megatron")
     assert "\n" not in str(caught.value)
@@ -444,8 +430,11 @@ def test_a_killed_import_leaves_no_checkpoint_and_the_next_one_cleans_up(tmp_pat
     ]
 
 
-def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts what the conversion itself holds: read tensors that are still alive when the next one is asked for."""
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_few_tensors_are_in_memory_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | None
+) -> None:
+    """Counts what an import itself holds: read tensors that are still alive when the next one is asked for."""
     import weakref
 
     from megatron_sppo.conversion import hf_checkpoint
@@ -462,8 +451,79 @@ def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.M
         return tensor
 
     monkeypatch.setattr(hf_checkpoint, "read_tensor", counting)
-    import_checkpoint(hf, tmp_path / "megatron")
-    assert max(alive) <= 2, "q and k, when v is asked for"
+    monkeypatch.setattr(transfer, "BUDGET_BYTES", 1)  # every tensor is larger: alone, whatever the threads
+    import_checkpoint(hf, tmp_path / "megatron", dtype=dtype, workers=4)
+    if dtype is None:
+        assert alive == [], "what only moves is never a tensor"
+    else:
+        assert max(alive) == 2, "q and k, when v is asked for"
+
+
+@pytest.mark.parametrize("overrides", [{}, MIXTURES["mixtral"]], ids=["dense", "mixture"])
+def test_the_files_are_the_same_by_any_number_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(distcp_writer, "_MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(transfer, "BLOCK_BYTES", 1000)  # so that blocks end within tensors
+    hf = tiny_llama(tmp_path / "hf", num_hidden_layers=4, **overrides)
+    shard(hf, 3)
+    results = []
+    for workers in (1, 4):
+        iteration = import_checkpoint(hf, tmp_path / f"megatron{workers}", workers=workers)
+        verify_checkpoint(iteration)
+        assert len(list(iteration.glob("*.distcp"))) > 3
+        out = export_checkpoint(iteration, tmp_path / f"out{workers}", workers=workers)
+        assert files_of(out) == files_of(hf)
+        cast = export_checkpoint(iteration, tmp_path / f"cast{workers}", workers=workers, dtype="bfloat16")
+        results.append(({path.name: path.read_bytes() for path in iteration.glob("*.*")}, files_of(cast)))
+    assert results[0] == results[1]
+
+
+STEPS = [(name, call) for name in ("pwrite", "fsync", "fdatasync", "rename", "replace") for call in range(3)]
+
+
+@pytest.mark.parametrize("is_import", [True, False], ids=["import", "export"])
+def test_a_reader_sees_old_or_new_whichever_step_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_import: bool
+) -> None:
+    """Each write, fsync and rename of an overwriting conversion fails once; then the same command completes."""
+    old, new = tiny_llama(tmp_path / "old"), tiny_llama(tmp_path / "new", seed=1)
+    megatron = tmp_path / "megatron"
+    import_checkpoint(old, megatron)
+    out = export_checkpoint(megatron, tmp_path / "out")
+    if not is_import:
+        import_checkpoint(new, megatron, overwrite=True)
+
+    def convert_again() -> None:
+        if is_import:
+            import_checkpoint(new, megatron, overwrite=True)
+        else:
+            export_checkpoint(megatron, out, overwrite=True)
+
+    def state() -> dict[str, bytes]:
+        return files_of(out) if not is_import else files_of(export_checkpoint(megatron, tmp_path / "seen"))
+
+    failed = 0
+    for name, failing_call in STEPS:
+        real, calls = getattr(os, name), iter(range(10**6))
+
+        def fail(*arguments: Any, real: Any = real, calls: Any = calls, at: int = failing_call, **keywords: Any) -> Any:
+            if next(calls) == at:
+                raise OSError(5, "Input/output error")
+            return real(*arguments, **keywords)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, fail)
+            try:
+                convert_again()
+            except OSError:
+                failed += 1
+        assert state() in (files_of(old), files_of(new)), (name, failing_call)
+        shutil.rmtree(tmp_path / "seen", ignore_errors=True)
+        assert not [path.name for path in tmp_path.rglob(".*") if ".tmp-" in path.name], (name, failing_call)
+    assert failed >= 8, "some steps are not taken three times"
+    convert_again()
+    assert state() == files_of(new)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from megatron_sppo.conversion.distcp import DistcpReader, Piece, check_metadata, read_metadata, write_distcp
+from megatron_sppo.conversion.distcp import DistcpReader, check_metadata, read_metadata
+from megatron_sppo.conversion.distcp_writer import Piece, write_distcp
 from megatron_sppo.errors import ConversionError, DataError
 
 STACKED = torch.arange(3 * 4 * 5, dtype=torch.float32).reshape(3, 4, 5)

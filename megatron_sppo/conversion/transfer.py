@@ -1,0 +1,224 @@
+"""Bytes from file to file in one pass: every block is read once, hashed and written, by several threads side by side.
+
+A weight that only changes its place never becomes a tensor: memory holds one block a thread, whatever the model's
+size. What must be computed (a cast, a cut across columns) is a whole tensor, and as many of those are held at a time
+as fit into a fixed number of bytes. hashlib, pread and pwrite all release the GIL, so threads use as many cores.
+"""
+
+import contextlib
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_sppo.errors import ConversionError
+
+BLOCK_BYTES = 4 << 20
+"""Small enough to stay in a core's cache between reading, hashing and writing."""
+BUDGET_BYTES = 256 << 20
+"""Of tensors in the making at a time; one that is larger is made alone."""
+_MOST_WORKERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes of a file."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A tensor that has to be computed."""
+
+    nbytes: int
+    """Memory that making it takes."""
+    make: Callable[[], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Bytes of a source file and where they go in an open file."""
+
+    offset: int
+    nbytes: int
+    descriptor: int
+    target: int
+
+
+class Transfer:
+    """The threads of one conversion, the files that they read, and how much memory they may take together."""
+
+    def __init__(self, *, workers: int | None, progress: Callable[[int], object]) -> None:
+        if workers is not None and workers < 1:
+            raise ConversionError(f"workers is {workers}. Use --workers 1 or more.")
+        self.workers = workers or default_workers()
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._sources: dict[Path, int] = {}
+        self._budget = _Budget(BUDGET_BYTES)
+        self._stopped = threading.Event()
+
+    def __enter__(self) -> "Transfer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for descriptor in self._sources.values():
+            os.close(descriptor)
+
+    def run(self, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Run the tasks side by side -> their results, in order. After a failure the others end at their next block."""
+        with ThreadPoolExecutor(max_workers=self.workers) as pool:
+            futures = [pool.submit(task) for task in tasks]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                if not all(future.done() and not future.exception() for future in futures):
+                    self._stopped.set()
+                    pool.shutdown(cancel_futures=True)
+        failures = [future.exception() for future in futures if not future.cancelled() and future.exception()]
+        for failure in sorted(failures, key=lambda failure: isinstance(failure, _Stopped)):
+            assert failure is not None
+            raise failure
+        return [future.result() for future in futures]
+
+    def gather(self, path: Path, parts: Sequence[bytes | Span | Made]) -> tuple[str, int]:
+        """Write a file from its parts, one after another -> (sha256, bytes)."""
+        digest, size = hashlib.sha256(), 0
+        buffer = bytearray(BLOCK_BYTES)
+        with open(path, "wb", buffering=0) as file:
+            for part in parts:
+                for block in self._blocks(part, buffer):
+                    digest.update(block)
+                    write_at(file.fileno(), block, size)
+                    size += len(block)
+                    if not isinstance(part, bytes):
+                        self.advance(len(block))
+            os.fsync(file.fileno())  # here, where the other threads go on meanwhile
+        return digest.hexdigest(), size
+
+    def scatter(self, source: Path, moves: Sequence[Move], *, whole: bool) -> str | None:
+        """Send bytes of one file to their places -> sha256 of the file, if the `whole` of it is to be read."""
+        moves = sorted(moves, key=lambda move: move.offset)
+        buffer = bytearray(BLOCK_BYTES)
+        digest = hashlib.sha256() if whole else None
+        if digest is not None:
+            first = 0
+            for start, block in self._read(Span(source, 0, os.stat(source).st_size), buffer):
+                digest.update(block)
+                while first < len(moves) and moves[first].offset + moves[first].nbytes <= start:
+                    first += 1
+                for move in moves[first:]:
+                    if move.offset >= start + len(block):
+                        break
+                    self._send(block, start, move)
+        else:
+            for move in moves:
+                for start, block in self._read(Span(source, move.offset, move.nbytes), buffer):
+                    self._send(block, start, move)
+        for descriptor in {move.descriptor for move in moves}:
+            os.fdatasync(descriptor)  # here, where the other threads go on meanwhile
+        return None if digest is None else digest.hexdigest()
+
+    @contextlib.contextmanager
+    def hold(self, nbytes: int) -> Iterator[None]:
+        """Wait until so much memory may be taken, and hold it."""
+        with self._budget.hold(nbytes):
+            self._check_stopped()
+            yield
+
+    def advance(self, nbytes: int) -> None:
+        """Report bytes that are done."""
+        with self._lock:
+            self._progress(nbytes)
+
+    def _blocks(self, part: bytes | Span | Made, buffer: bytearray) -> Iterator[bytes | memoryview]:
+        if isinstance(part, bytes):
+            yield part
+        elif isinstance(part, Span):
+            for _, block in self._read(part, buffer):
+                yield block
+        else:
+            with self.hold(part.nbytes):
+                yield bytes_of(part.make())
+
+    def _read(self, span: Span, buffer: bytearray) -> Iterator[tuple[int, memoryview]]:
+        """Read block by block -> (offset in the file, bytes, valid until the next)."""
+        descriptor, view = self._source(span.path), memoryview(buffer)
+        position, end = span.offset, span.offset + span.nbytes
+        while position < end:
+            self._check_stopped()
+            count = os.preadv(descriptor, [view[: min(len(view), end - position)]], position)
+            if not count:
+                raise ConversionError(
+                    f"{span.path} became shorter while it was read. Leave it alone, and run the command again."
+                )
+            yield position, view[:count]
+            position += count
+
+    def _send(self, block: memoryview, start: int, move: Move) -> None:
+        low, high = max(start, move.offset), min(start + len(block), move.offset + move.nbytes)
+        write_at(move.descriptor, block[low - start : high - start], move.target + low - move.offset)
+        self.advance(high - low)
+
+    def _source(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._sources:
+                self._sources[path] = os.open(path, os.O_RDONLY)
+            return self._sources[path]
+
+    def _check_stopped(self) -> None:
+        if self._stopped.is_set():
+            raise _Stopped
+
+
+class _Stopped(Exception):
+    """Another thread has failed; this one gives up."""
+
+
+class _Budget:
+    """So many bytes at a time; what needs more than there are waits until it is alone."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._free = self._all = nbytes
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, nbytes: int) -> Iterator[None]:
+        nbytes = min(nbytes, self._all)
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= nbytes)
+            self._free -= nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += nbytes
+                self._changed.notify_all()
+
+
+def default_workers() -> int:
+    """Count the cores that this process may use, at most 16 -> int."""
+    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """View a tensor's values as they lie in a file; copied only where it is not contiguous."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_at(descriptor: int, view: bytes | memoryview, offset: int) -> None:
+    """Write all of `view` at `offset` of an open file."""
+    view = memoryview(view)
+    while len(view):
+        written = os.pwrite(descriptor, view, offset)  # at most 2 GiB at a time
+        view, offset = view[written:], offset + written
