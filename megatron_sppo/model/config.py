@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from megatron_sppo.architecture import Architecture
 from megatron_sppo.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -95,7 +96,66 @@ def token_multiple(config: ModelConfig, *, tensor_model_parallel_size: int, sequ
     Sequence parallelism splits tokens over tensor-parallel ranks; FP8 matrix products want 16 rows a rank, blockwise
     scaling 128 (Transformer Engine 2.11).
     """
-    per_rank = 1
-    if config.fp8 != "none":
-        per_rank = 128 if config.fp8_recipe == "blockwise" else 16
-    return per_rank * (tensor_model_parallel_size if sequence_parallel else 1)
+    return fp8_multiple(config) * (tensor_model_parallel_size if sequence_parallel else 1)
+
+
+def fp8_multiple(config: ModelConfig) -> int:
+    """Say what rows and columns of a rank's FP8 matrices must be a multiple of -> int; 1 without FP8."""
+    if config.fp8 == "none":
+        return 1
+    return 128 if config.fp8_recipe == "blockwise" else 16
+
+
+def check_divisibility(
+    config: ModelConfig,
+    architecture: Architecture,
+    *,
+    tensor_model_parallel_size: int,
+    expert_tensor_parallel_size: int,
+) -> None:
+    """Refuse FP8 for a model whose matrices, divided over ranks, have other sizes than its products take.
+
+    Tokens need no such check: micro-batches are padded to `token_multiple`.
+
+    Raises:
+        ConfigError: the arithmetic of the first size that does not fit, and a setting that does.
+    """
+    multiple = fp8_multiple(config)
+    unfit = _unfit_size(architecture, multiple, tensor_model_parallel_size, expert_tensor_parallel_size)
+    if unfit is None:
+        return
+    what, size, ranks = unfit
+    split = f" / {ranks} tensor-parallel ranks = {size // ranks}" if ranks > 1 else ""
+    raise ConfigError(
+        f"fp8_recipe {config.fp8_recipe} multiplies matrices whose sides are multiples of {multiple}: the model's "
+        f"{size} {what}{split} are not. {_fp8_remedy(config, architecture, tensor_model_parallel_size)}"
+    )
+
+
+def _unfit_size(
+    architecture: Architecture, multiple: int, tensor: int, expert_tensor: int
+) -> tuple[str, int, int] | None:
+    """Find the first side of a matrix that does not fit -> (what, whole size, ranks that split it), or None."""
+    query = architecture.num_attention_heads * architecture.kv_channels
+    key = architecture.num_query_groups * architecture.kv_channels
+    sides = [
+        ("channels of hidden_size", architecture.hidden_size, 1),
+        ("query channels", query, tensor),
+        ("query, key and value channels", query + 2 * key, tensor),
+    ]
+    if architecture.moe_ffn_hidden_size is None:
+        sides.append(("feed-forward channels", architecture.ffn_hidden_size, tensor))
+    else:
+        sides.append(("feed-forward channels of an expert", architecture.moe_ffn_hidden_size, expert_tensor))
+    return next((side for side in sides if side[1] // side[2] % multiple), None)
+
+
+def _fp8_remedy(config: ModelConfig, architecture: Architecture, tensor: int) -> str:
+    """Name a smaller tensor-parallel size, another recipe or no FP8, whichever comes first and fits."""
+    multiple = fp8_multiple(config)
+    for size in range(tensor - 1, 0, -1):
+        if tensor % size == 0 and _unfit_size(architecture, multiple, size, size) is None:
+            return f"Use --tensor-model-parallel-size {size}."
+    if multiple > 16 and _unfit_size(architecture, 16, tensor, tensor) is None:
+        return "Use --fp8-recipe tensorwise."
+    return "Use --fp8 none."

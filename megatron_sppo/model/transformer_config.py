@@ -66,6 +66,8 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
         "masked_softmax_fusion": False,
         "persist_layer_norm": fused,
         "apply_rope_fusion": fused,
+        # Transformer Engine's ring of keys and values; our attention for the torch spec gathers them whatever this is.
+        "cp_comm_type": "p2p" if fused else None,
         **_experts(architecture, fused=fused),
         **_precision(config),
         **_recomputation(config, architecture),
@@ -117,7 +119,14 @@ def _experts(architecture: Architecture, *, fused: bool) -> dict[str, Any]:
 def _precision(config: ModelConfig) -> dict[str, Any]:
     if config.fp8 == "none":
         return {}
-    return {"fp8": config.fp8, "fp8_recipe": config.fp8_recipe, "first_last_layers_bf16": config.first_last_layers_bf16}
+    return {
+        "fp8": config.fp8,
+        "fp8_recipe": config.fp8_recipe,
+        "fp8_param": False,  # weights stay in bfloat16: checkpoints, hashes and the optimizer's copies know no other
+        "first_last_layers_bf16": config.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": 1,
+        "num_layers_at_end_in_bf16": 1,
+    }
 
 
 def _recomputation(config: ModelConfig, architecture: Architecture) -> dict[str, Any]:
@@ -190,6 +199,9 @@ _TUNABLE = frozenset(
         "apply_rope_fusion",
         "deallocate_pipeline_outputs",
         "attention_softmax_in_fp32",
+        "cp_comm_type",
+        "num_layers_at_start_in_bf16",
+        "num_layers_at_end_in_bf16",
         "moe_token_dispatcher_type",
         "recompute_granularity",
         "recompute_method",

@@ -9,7 +9,7 @@ from megatron_sppo.config import write_yaml
 from megatron_sppo.conversion import distcp, megatron_checkpoint
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.model.config import check_machine
+from megatron_sppo.model.config import check_divisibility, check_machine
 from megatron_sppo.training import parallel
 from megatron_sppo.training.config import TrainingConfig
 
@@ -30,6 +30,12 @@ def open_source(config: TrainingConfig) -> tuple[Path, Architecture, dict[str, A
     architecture, tokenizer = read_architecture(source)
     world_size = parallel.world_size()
     parallel.check_layout(config.parallel, architecture, world_size=world_size)
+    check_divisibility(
+        config.model,
+        architecture,
+        tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
+        expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
+    )
     config.check_batch(data_parallel_size=world_size // config.parallel.model_parallel_size)
     _verify(source)
     return source, architecture, tokenizer

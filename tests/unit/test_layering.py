@@ -15,10 +15,10 @@ PACKAGE = REPOSITORY / "megatron_sppo"
 # Layer by layer, lowest first. A module may import its own layer's own folder and everything below.
 LAYERS = (
     ("errors", "storage", "tokenizer", "architecture", "config", "command_line"),
-    ("objective", "rollout.records", "data.schema", "conversion.rules", "zigzag"),
+    ("objective", "rollout.records", "data.schema", "conversion.rules", "zigzag", "flops"),
     ("rollout", "judge", "data", "model", "conversion"),
     ("training",),
-    ("verification", "selfplay"),
+    ("verification", "selfplay", "planning"),
     ("tools", "examples", "benchmarks"),
 )
 # Neighbours on one layer that the design joins on purpose.
@@ -31,6 +31,7 @@ BANS = {
     "model": {"vllm", "transformers"},
     "data": {"vllm", "transformers"},
     "conversion": {"megatron_sppo.training", "megatron_sppo.model"},
+    "planning": {"vllm", "transformers"},
     "objective": {"megatron", "vllm", "transformers", "megatron_sppo.training", "megatron_sppo.model"},
 }
 BASE_MAY_NOT = {"torch", "megatron", "vllm", "transformers", "transformer_engine"}

@@ -1,0 +1,62 @@
+"""Floating-point operations of the model, by its shapes and the lengths of its documents. Pure Python.
+
+A product [m, k] x [k, n] counts 2 m k n. Attention is causal within each document: a document of n tokens has
+n (n + 1) / 2 pairs of positions that see each other, and each pair costs 4 FLOPs per channel of the queries (a score,
+a weighted value). Norms, rotations, activations and the softmax are left out, as is usual.
+"""
+
+from megatron_sppo.architecture import Architecture
+
+BACKWARD_FACTOR = 2
+"""A product's backward pass takes two of its size: one for its input, one for its weight."""
+
+
+def attended_pairs(num_tokens: int) -> int:
+    """Count the pairs (query, key) of a causal document -> n (n + 1) / 2."""
+    return num_tokens * (num_tokens + 1) // 2
+
+
+def layer_flops_per_token(architecture: Architecture) -> int:
+    """Count the products of one layer for one token, forward, without attention's scores and values."""
+    queries = architecture.num_attention_heads * architecture.kv_channels
+    keys = architecture.num_query_groups * architecture.kv_channels
+    weights = architecture.hidden_size * (2 * queries + 2 * keys)
+    if architecture.num_moe_experts is None:
+        return 2 * (weights + 3 * architecture.hidden_size * architecture.ffn_hidden_size)
+    chosen, width = architecture.moe_router_topk or 0, architecture.moe_ffn_hidden_size or 0
+    weights += architecture.hidden_size * (architecture.num_moe_experts + 3 * chosen * width)
+    return 2 * weights
+
+
+def attention_flops_per_pair(architecture: Architecture) -> int:
+    """Count scores and weighted values of one layer for one pair of positions, forward."""
+    return 4 * architecture.num_attention_heads * architecture.kv_channels
+
+
+def head_flops_per_token(architecture: Architecture) -> int:
+    """Count the product with the output weight for one response token, forward."""
+    return 2 * architecture.hidden_size * architecture.vocab_size
+
+
+def forward_flops(
+    architecture: Architecture, *, num_tokens: float, num_pairs: float, num_response_tokens: float
+) -> float:
+    """Count a forward pass of the whole model -> FLOPs.
+
+    Args:
+        num_tokens: real tokens, prompts included.
+        num_pairs: `attended_pairs` summed over the documents.
+        num_response_tokens: rows that reach the vocabulary.
+    """
+    layer = layer_flops_per_token(architecture) * num_tokens + attention_flops_per_pair(architecture) * num_pairs
+    return architecture.num_layers * layer + head_flops_per_token(architecture) * num_response_tokens
+
+
+def training_flops(
+    architecture: Architecture, *, num_tokens: float, num_pairs: float, num_response_tokens: float
+) -> float:
+    """Count forward and backward of a training step, what is computed again left out (model FLOPs) -> FLOPs."""
+    forward = forward_flops(
+        architecture, num_tokens=num_tokens, num_pairs=num_pairs, num_response_tokens=num_response_tokens
+    )
+    return (1 + BACKWARD_FACTOR) * forward

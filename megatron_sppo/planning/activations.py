@@ -1,0 +1,223 @@
+"""What autograd keeps of one micro-batch, tensor by tensor, under either layer spec and every kind of recomputation.
+
+The torch spec's lists are held against a real forward pass (tests/unit/planning/test_activations.py); those of
+Transformer Engine are read from its modules (2.11) and megatron-core's fused functions, and are computed only.
+
+T = tokens of a micro-batch on a context-parallel rank, n = tokens of a rank between the layers' products (T / TP under
+sequence parallelism), H = hidden size, q and k = query and key channels of a rank, F = feed-forward channels of a rank,
+e = bytes of the activations' type, R = response tokens.
+"""
+
+from dataclasses import dataclass
+
+from megatron_sppo.architecture import Architecture
+from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.planning.parameters import Grid, norms_per_layer
+
+FLOAT32 = 4
+FP8 = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchShape:
+    """One micro-batch as a rank sees it."""
+
+    num_tokens: int
+    """T, padding included."""
+    num_response_tokens: int
+    """R of this context-parallel rank."""
+    sum_of_squares: int
+    """Squared lengths of the whole row's documents, added up: what a mask of a document against itself takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Bytes that a rank keeps between a micro-batch's forward and backward pass."""
+
+    layer: dict[str, int]
+    """Of one layer, by what it is."""
+    recomputed: int
+    """Of one layer while it is computed again, beyond what is kept of it."""
+    first: int
+    """Before the layers, where the stage has the embedding."""
+    last: int
+    """After the layers, where the stage has the head."""
+    working: int
+    """Most that the backward pass of a layer needs beside what is kept."""
+
+    @property
+    def per_layer(self) -> int:
+        """Bytes of one layer."""
+        return sum(self.layer.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    """Numbers of a rank that every list below is made of."""
+
+    tokens: int
+    between: int
+    hidden: int
+    query: int
+    key: int
+    head: int
+    heads: int
+    width: int
+    type_bytes: int
+
+    @property
+    def residual(self) -> int:
+        """Bytes of [n, H]."""
+        return self.between * self.hidden * self.type_bytes
+
+
+def activations(
+    architecture: Architecture, model: ModelConfig, grid: Grid, shape: MicroBatchShape, *, engine: bool
+) -> Activations:
+    """Add up what is kept of one micro-batch -> Activations.
+
+    Args:
+        engine: Transformer Engine's spec (CUDA); otherwise torch's (CPU).
+    """
+    parallel, tensor = grid.parallel, grid.parallel.tensor_model_parallel_size
+    width = architecture.moe_ffn_hidden_size or architecture.ffn_hidden_size
+    sizes = _Sizes(
+        tokens=shape.num_tokens,
+        between=shape.num_tokens // (tensor if parallel.sequence_parallel else 1),
+        hidden=architecture.hidden_size,
+        query=architecture.num_attention_heads * architecture.kv_channels // tensor,
+        key=architecture.num_query_groups * architecture.kv_channels // tensor,
+        head=architecture.kv_channels,
+        heads=architecture.num_attention_heads // tensor,
+        width=width // (parallel.expert_tensor_parallel_size if architecture.num_moe_experts else tensor),
+        type_bytes=model.dtype.itemsize,
+    )
+    items = _engine_layer if engine else _torch_layer
+    whole = items(architecture, model, grid, shape, sizes, recompute=False)
+    kept = whole
+    if model.recompute_granularity == "selective":
+        kept = items(architecture, model, grid, shape, sizes, recompute=True)
+    elif model.recompute_granularity == "full":
+        kept = {"layer input": sizes.residual}
+    kept_bytes, whole_bytes = sum(kept.values()), sum(whole.values())
+    norm = sum(_engine_norm(sizes).values()) if engine else sum(_torch_norm(sizes).values())
+    rows = shape.num_response_tokens * (sizes.hidden * sizes.type_bytes + 2 * 8 + FLOAT32)
+    return Activations(
+        layer=kept,
+        recomputed=whole_bytes - kept_bytes,
+        first=shape.num_tokens * (8 + (tensor > 1)),
+        last=norm + rows,
+        working=_working(sizes, engine=engine),
+    )
+
+
+def _working(sizes: _Sizes, *, engine: bool) -> int:
+    """Estimate the backward pass's own tensors: gradients of a layer's widest part, and of the residual stream."""
+    if engine:
+        gathered = sizes.tokens * sizes.hidden * sizes.type_bytes
+        return 3 * sizes.residual + gathered + 3 * sizes.tokens * sizes.width * sizes.type_bytes
+    # The norm's backward pass has four float32 tensors of the residual's size at one time.
+    norm = 4 * sizes.between * sizes.hidden * FLOAT32
+    return max(norm, 2 * sizes.residual + 2 * sizes.tokens * sizes.width * sizes.type_bytes)
+
+
+def _torch_norm(sizes: _Sizes) -> dict[str, int]:
+    """model/normalization.py keeps the float32 input, the scale and the normalised input."""
+    return {"norm": sizes.between * (sizes.hidden * (FLOAT32 + sizes.type_bytes) + FLOAT32)}
+
+
+def _torch_layer(
+    architecture: Architecture,
+    model: ModelConfig,
+    grid: Grid,
+    shape: MicroBatchShape,
+    sizes: _Sizes,
+    *,
+    recompute: bool,
+) -> dict[str, int]:
+    """List what a layer of the torch spec keeps -> {what: bytes}."""
+    context = grid.parallel.context_parallel_size
+    wide = sizes.tokens * sizes.type_bytes
+    norm = sum(_torch_norm(sizes).values())
+    items = {
+        "norms": norms_per_layer(architecture) * norm,
+        "input of linear_qkv": sizes.residual,
+        "rotation": 4 * wide * sizes.head,
+        # Values are a view of the projection's output, which is kept whole for them.
+        "queries, keys and values": wide * (2 * sizes.query + 3 * sizes.key),
+        "input of linear_proj": wide * sizes.query,
+    }
+    if context > 1:
+        # Keys and values of all ranks, gathered and put in order, in place of the views; order and positions.
+        items["queries, keys and values"] = wide * (sizes.query + 2 * sizes.key * context)
+    if not recompute:
+        masks = shape.sum_of_squares // context * sizes.type_bytes if context > 1 else 0
+        items["attention"] = wide * sizes.query + sizes.tokens * sizes.heads * FLOAT32 + masks
+    if architecture.qk_layernorm:
+        channels, norms = sizes.query + sizes.key, sizes.heads + sizes.key // sizes.head
+        items["norms of queries and keys"] = sizes.tokens * (channels * (FLOAT32 + sizes.type_bytes) + norms * FLOAT32)
+    if architecture.num_moe_experts is None:
+        # Gate and up, silu(gate), up + 0 (megatron-core 0.16.1 and 0.19.2, mlp.py adds an offset), their product.
+        items["feed-forward"] = sizes.residual + wide * 5 * sizes.width
+        return items
+    return items | _torch_experts(architecture, grid, sizes)
+
+
+def _torch_experts(architecture: Architecture, grid: Grid, sizes: _Sizes) -> dict[str, int]:
+    """List what a mixture keeps on the CPU: of tokens of all ranks, their routes and the experts' tensors."""
+    parallel = grid.parallel
+    experts, chosen = architecture.num_moe_experts or 0, architecture.moe_router_topk or 0
+    gathered = sizes.between * parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    routed = gathered * chosen // parallel.expert_model_parallel_size  # to the experts here, where all are as busy
+    local = experts // parallel.expert_model_parallel_size
+    return {
+        "router": sizes.residual + sizes.between * chosen * (8 + FLOAT32),
+        "routes": gathered * local * (1 + FLOAT32) + routed * (8 + FLOAT32),
+        # As in a dense layer, and the product once more: weighed by the router.
+        "experts": routed * (sizes.hidden + 6 * sizes.width) * sizes.type_bytes,
+    }
+
+
+def _engine_norm(sizes: _Sizes) -> dict[str, int]:
+    """Transformer Engine's RMSNorm keeps its input and the reciprocal root."""
+    return {"norm": sizes.residual + sizes.between * FLOAT32}
+
+
+def _engine_layer(
+    architecture: Architecture,
+    model: ModelConfig,
+    grid: Grid,
+    shape: MicroBatchShape,
+    sizes: _Sizes,
+    *,
+    recompute: bool,
+) -> dict[str, int]:
+    """List what a layer of Transformer Engine's spec keeps -> {what: bytes}.
+
+    Under FP8 the inputs of products are kept in one byte an element; queries, keys, values and the attention's output
+    stay in bfloat16 (no FP8 attention), and so do the residual stream and the activation's input.
+    """
+    product_bytes = FP8 if model.fp8 != "none" else sizes.type_bytes
+    wide, normed = sizes.tokens * sizes.type_bytes, sizes.between * sizes.hidden * product_bytes
+    items = {
+        "norms": norms_per_layer(architecture) * sum(_engine_norm(sizes).values()),
+        "input of linear_qkv": normed,
+        "queries, keys and values": wide * (2 * sizes.query + 3 * sizes.key),
+        "input of linear_proj": sizes.tokens * sizes.query * product_bytes,
+    }
+    if not recompute:
+        # In bfloat16 the output is the very input of linear_proj.
+        output = wide * sizes.query if product_bytes == FP8 else 0
+        items["attention"] = output + sizes.tokens * sizes.heads * FLOAT32
+    if architecture.qk_layernorm:
+        items["norms of queries and keys"] = wide * (sizes.query + sizes.key)
+    if architecture.num_moe_experts is None:
+        items["feed-forward"] = normed + wide * 2 * sizes.width + sizes.tokens * sizes.width * product_bytes
+        return items
+    # Tokens are exchanged with those who hold their experts; as many come as go where the router is balanced.
+    routed = sizes.between * (architecture.moe_router_topk or 0)
+    items["router"] = sizes.residual + sizes.between * 3 * architecture.num_moe_experts * FLOAT32
+    items["experts"] = routed * (
+        sizes.hidden * product_bytes + sizes.width * (2 * sizes.type_bytes + product_bytes) + 2 * FLOAT32
+    )
+    return items

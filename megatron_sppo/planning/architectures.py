@@ -1,0 +1,86 @@
+"""Shapes of published models, so that a plan needs no files of theirs. Only what a plan reads is meant to be right."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_sppo.architecture import Architecture
+from megatron_sppo.conversion.hf_config import architecture_from_hf, read_config
+from megatron_sppo.errors import ConfigError
+
+
+def _shape(
+    family: str, layers: int, hidden: int, ffn: int, heads: int, groups: int, head: int, vocab: int, **rest: Any
+) -> Architecture:
+    values: dict[str, Any] = {
+        "max_position_embeddings": 8192,
+        "layernorm_epsilon": 1e-5,
+        "rotary_base": 500000.0,
+        "share_embeddings_and_output_weights": False,
+    }
+    return Architecture(
+        family=family,
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=head,
+        vocab_size=vocab,
+        **(values | rest),
+    )
+
+
+_TIED = {"share_embeddings_and_output_weights": True}
+_QWEN2 = {"max_position_embeddings": 32768, "add_qkv_bias": True}
+
+PUBLISHED: dict[str, Architecture] = {
+    "smollm2-135m": _shape("llama", 30, 576, 1536, 9, 3, 64, 49152, **_TIED),
+    "llama3.2-1b": _shape("llama", 16, 2048, 8192, 32, 8, 64, 128256, max_position_embeddings=131072, **_TIED),
+    "llama3.2-3b": _shape("llama", 28, 3072, 8192, 24, 8, 128, 128256, max_position_embeddings=131072, **_TIED),
+    "llama3-8b": _shape("llama", 32, 4096, 14336, 32, 8, 128, 128256),
+    "llama3-70b": _shape("llama", 80, 8192, 28672, 64, 8, 128, 128256),
+    "mistral-7b": _shape("mistral", 32, 4096, 14336, 32, 8, 128, 32000, max_position_embeddings=32768),
+    "gemma-2-9b": _shape("gemma2", 42, 3584, 14336, 16, 8, 256, 256000, **_TIED),
+    "qwen2.5-7b": _shape("qwen2", 28, 3584, 18944, 28, 4, 128, 152064, **_QWEN2),
+    "qwen2.5-72b": _shape("qwen2", 80, 8192, 29568, 64, 8, 128, 152064, **_QWEN2),
+    "qwen3-8b": _shape("qwen3", 36, 4096, 12288, 32, 8, 128, 151936, max_position_embeddings=40960, qk_layernorm=True),
+    "mixtral-8x7b": _shape(
+        "mixtral", 32, 4096, 14336, 32, 8, 128, 32000, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=14336
+    ),
+    "qwen3-30b-a3b": _shape(
+        "qwen3_moe", 48, 2048, 6144, 32, 4, 128, 151936, qk_layernorm=True,
+        num_moe_experts=128, moe_router_topk=8, moe_ffn_hidden_size=768,
+    ),
+}  # fmt: skip
+"""By name. Number of weights as published: tests/unit/planning/test_parameters.py."""
+
+
+def find_architecture(model: str | None, *, config_file: Path | None) -> tuple[str, Architecture]:
+    """Find what is to be planned -> (how it was named, architecture).
+
+    Args:
+        model: a Hugging Face directory (its config.json is enough), or a name of `PUBLISHED`.
+        config_file: without `model`, the published model that the file's name begins with: llama3_70b_h100.yaml.
+
+    Raises:
+        ConfigError: neither says which model.
+        ConversionError: the directory's config.json is not one that can be converted.
+    """
+    if model is not None and Path(model).is_dir():
+        return model, architecture_from_hf(read_config(Path(model)))
+    if model is not None:
+        if model not in PUBLISHED:
+            raise ConfigError(f"{model} is no directory and no built-in model. Use one of: {', '.join(PUBLISHED)}.")
+        return model, PUBLISHED[model]
+    begins = _bare(config_file.stem) if config_file is not None else ""
+    fitting = [name for name in PUBLISHED if begins.startswith(_bare(name))]
+    if not fitting:
+        raise ConfigError(
+            f"no model is named. Use --model with a Hugging Face directory or one of: {', '.join(PUBLISHED)}."
+        )
+    name = max(fitting, key=len)
+    return f"{name} (by the name of {config_file})", PUBLISHED[name]
+
+
+def _bare(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())

@@ -1,0 +1,152 @@
+"""What a plan is told: a training config, how much there is to train on, and what the machine is taken to do."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_sppo import config as configuration
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.training.config import BatchConfig, ObjectiveConfig, RunConfig
+from megatron_sppo.training.optimizer import OptimizationConfig
+from megatron_sppo.training.parallel import ParallelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectConfig:
+    """What is planned."""
+
+    model: str | None = None
+    """Hugging Face directory (its config.json is enough) or a built-in name such as llama3-70b. Unset: the model that
+    the config file's name begins with."""
+    world_size: tuple[int, ...] = ()
+    """Ranks; several sizes are planned side by side. Unset: one replica of the model."""
+    json: bool = False
+    """Print JSON in place of tables."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadConfig:
+    """One iteration's data. Means decide time, `seq_length` and `micro_batch_size` decide memory."""
+
+    num_prompts: int = 20_000
+    """Prompts of an iteration; published runs take a third of UltraFeedback's 60,000."""
+    num_responses: int = 5
+    """K answers sampled and judged for each prompt."""
+    responses_trained: int | None = None
+    """Answers of a prompt that are trained on. Unset: 2 (best and worst) under selection extremes or a pairwise
+    objective, otherwise all K."""
+    mean_prompt_tokens: float = 160.0
+    """Tokens; UltraFeedback's are near it."""
+    mean_response_tokens: float = 350.0
+    """Tokens of an answer."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "num_responses", "mean_prompt_tokens", "mean_response_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}. Use --{name.replace('_', '-')} 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MachineConfig:
+    """What a GPU and its network are taken to do. Assumptions with their sources, none of them measured here."""
+
+    gpu_memory_gb: float = 80.0
+    """10^9 bytes of an H100 SXM."""
+    context_gib: float = 3.0
+    """CUDA context, NCCL buffers of all groups and cuBLAS workspaces, GiB (assumed)."""
+    fragmentation: float = 0.05
+    """Share of activations that the allocator wastes (assumed)."""
+    bf16_tflops: float = 600.0
+    """Of a layer's products while they run, traffic and bubble apart: 78 % of the 770 measured for one 8192^3 product
+    on an H200. This and the next are chosen so that the plan lies within a quarter of three published runs."""
+    fp8_tflops: float = 1000.0
+    """The same in FP8, casts included; 1979 on paper."""
+    gpus_per_node: int = 8
+    """GPUs that NVLink joins."""
+    node_gb_per_s: float = 300.0
+    """Bandwidth of a GPU's collectives within a node, one way; 450 of NVLink 4 on paper (assumed two thirds)."""
+    network_gb_per_s: float = 40.0
+    """Between nodes, for each GPU; 50 of a 400 Gbit/s adapter on paper (assumed 80 %)."""
+    hbm_gb_per_s: float = 3350.0
+    """Memory bandwidth on paper, H100 SXM; decoding is bound by it."""
+    decode_efficiency: float = 0.5
+    """Share of `hbm_gb_per_s` that the sampler reaches (assumed)."""
+    decode_sequences: int = 256
+    """Answers that one sampler decodes at a time; vLLM's default."""
+    judge_tflops: float = 200.0
+    """Sustained by PairRM (0.4 billion weights, bf16) in large batches (assumed)."""
+    storage_gb_per_s: float = 2.0
+    """Reading or writing checkpoints, for each node (assumed); conversion is one process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """A training config with what a plan needs beside it. `lr` and paths may be there and change nothing."""
+
+    plan: SubjectConfig = field(default_factory=SubjectConfig)
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimization: OptimizationConfig = field(default_factory=lambda: OptimizationConfig(lr=5e-7))
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    load: Path | None = None
+    data: Path | None = None
+    save: Path | None = None
+
+
+def read_plan(argv: Sequence[str], *, name: str, description: str) -> tuple[PlanConfig, Path | None]:
+    """Read the command line -> (config, the file of --config).
+
+    The file may be one of examples/pretrain_sppo.py or one of tools/self_play.py, whose section `training` and numbers
+    of prompts, answers and ranks are then taken.
+
+    Raises:
+        ConfigError: as `config.parse`.
+    """
+    tokens = list(argv)
+    place = next((i for i, token in enumerate(tokens) if token == "--config" and i + 1 < len(tokens)), None)
+    if place is None:
+        return configuration.parse(PlanConfig, name=name, description=description, argv=tokens), None
+    file = Path(tokens[place + 1])
+    settings = _self_play_settings(file)
+    if settings is None:
+        return configuration.parse(PlanConfig, name=name, description=description, argv=tokens), file
+    with tempfile.TemporaryDirectory() as directory:
+        flat = Path(directory, file.name)
+        flat.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        tokens[place + 1] = str(flat)
+        try:
+            return configuration.parse(PlanConfig, name=name, description=description, argv=tokens), file
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(str(flat), str(file))) from None
+
+
+def _self_play_settings(file: Path) -> dict[str, Any] | None:
+    """Take what a plan reads from a self-play config -> flat settings; None for another kind of file."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None  # the parser says what is wrong
+    if not isinstance(content, dict) or not isinstance(content.get("training"), dict):
+        return None
+    rollout, run = content.get("rollout") or {}, content.get("run") or {}
+    taken = {
+        "num_responses": rollout.get("num_responses"),
+        "num_prompts": run.get("max_prompts_per_iteration"),
+        "world_size": run.get("training_processes"),
+        "selection": (content.get("scoring") or {}).get("selection"),
+    }
+    # A number like 5.0e-7 must not lose its form: the flags read texts.
+    training = {
+        key: value if isinstance(value, (dict, list, bool)) else str(value)
+        for key, value in content["training"].items()
+    }
+    return {key: value for key, value in taken.items() if value is not None} | training

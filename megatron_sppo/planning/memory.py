@@ -1,0 +1,170 @@
+"""Bytes of a rank of each pipeline stage: what it always holds, and the most that it holds beside it."""
+
+from dataclasses import dataclass
+
+from megatron_sppo.architecture import Architecture
+from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.model.gpt import padded_vocab_size
+from megatron_sppo.planning.activations import FLOAT32, Activations, MicroBatchShape, activations
+from megatron_sppo.planning.config import MachineConfig
+from megatron_sppo.planning.parameters import Grid, Shard, buffer_elements, count, stage_shards
+
+GIB = 1 << 30
+
+_MATRICES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """One rank of a pipeline stage, in bytes."""
+
+    stage: int
+    num_parameters: int
+    weights: int
+    gradients: int
+    """DDP's float32 buffers."""
+    optimizer: int
+    """float32 master weights (for bfloat16) and two moments, this rank's share."""
+    fp8_weights: int
+    """Transformer Engine's FP8 copies of the layers' matrices, as they are and transposed."""
+    activations: int
+    """Kept by all micro-batches in flight."""
+    working: int
+    """What recomputation, a layer's or the head's backward pass takes on top."""
+    allowance: int
+    """CUDA context, communication buffers, fragmentation; 0 on a CPU."""
+
+    @property
+    def total(self) -> int:
+        """The most that is held at one time."""
+        return self.resident + self.activations + self.working + self.allowance
+
+    @property
+    def resident(self) -> int:
+        """Held all the time."""
+        return self.weights + self.gradients + self.optimizer + self.fp8_weights
+
+
+def chunks_in_flight(grid: Grid, stage: int, *, num_micro_batches: int) -> int:
+    """Count the forward passes of model chunks that wait for their backward pass -> int.
+
+    One forward, one backward (mcore, schedules.py): stage s of P warms up with P - s - 1 micro-batches; interleaved
+    with V chunks, with 2 (P - s - 1) + (V - 1) P passes of a chunk; one more is in flight while they alternate.
+    """
+    stages, chunks = grid.parallel.pipeline_model_parallel_size, grid.num_chunks
+    behind = stages - stage - 1
+    warm_up = behind if chunks == 1 else 2 * behind + (chunks - 1) * stages
+    return min(warm_up + 1, num_micro_batches * chunks)
+
+
+def stage_memory(
+    architecture: Architecture,
+    model: ModelConfig,
+    grid: Grid,
+    shape: MicroBatchShape,
+    *,
+    stage: int,
+    num_micro_batches: int,
+    engine: bool,
+    machine: MachineConfig | None,
+) -> StageMemory:
+    """Add up one rank of a pipeline stage -> StageMemory.
+
+    Args:
+        shape: the largest micro-batch.
+        engine: Transformer Engine's spec; otherwise torch's.
+        machine: whose allowance is added; None for none (a CPU rank's tensors alone).
+    """
+    chunks = stage_shards(architecture, grid, stage)
+    shards = [shard for chunk in chunks for shard in chunk]
+    elements = {
+        expert: sum(buffer_elements(chunk, grid, is_expert=expert) for chunk in chunks) for expert in (False, True)
+    }
+    kept = activations(architecture, model, grid, shape, engine=engine)
+    waiting = chunks_in_flight(grid, stage, num_micro_batches=num_micro_batches)
+    in_flight = _in_flight(architecture, grid, kept, stage, waiting)
+    in_flight += waiting * _pipeline_buffers(architecture, model, grid, shape, stage, engine=engine)
+    working = _working(
+        architecture, model, grid, shape, kept, shards, is_last=stage == grid.parallel.pipeline_model_parallel_size - 1
+    )
+    allowance = 0
+    if machine is not None:
+        allowance = round(machine.context_gib * GIB + machine.fragmentation * (in_flight + working))
+    fp8 = 2 * sum(shard.numel for shard in shards if shard.name in _MATRICES) if engine and model.fp8 != "none" else 0
+    return StageMemory(
+        stage=stage,
+        num_parameters=count(shards),
+        weights=sum(elements.values()) * model.dtype.itemsize,
+        gradients=sum(elements.values()) * FLOAT32,
+        optimizer=_optimizer(elements, model, grid),
+        fp8_weights=fp8,
+        activations=in_flight,
+        working=working,
+        allowance=allowance,
+    )
+
+
+def _optimizer(elements: dict[bool, int], model: ModelConfig, grid: Grid) -> int:
+    """Two float32 moments, and a float32 copy of weights that are narrower, over the ranks that share them -> bytes."""
+    each = (2 if model.dtype.itemsize == FLOAT32 else 3) * FLOAT32
+    if not grid.parallel.use_distributed_optimizer:
+        return sum(elements.values()) * each
+    return elements[False] // grid.optimizer_ranks * each + elements[True] // grid.expert_optimizer_ranks * each
+
+
+def _in_flight(architecture: Architecture, grid: Grid, kept: Activations, stage: int, waiting: int) -> int:
+    """What the waiting passes keep: layers in proportion; the embedding's and the head's only of their own chunk."""
+    stages = grid.parallel.pipeline_model_parallel_size
+    layers = architecture.num_layers // (stages * grid.num_chunks)
+    whole = -(-waiting // grid.num_chunks)
+    first = whole * kept.first if stage == 0 else 0
+    last = kept.last if stage == stages - 1 else 0
+    return waiting * layers * kept.per_layer + first + last
+
+
+def _pipeline_buffers(
+    architecture: Architecture, model: ModelConfig, grid: Grid, shape: MicroBatchShape, stage: int, *, engine: bool
+) -> int:
+    """What a schedule holds of each waiting pass: the tensor that came in, and on a CPU the one that went out -> bytes.
+
+    Transformer Engine's first norm keeps what came in anyway, as does ours in float32.
+    """
+    parallel = grid.parallel
+    if parallel.pipeline_model_parallel_size == 1 or engine:
+        return 0
+    tokens = shape.num_tokens // (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+    tensor = tokens * architecture.hidden_size * model.dtype.itemsize
+    came_in = stage > 0 and model.dtype.itemsize < FLOAT32
+    went_out = stage < parallel.pipeline_model_parallel_size - 1
+    return tensor * (came_in + went_out)
+
+
+def _working(
+    architecture: Architecture,
+    model: ModelConfig,
+    grid: Grid,
+    shape: MicroBatchShape,
+    kept: Activations,
+    shards: list[Shard],
+    *,
+    is_last: bool,
+) -> int:
+    """Find the costliest moment of a backward pass, beyond what is kept -> bytes: a layer's, or the head's."""
+    layer = max(shard.numel for shard in shards if shard.name in _MATRICES) * model.dtype.itemsize
+    layer += kept.recomputed + kept.working
+    if not is_last:
+        return layer
+    # What the head kept is gone before the last layer's turn.
+    return max(layer - kept.last, head_workspace(architecture, model, grid, shape))
+
+
+def head_workspace(architecture: Architecture, model: ModelConfig, grid: Grid, shape: MicroBatchShape) -> int:
+    """Size the head's backward pass (objective/log_ratio.py): a block of logits, and the two gradients -> bytes."""
+    tensor, narrow = grid.parallel.tensor_model_parallel_size, model.dtype.itemsize
+    rows = padded_vocab_size(architecture.vocab_size, tensor) // tensor
+    block = min(model.head_chunk_size, shape.num_response_tokens) * rows
+    logits = block * (narrow + FLOAT32 if narrow < FLOAT32 else FLOAT32)
+    weight = rows * architecture.hidden_size * narrow
+    hidden = shape.num_response_tokens * architecture.hidden_size * (FLOAT32 + narrow)
+    gathered = shape.num_tokens * architecture.hidden_size * narrow if grid.parallel.sequence_parallel else 0
+    return logits + weight + hidden + gathered

@@ -1,0 +1,137 @@
+"""Which weights each rank holds, by formula: the shards that Megatron-Core makes of the model, and their buffers."""
+
+import math
+from dataclasses import dataclass
+
+from megatron_sppo.architecture import Architecture
+from megatron_sppo.model.gpt import padded_vocab_size
+from megatron_sppo.training.parallel import ParallelConfig
+
+_START_MULTIPLE = 64
+_BUCKET_MULTIPLE = 128
+"""Elements; what the distributed optimizer aligns parameters and buckets to (mcore, param_and_grad_buffer.py)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One parameter as a rank holds it."""
+
+    name: str
+    numel: int
+    is_expert: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A layout in a world: how many ranks lie along each axis."""
+
+    parallel: ParallelConfig
+    world_size: int
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Shares that the global batch is divided into."""
+        return self.world_size // self.parallel.model_parallel_size
+
+    @property
+    def num_chunks(self) -> int:
+        """Model chunks of a pipeline stage."""
+        return self.parallel.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def optimizer_ranks(self) -> int:
+        """Ranks that hold copies of a dense weight, and share its optimizer state where that is distributed."""
+        return self.data_parallel_size * self.parallel.context_parallel_size
+
+    @property
+    def expert_optimizer_ranks(self) -> int:
+        """Ranks that hold copies of an expert."""
+        stage_ranks = self.world_size // self.parallel.pipeline_model_parallel_size
+        return stage_ranks // (self.parallel.expert_model_parallel_size * self.parallel.expert_tensor_parallel_size)
+
+
+def norms_per_layer(architecture: Architecture) -> int:
+    """Count the norms of hidden size in a layer: 2, or 4 where outputs are normalised too (Gemma-2)."""
+    return 4 if architecture.family == "gemma2" else 2
+
+
+def layer_shards(architecture: Architecture, parallel: ParallelConfig) -> list[Shard]:
+    """List one layer's parameters as a rank holds them."""
+    hidden, head = architecture.hidden_size, architecture.kv_channels
+    tensor = parallel.tensor_model_parallel_size
+    queries = architecture.num_attention_heads * head // tensor
+    qkv = queries + 2 * architecture.num_query_groups * head // tensor
+    shards = [Shard(name="norm", numel=hidden)] * norms_per_layer(architecture)
+    shards += [Shard(name="linear_proj", numel=hidden * queries), Shard(name="linear_qkv", numel=hidden * qkv)]
+    if architecture.add_qkv_bias:
+        shards.append(Shard(name="linear_qkv.bias", numel=qkv))
+    if architecture.qk_layernorm:
+        shards += [Shard(name="q_layernorm", numel=head), Shard(name="k_layernorm", numel=head)]
+    if architecture.num_moe_experts is None:
+        width = architecture.ffn_hidden_size // tensor
+        return [*shards, *_feed_forward(hidden, width, is_expert=False)]
+    width = (architecture.moe_ffn_hidden_size or 0) // parallel.expert_tensor_parallel_size
+    local = architecture.num_moe_experts // parallel.expert_model_parallel_size
+    router = Shard(name="router", numel=architecture.num_moe_experts * hidden)
+    return [*shards, router, *_feed_forward(hidden, width, is_expert=True) * local]
+
+
+def _feed_forward(hidden: int, width: int, *, is_expert: bool) -> list[Shard]:
+    return [
+        Shard(name="linear_fc1", numel=2 * width * hidden, is_expert=is_expert),
+        Shard(name="linear_fc2", numel=hidden * width, is_expert=is_expert),
+    ]
+
+
+def stage_shards(architecture: Architecture, grid: Grid, stage: int) -> list[list[Shard]]:
+    """List the parameters of each model chunk on a rank of a pipeline stage -> [chunks][parameters].
+
+    The last stage holds an output weight; a tied one is a copy of the embedding, except where the stage has that too.
+    """
+    parallel = grid.parallel
+    last = parallel.pipeline_model_parallel_size - 1
+    layers = architecture.num_layers // (parallel.pipeline_model_parallel_size * grid.num_chunks)
+    rows = padded_vocab_size(architecture.vocab_size, parallel.tensor_model_parallel_size)
+    vocabulary = rows // parallel.tensor_model_parallel_size * architecture.hidden_size
+    chunks = [layer_shards(architecture, parallel) * layers for _ in range(grid.num_chunks)]
+    if stage == 0:
+        chunks[0] = [Shard(name="embedding", numel=vocabulary), *chunks[0]]
+    if stage == last:
+        chunks[-1] = [*chunks[-1], Shard(name="final_norm", numel=architecture.hidden_size)]
+        if not (architecture.share_embeddings_and_output_weights and last == 0):
+            chunks[-1].append(Shard(name="output_layer", numel=vocabulary))
+    return chunks
+
+
+def count(shards: list[Shard]) -> int:
+    """Add up weights -> int."""
+    return sum(shard.numel for shard in shards)
+
+
+def total_parameters(architecture: Architecture) -> int:
+    """Count the model's weights as its checkpoint holds them, tied ones once -> int."""
+    one = ParallelConfig()
+    embeddings = 1 if architecture.share_embeddings_and_output_weights else 2
+    return (
+        architecture.num_layers * count(layer_shards(architecture, one))
+        + embeddings * architecture.vocab_size * architecture.hidden_size
+        + architecture.hidden_size
+    )
+
+
+def buffer_elements(shards: list[Shard], grid: Grid, *, is_expert: bool) -> int:
+    """Count the elements of a chunk's contiguous buffer, dense or of experts, alignment included -> int.
+
+    Exact for one bucket; every further bucket (`overlap_grad_reduce`, 40 million elements and more) adds at most what
+    one end is padded by.
+    """
+    numels = [shard.numel for shard in shards if shard.is_expert == is_expert]
+    if not grid.parallel.use_distributed_optimizer or not numels:
+        return sum(numels)
+    ranks = grid.expert_optimizer_ranks if is_expert else grid.optimizer_ranks
+    aligned = sum(_round_up(numel, _START_MULTIPLE) for numel in numels)
+    return _round_up(aligned, math.lcm(ranks, _BUCKET_MULTIPLE))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

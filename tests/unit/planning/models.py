@@ -1,0 +1,19 @@
+"""The small model that plans are held against."""
+
+from megatron_sppo.architecture import Architecture
+
+TINY = Architecture(
+    family="llama",
+    num_layers=4,
+    hidden_size=64,
+    ffn_hidden_size=192,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=8,
+    vocab_size=384,
+    max_position_embeddings=512,
+    layernorm_epsilon=1e-5,
+    rotary_base=1e4,
+    share_embeddings_and_output_weights=False,
+)
+MIXTURE = {"family": "mixtral", "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 96}

@@ -1,0 +1,125 @@
+"""Number of weights against the published ones, and shards and buffers against the real sharded model.
+
+The real model is built for every kind of rank of a world by torch's fake process group: shapes are Megatron-Core's.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.planning.activations import MicroBatchShape
+from megatron_sppo.planning.architectures import PUBLISHED, find_architecture
+from megatron_sppo.planning.memory import stage_memory
+from megatron_sppo.planning.parameters import Grid, buffer_elements, count, stage_shards, total_parameters
+from megatron_sppo.planning.simulation import simulated_rank
+from megatron_sppo.training.optimizer import OptimizationConfig, build_optimizer
+from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.policy import build_policy
+from tests.unit.planning.models import MIXTURE, TINY
+
+# As the models' cards and papers count them.
+PUBLISHED_WEIGHTS = {
+    "smollm2-135m": 134_515_008,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.2-3b": 3_212_749_824,
+    "llama3-8b": 8_030_261_248,
+    "llama3-70b": 70_553_706_496,
+    "mistral-7b": 7_241_732_096,
+    "gemma-2-9b": 9_241_705_984,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-72b": 72_706_203_648,
+    "qwen3-8b": 8_190_735_360,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
+}
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "one rank": (1, {}, {}),
+    "one rank, tied": (1, {}, {"share_embeddings_and_output_weights": True}),
+    "one rank, bias and norms of queries": (1, {}, {"add_qkv_bias": True, "qk_layernorm": True}),
+    "DP4": (4, {}, {}),
+    "TP2 DP2": (4, {"tensor_model_parallel_size": 2}, {}),
+    "TP2 SP PP2 DP2": (
+        8,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2},
+        {},
+    ),
+    "PP2, tied": (2, {"pipeline_model_parallel_size": 2}, {"share_embeddings_and_output_weights": True}),
+    "PP2 VPP2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, {}),
+    "CP2 DP3": (6, {"context_parallel_size": 2}, {}),
+    "mixture": (1, {}, MIXTURE),
+    "mixture EP2 DP2": (4, {"expert_model_parallel_size": 2}, MIXTURE),
+    "mixture TP2 SP": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, MIXTURE),
+    "mixture TP2 SP EP2 DP2": (
+        4,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2},
+        MIXTURE,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_built_in_model_has_as_many_weights_as_published(name: str) -> None:
+    assert total_parameters(PUBLISHED[name]) == PUBLISHED_WEIGHTS[name]
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("llama3_70b_h100.yaml", "llama3-70b"), ("mistral_7b_paper.yaml", "mistral-7b"), ("qwen3_8b.yaml", "qwen3-8b")],
+)
+def test_a_config_file_s_name_begins_with_the_model_s(file: str, name: str) -> None:
+    assert find_architecture(None, config_file=Path("configs", file))[1] == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["DDP", "distributed optimizer"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_gradients_and_optimizer_state_are_those_of_the_real_model(layout: str, distributed: bool) -> None:
+    world_size, axes, fields = LAYOUTS[layout]
+    architecture = dataclasses.replace(TINY, **fields)
+    parallel = ParallelConfig(use_distributed_optimizer=distributed, **axes)
+    grid = Grid(parallel=parallel, world_size=world_size)
+    stages = parallel.pipeline_model_parallel_size
+    model = ModelConfig(params_dtype="bfloat16", transformer_impl="torch")
+    shape = MicroBatchShape(num_tokens=64, num_response_tokens=64, sum_of_squares=0)
+    for stage in range(stages):
+        with simulated_rank(parallel, rank=stage * world_size // stages, world_size=world_size):
+            policy = build_policy(architecture, model, parallel)
+            chunks = stage_shards(architecture, grid, stage)
+            for chunk, shards in zip(policy.chunks, chunks, strict=True):
+                parameters = list(chunk.module.parameters())
+                assert sorted(shard.numel for shard in shards) == sorted(p.numel() for p in parameters)
+                for is_expert, buffers in ((False, chunk.buffers), (True, chunk.expert_parallel_buffers)):
+                    assert buffer_elements(shards, grid, is_expert=is_expert) == sum(b.numel for b in buffers)
+            memory = stage_memory(
+                architecture, model, grid, shape, stage=stage, num_micro_batches=1, engine=False, machine=None
+            )
+            assert memory.num_parameters == sum(count(shards) for shards in chunks)
+            assert memory.gradients == sum(b.grad_data.nbytes for c in policy.chunks for b in _buffers(c))
+            held = _optimizer_bytes(policy, parallel, model)
+            # The padding of the last share is in the plan, and not in the state.
+            assert memory.optimizer * 0.97 <= held <= memory.optimizer
+
+
+def _buffers(chunk: Any) -> list[Any]:
+    return [*chunk.buffers, *chunk.expert_parallel_buffers]
+
+
+def _optimizer_bytes(policy: Any, parallel: ParallelConfig, model: ModelConfig) -> int:
+    """Step once with zero gradients, so that the moments exist, and add up what the optimizer holds."""
+    optimizer = build_optimizer(policy.chunks, OptimizationConfig(lr=1e-6, clip_grad=0), model, parallel)
+    for chunk in policy.chunks:
+        chunk.zero_grad_buffer()
+    optimizer.step()
+    held: dict[int, int] = {}
+    for chained in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if chained.optimizer is None:
+            continue
+        for group in chained.optimizer.param_groups:
+            for parameter in group["params"]:
+                tensors = [parameter, *(v for v in chained.optimizer.state[parameter].values())]
+                held |= {t.data_ptr(): t.nbytes for t in tensors if isinstance(t, torch.Tensor) and t.ndim}
+    return sum(held.values())
