@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python -m benchmarks.pairrm --peer-python PEER/bin/python                        C6
     python -m benchmarks.pairrm --peer-python PEER/bin/python --device cuda --shape 0.4b --prompts 64 --responses 5   G4
 
-llm_blender_peer.py says how to make PEER. Both judge the same texts with the same random weights; the scores are compared
-before anything is timed. The peer runs at batch 1, as the official scripts do, and at the best of --batches. CPU
-seconds of each process on the CPU (one thread each), wall time on a GPU.
+llm_blender_peer.py says how to make PEER. Both judge the same texts with the same random weights; the scores are
+compared before anything is timed. The peer runs at batch 1, as the official scripts do, and at the best of --batches.
+CPU seconds of each process on the CPU (one thread each), wall time on a GPU.
 """
 
 import json

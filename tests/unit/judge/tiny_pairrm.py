@@ -47,9 +47,10 @@ def make_tiny_pairrm(
     tokenizer = AutoTokenizer.from_pretrained(base)
     config = DebertaV2Config(
         vocab_size=len(tokenizer), hidden_size=hidden_size, num_hidden_layers=num_layers, num_attention_heads=num_heads,
-        intermediate_size=ffn_multiple * hidden_size, max_position_embeddings=512, type_vocab_size=0, layer_norm_eps=1e-7,
-        relative_attention=True, max_relative_positions=-1, position_buckets=256, norm_rel_ebd="layer_norm",
-        share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, pad_token_id=0,
+        intermediate_size=ffn_multiple * hidden_size, max_position_embeddings=512, type_vocab_size=0,
+        layer_norm_eps=1e-7, relative_attention=True, max_relative_positions=-1, position_buckets=256,
+        norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
+        pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     DebertaV2Model(config).save_pretrained(base)
