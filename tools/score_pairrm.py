@@ -1,10 +1,9 @@
 """Judge rollouts pair by pair: a rollout directory in, a preference dataset out. The same command resumes.
 
-Under torchrun each rank takes its share of the shards. With --from-dataset nothing is judged: the targets are rebuilt
+Under torchrun the ranks take shards from one list. With --from-dataset nothing is judged: the targets are rebuilt
 from the stored logits under another --preset or --selection.
 """
 
-import datetime
 import json
 import logging
 import os
@@ -25,10 +24,13 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge import load_judge
 from megatron_sppo.judge.merge import DIAGNOSTICS_NAME, dataset_diagnostics, merge_scores
 from megatron_sppo.judge.scoring import score_rollouts
+from megatron_sppo.judge.work_list import WorkList, open_work_list
 from megatron_sppo.rollout.records import MANIFEST_NAME, read_manifest
 from megatron_sppo.storage import read_json, remove_stale_temporaries, sha256_of_file, write_json
 
 NAME = "score_pairrm.py"
+LEAVING_SECONDS = 60.0
+"""The dataset is written: ranks that hang are waited for no longer than this."""
 logger = logging.getLogger(__name__)
 
 
@@ -68,11 +70,11 @@ class Command:
 def main() -> None:
     """Parse the command line, judge or rebuild, report."""
     command = config.parse(Command, name=NAME, description=__doc__ or "")
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if command.from_dataset is not None:
-        diagnostics = rebuild(command, command.from_dataset) if rank == 0 else None
+        is_first = os.environ.get("RANK", "0") == "0"
+        diagnostics = rebuild(command, command.from_dataset) if is_first else None
     else:
-        diagnostics = score(command, rank=rank, world_size=world_size)
+        diagnostics = score(command, open_work_list())
     if diagnostics is None:
         return
     if command.json:
@@ -85,14 +87,21 @@ def main() -> None:
     sys.stdout.flush()
 
 
-def score(command: Command, *, rank: int, world_size: int) -> dict[str, Any] | None:
-    """Judge this rank's shards; rank 0 then writes the dataset -> its diagnostics, None on the other ranks."""
+def score(command: Command, work: WorkList) -> dict[str, Any] | None:
+    """Judge shards; the first rank then writes the dataset -> its diagnostics, None on the other ranks."""
     assert command.rollouts is not None and command.judge is not None
     preset, selection = command.preset or "paper", command.selection or "all"
     manifest = read_manifest(command.rollouts)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     judge = load_judge(command.judge, preset=preset, one_order=command.one_order)
+    work_dir = command.output.with_name(f".{command.output.name}.scores")
+    if work.rank != 0:
+        # The first rank alone looks whether there is anything to do: it may be writing by the time others look.
+        if work.ask():
+            score_rollouts(command.rollouts, judge, work_dir, work=work)
+        work.leave()
+        return None
     rollouts_sha256 = sha256_of_file(command.rollouts / MANIFEST_NAME)
     identity = {
         "rollouts_sha256": rollouts_sha256,
@@ -101,18 +110,7 @@ def score(command: Command, *, rank: int, world_size: int) -> dict[str, Any] | N
         "selection": str(parse_selection(selection)),
     }
     done = finished(command.output, identity)
-    work_dir = command.output.with_name(f".{command.output.name}.scores")
-    if world_size > 1:
-        # Ranks may be hours apart where shards are few and long.
-        torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-        torch.distributed.barrier()  # nobody writes before everybody has looked
-    if done is None:
-        score_rollouts(command.rollouts, judge, work_dir, rank=rank, world_size=world_size)
-    if world_size > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    if rank != 0:
-        return None
+    work.tell(done is None)
     if done is None:
         remove_stale_temporaries(command.output)
         writer = DatasetWriter(
@@ -125,12 +123,14 @@ def score(command: Command, *, rank: int, world_size: int) -> dict[str, Any] | N
             selection=selection,
             rollouts_sha256=rollouts_sha256,
         )
+        score_rollouts(command.rollouts, judge, work_dir, work=work)
         with writer:
             counts = merge_scores(command.rollouts, manifest, judge, work_dir, writer)
         assert writer.manifest is not None
         done = write_diagnostics(command.output, writer.manifest, identity, counts)
     else:
         logger.info("%s is complete: nothing to judge.", command.output)
+    work.wait_for_leavers(LEAVING_SECONDS)
     shutil.rmtree(work_dir, ignore_errors=True)
     return done
 
@@ -162,6 +162,7 @@ def write_diagnostics(
         judge_logits_GKK=dataset.all_judge_logits(),
         preferences_GKK=dataset.all_preferences(),
         win_rates_GK=dataset.all_win_rates(),
+        response_lengths_GK=dataset.response_lengths,
         responses=(
             [dataset.response(group, k).tolist() for k in range(dataset.num_responses)]
             for group in range(dataset.num_groups)

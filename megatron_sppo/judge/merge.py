@@ -98,23 +98,26 @@ def dataset_diagnostics(
     judge_logits_GKK: np.ndarray,
     preferences_GKK: np.ndarray,
     win_rates_GK: np.ndarray,
+    response_lengths_GK: np.ndarray,
     responses: Iterable[Sequence[Sequence[int]]],
     num_quarantined: int,
     counts: Counter[str],
 ) -> dict[str, Any]:
-    """Describe the judge on these rollouts -> what diagnostics.json holds, plain numbers only."""
-    listed = [[tuple(response) for response in group] for group in responses]
-    lengths = torch.tensor([[len(response) for response in group] for group in listed])
+    """Describe the judge on these rollouts -> what diagnostics.json holds, plain numbers only.
+
+    Args:
+        responses: token ids, a prompt at a time: they are gone through once and never all held.
+    """
     described = describe_preferences(
         torch.from_numpy(judge_logits_GKK),
         torch.from_numpy(preferences_GKK),
         torch.from_numpy(win_rates_GK),
-        response_lengths_GK=lengths,
-        responses=listed,
+        response_lengths_GK=torch.from_numpy(response_lengths_GK),
+        responses=responses,
     )
     return {
         "judge": judge,
-        "num_prompts": len(listed),
+        "num_prompts": len(judge_logits_GKK),
         "num_responses": judge_logits_GKK.shape[-1],
         "num_quarantined": num_quarantined,
         **dataclasses.asdict(described),

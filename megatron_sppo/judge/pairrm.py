@@ -1,7 +1,11 @@
 """PairRM (llm-blender, arXiv:2306.02561) as a judge: every ordered pair of a window in one sorted, batched pass.
 
-A response's logits do not depend on its neighbours: limits are taken per prompt, a forward's padding is masked, and on
-the CPU they are equal to the last bit whatever shares the batch (tests/unit/judge/test_pairrm.py).
+A pair's logit does not depend on its neighbours, to the last bit: limits are taken per prompt, and the SHAPE of a
+forward follows from the length of its pairs alone, so that the same kernels add the same numbers in the same order
+whatever else is judged. On the CPU a forward is one pair, without padding: from a hundred tokens on more rows bring
+nothing there (benchmarks/pairrm.py). On a GPU pairs are padded to the next multiple of a step, the number of rows is
+that multiple's own, and a batch that is not full is filled up with a repeated pair; that a row's place in such a batch
+changes nothing either is a property of the kernels, which tests/gpu checks and nothing proves.
 
 # K = responses per prompt, U = different responses of a prompt, P = pairs in a batch, S = tokens
 """
@@ -18,31 +22,38 @@ import numpy as np
 import torch
 
 from megatron_sppo.judge.pairrm_checkpoint import load_pairrm
-from megatron_sppo.judge.pairrm_text import PairRMTokens, PairTokens
+from megatron_sppo.judge.pairrm_text import PairRMTokens
 from megatron_sppo.judge.source import pairrm_texts
 from megatron_sppo.storage import sha256_of_json
 
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
 
-_CPU_TOKENS_PER_BATCH = 4096
-_CUDA_TOKENS_PER_BATCH = 65536
+_CPU_TOKENS_PER_BATCH, _CPU_LENGTH_STEP = 1, 1
+_CUDA_TOKENS_PER_BATCH, _CUDA_LENGTH_STEP = 16384, 64
 # Attention scores grow with the square of the length: a batch's P * S * S stays below this many entries a head.
-_CPU_SCORES_PER_BATCH = 2**22
-_CUDA_SCORES_PER_BATCH = 2**26
+_SCORES_PER_BATCH = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where a pair's logit belongs: the group, and its two responses among the group's different ones."""
+class _Pair:
+    """One ordered pair: where its logit belongs, and its three texts' ids."""
 
     group: int
     first: int
+    """Which of the group's different responses stands first."""
     second: int
+    parts: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    """Source, first candidate, second candidate."""
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return sum(map(len, self.parts))
 
 
 class PairRMJudge:
-    """PairRM from a hub id or a directory, float32 on the CPU, bfloat16 on a GPU."""
+    """PairRM from a hub id or a directory; unless told otherwise float32 on the CPU, bfloat16 on a GPU."""
 
     def __init__(
         self,
@@ -61,7 +72,7 @@ class PairRMJudge:
             preset: "paper" or "official": see `pairrm_texts`.
             one_order: ask each pair once, L_ji = -L_ij: half the forwards, position bias kept. The first group of
                 every call is asked in both orders, to count how often both name the same winner.
-            tokens_per_batch: padded tokens of a forward; None chooses by device.
+            tokens_per_batch: padded tokens of a forward, which has one pair at least; None chooses by device.
 
         Raises:
             ConfigError: no PairRM there.
@@ -75,7 +86,7 @@ class PairRMJudge:
         self.fingerprint = sha256_of_json(
             {"pairrm": loaded.fingerprint, "preset": preset, "one_order": one_order, "dtype": str(dtype)}
         )
-        self._network = loaded.network
+        self._network, self._encoder = loaded.network, loaded.encoder
         self._tokens = PairRMTokens(
             loaded.tokenizer,
             source_length=loaded.source_length,
@@ -85,7 +96,7 @@ class PairRMJudge:
         self._pad_id = loaded.tokenizer.pad_token_id
         self._preset, self._one_order = preset, one_order
         self._tokens_per_batch = tokens_per_batch or (_CPU_TOKENS_PER_BATCH if on_cpu else _CUDA_TOKENS_PER_BATCH)
-        self._scores_per_batch = _CPU_SCORES_PER_BATCH if on_cpu else _CUDA_SCORES_PER_BATCH
+        self._length_step = _CPU_LENGTH_STEP if on_cpu else _CUDA_LENGTH_STEP
 
     def judge_logits(self, groups: Sequence[RolloutGroup]) -> list[np.ndarray]:
         """Judge all ordered pairs of all groups -> one float32 [K, K] a group.
@@ -95,22 +106,24 @@ class PairRMJudge:
         Raises:
             DataError: the official preset, and a group without its templated prompt.
         """
-        places: list[_Place] = []
-        pairs: list[PairTokens] = []
+        pairs: list[_Pair] = []
         distinct: list[list[int]] = []
         for number, group in enumerate(groups):
             source_text, texts = pairrm_texts(group, preset=self._preset)
             index_of = {text: index for index, text in enumerate(dict.fromkeys(texts))}
             distinct.append([index_of[text] for text in texts])
             source = self._tokens.source(source_text)
-            candidates = self._tokens.candidates(list(index_of), source_tokens=len(source))
-            for first, second in itertools.permutations(range(len(candidates)), 2):
+            firsts = self._tokens.candidates(list(index_of), source_tokens=len(source))
+            seconds = [self._tokens.as_second(ids) for ids in firsts]
+            for first, second in itertools.permutations(range(len(firsts)), 2):
                 if self._one_order and first > second and number > 0:
                     continue
-                places.append(_Place(group=number, first=first, second=second))
-                pairs.append(self._tokens.pair(source, candidates[first], candidates[second]))
+                parts = (source, firsts[first], seconds[second])
+                pairs.append(_Pair(group=number, first=first, second=second, parts=parts))
             self._count(distinct[-1])
-        matrices_UU = self._scatter(places, self._forward(pairs), distinct)
+        matrices_UU = [np.zeros((max(of_K) + 1,) * 2, dtype=np.float32) for of_K in distinct]
+        for pair, logit in zip(pairs, self._forward(pairs), strict=True):
+            matrices_UU[pair.group][pair.first, pair.second] = logit
         if self._one_order and matrices_UU:
             self._count_agreement(matrices_UU[0])
             matrices_UU = [np.triu(matrix_UU) - np.triu(matrix_UU).T for matrix_UU in matrices_UU]
@@ -127,45 +140,38 @@ class PairRMJudge:
         self.counts["one_order_checked"] += len(upper[0])
         self.counts["one_order_agreed"] += int((np.sign(both_UU[upper]) == np.sign((both_UU - both_UU.T)[upper])).sum())
 
-    @staticmethod
-    def _scatter(places: list[_Place], logits: np.ndarray, distinct: list[list[int]]) -> list[np.ndarray]:
-        matrices_UU = [np.zeros((max(of_K) + 1,) * 2, dtype=np.float32) for of_K in distinct]
-        for place, logit in zip(places, logits, strict=True):
-            matrices_UU[place.group][place.first, place.second] = logit
-        return matrices_UU
-
     @torch.inference_mode()
-    def _forward(self, pairs: list[PairTokens]) -> np.ndarray:
+    def _forward(self, pairs: list[_Pair]) -> np.ndarray:
         """Run the network over pairs sorted by length -> float32 [len(pairs)], in the order given."""
         if not pairs:
             return np.zeros(0, dtype=np.float32)
-        order = sorted(range(len(pairs)), key=lambda index: len(pairs[index].ids), reverse=True)
+        order = sorted(range(len(pairs)), key=lambda index: pairs[index].length, reverse=True)
         states = []
-        for batch in self._batches([len(pairs[index].ids) for index in order]):
-            states.append(self._encode([pairs[index] for index in order[batch]]))
-            self.counts["forwards"] += 1
+        for padded_length, grouped in itertools.groupby(order, key=lambda index: self._padded(pairs[index].length)):
+            same_length = [pairs[index] for index in grouped]
+            num_rows = max(1, min(self._tokens_per_batch // padded_length, _SCORES_PER_BATCH // padded_length**2))
+            for start in range(0, len(same_length), num_rows):
+                batch = same_length[start : start + num_rows]
+                filled = batch + batch[:1] * (num_rows - len(batch))
+                states.append(self._encode(filled, padded_length)[: len(batch)].float())
+                self.counts["forwards"] += 1
         logits = np.empty(len(pairs), dtype=np.float32)
         logits[order] = self._network.logits(torch.cat(states)).cpu().numpy()
         return logits
 
-    def _batches(self, lengths: list[int]) -> list[slice]:
-        """Cut lengths, which fall, into batches of bounded tokens and attention scores -> slices."""
-        batches, start = [], 0
-        while start < len(lengths):
-            longest = lengths[start]
-            rows = max(1, min(self._tokens_per_batch // longest, self._scores_per_batch // longest**2))
-            batches.append(slice(start, start + rows))
-            start += rows
-        return batches
+    def _padded(self, length: int) -> int:
+        return -(-length // self._length_step) * self._length_step
 
-    def _encode(self, pairs: list[PairTokens]) -> torch.Tensor:
-        longest = max(len(pair.ids) for pair in pairs)
-        ids_PS = torch.full((len(pairs), longest), self._pad_id, dtype=torch.int64)
+    def _encode(self, pairs: list[_Pair], padded_length: int) -> torch.Tensor:
+        """Encode one batch -> [P, 3, H], the last hidden states of the three markers."""
+        ids_PS = torch.full((len(pairs), padded_length), self._pad_id, dtype=torch.int64)
         mask_PS = torch.zeros_like(ids_PS)
+        positions_P3 = torch.empty(len(pairs), 3, dtype=torch.int64)
         for row, pair in enumerate(pairs):
-            ids_PS[row, : len(pair.ids)] = torch.tensor(pair.ids)
-            mask_PS[row, : len(pair.ids)] = 1
-        positions_P3 = torch.tensor([pair.marker_positions for pair in pairs])
-        return self._network.marker_states(
-            ids_PS.to(self._device), mask_PS.to(self._device), positions_P3.to(self._device)
-        )
+            ids_PS[row, : pair.length] = torch.tensor([token for part in pair.parts for token in part])
+            mask_PS[row, : pair.length] = 1
+            # Each part is [CLS], marker, text, [SEP].
+            source, first, _ = (len(part) for part in pair.parts)
+            positions_P3[row] = torch.tensor([1, source + 1, source + first + 1])
+        mask = None if bool(mask_PS.all()) else mask_PS.to(self._device)
+        return self._encoder.states(ids_PS.to(self._device), mask, positions_P3.to(self._device))

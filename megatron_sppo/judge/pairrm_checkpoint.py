@@ -5,7 +5,7 @@ Both formats hold the same tensors: `pretrained_model.*` (DeBERTa-v2) and `head_
   its `model_name`, and four marker tokens are added to that tokenizer.
 - HF (llm-blender/PairRM-hf): config.json is DeBERTa's, with the marker ids in it; the tokenizer lies beside it.
 
-# P = pairs in a batch, S = tokens, H = hidden size
+# P = pairs, H = hidden size
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, DebertaV2Config, DebertaV2Model, PreTrainedTokenizerBase
 
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.judge.deberta import MarkerEncoder, check_config
 from megatron_sppo.storage import read_json, sha256_of_file, sha256_of_json
 
 logger = logging.getLogger(__name__)
@@ -53,12 +54,6 @@ class PairRMNetwork(nn.Module):
             nn.Linear(config.hidden_size, num_tasks),
         )
 
-    def marker_states(self, token_ids_PS: Tensor, mask_PS: Tensor, marker_positions_P3: Tensor) -> Tensor:
-        """Encode a batch of pairs -> [P, 3, H] float32, the last hidden states of the three markers."""
-        hidden_PSH = self.pretrained_model(input_ids=token_ids_PS, attention_mask=mask_PS).last_hidden_state
-        rows = torch.arange(len(token_ids_PS), device=token_ids_PS.device)[:, None]
-        return hidden_PSH[rows, marker_positions_P3].float()
-
     def logits(self, marker_states_P3H: Tensor) -> Tensor:
         """Compare the candidates -> [P] float32 logits of "the first beats the second".
 
@@ -84,6 +79,8 @@ class PairRMCheckpoint:
     """A loaded PairRM."""
 
     network: PairRMNetwork
+    encoder: MarkerEncoder
+    """Reads the network's DeBERTa at the markers."""
     tokenizer: PreTrainedTokenizerBase
     source_length: int
     """Tokens of the source at most, [CLS], marker and [SEP] included."""
@@ -111,6 +108,7 @@ def load_pairrm(name: str, *, dtype: torch.dtype, device: torch.device) -> PairR
     _check_markers(tokenizer, content, directory, native=native)
     tensors = _load_tensors(directory)
     config = DebertaV2Config.from_pretrained(base)
+    check_config(config)
     config.vocab_size = _embedding_rows(tensors, tokenizer, directory)
     network = PairRMNetwork(config, num_tasks=int(content.get("n_tasks", 1)))
     _fill(network, tensors, directory)
@@ -119,8 +117,10 @@ def load_pairrm(name: str, *, dtype: torch.dtype, device: torch.device) -> PairR
     files = {path.name: sha256_of_file(path) for path in sorted(directory.iterdir()) if _decides(path)}
     if native:
         files |= {f"base/{path.name}": sha256_of_file(path) for path in sorted(base.iterdir()) if _decides_ids(path)}
+    network.to(device).eval().requires_grad_(False)
     return PairRMCheckpoint(
-        network=network.to(device).eval().requires_grad_(False),
+        network=network,
+        encoder=MarkerEncoder(network.pretrained_model),
         tokenizer=tokenizer,
         source_length=int(content.get("source_maxlength") or _DEFAULT_SOURCE_LENGTH),
         candidate_length=int(content.get("candidate_maxlength") or _DEFAULT_CANDIDATE_LENGTH),

@@ -8,20 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_sppo.judge.pairrm_checkpoint import FIRST_MARKER, MARKERS, SOURCE_MARKER
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairTokens:
-    """One ordered pair, ready for the network."""
-
-    ids: tuple[int, ...]
-    marker_positions: tuple[int, int, int]
-    """Where the source's, the first and the second candidate's marker stand."""
 
 
 class PairRMTokens:
@@ -58,13 +48,9 @@ class PairRMTokens:
         limit = self._candidate_length + (self._source_length - source_tokens) // 2
         return [self._cut(self._encode(FIRST_MARKER, text), limit, "truncated_candidates") for text in texts]
 
-    def pair(self, source: tuple[int, ...], first: tuple[int, ...], second: tuple[int, ...]) -> PairTokens:
-        """Join a source and two candidates -> PairTokens."""
-        second = tuple(self._second_id if token == self._first_id else token for token in second)
-        return PairTokens(
-            ids=source + first + second,
-            marker_positions=(1, len(source) + 1, len(source) + len(first) + 1),
-        )
+    def as_second(self, candidate: tuple[int, ...]) -> tuple[int, ...]:
+        """Give a candidate the second candidate's marker in place of the first's -> ids."""
+        return tuple(self._second_id if token == self._first_id else token for token in candidate)
 
     def _encode(self, marker: str, text: str) -> list[int]:
         clean, replaced = self._foreign.subn(" ", text)

@@ -14,7 +14,7 @@ import time
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,14 +24,18 @@ from tqdm import tqdm
 
 from megatron_sppo.judge.intake import Row, read_rows
 from megatron_sppo.judge.protocol import Judge
+from megatron_sppo.judge.work_list import WorkList
 from megatron_sppo.rollout.records import RolloutGroup, RolloutManifest, ShardEntry, read_manifest
-from megatron_sppo.storage import atomic_file, remove_stale_temporaries
+from megatron_sppo.storage import atomic_file, contained, remove_stale_temporaries
 
 logger = logging.getLogger(__name__)
 
-SCORES_VERSION = 1
-GROUPS_PER_WINDOW = 64
+SCORES_VERSION = 2
+GROUPS_PER_WINDOW = 256
 """Groups judged at once: bounds the memory, whatever the size of a shard."""
+PATIENCE_SECONDS = 1800.0
+"""After so long without a window or a shard from any rank the first one takes over; far above what a window takes."""
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,34 +48,91 @@ class ShardScores:
     """What the judge counted on this shard: pairs, truncations, neutralised markers, ..."""
 
 
-def score_rollouts(rollouts: Path, judge: Judge, work_dir: Path, *, rank: int = 0, world_size: int = 1) -> int:
-    """Score the shards rank, rank + world_size, ... that have no scores yet -> number of ordered pairs judged now.
+def score_rollouts(
+    rollouts: Path, judge: Judge, work_dir: Path, *, work: WorkList | None = None, patience: float = PATIENCE_SECONDS
+) -> int:
+    """Judge shards that have no scores yet, for as long as the work list holds any -> pairs judged here and now.
+
+    The first rank then waits until every shard has scores. Should nothing move for `patience` seconds, it judges what
+    is left itself: a rank that hangs, or whose machine is gone, costs time and nothing else.
+
+    Args:
+        work: what the ranks of this run share; None: this process is alone.
 
     Raises:
         DataError: rollouts that cannot be read, or that the judge cannot judge.
     """
-    manifest = read_manifest(rollouts)
-    missing = [
-        (number, entry)
-        for number, entry in list(enumerate(manifest.shards))[rank::world_size]
-        if read_scores(work_dir, number, entry, judge) is None
-    ]
-    num_pairs, start = 0, time.monotonic()
-    # On rank 0 alone, and quiet where stderr is no terminal.
-    hidden = True if rank else None
+    work, manifest = work or WorkList(), read_manifest(rollouts)
+    shards = _Shards(rollouts, manifest, judge, work_dir)
+    pending = shards.unfinished(range(len(manifest.shards)))
     num_responses = manifest.sampling["num_responses"]
-    total = sum(entry.rows for _, entry in missing) * num_responses * (num_responses - 1)
-    with tqdm(total=total, desc=f"judging with {judge.name}", unit="pair", disable=hidden) as bar:
-        for number, entry in missing:
-            scores = _score_shard(rollouts, entry, manifest, judge, bar)
-            _write_scores(work_dir, number, entry, judge, scores)
-            num_pairs += scores.counts["pairs"]
+    rows = sum(manifest.shards[number].rows for number in pending)
+    total = work.num_pairs + rows * num_responses * (num_responses - 1)
+    start, num_pairs = time.monotonic(), 0
+    # One bar for all ranks, on the first; quiet where stderr is no terminal.
+    disabled = True if work.rank else None
+    with tqdm(total=total, desc=f"judging with {judge.name}", unit="pair", disable=disabled) as bar:
+
+        def report(num_judged: int) -> None:
+            work.report(num_judged)
+            if not bar.disable:
+                bar.update(work.num_pairs - bar.n)
+
+        while (number := work.take(shards.largest_first)) is not None:
+            num_pairs += shards.judge(number, report)
+        if work.rank == 0:
+            num_pairs += _outlast(shards, pending, work, report, patience)
     seconds = time.monotonic() - start
-    logger.info(
-        "%d of %d shards judged now: %d pairs in %.1f s (%.1f pairs/s)",
-        len(missing), len(manifest.shards), num_pairs, seconds, num_pairs / max(seconds, 1e-9),
-    )  # fmt: skip
+    logger.info("%d pairs judged in %.1f s (%.1f pairs/s)", num_pairs, seconds, num_pairs / max(seconds, 1e-9))
     return num_pairs
+
+
+class _Shards:
+    """The shards of one directory, to be judged by one judge into one work directory."""
+
+    def __init__(self, rollouts: Path, manifest: RolloutManifest, judge: Judge, work_dir: Path) -> None:
+        self._rollouts, self._manifest, self._judge, self._work_dir = Path(rollouts), manifest, judge, work_dir
+        sizes = [self._bytes(entry) for entry in manifest.shards]
+        self.largest_first = sorted(range(len(sizes)), key=lambda number: -sizes[number])
+        """By bytes, so that what ends last is small."""
+
+    def _bytes(self, entry: ShardEntry) -> int:
+        path = contained(self._rollouts, entry.file)
+        return path.stat().st_size if path.is_file() else 0  # `read_rows` says so with its remedy
+
+    def unfinished(self, numbers: Iterable[int]) -> list[int]:
+        """Choose the shards without scores -> their numbers."""
+        return [
+            number
+            for number in numbers
+            if read_scores(self._work_dir, number, self._manifest.shards[number], self._judge) is None
+        ]
+
+    def judge(self, number: int, report: Callable[[int], None]) -> int:
+        """Judge one shard and write its scores, unless it has some -> ordered pairs judged."""
+        if not self.unfinished([number]):
+            return 0
+        entry = self._manifest.shards[number]
+        scores = _score_shard(self._rollouts, entry, self._manifest, self._judge, report)
+        _write_scores(self._work_dir, number, entry, self._judge, scores)
+        return scores.counts["pairs"]
+
+
+def _outlast(
+    shards: _Shards, pending: list[int], work: WorkList, report: Callable[[int], None], patience: float
+) -> int:
+    """Wait until all shards have scores, and judge those that nobody moves on -> ordered pairs judged here."""
+    last, deadline = None, 0.0
+    while pending := shards.unfinished(pending):
+        report(0)
+        state = (len(pending), work.num_pairs)
+        if state != last:
+            last, deadline = state, time.monotonic() + patience
+        elif time.monotonic() > deadline:
+            logger.warning("%d shards of other ranks have not moved for %.0f s: judged here.", len(pending), patience)
+            return sum(shards.judge(number, report) for number in pending)
+        time.sleep(_POLL_SECONDS)
+    return 0
 
 
 def scores_path(work_dir: Path, number: int) -> Path:
@@ -110,7 +171,9 @@ def _key(entry: ShardEntry, judge: Judge) -> list[object]:
     return [SCORES_VERSION, GROUPS_PER_WINDOW, entry.sha256, entry.rows, judge.name, judge.fingerprint]
 
 
-def _score_shard(rollouts: Path, entry: ShardEntry, manifest: RolloutManifest, judge: Judge, bar: tqdm) -> ShardScores:
+def _score_shard(
+    rollouts: Path, entry: ShardEntry, manifest: RolloutManifest, judge: Judge, report: Callable[[int], None]
+) -> ShardScores:
     num_responses = manifest.sampling["num_responses"]
     before = Counter(judge.counts)
     matrices: list[np.ndarray] = []
@@ -118,7 +181,7 @@ def _score_shard(rollouts: Path, entry: ShardEntry, manifest: RolloutManifest, j
     for window in _windows(rows):
         groups = [row.group for row in window if row.group is not None]
         matrices += _judge_window(judge, groups, num_responses)
-        bar.update(len(window) * num_responses * (num_responses - 1))
+        report(len(window) * num_responses * (num_responses - 1))
     shape = (len(matrices), num_responses, num_responses)
     logits = np.stack(matrices) if matrices else np.zeros(shape, dtype=np.float32)
     return ShardScores(judge_logits=logits, counts=judge.counts - before)

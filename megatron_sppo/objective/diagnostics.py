@@ -3,7 +3,7 @@
 G = prompts, K = responses per prompt. A rate is a fraction in [0, 1]; None where nothing could be counted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +39,7 @@ def describe_preferences(
     win_rate_GK: Tensor,
     *,
     response_lengths_GK: Tensor,
-    responses: Sequence[Sequence[Sequence[int]]],
+    responses: Iterable[Sequence[Sequence[int]]],
 ) -> PreferenceDiagnostics:
     """Compute every diagnostic of a scored set -> PreferenceDiagnostics."""
     flow = (judge_logits_GKK - judge_logits_GKK.transpose(-1, -2)) / 2
@@ -112,11 +112,13 @@ def length_correlation(win_rate_GK: Tensor, response_lengths_GK: Tensor) -> floa
     return float((rate * length).sum()) / scale if scale > 0 else None
 
 
-def duplicate_rate(responses: Sequence[Sequence[Sequence[int]]]) -> float | None:
+def duplicate_rate(responses: Iterable[Sequence[Sequence[int]]]) -> float | None:
     """Fraction of responses that equal an earlier response of their prompt -> [0, 1], None without responses."""
-    total = sum(len(group) for group in responses)
-    distinct = sum(len({tuple(response) for response in group}) for group in responses)
-    return (total - distinct) / total if total else None
+    total = repeated = 0
+    for group in responses:
+        total += len(group)
+        repeated += len(group) - len({tuple(response) for response in group})
+    return repeated / total if total else None
 
 
 def _mean_over_pairs(values_GKK: Tensor) -> float | None:

@@ -4,8 +4,11 @@ PairRM is the tiny random one, so nothing here says what the published weights p
 """
 
 import importlib.util
+import itertools
 import json
+import multiprocessing
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -14,9 +17,11 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import FileStore
 
 from megatron_sppo import command_line
 from megatron_sppo.data.dataset import PreferenceDataset
+from megatron_sppo.judge.work_list import WorkList
 from tests.unit.judge.rollout_files import encoded, random_rollouts, raw_row, write_raw_rollouts
 from tests.unit.judge.tiny_pairrm import make_tiny_pairrm
 
@@ -76,11 +81,17 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def tool():
-    """The tool in this process: for what needs no process of its own."""
+def module():
+    """The tool as a module."""
     spec = importlib.util.spec_from_file_location("score_pairrm", TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tool(module):
+    """The tool in this process: for what needs no process of its own."""
 
     def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
         monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
@@ -132,6 +143,91 @@ def test_killed_under_torchrun_and_resumed_equals_one_undisturbed_process(
     assert not replaced, "finished shards were judged again"
     assert contents(output) == contents(tmp_path / "one")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"], "something was left behind"
+
+
+NUM_KILLS = 20
+EVENTS = ("fsync", "replace", "rename", "rmdir")
+"""Calls of `os` at which a run is killed, besides the judge's own."""
+
+
+def rank_main(module, arguments: dict, rank: int, world_size: int, store: Path, last_event: int | None) -> None:
+    """One rank of the tool: killed at event `last_event`, or leaves the number of its events beside the store."""
+    events = itertools.count(1)
+
+    def counted(function):
+        def call(*positional, **named):
+            number = next(events)
+            if number == last_event:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if last_event is None:
+                store.with_name(f"events-{rank}").write_text(str(number))
+            return function(*positional, **named)
+
+        return call
+
+    for name in EVENTS:
+        setattr(os, name, counted(getattr(os, name)))
+    load = module.load_judge
+
+    def load_judge(*positional, **named):
+        judge = load(*positional, **named)
+        judge.judge_logits = counted(judge.judge_logits)
+        return judge
+
+    module.load_judge = load_judge
+    work = WorkList(rank=rank, world_size=world_size, store=FileStore(str(store), world_size))
+    module.score(module.Command(**arguments), work)
+
+
+def run_ranks(
+    module, arguments: dict, world_size: int, store: Path, victim: tuple[int, int] | None = None
+) -> list[int]:
+    """Fork the ranks, the victim = (rank, event) to be killed; then kill the others, as torchrun does -> exit codes."""
+    store.unlink(missing_ok=True)
+    context = multiprocessing.get_context("fork")
+    processes = []
+    for rank in range(world_size):
+        last_event = victim[1] if victim and victim[0] == rank else (None if victim is None else 0)
+        processes.append(
+            context.Process(target=rank_main, args=(module, arguments, rank, world_size, store, last_event))
+        )
+        processes[-1].start()
+    while any(process.is_alive() for process in processes):
+        if any(process.exitcode for process in processes):
+            for process in processes:
+                process.kill()
+        time.sleep(0.002)
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_killed_at_random_points_of_judging_merging_and_publishing_the_bytes_are_the_same(
+    module, tmp_path: Path, world_size: int
+) -> None:
+    """Every file of the directory, manifest and diagnostics too. A last run of the same command always completes."""
+    rollouts = random_rollouts(tmp_path / "rollouts", num_prompts=12, num_responses=3, rows_per_shard=2)
+    arguments = {"rollouts": rollouts, "judge": "rules:cyclic", "selection": "extremes"}
+    undisturbed = {**arguments, "output": tmp_path / "undisturbed"}
+    assert run_ranks(module, undisturbed, 1, tmp_path / "store") == [0]
+    num_events = int((tmp_path / "events-0").read_text())
+    assert num_events > 40, "six shards, five atomic files, one directory and a manifest"
+    rng, victims = random.Random(world_size), []
+    while len(victims) < NUM_KILLS:
+        output = tmp_path / f"killed-{len(victims)}"
+        # The other ranks have but their share of the shards, and never write the dataset.
+        rank = rng.choice([0, rng.randrange(world_size)])
+        victim = (rank, rng.randint(1, num_events if rank == 0 else num_events // (8 * (world_size - 1))))
+        exit_codes = run_ranks(module, {**arguments, "output": output}, world_size, tmp_path / "store", victim)
+        if exit_codes[rank] == -signal.SIGKILL:
+            victims.append(victim)
+            if (output / "manifest.json").is_file():
+                PreferenceDataset(output)  # what is there is whole
+            again = run_ranks(module, {**arguments, "output": output}, world_size, tmp_path / "store")
+            assert again == [0] * world_size
+        assert contents(output) == contents(tmp_path / "undisturbed"), f"victim: {victim}"
+        shutil.rmtree(output)
+    left = {path.name for path in tmp_path.iterdir() if not path.name.startswith("events-")}
+    assert left - {"store"} == {"rollouts", "undisturbed"}, "something was left behind"
 
 
 def test_the_same_command_again_says_that_it_is_complete(

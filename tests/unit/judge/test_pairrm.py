@@ -83,16 +83,35 @@ def test_identical_responses_are_exactly_tied_and_cost_nothing(judge: PairRMJudg
     assert logits[0, 1] == logits[2, 1] != 0 and logits[1, 0] == logits[1, 2] != 0
 
 
-def test_logits_do_not_depend_on_the_batch_to_the_last_bit(checkpoints: tuple[Path, Path]) -> None:
+@pytest.fixture(scope="module")
+def wider_judge(tmp_path_factory: pytest.TempPathFactory) -> PairRMJudge:
+    """A hidden size of 384: small matrices take other kernels, which hide what padding and neighbours do to sums."""
+    native, _ = make_tiny_pairrm(tmp_path_factory.mktemp("wider"), hidden_size=384)
+    return PairRMJudge(str(native), preset="paper", device="cpu")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_logits_do_not_depend_on_their_neighbours_to_the_last_bit(wider_judge: PairRMJudge, seed: int) -> None:
+    """Some of the groups, in another order, behind strangers of other lengths: batches of padded pairs fail here."""
+    rng = random.Random(40)
+    groups = [random_group(rng, number, 3, high=100) for number in range(4)]
+    whole = wider_judge.judge_logits(groups)
+    rng = random.Random(seed)
+    some = rng.sample(range(4), rng.randint(1, 4))
+    strangers = [random_group(rng, 9, 2, high=150)]
+    logits = wider_judge.judge_logits([*strangers, *(groups[number] for number in some)])[1:]
+    for number, matrix in zip(some, logits, strict=True):
+        np.testing.assert_array_equal(matrix, whole[number])
+
+
+def test_the_size_of_a_batch_changes_logits_by_rounding_alone(checkpoints: tuple[Path, Path]) -> None:
     rng = random.Random(4)
     groups = [random_group(rng, number, 2 + number % 3, high=12) for number in range(6)]
     whole = PairRMJudge(str(checkpoints[0]), preset="paper", device="cpu").judge_logits(groups)
-    for tokens_per_batch in (1, 100, 700, 100_000):
+    for tokens_per_batch in (100, 700, 100_000):
         judge = PairRMJudge(str(checkpoints[0]), preset="paper", device="cpu", tokens_per_batch=tokens_per_batch)
         for left, right in zip(whole, judge.judge_logits(groups), strict=True):
-            np.testing.assert_array_equal(left, right)
-    for group, expected in zip(groups, whole, strict=True):
-        np.testing.assert_array_equal(judge.judge_logits([group])[0], expected)
+            np.testing.assert_allclose(left, right, rtol=0, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

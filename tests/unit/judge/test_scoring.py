@@ -6,20 +6,31 @@ Ranks are forked processes, kills are SIGKILL. The command line itself, torchrun
 import multiprocessing
 import os
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.distributed import FileStore
 
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.writer import DatasetWriter
 from megatron_sppo.errors import DataError
 from megatron_sppo.judge import load_judge
 from megatron_sppo.judge.merge import dataset_diagnostics, merge_scores
-from megatron_sppo.judge.scoring import read_scores, score_rollouts, scores_path
+from megatron_sppo.judge.scoring import _Shards, read_scores, score_rollouts, scores_path
+from megatron_sppo.judge.work_list import WorkList
 from megatron_sppo.rollout.records import read_manifest, read_rollouts
-from tests.unit.judge.rollout_files import encoded, random_rollouts, raw_response, raw_row, write_raw_rollouts
+from tests.unit.judge.groups import group_of
+from tests.unit.judge.rollout_files import (
+    encoded,
+    random_rollouts,
+    raw_response,
+    raw_row,
+    write_raw_rollouts,
+    write_rollouts,
+)
 
 NUM_SHARDS = 6
 
@@ -45,16 +56,31 @@ def rollouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_rollouts(directory, num_prompts=NUM_SHARDS * 2, num_responses=4, rows_per_shard=2)
 
 
-def in_a_process(function, *arguments) -> int:
-    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-def score(rollouts: Path, work_dir: Path, rank: int, world_size: int, last_shard: int | None = None) -> None:
+def score(rollouts: Path, work_dir: Path, work: WorkList | None = None, last_shard: int | None = None) -> None:
     judge = load_judge("rules:cyclic") if last_shard is None else DyingJudge(last_shard)
-    score_rollouts(rollouts, judge, work_dir, rank=rank, world_size=world_size)
+    score_rollouts(rollouts, judge, work_dir, work=work)
+
+
+def work_list(store: Path, rank: int, world_size: int) -> WorkList:
+    return WorkList(rank=rank, world_size=world_size, store=FileStore(str(store), world_size))
+
+
+def run_ranks(rollouts: Path, work_dir: Path, store: Path, world_size: int, last_shard: int | None = None) -> list[int]:
+    """Run all ranks at once, and end them when one dies, as torchrun does -> exit codes."""
+
+    def rank_main(rank: int) -> None:
+        score(rollouts, work_dir, work_list(store, rank, world_size), last_shard)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=rank_main, args=(rank,)) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):
+        if any(process.exitcode for process in processes):
+            for process in processes:
+                process.kill()
+        time.sleep(0.005)
+    return [process.exitcode for process in processes]
 
 
 def merge(rollouts: Path, work_dir: Path, output: Path, spec: str = "rules:cyclic") -> dict[str, bytes]:
@@ -72,7 +98,7 @@ def merge(rollouts: Path, work_dir: Path, output: Path, spec: str = "rules:cycli
 @pytest.fixture(scope="module")
 def undisturbed(rollouts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     root = tmp_path_factory.mktemp("undisturbed")
-    score(rollouts, root / "work", 0, 1)
+    score(rollouts, root / "work")
     return merge(rollouts, root / "work", root / "dataset")
 
 
@@ -93,8 +119,7 @@ def test_the_dataset_holds_the_rollouts_and_the_judges_logits(rollouts: Path, un
 def test_any_number_of_ranks_writes_the_same_bytes(
     rollouts: Path, undisturbed, tmp_path: Path, world_size: int
 ) -> None:
-    for rank in reversed(range(world_size)):
-        assert in_a_process(score, rollouts, tmp_path / "work", rank, world_size) == 0
+    assert run_ranks(rollouts, tmp_path / "work", tmp_path / "store", world_size) == [0] * world_size
     assert merge(rollouts, tmp_path / "work", tmp_path / "dataset") == undisturbed
 
 
@@ -104,27 +129,44 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     rollouts: Path, undisturbed, tmp_path: Path, world_size: int, last_shard: int
 ) -> None:
     work_dir = tmp_path / "work"
-    for rank in range(world_size):
-        in_a_process(score, rollouts, work_dir, rank, world_size, last_shard // world_size)
+    exit_codes = run_ranks(rollouts, work_dir, tmp_path / "first", world_size, last_shard // world_size)
+    assert -signal.SIGKILL in exit_codes
     judge = load_judge("rules:cyclic")
     entries = read_manifest(rollouts).shards
     done = [number for number in range(NUM_SHARDS) if read_scores(work_dir, number, entries[number], judge)]
-    assert len(done) == last_shard // world_size * world_size
-    for rank in range(world_size):
-        score_rollouts(rollouts, judge, work_dir, rank=rank, world_size=world_size)
+    assert len(done) < NUM_SHARDS and (world_size > 1 or len(done) == last_shard)
+    score_rollouts(rollouts, judge, work_dir)
     assert judge.counts["pairs"] == (NUM_SHARDS - len(done)) * 2 * 4 * 3, "finished shards were judged again"
     assert merge(rollouts, work_dir, tmp_path / "dataset") == undisturbed
 
 
+def test_ranks_take_the_largest_shard_first_and_none_twice(tmp_path: Path) -> None:
+    groups = [group_of("why?", ["a", "b" * size], prompt_id=str(size)) for size in (10, 900, 400)]
+    rollouts = write_rollouts(tmp_path / "r", groups, rows_per_shard=1)
+    shards = _Shards(rollouts, read_manifest(rollouts), load_judge("rules:concise"), tmp_path / "work")
+    assert shards.largest_first == [1, 2, 0]
+    works = [work_list(tmp_path / "store", rank, 2) for rank in range(2)]
+    assert [works[turn % 2].take([1, 2, 0]) for turn in range(5)] == [1, 2, 0, None, None]
+
+
+def test_the_first_rank_judges_what_a_silent_rank_has_taken(rollouts: Path, undisturbed, tmp_path: Path) -> None:
+    silent = work_list(tmp_path / "store", 1, 2)
+    assert silent.take(range(NUM_SHARDS)) == 0, "the silent rank takes a shard and never judges it"
+    judge = load_judge("rules:cyclic")
+    score_rollouts(rollouts, judge, tmp_path / "work", work=work_list(tmp_path / "store", 0, 2), patience=0.3)
+    assert judge.counts["pairs"] == silent.num_pairs == NUM_SHARDS * 2 * 12, "both ranks see the run's count"
+    assert merge(rollouts, tmp_path / "work", tmp_path / "dataset") == undisturbed
+
+
 def test_scores_of_another_judge_are_not_taken(rollouts: Path, tmp_path: Path) -> None:
-    score(rollouts, tmp_path, 0, 1)
+    score(rollouts, tmp_path)
     assert score_rollouts(rollouts, load_judge("rules:cyclic"), tmp_path) == 0
     assert score_rollouts(rollouts, load_judge("rules:concise"), tmp_path) == NUM_SHARDS * 2 * 12
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "flipped"])
 def test_a_damaged_score_file_is_judged_again(rollouts: Path, undisturbed, tmp_path: Path, damage: str) -> None:
-    score(rollouts, tmp_path / "work", 0, 1)
+    score(rollouts, tmp_path / "work")
     path = scores_path(tmp_path / "work", 3)
     content = path.read_bytes()
     middle = len(content) // 3
@@ -137,7 +179,7 @@ def test_a_damaged_score_file_is_judged_again(rollouts: Path, undisturbed, tmp_p
 
 
 def test_vanished_scores_stop_the_merge(rollouts: Path, tmp_path: Path) -> None:
-    score(rollouts, tmp_path / "work", 0, 1)
+    score(rollouts, tmp_path / "work")
     scores_path(tmp_path / "work", 2).unlink()
     with pytest.raises(DataError, match=r"shard-00002.jsonl.*Run the same"):
         merge(rollouts, tmp_path / "work", tmp_path / "dataset")
@@ -266,7 +308,8 @@ def test_diagnostics_tell_the_cyclic_judge_from_the_concise_one(rollouts: Path) 
         preferences = 1 / (1 + np.exp(-(logits - logits.transpose(0, 2, 1)) / 2))
         found[spec] = dataset_diagnostics(
             judge=spec, judge_logits_GKK=logits, preferences_GKK=preferences, win_rates_GK=preferences.mean(-1),
-            responses=[[r.token_ids for r in group.responses] for group in groups],
+            response_lengths_GK=np.array([[len(r.token_ids) for r in group.responses] for group in groups]),
+            responses=([r.token_ids for r in group.responses] for group in groups),
             num_quarantined=0, counts=Counter(judge.counts),
         )  # fmt: skip
     assert found["rules:concise"]["cycle_rate"] == 0 and found["rules:concise"]["cyclic_energy"] < 1e-9

@@ -1,4 +1,4 @@
-"""A tiny PairRM with random weights, on disk in both checkpoint formats: what the tests of pairrm judge with."""
+"""A PairRM with random weights, on disk in both checkpoint formats: tiny for tests, of any size for benchmarks."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, DebertaV2Config, DebertaV2Model
 
 MARKERS = ("<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>")
-HIDDEN_SIZE = 64
 TEXT = """
 the a of and to in it is that for on are with as this be at from have or by one had not but what all were
 when we there can an your which their said if do will each about how up out them then she many some so these
@@ -39,16 +38,19 @@ def make_tokenizer(directory: Path) -> None:
     Path(directory, "config.json").write_text(json.dumps({"model_type": "deberta-v2"}))
 
 
-def make_tiny_pairrm(root: Path) -> tuple[Path, Path]:
+def make_tiny_pairrm(
+    root: Path, *, hidden_size: int = 64, num_layers: int = 2, num_heads: int = 4, ffn_multiple: int = 2
+) -> tuple[Path, Path]:
     """Write base/, PairRM/ (native) and PairRM-hf/ under `root`, the same weights in both -> (native, hf)."""
     base, native, hf = root / "base", root / "PairRM", root / "PairRM-hf"
     make_tokenizer(base)
     tokenizer = AutoTokenizer.from_pretrained(base)
     config = DebertaV2Config(
-        vocab_size=len(tokenizer), hidden_size=HIDDEN_SIZE, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=128, max_position_embeddings=512, type_vocab_size=0, layer_norm_eps=1e-7,
-        relative_attention=True, max_relative_positions=-1, position_buckets=256, norm_rel_ebd="layer_norm",
-        share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, pad_token_id=0,
+        vocab_size=len(tokenizer), hidden_size=hidden_size, num_hidden_layers=num_layers, num_attention_heads=num_heads,
+        intermediate_size=ffn_multiple * hidden_size, max_position_embeddings=512, type_vocab_size=0,
+        layer_norm_eps=1e-7, relative_attention=True, max_relative_positions=-1, position_buckets=256,
+        norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
+        pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     DebertaV2Model(config).save_pretrained(base)
@@ -61,8 +63,8 @@ def make_tiny_pairrm(root: Path) -> tuple[Path, Path]:
     # Attention of a freshly initialised model hardly looks at the text: larger weights make every token count.
     for name, tensor in tensors.items():
         if name.endswith("weight") and tensor.ndim == 2:
-            tensors[name] = tensor * 4
-    for name, shape in (("1", (HIDDEN_SIZE, 2 * HIDDEN_SIZE)), ("4", (1, HIDDEN_SIZE))):
+            tensors[name] = tensor * 4 * (64 / hidden_size) ** 0.5
+    for name, shape in (("1", (hidden_size, 2 * hidden_size)), ("4", (1, hidden_size))):
         tensors[f"head_layer.{name}.weight"] = torch.randn(shape) * 0.2
         tensors[f"head_layer.{name}.bias"] = torch.randn(shape[0]) * 0.2
     _write_native(native, base, tensors)
