@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.microbatch import MicroBatch, collate, context_parallel_share
-from megatron_sppo.data.planning import epoch_rows, packed_tokens, plan_step, shared_prompt_units, step_units
+from megatron_sppo.data.planning import epoch_rows, packed_tokens, plan_shared_step, plan_step, step_units
 from megatron_sppo.data.selection import RowTargets, TrainingIndex, row_targets, training_index
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import token_multiple
@@ -203,23 +203,16 @@ class Batches:
 
     def _shares(self, rows: np.ndarray) -> list[list[np.ndarray]]:
         """Divide a global batch -> for each data-parallel rank, the rows of its micro-batches."""
-        batch, unit_size, budget = self._config.batch, self._config.objective.unit_size, self._budget
+        batch, budget, num_ranks = self._config.batch, self._budget, parallel.data_parallel_size()
+        settings = {"unit_size": self._config.objective.unit_size, "parity_length": self._parity_length}
         if batch.share_prompts:
             assert budget is not None
-            units = shared_prompt_units(
-                self.index, rows, unit_size=unit_size, capacity=budget, parity_length=self._parity_length
-            )
-        else:
-            units = step_units(
-                self.index,
-                rows,
-                unit_size=unit_size,
-                document_multiple=self._document_multiple,
-                parity_length=self._parity_length,
+            return plan_shared_step(
+                self.index, rows, data_parallel_size=num_ranks, packed_sequence_size=budget, **settings
             )
         return plan_step(
-            units,
-            data_parallel_size=parallel.data_parallel_size(),
+            step_units(self.index, rows, document_multiple=self._document_multiple, **settings),
+            data_parallel_size=num_ranks,
             micro_batch_size=batch.micro_batch_size if budget is None else None,
             packed_sequence_size=budget,
         )
