@@ -11,6 +11,9 @@ import numpy as np
 from megatron_sppo.data.packing import balance, document_cost, pack
 from megatron_sppo.data.selection import TrainingIndex
 
+_EVEN = 1.005
+"""Ranks are even where the busiest has at most this many times the mean to do."""
+
 
 def epoch_order(num_units: int, *, seed: int, epoch: int) -> np.ndarray:
     """Shuffle the units (rows, pairs or prompts) of an epoch -> [num_units] int64, a permutation.
@@ -35,8 +38,11 @@ def epoch_rows(index: TrainingIndex, *, seed: int, epoch: int, by_prompt: bool) 
     if not by_prompt:
         order = epoch_order(index.num_rows // index.unit_size, seed=seed, epoch=epoch)
         return rows_of_units(order, unit_size=index.unit_size)
-    prompts = _runs(index.group, np.arange(index.num_rows))
-    return np.concatenate([prompts[i] for i in epoch_order(len(prompts), seed=seed, epoch=epoch)])
+    starts = np.flatnonzero(np.diff(index.group, prepend=-1))
+    sizes = np.diff(starts, append=index.num_rows)
+    order = epoch_order(len(starts), seed=seed, epoch=epoch)
+    before = np.cumsum(sizes[order]) - sizes[order]
+    return np.repeat(starts[order] - before, sizes[order]) + np.arange(index.num_rows)
 
 
 def _runs(group_N: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
@@ -97,17 +103,22 @@ def shared_prompt_units(
     found: list[np.ndarray] = []
     for number, members in enumerate(prompts):
         parts = list(np.arange(len(members)).reshape(-1, unit_size))
-        if number not in split:
-            budget = capacity - int(length[number])
+        budget = capacity - int(length[number])
+        if number not in split and index.response_lengths[members].sum() <= budget:
+            parts = [np.arange(len(members))]
+        elif number not in split:
             parts = pack(index.response_lengths[members], budget=budget, unit_size=unit_size)
         found += [members[np.sort(part)] for part in parts]
-    prompt = np.array([int(index.prompt_lengths[members[0]]) for members in found])
-    cost = document_cost(prompt, parity_length=parity_length)
-    for unit, members in enumerate(found):
-        responses = index.response_lengths[members]
-        cost[unit] += document_cost(responses, parity_length=parity_length, context_N=prompt[unit]).sum()
-    responses = np.array([int(index.response_lengths[members].sum()) for members in found])
-    return Units(rows=found, num_tokens=prompt + responses, cost=cost)
+    ordered = np.concatenate(found)
+    first = np.cumsum([0, *(len(members) for members in found[:-1])])
+    prompt_N, response_N = index.prompt_lengths[ordered], index.response_lengths[ordered]
+    prompt_U = prompt_N[first]
+    behind_N = document_cost(response_N, parity_length=parity_length, context_N=prompt_N)
+    return Units(
+        rows=found,
+        num_tokens=prompt_U + np.add.reduceat(response_N, first),
+        cost=document_cost(prompt_U, parity_length=parity_length) + np.add.reduceat(behind_N, first),
+    )
 
 
 def packed_tokens(
@@ -168,8 +179,8 @@ def plan_shared_step(
     """Share a step out as `plan_step` does, prompts computed once for their rows -> row arrays per data-parallel rank.
 
     Whole prompts are few and large, and uneven ranks wait for the busiest. So some of them, the shortest, are split:
-    none, half as many as there are ranks, as many, twice, ... or all; whatever leaves the busiest rank least to do.
-    Rows of one prompt that meet in a micro-batch are side by side.
+    none, half as many as there are ranks, as many, twice, ... or all; until the busiest rank has hardly more to do than
+    the mean, or else whatever leaves it least. Rows of one prompt that meet in a micro-batch are side by side.
     """
     num_prompts = len(_runs(index.group, rows))
     num_split, least, best = 0, np.inf, None
@@ -183,9 +194,11 @@ def plan_shared_step(
             num_split=num_split,
         )
         plan = _plan_units(units.cost, units.num_tokens, capacity=packed_sequence_size, num_ranks=data_parallel_size)
-        busiest = max(units.cost[np.concatenate(rank)].sum() for rank in plan)
+        busiest = max(float(units.cost[np.concatenate(rank)].sum()) for rank in plan)
         if busiest < least:
             least, best = busiest, _rows_of(units, plan)
+        if busiest * data_parallel_size <= _EVEN * units.cost.sum():
+            break
         following = max(2 * num_split, -(-data_parallel_size // 2))
         num_split = num_prompts if num_split < num_prompts < following else following
     assert best is not None

@@ -95,6 +95,7 @@ class Batches:
         self._dataset = dataset
         self._config = config
         self._parity_length = parity_length
+        self._last_order: tuple[int, np.ndarray] | None = None
         self._document_multiple, self._multiple = _token_multiples(config)
         self._check_budget()
         self._report()
@@ -175,8 +176,9 @@ class Batches:
     def _plan(self, step: int, reference_GK: np.ndarray | None) -> StepPlan:
         index, batch = self.index, self._config.batch
         epoch, step_of_epoch = divmod(step - 1, self.steps_per_epoch)
-        order = epoch_rows(index, seed=batch.seed, epoch=epoch, by_prompt=batch.share_prompts)
-        rows = order[step_of_epoch * batch.global_batch_size : (step_of_epoch + 1) * batch.global_batch_size]
+        rows = self._order(epoch)[
+            step_of_epoch * batch.global_batch_size : (step_of_epoch + 1) * batch.global_batch_size
+        ]
         group, response = index.group[rows], index.response[rows]
         shares = self._shares(rows)
         micro_batches = self._micro_batches(shares, reference_GK)
@@ -200,6 +202,14 @@ class Batches:
             micro_batches=micro_batches,
             padding_fraction=1 - real / (computed * self._config.parallel.context_parallel_size),
         )
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """List an epoch's rows as they are trained on -> [rows]; the last epoch asked for is kept."""
+        batch = self._config.batch
+        if self._last_order is None or self._last_order[0] != epoch:
+            order = epoch_rows(self.index, seed=batch.seed, epoch=epoch, by_prompt=batch.share_prompts)
+            self._last_order = (epoch, order)
+        return self._last_order[1]
 
     def _shares(self, rows: np.ndarray) -> list[list[np.ndarray]]:
         """Divide a global batch -> for each data-parallel rank, the rows of its micro-batches."""
