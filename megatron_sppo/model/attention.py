@@ -77,7 +77,7 @@ class DocumentAttention(torch.nn.Module):
         contexts, first = [], 0
         for start, end in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True):
             here = slice(first, first + (end - start) // size)
-            visible = torch.arange(start, end, device=query.device) <= position[here, None]
+            visible = self._sees(position[here], torch.arange(start, end, device=query.device))
             contexts.append(self._attend(query[here], key[start:end], value[start:end], visible=visible))
             first = here.stop
         return torch.cat(contexts)
@@ -94,9 +94,13 @@ class DocumentAttention(torch.nn.Module):
             if parent >= 0:
                 keys, values = (torch.cat([tensor[spans[parent]], tensor[here]]) for tensor in (key, value))
                 places = torch.arange(len(keys), device=query.device)
-                visible = places <= places[len(keys) - (here.stop - here.start) :, None]
+                visible = self._sees(places[-len(query[here]) :], places)
             contexts.append(self._attend(query[here], keys, values, visible=visible))
         return torch.cat(contexts)
+
+    def _sees(self, query_position: Tensor, key_position: Tensor) -> Tensor:
+        """Compare positions -> [queries, keys] bool: not later."""
+        return query_position[:, None] >= key_position
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, visible: Tensor | None) -> Tensor:
         """Attend causally (`visible` None) or where `visible` [queries, keys] -> [S, B, Q, D]."""

@@ -134,7 +134,7 @@ def forward(
     """
     packed = None
     if cu_seqlens is not None and parents is not None:
-        packed = shared_prompt_params(cu_seqlens, parents, num_tokens=tokens_BS.shape[1], max_seqlen=max_seqlen)
+        packed = shared_prompt_params(cu_seqlens, parents, position_ids_BS[0], max_seqlen=max_seqlen)
     elif cu_seqlens is not None:
         packed = PackedSeqParams(
             qkv_format="thd",

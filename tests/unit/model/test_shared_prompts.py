@@ -10,7 +10,6 @@ import torch
 
 from megatron_sppo.model.attention import DocumentAttention
 from megatron_sppo.model.shared_prompts import (
-    documents_of_tokens,
     flex_tree_attention,
     shared_prompt_params,
     tree_mask,
@@ -22,26 +21,34 @@ LENGTHS = [4, 3, 1, 5, 2, 4, 6]
 PARENTS = [-1, 0, 0, 0, -1, 4, -1]
 TOTAL = sum(LENGTHS)
 STARTS = [sum(LENGTHS[:i]) for i in range(len(LENGTHS))]
-CONFIG = SimpleNamespace(attention_dropout=0.0, context_parallel_size=1)
+CONFIG = SimpleNamespace(
+    attention_dropout=0.0, context_parallel_size=1, window_size=(3, 0), window_attn_skip_freq=[1, 0]
+)
 
 
 def row_of_trees():
     bounds = torch.tensor([*STARTS, TOTAL], dtype=torch.int32)
-    return shared_prompt_params(bounds, torch.tensor(PARENTS, dtype=torch.int32), num_tokens=TOTAL, max_seqlen=9)
+    positions = [
+        place + (LENGTHS[parent] if parent >= 0 else 0)
+        for length, parent in zip(LENGTHS, PARENTS, strict=True)
+        for place in range(length)
+    ]
+    return shared_prompt_params(bounds, torch.tensor(PARENTS, dtype=torch.int32), torch.tensor(positions), max_seqlen=9)
 
 
 def tokens_of(document: int) -> list[int]:
     return list(range(STARTS[document], STARTS[document] + LENGTHS[document]))
 
 
-def softmax_attention_by_sequence(query, key, value):
+def softmax_attention_by_sequence(query, key, value, *, window=TOTAL):
     """[T, heads, D] each, every query head with its own key head -> [T, heads, D]: each path of a tree by itself."""
     context = torch.full_like(query, torch.nan)
     for document, parent in enumerate(PARENTS):
         path = (tokens_of(parent) if parent >= 0 else []) + tokens_of(document)
         scores = torch.einsum("shd,thd->hst", query[path], key[path]) / query.shape[-1] ** 0.5
-        later = torch.ones(len(path), len(path), dtype=torch.bool).triu(1)
-        out = torch.einsum("hst,thd->shd", scores.masked_fill(later, -torch.inf).softmax(-1), value[path])
+        distance = torch.arange(len(path))[:, None] - torch.arange(len(path))
+        hidden = (distance < 0) | (distance > window)
+        out = torch.einsum("hst,thd->shd", scores.masked_fill(hidden, -torch.inf).softmax(-1), value[path])
         context[tokens_of(document)] = out[-LENGTHS[document] :]
     return context
 
@@ -51,20 +58,21 @@ def random_heads(groups: int, heads: int = 4):
     return [torch.randn(TOTAL, count, 16, dtype=torch.float64, requires_grad=True) for count in (heads, groups, groups)]
 
 
-def test_the_mask_of_flex_attention_is_a_tree():
-    """Token q sees token k where k is on q's path and not later; written out token by token."""
-    document_T, parent_T = documents_of_tokens(row_of_trees().documents, row_of_trees().parents)
-    sees = tree_mask(document_T, parent_T)
-    tokens = torch.arange(TOTAL)
-    found = sees(torch.tensor(0), torch.tensor(0), tokens[:, None], tokens[None, :])
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_mask_of_flex_attention_is_a_tree(window: int | None) -> None:
+    """Token q sees token k where k is on q's path, not later and no further back; written out token by token."""
+    numbers = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    packed, tokens = row_of_trees(), torch.arange(TOTAL)
+    sees = tree_mask(numbers, torch.tensor(PARENTS)[numbers], packed.positions, window=window)
     naive = torch.zeros(TOTAL, TOTAL, dtype=torch.bool)
     for document, parent in enumerate(PARENTS):
-        for q in tokens_of(document):
-            for k in (tokens_of(parent) if parent >= 0 else []) + tokens_of(document):
-                naive[q, k] = k <= q
-    assert torch.equal(found, naive)
-    # The blocks that FlexAttention skips are those without a pair that sees: here there is one block.
-    assert row_of_trees().block_mask.shape == (1, 1, TOTAL, TOTAL)
+        path = (tokens_of(parent) if parent >= 0 else []) + tokens_of(document)
+        for place, q in enumerate(path):
+            for k in path[: place + 1] if window is None else path[max(0, place - window) : place + 1]:
+                naive[q, k] = q in tokens_of(document) or naive[q, k]
+    assert torch.equal(sees(torch.tensor(0), torch.tensor(0), tokens[:, None], tokens[None, :]), naive)
+    assert packed.block_mask(window) is packed.block_mask(window)
+    assert packed.block_mask(window).shape == (1, 1, TOTAL, TOTAL)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
@@ -80,12 +88,12 @@ def test_document_attention_computes_each_path_of_a_tree(groups: int) -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("groups", [1, 4])
-def test_flex_attention_computes_each_path_of_a_tree(groups: int) -> None:
+@pytest.mark.parametrize(("groups", "window"), [(1, None), (4, None), (2, 3)])
+def test_flex_attention_computes_each_path_of_a_tree(groups: int, window: int | None) -> None:
     query, key, value = (tensor.detach().float() for tensor in random_heads(groups))
     repeated = [tensor.repeat_interleave(4 // groups, dim=1) for tensor in (key, value)]
-    expected = softmax_attention_by_sequence(query, *repeated)
-    context = flex_tree_attention(query, key, value, row_of_trees(), softmax_scale=None)
+    expected = softmax_attention_by_sequence(query, *repeated, window=TOTAL if window is None else window)
+    context = flex_tree_attention(query, key, value, row_of_trees(), softmax_scale=None, window=window)
     torch.testing.assert_close(context, expected.flatten(1), rtol=1e-5, atol=1e-5)
 
 
@@ -99,11 +107,14 @@ class HostAttention(torch.nn.Module):
         return "host"
 
 
-def test_the_hosts_attention_is_asked_for_all_but_trees() -> None:
+@pytest.mark.parametrize(("layer_number", "window"), [(1, 3), (2, TOTAL)])
+def test_the_hosts_attention_is_asked_for_all_but_trees(layer_number: int, window: int) -> None:
+    """With the scale that it was given, and the window that the host's config gives to its layer (here the first)."""
     query, key, value = (tensor.detach().float() for tensor in random_heads(2))
-    attention = with_shared_prompts(HostAttention)(CONFIG, layer_number=1, softmax_scale=0.5)
+    attention = with_shared_prompts(HostAttention)(CONFIG, layer_number=layer_number, softmax_scale=0.5)
     assert attention(query, key, value, None, attn_mask_type=None, packed_seq_params=None) == "host"
     context = attention(query, key, value, None, attn_mask_type=None, packed_seq_params=row_of_trees())
     repeated = [tensor.repeat_interleave(2, dim=1) for tensor in (key, value)]
-    expected = softmax_attention_by_sequence(query * 0.5 * 16**0.5, *repeated)  # the given scale, not 1 / sqrt(D)
+    # The reference divides by sqrt(D) = 4, so queries four times as long and halved have the scale 0.5.
+    expected = softmax_attention_by_sequence(query * 0.5 * 16**0.5, *repeated, window=window)
     torch.testing.assert_close(context, expected.flatten(1), rtol=1e-5, atol=1e-5)
