@@ -141,6 +141,7 @@ def plan_step(
     units: Units,
     *,
     data_parallel_size: int,
+    count_multiple: int = 1,
     micro_batch_size: int | None = None,
     packed_sequence_size: int | None = None,
 ) -> list[list[np.ndarray]]:
@@ -156,6 +157,7 @@ def plan_step(
     of padding alone from such, with B = 0.
 
     Args:
+        count_multiple: a rank's number of micro-batches is rounded up to it (the interleaved pipeline schedule).
         micro_batch_size: most rows of a micro-batch.
         packed_sequence_size: most tokens of a micro-batch. Exactly one of the two is given.
     """
@@ -164,7 +166,10 @@ def plan_step(
         size_U, capacity = np.array([len(rows) for rows in units.rows]), int(micro_batch_size or 0)
     else:
         size_U, capacity = units.num_tokens, packed_sequence_size
-    return _rows_of(units, _plan_units(units.cost, size_U, capacity=capacity, num_ranks=data_parallel_size))
+    plan = _plan_units(
+        units.cost, size_U, capacity=capacity, num_ranks=data_parallel_size, count_multiple=count_multiple
+    )
+    return _rows_of(units, plan)
 
 
 def plan_shared_step(
@@ -175,6 +180,7 @@ def plan_shared_step(
     packed_sequence_size: int,
     unit_size: int,
     parity_length: float,
+    count_multiple: int = 1,
 ) -> list[list[np.ndarray]]:
     """Share a step out as `plan_step` does, prompts computed once for their rows -> row arrays per data-parallel rank.
 
@@ -193,7 +199,13 @@ def plan_shared_step(
             parity_length=parity_length,
             num_split=num_split,
         )
-        plan = _plan_units(units.cost, units.num_tokens, capacity=packed_sequence_size, num_ranks=data_parallel_size)
+        plan = _plan_units(
+            units.cost,
+            units.num_tokens,
+            capacity=packed_sequence_size,
+            num_ranks=data_parallel_size,
+            count_multiple=count_multiple,
+        )
         busiest = max(float(units.cost[np.concatenate(rank)].sum()) for rank in plan)
         if busiest < least:
             least, best = busiest, _rows_of(units, plan)
@@ -205,10 +217,12 @@ def plan_shared_step(
     return [[part[np.argsort(index.group[part], kind="stable")] for part in rank] for rank in best]
 
 
-def _plan_units(cost_U: np.ndarray, size_U: np.ndarray, *, capacity: int, num_ranks: int) -> list[list[np.ndarray]]:
+def _plan_units(
+    cost_U: np.ndarray, size_U: np.ndarray, *, capacity: int, num_ranks: int, count_multiple: int
+) -> list[list[np.ndarray]]:
     """Share units out as `plan_step` says -> for each rank, the units of its micro-batches."""
     packs = pack(size_U, budget=capacity)
-    num_micro_batches = -(-len(packs) // num_ranks)
+    num_micro_batches = -(-len(packs) // (num_ranks * count_multiple)) * count_multiple
     num_packs = num_micro_batches * num_ranks
     even = balance(cost_U, num_bins=num_packs, capacity=capacity, size_I=size_U)
     if even is not None:

@@ -215,14 +215,24 @@ class Batches:
         """Divide a global batch -> for each data-parallel rank, the rows of its micro-batches."""
         batch, budget, num_ranks = self._config.batch, self._budget, parallel.data_parallel_size()
         settings = {"unit_size": self._config.objective.unit_size, "parity_length": self._parity_length}
+        layout = self._config.parallel
+        interleaved = layout.virtual_pipeline_model_parallel_size is not None
+        # The interleaved schedule takes micro-batches in groups of as many as there are stages (mcore 0.16.1, 0.19.2).
+        count_multiple = layout.pipeline_model_parallel_size if interleaved else 1
         if batch.share_prompts:
             assert budget is not None
             return plan_shared_step(
-                self.index, rows, data_parallel_size=num_ranks, packed_sequence_size=budget, **settings
+                self.index,
+                rows,
+                data_parallel_size=num_ranks,
+                count_multiple=count_multiple,
+                packed_sequence_size=budget,
+                **settings,
             )
         return plan_step(
             step_units(self.index, rows, document_multiple=self._document_multiple, **settings),
             data_parallel_size=num_ranks,
+            count_multiple=count_multiple,
             micro_batch_size=batch.micro_batch_size if budget is None else None,
             packed_sequence_size=budget,
         )

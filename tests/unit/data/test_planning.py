@@ -92,7 +92,7 @@ def steps(draw):
     ]
     index = training_index(prompts, responses, pairs=unit_size == 2)
     by_tokens = shared or draw(st.booleans())
-    sizes = {"data_parallel_size": draw(st.integers(1, 8))}
+    sizes = {"data_parallel_size": draw(st.integers(1, 8)), "count_multiple": draw(st.sampled_from([1, 1, 4]))}
     multiple = 1 if shared else draw(st.sampled_from([1, 4]))
     if by_tokens:
         sizes["packed_sequence_size"] = draw(st.integers(1608, 4000))
@@ -113,11 +113,15 @@ def make_plan(index, rows, settings, multiple, shared, sizes):
 def test_a_plan_holds_every_row_once_in_bounded_equal_and_whole_micro_batches(step):
     index, rows, settings, multiple, shared, sizes = step
     plan = make_plan(*step)
+
+    def rounded_up(count: int) -> int:
+        return -(-count // sizes["count_multiple"]) * sizes["count_multiple"]
+
     num_ranks, (num_micro_batches,) = sizes["data_parallel_size"], {len(rank) for rank in plan}
     flat = [micro_batch for rank in plan for micro_batch in rank]
     assert len(plan) == num_ranks and sorted(np.concatenate(flat).tolist()) == sorted(rows.tolist())
     if "micro_batch_size" in sizes:
-        assert num_micro_batches == -(-len(rows) // (num_ranks * sizes["micro_batch_size"]))
+        assert num_micro_batches == rounded_up(-(-len(rows) // (num_ranks * sizes["micro_batch_size"])))
         assert all(len(micro_batch) <= sizes["micro_batch_size"] for micro_batch in flat)
         if len(rows) // settings["unit_size"] >= len(flat):
             assert all(len(micro_batch) for micro_batch in flat)
@@ -127,7 +131,7 @@ def test_a_plan_holds_every_row_once_in_bounded_equal_and_whole_micro_batches(st
         assert max(packed_tokens(index, micro_batch, **layout) for micro_batch in flat) <= budget
         if not shared:
             units = step_units(index, rows, document_multiple=multiple, **settings)
-            assert num_micro_batches == -(-len(pack(units.num_tokens, budget=budget)) // num_ranks)
+            assert num_micro_batches == rounded_up(-(-len(pack(units.num_tokens, budget=budget)) // num_ranks))
     if settings["unit_size"] == 2:
         for micro_batch in flat:
             assert (micro_batch[0::2] % 2 == 0).all() and (micro_batch[1::2] == micro_batch[0::2] + 1).all()
