@@ -3,7 +3,8 @@
     python -m benchmarks.packing
 
 Both pack the same shuffled sequences, log-normal in length. The load of a rank is taken over the whole epoch, and over
-single steps of `--packs-per-rank` packs a rank, where unevenness is really waited for.
+single steps of `--packs-per-rank` packs a rank, where unevenness is really waited for. Training packs one global batch
+at a time: the last rows are of steps as it plans them, with and without prompts computed once.
 """
 
 import statistics
@@ -16,7 +17,17 @@ import numpy as np
 from benchmarks.record import Row, describe_cpu, write_results
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
-from megatron_sppo.data.packing import assign_to_ranks, document_cost, pack
+from megatron_sppo.data.packing import balance, document_cost, pack
+from megatron_sppo.data.planning import (
+    Units,
+    epoch_rows,
+    packed_tokens,
+    plan_shared_step,
+    plan_step,
+    shared_prompt_units,
+    step_units,
+)
+from megatron_sppo.data.selection import TrainingIndex
 
 NAME = "packing.py"
 
@@ -33,7 +44,15 @@ class PackingConfig:
     packs_per_rank: int = 4
     """Packs of a rank in one step."""
     window: int = 4096
-    """Sequences packed at a time in the last row: those of one step, in the epoch's order."""
+    """Sequences packed at a time in one of the rows, in the epoch's order."""
+    global_batches: tuple[int, ...] = (64, 128, 512, 1024)
+    """Responses of a step as training plans it."""
+    step_ranks: int = 8
+    """Data-parallel ranks of those steps."""
+    steps: int = 100
+    """Steps of each size."""
+    num_responses: int = 5
+    """Responses of a prompt that is computed once."""
     parity_length: float = 53_000.0
     """Tokens at which attention costs as much as the matrices; Llama-3-8B's."""
     repeats: int = 5
@@ -41,14 +60,27 @@ class PackingConfig:
     """Folder under benchmarks/results; None names the processor."""
 
 
-def draw_lengths(num_sequences: int, *, budget: int) -> np.ndarray:
-    """Draw prompt and response together -> [N] tokens: log-normal prompts (median 120, cut at 512) and responses
-    (median 250, cut at 1536), no longer than half the budget, in pairs that share their prompt.
+def draw_prompts(num_prompts: int, *, num_responses: int, budget: int) -> TrainingIndex:
+    """Draw prompts with their responses -> TrainingIndex, prompt by prompt.
+
+    Log-normal prompts (median 120 tokens, cut at 512) and responses (median 250, cut at 1536), together no longer than
+    half the budget.
     """
     generator = np.random.default_rng(0)
-    prompt = np.clip(generator.lognormal(np.log(120), 0.9, num_sequences // 2), 8, 512).astype(np.int64).repeat(2)
+    prompt = np.clip(generator.lognormal(np.log(120), 0.9, num_prompts), 8, 512).astype(np.int64).repeat(num_responses)
     response = np.clip(generator.lognormal(np.log(250), 0.6, len(prompt)), 4, 1536).astype(np.int64)
-    return np.minimum(prompt + response, budget // 2)
+    return TrainingIndex(
+        group=np.arange(num_prompts).repeat(num_responses),
+        response=np.tile(np.arange(num_responses), num_prompts),
+        chosen=np.zeros(len(prompt), dtype=bool),
+        prompt_lengths=prompt,
+        response_lengths=np.minimum(response, budget // 2 - prompt),
+        pairs=False,
+        max_prompt_length=None,
+        num_dropped_ties=0,
+        num_tied_pairs=0,
+        num_too_long=0,
+    )
 
 
 def next_fit(lengths: np.ndarray, *, budget: int, unit_size: int = 1) -> list[np.ndarray]:
@@ -72,7 +104,11 @@ def fill(lengths: np.ndarray, packs: list[np.ndarray], *, budget: int) -> float:
 def max_over_mean(cost: np.ndarray, *, num_ranks: int, deal: bool) -> float:
     """Load of the busiest rank over the mean; `deal` gives packs out in turn in place of longest first."""
     shares = [np.arange(rank, len(cost), num_ranks) for rank in range(num_ranks)]
-    loads = [float(cost[members].sum()) for members in (shares if deal else assign_to_ranks(cost, num_ranks=num_ranks))]
+    if not deal:
+        longest_first = balance(cost, num_bins=num_ranks, capacity=-(-len(cost) // num_ranks))
+        assert longest_first is not None
+        shares = longest_first
+    loads = [float(cost[members].sum()) for members in shares]
     return max(loads) / statistics.fmean(loads)
 
 
@@ -97,7 +133,7 @@ def timed(function: Callable[[], list[np.ndarray]], *, repeats: int) -> tuple[li
 
 def compare(config: PackingConfig, *, unit_size: int) -> list[Row]:
     """Rows of fill, balance and time for units of one row or of pairs."""
-    lengths = draw_lengths(config.sequences, budget=config.budget)
+    lengths = draw_prompts(config.sequences // 2, num_responses=2, budget=config.budget).lengths
     generator = np.random.default_rng(2)
     lengths = lengths.reshape(-1, unit_size)[generator.permutation(len(lengths) // unit_size)].reshape(-1)
     what = f"{len(lengths)} sequences, {'pairs together, ' if unit_size == 2 else ''}budget {config.budget}"
@@ -143,6 +179,81 @@ def compare(config: PackingConfig, *, unit_size: int) -> list[Row]:
     return rows
 
 
+def units_of(index: TrainingIndex, rows: np.ndarray, config: PackingConfig, *, shared: bool) -> Units:
+    """Make units of single rows, or of whole prompts computed once."""
+    if shared:
+        return shared_prompt_units(index, rows, unit_size=1, capacity=config.budget, parity_length=config.parity_length)
+    return step_units(index, rows, unit_size=1, document_multiple=1, parity_length=config.parity_length)
+
+
+def plan_ours(index: TrainingIndex, rows: np.ndarray, config: PackingConfig, *, shared: bool) -> list[list[np.ndarray]]:
+    """Plan a step as training does -> rows of each rank's micro-batches."""
+    sizes = {"data_parallel_size": config.step_ranks, "packed_sequence_size": config.budget}
+    if shared:
+        return plan_shared_step(index, rows, unit_size=1, parity_length=config.parity_length, **sizes)
+    return plan_step(units_of(index, rows, config, shared=False), **sizes)
+
+
+def plan_peer(index: TrainingIndex, rows: np.ndarray, config: PackingConfig, *, shared: bool) -> list[list[np.ndarray]]:
+    """Plan a step by next-fit in the order given, packs to the ranks in turn -> rows of each rank's micro-batches."""
+    units = units_of(index, rows, config, shared=shared)
+    packs = [
+        np.concatenate([units.rows[unit] for unit in members])
+        for members in next_fit(units.num_tokens, budget=config.budget)
+    ]
+    packs += [np.empty(0, dtype=np.int64)] * (-len(packs) % config.step_ranks)
+    return [packs[rank :: config.step_ranks] for rank in range(config.step_ranks)]
+
+
+def judge(
+    index: TrainingIndex, plan: list[list[np.ndarray]], config: PackingConfig, *, shared: bool
+) -> dict[str, float]:
+    """Measure a planned step -> fill of its micro-batches at the longest one's shape, max/mean rank cost, totals."""
+    tokens = [packed_tokens(index, rows, share_prompts=shared) for rank in plan for rows in rank]
+    assert max(tokens) <= config.budget
+    cost = [
+        sum(float(units_of(index, rows, config, shared=shared).cost.sum()) for rows in rank if len(rows))
+        for rank in plan
+    ]
+    return {
+        "fill": sum(tokens) / (len(tokens) * max(tokens)),
+        "balance": max(cost) / statistics.fmean(cost),
+        "tokens": sum(tokens),
+        "busiest": max(cost),
+    }
+
+
+def training_steps(config: PackingConfig, *, size: int) -> list[Row]:
+    """Rows of steps of `size` responses as training plans them, and of what sharing prompts saves there."""
+    num_prompts = -(-size * config.steps // config.num_responses)
+    index = draw_prompts(num_prompts, num_responses=config.num_responses, budget=config.budget)
+    rows, ours_by_kind = [], {}
+    for shared in False, True:
+        order = epoch_rows(index, seed=2, epoch=0, by_prompt=shared)
+        parts = [order[first : first + size] for first in range(0, size * config.steps, size)]
+        begin = time.perf_counter()
+        plans = [plan_ours(index, part, config, shared=shared) for part in parts]
+        seconds = (time.perf_counter() - begin) / len(parts)
+        ours = [judge(index, plan, config, shared=shared) for plan in plans]
+        peer = [judge(index, plan_peer(index, part, config, shared=shared), config, shared=shared) for part in parts]
+        ours_by_kind[shared] = ours
+        kind = f"K={config.num_responses} responses behind one prompt, " if shared else ""
+        what = f"{kind}steps of {size} responses, {config.step_ranks} ranks, budget {config.budget}"
+        for metric, key, pick in (
+            ("median fill of micro-batches, all in the longest one's shape", "fill", statistics.median),
+            ("median max/mean rank cost", "balance", statistics.median),
+            ("worst max/mean rank cost", "balance", max),
+        ):
+            found, theirs = pick(step[key] for step in ours), pick(step[key] for step in peer)
+            target = key == "balance" and "ours <= 1.02"
+            rows.append(row(f"{metric}, {what}", found, theirs, target or "(none)", found <= 1.02 if target else None))
+        rows.append(row(f"seconds to plan a step, {what}", seconds, None, "(none)", None))
+    for metric, key in ("tokens saved by sharing prompts", "tokens"), ("busiest rank's cost saved", "busiest"):
+        plain, once = (statistics.fmean(step[key] for step in ours_by_kind[shared]) for shared in (False, True))
+        rows.append(row(f"{metric}, {what}", 1 - once / plain, None, "(none)", None))
+    return rows
+
+
 def pack_cost(lengths: np.ndarray, packs: list[np.ndarray], config: PackingConfig) -> np.ndarray:
     """Estimate each pack's time -> [P]."""
     cost = document_cost(lengths, parity_length=config.parity_length)
@@ -170,6 +281,8 @@ def main() -> None:
     """Measure and write benchmarks/results/<machine>/packing.json."""
     config = parse(PackingConfig, name=NAME, description=str(__doc__))
     rows = compare(config, unit_size=1) + compare(config, unit_size=2)
+    for size in config.global_batches:
+        rows += training_steps(config, size=size)
     write_results("packing", rows, machine=config.machine or describe_cpu(), packages=["numpy"])
 
 

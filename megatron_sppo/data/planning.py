@@ -11,6 +11,9 @@ import numpy as np
 from megatron_sppo.data.packing import balance, document_cost, pack
 from megatron_sppo.data.selection import TrainingIndex
 
+_EVEN = 1.005
+"""Ranks are even where the busiest has at most this many times the mean to do."""
+
 
 def epoch_order(num_units: int, *, seed: int, epoch: int) -> np.ndarray:
     """Shuffle the units (rows, pairs or prompts) of an epoch -> [num_units] int64, a permutation.
@@ -35,8 +38,11 @@ def epoch_rows(index: TrainingIndex, *, seed: int, epoch: int, by_prompt: bool) 
     if not by_prompt:
         order = epoch_order(index.num_rows // index.unit_size, seed=seed, epoch=epoch)
         return rows_of_units(order, unit_size=index.unit_size)
-    prompts = _runs(index.group, np.arange(index.num_rows))
-    return np.concatenate([prompts[i] for i in epoch_order(len(prompts), seed=seed, epoch=epoch)])
+    starts = np.flatnonzero(np.diff(index.group, prepend=-1))
+    sizes = np.diff(starts, append=index.num_rows)
+    order = epoch_order(len(starts), seed=seed, epoch=epoch)
+    before = np.cumsum(sizes[order]) - sizes[order]
+    return np.repeat(starts[order] - before, sizes[order]) + np.arange(index.num_rows)
 
 
 def _runs(group_N: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
@@ -77,24 +83,42 @@ def step_units(
 
 
 def shared_prompt_units(
-    index: TrainingIndex, rows: np.ndarray, *, unit_size: int, capacity: int, parity_length: float
+    index: TrainingIndex,
+    rows: np.ndarray,
+    *,
+    unit_size: int,
+    capacity: int,
+    parity_length: float,
+    num_split: int = 0,
 ) -> Units:
     """Make units of neighbouring rows of one prompt, as many as a micro-batch holds behind one copy of it -> Units.
 
     Args:
         capacity: tokens of a micro-batch.
+        num_split: this many prompts, the shortest, have a unit for each row (or pair) in place of one for all.
     """
+    prompts = _runs(index.group, np.asarray(rows))
+    length = np.array([int(index.prompt_lengths[members[0]]) for members in prompts])
+    split = set(np.argsort(length, kind="stable")[:num_split].tolist())
     found: list[np.ndarray] = []
-    cost: list[float] = []
-    for members in _runs(index.group, np.asarray(rows)):
-        prompt = int(index.prompt_lengths[members[0]])
-        for part in pack(index.response_lengths[members], budget=capacity - prompt, unit_size=unit_size):
-            responses = index.response_lengths[members[part]]
-            found.append(members[np.sort(part)])
-            behind = document_cost(responses, parity_length=parity_length, context_N=prompt).sum()
-            cost.append(float(document_cost(prompt, parity_length=parity_length) + behind))
-    num_tokens = [packed_tokens(index, members, share_prompts=True) for members in found]
-    return Units(rows=found, num_tokens=np.array(num_tokens, dtype=np.int64), cost=np.array(cost))
+    for number, members in enumerate(prompts):
+        parts = list(np.arange(len(members)).reshape(-1, unit_size))
+        budget = capacity - int(length[number])
+        if number not in split and index.response_lengths[members].sum() <= budget:
+            parts = [np.arange(len(members))]
+        elif number not in split:
+            parts = pack(index.response_lengths[members], budget=budget, unit_size=unit_size)
+        found += [members[np.sort(part)] for part in parts]
+    ordered = np.concatenate(found)
+    first = np.cumsum([0, *(len(members) for members in found[:-1])])
+    prompt_N, response_N = index.prompt_lengths[ordered], index.response_lengths[ordered]
+    prompt_U = prompt_N[first]
+    behind_N = document_cost(response_N, parity_length=parity_length, context_N=prompt_N)
+    return Units(
+        rows=found,
+        num_tokens=prompt_U + np.add.reduceat(response_N, first),
+        cost=document_cost(prompt_U, parity_length=parity_length) + np.add.reduceat(behind_N, first),
+    )
 
 
 def packed_tokens(
@@ -117,9 +141,9 @@ def plan_step(
     units: Units,
     *,
     data_parallel_size: int,
+    count_multiple: int = 1,
     micro_batch_size: int | None = None,
     packed_sequence_size: int | None = None,
-    multiple: int = 1,
 ) -> list[list[np.ndarray]]:
     """Share a step's units out over ranks and micro-batches -> one list of row arrays per data-parallel rank.
 
@@ -133,23 +157,84 @@ def plan_step(
     of padding alone from such, with B = 0.
 
     Args:
+        count_multiple: a rank's number of micro-batches is rounded up to it (the interleaved pipeline schedule).
         micro_batch_size: most rows of a micro-batch.
         packed_sequence_size: most tokens of a micro-batch. Exactly one of the two is given.
-        multiple: of which each rank's number of micro-batches is one (interleaved pipelines: their stages).
     """
     assert (micro_batch_size is None) != (packed_sequence_size is None) and len(units.rows) > 0
     if packed_sequence_size is None:
         size_U, capacity = np.array([len(rows) for rows in units.rows]), int(micro_batch_size or 0)
     else:
         size_U, capacity = units.num_tokens, packed_sequence_size
+    plan = _plan_units(
+        units.cost, size_U, capacity=capacity, num_ranks=data_parallel_size, count_multiple=count_multiple
+    )
+    return _rows_of(units, plan)
+
+
+def plan_shared_step(
+    index: TrainingIndex,
+    rows: np.ndarray,
+    *,
+    data_parallel_size: int,
+    packed_sequence_size: int,
+    unit_size: int,
+    parity_length: float,
+    count_multiple: int = 1,
+) -> list[list[np.ndarray]]:
+    """Share a step out as `plan_step` does, prompts computed once for their rows -> row arrays per data-parallel rank.
+
+    Whole prompts are few and large, and uneven ranks wait for the busiest. So some of them, the shortest, are split:
+    none, half as many as there are ranks, as many, twice, ... or all; until the busiest rank has hardly more to do than
+    the mean, or else whatever leaves it least. Rows of one prompt that meet in a micro-batch are side by side.
+    """
+    num_prompts = len(_runs(index.group, rows))
+    num_split, least, best = 0, np.inf, None
+    while num_split <= num_prompts:
+        units = shared_prompt_units(
+            index,
+            rows,
+            unit_size=unit_size,
+            capacity=packed_sequence_size,
+            parity_length=parity_length,
+            num_split=num_split,
+        )
+        plan = _plan_units(
+            units.cost,
+            units.num_tokens,
+            capacity=packed_sequence_size,
+            num_ranks=data_parallel_size,
+            count_multiple=count_multiple,
+        )
+        busiest = max(float(units.cost[np.concatenate(rank)].sum()) for rank in plan)
+        if busiest < least:
+            least, best = busiest, _rows_of(units, plan)
+        if busiest * data_parallel_size <= _EVEN * units.cost.sum():
+            break
+        following = max(2 * num_split, -(-data_parallel_size // 2))
+        num_split = num_prompts if num_split < num_prompts < following else following
+    assert best is not None
+    return [[part[np.argsort(index.group[part], kind="stable")] for part in rank] for rank in best]
+
+
+def _plan_units(
+    cost_U: np.ndarray, size_U: np.ndarray, *, capacity: int, num_ranks: int, count_multiple: int
+) -> list[list[np.ndarray]]:
+    """Share units out as `plan_step` says -> for each rank, the units of its micro-batches."""
     packs = pack(size_U, budget=capacity)
-    num_micro_batches = -(-len(packs) // (data_parallel_size * multiple)) * multiple
-    num_packs = num_micro_batches * data_parallel_size
-    even = balance(units.cost, num_bins=num_packs, capacity=capacity, size_I=size_U)
-    if even is None:
-        even = packs + [np.empty(0, dtype=np.int64)] * (num_packs - len(packs))
-    pack_cost = np.array([units.cost[members].sum() for members in even])
-    ranks = balance(pack_cost, num_bins=data_parallel_size, capacity=num_micro_batches)
+    num_micro_batches = -(-len(packs) // (num_ranks * count_multiple)) * count_multiple
+    num_packs = num_micro_batches * num_ranks
+    even = balance(cost_U, num_bins=num_packs, capacity=capacity, size_I=size_U)
+    if even is not None:
+        packs = even
+    packs += [np.empty(0, dtype=np.int64)] * (num_packs - len(packs))
+    pack_cost = np.array([cost_U[members].sum() for members in packs])
+    ranks = balance(pack_cost, num_bins=num_ranks, capacity=num_micro_batches)
     assert ranks is not None
+    return [[packs[item] for item in rank] for rank in ranks]
+
+
+def _rows_of(units: Units, plan: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
+    """Put the rows in the units' places."""
     nothing = np.empty(0, dtype=np.int64)
-    return [[np.concatenate([nothing, *(units.rows[unit] for unit in even[item])]) for item in rank] for rank in ranks]
+    return [[np.concatenate([nothing, *(units.rows[unit] for unit in part)]) for part in rank] for rank in plan]

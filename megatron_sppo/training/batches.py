@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.microbatch import MicroBatch, collate, context_parallel_share
-from megatron_sppo.data.planning import epoch_rows, packed_tokens, plan_step, shared_prompt_units, step_units
+from megatron_sppo.data.planning import epoch_rows, packed_tokens, plan_shared_step, plan_step, step_units
 from megatron_sppo.data.selection import RowTargets, TrainingIndex, row_targets, training_index
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import token_multiple
@@ -95,6 +95,7 @@ class Batches:
         self._dataset = dataset
         self._config = config
         self._parity_length = parity_length
+        self._last_order: tuple[int, np.ndarray] | None = None
         self._document_multiple, self._multiple = _token_multiples(config)
         self._check_budget()
         self._report()
@@ -175,8 +176,9 @@ class Batches:
     def _plan(self, step: int, reference_GK: np.ndarray | None) -> StepPlan:
         index, batch = self.index, self._config.batch
         epoch, step_of_epoch = divmod(step - 1, self.steps_per_epoch)
-        order = epoch_rows(index, seed=batch.seed, epoch=epoch, by_prompt=batch.share_prompts)
-        rows = order[step_of_epoch * batch.global_batch_size : (step_of_epoch + 1) * batch.global_batch_size]
+        rows = self._order(epoch)[
+            step_of_epoch * batch.global_batch_size : (step_of_epoch + 1) * batch.global_batch_size
+        ]
         group, response = index.group[rows], index.response[rows]
         shares = self._shares(rows)
         micro_batches = self._micro_batches(shares, reference_GK)
@@ -201,30 +203,38 @@ class Batches:
             padding_fraction=1 - real / (computed * self._config.parallel.context_parallel_size),
         )
 
+    def _order(self, epoch: int) -> np.ndarray:
+        """List an epoch's rows as they are trained on -> [rows]; the last epoch asked for is kept."""
+        batch = self._config.batch
+        if self._last_order is None or self._last_order[0] != epoch:
+            order = epoch_rows(self.index, seed=batch.seed, epoch=epoch, by_prompt=batch.share_prompts)
+            self._last_order = (epoch, order)
+        return self._last_order[1]
+
     def _shares(self, rows: np.ndarray) -> list[list[np.ndarray]]:
         """Divide a global batch -> for each data-parallel rank, the rows of its micro-batches."""
-        batch, unit_size, budget = self._config.batch, self._config.objective.unit_size, self._budget
+        batch, budget, num_ranks = self._config.batch, self._budget, parallel.data_parallel_size()
+        settings = {"unit_size": self._config.objective.unit_size, "parity_length": self._parity_length}
         layout = self._config.parallel
+        interleaved = layout.virtual_pipeline_model_parallel_size is not None
+        # The interleaved schedule takes micro-batches in groups of as many as there are stages (mcore 0.16.1, 0.19.2).
+        count_multiple = layout.pipeline_model_parallel_size if interleaved else 1
         if batch.share_prompts:
             assert budget is not None
-            units = shared_prompt_units(
-                self.index, rows, unit_size=unit_size, capacity=budget, parity_length=self._parity_length
-            )
-        else:
-            units = step_units(
+            return plan_shared_step(
                 self.index,
                 rows,
-                unit_size=unit_size,
-                document_multiple=self._document_multiple,
-                parity_length=self._parity_length,
+                data_parallel_size=num_ranks,
+                count_multiple=count_multiple,
+                packed_sequence_size=budget,
+                **settings,
             )
         return plan_step(
-            units,
-            data_parallel_size=parallel.data_parallel_size(),
+            step_units(self.index, rows, document_multiple=self._document_multiple, **settings),
+            data_parallel_size=num_ranks,
+            count_multiple=count_multiple,
             micro_batch_size=batch.micro_batch_size if budget is None else None,
             packed_sequence_size=budget,
-            # The interleaved schedule takes no other numbers (megatron-core 0.16.1 and 0.19.2, schedules.py).
-            multiple=layout.pipeline_model_parallel_size if layout.virtual_pipeline_model_parallel_size else 1,
         )
 
     def _micro_batches(self, shares: list[list[np.ndarray]], reference_GK: np.ndarray | None) -> list[MicroBatch]:

@@ -23,6 +23,14 @@ LAYOUTS = {
     "one rank": (1, "--packed-sequence-size 96"),
     "TP2 SP": (2, "--packed-sequence-size 96 --tensor-model-parallel-size 2 --sequence-parallel"),
     "PP2": (2, "--packed-sequence-size 96 --pipeline-model-parallel-size 2"),
+    "PP2 VPP2, three packs": (
+        2,
+        "--packed-sequence-size 160 --pipeline-model-parallel-size 2 --virtual-pipeline-model-parallel-size 2",
+    ),
+    "PP2 VPP2, one micro-batch": (
+        2,
+        "--micro-batch-size 16 --pipeline-model-parallel-size 2 --virtual-pipeline-model-parallel-size 2",
+    ),
     "CP2": (2, "--packed-sequence-size 96 --context-parallel-size 2"),
     "DP2": (2, "--packed-sequence-size 96"),
     "DP4": (4, "--packed-sequence-size 64"),

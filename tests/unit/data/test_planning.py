@@ -15,6 +15,7 @@ from megatron_sppo.data.planning import (
     epoch_order,
     epoch_rows,
     packed_tokens,
+    plan_shared_step,
     plan_step,
     rows_of_units,
     shared_prompt_units,
@@ -91,66 +92,101 @@ def steps(draw):
     ]
     index = training_index(prompts, responses, pairs=unit_size == 2)
     by_tokens = shared or draw(st.booleans())
-    sizes = {"data_parallel_size": draw(st.integers(1, 8)), "multiple": draw(st.integers(1, 3))}
+    sizes = {"data_parallel_size": draw(st.integers(1, 8)), "count_multiple": draw(st.sampled_from([1, 1, 4]))}
     multiple = 1 if shared else draw(st.sampled_from([1, 4]))
     if by_tokens:
         sizes["packed_sequence_size"] = draw(st.integers(1608, 4000))
     else:
         sizes["micro_batch_size"] = unit_size * draw(st.integers(1, 5))
     rows = epoch_rows(index, seed=draw(st.integers(0, 9)), epoch=0, by_prompt=shared)
+    return index, rows, {"unit_size": unit_size, "parity_length": PARITY_LENGTH}, multiple, shared, sizes
+
+
+def make_plan(index, rows, settings, multiple, shared, sizes):
     if shared:
-        capacity = sizes["packed_sequence_size"]
-        units = shared_prompt_units(index, rows, unit_size=unit_size, capacity=capacity, parity_length=PARITY_LENGTH)
-    else:
-        units = step_units(index, rows, unit_size=unit_size, document_multiple=multiple, parity_length=PARITY_LENGTH)
-    return index, rows, units, {"unit_size": unit_size, "shared": shared, "multiple": multiple}, sizes
+        return plan_shared_step(index, rows, **settings, **sizes)
+    return plan_step(step_units(index, rows, document_multiple=multiple, **settings), **sizes)
 
 
 @hypothesis_settings(max_examples=200, deadline=None)
 @given(steps())
 def test_a_plan_holds_every_row_once_in_bounded_equal_and_whole_micro_batches(step):
-    index, rows, units, kind, sizes = step
-    plan = plan_step(units, **sizes)
+    index, rows, settings, multiple, shared, sizes = step
+    plan = make_plan(*step)
+
+    def rounded_up(count: int) -> int:
+        return -(-count // sizes["count_multiple"]) * sizes["count_multiple"]
+
     num_ranks, (num_micro_batches,) = sizes["data_parallel_size"], {len(rank) for rank in plan}
     flat = [micro_batch for rank in plan for micro_batch in rank]
     assert len(plan) == num_ranks and sorted(np.concatenate(flat).tolist()) == sorted(rows.tolist())
     if "micro_batch_size" in sizes:
-        needed = -(-len(rows) // (num_ranks * sizes["micro_batch_size"]))
-        assert num_micro_batches == -(-needed // sizes["multiple"]) * sizes["multiple"]
+        assert num_micro_batches == rounded_up(-(-len(rows) // (num_ranks * sizes["micro_batch_size"])))
         assert all(len(micro_batch) <= sizes["micro_batch_size"] for micro_batch in flat)
+        if len(rows) // settings["unit_size"] >= len(flat):
+            assert all(len(micro_batch) for micro_batch in flat)
     else:
         budget = sizes["packed_sequence_size"]
-        needed = -(-len(pack(units.num_tokens, budget=budget)) // num_ranks)
-        assert num_micro_batches == -(-needed // sizes["multiple"]) * sizes["multiple"]
-        for micro_batch in flat:
-            settings = {"share_prompts": kind["shared"], "document_multiple": kind["multiple"]}
-            assert packed_tokens(index, micro_batch, **settings) <= budget
-    if kind["unit_size"] == 2:
+        layout = {"share_prompts": shared, "document_multiple": multiple}
+        assert max(packed_tokens(index, micro_batch, **layout) for micro_batch in flat) <= budget
+        if not shared:
+            units = step_units(index, rows, document_multiple=multiple, **settings)
+            assert num_micro_batches == rounded_up(-(-len(pack(units.num_tokens, budget=budget)) // num_ranks))
+    if settings["unit_size"] == 2:
         for micro_batch in flat:
             assert (micro_batch[0::2] % 2 == 0).all() and (micro_batch[1::2] == micro_batch[0::2] + 1).all()
-    if len(units.rows) >= len(flat) and "micro_batch_size" in sizes:
-        assert all(len(micro_batch) for micro_batch in flat)
-    again = plan_step(units, **sizes)
+    if shared:  # no micro-batch holds a prompt twice
+        for micro_batch in flat:
+            changes = int((np.diff(index.group[micro_batch]) != 0).sum()) + (len(micro_batch) > 0)
+            assert changes == len(set(index.group[micro_batch].tolist()))
     assert all(
-        np.array_equal(a, b) for one, two in zip(plan, again, strict=True) for a, b in zip(one, two, strict=True)
+        np.array_equal(a, b)
+        for one, two in zip(plan, make_plan(*step), strict=True)
+        for a, b in zip(one, two, strict=True)
     )
 
 
 @hypothesis_settings(max_examples=100, deadline=None)
-@given(steps())
-def test_a_prompts_rows_stay_together_unless_a_micro_batch_cannot_hold_them(step):
-    """Tokens by the definition: each prompt of a micro-batch once, each response once; and no prompt twice in one."""
-    index, rows, units, kind, _ = step
-    if not kind["shared"]:
+@given(steps(), st.integers(0, 30))
+def test_a_prompts_rows_stay_together_unless_a_micro_batch_cannot_hold_them(step, num_split):
+    """Tokens by the definition: each prompt of a unit once, each response once. The split prompts are the shortest."""
+    index, rows, settings, _, shared, sizes = step
+    if not shared:
         return
+    capacity = sizes["packed_sequence_size"]
+    units = shared_prompt_units(index, rows, capacity=capacity, num_split=num_split, **settings)
     assert sorted(np.concatenate(units.rows).tolist()) == sorted(rows.tolist())
+    whole, split = [], []
     for members, num_tokens in zip(units.rows, units.num_tokens, strict=True):
         (prompt,) = set(index.group[members].tolist())
-        assert num_tokens == index.prompt_lengths[members[0]] + index.response_lengths[members].sum()
-        whole = index.group == prompt
-        # All of a prompt's tokens fit into the least budget drawn, or it is cut into full shares.
-        if index.prompt_lengths[members[0]] + index.response_lengths[whole].sum() <= 1608:
-            assert len(members) == whole.sum()
+        length = int(index.prompt_lengths[members[0]])
+        assert num_tokens == length + index.response_lengths[members].sum() <= capacity
+        of_prompt = index.group == prompt
+        if len(members) == of_prompt.sum() > settings["unit_size"]:
+            whole.append(length)
+        elif length + index.response_lengths[of_prompt].sum() <= capacity and len(members) < of_prompt.sum():
+            assert len(members) == settings["unit_size"]
+            split.append(length)
+    assert num_split or not split
+    assert not whole or not split or max(split) <= min(whole)
+
+
+def test_prompts_are_split_where_that_evens_the_ranks():
+    """Three prompts of 10 with four responses of 20 on two ranks, by tokens: whole, 180 against 90. With one of them
+    split, two of its responses lie on either side: 90 + 50 each.
+    """
+    index = training_index([10] * 3, [[20] * 4] * 3)
+    sizes = {"data_parallel_size": 2, "packed_sequence_size": 1000}
+    plan = plan_shared_step(index, np.arange(12), unit_size=1, parity_length=np.inf, **sizes)
+    assert [packed_tokens(index, rank[0], share_prompts=True) for rank in plan] == [140, 140]
+
+
+def test_prompts_fewer_than_the_ranks_are_not_left_whole():
+    """Two prompts on four ranks: a response of each on every rank, 60, in place of 90 on two ranks and none on two."""
+    index = training_index([10] * 2, [[20] * 4] * 2)
+    sizes = {"data_parallel_size": 4, "packed_sequence_size": 1000}
+    plan = plan_shared_step(index, np.arange(8), unit_size=1, parity_length=np.inf, **sizes)
+    assert [packed_tokens(index, rank[0], share_prompts=True) for rank in plan] == [60] * 4
 
 
 def test_tokens_of_a_row_of_documents():
