@@ -172,10 +172,11 @@ def test_no_tensor_larger_than_a_chunk_of_logits_is_made():
 
 
 def test_default_chunk_fits_its_budget():
-    """V = 128256: 64 MiB / (4 * 128256) = 130 tokens -> 128; 512 MiB -> 1046 -> 1024."""
-    assert default_chunk_size(128256, device_type="cpu") == 128
-    assert default_chunk_size(128256, device_type="cuda") == 1024
-    assert default_chunk_size(1 << 40, device_type="cpu") == 16
+    """V = 128256, bfloat16: 128 MiB / (2 * 128256) = 523 tokens -> 512; 256 MiB -> 1046 -> 1024."""
+    assert default_chunk_size(128256, 2, device_type="cpu") == 512
+    assert default_chunk_size(128256, 4, device_type="cpu") == 256
+    assert default_chunk_size(128256, 2, device_type="cuda") == 1024
+    assert default_chunk_size(1 << 40, 2, device_type="cpu") == 16
 
 
 def sharded(dtype, num_tokens, vocab_size):
