@@ -199,7 +199,9 @@ class _LogitBlocks:
         self._first_held = len(self.columns)
         # Once, not once a block: on a CPU the first touch of fresh pages costs more than the arithmetic done on them.
         self._buffers = weight.new_empty(num_buffers, size * num_tokens)
-        self._tile_rows = max(1, min(size, _TILE_SIZE.get(weight.device.type, _TILE_SIZE["cuda"]) // max(num_tokens, 1)))
+        self._tile_rows = max(
+            1, min(size, _TILE_SIZE.get(weight.device.type, _TILE_SIZE["cuda"]) // max(num_tokens, 1))
+        )
         self._tile = weight.new_empty(self._tile_rows, num_tokens, dtype=self.precise)
 
     def keep(self) -> "_LogitBlocks":

@@ -32,6 +32,14 @@ LAYOUTS = {
     ),
     "DP2": (2, "--micro-batch-size 4"),
     "DP4": (4, "--micro-batch-size 2"),
+    "DP2 overlap": (
+        2,
+        "--micro-batch-size 2 --ddp-config overlap_grad_reduce=true bucket_size=4096",
+    ),
+    "PP2 overlap": (
+        2,
+        "--micro-batch-size 2 --pipeline-model-parallel-size 2 --ddp-config overlap_grad_reduce=true",
+    ),
     "CP2": (2, "--micro-batch-size 4 --context-parallel-size 2"),
     "CP2 padded": (2, "--micro-batch-size 4 --context-parallel-size 2 --no-packing"),
     "CP4": (4, "--micro-batch-size 4 --context-parallel-size 4"),

@@ -54,6 +54,11 @@ def save_gradient(megatron: str, data: str, reference_GK: np.ndarray, save: str,
 
     log_prob_N = run_micro_batches(policy, plan, loss=loss, forward_only=False)
     terms = loss(plan, log_prob_N)
+    for stage in policy.stages:
+        if stage.post_process:  # the head's gradient never went through autograd
+            tied = stage.share_embeddings_and_output_weights
+            weight = stage.shared_embedding_or_output_weight() if tied else stage.output_layer.weight
+            assert weight.grad_added_to_main_grad and weight.grad is None
     with torch.no_grad():
         for chunk in policy.chunks:
             for parameter in chunk.parameters():
