@@ -75,7 +75,37 @@ class PolicyModel(GPTModel):
             chunk_size=self.head_chunk_size,
             vocab_size=self.true_vocab_size,
             logit_softcap=self.logit_softcap,
+            weight_gradient=_main_grad(weight),
         )
+
+
+class _MainGrad:
+    """Megatron's float32 gradient buffer, by the contract of its own fused layers (tensor_parallel/layers.py)."""
+
+    def __init__(self, weight: Any) -> None:
+        self._weight = weight
+
+    @property
+    def total(self) -> Tensor:
+        """[V / TP, H], float32: gradients of earlier micro-batches, and of a tied embedding."""
+        main_grad: Tensor = self._weight.main_grad
+        return main_grad
+
+    def added(self) -> Tensor | None:
+        """Tell DDP's hook not to add what autograd gives it -> that gradient: none, or memory nobody reads.
+
+        DDP wants a gradient to be there (overlap_grad_reduce asserts it), on the device whose thread runs the hooks.
+        A weight that is also this stage's embedding (`zero_out_wgrad`) gets the embedding's, which DDP does add.
+        """
+        self._weight.grad_added_to_main_grad = True
+        return None if getattr(self._weight, "zero_out_wgrad", False) else torch.empty_like(self._weight)
+
+
+def _main_grad(weight: Tensor) -> _MainGrad | None:
+    """Find where Megatron's DDP sums the weight's gradient; None without DDP (and under FSDP, which has no buffer)."""
+    main_grad = getattr(weight, "main_grad", None)
+    wrapped = hasattr(weight, "grad_added_to_main_grad") and main_grad is not None and main_grad.dtype == torch.float32
+    return _MainGrad(weight) if wrapped else None
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:

@@ -46,6 +46,11 @@ def first_step(megatron: str, data: str, reference_GK: np.ndarray, save: str | N
         reference_N = run_micro_batches(policy, plan, loss=lambda _, log_prob: log_prob, forward_only=True)
     log_prob_N = run_micro_batches(policy, plan, loss=loss, forward_only=False)
     terms = loss(plan, log_prob_N)
+    for stage in policy.stages:
+        if stage.post_process:  # the head's gradient never went through autograd
+            tied = stage.share_embeddings_and_output_weights
+            weight = stage.shared_embedding_or_output_weight() if tied else stage.output_layer.weight
+            assert weight.grad_added_to_main_grad and weight.grad is None
     if save is not None:
         _save_gradient(policy, source, Path(save))
     parallel.shut_down()

@@ -1,4 +1,4 @@
-"""Proves the head against log_softmax + gather: values, gradients, padding, shards over 2 gloo ranks, memory.
+"""Proves the head against log_softmax + gather: values, gradients, padding, softcap, shards over 2 gloo ranks, memory.
 
 Does not prove speed, nor anything on a GPU: see benchmarks/ and tests/gpu.
 """
@@ -23,10 +23,12 @@ def problem(dtype=torch.float64, num_tokens=N, scale=1.0):
     return hidden, weight, labels, upstream
 
 
-def naive(hidden, weight, labels, upstream, vocab_size=TRUE_V):
+def naive(hidden, weight, labels, upstream, vocab_size=TRUE_V, softcap=None):
     """log_softmax over the true columns, gather, autograd -> log-probs, dhidden, dweight; all kept in float64."""
-    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    log_prob = torch.log_softmax(hidden @ weight[:vocab_size].T, dim=-1).gather(1, labels[:, None])[:, 0]
+    hidden, weight = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    logits = hidden @ weight[:vocab_size].T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    log_prob = torch.log_softmax(logits, dim=-1).gather(1, labels[:, None])[:, 0]
     (log_prob * upstream).sum().backward()
     return log_prob.detach(), hidden.grad, weight.grad
 
@@ -43,6 +45,62 @@ def test_values_and_gradients_equal_log_softmax_in_float64(chunk_size):
     inputs = problem()
     for actual, expected in zip(ours(*inputs, chunk_size=chunk_size, vocab_size=TRUE_V), naive(*inputs), strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 8, 1000])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_softcapped_logits_equal_autograd_of_the_formula(dtype, tolerance, chunk_size):
+    """Gemma 2: c tanh(x / c). At c = 2 and logits of size 4 most of tanh is bent."""
+    inputs = problem(dtype)
+    actual = ours(*inputs, chunk_size=chunk_size, vocab_size=TRUE_V, logit_softcap=2.0)
+    assert (actual[0] - naive(*inputs)[0]).abs().max() > 1
+    for found, expected in zip(actual, naive(*inputs, softcap=2.0), strict=True):
+        torch.testing.assert_close(found.double(), expected, atol=tolerance * 2, rtol=tolerance)
+
+
+def test_backward_may_be_taken_twice():
+    """The second time no block of logits is left from forward."""
+    hidden, weight, labels, upstream = problem()
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    log_prob = linear_log_probs(hidden, weight, labels, vocab_size=TRUE_V, chunk_size=8)
+    first = torch.autograd.grad(log_prob, (hidden, weight), upstream, retain_graph=True)
+    second = torch.autograd.grad(log_prob, (hidden, weight), upstream)
+    for one, two, expected in zip(first, second, naive(hidden, weight, labels, upstream)[1:], strict=True):
+        torch.testing.assert_close(one, expected, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(two, expected, atol=1e-12, rtol=1e-12)
+
+
+class Sum:
+    """A float32 buffer as the place of the weight's gradient."""
+
+    def __init__(self, total):
+        self.total, self.times = total, 0
+
+    def added(self):
+        self.times += 1
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+def test_weight_gradient_is_added_to_a_float32_buffer(dtype, tolerance):
+    """Three micro-batches on top of ones; padding columns keep their ones. Autograd gets nothing."""
+    sink, expected = Sum(torch.ones(V, H)), torch.ones(V, H, dtype=torch.float64)
+    for num_tokens in (N, 5, 0):
+        inputs = problem(dtype, num_tokens=num_tokens)
+        _, grad_hidden, grad_weight = ours(*inputs, chunk_size=8, vocab_size=TRUE_V, weight_gradient=sink)
+        _, expected_hidden, increment = naive(*inputs)
+        expected += increment
+        assert grad_weight is None
+        torch.testing.assert_close(grad_hidden.double(), expected_hidden, atol=tolerance * 2, rtol=tolerance)
+    assert sink.times == 3
+    torch.testing.assert_close(sink.total.double(), expected, atol=tolerance * 2, rtol=tolerance)
+
+
+def test_buffer_keeps_increments_that_bfloat16_would_lose():
+    """A total of 1024 steps by 8 in bfloat16; gradients here are of size 1."""
+    inputs = problem(torch.bfloat16)
+    sink = Sum(torch.full((V, H), 1024.0))
+    ours(*inputs, vocab_size=TRUE_V, weight_gradient=sink)
+    torch.testing.assert_close((sink.total - 1024).double(), naive(*inputs)[2], atol=8e-2, rtol=4e-2)
 
 
 def test_gradients_pass_gradcheck():
@@ -172,10 +230,11 @@ def test_no_tensor_larger_than_a_chunk_of_logits_is_made():
 
 
 def test_default_chunk_fits_its_budget():
-    """V = 128256: 64 MiB / (4 * 128256) = 130 tokens -> 128; 512 MiB -> 1046 -> 1024."""
-    assert default_chunk_size(128256, device_type="cpu") == 128
-    assert default_chunk_size(128256, device_type="cuda") == 1024
-    assert default_chunk_size(1 << 40, device_type="cpu") == 16
+    """V = 128256, bfloat16: 128 MiB / (2 * 128256) = 523 tokens -> 512; 256 MiB -> 1046 -> 1024."""
+    assert default_chunk_size(128256, 2, device_type="cpu") == 512
+    assert default_chunk_size(128256, 4, device_type="cpu") == 256
+    assert default_chunk_size(128256, 2, device_type="cuda") == 1024
+    assert default_chunk_size(1 << 40, 2, device_type="cpu") == 16
 
 
 def sharded(dtype, num_tokens, vocab_size):
