@@ -141,8 +141,8 @@ def parse_overrides(pairs: Sequence[str], cls: type, *, flag: str, taken: dict[s
 
 
 _POINT_TO_POINT = (
-    "how stages exchange activations is decided by the schedule (interleaved: overlapped and not batched, otherwise the "
-    "reverse), the other ways give wrong losses in silence"
+    "how stages exchange activations follows from the schedule (interleaved: overlapped and not batched, otherwise the "
+    "reverse); other ways give wrong losses in silence"
 )
 _REFUSED = {
     "overlap_p2p_comm": _POINT_TO_POINT,
@@ -150,8 +150,8 @@ _REFUSED = {
     "batch_p2p_sync": _POINT_TO_POINT,
     "use_ring_exchange_p2p": _POINT_TO_POINT,
     "overlap_p2p_comm_warmup_flush": _POINT_TO_POINT,
-    "variable_seq_lengths": "the micro-batches of a step have one shape already, and with it Megatron-Core does without "
-    "the dispatcher that experts need on the CPU",
+    "variable_seq_lengths": "the micro-batches of a step have one shape already, and Megatron-Core refuses the "
+    "dispatcher that experts use on the CPU beside it",
     "overlap_param_gather_with_optimizer_step": "the reference pass and the checkpoint would see stale weights",
 }
 """Fields of the host that are never the user's, and why."""

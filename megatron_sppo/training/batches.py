@@ -149,7 +149,11 @@ class Batches:
         order = epoch_order(index.num_rows // index.unit_size, seed=config.batch.seed, epoch=epoch)
         units_per_step = config.batch.global_batch_size // index.unit_size
         units = order[step_of_epoch * units_per_step : (step_of_epoch + 1) * units_per_step]
-        rows = rows_of_units(units, unit_size=index.unit_size)
+        return self.plan_of(rows_of_units(units, unit_size=index.unit_size), reference_GK)
+
+    def plan_of(self, rows: np.ndarray, reference_GK: np.ndarray | None = None) -> StepPlan:
+        """Plan one pass over given rows of the training index, units side by side -> StepPlan."""
+        index = self.index
         group, response = index.group[rows], index.response[rows]
         micro_batches = self._micro_batches(rows, reference_GK)
         real = sum(int(index.lengths[batch.rows].sum()) for batch in micro_batches)

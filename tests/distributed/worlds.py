@@ -14,9 +14,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def pretrain(argv: list[str]) -> int:
     """Run examples/pretrain_sppo.py as a rank that a launcher started -> its exit code."""
-    sys.argv = ["pretrain_sppo.py", *argv]
+    return run_script("examples/pretrain_sppo.py", argv)
+
+
+def run_script(script: str, argv: list[str]) -> int:
+    """Run a script of the repository as a rank that a launcher started -> its exit code."""
+    sys.argv = [Path(script).name, *argv]
     try:
-        runpy.run_path(str(REPOSITORY / "examples/pretrain_sppo.py"), run_name="__main__")
+        runpy.run_path(str(REPOSITORY / script), run_name="__main__")
     except SystemExit as leave:
         return int(leave.code or 0)
     raise AssertionError("the script always exits")
