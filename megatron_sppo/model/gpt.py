@@ -4,12 +4,18 @@ import math
 from typing import Any, NamedTuple
 
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.model.balance import (
+    PackedDocuments,
+    RouterLosses,
+    attach_router_losses,
+    sequence_of_tokens,
+)
 from megatron_sppo.model.config import ModelConfig, resolve_transformer_impl
 from megatron_sppo.model.layer_spec import layer_spec
 from megatron_sppo.objective import linear_log_probs
@@ -31,6 +37,7 @@ class PolicyModel(GPTModel):
 
     true_vocab_size: int
     head_chunk_size: int
+    router_losses: tuple[RouterLosses, ...] = ()
 
     def _postprocess(self, hidden_states: Tensor, *, labels: ResponseTokens | None = None, **kwargs: Any) -> Tensor:
         """Compute log pi of the response tokens -> [R] float32 on the last stage, hidden states elsewhere.
@@ -96,6 +103,10 @@ def build_stage(
     )
     model.true_vocab_size = architecture.vocab_size
     model.head_chunk_size = config.head_chunk_size
+    if config.has_router_losses:
+        model.router_losses = attach_router_losses(
+            model, aux_loss_coeff=config.moe_aux_loss_coeff, z_loss_coeff=config.moe_z_loss_coeff
+        )
     return model
 
 
@@ -106,6 +117,7 @@ def forward(
     *,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int = 0,
+    lengths_B: Tensor | None = None,
     response: ResponseTokens | None = None,
 ) -> Tensor:
     """Run one stage, wrapped or not -> [R] log-probabilities, logits [B, S, V / TP], or the next stage's input.
@@ -113,17 +125,28 @@ def forward(
     Args:
         cu_seqlens: int32, boundaries of the documents of a packed micro-batch (B = 1), the last equal to S.
         max_seqlen: length of the longest document, in tokens.
+        lengths_B: int64, tokens of each sequence; the losses of a mixture's routers need them.
         response: without it the last stage returns logits.
     """
     packed = None
     if cu_seqlens is not None:
-        packed = PackedSeqParams(
+        packed = PackedDocuments(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
         )
+        stage = get_attr_wrapped_model(model, "router_losses", return_model_obj=True)
+        if stage.router_losses and lengths_B is not None:
+            groups = stage.pg_collection
+            packed.lengths = lengths_B
+            packed.sequence_of_token = sequence_of_tokens(
+                cu_seqlens,
+                lengths_B,
+                context_group=groups.cp,
+                sequence_group=groups.tp if stage.config.sequence_parallel else None,
+            )
     return model(
         input_ids=tokens_BS,
         position_ids=position_ids_BS,

@@ -63,14 +63,16 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
         **parallelism,
     }
     values |= parse_overrides(config.transformer_config, TransformerConfig, flag="--transformer-config", taken=values)
+    if config.has_router_losses:
+        _check_router_losses(architecture, values)
     return host_dataclass(TransformerConfig, values)
 
 
 def _experts(architecture: Architecture, *, fused: bool) -> dict[str, Any]:
     """Describe the mixture of experts; nothing for a dense model.
 
-    No auxiliary loss: it would have to be weighed against SPPO's squared residuals of hundreds of nats. No capacity:
-    no token is dropped, so tokens of padding go through the router without touching the others.
+    The host's auxiliary losses stay off: balance.py has ours. No capacity: no token is dropped, so tokens of padding go
+    through the router without touching the others.
     """
     if architecture.num_moe_experts is None:
         return {}
@@ -88,6 +90,19 @@ def _experts(architecture: Architecture, *, fused: bool) -> dict[str, Any]:
         # alltoall sends each token only where it goes, and needs CUDA (its splits stay tensors on the CPU).
         "moe_token_dispatcher_type": "alltoall" if torch.cuda.is_available() else "allgather",
     }
+
+
+def _check_router_losses(architecture: Architecture, values: dict[str, Any]) -> None:
+    if architecture.num_moe_experts is None:
+        raise ConfigError(
+            "moe_aux_loss_coeff and moe_z_loss_coeff belong to a mixture of experts, and this model is dense "
+            f"({architecture.family}). Leave --moe-aux-loss-coeff and --moe-z-loss-coeff out."
+        )
+    if "moe" in (values.get("recompute_modules") or ()):
+        raise ConfigError(
+            "recompute_modules has moe: the router would run again without knowing which sequences its tokens belong "
+            "to, and its losses be wrong. Use --recompute-granularity full."
+        )
 
 
 def _precision(config: ModelConfig) -> dict[str, Any]:

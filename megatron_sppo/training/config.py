@@ -114,6 +114,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         name, batch = self.objective.objective, self.batch
+        if self.model.has_router_losses and not batch.packing:
+            raise ConfigError(
+                "moe_aux_loss_coeff and moe_z_loss_coeff are computed of packed micro-batches alone. Use --packing."
+            )
         if batch.micro_batch_size % self.objective.unit_size:
             raise ConfigError(
                 f"objective {name} couples pairs, so micro_batch_size ({batch.micro_batch_size}) must be even. "

@@ -54,6 +54,7 @@ def stage_output(batch: MicroBatch, model: Any) -> Tensor:
         batch.position_ids,
         cu_seqlens=batch.cu_seqlens,
         max_seqlen=batch.max_seqlen,
+        lengths_B=batch.lengths,
         response=gpt.ResponseTokens(batch.response_rows, batch.labels_R),
     )
 

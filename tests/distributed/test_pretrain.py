@@ -222,6 +222,9 @@ def test_resuming_with_other_settings_is_refused(run, tmp_path: Path, change: st
         (1, "--expert-model-parallel-size 2"),
         (1, "--fp8 hybrid"),
         (1, "--transformer-config no_such_field=1"),
+        (2, f"{VPP2} --transformer-config overlap_p2p_comm=false"),
+        (2, f"{PP2} --transformer-config variable_seq_lengths=true"),
+        (1, "--moe-aux-loss-coeff 0.01"),
         (1, "--selection top-bottom:3"),
     ],
 )

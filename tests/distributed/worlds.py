@@ -50,6 +50,7 @@ def first_step(megatron: str, data: str, reference_GK: np.ndarray, save: str | N
     with torch.no_grad():  # as training/reference.py does
         reference_N = run_micro_batches(policy, plan, loss=lambda _, log_prob: log_prob, forward_only=True)
     log_prob_N = run_micro_batches(policy, plan, loss=loss, forward_only=False)
+    router_losses = policy.pop_router_losses(num_sequences=len(plan.rows))
     terms = loss(plan, log_prob_N)
     if save is not None:
         _save_gradient(policy, source, Path(save))
@@ -61,6 +62,7 @@ def first_step(megatron: str, data: str, reference_GK: np.ndarray, save: str | N
         "rows": plan.rows[order],
         "log_prob": log_prob_N.numpy()[order],
         "log_ratio": float((log_prob_N - reference_N).abs().max()),
+        "router_losses": router_losses,
     }
 
 
