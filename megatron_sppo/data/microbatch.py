@@ -56,6 +56,8 @@ class MicroBatch:
     """[B] int64."""
     chosen: Tensor
     """[B] bool."""
+    lengths: Tensor
+    """[B] int64, tokens of prompt and response."""
     response_lengths: Tensor
     """[B] int64, tokens."""
     win_rate: Tensor
@@ -178,6 +180,7 @@ def collate(
         group=torch.from_numpy(index.group[rows]),
         response=torch.from_numpy(index.response[rows]),
         chosen=torch.from_numpy(index.chosen[rows]),
+        lengths=torch.from_numpy(index.lengths[rows]),
         response_lengths=torch.from_numpy(index.response_lengths[rows]),
         win_rate=_float_rows(None if targets is None else targets.win_rate[rows], len(rows)),
         log_z=_float_rows(None if targets is None else targets.log_z[rows], len(rows)),

@@ -31,6 +31,11 @@ class ModelConfig:
     """Keep the first and last transformer layer in bfloat16 under FP8."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: core attention only (selective) or whole layers (full)."""
+    moe_aux_loss_coeff: float = 0.0
+    """Weight of each mixture layer's load-balancing loss, taken over each sequence (Megatron's seq_aux_loss) and meaned
+    over sequences, beside the objective and never in the reported loss. 0: none."""
+    moe_z_loss_coeff: float = 0.0
+    """Weight of each mixture layer's squared log-sum-exp of the router's logits, in the same way. 0: none."""
     head_chunk_size: int = 1024
     """Response tokens per block of the head: bounds its logits to [head_chunk_size, vocab / TP] at any time."""
     transformer_config: tuple[str, ...] = ()
@@ -39,6 +44,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.head_chunk_size < 1:
             raise ConfigError(f"head_chunk_size is {self.head_chunk_size}. Use --head-chunk-size 1024.")
+        if self.moe_aux_loss_coeff < 0 or self.moe_z_loss_coeff < 0:
+            raise ConfigError(
+                f"moe_aux_loss_coeff ({self.moe_aux_loss_coeff}) and moe_z_loss_coeff ({self.moe_z_loss_coeff}) must "
+                "not be negative. Use --moe-aux-loss-coeff 0 --moe-z-loss-coeff 0 for none."
+            )
         if self.fp8 == "none":
             return
         if self.fp8_recipe in _BLACKWELL_RECIPES:
@@ -53,6 +63,11 @@ class ModelConfig:
                 "first_last_layers_bf16 is not supported with fp8_recipe delayed (Megatron-Core refuses it). "
                 "Use --fp8-recipe tensorwise."
             )
+
+    @property
+    def has_router_losses(self) -> bool:
+        """Whether the routers of a mixture have losses of their own."""
+        return self.moe_aux_loss_coeff > 0 or self.moe_z_loss_coeff > 0
 
     @property
     def dtype(self) -> torch.dtype:

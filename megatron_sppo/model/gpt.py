@@ -5,12 +5,18 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.model.balance import (
+    PackedDocuments,
+    RouterLosses,
+    attach_router_losses,
+    sequence_of_tokens,
+)
 from megatron_sppo.model.config import ModelConfig, resolve_transformer_impl
 from megatron_sppo.model.layer_spec import layer_spec
 from megatron_sppo.model.shared_prompts import SharedPromptParams, shared_prompt_params
@@ -34,6 +40,7 @@ class PolicyModel(GPTModel):
     true_vocab_size: int
     head_chunk_size: int
     logit_softcap: float | None
+    router_losses: tuple[RouterLosses, ...] = ()
 
     def _preprocess(self, *, position_ids: Tensor, packed_seq_params: Any = None, **kwargs: Any) -> tuple[Any, ...]:
         """Embed, and look up the rotary table -> the host's tuple, with a line of the table for each token of a tree.
@@ -151,6 +158,10 @@ def build_stage(
     model.logit_softcap = architecture.logit_softcap
     if pre_process and architecture.scale_embeddings:
         _scale_embeddings(model, architecture.hidden_size**0.5)
+    if config.has_router_losses:
+        model.router_losses = attach_router_losses(
+            model, aux_loss_coeff=config.moe_aux_loss_coeff, z_loss_coeff=config.moe_z_loss_coeff
+        )
     return model
 
 
@@ -171,6 +182,7 @@ def forward(
     cu_seqlens: Tensor | None = None,
     parents: Tensor | None = None,
     max_seqlen: int = 0,
+    lengths_B: Tensor | None = None,
     response: ResponseTokens | None = None,
 ) -> Tensor:
     """Run one stage, wrapped or not -> [R] log-probabilities, logits [B, S, V / TP], or the next stage's input.
@@ -179,19 +191,30 @@ def forward(
         cu_seqlens: int32, boundaries of the documents of a packed micro-batch (B = 1), the last equal to S.
         parents: int32, for each document the number of the one that it continues, or -1; where prompts are shared.
         max_seqlen: length of the longest sequence, in tokens.
+        lengths_B: int64, tokens of each sequence; the losses of a mixture's routers need them.
         response: without it the last stage returns logits.
     """
     packed = None
     if cu_seqlens is not None and parents is not None:
         packed = shared_prompt_params(cu_seqlens, parents, num_tokens=tokens_BS.shape[1], max_seqlen=max_seqlen)
     elif cu_seqlens is not None:
-        packed = PackedSeqParams(
+        packed = PackedDocuments(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
         )
+        stage = get_attr_wrapped_model(model, "router_losses", return_model_obj=True)
+        if stage.router_losses and lengths_B is not None:
+            groups = stage.pg_collection
+            packed.lengths = lengths_B
+            packed.sequence_of_token = sequence_of_tokens(
+                cu_seqlens,
+                lengths_B,
+                context_group=groups.cp,
+                sequence_group=groups.tp if stage.config.sequence_parallel else None,
+            )
     return model(
         input_ids=tokens_BS,
         position_ids=position_ids_BS,

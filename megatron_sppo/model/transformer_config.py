@@ -74,6 +74,8 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
         **parallelism,
     }
     values |= parse_overrides(config.transformer_config, TransformerConfig, flag="--transformer-config", taken=values)
+    if config.has_router_losses:
+        _check_router_losses(architecture, values)
     return host_dataclass(TransformerConfig, values)
 
 
@@ -95,8 +97,8 @@ def _attention(architecture: Architecture) -> dict[str, Any]:
 def _experts(architecture: Architecture, *, fused: bool) -> dict[str, Any]:
     """Describe the mixture of experts; nothing for a dense model.
 
-    No auxiliary loss: it would have to be weighed against SPPO's squared residuals of hundreds of nats. No capacity:
-    no token is dropped, so tokens of padding go through the router without touching the others.
+    The host's auxiliary losses stay off: balance.py has ours. No capacity: no token is dropped, so tokens of padding go
+    through the router without touching the others.
     """
     if architecture.num_moe_experts is None:
         return {}
@@ -114,6 +116,19 @@ def _experts(architecture: Architecture, *, fused: bool) -> dict[str, Any]:
         # alltoall sends each token only where it goes, and needs CUDA (its splits stay tensors on the CPU).
         "moe_token_dispatcher_type": "alltoall" if torch.cuda.is_available() else "allgather",
     }
+
+
+def _check_router_losses(architecture: Architecture, values: dict[str, Any]) -> None:
+    if architecture.num_moe_experts is None:
+        raise ConfigError(
+            "moe_aux_loss_coeff and moe_z_loss_coeff belong to a mixture of experts, and this model is dense "
+            f"({architecture.family}). Leave --moe-aux-loss-coeff and --moe-z-loss-coeff out."
+        )
+    if "moe" in (values.get("recompute_modules") or ()):
+        raise ConfigError(
+            "recompute_modules has moe: the router would run again without knowing which sequences its tokens belong "
+            "to, and its losses be wrong. Use --recompute-granularity full."
+        )
 
 
 def _precision(config: ModelConfig) -> dict[str, Any]:
@@ -174,8 +189,8 @@ def parse_overrides(pairs: Sequence[str], cls: type, *, flag: str, taken: dict[s
 
 
 _POINT_TO_POINT = (
-    "how stages exchange activations is decided by the schedule (interleaved: overlapped and not batched, otherwise the "
-    "reverse), the other ways give wrong losses in silence"
+    "how stages exchange activations follows from the schedule (interleaved: overlapped and not batched, otherwise the "
+    "reverse); other ways give wrong losses in silence"
 )
 _REFUSED = {
     "overlap_p2p_comm": _POINT_TO_POINT,
@@ -183,8 +198,8 @@ _REFUSED = {
     "batch_p2p_sync": _POINT_TO_POINT,
     "use_ring_exchange_p2p": _POINT_TO_POINT,
     "overlap_p2p_comm_warmup_flush": _POINT_TO_POINT,
-    "variable_seq_lengths": "the micro-batches of a step have one shape already, and with it Megatron-Core does without "
-    "the dispatcher that experts need on the CPU",
+    "variable_seq_lengths": "the micro-batches of a step have one shape already, and Megatron-Core refuses the "
+    "dispatcher that experts use on the CPU beside it",
     "overlap_param_gather_with_optimizer_step": "the reference pass and the checkpoint would see stale weights",
 }
 """Fields of the host that are never the user's, and why."""

@@ -17,7 +17,7 @@ FREE_TO_CHANGE = frozenset(
         *("output", "json", "model", "prompts", "training_processes", "training_launcher", "rollout_command", "server"),
         *("rollout_tensor_parallel_size", "micro_batch_size", "tensor_model_parallel_size", "sequence_parallel"),
         *("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size"),
-        *("expert_model_parallel_size", "packed_sequence_size"),
+        *("expert_model_parallel_size", "packed_sequence_size", "inspected_prompts"),
         *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
     )
 )
@@ -118,6 +118,8 @@ class EvaluationConfig:
     """Judge of the evaluation. None: the one of training."""
     bootstrap_resamples: int = MIN_RESAMPLES
     """Resamples of the 95 % interval."""
+    inspected_prompts: int = 4
+    """Training prompts whose answers each iteration's report shows token by token, coloured by log-ratio; 0: none."""
 
     def __post_init__(self) -> None:
         if self.bootstrap_resamples < MIN_RESAMPLES:
@@ -127,6 +129,10 @@ class EvaluationConfig:
             )
         if self.heldout_prompts is not None and self.heldout_prompts < 0:
             raise ConfigError(f"heldout_prompts is {self.heldout_prompts}. Use --heldout-prompts 64, or 0 for none.")
+        if self.inspected_prompts < 0:
+            raise ConfigError(
+                f"inspected_prompts is {self.inspected_prompts}. Use --inspected-prompts 4, or 0 for none."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ SCRIPTS = {
     "rollouts": "tools/generate_rollouts.py",
     "score": "tools/score_pairrm.py",
     "train": "examples/pretrain_sppo.py",
+    "inspect": "tools/inspect_log_ratio.py",
     "evaluate": "tools/evaluate.py",
     "report": "tools/report.py",
 }
@@ -64,6 +65,10 @@ class RunPaths:
     def of(self, iteration: int, name: str) -> Path:
         """`iter_T/NAME`, NAME one of rollouts, dataset, checkpoint, hf, eval -> path."""
         return self.run_dir / f"iter_{iteration}" / name
+
+    def token_log_ratios(self, iteration: int) -> Path:
+        """Log-ratio of each token of some training answers, policy against its predecessor -> path."""
+        return self.of(iteration, "token_log_ratios.jsonl")
 
     def result(self, iteration: int) -> Path:
         """Result of an iteration's evaluation -> path."""
@@ -134,6 +139,13 @@ def iteration_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int, *,
         inputs=(paths.checkpoint(iteration - 1), dataset),
         outputs=(checkpoint,),
     )
+    if config.evaluation.inspected_prompts:
+        yield Stage(
+            name=f"{prefix}-inspect",
+            command=_inspection_command(config, paths, iteration),
+            inputs=(checkpoint, paths.checkpoint(iteration - 1), dataset),
+            outputs=(paths.token_log_ratios(iteration),),
+        )
     yield Stage(
         name=f"{prefix}-export",
         command=(
@@ -206,18 +218,31 @@ def _scoring_command(config: SelfPlayConfig, rollouts: Path, dataset: Path) -> t
 
 
 def _training_command(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> tuple[str, ...]:
-    script, processes = str(ROOT / SCRIPTS["train"]), config.run.training_processes
-    if config.run.training_launcher:
-        launcher = [*shlex.split(config.run.training_launcher), script]
-    elif processes > 1:
-        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-        launcher = [sys.executable, *torchrun, script]
-    else:
-        launcher = [sys.executable, script]
     return (
-        *(*launcher, "--config", str(paths.training_config), "--load", str(paths.checkpoint(iteration - 1))),
+        *(*_launched(config, "train"), "--config", str(paths.training_config)),
+        *("--load", str(paths.checkpoint(iteration - 1))),
         *("--data", str(paths.of(iteration, "dataset")), "--save", str(paths.of(iteration, "checkpoint"))),
     )
+
+
+def _inspection_command(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> tuple[str, ...]:
+    return (
+        *(*_launched(config, "inspect"), "--config", str(paths.training_config)),
+        *("--load", str(paths.checkpoint(iteration)), "--reference", str(paths.checkpoint(iteration - 1))),
+        *("--data", str(paths.of(iteration, "dataset")), "--output", str(paths.token_log_ratios(iteration))),
+        *("--num-prompts", str(config.evaluation.inspected_prompts)),
+    )
+
+
+def _launched(config: SelfPlayConfig, name: str) -> list[str]:
+    """Spell how a script that runs on all training ranks is started -> tokens."""
+    script, processes = str(ROOT / SCRIPTS[name]), config.run.training_processes
+    if config.run.training_launcher:
+        return [*shlex.split(config.run.training_launcher), script]
+    if processes > 1:
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+        return [sys.executable, *torchrun, script]
+    return [sys.executable, script]
 
 
 def check_rollouts_and_judges(config: SelfPlayConfig) -> None:

@@ -10,6 +10,8 @@ import yaml
 from megatron_sppo.selfplay import report_plots as plots
 from megatron_sppo.selfplay.plan import REPORT_NAME
 from megatron_sppo.selfplay.report_data import AnswerPair, RunData, read_run
+from megatron_sppo.selfplay.report_tokens import CSS as TOKEN_CSS
+from megatron_sppo.selfplay.report_tokens import token_html
 from megatron_sppo.selfplay.summary import rate_text
 from megatron_sppo.storage import atomic_file
 
@@ -95,6 +97,7 @@ def render(run: RunData) -> str:
         _figure(
             "Preferences of the last iteration, four prompts", plots.preference_figure(preferences), _HEAT_MAP_NOTE
         ),
+        _section("Training answers, token by token", _token_answers(run), _TOKENS_NOTE),
         _section("Answers before and after", _answers(run.answers, iterations), _ANSWERS_NOTE),
         _details("Settings", yaml.safe_dump(run.state.get("config", {}), sort_keys=False, allow_unicode=True)),
         _details("Commands", "\n\n".join(_commands(run))),
@@ -104,7 +107,7 @@ def render(run: RunData) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<title>Self-play: {_text(run.run_dir.resolve().name)}</title><style>{_CSS}</style></head>"
+        f"<title>Self-play: {_text(run.run_dir.resolve().name)}</title><style>{_CSS}{TOKEN_CSS}</style></head>"
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
 
@@ -125,6 +128,11 @@ _SCATTER_NOTE = (
 )
 _HEAT_MAP_NOTE = (
     "P(answer of the row beats answer of the column), both orders asked. From the most to the least decided prompt."
+)
+_TOKENS_NOTE = (
+    "Log-ratio log pi(token)/pi_t(token) of the last iteration's policy against the one before it (equation 3.11); its "
+    "sum over the answer is regressed onto the target. Blue tokens became more likely, orange ones less. Prompts are "
+    "taken evenly from the most to the least decided, and of each the answers that the judge liked best and least."
 )
 _ANSWERS_NOTE = (
     "First sampled answer of each, on held-out prompts taken evenly from the best to the worst win rate: no picking. "
@@ -206,6 +214,13 @@ def _answers(pairs: Iterable[AnswerPair], iterations: Sequence[dict[str, Any]]) 
             f"{_answer('base', pair.base)}{_answer(f'after iteration {number}', pair.policy)}</div>"
         )
     return "".join(blocks)
+
+
+def _token_answers(run: RunData) -> str:
+    if not run.iterations:
+        return ""
+    last = run.iterations[-1]
+    return token_html(last.token_answers, last.prompts, _text)
 
 
 def _answer(title: str, text: str) -> str:

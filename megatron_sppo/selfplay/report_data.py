@@ -11,6 +11,7 @@ from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.schema import MANIFEST_NAME
 from megatron_sppo.rollout.records import RolloutGroup, read_rollouts
 from megatron_sppo.selfplay.plan import RunPaths
+from megatron_sppo.selfplay.report_tokens import TokenAnswer, read_token_answers
 from megatron_sppo.selfplay.stages import read_state
 from megatron_sppo.selfplay.summary import METRICS_NAME, read_json_lines, read_summary
 from megatron_sppo.storage import read_json
@@ -56,6 +57,9 @@ class IterationData:
     """[N], that step."""
     diagnostics: dict[str, Any]
     preferences: tuple[PreferenceExample, ...]
+    token_answers: tuple[TokenAnswer, ...] = ()
+    prompts: dict[str, str] = field(default_factory=dict)
+    """prompt_id -> text, of the token answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +104,8 @@ def _iteration(paths: RunPaths, entry: dict[str, Any]) -> IterationData:
     last_visit = {(line["group"], line["response"]): line for line in lines if "target" in line}
     rows = list(last_visit.values())
     diagnostics = paths.of(iteration, "dataset") / DIAGNOSTICS_NAME
+    token_answers = read_token_answers(paths.token_log_ratios(iteration))
+    groups = _groups(paths.of(iteration, "rollouts"), {answer.prompt_id for answer in token_answers})
     return IterationData(
         iteration=iteration,
         summary=entry,
@@ -108,6 +114,8 @@ def _iteration(paths: RunPaths, entry: dict[str, Any]) -> IterationData:
         steps=np.array([row["step"] for row in rows], dtype=np.int64),
         diagnostics=read_json(diagnostics) if diagnostics.is_file() else {},
         preferences=_preferences(paths, iteration),
+        token_answers=token_answers,
+        prompts={prompt_id: prompt_text(group) for prompt_id, group in groups.items()},
     )
 
 
@@ -157,7 +165,7 @@ def _answers(paths: RunPaths, iteration: int) -> tuple[AnswerPair, ...]:
 
 
 def _groups(directory: Path, prompt_ids: set[str]) -> dict[str, RolloutGroup]:
-    if not directory.is_dir():
+    if not prompt_ids or not directory.is_dir():
         return {}
     return {group.prompt_id: group for group in read_rollouts(directory) if group.prompt_id in prompt_ids}
 

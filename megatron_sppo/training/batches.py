@@ -174,11 +174,14 @@ class Batches:
             yield self._plan(step, reference_GK)
 
     def _plan(self, step: int, reference_GK: np.ndarray | None) -> StepPlan:
-        index, batch = self.index, self._config.batch
+        batch = self._config.batch
         epoch, step_of_epoch = divmod(step - 1, self.steps_per_epoch)
-        rows = self._order(epoch)[
-            step_of_epoch * batch.global_batch_size : (step_of_epoch + 1) * batch.global_batch_size
-        ]
+        first = step_of_epoch * batch.global_batch_size
+        return self.plan_of(self._order(epoch)[first : first + batch.global_batch_size], reference_GK)
+
+    def plan_of(self, rows: np.ndarray, reference_GK: np.ndarray | None = None) -> StepPlan:
+        """Plan one pass over given rows of the training index, units side by side -> StepPlan."""
+        index, batch = self.index, self._config.batch
         group, response = index.group[rows], index.response[rows]
         shares = self._shares(rows)
         micro_batches = self._micro_batches(shares, reference_GK)

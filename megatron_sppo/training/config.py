@@ -130,6 +130,11 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         name, batch = self.objective.objective, self.batch
+        if self.model.has_router_losses and (batch.share_prompts or not batch.packing):
+            raise ConfigError(
+                "moe_aux_loss_coeff and moe_z_loss_coeff are computed of packed micro-batches alone, each response "
+                "behind a prompt of its own. Use --packing and --no-share-prompts."
+            )
         if batch.packed_sequence_size is None and batch.micro_batch_size % self.objective.unit_size:
             raise ConfigError(
                 f"objective {name} couples pairs, so micro_batch_size ({batch.micro_batch_size}) must be even. "

@@ -31,15 +31,7 @@ def sppo_forward_step(
     mean over the sequences of the global batch, however unevenly micro-batches and ranks share them.
     """
     batch = next(micro_batches).to(parallel.device())
-    output = gpt.forward(
-        model,
-        batch.tokens,
-        batch.position_ids,
-        cu_seqlens=batch.cu_seqlens,
-        parents=batch.parents,
-        max_seqlen=batch.max_seqlen,
-        response=gpt.ResponseTokens(batch.response_rows, batch.labels_R),
-    )
+    output = stage_output(batch, model)
 
     def loss_sum(token_log_prob_R: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         partial_B = sequence_sums(token_log_prob_R, batch.sequence_index, batch.num_sequences)
@@ -52,6 +44,20 @@ def sppo_forward_step(
         return terms.sum(), count, {"rows": batch.rows, "log_prob": log_prob_B.detach().clone()}
 
     return output, loss_sum
+
+
+def stage_output(batch: MicroBatch, model: Any) -> Tensor:
+    """Run one stage on a micro-batch -> log-probabilities of its response tokens, [R], or the next stage's input."""
+    return gpt.forward(
+        model,
+        batch.tokens,
+        batch.position_ids,
+        cu_seqlens=batch.cu_seqlens,
+        parents=batch.parents,
+        max_seqlen=batch.max_seqlen,
+        lengths_B=batch.lengths,
+        response=gpt.ResponseTokens(batch.response_rows, batch.labels_R),
+    )
 
 
 def objective_terms(rows: MicroBatch | StepPlan, log_prob_B: Tensor, *, objective: ObjectiveConfig) -> Tensor:
@@ -74,11 +80,24 @@ def run_micro_batches(policy: Policy, plan: StepPlan, *, loss: Loss, forward_onl
     Afterwards the gradients lie in the DDP buffers, averaged over sequences and reduced (`finalize_model_grads`).
     Collective over all ranks; every data-parallel rank brings the same number of micro-batches.
     """
-    micro_batches = plan.micro_batches
+    reports = run_schedule(policy, plan.micro_batches, partial(sppo_forward_step, loss=loss), forward_only=forward_only)
+    log_prob_N = torch.zeros(len(plan.rows), dtype=torch.float64)
+    if parallel.reports_results():
+        order = np.argsort(plan.rows)
+        for report in reports:
+            position = order[np.searchsorted(plan.rows, report["rows"].cpu().numpy(), sorter=order)]
+            log_prob_N[torch.from_numpy(position)] = report["log_prob"].double().cpu()
+    return parallel.sum_over_world(log_prob_N.to(parallel.device())).cpu()
+
+
+def run_schedule(
+    policy: Policy, micro_batches: list[MicroBatch], forward_step: Callable[..., Any], *, forward_only: bool
+) -> list[Any]:
+    """Run Megatron's schedule -> what `forward_step` reported of each micro-batch, on the last stage. Collective."""
     tokens = micro_batches[0].tokens
     num_chunks = len(policy.chunks)
-    reports = get_forward_backward_func()(
-        forward_step_func=partial(sppo_forward_step, loss=loss),
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
         data_iterator=[iter(micro_batches) for _ in range(num_chunks)] if num_chunks > 1 else iter(micro_batches),
         model=list(policy.chunks) if num_chunks > 1 else policy.chunks[0],
         num_microbatches=len(micro_batches),
@@ -87,10 +106,3 @@ def run_micro_batches(policy: Policy, plan: StepPlan, *, loss: Loss, forward_onl
         decoder_seq_length=tokens.shape[1] * policy.config.context_parallel_size,
         forward_only=forward_only,
     )
-    log_prob_N = torch.zeros(len(plan.rows), dtype=torch.float64)
-    if parallel.reports_results():
-        order = np.argsort(plan.rows)
-        for report in reports:
-            position = order[np.searchsorted(plan.rows, report["rows"].cpu().numpy(), sorter=order)]
-            log_prob_N[torch.from_numpy(position)] = report["log_prob"].double().cpu()
-    return parallel.sum_over_world(log_prob_N.to(parallel.device())).cpu()

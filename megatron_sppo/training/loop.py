@@ -143,10 +143,11 @@ def _step(
     optimizer.zero_grad()
     loss = partial(objective_terms, objective=config.objective)
     log_prob_N = run_micro_batches(policy, plan, loss=loss, forward_only=False)
+    router_losses = policy.pop_router_losses(num_sequences=len(plan.rows))
     log_ratio_N = log_prob_N - plan.reference_log_prob
     target_N = _target(plan, config.objective)
     # The loss is evaluated again on the whole global batch, so that it is one number in every layout.
-    metrics = {"loss": float(loss(plan, log_prob_N).mean())}
+    metrics = {"loss": float(loss(plan, log_prob_N).mean())} | router_losses
     metrics |= response_metrics(
         log_ratio_N, log_prob_N, win_rate_N=plan.win_rate, target_N=target_N, eta=_strength(config.objective)
     )

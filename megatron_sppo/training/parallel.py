@@ -289,8 +289,11 @@ def is_last_stage(vp_stage: int | None = None) -> bool:
 
 def reports_results() -> bool:
     """Tell the ranks whose results count once: last stage, tensor and context rank 0, in each data-parallel share."""
-    if context_parallel_rank() > 0:
-        return False
+    return context_parallel_rank() == 0 and reports_tokens()
+
+
+def reports_tokens() -> bool:
+    """Tell the ranks whose tokens' results count once: as `reports_results`, but each context rank has its tokens."""
     return (
         parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         and parallel_state.get_tensor_model_parallel_rank() == 0

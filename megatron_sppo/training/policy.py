@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer import TransformerConfig
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.model.balance import METRICS
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import PolicyModel, build_stage
 from megatron_sppo.model.transformer_config import host_dataclass, parse_overrides, transformer_config
@@ -40,6 +41,20 @@ class Policy:
         for chunk in self.chunks:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
+
+    def pop_router_losses(self, *, num_sequences: int) -> dict[str, float]:
+        """Mean the routers' losses of the last pass over layers and sequences -> {metric: value}, and begin anew.
+
+        Empty without such losses. Collective over all ranks where there are some.
+        """
+        losses = [losses for stage in self.stages for losses in stage.router_losses]
+        if not losses:
+            return {}
+        sums = torch.tensor([[float(value) for value in each.sums] for each in losses], dtype=torch.float64).sum(0)
+        for each in losses:
+            each.sums = [0.0, 0.0]
+        means = parallel.sum_over_world(sums.to(parallel.device())) / (num_sequences * self.architecture.num_layers)
+        return dict(zip(METRICS, means.tolist(), strict=True))
 
     @property
     def stages(self) -> tuple[PolicyModel, ...]:

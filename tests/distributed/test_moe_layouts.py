@@ -8,9 +8,11 @@ Not shown here: CUDA, Transformer Engine's grouped experts, the alltoall dispatc
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_sppo.conversion.convert import import_checkpoint
 from tests.distributed.conftest import write_dataset
@@ -50,6 +52,10 @@ LAYOUTS = {
 }
 
 
+BALANCE_COEFF, Z_COEFF = 3000.0, 200.0
+"""As weighty beside eta = 1000 as the objective is for the routers: an error of scale cannot hide."""
+
+
 def by_hub_names(gradients: dict[str, torch.Tensor], family: str) -> dict[str, torch.Tensor]:
     """Cut transformers' stacked experts, [experts, 2 x channels, hidden] and [experts, hidden, channels], apart."""
     gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
@@ -70,27 +76,88 @@ def by_hub_names(gradients: dict[str, torch.Tensor], family: str) -> dict[str, t
     return {name.replace(".mlp.", ".block_sparse_moe."): gradient for name, gradient in named.items()}
 
 
+def router_losses(outputs: Any) -> tuple[Tensor, Tensor]:
+    """Sum one sequence's load-balancing and z losses over its layers, from Hugging Face's routers -> two scalars."""
+    balance, z = torch.zeros(()), torch.zeros(())
+    for logits in outputs.router_logits:
+        num_tokens, num_experts = logits.shape
+        scores = logits.double().softmax(1)
+        chosen = torch.zeros_like(scores).scatter(1, scores.topk(2, dim=1).indices, 1.0)
+        share_of_tokens, mean_score = chosen.sum(0) / (2 * num_tokens), scores.sum(0) / num_tokens
+        balance = balance + num_experts * (share_of_tokens * mean_score).sum()
+        z = z + logits.double().logsumexp(1).square().mean()
+    return balance, z
+
+
+def weighted_router_losses(outputs: Any) -> Tensor:
+    balance, z = router_losses(outputs)
+    return BALANCE_COEFF * balance + Z_COEFF * z
+
+
 @pytest.fixture(scope="module")
-def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Truth]:
+def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Truth]:
     """Mixtures by family, each made when a layout first asks for it."""
 
     @cache
-    def find(family: str) -> Truth:
+    def find(family: str, *, router_losses: bool = False) -> Truth:
         root = tmp_path_factory.mktemp(family)
         hf = tiny_llama(root / "hf", num_hidden_layers=4, **MIXTURES[family])
         import_checkpoint(hf, root / "megatron")
         names = partial(by_hub_names, family=family)
         data = write_dataset(root / "data", hf)
-        return Truth(hf=hf, megatron=root / "megatron", data=data, by_exported_names=names)
+        further = weighted_router_losses if router_losses else None
+        return Truth(hf=hf, megatron=root / "megatron", data=data, by_exported_names=names, further_loss=further)
 
     return find
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loss_gradient_and_first_log_ratio_are_those_of_one_rank_and_of_hugging_face(
-    layout: str, truth_of: Callable[[str], Truth], tmp_path: Path
+    layout: str, truth_of: Callable[..., Truth], tmp_path: Path
 ) -> None:
     family, world_size, micro_batch_size, flags = LAYOUTS[layout]
     truth = truth_of(family)
     exported = truth.assert_equal_under(world_size, f"--micro-batch-size {micro_batch_size} {flags}", tmp_path)
     assert sum(".experts." in name and bool(exported[name].any()) for name in exported) > 24  # of 4 x 4 x 3
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch_size", "flags"),
+    [
+        (1, 1, ""),
+        (1, 16, FULL),
+        (2, 4, f"{TP2} {SP}"),
+        (2, 4, CP2),
+        (2, 4, f"{PP2} {FULL}"),
+        (2, 4, f"{EP2} {SHARDED}"),
+        (4, 4, f"{EP2} {TP2} {CP2} {SP}"),
+        (4, 2, f"{EP2} {VPP2} {FULL}"),
+    ],
+)
+def test_router_losses_add_the_gradient_of_their_mean_over_sequences_and_nothing_to_the_loss(
+    world_size: int, micro_batch_size: int, flags: str, truth_of: Callable[..., Truth], tmp_path: Path
+) -> None:
+    """Hugging Face minimises the mean of SPPO's squares + the mean of the routers' losses, written out by hand."""
+    truth = truth_of("qwen3_moe", router_losses=True)
+    weights = f"--moe-aux-loss-coeff {BALANCE_COEFF} --moe-z-loss-coeff {Z_COEFF}"
+    exported = truth.assert_equal_under(
+        world_size, f"--micro-batch-size {micro_batch_size} {flags} {weights}", tmp_path, one_rank_flags=weights
+    )
+    plain = truth_of("qwen3_moe").hugging_face(truth.answers["one rank"]["rows"])["gradient"]
+    routers = [name for name in exported if name.endswith("mlp.gate.weight")]
+    assert len(routers) == 4
+    for name in routers:
+        assert (exported[name] - plain[name]).norm() > 0.3 * plain[name].norm()
+
+
+def test_router_losses_are_reported_as_their_means_over_sequences_and_layers(truth_of: Callable[..., Truth]) -> None:
+    truth = truth_of("qwen3_moe", router_losses=True)
+    weights = f"--moe-aux-loss-coeff {BALANCE_COEFF} --moe-z-loss-coeff {Z_COEFF}"
+    results = truth.run(4, f"--micro-batch-size 2 {EP2} {PP2} {FULL} {weights}")
+    further = truth.hugging_face(results[0]["rows"])["further"]  # of four layers
+    for result in results:
+        found = result["router_losses"]
+        assert set(found) == {"moe/load_balancing_loss", "moe/z_loss"}
+        weighted = BALANCE_COEFF * found["moe/load_balancing_loss"] + Z_COEFF * found["moe/z_loss"]
+        assert 4 * weighted == pytest.approx(further, rel=1e-6)
+        assert 1 <= found["moe/load_balancing_loss"] < 2

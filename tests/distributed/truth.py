@@ -45,15 +45,19 @@ class Truth:
     megatron: Path
     data: Path
     by_exported_names: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+    further_loss: Callable[[Any], Tensor] | None = None
+    """Of Hugging Face's outputs for one sequence; meaned over sequences and minimised too, but no part of `loss`."""
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def assert_equal_under(self, world_size: int, flags: str, directory: Path) -> dict[str, Tensor]:
+    def assert_equal_under(
+        self, world_size: int, flags: str, directory: Path, *, one_rank_flags: str = ""
+    ) -> dict[str, Tensor]:
         """Run the first step in a layout and hold it against Hugging Face and one rank -> its gradient, exported.
 
         On every rank the log-ratio is zero where the reference pass and training meet: no step has been made.
         """
         if "one rank" not in self.answers:
-            self.answers["one rank"] = self._step(1, ONE_RANK, directory / "one_rank")
+            self.answers["one rank"] = self._step(1, f"{ONE_RANK} {one_rank_flags}", directory / "one_rank")
         one_rank = self.answers["one rank"]
         found = self._step(world_size, flags, directory / "layout")
         assert found["weights"] == one_rank["weights"]
@@ -97,18 +101,23 @@ class Truth:
         dataset = PreferenceDataset(self.data)
         eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
         model = AutoModelForCausalLM.from_pretrained(self.hf, dtype=torch.float64, **eager)
-        log_probs, residuals = [], []
+        model.config.output_router_logits = self.further_loss is not None
+        log_probs, residuals, further = [], [], []
         for group, k in (divmod(int(row), dataset.num_responses) for row in rows):
-            log_probs.append(log_prob_of(model, dataset.prompt(group), dataset.response(group, k)))
+            prompt, response = dataset.prompt(group), dataset.response(group, k)
+            outputs, log_prob = outputs_and_log_prob(model, prompt, response)
+            log_probs.append(log_prob)
+            further.append(torch.zeros(()) if self.further_loss is None else self.further_loss(outputs))
             target = ETA * (float(dataset.win_rates(group)[k]) - 0.5)
             residuals.append(log_probs[-1] - float(reference_of(dataset)[group, k]) - target)
         loss = torch.stack(residuals).square().mean()
-        loss.backward()
+        (loss + torch.stack(further).mean()).backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         return {
             "rows": rows,
             "loss": loss.item(),
             "log_prob": torch.stack(log_probs).detach().numpy(),
+            "further": torch.stack(further).mean().item(),
             "gradient": self.by_exported_names(gradients),
         }
 
@@ -123,11 +132,12 @@ def assert_same_gradient(found: Mapping[str, Tensor], truth: Mapping[str, Tensor
         assert difference <= GRADIENT_BOUND * scale, f"{name} differs by {difference / (scale or 1):.1e} of {scale:.3g}"
 
 
-def log_prob_of(model: Any, prompt: np.ndarray, response: np.ndarray) -> Tensor:
-    """Sum log pi over a response's tokens -> scalar float64, differentiable."""
+def outputs_and_log_prob(model: Any, prompt: np.ndarray, response: np.ndarray) -> tuple[Any, Tensor]:
+    """Run a sequence through the model -> (its outputs, summed log pi of the response's tokens: scalar float64)."""
     tokens = torch.tensor([[*prompt, *response]], dtype=torch.long)
-    log_p = model(tokens).logits.double().log_softmax(-1)[0, len(prompt) - 1 : -1]
-    return log_p.gather(1, tokens[0, len(prompt) :, None]).sum()
+    outputs = model(tokens)
+    log_p = outputs.logits.double().log_softmax(-1)[0, len(prompt) - 1 : -1]
+    return outputs, log_p.gather(1, tokens[0, len(prompt) :, None]).sum()
 
 
 def reference_of(dataset: PreferenceDataset) -> np.ndarray:

@@ -14,9 +14,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def pretrain(argv: list[str]) -> int:
     """Run examples/pretrain_sppo.py as a rank that a launcher started -> its exit code."""
-    sys.argv = ["pretrain_sppo.py", *argv]
+    return run_script("examples/pretrain_sppo.py", argv)
+
+
+def run_script(script: str, argv: list[str]) -> int:
+    """Run a script of the repository as a rank that a launcher started -> its exit code."""
+    sys.argv = [Path(script).name, *argv]
     try:
-        runpy.run_path(str(REPOSITORY / "examples/pretrain_sppo.py"), run_name="__main__")
+        runpy.run_path(str(REPOSITORY / script), run_name="__main__")
     except SystemExit as leave:
         return int(leave.code or 0)
     raise AssertionError("the script always exits")
@@ -45,6 +50,7 @@ def first_step(megatron: str, data: str, reference_GK: np.ndarray, save: str | N
     with torch.no_grad():  # as training/reference.py does
         reference_N = run_micro_batches(policy, plan, loss=lambda _, log_prob: log_prob, forward_only=True)
     log_prob_N = run_micro_batches(policy, plan, loss=loss, forward_only=False)
+    router_losses = policy.pop_router_losses(num_sequences=len(plan.rows))
     terms = loss(plan, log_prob_N)
     for stage in policy.stages:
         if stage.post_process:  # the head's gradient never went through autograd
@@ -61,6 +67,7 @@ def first_step(megatron: str, data: str, reference_GK: np.ndarray, save: str | N
         "rows": plan.rows[order],
         "log_prob": log_prob_N.numpy()[order],
         "log_ratio": float((log_prob_N - reference_N).abs().max()),
+        "router_losses": router_losses,
     }
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tests.models import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES_OF_AN_ITERATION = ("rollouts", "dataset", "train", "export", "eval-rollouts", "eval")
+STAGES_OF_AN_ITERATION = ("rollouts", "dataset", "train", "inspect", "export", "eval-rollouts", "eval")
 
 CONFIG = f"""
 run:
@@ -29,7 +29,7 @@ run:
   rollout_command: {sys.executable} {ROOT / "tests" / "e2e" / "fake_rollouts.py"}
 rollout: {{num_responses: 3, max_tokens: 24, rollout_options: {{shard_size: 4}}}}
 scoring: {{judge: rules:concise}}
-evaluation: {{eval_num_responses: 2}}
+evaluation: {{eval_num_responses: 2, inspected_prompts: 2}}
 training:
   objective: sppo
   eta: 10
@@ -99,6 +99,7 @@ def test_every_file_of_the_contract_is_there(finished: tuple[Path, str]) -> None
         assert (run_dir / iteration / "checkpoint" / "latest_checkpointed_iteration.txt").is_file()
         assert (run_dir / iteration / "hf" / "config.json").is_file()
         assert (run_dir / iteration / "eval" / "result.json").is_file()
+        assert len((run_dir / iteration / "token_log_ratios.jsonl").read_text().splitlines()) == 2 * 3
         assert (run_dir / "logs" / f"{iteration}-train.log").is_file()
     for name in ("summary.json", "state.json", "metrics.jsonl", "report.html"):
         assert (run_dir / name).is_file()

@@ -1,8 +1,9 @@
-"""Proves that the hash follows what decides token ids, and nothing else."""
+"""Proves that the hash follows what decides token ids, and nothing else; and that tokens' texts join to the whole."""
 
 import pytest
 
-from megatron_sppo.tokenizer import ID_FILES, TEXT_FILES, tokenizer_hash
+from megatron_sppo.tokenizer import ID_FILES, TEXT_FILES, token_texts, tokenizer_hash
+from tests.models import byte_tokenizer
 
 
 @pytest.fixture
@@ -46,3 +47,16 @@ def test_contents_that_swap_places_are_another_tokenizer(directory):
 
 def test_a_directory_without_tokenizer_has_none(tmp_path):
     assert tokenizer_hash(tmp_path) is None
+
+
+def test_texts_of_tokens_join_to_the_whole_text(tmp_path):
+    """A token is a byte: three spell the euro sign, and the last of them has it; a special token is shown."""
+    from tokenizers import Tokenizer
+
+    byte_tokenizer(tmp_path)
+    texts = token_texts(tmp_path)
+    encoded = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("a\u20acb<|im_end|>").ids
+    assert texts(encoded) == ["a", "", "", "\u20ac", "b", "<|im_end|>"]
+    assert texts(encoded[:2])[0] == "a" and len(texts(encoded[:2])) == 2  # cut within a character
+    assert texts([]) == []
+    assert token_texts(tmp_path / "nowhere") is None

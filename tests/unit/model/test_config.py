@@ -1,5 +1,6 @@
 """Settings of the model that are refused, and the sizes that are rounded."""
 
+import dataclasses
 import math
 
 import pytest
@@ -34,6 +35,8 @@ ARCHITECTURE = Architecture(
         ({"fp8": "hybrid", "params_dtype": "float32"}, "bfloat16"),
         ({"fp8": "hybrid", "fp8_recipe": "delayed", "first_last_layers_bf16": True}, "first_last_layers_bf16"),
         ({"head_chunk_size": 0}, "head_chunk_size"),
+        ({"moe_aux_loss_coeff": -0.1}, "must not be negative"),
+        ({"moe_z_loss_coeff": -0.1}, "must not be negative"),
     ],
 )
 def test_a_setting_that_cannot_run_is_refused(settings: dict, words: str) -> None:
@@ -106,3 +109,31 @@ def test_a_host_field_is_reachable_without_being_listed() -> None:
 def test_what_the_host_refuses_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="Megatron-Core refuses"):
         transformer_config(ARCHITECTURE, ModelConfig(transformer_config=("recompute_granularity=nonsense",)))
+
+
+MIXTURE = dataclasses.replace(
+    ARCHITECTURE, family="mixtral", num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=32
+)
+
+
+def test_router_losses_of_a_dense_model_are_refused() -> None:
+    with pytest.raises(ConfigError, match="this model is dense"):
+        transformer_config(ARCHITECTURE, ModelConfig(moe_z_loss_coeff=1e-3))
+
+
+def test_router_losses_are_refused_where_the_router_alone_is_recomputed() -> None:
+    recomputed = ModelConfig(
+        moe_aux_loss_coeff=1e-2, recompute_granularity="selective", transformer_config=("recompute_modules=[moe]",)
+    )
+    with pytest.raises(ConfigError, match="--recompute-granularity full"):
+        transformer_config(MIXTURE, recomputed)
+
+
+def test_the_hosts_own_router_losses_stay_off() -> None:
+    """It would scale them by the number of tokens, and we divide by the number of sequences."""
+    config = transformer_config(MIXTURE, ModelConfig(moe_aux_loss_coeff=1e-2, moe_z_loss_coeff=1e-3))
+    assert config.moe_router_load_balancing_type == "none"
+    assert not config.moe_aux_loss_coeff and config.moe_z_loss_coeff is None
+    for host_field in ("moe_aux_loss_coeff=0.1", "moe_z_loss_coeff=0.1", "moe_router_load_balancing_type=aux_loss"):
+        with pytest.raises(ConfigError, match="decided by"):
+            transformer_config(MIXTURE, ModelConfig(transformer_config=(host_field,)))

@@ -156,5 +156,22 @@ def _write_training(folder: Path, rng: np.random.Generator, hostile: str) -> Non
                 lines.append({**line, "log_ratio": log_ratio})
     (folder / "checkpoint").mkdir()
     (folder / "checkpoint" / "responses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "token_log_ratios.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _tokens(groups, rng)))
     diagnostics = {"cycle_rate": 0.08, "tie_rate": 0.0, "length_correlation": -0.31, "curl_rms": None}
     write_json(folder / "dataset" / "diagnostics.json", diagnostics)
+
+
+def _tokens(groups: list[RolloutGroup], rng: np.random.Generator) -> list[dict]:
+    """What tools/inspect_log_ratio.py writes of the first three prompts: a token is a word with its space."""
+    rows = []
+    for g, rollout in enumerate(groups[:3]):
+        for k, response in enumerate(rollout.responses):
+            texts = [word + " " for word in response.text.split(" ")]
+            ratios = rng.normal(0, 0.3, len(texts)).tolist()
+            tokens = [
+                {"id": i, "text": text, "log_prob": -2.0 + r, "reference_log_prob": -2.0, "log_ratio": r}
+                for i, (text, r) in enumerate(zip(texts, ratios, strict=True))
+            ]
+            row = {"prompt_id": rollout.prompt_id, "group": g, "response": k, "win_rate": 0.2 + 0.2 * k}
+            rows.append({**row, "log_ratio": sum(ratios), "tokens": tokens})
+    return rows

@@ -133,12 +133,23 @@ def test_the_second_iteration_starts_from_the_first_s_model(tmp_path: Path) -> N
     out = tmp_path / "out"
     stages = {stage.name: stage for stage in iteration_stages(config, RunPaths(run_dir=out), 2, evaluates=True)}
     assert list(stages) == [
-        *("iter_2-rollouts", "iter_2-dataset", "iter_2-train", "iter_2-export", "iter_2-eval-rollouts", "iter_2-eval")
+        *("iter_2-rollouts", "iter_2-dataset", "iter_2-train", "iter_2-inspect", "iter_2-export"),
+        *("iter_2-eval-rollouts", "iter_2-eval"),
     ]
     rollouts, train = stages["iter_2-rollouts"].command, stages["iter_2-train"].command
     assert rollouts[rollouts.index("--model") + 1] == str(out / "iter_1" / "hf")
     assert train[train.index("--load") + 1] == str(out / "iter_1" / "checkpoint")
     assert "torch.distributed.run" in train and train[train.index("--nproc-per-node") + 1] == "2"
+    inspection = stages["iter_2-inspect"].command
+    assert inspection[inspection.index("--load") + 1] == str(out / "iter_2" / "checkpoint")
+    assert inspection[inspection.index("--reference") + 1] == str(out / "iter_1" / "checkpoint")
+    assert inspection[:6] == train[:6]  # started as training is
     evaluation = stages["iter_2-eval"].command
     assert evaluation[evaluation.index("--previous") + 1] == str(out / "iter_1" / "eval" / "rollouts")
     assert evaluation[evaluation.index("--base") + 1] == str(out / "base_eval" / "rollouts")
+
+
+def test_nothing_is_inspected_where_no_prompts_are(tmp_path: Path) -> None:
+    config = read(tmp_path, "--inspected-prompts", "0")
+    stages = iteration_stages(config, RunPaths(run_dir=tmp_path / "out"), 1, evaluates=False)
+    assert [stage.name for stage in stages] == ["iter_1-rollouts", "iter_1-dataset", "iter_1-train", "iter_1-export"]

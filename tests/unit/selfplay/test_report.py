@@ -29,6 +29,7 @@ SECTIONS = (
     "Log-ratio against target",
     "Preferences of the last iteration, four prompts",
     "The judge",
+    "Training answers, token by token",
     "Answers before and after",
 )
 
