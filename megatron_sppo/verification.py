@@ -203,7 +203,8 @@ def _compare_tokenizer(hf: Path, directory: Path) -> dict[str, Any]:
 
 def _compare_logits(hf: Path, opened: OpenedMegatron, *, prompts: Path | None, dtype: str) -> dict[str, Any]:
     token_ids = _token_ids(hf, opened.architecture, prompts)
-    reference = _hf_logits(hf, token_ids, getattr(torch, dtype))
+    soft_capped = opened.architecture.attention_softcap is not None
+    reference = _hf_logits(hf, token_ids, getattr(torch, dtype), attention="eager" if soft_capped else None)
     ours = _megatron_logits(opened, token_ids, dtype)
     # One prompt at a time: float64 over all positions of a large vocabulary would not fit.
     parts = [compare_logits(one, other) for one, other in zip(reference, ours, strict=True)]
@@ -248,13 +249,25 @@ def _prompt_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]
 
 
 @torch.no_grad()
-def _hf_logits(hf: Path, token_ids: list[list[int]], dtype: torch.dtype) -> list[Tensor]:
-    """Run Hugging Face's model -> [S, V] float32 on the CPU per prompt."""
+def _hf_logits(
+    hf: Path, token_ids: list[list[int]], dtype: torch.dtype, *, attention: str | None = None
+) -> list[Tensor]:
+    """Run Hugging Face's model -> [S, V] float32 on the CPU per prompt.
+
+    Args:
+        attention: transformers' name of an implementation; None takes its default, which leaves soft caps out without a
+            word (transformers 5.19, sdpa_attention.py).
+    """
     from transformers import AutoModelForCausalLM
 
     device = parallel.device()
     model = AutoModelForCausalLM.from_pretrained(
-        hf, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        hf,
+        dtype=dtype,
+        attn_implementation=attention,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     model = model.to(device).eval()
     bar = tqdm(token_ids, desc="Hugging Face", disable=None)

@@ -82,9 +82,11 @@ def family_model(directory: Path, name: str, **overrides: Any) -> Path:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Norms are vectors around what they begin with, 0 or 1. Matrices are large, so that scores and caps matter.
+            # Norms are vectors around what they begin with, 0 or 1. Matrices keep the size of what they multiply, so
+            # that scores and logits are of the order of the caps.
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(parameter + 0.2 * noise if parameter.ndim == 1 else 0.15 * noise)
+            scale = settings["hidden_size"] ** -0.5
+            parameter.copy_(parameter + 0.2 * noise if parameter.ndim == 1 else scale * noise)
     shutil.rmtree(directory, ignore_errors=True)
     model.save_pretrained(directory)
     byte_tokenizer(directory)

@@ -13,6 +13,8 @@ from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.storage import read_json
 
 CONFIG_FILE = "config.json"
+MAX_LAYERS = 10_000
+"""More than any model has."""
 
 # mcore 0.16.1 and 0.19.2, rotary_pos_embedding.py: of Llama 3's scaling only the factor can be set.
 MCORE_LOW_FREQUENCY, MCORE_HIGH_FREQUENCY, MCORE_ORIGINAL_LENGTH = 1.0, 4.0, 8192
@@ -77,6 +79,8 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         raise ConversionError(f"{place}: tie_word_embeddings is {tied!r}; it must be true or false.")
     base, scaling = _rope(config, place, default_base=family.rotary_base)
     num_layers = _whole(config, "num_hidden_layers", place)
+    if num_layers > MAX_LAYERS:  # what is counted layer by layer below would not end
+        raise ConversionError(f"{place} promises {num_layers} layers. The config is damaged: fetch the model again.")
     return Architecture(
         family=family.model_type,
         num_layers=num_layers,
@@ -240,6 +244,11 @@ def _rope(config: Mapping[str, Any], place: str, *, default_base: float) -> tupl
         scaling = {}
     if not isinstance(scaling, dict):
         raise ConversionError(f"{place}: rope_parameters is {scaling!r}; it must be an object. Fetch the model again.")
+    if any(isinstance(value, dict) for value in scaling.values()):
+        raise ConversionError(
+            f"{place}: rope_parameters has other values for each of {', '.join(scaling)}; the Megatron model has one "
+            "rotary embedding for all layers. Use another model."
+        )
     base = _positive(
         {"rope_theta": default_base, **_only(config, "rope_theta"), **_only(scaling, "rope_theta")}, "rope_theta", place
     )

@@ -2,7 +2,7 @@
 
 Truth is Hugging Face's model under autograd, its eager attention and its log-softmax: windows, soft caps, scaled
 embeddings, norms behind the units (sequence parallelism adds their gradients up) and norms over the heads of all
-tensor-parallel ranks. Documents are longer than the window of eight tokens.
+tensor-parallel ranks. Documents are longer than the window of eight tokens, and pipeline stages uneven.
 Not shown here: CUDA, Transformer Engine, FP8.
 """
 
@@ -29,6 +29,14 @@ LAYOUTS = {
         ),
     },
     "olmo2": {"TP2": (2, TP2), "TP2 SP": (2, f"{TP2} --sequence-parallel")},
+    "llama": {
+        # Six layers: one and one in the first stage's chunks, two and two in the last one's.
+        "PP2 VPP2 uneven": (
+            2,
+            "--micro-batch-size 4 --pipeline-model-parallel-size 2 --virtual-pipeline-model-parallel-size 2 "
+            "--decoder-first-pipeline-num-layers 2",
+        )
+    },
     "mistral, window": {"CP2 padded": (2, f"{CP2} --no-packing")},
 }
 CASES = [(family, layout) for family, layouts in LAYOUTS.items() for layout in layouts]
@@ -39,7 +47,7 @@ def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Truth]:
     made = {}
     for family in LAYOUTS:
         root = tmp_path_factory.mktemp("family")
-        hf = family_model(root / "hf", family)
+        hf = family_model(root / "hf", family, num_hidden_layers=6 if family == "llama" else 3)
         import_checkpoint(hf, root / "megatron")
         made[family] = Truth(hf=hf, megatron=root / "megatron", data=write_dataset(root / "data", hf))
     return made

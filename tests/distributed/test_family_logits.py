@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
+from megatron_sppo.verification import verify
 from tests.distributed.harness import run_ranks
 from tests.families import FAMILIES, MIXTURES, family_model, hugging_face_logits, token_ids
 
@@ -152,6 +153,14 @@ def test_every_file_comes_back_the_same(
 ) -> None:
     root = models[family, model]
     assert hashes(export_checkpoint(root / "megatron", tmp_path / "out")) == hashes(root / "hf")
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "phi3", "mistral, window"])
+def test_verify_finds_no_fault(family: str, models: dict[tuple[str, str], Path]) -> None:
+    root = models[family, TWO_KEY_VALUE_HEADS]
+    report = verify(root / "hf", root / "megatron")
+    assert report["faults"] == []
+    assert report["logits"]["max_abs"] <= TOLERANCE
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -12,7 +12,7 @@ from megatron_sppo.selfplay.config import SelfPlayConfig, option_flags
 from megatron_sppo.training.config import TrainingConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "examples/configs"
-SELF_PLAY = ("mistral_7b_paper", "llama3_8b_official", "smollm2_demo")
+SELF_PLAY = ("mistral_7b_paper", "llama3_8b_official", "gemma2_9b_official", "smollm2_demo")
 PATHS = ["--load", "a", "--data", "b", "--save", "c"]
 
 
@@ -63,6 +63,14 @@ def test_the_two_published_recipes_differ_where_the_sources_do():
     assert (optimization.optimizer, optimization.rmsprop_alpha, optimization.adam_eps) == ("rmsprop", 0.99, 1e-8)
     assert (optimization.weight_decay, optimization.lr_decay_iters) == (0.0, None)
     assert (official_training.batch.max_prompt_length, official_training.batch.seq_length) == (512, 1024)
+
+
+def test_the_authors_third_model_has_the_recipe_of_their_second():
+    gemma, llama = self_play_config("gemma2_9b_official"), self_play_config("llama3_8b_official")
+    for section in ("run", "rollout", "scoring", "evaluation", "training"):
+        assert getattr(gemma, section) == getattr(llama, section)
+    # Its soft-capped attention has no fused kernel: all layers' scores at once would not fit.
+    assert training_of("gemma2_9b_official").model.recompute_granularity == "selective"
 
 
 def test_the_70b_configuration_fits_32_and_64_gpus():
