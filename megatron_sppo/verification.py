@@ -31,7 +31,7 @@ from megatron_sppo.conversion.megatron_checkpoint import (
     verify_checkpoint,
 )
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, open_megatron
-from megatron_sppo.errors import ConversionError
+from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import build_stage, forward
 from megatron_sppo.probes import compare_tokenizers, prompt_token_ids
@@ -186,7 +186,7 @@ def _compare_logits(
 ) -> dict[str, Any]:
     token_ids = prompt_token_ids(hf, opened.architecture, prompts)
     if layerwise is None:
-        layerwise = _is_too_large(opened.architecture, dtype)
+        layerwise = _is_too_large(opened.architecture, dtype) or not _host_may_read(opened)
     if layerwise:
         parts = list(_compare_by_layer(hf, opened, token_ids, dtype))
     else:
@@ -217,6 +217,16 @@ def _is_too_large(architecture: Architecture, dtype: str) -> bool:
     if needed <= free / 2:
         return False
     logger.info("%.1f GB of weights, %.1f GB free: the logits are computed layer by layer", needed / 1e9, free / 1e9)
+    return True
+
+
+def _host_may_read(opened: OpenedMegatron) -> bool:
+    """Whether the host may load the checkpoint: it trusts pickles, and Megatron-LM's own hold more than data."""
+    try:
+        check_metadata(opened.directory)
+    except DataError as error:
+        logger.info("%s The weights are read without it, and the logits computed layer by layer.", error)
+        return False
     return True
 
 

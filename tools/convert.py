@@ -65,8 +65,8 @@ class VerifyConfig:
     """Text file with a prompt per line, or JSONL with `prompt`; without it eight built-in prompts."""
     json: Path | None = None
     """File to write the report to."""
-    layerwise: bool | None = None
-    """Hold one layer in memory, not a model; without it, where a model takes more than half of the free memory."""
+    layerwise: bool = False
+    """Hold one layer in memory, not a model. Done anyway where a model takes more than half of the free memory."""
 
 
 COMMANDS = {"import": ImportConfig, "export": ExportConfig, "verify": VerifyConfig}
@@ -102,7 +102,7 @@ def main() -> None:
             from megatron_sppo import verification  # builds both models: heavy
 
             report = verification.verify(
-                settings.hf, settings.megatron, prompts=settings.prompts, layerwise=settings.layerwise
+                settings.hf, settings.megatron, prompts=settings.prompts, layerwise=settings.layerwise or None
             )
             if settings.json is not None:
                 verification.write_report(report, settings.json)
