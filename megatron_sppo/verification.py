@@ -1,7 +1,7 @@
 """Proof that a Hugging Face directory and a Megatron checkpoint are one model: tensors, tokenizer, and logits.
 
 The tensors are compared byte for byte. The logits come from Hugging Face's own model class and from the Megatron model
-that training builds, on the same tokens, one model in memory after the other. Neither half stands for the other: equal
+that training builds, on the same tokens, one model in memory after the other or layer by layer. Equal
 weights under a wrong rotary base or norm epsilon give other logits, and equal logits on eight prompts do not prove
 every row of a vocabulary.
 """
@@ -10,7 +10,7 @@ import dataclasses
 import gc
 import logging
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,23 +20,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_sppo.architecture import Architecture, read_architecture
+from megatron_sppo import layerwise as by_layer
+from megatron_sppo.architecture import Architecture
 from megatron_sppo.conversion.distcp import COMMON_FILE, check_metadata
 from megatron_sppo.conversion.hf_checkpoint import open_hf_checkpoint
 from megatron_sppo.conversion.hf_config import architecture_from_hf, read_config
 from megatron_sppo.conversion.megatron_checkpoint import (
-    HF_DIRECTORY,
     MANIFEST_FILE,
     resolve_checkpoint,
     verify_checkpoint,
 )
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, open_megatron
-from megatron_sppo.errors import ConversionError
+from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import build_stage, forward
-from megatron_sppo.rollout.prompts import read_prompts
+from megatron_sppo.probes import compare_tokenizers, prompt_token_ids
 from megatron_sppo.storage import write_json
-from megatron_sppo.tokenizer import TEXT_FILES, tokenizer_hash
 from megatron_sppo.training import parallel
 from megatron_sppo.training.parallel import ParallelConfig
 from megatron_sppo.training.policy import host_config
@@ -46,21 +45,7 @@ from megatron_sppo.training.policy import host_config
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-MAX_PROMPTS = 64
-MAX_TOKENS = 512
 HOST_FILES = (COMMON_FILE, "metadata.json")
-
-PROMPTS = (
-    "The capital of France is Paris, and the capital of Japan is",
-    "Once upon a time, in a village between two rivers, there lived a clockmaker who",
-    "def binary_search(values, target):\n    low, high = 0, len(values) - 1\n    while low <= high:\n",
-    "1 + 1 = 2, 2 + 2 = 4, 4 + 4 = 8, 8 + 8 = 16, 16 + 16 =",
-    "Die Wissenschaft fängt eigentlich erst da an interessant zu werden, wo sie aufhört.",
-    '{"name": "Ada", "born": 1815, "fields": ["mathematics", "computing"], "quote": "',
-    "Question: Why is the sky blue?\nAnswer: Sunlight is scattered by the molecules of the air, and",
-    "水は摂氏百度で沸騰し、零度で凍る。 Вода кипит при ста градусах. 🙂🙂",
-)
-"""Prose, code, arithmetic, JSON and other scripts, so that many rows of the embedding take part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +69,20 @@ THRESHOLDS = {
 
 
 def verify(
-    hf: Path, megatron: Path, *, prompts: Path | None = None, dtype: Literal["float32", "bfloat16"] | None = None
+    hf: Path,
+    megatron: Path,
+    *,
+    prompts: Path | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    layerwise: bool | None = None,
 ) -> dict[str, Any]:
     """Compare a Hugging Face directory with a Megatron checkpoint -> report, whose `faults` are empty if all is well.
 
     Args:
         prompts: prompt file as the rollouts take it, of which the first 64 are used; None takes the built-in ones.
         dtype: of the computation; None computes in float32 on the CPU and in bfloat16 on a GPU.
+        layerwise: hold one layer in memory instead of a model; None does so where a model would take more than half of
+            the free memory.
 
     Raises:
         ConversionError, DataError: one of the two cannot be read.
@@ -100,11 +92,11 @@ def verify(
     described = architecture_from_hf(read_config(hf), place=str(hf / "config.json"))
     different_fields = _different_fields(described, opened.architecture)
     tensors = _compare_tensors(hf, opened)
-    tokenizer = _compare_tokenizer(hf, directory)
+    tokenizer = compare_tokenizers(hf, directory)
     logits = None
     if not different_fields:
         compute_dtype = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
-        logits = _compare_logits(hf, opened, prompts=prompts, dtype=compute_dtype)
+        logits = _compare_logits(hf, opened, prompts=prompts, dtype=compute_dtype, layerwise=layerwise)
     report = {
         "schema_version": SCHEMA_VERSION,
         "hf": str(hf),
@@ -130,7 +122,10 @@ def summary(report: dict[str, Any]) -> Iterator[str]:
     cast = f" (after a cast to {tensors['cast']})" if tensors["cast"] else ""
     equal = tensors["compared"] - len(tensors["different"])
     yield f"tensors: {equal} of {tensors['compared']} are equal bit for bit{cast}"
-    yield f"tokenizer: {_same(tokenizer['ids_same'])}; texts and chat template: {_same(tokenizer['texts_same'])}"
+    yield (
+        f"tokenizer: {_same(tokenizer['ids_same'])}; texts and chat template: {_same(tokenizer['texts_same'])}; "
+        f"{tokenizer['probes'] - len(tokenizer['different_probes'])} of {tokenizer['probes']} probes are the same"
+    )
     if logits is not None:
         yield (
             f"logits ({logits['dtype']}, {logits['prompts']} prompts, {logits['positions']} positions): "
@@ -186,28 +181,19 @@ def _compare_tensors(hf: Path, opened: OpenedMegatron) -> dict[str, Any]:
     return {"compared": compared, "different": different, "cast": str(cast).removeprefix("torch.") if cast else None}
 
 
-def _compare_tokenizer(hf: Path, directory: Path) -> dict[str, Any]:
-    """Compare the files that decide ids by the hash in model.json, the others by their bytes."""
-    carried = directory / HF_DIRECTORY
-    recorded = read_architecture(directory)[1].get("hash") if (directory / "model.json").is_file() else None
-    texts: dict[str, bool] = {}
-    for name in TEXT_FILES:
-        pair = [path.read_bytes() if path.is_file() else None for path in (hf / name, carried / name)]
-        if pair != [None, None]:
-            texts[name] = pair[0] == pair[1]
-    found = tokenizer_hash(hf)
-    return {"hf_hash": found, "megatron_hash": recorded, "ids_same": found == recorded, "texts": texts} | {
-        "texts_same": all(texts.values())
-    }
-
-
-def _compare_logits(hf: Path, opened: OpenedMegatron, *, prompts: Path | None, dtype: str) -> dict[str, Any]:
-    token_ids = _token_ids(hf, opened.architecture, prompts)
-    soft_capped = opened.architecture.attention_softcap is not None
-    reference = _hf_logits(hf, token_ids, getattr(torch, dtype), attention="eager" if soft_capped else None)
-    ours = _megatron_logits(opened, token_ids, dtype)
-    # One prompt at a time: float64 over all positions of a large vocabulary would not fit.
-    parts = [compare_logits(one, other) for one, other in zip(reference, ours, strict=True)]
+def _compare_logits(
+    hf: Path, opened: OpenedMegatron, *, prompts: Path | None, dtype: str, layerwise: bool | None
+) -> dict[str, Any]:
+    token_ids = prompt_token_ids(hf, opened.architecture, prompts)
+    if layerwise is None:
+        layerwise = _is_too_large(opened.architecture, dtype) or not _host_may_read(opened)
+    if layerwise:
+        parts = list(_compare_by_layer(hf, opened, token_ids, dtype))
+    else:
+        reference = _hf_logits(hf, token_ids, getattr(torch, dtype), attention=_attention(opened.architecture))
+        ours = _megatron_logits(opened, token_ids, dtype)
+        # One prompt at a time: float64 over all positions of a large vocabulary would not fit.
+        parts = [compare_logits(one, other) for one, other in zip(reference, ours, strict=True)]
     positions = sum(part["positions"] for part in parts)
 
     def mean(name: str) -> float:
@@ -215,6 +201,7 @@ def _compare_logits(hf: Path, opened: OpenedMegatron, *, prompts: Path | None, d
 
     return {
         "dtype": dtype,
+        "layerwise": layerwise,
         "prompts": len(parts),
         "positions": positions,
         **{name: max(part[name] for part in parts) for name in ("max_abs", "max_logit", "max_kl")},
@@ -223,41 +210,63 @@ def _compare_logits(hf: Path, opened: OpenedMegatron, *, prompts: Path | None, d
     }
 
 
-def _token_ids(hf: Path, architecture: Architecture, prompts: Path | None) -> list[list[int]]:
-    """Tokenize the prompts by Hugging Face's tokenizer -> one list of ids a prompt."""
-    if tokenizer_hash(hf) is None:
-        logger.warning("%s has no tokenizer: the logits are compared on random tokens", hf)
-        generator = torch.Generator().manual_seed(0)
-        return [torch.randint(architecture.vocab_size, (32,), generator=generator).tolist() for _ in PROMPTS]
-    from transformers import AutoTokenizer
+def _attention(architecture: Architecture) -> str | None:
+    """Name transformers' implementation to compare with; None: its default.
 
-    tokenizer = AutoTokenizer.from_pretrained(hf, local_files_only=True, trust_remote_code=False)
-    if prompts is None:
-        lists = [tokenizer(text)["input_ids"] for text in PROMPTS]
-    else:
-        chosen = read_prompts(prompts, limit=MAX_PROMPTS).prompts
-        lists = [_prompt_ids(tokenizer, prompt.messages) for prompt in chosen]
-    limit = min(MAX_TOKENS, architecture.max_position_embeddings)
-    return [ids[:limit] for ids in lists]
+    The default leaves soft caps out without a word (transformers 5.19, sdpa_attention.py).
+    """
+    return "eager" if architecture.attention_softcap is not None else None
 
 
-def _prompt_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
-    if tokenizer.chat_template is None:
-        return tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _is_too_large(architecture: Architecture, dtype: str) -> bool:
+    """Whether one model would take more than half of the memory that is free, and so must be run by layers."""
+    needed = architecture.num_parameters() * getattr(torch, dtype).itemsize
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else _available_bytes()
+    if needed <= free / 2:
+        return False
+    logger.info("%.1f GB of weights, %.1f GB free: the logits are computed layer by layer", needed / 1e9, free / 1e9)
+    return True
+
+
+def _host_may_read(opened: OpenedMegatron) -> bool:
+    """Whether the host may load the checkpoint: it trusts pickles, and Megatron-LM's own hold more than data."""
+    try:
+        check_metadata(opened.directory)
+    except DataError as error:
+        logger.info("%s The weights are read without it, and the logits computed layer by layer.", error)
+        return False
+    return True
+
+
+def _available_bytes() -> int:
+    """Read how much memory a process may take without swapping -> bytes (Linux)."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("/proc/meminfo without MemAvailable")
+
+
+@torch.no_grad()
+def _compare_by_layer(
+    hf: Path, opened: OpenedMegatron, token_ids: list[list[int]], dtype: str
+) -> Iterator[dict[str, float]]:
+    """Run both sides with a layer in memory at a time, a batch of prompts after the other -> statistics per prompt."""
+    batches = list(by_layer.batches(token_ids))
+    bar = tqdm(total=2 * len(batches) * opened.architecture.num_layers, desc="layers", disable=None)
+    with bar, by_layer.megatron_logits(opened, dtype, on_layer=bar.update) as ours:
+        attention = _attention(opened.architecture)
+        reference = by_layer.hf_logits(hf, getattr(torch, dtype), attention=attention, on_layer=bar.update)
+        for batch in batches:
+            tokens_BS = by_layer.padded(batch)
+            pairs = zip(batch, reference(tokens_BS), ours(tokens_BS), strict=True)
+            yield from (compare_logits(one[: len(ids)], other[: len(ids)]) for ids, one, other in pairs)
 
 
 @torch.no_grad()
 def _hf_logits(
     hf: Path, token_ids: list[list[int]], dtype: torch.dtype, *, attention: str | None = None
 ) -> list[Tensor]:
-    """Run Hugging Face's model -> [S, V] float32 on the CPU per prompt.
-
-    Args:
-        attention: transformers' name of an implementation; None takes its default, which leaves soft caps out without a
-            word (transformers 5.19, sdpa_attention.py).
-    """
+    """Run Hugging Face's model -> [S, V] float32 on the CPU per prompt."""
     from transformers import AutoModelForCausalLM
 
     device = parallel.device()
@@ -323,6 +332,8 @@ def _faults(report: dict[str, Any]) -> list[str]:
     if not tokenizer["ids_same"]:
         faults.append("the tokenizers differ")
     faults += [f"{name} differs" for name, same in tokenizer["texts"].items() if not same]
+    if probes := tokenizer["different_probes"]:
+        faults.append(f"the tokenizers treat {len(probes)} texts differently, the first is {probes[0]!r}")
     if logits is None:
         return faults
     limits = logits["thresholds"]

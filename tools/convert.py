@@ -2,7 +2,7 @@
 
 python tools/convert.py import --hf DIR --megatron DIR [--dtype bfloat16]
 python tools/convert.py export --megatron DIR --hf DIR [--template HF_DIR] [--max-shard-size 5GB]
-python tools/convert.py verify --hf DIR --megatron DIR [--prompts FILE] [--json FILE]
+python tools/convert.py verify --hf DIR --megatron DIR [--prompts FILE] [--json FILE] [--layerwise]
 """
 
 import logging
@@ -65,6 +65,8 @@ class VerifyConfig:
     """Text file with a prompt per line, or JSONL with `prompt`; without it eight built-in prompts."""
     json: Path | None = None
     """File to write the report to."""
+    layerwise: bool = False
+    """Hold one layer in memory, not a model. Done anyway where a model takes more than half of the free memory."""
 
 
 COMMANDS = {"import": ImportConfig, "export": ExportConfig, "verify": VerifyConfig}
@@ -99,7 +101,9 @@ def main() -> None:
         case VerifyConfig():
             from megatron_sppo import verification  # builds both models: heavy
 
-            report = verification.verify(settings.hf, settings.megatron, prompts=settings.prompts)
+            report = verification.verify(
+                settings.hf, settings.megatron, prompts=settings.prompts, layerwise=settings.layerwise or None
+            )
             if settings.json is not None:
                 verification.write_report(report, settings.json)
             for line in verification.summary(report):

@@ -14,9 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sppo import verification
+from megatron_sppo import layerwise, verification
 from megatron_sppo.conversion.convert import import_checkpoint
+from megatron_sppo.conversion.megatron_model import open_megatron
 from megatron_sppo.errors import ConversionError
+from megatron_sppo.probes import prompt_token_ids
+from tests.families import FAMILIES, family_model
 from tests.models import tiny_llama
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert.py"
@@ -57,6 +60,74 @@ def test_logits_are_those_of_transformers(tmp_path: Path, overrides: dict[str, A
     assert report["logits"]["max_logit"] > 1.0, "logits near zero would agree whatever the model"
     assert report["logits"]["max_abs"] <= 1e-4 * report["logits"]["max_logit"]
     verification.enforce(report)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [*((family, {}) for family in FAMILIES), ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 1})],
+)
+def test_layer_by_layer_the_logits_are_those_of_the_whole_models(
+    tmp_path: Path, family: str, overrides: dict[str, Any]
+) -> None:
+    """Both sides of the layer-wise path against Hugging Face's whole model: float32 sums in another order."""
+    hf = family_model(tmp_path / "hf", family, **overrides)
+    import_checkpoint(hf, tmp_path / "megatron")
+    opened = open_megatron(tmp_path / "megatron")
+    token_ids = prompt_token_ids(hf, opened.architecture, None)
+    attention = verification._attention(opened.architecture)
+    whole = verification._hf_logits(hf, token_ids, torch.float32, attention=attention)
+    layers: list[int] = []
+    with torch.no_grad(), layerwise.megatron_logits(opened, "float32", on_layer=lambda: layers.append(1)) as megatron:
+        reference = layerwise.hf_logits(hf, torch.float32, attention=attention, on_layer=lambda: layers.append(2))
+        tokens = layerwise.padded(token_ids)
+        sides = reference(tokens), megatron(tokens)
+    assert sorted(layers) == [1, 1, 1, 2, 2, 2]
+    for row, (ids, expected) in enumerate(zip(token_ids, whole, strict=True)):
+        for side in sides:
+            assert (side[row, : len(ids)] - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max())
+
+
+def test_verify_by_layer_passes_and_finds_what_the_whole_path_finds(tmp_path: Path) -> None:
+    hf = tiny_llama(tmp_path / "hf", scale=0.3)
+    import_checkpoint(hf, tmp_path / "megatron")
+    report = verification.verify(hf, tmp_path / "megatron", dtype="float32", layerwise=True)
+    assert report["faults"] == [] and report["logits"]["layerwise"] and report["logits"]["prompts"] == 8
+    tensors = load_file(hf / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0] += 1.0
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    by_layer, whole = (
+        verification.verify(hf, tmp_path / "megatron", dtype="float32", layerwise=chosen) for chosen in (True, False)
+    )
+    assert len(by_layer["faults"]) == len(whole["faults"]) > 1
+    for name in ("max_abs", "mean_abs", "mean_kl", "max_kl"):
+        assert by_layer["logits"][name] == pytest.approx(whole["logits"][name], rel=1e-3)
+
+
+def test_what_does_not_fit_into_half_of_the_memory_is_run_by_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+    import_checkpoint(hf, tmp_path / "megatron")
+    nbytes = sum(tensor.nbytes for tensor in load_file(hf / "model.safetensors").values())
+    for free, expected in ((2 * nbytes, False), (2 * nbytes - 2, True)):
+        monkeypatch.setattr(verification, "_available_bytes", lambda free=free: free)
+        report = verification.verify(hf, tmp_path / "megatron", dtype="float32")
+        assert report["logits"]["layerwise"] is expected
+
+
+def test_a_tokenizer_that_encodes_otherwise_is_found_by_its_probes(tmp_path: Path) -> None:
+    """A carried file that no hash covers: here the hash in model.json is of the other tokenizer, as a bug would do."""
+    hf = tiny_llama(tmp_path / "hf")
+    iteration = import_checkpoint(hf, tmp_path / "megatron")
+    path = iteration / "hf" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(tokenizer))
+    (iteration / "manifest.json").unlink()
+    report = verification.verify(hf, tmp_path / "megatron" / "iter_0000000")
+    assert any("treat" in fault and "texts differently" in fault for fault in report["faults"])
+    assert "e\u0301 \u00e9 \ufb01" not in report["tokenizer"]["different_probes"]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ LAYERS = (
     ("objective", "rollout.records", "data.schema", "conversion.rules", "zigzag", "flops"),
     ("rollout", "judge", "data", "model", "conversion"),
     ("training",),
+    ("layerwise", "probes"),
     ("verification", "selfplay", "planning"),
     ("tools", "examples", "benchmarks"),
 )

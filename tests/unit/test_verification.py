@@ -45,7 +45,7 @@ def report(**logits: float) -> dict[str, Any]:
         "megatron": "M",
         "architecture": {"different": []},
         "tensors": {"different": [], "compared": 3},
-        "tokenizer": {"ids_same": True, "texts": {}},
+        "tokenizer": {"ids_same": True, "texts": {}, "different_probes": []},
         "logits": {"dtype": "float32", "thresholds": limits, **values},
     }
 
