@@ -38,8 +38,10 @@ SHAPES = {
     # deberta-v3-large, which PairRM is; but for its 128,000 rows of word embeddings, which are only looked up.
     "0.4b": {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "ffn_multiple": 4},
 }
-TOLERANCE = {"cpu": 1e-5, "cuda": 5e-2}
-"""Largest difference of two scores, in standard deviations of the scores: rounding of float32, of bf16 and fp16."""
+TOLERANCE = {"cpu": 5e-5, "cuda": 5e-2}
+"""Largest difference of two scores, nats: rounding of float32 over 6 or 24 layers; of bf16 and fp16 on a GPU."""
+TOKENS_PER_WORD = 1.83
+"""Of the random words that texts are made of, under the random PairRM's tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,13 +103,13 @@ def running_peer(config: PairRMConfig, checkpoint: Path, cases: Path) -> Iterato
 
 
 def draw_groups(num_prompts: int, num_responses: int) -> list[RolloutGroup]:
-    """Draw texts as long as real ones -> groups: log-normal, prompts of a median of 120 words (at most 512), responses
-    of 250 (at most 700); below llm-blender's limits, so that nothing is cut.
+    """Draw texts as long as real ones -> groups: log-normal, prompts of a median of 120 tokens (at most 512), responses
+    of 250 (at most 700). That is below llm-blender's limits: nothing is cut.
     """
     generator, rng = np.random.default_rng(0), random.Random(0)
 
     def text(median: float, sigma: float, most: int) -> str:
-        words = int(np.clip(generator.lognormal(np.log(median), sigma), 4, most))
+        words = int(np.clip(generator.lognormal(np.log(median), sigma), 8, most) / TOKENS_PER_WORD)
         return random_text(rng, words, words)
 
     return [
@@ -137,10 +139,14 @@ def compare(config: PairRMConfig, root: Path) -> list[Row]:
         _, ours = judge_once(judge, groups, device=config.device)
         first = {batch: peer.rank(batch) for batch in (1, *config.batches)}
         for batch, (seconds, scores) in first.items():
-            difference = float(np.abs(scores - ours).max() / ours.std())
-            print(f"    llm-blender, batch {batch}: {seconds:.2f} s, scores differ by {difference:.1e} std", flush=True)
+            difference = float(np.abs(scores - ours).max())
+            print(
+                f"    llm-blender, batch {batch}: {seconds:.2f} s; scores spread by {ours.std():.2f}, differ by "
+                f"{difference:.1e}",
+                flush=True,
+            )
             if difference > TOLERANCE[config.device]:
-                raise DataError(f"scores differ by {difference:.1e} standard deviations. Nothing was timed.")
+                raise DataError(f"scores differ by {difference:.1e} nats. Nothing was timed.")
         best = min(config.batches, key=lambda batch: first[batch][0])
         batches = tuple(dict.fromkeys((1, best)))
         times: dict[object, list[float]] = {"ours": [], **{batch: [] for batch in batches}}
