@@ -4,7 +4,8 @@ Usage, from the root of the repository, PEER being the environment that benchmar
     PEER/bin/python -m tests.unit.judge.llm_blender_logits CHECKPOINT CASES.json RESULTS.npz
 
 Each case is {"source", "candidates"}; batch size 1, so that no case's truncation depends on another. Recorded, one
-after the other over all cases: `logits` [sum of K * K], `scores` [sum of K] of `rank`, `compare` [cases] of the first two.
+after the other over all cases: `logits` [sum of K * K], `scores` [sum of K] of `rank`, `compare` [cases] of the first
+two.
 """
 
 import json
