@@ -51,7 +51,8 @@ class Command:
     selection: str | None = None
     """Responses to train on: all, extremes or top-bottom:M. Default: all, or as in --from-dataset."""
     one_order: bool = False
-    """Ask each pair in one order only: half the cost, an approximation that keeps the judge's position bias."""
+    """Ask each pair in one order only: half the cost, an approximation that keeps the judge's position bias. How often
+    it names the same winner as both orders is measured on one prompt of 256 and reported."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of PairRM or a reward model. Default: float32 on the CPU, bfloat16 on a GPU."""
     max_requests: int | None = None
@@ -90,6 +91,10 @@ def main() -> None:
             f"{command.output}: {diagnostics['num_prompts']} prompts x {diagnostics['num_responses']} responses judged "
             f"by {diagnostics['judge']}, {diagnostics['num_quarantined']} set aside"
         )
+        if diagnostics.get("one_order_agreement") is not None:
+            print(
+                f"one order names the winner of both in {100 * diagnostics['one_order_agreement']:.1f} % of the pairs"
+            )
     sys.stdout.flush()
 
 

@@ -288,6 +288,25 @@ def test_pairrm_writes_the_same_dataset_through_the_command_line_and_the_officia
     assert not (tmp_path / "d").exists()
 
 
+def test_one_order_reports_how_often_it_names_the_winner_of_both(
+    tool, pairrm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The first prompt is asked in both orders: its pairs are the sample."""
+    rollouts = random_rollouts(tmp_path / "r", num_prompts=2, num_responses=4, rows_per_shard=2)
+    arguments = ["--rollouts", rollouts, "--judge", f"pairrm:{pairrm}"]
+    assert tool(monkeypatch, *arguments, "--output", tmp_path / "both") == 0
+    assert "one order" not in capsys.readouterr().out
+    assert tool(monkeypatch, *arguments, "--output", tmp_path / "one", "--one-order") == 0
+    both = PreferenceDataset(tmp_path / "both").judge_logits(0)
+    agreed = np.mean(
+        [np.sign(both[i, j]) == np.sign(both[i, j] - both[j, i]) for i in range(4) for j in range(i + 1, 4)]
+    )
+    assert json.loads((tmp_path / "one" / "diagnostics.json").read_text())["one_order_agreement"] == pytest.approx(
+        agreed
+    )
+    assert f"one order names the winner of both in {100 * agreed:.1f} %" in capsys.readouterr().out
+
+
 def test_the_report_shows_how_a_judge_goes_in_circles_and_what_to_do_about_it(
     tool, rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
