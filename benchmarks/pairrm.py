@@ -1,7 +1,8 @@
 """Figures C6 (CPU) and G4 (GPU): PairRM over K responses, both orders, beside llm-blender's own `rank`.
 
     OMP_NUM_THREADS=1 python -m benchmarks.pairrm --peer-python PEER/bin/python                        C6
-    python -m benchmarks.pairrm --peer-python PEER/bin/python --device cuda --shape 0.4b --prompts 64 --responses 5   G4
+    python -m benchmarks.pairrm --peer-python PEER/bin/python \
+        --device cuda --shape 0.4b --prompts 64 --responses 5 --batches 8 16 32 64                             G4
 
 llm_blender_peer.py says how to make PEER. Both judge the same texts with the same random weights; the scores are
 compared before anything is timed. The peer runs at batch 1, as the official scripts do, and at the best of --batches.
@@ -52,10 +53,10 @@ class PairRMConfig:
     """Python of an environment that has llm-blender==0.0.2."""
     shape: Literal["small", "0.4b"] = "small"
     """6 layers of 384, or deberta-v3-large's 24 of 1024."""
-    prompts: int = 8
-    responses: int = 3
+    prompts: int = 6
+    responses: int = 2
     """K: a prompt has K (K - 1) ordered pairs."""
-    batches: tuple[int, ...] = (2, 4, 8)
+    batches: tuple[int, ...] = (2, 4, 6)
     """Batch sizes of which the peer's best is taken, each tried once."""
     device: Literal["cpu", "cuda"] = "cpu"
     """On a GPU ours is bfloat16 and llm-blender's float16: each at its default."""
