@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
 
 _CPU_TOKENS_PER_BATCH, _CPU_LENGTH_STEP = 1, 1
-_CUDA_TOKENS_PER_BATCH, _CUDA_LENGTH_STEP = 16384, 64
+_CUDA_TOKENS_PER_BATCH, _CUDA_LENGTH_STEP = 8192, 64
 # Attention scores grow with the square of the length: a batch's P * S * S stays below this many entries a head.
 _SCORES_PER_BATCH = 2**24
 _PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
