@@ -1,7 +1,8 @@
 """Figures C6 (CPU) and G4 (GPU): PairRM over K responses, both orders, beside llm-blender's own `rank`.
 
     OMP_NUM_THREADS=1 python -m benchmarks.pairrm --peer-python PEER/bin/python                        C6
-    python -m benchmarks.pairrm --peer-python PEER/bin/python --device cuda --shape 0.4b --prompts 64 --responses 5   G4
+    python -m benchmarks.pairrm --peer-python PEER/bin/python \
+        --device cuda --shape 0.4b --prompts 64 --responses 5 --batches 8 16 32 64                             G4
 
 llm_blender_peer.py says how to make PEER. Both judge the same texts with the same random weights; the scores are
 compared before anything is timed. The peer runs at batch 1, as the official scripts do, and at the best of --batches.
@@ -38,8 +39,10 @@ SHAPES = {
     # deberta-v3-large, which PairRM is; but for its 128,000 rows of word embeddings, which are only looked up.
     "0.4b": {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, "ffn_multiple": 4},
 }
-TOLERANCE = {"cpu": 1e-5, "cuda": 5e-2}
-"""Largest difference of two scores, in standard deviations of the scores: rounding of float32, of bf16 and fp16."""
+TOLERANCE = {"cpu": 5e-5, "cuda": 5e-2}
+"""Largest difference of two scores, nats: rounding of float32 over 6 or 24 layers; of bf16 and fp16 on a GPU."""
+TOKENS_PER_WORD = 1.83
+"""Of the random words that texts are made of, under the random PairRM's tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +53,10 @@ class PairRMConfig:
     """Python of an environment that has llm-blender==0.0.2."""
     shape: Literal["small", "0.4b"] = "small"
     """6 layers of 384, or deberta-v3-large's 24 of 1024."""
-    prompts: int = 8
-    responses: int = 3
+    prompts: int = 6
+    responses: int = 2
     """K: a prompt has K (K - 1) ordered pairs."""
-    batches: tuple[int, ...] = (2, 4, 8)
+    batches: tuple[int, ...] = (2, 4, 6)
     """Batch sizes of which the peer's best is taken, each tried once."""
     device: Literal["cpu", "cuda"] = "cpu"
     """On a GPU ours is bfloat16 and llm-blender's float16: each at its default."""
@@ -101,13 +104,13 @@ def running_peer(config: PairRMConfig, checkpoint: Path, cases: Path) -> Iterato
 
 
 def draw_groups(num_prompts: int, num_responses: int) -> list[RolloutGroup]:
-    """Draw texts as long as real ones -> groups: log-normal, prompts of a median of 120 words (at most 512), responses
-    of 250 (at most 700); below llm-blender's limits, so that nothing is cut.
+    """Draw texts as long as real ones -> groups: log-normal, prompts of a median of 120 tokens (at most 512), responses
+    of 250 (at most 700). That is below llm-blender's limits: nothing is cut.
     """
     generator, rng = np.random.default_rng(0), random.Random(0)
 
     def text(median: float, sigma: float, most: int) -> str:
-        words = int(np.clip(generator.lognormal(np.log(median), sigma), 4, most))
+        words = int(np.clip(generator.lognormal(np.log(median), sigma), 8, most) / TOKENS_PER_WORD)
         return random_text(rng, words, words)
 
     return [
@@ -137,10 +140,14 @@ def compare(config: PairRMConfig, root: Path) -> list[Row]:
         _, ours = judge_once(judge, groups, device=config.device)
         first = {batch: peer.rank(batch) for batch in (1, *config.batches)}
         for batch, (seconds, scores) in first.items():
-            difference = float(np.abs(scores - ours).max() / ours.std())
-            print(f"    llm-blender, batch {batch}: {seconds:.2f} s, scores differ by {difference:.1e} std", flush=True)
+            difference = float(np.abs(scores - ours).max())
+            print(
+                f"    llm-blender, batch {batch}: {seconds:.2f} s; scores spread by {ours.std():.2f}, differ by "
+                f"{difference:.1e}",
+                flush=True,
+            )
             if difference > TOLERANCE[config.device]:
-                raise DataError(f"scores differ by {difference:.1e} standard deviations. Nothing was timed.")
+                raise DataError(f"scores differ by {difference:.1e} nats. Nothing was timed.")
         best = min(config.batches, key=lambda batch: first[batch][0])
         batches = tuple(dict.fromkeys((1, best)))
         times: dict[object, list[float]] = {"ours": [], **{batch: [] for batch in batches}}

@@ -121,5 +121,11 @@ def dataset_diagnostics(
         "num_responses": judge_logits_GKK.shape[-1],
         "num_quarantined": num_quarantined,
         **dataclasses.asdict(described),
+        "truncation_rate": _share(counts["truncated_candidates"], response_lengths_GK.size),
+        "one_order_agreement": _share(counts["one_order_agreed"], counts["one_order_checked"]),
         **{name: counts.get(name, 0) for name in (*_PLAIN_COUNTS, *sorted(set(counts) - set(_PLAIN_COUNTS)))},
     }
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
 
 _CPU_TOKENS_PER_BATCH, _CPU_LENGTH_STEP = 1, 1
-_CUDA_TOKENS_PER_BATCH, _CUDA_LENGTH_STEP = 16384, 64
+_CUDA_TOKENS_PER_BATCH, _CUDA_LENGTH_STEP = 8192, 64
 # Attention scores grow with the square of the length: a batch's P * S * S stays below this many entries a head.
 _SCORES_PER_BATCH = 2**24
+_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class PairRMJudge:
         preset: str,
         one_order: bool = False,
         device: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | None = None,
         tokens_per_batch: int | None = None,
     ) -> None:
         """Load the model.
@@ -72,6 +73,7 @@ class PairRMJudge:
             preset: "paper" or "official": see `pairrm_texts`.
             one_order: ask each pair once, L_ji = -L_ij: half the forwards, position bias kept. The first group of
                 every call is asked in both orders, to count how often both name the same winner.
+            dtype: "float32" or "bfloat16", of the encoder; the head is always float32.
             tokens_per_batch: padded tokens of a forward, which has one pair at least; None chooses by device.
 
         Raises:
@@ -79,12 +81,12 @@ class PairRMJudge:
         """
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         on_cpu = self._device.type == "cpu"
-        dtype = dtype or (torch.float32 if on_cpu else torch.bfloat16)
-        loaded = load_pairrm(checkpoint, dtype=dtype, device=self._device)
+        precision = _PRECISIONS[dtype or ("float32" if on_cpu else "bfloat16")]
+        loaded = load_pairrm(checkpoint, dtype=precision, device=self._device)
         self.name = f"pairrm:{checkpoint}" + (", one order" if one_order else "")
         self.counts: Counter[str] = Counter()
         self.fingerprint = sha256_of_json(
-            {"pairrm": loaded.fingerprint, "preset": preset, "one_order": one_order, "dtype": str(dtype)}
+            {"pairrm": loaded.fingerprint, "preset": preset, "one_order": one_order, "dtype": str(precision)}
         )
         self._network, self._encoder = loaded.network, loaded.encoder
         self._tokens = PairRMTokens(

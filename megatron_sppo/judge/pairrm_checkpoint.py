@@ -96,7 +96,7 @@ def load_pairrm(name: str, *, dtype: torch.dtype, device: torch.device) -> PairR
     Raises:
         ConfigError: no such checkpoint here or on the hub, or its files do not make a PairRM.
     """
-    directory = _local_directory(name, _FILES)
+    directory = local_directory(name, _FILES)
     content = read_json(directory / "config.json")
     if not isinstance(content, dict):
         raise ConfigError(f"{directory / 'config.json'} is no JSON object. Give the directory of a PairRM checkpoint.")
@@ -136,11 +136,11 @@ def _decides_ids(path: Path) -> bool:
     return path.is_file() and path.suffix in (".json", ".model")
 
 
-def _local_directory(name: str, patterns: tuple[str, ...]) -> Path:
+def local_directory(name: str, patterns: tuple[str, ...], *, spec: str = "pairrm") -> Path:
     """Find a checkpoint: a directory, else a hub id in the cache or, unless HF_HUB_OFFLINE is set, on the hub."""
     if Path(name).is_dir():
         return Path(name)
-    remedy = "Give a local directory: --judge pairrm:DIR."
+    remedy = f"Give a local directory: --judge {spec}:DIR."
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ConfigError(f"{name} is no directory. {remedy}")
     from huggingface_hub import snapshot_download
@@ -165,7 +165,7 @@ def _base_directory(content: dict[str, Any], directory: Path) -> Path:
         )
     if not isinstance(content.get("model_name"), str):
         raise ConfigError(f"{directory / 'config.json'} has no model_name. Download the checkpoint again.")
-    return _local_directory(content["model_name"], _TOKENIZER_FILES)
+    return local_directory(content["model_name"], _TOKENIZER_FILES)
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

@@ -16,7 +16,7 @@ from megatron_sppo.errors import ConfigError
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
 
-SPEC_FORMS = "pairrm:HUB_ID_OR_DIR, rules:concise, rules:cyclic or endpoint:URL"
+SPEC_FORMS = "pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, matrices:FILE, rules:concise or rules:cyclic"
 
 
 class Judge(Protocol):
@@ -38,16 +38,25 @@ class Judge(Protocol):
         ...
 
 
-def load_judge(spec: str, *, preset: str = "paper", one_order: bool = False) -> Judge:
-    """Load the judge that a SPEC names -> Judge.
+def load_judge(
+    spec: str,
+    *,
+    preset: str = "paper",
+    one_order: bool = False,
+    dtype: str | None = None,
+    max_requests: int | None = None,
+) -> Judge:
+    """Load the judge that a SPEC names -> Judge. Each kind takes the settings that concern it.
 
     Args:
-        preset: "paper" or "official": what the judge reads, the plain user message or the templated prompt.
+        preset: "paper" or "official": what PairRM reads, the plain user message or the templated prompt.
         one_order: ask each pair in one order only and take L_ji = -L_ij: an approximation, half the cost, position
-            bias kept. Only judges with a model behind them know the difference.
+            bias kept. PairRM and endpoints only.
+        dtype: precision of a local model, "float32" or "bfloat16"; None: float32 on the CPU, bfloat16 on a GPU.
+        max_requests: most requests of this process to an endpoint; None: no limit.
 
     Raises:
-        ConfigError: unknown SPEC or preset, or a judge that cannot be loaded.
+        ConfigError: unknown SPEC or setting, or a judge that cannot be loaded.
     """
     if preset not in ("paper", "official"):
         raise ConfigError(f"--preset {preset!r} is unknown. Use --preset paper or --preset official.")
@@ -58,12 +67,20 @@ def load_judge(spec: str, *, preset: str = "paper", one_order: bool = False) -> 
         from megatron_sppo.judge.rules import load_rules
 
         return load_rules(rest)
+    if kind == "matrices":
+        from megatron_sppo.judge.matrices import MatricesJudge
+
+        return MatricesJudge(rest, preset=preset)
     if kind == "pairrm":
         from megatron_sppo.judge.pairrm import PairRMJudge
 
-        return PairRMJudge(rest, preset=preset, one_order=one_order)
+        return PairRMJudge(rest, preset=preset, one_order=one_order, dtype=dtype)
+    if kind == "reward":
+        from megatron_sppo.judge.reward import RewardJudge
+
+        return RewardJudge(rest, dtype=dtype)
     if kind == "endpoint":
         from megatron_sppo.judge.endpoint import EndpointJudge
 
-        return EndpointJudge(rest, preset=preset, one_order=one_order)
+        return EndpointJudge(rest, preset=preset, one_order=one_order, max_requests=max_requests)
     raise ConfigError(f"--judge {spec!r} is not a judge. Use {SPEC_FORMS}.")

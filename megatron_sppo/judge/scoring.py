@@ -34,7 +34,7 @@ SCORES_VERSION = 2
 GROUPS_PER_WINDOW = 256
 """Groups judged at once: bounds the memory, whatever the size of a shard."""
 PATIENCE_SECONDS = 1800.0
-"""After so long without a window or a shard from any rank the first one takes over; far above what a window takes."""
+"""After so long without a window or a shard from any rank, at least, the first one takes over."""
 _POLL_SECONDS = 0.2
 
 
@@ -69,11 +69,15 @@ def score_rollouts(
     rows = sum(manifest.shards[number].rows for number in pending)
     total = work.num_pairs + rows * num_responses * (num_responses - 1)
     start, num_pairs = time.monotonic(), 0
+    last_report, slowest = start, 0.0
     # One bar for all ranks, on the first; quiet where stderr is no terminal.
     disabled = True if work.rank else None
     with tqdm(total=total, desc=f"judging with {judge.name}", unit="pair", disable=disabled) as bar:
 
         def report(num_judged: int) -> None:
+            nonlocal last_report, slowest
+            now = time.monotonic()
+            last_report, slowest = now, max(slowest, now - last_report)
             work.report(num_judged)
             if not bar.disable:
                 bar.update(work.num_pairs - bar.n)
@@ -81,7 +85,8 @@ def score_rollouts(
         while (number := work.take(shards.largest_first)) is not None:
             num_pairs += shards.judge(number, report)
         if work.rank == 0:
-            num_pairs += _outlast(shards, pending, work, report, patience)
+            # On a slow machine a window may take hours: others are given a multiple of what this rank's took.
+            num_pairs += _outlast(shards, pending, work, report, max(patience, 4 * slowest))
     seconds = time.monotonic() - start
     logger.info("%d pairs judged in %.1f s (%.1f pairs/s)", num_pairs, seconds, num_pairs / max(seconds, 1e-9))
     return num_pairs

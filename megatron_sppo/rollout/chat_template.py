@@ -4,6 +4,7 @@ The model's own chat template decides the text, with the assistant's turn opened
 tokenizer adds none (a doubled BOS is one of the faults of the official scripts).
 """
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,9 +84,7 @@ class ChatTokenizer:
         from jinja2 import TemplateError
 
         for turn in prompt.messages:
-            for token in self._special_texts:
-                if token in turn["content"]:
-                    raise UnusablePrompt(f"the {turn['role']} message holds the model's special token {token}")
+            self._refuse_special(turn["content"], f"the {turn['role']} message")
         try:
             text = self._tokenizer.apply_chat_template(
                 list(prompt.messages), chat_template=self._template, add_generation_prompt=True, tokenize=False
@@ -96,6 +95,38 @@ class ChatTokenizer:
         if not token_ids:
             raise UnusablePrompt("the chat template turns it into no tokens")
         return TokenizedPrompt(prompt=prompt, text=text, token_ids=tuple(token_ids))
+
+    def tokenize_response(self, text: str) -> tuple[int, ...]:
+        """Tokenise an answer that another program wrote, its end-of-turn token appended -> ids.
+
+        The ids that its sampler emitted are lost: these are the tokenizer's own of the text.
+
+        Raises:
+            UnusablePrompt: the text holds a special token, or nothing.
+        """
+        self._refuse_special(text, "the response")
+        token_ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not token_ids:
+            raise UnusablePrompt("a response has no tokens")
+        return (*token_ids, self._end_of_turn_id)
+
+    @functools.cached_property
+    def _end_of_turn_id(self) -> int:
+        """The special token that the template puts behind an answer, else the tokenizer's EOS."""
+        answer = "ANSWER"
+        turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
+        text = self._tokenizer.apply_chat_template(turns, chat_template=self._template, tokenize=False)
+        behind = self._tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+        if behind and self._tokenizer.decode(behind[:1]) in self._special_texts:
+            return int(behind[0])
+        if self._tokenizer.eos_token_id is None:
+            raise ConfigError("the tokenizer has no EOS and its chat template ends no turn. Use an instruct model's.")
+        return int(self._tokenizer.eos_token_id)
+
+    def _refuse_special(self, text: str, place: str) -> None:
+        for token in self._special_texts:
+            if token in text:
+                raise UnusablePrompt(f"{place} holds the model's special token {token}")
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Turn response ids into text without special tokens -> str."""

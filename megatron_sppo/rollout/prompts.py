@@ -17,7 +17,9 @@ from typing import Any
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.storage import sha256_of_json
 
-_NO_ROW = object()
+NO_ROW = object()
+"""Stands for a row that cannot be read."""
+_PROMPT_COLUMNS = frozenset({"prompt", "messages", "prompt_id", "split"})
 _WHOLE_FILE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 
 
@@ -38,8 +40,8 @@ class PromptSet:
     """Each {"prompt_id", "reason"}; a row without an id is called "row-<number from 1>"."""
 
 
-class _Unusable(Exception):
-    """Why one row is set aside; never leaves this module."""
+class UnusableRow(Exception):
+    """Why one row is set aside, as a clause."""
 
 
 def read_prompts(path: Path, *, split: str | None = None, offset: int = 0, limit: int | None = None) -> PromptSet:
@@ -62,17 +64,17 @@ def read_prompts(path: Path, *, split: str | None = None, offset: int = 0, limit
     first_row_of_id: dict[str, int] = {}
     id_of_content: dict[str, str] = {}
     splits: set[str | None] = set()
-    for number, (row, fault) in enumerate(_rows(path, split), start=1):
+    for number, (row, fault) in enumerate(table_rows(path, split, columns=_PROMPT_COLUMNS), start=1):
         row_split = row.get("split") if isinstance(row, dict) else None
         splits.add(row_split if isinstance(row_split, str) else None)
-        wanted = split is None or row_split == split or row is _NO_ROW
+        wanted = split is None or row_split == split or row is NO_ROW
         try:
             if fault is not None:
-                raise _Unusable(fault)
-            prompt = _prompt(row)
+                raise UnusableRow(fault)
+            prompt = prompt_of_row(row)
             # Across splits too: a held-out prompt that is also trained on measures nothing.
             _refuse_duplicate(prompt, number, first_row_of_id, id_of_content)
-        except _Unusable as reason:
+        except UnusableRow as reason:
             if wanted:
                 quarantined.append({"prompt_id": _name_of(row, number), "reason": str(reason)})
             continue
@@ -97,27 +99,31 @@ def prompts_hash(prompts: tuple[Prompt, ...]) -> str:
     return sha256_of_json([[prompt.prompt_id, prompt.messages] for prompt in prompts])
 
 
-def _prompt(row: Any) -> Prompt:
-    """Read one row -> Prompt, or raise _Unusable."""
+def prompt_of_row(row: Any) -> Prompt:
+    """Read one row -> Prompt.
+
+    Raises:
+        UnusableRow: it has no prompt that could be answered.
+    """
     if not isinstance(row, dict):
-        raise _Unusable(f"the row is a {type(row).__name__}, not an object")
+        raise UnusableRow(f"the row is a {type(row).__name__}, not an object")
     content = row.get("prompt") if row.get("prompt") is not None else row.get("messages")
     if content is None:
-        raise _Unusable("the row has neither prompt nor messages")
+        raise UnusableRow("the row has neither prompt nor messages")
     if isinstance(content, str):
         content = [{"role": "user", "content": content}]
     if not isinstance(content, (list, tuple)) or not content:
-        raise _Unusable("prompt or messages is neither a text nor a non-empty list of messages")
+        raise UnusableRow("prompt or messages is neither a text nor a non-empty list of messages")
     messages = tuple(_message(turn) for turn in content)
     if messages[-1]["role"] == "assistant":
-        raise _Unusable("the last message is the assistant's: nothing is left to answer")
+        raise UnusableRow("the last message is the assistant's: nothing is left to answer")
     if not messages[-1]["content"].strip():
-        raise _Unusable("the prompt has no text")
+        raise UnusableRow("the prompt has no text")
     given = row.get("prompt_id")
     if given is None or given == "":
         return Prompt(prompt_id=_content_hash(messages)[:16], messages=messages)
     if isinstance(given, bool) or not isinstance(given, (str, int)):
-        raise _Unusable("prompt_id is neither a string nor an integer")
+        raise UnusableRow("prompt_id is neither a string nor an integer")
     prompt_id = str(given)
     _refuse_bad_text(prompt_id, "prompt_id")
     return Prompt(prompt_id=prompt_id, messages=messages)
@@ -125,12 +131,12 @@ def _prompt(row: Any) -> Prompt:
 
 def _message(turn: Any) -> dict[str, str]:
     if not isinstance(turn, dict):
-        raise _Unusable("a message is no object with role and content")
+        raise UnusableRow("a message is no object with role and content")
     role, text = turn.get("role"), turn.get("content")
     if not isinstance(role, str) or not role:
-        raise _Unusable("a message has no role")
+        raise UnusableRow("a message has no role")
     if not isinstance(text, str):
-        raise _Unusable(f"the {role} message's content is no text")
+        raise UnusableRow(f"the {role} message's content is no text")
     _refuse_bad_text(role, "role")
     _refuse_bad_text(text, f"{role} message")
     return {"role": role, "content": text}
@@ -138,11 +144,11 @@ def _message(turn: Any) -> dict[str, str]:
 
 def _refuse_bad_text(text: str, place: str) -> None:
     if "\0" in text:
-        raise _Unusable(f"the {place} holds a NUL character")
+        raise UnusableRow(f"the {place} holds a NUL character")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise _Unusable(f"the {place} holds half a surrogate pair at character {error.start}") from None
+        raise UnusableRow(f"the {place} holds half a surrogate pair at character {error.start}") from None
 
 
 def _refuse_duplicate(
@@ -150,9 +156,9 @@ def _refuse_duplicate(
 ) -> None:
     content = _content_hash(prompt.messages)
     if content in id_of_content:
-        raise _Unusable(f"the same text as prompt {id_of_content[content]}")
+        raise UnusableRow(f"the same text as prompt {id_of_content[content]}")
     if prompt.prompt_id in first_row_of_id:
-        raise _Unusable(f"the same prompt_id as row {first_row_of_id[prompt.prompt_id]}")
+        raise UnusableRow(f"the same prompt_id as row {first_row_of_id[prompt.prompt_id]}")
     first_row_of_id[prompt.prompt_id] = number
     id_of_content[content] = prompt.prompt_id
 
@@ -177,14 +183,20 @@ def _check_split(path: Path, split: str | None, found: set[str | None]) -> None:
     raise ConfigError(f"{path} has no rows of split {split!r}. Use --split with one of: {', '.join(named)}.")
 
 
-def _rows(path: Path, split: str | None) -> Iterator[tuple[Any, str | None]]:
-    """Read any kind of file or directory -> (row, None), or (_NO_ROW, reason) where a line cannot be read."""
+def table_rows(
+    path: Path, split: str | None, *, columns: frozenset[str] | None = None
+) -> Iterator[tuple[Any, str | None]]:
+    """Read any kind of file or directory -> (row, None), or (NO_ROW, reason) where a line cannot be read.
+
+    Args:
+        columns: all that is wanted of a Parquet file; None: every column.
+    """
     if path.is_dir():
-        return _directory_rows(path, split)
+        return _directory_rows(path, split, columns)
     if not path.is_file():
         raise DataError(f"{path} does not exist. Give a .jsonl, .json or .parquet file or a dataset directory.")
     if path.suffix == ".parquet":
-        return ((row, None) for row in _parquet_rows(path))
+        return ((row, None) for row in _parquet_rows(path, columns))
     if path.suffix in _WHOLE_FILE_SUFFIXES:
         return _json_rows(path)
     raise DataError(f"{path}: files that end in {path.suffix!r} are not read. Give .jsonl, .json or .parquet.")
@@ -218,19 +230,19 @@ def _json_line(line: bytes) -> tuple[Any, str | None]:
     try:
         return json.loads(line.decode("utf-8-sig")), None
     except UnicodeDecodeError as error:
-        return _NO_ROW, f"the line is not UTF-8 (byte {error.start})"
+        return NO_ROW, f"the line is not UTF-8 (byte {error.start})"
     except (ValueError, RecursionError):
-        return _NO_ROW, "the line is not valid JSON"
+        return NO_ROW, "the line is not valid JSON"
 
 
-def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet_rows(path: Path, wanted: frozenset[str] | None) -> Iterator[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        columns = {"prompt", "messages", "prompt_id", "split"} & set(file.schema_arrow.names)
-        if not columns & {"prompt", "messages"}:
+        columns = set(file.schema_arrow.names) & (wanted or set(file.schema_arrow.names))
+        if wanted is not None and not columns & {"prompt", "messages"}:
             names = ", ".join(file.schema_arrow.names)
             raise DataError(f"{path} has no column prompt or messages (it has: {names}). Rename the column.")
         for batch in file.iter_batches(columns=sorted(columns)):
@@ -240,7 +252,7 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
         raise DataError(f"{path} is no readable Parquet file ({reason}). Download or write it again.") from None
 
 
-def _directory_rows(path: Path, split: str | None) -> Iterator[tuple[Any, str | None]]:
+def _directory_rows(path: Path, split: str | None, columns: frozenset[str] | None) -> Iterator[tuple[Any, str | None]]:
     """Read a dataset directory. Several splits must be told apart: mixing test rows in would go unnoticed."""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _saved_dataset_rows(path, split)
@@ -251,9 +263,9 @@ def _directory_rows(path: Path, split: str | None) -> Iterator[tuple[Any, str | 
     for file in files:
         by_split.setdefault(file.stem.partition("-")[0], []).append(file)  # train-00000-of-00003.parquet
     if len(by_split) == 1 and split not in by_split:  # the files are not named by split: rows may carry it themselves
-        return itertools.chain.from_iterable(_rows(file, None) for file in files)
+        return itertools.chain.from_iterable(table_rows(file, None, columns=columns) for file in files)
     chosen = _choose_split(path, split, list(by_split))
-    rows = itertools.chain.from_iterable(_rows(file, None) for file in by_split[chosen])
+    rows = itertools.chain.from_iterable(table_rows(file, None, columns=columns) for file in by_split[chosen])
     return ((_with_split(row, chosen), fault) for row, fault in rows)
 
 

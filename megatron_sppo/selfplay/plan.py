@@ -261,7 +261,13 @@ def check_rollouts_and_judges(config: SelfPlayConfig) -> None:
     )
     parse_selection(scoring.selection)
     for spec in {scoring.judge, config.eval_judge}:
-        if spec.partition(":")[0] not in ("pairrm", "endpoint"):
+        kind = spec.partition(":")[0]
+        if kind == "matrices":
+            raise ConfigError(
+                f"{spec} is a file of preferences between answers that exist: it cannot judge new ones. "
+                "Use --judge pairrm:HUB_ID_OR_DIR or another judge that reads."
+            )
+        if kind not in ("pairrm", "reward", "endpoint"):
             load_judge(spec, preset=scoring.preset)
 
 

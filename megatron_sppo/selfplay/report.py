@@ -10,12 +10,15 @@ import yaml
 from megatron_sppo.selfplay import report_plots as plots
 from megatron_sppo.selfplay.plan import REPORT_NAME
 from megatron_sppo.selfplay.report_data import AnswerPair, RunData, read_run
+from megatron_sppo.selfplay.report_judge import JUDGE_DIAGNOSTICS, judge_figure
 from megatron_sppo.selfplay.report_tokens import CSS as TOKEN_CSS
 from megatron_sppo.selfplay.report_tokens import token_html
 from megatron_sppo.selfplay.summary import rate_text
 from megatron_sppo.storage import atomic_file
 
 _MAX_TEXT = 4000
+_LONGEST_NUMBER = 40
+"""Characters; longer cells of a table are sentences and may break."""
 
 _CSS = """
 :root { color-scheme: light; --ink: #1f2933; --muted: #616e7c; --line: #e4e7eb; --accent: #2563a8; --good: #2f8f5b; }
@@ -34,6 +37,7 @@ img { display: block; max-width: 100%; height: auto; margin: 0 auto; } .scroll {
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 7px 12px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--muted); font-weight: 600; font-size: 13px; white-space: nowrap; } td + td { white-space: nowrap; }
+td.prose { white-space: normal; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; margin: 6px 0 18px; }
 .answer { border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; min-width: 0; }
 .answer h4 { margin: 0 0 4px; font-size: 12.5px; color: var(--muted); }
@@ -45,22 +49,6 @@ details summary { cursor: pointer; font-weight: 600; } details pre { margin-top:
 """
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-_DIAGNOSTICS = {
-    "cycle_rate": "triples of answers that beat each other in a circle",
-    "curl_rms": "how far logits are from any scores (curl, nats)",
-    "cyclic_energy": "share of the logits that no score per answer explains",
-    "order_inconsistency": "position bias, mean |L_ij + L_ji| (nats)",
-    "tie_rate": "pairs at exactly one half",
-    "length_correlation": "correlation of win rate and length",
-    "duplicate_rate": "answers that repeat another of their prompt",
-    "num_quarantined": "prompts set aside",
-    "pairs": "ordered pairs asked",
-    "identical_pairs": "pairs of identical texts, tied unasked",
-    "truncated_sources": "prompts that the judge saw cut",
-    "truncated_candidates": "answers that the judge saw cut",
-    "neutralised_markers": "texts with the judge's own markers, made harmless",
-}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -84,7 +72,7 @@ def render(run: RunData) -> str:
         _figure("Win rate on held-out prompts", plots.win_rate_figure(iterations), _WIN_RATE_NOTE),
         _figure("Loss", plots.loss_figure(run.metrics), _LOSS_NOTE),
         _figure("Answer length", plots.length_figure(iterations, base_tokens), _LENGTH_NOTE),
-        _section("The judge", _diagnostics_table(run), _JUDGE_NOTE),
+        _figure("How the judge judges", judge_figure(run.iterations), _JUDGE_FIGURE_NOTE),
     ]
     preferences = run.iterations[-1].preferences if run.iterations else ()
     body = [
@@ -93,6 +81,7 @@ def render(run: RunData) -> str:
         _cards(iterations),
         _section("Results", _results_table(run), _RESULTS_NOTE),
         f'<div class="panels">{"".join(figures)}</div>',
+        _section("The judge", _diagnostics_table(run), _JUDGE_NOTE),
         _figure("Log-ratio against target", plots.log_ratio_figure(run.iterations), _SCATTER_NOTE),
         _figure(
             "Preferences of the last iteration, four prompts", plots.preference_figure(preferences), _HEAT_MAP_NOTE
@@ -117,7 +106,8 @@ _WIN_RATE_NOTE = (
     "prompts. 50 % is parity."
 )
 _LOSS_NOTE = "Mean squared residual a response, before each optimizer step."
-_JUDGE_NOTE = "Measured on each iteration's training answers."
+_JUDGE_NOTE = "Measured on each iteration's training answers, from the matrices of diagnostics.json."
+_JUDGE_FIGURE_NOTE = "Measured on each iteration's training answers; the table below says what to do about each."
 _LENGTH_NOTE = "A judge that likes length shows here first."
 _RESULTS_NOTE = "Win rates in per cent with bootstrap 95 % intervals; tokens is the mean length of held-out answers."
 _SCATTER_NOTE = (
@@ -194,14 +184,23 @@ def _results_table(run: RunData) -> str:
 
 
 def _diagnostics_table(run: RunData) -> str:
-    """Set the judge's diagnostics side by side -> HTML, empty without any."""
+    """Set the judge's diagnostics side by side, each with what to do about it -> HTML, empty without any."""
     described = [data for data in run.iterations if data.diagnostics]
     rows = [
-        [label, *(_number(data.diagnostics.get(name), digits=4) for data in described)]
-        for name, label in _DIAGNOSTICS.items()
-        if any(name in data.diagnostics for data in described)
+        [
+            diagnostic.label,
+            *(
+                _number(data.diagnostics.get(diagnostic.name), digits=4)
+                + (" (!)" if diagnostic.is_remarkable(data.diagnostics.get(diagnostic.name)) else "")
+                for data in described
+            ),
+            diagnostic.remedy,
+        ]
+        for diagnostic in JUDGE_DIAGNOSTICS
+        if any(data.diagnostics.get(diagnostic.name) is not None for data in described)
     ]
-    return _table(["", *(f"iteration {data.iteration}" for data in described)], rows) if rows else ""
+    header = ["", *(f"iteration {data.iteration}" for data in described), "where it is marked (!)"]
+    return _table(header, rows) if rows else ""
 
 
 def _answers(pairs: Iterable[AnswerPair], iterations: Sequence[dict[str, Any]]) -> str:
@@ -253,8 +252,13 @@ def _details(title: str, content: str) -> str:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(text: str) -> str:
+    prose = ' class="prose"' if len(text) > _LONGEST_NUMBER else ""
+    return f"<td{prose}>{_text(text)}</td>"
 
 
 def _number(value: Any, *, digits: int = 1) -> str:

@@ -17,7 +17,7 @@ from megatron_sppo.selfplay.report_data import IterationData, PreferenceExample
 
 _INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
 _COLORS = ("#2563a8", "#d9730d", "#2f8f5b", "#8e4fb5", "#b83a4b", "#4a7c8c")
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "axes.edgecolor": _MUTED,
@@ -42,8 +42,8 @@ def win_rate_figure(iterations: Sequence[dict[str, Any]]) -> str | None:
     """Draw the held-out win rates with 95 % intervals -> data URI, or None without an evaluation."""
     if not any(entry["win_rate_vs_base"] for entry in iterations):
         return None
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(1)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(1)
         for series, (opponent, label) in enumerate(
             (("base", "against the base"), ("previous", "against the previous"))
         ):
@@ -65,7 +65,7 @@ def win_rate_figure(iterations: Sequence[dict[str, Any]]) -> str | None:
         axes[0].set_xlim(iterations[0]["iteration"] - 0.5, iterations[-1]["iteration"] + 0.5)
         axes[0].set(xlabel="iteration", ylabel="win rate, %")
         axes[0].legend(loc="best")
-        return _data_uri(figure)
+        return data_uri(figure)
 
 
 def loss_figure(metrics: Sequence[dict[str, Any]]) -> str | None:
@@ -75,13 +75,13 @@ def loss_figure(metrics: Sequence[dict[str, Any]]) -> str | None:
         return None
     losses = np.array([loss for _, loss in points], dtype=np.float64)
     numbers = np.array([iteration for iteration, _ in points])
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(1)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(1)
         for series, number in enumerate(np.unique(numbers)):
             steps = np.flatnonzero(numbers == number) + 1
             marker = "." if len(steps) <= 60 else None
             label = f"iteration {number}"
-            axes[0].plot(steps, losses[numbers == number], color=_color(series), marker=marker, label=label)
+            axes[0].plot(steps, losses[numbers == number], color=color_of(series), marker=marker, label=label)
             if series:
                 axes[0].axvline(steps[0] - 0.5, color=_MUTED, linestyle=":", linewidth=1)
         finite = losses[np.isfinite(losses) & (losses > 0)]
@@ -89,7 +89,7 @@ def loss_figure(metrics: Sequence[dict[str, Any]]) -> str | None:
             axes[0].set_yscale("log")
         axes[0].set(xlabel="optimizer step, all iterations", ylabel="loss, nats\N{SUPERSCRIPT TWO}")
         axes[0].legend(loc="best")
-        return _data_uri(figure)
+        return data_uri(figure)
 
 
 def length_figure(iterations: Sequence[dict[str, Any]], base_tokens: float | None) -> str | None:
@@ -99,15 +99,15 @@ def length_figure(iterations: Sequence[dict[str, Any]], base_tokens: float | Non
     points = [(name, tokens) for name, tokens in points if tokens is not None]
     if not points:
         return None
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(1)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(1)
         colors = [_MUTED if name == "base" else _COLORS[0] for name, _ in points]
         bars = axes[0].bar([name for name, _ in points], [tokens for _, tokens in points], color=colors, width=0.5)
         axes[0].bar_label(bars, fmt="%.1f", padding=2, color=_INK)
         axes[0].margins(y=0.15)
         axes[0].grid(axis="x", visible=False)
         axes[0].set(xlabel="policy after iteration", ylabel="tokens an answer, mean")
-        return _data_uri(figure)
+        return data_uri(figure)
 
 
 def log_ratio_figure(iterations: Sequence[IterationData]) -> str | None:
@@ -118,21 +118,21 @@ def log_ratio_figure(iterations: Sequence[IterationData]) -> str | None:
     shown = [data for data in iterations if data.targets.size][-_MAX_PANELS:]
     if not shown:
         return None
-    with matplotlib.rc_context(_STYLE):
-        figure, panels = _figure(len(shown), width=3.9)
+    with matplotlib.rc_context(STYLE):
+        figure, panels = new_figure(len(shown), width=3.9)
         for axes, data in zip(panels, shown, strict=True):
             points = _scatter(axes, data)
         panels[0].set_ylabel("log-ratio, nats")
         figure.colorbar(points, ax=panels, pad=0.02, label="step", ticks=MaxNLocator(nbins=6, integer=True))
-        return _data_uri(figure)
+        return data_uri(figure)
 
 
 def preference_figure(examples: Sequence[PreferenceExample]) -> str | None:
     """Draw preference matrices, row i against column j -> data URI, or None without one."""
     if not examples:
         return None
-    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
-        figure, panels = _figure(len(examples), width=2.9, height=3.5)
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure, panels = new_figure(len(examples), width=2.9, height=3.5)
         for axes, example in zip(panels, examples, strict=True):
             num_responses = len(example.preferences)
             image = axes.imshow(example.preferences, vmin=0, vmax=1, cmap="RdBu_r")
@@ -146,7 +146,7 @@ def preference_figure(examples: Sequence[PreferenceExample]) -> str | None:
             axes.set_yticks(range(num_responses), labels)
             axes.set_title(_short_title(example.prompt), fontsize=8.5)
         figure.colorbar(image, ax=panels, shrink=0.6, pad=0.02, label="P(row beats column)")
-        return _data_uri(figure)
+        return data_uri(figure)
 
 
 def regression_slope(data: IterationData) -> float | None:
@@ -179,13 +179,13 @@ def _scatter(axes: Axes, data: IterationData) -> PathCollection:
     return points
 
 
-def _figure(num_panels: int, *, width: float = 5.8, height: float = 3.3) -> tuple[Figure, list[Axes]]:
+def new_figure(num_panels: int, *, width: float = 5.8, height: float = 3.3) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(max(width * num_panels, 4.2), height), layout="constrained")
     panels = figure.subplots(1, num_panels, squeeze=False)
     return figure, list(panels[0])
 
 
-def _color(series: int) -> str:
+def color_of(series: int) -> str:
     return _COLORS[series % len(_COLORS)]
 
 
@@ -196,7 +196,7 @@ def _short_title(text: str) -> str:
     return "\n".join(lines[:2]).replace("\\", "\\\\").replace("$", r"\$")
 
 
-def _data_uri(figure: Figure) -> str:
+def data_uri(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", dpi=160, metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

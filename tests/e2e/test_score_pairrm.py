@@ -16,14 +16,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torch.distributed import FileStore
 
 from megatron_sppo import command_line
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.judge.work_list import WorkList
+from megatron_sppo.selfplay.report import write_report
+from tests.models import byte_tokenizer
 from tests.unit.judge.rollout_files import encoded, random_rollouts, raw_row, write_raw_rollouts
 from tests.unit.judge.tiny_pairrm import make_tiny_pairrm
+from tests.unit.selfplay.synthetic import write_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOOL = REPOSITORY / "tools" / "score_pairrm.py"
@@ -284,6 +288,67 @@ def test_pairrm_writes_the_same_dataset_through_the_command_line_and_the_officia
     assert not (tmp_path / "d").exists()
 
 
+def test_one_order_reports_how_often_it_names_the_winner_of_both(
+    tool, pairrm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The first prompt is asked in both orders: its pairs are the sample."""
+    rollouts = random_rollouts(tmp_path / "r", num_prompts=2, num_responses=4, rows_per_shard=2)
+    arguments = ["--rollouts", rollouts, "--judge", f"pairrm:{pairrm}"]
+    assert tool(monkeypatch, *arguments, "--output", tmp_path / "both") == 0
+    assert "one order" not in capsys.readouterr().out
+    assert tool(monkeypatch, *arguments, "--output", tmp_path / "one", "--one-order") == 0
+    both = PreferenceDataset(tmp_path / "both").judge_logits(0)
+    agreed = np.mean(
+        [np.sign(both[i, j]) == np.sign(both[i, j] - both[j, i]) for i in range(4) for j in range(i + 1, 4)]
+    )
+    assert json.loads((tmp_path / "one" / "diagnostics.json").read_text())["one_order_agreement"] == pytest.approx(
+        agreed
+    )
+    assert f"one order names the winner of both in {100 * agreed:.1f} %" in capsys.readouterr().out
+
+
+def test_the_report_shows_how_a_judge_goes_in_circles_and_what_to_do_about_it(
+    tool, rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rules:cyclic has no best response, rules:concise scores each: the same rollouts tell them apart in one report."""
+    run_dir = write_run(tmp_path / "run")
+    rates = {}
+    for iteration, judge in ((1, "rules:cyclic"), (2, "rules:concise")):
+        output = tmp_path / f"iter_{iteration}"
+        assert tool(monkeypatch, "--rollouts", rollouts, "--judge", judge, "--output", output) == 0
+        shutil.copy(output / "diagnostics.json", run_dir / f"iter_{iteration}" / "dataset" / "diagnostics.json")
+        rates[judge] = json.loads((output / "diagnostics.json").read_text())["cycle_rate"]
+    assert rates["rules:cyclic"] > 0.1 and rates["rules:concise"] == 0
+    page = write_report(run_dir).read_text()
+    row = page.split("beat each other in a circle</td>")[1].split("</tr>")[0]
+    cells = [cell.split(">", 1)[1].split("</td>")[0] for cell in row.split("<td")[1:]]
+    assert cells[:2] == [f"{rates['rules:cyclic']:.4f} (!)", "0.0000"] and "--preset paper" in cells[2]
+    assert "How the judge judges" in page
+
+
+def test_imported_preferences_become_a_dataset_without_a_judge(
+    tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uclaml's probabilities come out as they went in; the win rate of a response is the mean of its row."""
+    byte_tokenizer(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"vocab_size": 259}')
+    probability = [[0.5, 0.7, 0.9], [0.3, 0.5, 0.8], [0.1, 0.2, 0.5]]
+    row = {"prompt": "why?", "generate_0": "a", "generate_1": "b", "generate_2": "c", "probability": probability}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    importer = [sys.executable, REPOSITORY / "tools" / "import_preferences.py", "--rows", tmp_path / "rows.jsonl"]
+    imported = subprocess.run(
+        [*importer, "--model", tmp_path / "model", "--output", tmp_path / "r", "--json"],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS,
+    )  # fmt: skip
+    assert imported.returncode == 0, imported.stderr
+    judge = json.loads(imported.stdout)["judge"]
+    assert tool(monkeypatch, "--rollouts", tmp_path / "r", "--judge", judge, "--output", tmp_path / "d") == 0
+    dataset = PreferenceDataset(tmp_path / "d")
+    np.testing.assert_allclose(dataset.preferences(0), probability, atol=1e-6)
+    np.testing.assert_allclose(dataset.win_rates(0), np.mean(probability, axis=1), atol=1e-6)
+    assert dataset.response(0, 1).tolist()[-1] == 2, "the end of the turn"
+
+
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
@@ -293,6 +358,9 @@ def test_pairrm_writes_the_same_dataset_through_the_command_line_and_the_officia
         (["--rollouts", "R", "--judge", "rules:fair"], "rules:concise"),
         (["--rollouts", "R", "--judge", "pairrm:./nowhere"], "no directory"),
         (["--rollouts", "R", "--judge", "endpoint:nowhere"], "endpoint:http"),
+        (["--rollouts", "R", "--judge", "matrices:nowhere"], "nowhere"),
+        (["--rollouts", "R", "--judge", "reward:./nowhere"], "no directory"),
+        (["--rollouts", "R", "--judge", "rules:concise", "--max-requests", "0"], "1 or more"),
         (["--rollouts", "R", "--judge", "rules:concise", "--selection", "best"], "extremes"),
         (["--rollouts", "R", "--judge", "rules:concise", "--selection", "top-bottom:3"], "--num-responses"),
         (["--rollouts", "R", "--judge", "rules:concise", "--preset", "mine"], "preset"),

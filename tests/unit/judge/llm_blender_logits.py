@@ -1,48 +1,45 @@
-"""Run llm-blender 0.0.2 itself over cases in JSON and print its numbers: the parity reference, in its own environment.
+"""Run llm-blender 0.0.2 itself over cases in JSON and record its numbers, the reference of test_pairrm_parity.py.
 
-Usage: python llm_blender_logits.py CHECKPOINT CASES.json RESULTS.npz. Each case is {"source", "candidates"}; batch size
-1, so that no case's truncation depends on another.
+Usage, from the root of the repository, PEER being the environment that benchmarks/llm_blender_peer.py describes:
+    PEER/bin/python -m tests.unit.judge.llm_blender_logits CHECKPOINT CASES.json RESULTS.npz
+
+Each case is {"source", "candidates"}; batch size 1, so that no case's truncation depends on another. Recorded, one
+after the other over all cases: `logits` [sum of K * K], `scores` [sum of K] of `rank`, `compare` [cases] of the first
+two.
 """
 
 import json
 import sys
+from importlib import metadata
 
 import numpy as np
 import torch
-import transformers.utils.hub
-from huggingface_hub.constants import HF_HUB_CACHE
-from transformers import PreTrainedTokenizerBase
 
-# transformers 5 dropped both names; llm-blender 0.0.2 imports one and calls the other.
-if not hasattr(transformers.utils.hub, "TRANSFORMERS_CACHE"):
-    transformers.utils.hub.TRANSFORMERS_CACHE = HF_HUB_CACHE
-if not hasattr(PreTrainedTokenizerBase, "batch_encode_plus"):
-    PreTrainedTokenizerBase.batch_encode_plus = lambda self, texts, **options: self(texts, **options)
-
-import llm_blender
-
-RANK_EVERY = 10  # `rank` and `compare` run the same forwards once more, one by one
+from benchmarks.llm_blender_peer import load_blender
 
 
 def main() -> None:
+    """Record logits, scores and comparisons of every case."""
     checkpoint, cases_path, results_path = sys.argv[1:]
     with open(cases_path, encoding="utf-8") as file:
         cases = json.load(file)
-    blender = llm_blender.Blender(blender_config=llm_blender.BlenderConfig(device="cpu", use_tqdm=False))
-    blender.loadranker(checkpoint, device="cpu")
-    results = {}
-    for number, case in enumerate(cases):
-        batch = blender.ranker_collator([{"source": case["source"], "candidates": case["candidates"], "scores": None}])
+    blender = load_blender(checkpoint, device="cpu")
+    logits, scores, compare = [], [], []
+    for case in cases:
+        source, candidates = case["source"], case["candidates"]
+        batch = blender.ranker_collator([{"source": source, "candidates": candidates, "scores": None}])
         with torch.no_grad():
             full = blender.ranker._full_predict(**{key: value for key, value in batch.items() if value is not None})
-        results[f"logits_{number}"] = full["logits"][0].numpy()
-        if number % RANK_EVERY:
-            continue
-        scores = blender.rank([case["source"]], [case["candidates"]], return_scores=True, batch_size=1)
-        results[f"scores_{number}"] = scores[0]
-        first, second = case["candidates"][:2]
-        results[f"compare_{number}"] = blender.compare([case["source"]], [first], [second], return_logits=True)
-    np.savez(results_path, **results)
+        logits.append(full["logits"][0].numpy().ravel())
+        scores.append(blender.rank([source], [candidates], return_scores=True, batch_size=1)[0])
+        compare.append(blender.compare([source], candidates[:1], candidates[1:2], return_logits=True)[0])
+    np.savez_compressed(
+        results_path,
+        logits=np.concatenate(logits).astype(np.float32),
+        scores=np.concatenate(scores).astype(np.float32),
+        compare=np.array(compare, dtype=np.float32),
+        versions=json.dumps({name: metadata.version(name) for name in ("llm-blender", "torch", "transformers")}),
+    )
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from tests.unit.judge.rollout_files import (
     write_raw_rollouts,
     write_rollouts,
 )
+from tests.unit.judge.tiny_pairrm import make_tiny_pairrm
 
 NUM_SHARDS = 6
 
@@ -258,12 +259,25 @@ BAD_ROWS = {
     "token negative": (encoded(_with_responses(GOOD, raw_response("a", token_ids=[-2]))), "token id"),
     "token too high": (encoded(_with_responses(GOOD, raw_response("a", token_ids=[4, 1000]))), "token id"),
     "token null": (encoded(_with_responses(GOOD, raw_response("a", token_ids=[None]))), "token id"),
+    "token infinite": (b'{"x": 1, ' + encoded(raw_row(prompt_token_ids=[float("inf")]))[1:], "token id"),
+    "prompt_id a list": (encoded(raw_row(["x"], responses=[])), "no responses"),
+    "prompt_id a surrogate": (encoded(raw_row("\ud800", responses=[])), "no responses"),
+    "messages an object": (encoded(raw_row(messages={"role": "user", "content": "x"})), "messages"),
+    "role null": (encoded(raw_row(messages=[{"role": None, "content": "x"}])), "role"),
+    "content missing": (encoded(raw_row(messages=[{"role": "user"}])), "no text"),
+    "response a list": (encoded(_with_responses(GOOD, [GOOD])), "no JSON object"),
+    "text true": (encoded(_with_responses(GOOD, raw_response(True))), "no text"),
+    "text a list": (encoded(_with_responses(GOOD, raw_response(["a"]))), "no text"),
+    "tokens an object": (encoded(_with_responses(GOOD, raw_response("a", token_ids={"0": 1}))), "token_ids"),
+    "token beyond 64 bits": (encoded(_with_responses(GOOD, raw_response("a", token_ids=[2**70]))), "token id"),
     "token NaN": (b'{"x": 1, ' + encoded(raw_row(prompt_token_ids=[float("nan")]))[1:], "token id"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", ["rules:concise"])
-def test_bad_rows_are_set_aside_with_their_reason_and_nothing_else_moves(tmp_path: Path, spec: str) -> None:
+@pytest.mark.parametrize("kind", ["rules", "pairrm"])
+def test_bad_rows_are_set_aside_with_their_reason_and_nothing_else_moves(tmp_path: Path, kind: str) -> None:
+    """The hash is over all files with logits, preferences and tokens: the neighbours are equal to the last bit."""
+    spec = "rules:concise" if kind == "rules" else f"pairrm:{make_tiny_pairrm(tmp_path / 'pairrm')[0]}"
     good = [encoded(raw_row(f"good-{number}")) for number in range(3)]
     bad = [line for line, _ in BAD_ROWS.values()]
     mixed = write_raw_rollouts(
@@ -276,7 +290,7 @@ def test_bad_rows_are_set_aside_with_their_reason_and_nothing_else_moves(tmp_pat
     left, right = (PreferenceDataset(tmp_path / f"dataset-{name}") for name in ("mixed", "plain"))
     assert left.dataset_hash == right.dataset_hash, "a bad row changed its neighbours"
     reasons = [row["reason"] for row in left.manifest.quarantined]
-    assert len(reasons) == len(BAD_ROWS) >= 50
+    assert len(reasons) == len(BAD_ROWS) >= 60
     for (name, (_, fragment)), reason in zip(BAD_ROWS.items(), reasons, strict=True):
         assert fragment in reason and "\n" not in reason, name
 

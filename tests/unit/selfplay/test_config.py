@@ -75,6 +75,7 @@ def test_training_may_not_decide_where_it_reads_and_writes(tmp_path: Path) -> No
     ("flags", "message"),
     [
         (("--judge", "rules:nice"), "rules:nice is unknown"),
+        (("--judge", "matrices:m.jsonl"), "cannot judge new ones"),
         (("--eval-judge", "nice"), "'nice' is not a judge"),
         (("--temperature", "0"), "temperature is 0"),
         (("--top-p", "1.5"), "top_p is 1.5"),

@@ -77,7 +77,7 @@ def test_every_part_of_the_story_is_there_and_every_tag_is_closed(page: Page) ->
 def test_the_page_needs_nothing_beside_it(page: Page) -> None:
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
-    assert len(sources) == 5 and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert len(sources) == 6 and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
     policy = [a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a]
     assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
 

@@ -1,0 +1,112 @@
+"""Preferences that somebody else has computed, as a judge: `matrices:FILE`, JSON Lines with one matrix a prompt.
+
+A line is {"prompt_id", "judge_logits": K x K} or {"prompt_id", "preferences": K x K}, all lines of one kind. Logits are
+raw, "i shown first beats j", and serve both presets. Preferences are P_ij with P_ij + P_ji = 1: what a rule has already
+made of logits, so that they are kept as they are, under the paper's rule.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.storage import sha256_of_file, sha256_of_json
+
+if TYPE_CHECKING:
+    from megatron_sppo.rollout.records import RolloutGroup
+
+KINDS = ("preferences", "judge_logits")
+CERTAIN_LOGIT = 20.0
+"""Nats; what stands for a preference of exactly 1 or 0, and rounds to it in float32."""
+SUM_TOLERANCE = 1e-3
+"""P_ij + P_ji may miss 1 by so much: files hold rounded numbers."""
+
+
+class MatricesJudge:
+    """Looks matrices up by prompt_id. A prompt without one is set aside as not finite, and counted."""
+
+    def __init__(self, file: str, *, preset: str) -> None:
+        """Read the file.
+
+        Raises:
+            ConfigError: preferences under the official preset.
+            DataError: no such file, or a line that is no square matrix of finite numbers.
+        """
+        path = Path(file)
+        self._matrices, kinds = _read(path)
+        if kinds != {"judge_logits"} and preset == "official":
+            raise ConfigError(
+                f"{path} holds preferences; the official rule is made of judge logits. "
+                "Use --preset paper, which keeps them as they are."
+            )
+        self.name = f"matrices:{path.name}"
+        self.fingerprint = sha256_of_json({"matrices": sha256_of_file(path)})
+        self.counts: Counter[str] = Counter()
+
+    def judge_logits(self, groups: Sequence[RolloutGroup]) -> list[np.ndarray]:
+        """Look every group up -> float32 [K, K] a group; NaN where the file has no matrix of that size."""
+        return [self._matrix(group) for group in groups]
+
+    def _matrix(self, group: RolloutGroup) -> np.ndarray:
+        num_responses = len(group.responses)
+        self.counts["pairs"] += num_responses * (num_responses - 1)
+        matrix = self._matrices.get(group.prompt_id)
+        if matrix is None or len(matrix) != num_responses:
+            self.counts["missing_matrices"] += 1
+            return np.full((num_responses, num_responses), np.nan, dtype=np.float32)
+        texts = np.array([response.text for response in group.responses], dtype=object)
+        same = texts[:, None] == texts[None, :]
+        self.counts["identical_pairs"] += int(same.sum()) - num_responses
+        return np.where(same, np.float32(0), matrix)
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], set[str]]:
+    """Read a file of matrices -> (float32 logits by prompt_id, the kinds that occur)."""
+    if not path.is_file():
+        raise DataError(f"{path} does not exist. Give matrices:FILE, as tools/import_preferences.py writes it.")
+    matrices: dict[str, np.ndarray] = {}
+    kinds: set[str] = set()
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                (kind,) = set(row) & set(KINDS)
+                matrix = as_logits(row[kind], kind)
+                prompt_id = row["prompt_id"]
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise DataError(
+                    f"{path}, line {number} is no matrix ({reason}). "
+                    'Write {"prompt_id": ..., "judge_logits": [[...]]} a line.'
+                ) from None
+            if matrices.setdefault(str(prompt_id), matrix) is not matrix:
+                raise DataError(f"{path}, line {number}: the prompt_id {prompt_id!r} occurs twice. Keep one of them.")
+            kinds.add(kind)
+    return matrices, kinds
+
+
+def as_logits(values: Any, kind: str) -> np.ndarray:
+    """Check a matrix and turn preferences into logits -> float32 [K, K], the diagonal 0.
+
+    Raises:
+        ValueError: not square, not finite, or no preferences.
+    """
+    matrix = np.array(values, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.size:
+        raise ValueError(f"the shape {matrix.shape} is not K x K")
+    np.fill_diagonal(matrix, 0.5 if kind == "preferences" else 0.0)
+    if not np.isfinite(matrix).all():
+        raise ValueError("a value is not finite")
+    if kind == "preferences":
+        if matrix.min() < 0 or matrix.max() > 1 or np.abs(matrix + matrix.T - 1).max() > SUM_TOLERANCE:
+            raise ValueError("P_ij + P_ji is not 1, or a P lies outside [0, 1]")
+        floor = 1 / (1 + np.exp(CERTAIN_LOGIT))
+        matrix = np.clip((matrix + 1 - matrix.T) / 2, floor, 1 - floor)
+        matrix = np.log(matrix / (1 - matrix))
+    return matrix.astype(np.float32)

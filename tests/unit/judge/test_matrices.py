@@ -1,0 +1,78 @@
+"""Stored matrices as a judge: preferences come back as they were, logits under either rule, faults in one line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.judge import load_judge
+from megatron_sppo.objective import preference_matrix
+from tests.unit.judge.groups import group_of
+
+
+def write(path: Path, *lines: object) -> str:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return f"matrices:{path}"
+
+
+def test_preferences_come_back_under_the_papers_rule(tmp_path: Path) -> None:
+    stored = [[0.5, 0.7, 1.0], [0.3, 0.5, 0.25], [0.0, 0.75, 0.5]]
+    judge = load_judge(write(tmp_path / "m.jsonl", {"prompt_id": "p0", "preferences": stored}))
+    (logits,) = judge.judge_logits([group_of("why?", ["a", "b", "c"])])
+    preferences = preference_matrix(torch.from_numpy(logits), rule="paper").numpy()
+    np.testing.assert_allclose(preferences, stored, atol=1e-6)
+    assert preferences[0, 2] == 1.0, "certainty is kept in float32"
+
+
+def test_logits_are_handed_on_and_serve_the_official_rule(tmp_path: Path) -> None:
+    stored = [[0, 1.5], [-0.5, 0]]
+    judge = load_judge(write(tmp_path / "m.jsonl", {"prompt_id": "p0", "judge_logits": stored}), preset="official")
+    np.testing.assert_array_equal(judge.judge_logits([group_of("why?", ["a", "b"])])[0], np.float32(stored))
+    assert judge.name == "matrices:m.jsonl"
+
+
+def test_preferences_are_not_put_under_a_second_rule(tmp_path: Path) -> None:
+    spec = write(tmp_path / "m.jsonl", {"prompt_id": "p0", "preferences": [[0.5, 0.7], [0.3, 0.5]]})
+    with pytest.raises(ConfigError, match="--preset paper"):
+        load_judge(spec, preset="official")
+
+
+def test_identical_responses_are_tied_and_missing_matrices_counted(tmp_path: Path) -> None:
+    spec = write(tmp_path / "m.jsonl", {"prompt_id": "p0", "judge_logits": [[0, 1.5], [-0.5, 0]]})
+    judge = load_judge(spec)
+    same, unknown, wider = judge.judge_logits(
+        [group_of("why?", ["a", "a"]), group_of("?", ["a", "b"], prompt_id="p1"), group_of("why?", ["a", "b", "c"])]
+    )
+    np.testing.assert_array_equal(same, np.zeros((2, 2), dtype=np.float32))
+    assert np.isnan(unknown).all() and np.isnan(wider).all() and judge.counts["missing_matrices"] == 2
+    assert judge.counts["identical_pairs"] == 2 and judge.counts["pairs"] == 10
+
+
+@pytest.mark.parametrize(
+    ("line", "fact"),
+    [
+        ("{", "line 2 is no matrix"),
+        ("[]", "line 2 is no matrix"),
+        ({"prompt_id": "p1"}, "line 2 is no matrix"),
+        ({"judge_logits": [[0]]}, "prompt_id"),
+        ({"prompt_id": "p1", "judge_logits": [[0, 1]]}, "K x K"),
+        ({"prompt_id": "p1", "judge_logits": [[0, float("nan")], [1, 0]]}, "not finite"),
+        ({"prompt_id": "p1", "judge_logits": [["a"]]}, "line 2 is no matrix"),
+        ({"prompt_id": "p1", "preferences": [[0.5, 0.7], [0.7, 0.5]]}, "P_ij"),
+        ({"prompt_id": "p1", "preferences": [[0.5, 1.7], [-0.7, 0.5]]}, "P_ij"),
+        ({"prompt_id": "p0", "judge_logits": [[0]]}, "occurs twice"),
+    ],
+)
+def test_a_faulty_line_is_named(tmp_path: Path, line: object, fact: str) -> None:
+    spec = write(tmp_path / "m.jsonl", {"prompt_id": "p0", "judge_logits": [[0]]}, line)
+    with pytest.raises(DataError, match=fact) as caught:
+        load_judge(spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere"):
+        load_judge(f"matrices:{tmp_path / 'nowhere'}")

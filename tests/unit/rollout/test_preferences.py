@@ -1,0 +1,151 @@
+"""Preference data of uclaml/SPPO and TRL -> rollouts: what is kept, what is set aside, and with which token ids.
+
+Rows are written by hand in the columns that the two projects use; the tokenizer's ids are bytes.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+
+from megatron_sppo.errors import DataError
+from megatron_sppo.rollout.preferences import import_preferences, preference_row
+from megatron_sppo.rollout.prompts import UnusableRow
+from megatron_sppo.rollout.records import read_rollouts
+from tests.models import byte_tokenizer
+
+P3 = [[0.5, 0.7, 0.9], [0.3, 0.5, 0.8], [0.1, 0.2, 0.5]]
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def uclaml(**changes) -> dict:
+    generated = {f"generate_{k}": [user("why?"), assistant(text)] for k, text in enumerate("abc")}
+    return {"prompt": "why?", **generated, "probability": P3, "rm_scores": [2.0, 1.0, 0.0], **changes}
+
+
+def trl(**changes) -> dict:
+    return {"prompt": [user("why?")], "chosen": [assistant("a")], "rejected": [assistant("b")], **changes}
+
+
+@pytest.mark.parametrize(
+    ("row", "texts", "form", "expected"),
+    [
+        (uclaml(), "abc", "probability", P3),
+        (uclaml(generate_0="a", generate_1="b", generate_2="c"), "abc", "probability", P3),
+        (uclaml(prompt=None), "abc", "probability", P3),
+        # sigmoid(s_i - s_j): sigmoid(1) and sigmoid(2)
+        (
+            uclaml(probability=None),
+            "abc",
+            "rm_scores",
+            [[0.5, 1 / (1 + math.e**-1), 1 / (1 + math.e**-2)], [None, 0.5, 1 / (1 + math.e**-1)], [None, None, 0.5]],
+        ),
+        (
+            {"chosen": [user("why?"), assistant("a")], "rejected": [user("why?"), assistant("b")], "chosen_probs": 0.8},
+            "ab",
+            "chosen_probs",
+            [[0.5, 0.8], [0.2, 0.5]],
+        ),
+        (trl(), "ab", "labels", [[0.5, 1], [0, 0.5]]),
+        (trl(prompt="why?", chosen="a", rejected="b"), "ab", "labels", [[0.5, 1], [0, 0.5]]),
+        (
+            {"chosen": [user("why?"), assistant("a")], "rejected": [user("why?"), assistant("b")]},
+            "ab",
+            "labels",
+            [[0.5, 1], [0, 0.5]],
+        ),
+    ],
+)
+def test_rows_of_both_projects_are_read(row, texts, form, expected) -> None:
+    read = preference_row(row)
+    assert read.prompt.messages == (user("why?"),) and read.responses == tuple(texts) and read.form == form
+    wanted = np.array(expected, dtype=object)
+    for i, j in np.ndindex(wanted.shape):
+        value = 1 - wanted[j, i] if wanted[i, j] is None else wanted[i, j]
+        assert math.isclose(read.preferences[i, j], value, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (7, "not an object"),
+        ({"prompt": "why?"}, "neither generate_0"),
+        (uclaml(probability=[[0.5]]), "3x3"),
+        (uclaml(probability=[[0.5, 0.7, 0.9], [0.7, 0.5, 0.8], [0.1, 0.2, 0.5]]), "P_ij \\+ P_ji"),
+        (uclaml(probability=[[0.5, 7, 1], [-6, 0.5, 1], [0, 0, 0.5]]), "outside"),
+        (uclaml(probability=None, rm_scores=None), "neither probability"),
+        (uclaml(probability=None, rm_scores=[1, float("nan"), 2]), "finite"),
+        (uclaml(probability=None, rm_scores=["a", "b", "c"]), "numbers"),
+        (uclaml(generate_1=[user("other?"), assistant("b")]), "same messages"),
+        (uclaml(generate_1=3), "neither a text"),
+        (uclaml(generate_1=[user("why?"), assistant(" ")]), "empty"),
+        (trl(rejected=[assistant("a\x00")]), "NUL"),
+        (trl(rejected=[assistant("\ud800")]), "surrogate"),
+        (trl(rejected=[user("b")]), "assistant"),
+        (trl(prompt=None), "no prompt"),
+        (trl(prompt=[assistant("x")]), "assistant's"),
+        (trl(chosen_probs=1.5), "outside"),
+    ],
+)
+def test_a_row_that_is_no_preference_says_why(row, reason) -> None:
+    with pytest.raises(UnusableRow, match=reason):
+        preference_row(row)
+
+
+def test_a_file_becomes_rollouts_and_matrices(tmp_path: Path) -> None:
+    """Byte ids: <|im_end|> is 2 and closes every response, as the ChatML template does; no other token is special."""
+    byte_tokenizer(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"vocab_size": 259}')
+    rows = [
+        uclaml(),
+        trl(),
+        "{",
+        uclaml(prompt="<|im_start|>"),
+        uclaml(generate_2=[user("why?"), assistant("c<|im_end|>")]),
+        uclaml(),
+    ]
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    output = tmp_path / "rollouts"
+    manifest, counts = import_preferences(tmp_path / "rows.jsonl", model=tmp_path / "model", output=output)
+    (group,) = read_rollouts(output)
+    assert group.messages == (user("why?"),) and [r.text for r in group.responses] == ["a", "b", "c"]
+    assert [len(r.token_ids) for r in group.responses] == [2, 2, 2]
+    assert all(r.token_ids[-1] == 2 and r.finish_reason == "stop" for r in group.responses)
+    assert group.prompt_text == "<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert counts["probability"] == 1 and manifest.vocab_size == 259
+    reasons = [row["reason"] for row in manifest.quarantined]
+    fragments = ["2 responses", "JSON", "special token", "special token", "earlier row"]
+    assert [fragment for fragment, reason in zip(fragments, reasons, strict=True) if fragment not in reason] == []
+    (matrix,) = map(json.loads, (output / "matrices.jsonl").read_text().splitlines())
+    assert matrix == {"prompt_id": group.prompt_id, "preferences": P3}
+
+
+def test_parquet_files_with_their_own_columns_are_read(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    byte_tokenizer(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([trl(), trl(prompt=[user("how?")])]), tmp_path / "r.parquet")
+    manifest, counts = import_preferences(tmp_path / "r.parquet", model=tmp_path / "model", output=tmp_path / "out")
+    assert manifest.num_prompts == counts["labels"] == 2
+
+
+def test_a_file_without_preferences_leaves_nothing(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "why?"}\n')
+    with pytest.raises(DataError, match="no usable row.*neither generate_0"):
+        import_preferences(tmp_path / "rows.jsonl", model=tmp_path / "model", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
