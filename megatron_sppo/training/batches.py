@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_sppo import flops
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.microbatch import (
     MicroBatch,
@@ -59,6 +60,8 @@ class StepPlan:
     """[N] int64."""
     num_tokens: int
     """Real tokens of the global batch, prompts included."""
+    num_pairs: int
+    """Pairs of positions of the global batch that see each other: n (n + 1) / 2 of a document, for FLOPs."""
     micro_batches: list[MicroBatch]
     """This data-parallel rank's share."""
     padding_fraction: float
@@ -165,6 +168,7 @@ class Batches:
             reference_log_prob=torch.from_numpy(reference),
             num_response_tokens=torch.from_numpy(index.response_lengths[rows]),
             num_tokens=int(index.lengths[rows].sum()),
+            num_pairs=sum(flops.attended_pairs(int(length)) for length in index.lengths[rows]),
             micro_batches=micro_batches,
             padding_fraction=1 - real / sum(batch.tokens.numel() for batch in micro_batches),
         )
