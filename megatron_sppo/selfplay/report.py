@@ -95,6 +95,7 @@ def render(run: RunData) -> str:
         _figure(
             "Preferences of the last iteration, four prompts", plots.preference_figure(preferences), _HEAT_MAP_NOTE
         ),
+        _figure("The machine while training", plots.machine_figure(run.metrics), _MACHINE_NOTE),
         _section("Answers before and after", _answers(run.answers, iterations), _ANSWERS_NOTE),
         _details("Settings", yaml.safe_dump(run.state.get("config", {}), sort_keys=False, allow_unicode=True)),
         _details("Commands", "\n\n".join(_commands(run))),
@@ -125,6 +126,9 @@ _SCATTER_NOTE = (
 )
 _HEAT_MAP_NOTE = (
     "P(answer of the row beats answer of the column), both orders asked. From the most to the least decided prompt."
+)
+_MACHINE_NOTE = (
+    "The first rank's GPU, sampled after each step; upright lines are steps in which heat or its supply slowed it down."
 )
 _ANSWERS_NOTE = (
     "First sampled answer of each, on held-out prompts taken evenly from the best to the worst win rate: no picking. "
