@@ -76,6 +76,35 @@ def describe_cpu() -> str:
     return "-".join(["cpu", *words[:3], f"{multiprocessing.cpu_count()}core"])
 
 
+def describe_machine() -> str:
+    """Name this machine by its GPU, such as "h200", or by its processor where it has none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return describe_cpu()
+    words = torch.cuda.get_device_name().lower().replace("nvidia", "").split()
+    return words[0] if words else "gpu"
+
+
+def alternate_seconds(runs: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, list[float]]:
+    """Time each function `repeats` times in turns -> wall seconds, the GPU's work included; call each once before."""
+    import torch
+
+    def finished() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats):
+        for name in list(runs)[:: -1 if repeat % 2 else 1]:
+            begin = finished()
+            runs[name]()
+            seconds[name].append(finished() - begin)
+            print(f"    {name}: {seconds[name][-1]:.4f} s", flush=True)
+    return seconds
+
+
 def alternate(runs: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, list[float]]:
     """Time each function `repeats` times in turns -> CPU seconds of this process, by name. Call each once before.
 

@@ -1,8 +1,9 @@
 """Architecture + precision + layout -> Megatron-Core's TransformerConfig, and the one seam to its further fields."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -142,6 +143,16 @@ def _precision(config: ModelConfig) -> dict[str, Any]:
         "num_layers_at_start_in_bf16": 1,
         "num_layers_at_end_in_bf16": 1,
     }
+
+
+@contextlib.contextmanager
+def bfloat16_products(config: TransformerConfig) -> Iterator[None]:
+    """Let a model that is built for FP8 compute in bfloat16 within the block: its blocks ask `config.fp8` each time."""
+    saved, config.fp8 = config.fp8, None
+    try:
+        yield
+    finally:
+        config.fp8 = saved
 
 
 def _recomputation(config: ModelConfig, architecture: Architecture) -> dict[str, Any]:

@@ -68,10 +68,6 @@ def step_traffic(
     return lines
 
 
-def _layers_of_stage(architecture: Architecture, grid: Grid) -> int:
-    return architecture.num_layers // grid.parallel.pipeline_model_parallel_size
-
-
 def _passes(model: ModelConfig) -> int:
     """Forward passes of a layer: one more where it is computed again in full."""
     return 2 if model.recompute_granularity == "full" else 1
@@ -88,7 +84,7 @@ def _tensor(architecture: Architecture, model: ModelConfig, grid: Grid, tokens: 
         return 0.0
     unit = tokens * architecture.hidden_size * model.dtype.itemsize * (size - 1) / size
     backward = 6 if grid.parallel.sequence_parallel else 4
-    return _layers_of_stage(architecture, grid) * unit * (4 * _passes(model) + backward)
+    return grid.most_layers(architecture.num_layers) * unit * (4 * _passes(model) + backward)
 
 
 def _pipeline(architecture: Architecture, model: ModelConfig, grid: Grid, tokens: float) -> float:
@@ -108,7 +104,7 @@ def _context(architecture: Architecture, model: ModelConfig, grid: Grid, tokens:
         return 0.0
     keys = 2 * architecture.num_query_groups * architecture.kv_channels // parallel.tensor_model_parallel_size
     once = tokens * (size - 1) * keys * model.dtype.itemsize
-    return _layers_of_stage(architecture, grid) * once * (_passes(model) + 2)
+    return grid.most_layers(architecture.num_layers) * once * (_passes(model) + 2)
 
 
 def _expert(architecture: Architecture, model: ModelConfig, grid: Grid, tokens: float) -> float:
@@ -119,7 +115,7 @@ def _expert(architecture: Architecture, model: ModelConfig, grid: Grid, tokens: 
         return 0.0
     split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     once = tokens / split * (architecture.moe_router_topk or 0) * architecture.hidden_size * model.dtype.itemsize
-    return _layers_of_stage(architecture, grid) * 2 * once * (size - 1) / size * (_passes(model) + 1)
+    return grid.most_layers(architecture.num_layers) * 2 * once * (size - 1) / size * (_passes(model) + 1)
 
 
 def _data(architecture: Architecture, grid: Grid, element_bytes: int) -> float:

@@ -115,7 +115,7 @@ def _optimizer(elements: dict[bool, int], model: ModelConfig, grid: Grid) -> int
 def _in_flight(architecture: Architecture, grid: Grid, kept: Activations, stage: int, waiting: int) -> int:
     """What the waiting passes keep: layers in proportion; the embedding's and the head's only of their own chunk."""
     stages = grid.parallel.pipeline_model_parallel_size
-    layers = architecture.num_layers // (stages * grid.num_chunks)
+    layers = grid.layers_of_stage(architecture.num_layers, stage) // grid.num_chunks
     whole = -(-waiting // grid.num_chunks)
     first = whole * kept.first if stage == 0 else 0
     last = kept.last if stage == stages - 1 else 0

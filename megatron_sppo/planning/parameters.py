@@ -38,6 +38,24 @@ class Grid:
         """Model chunks of a pipeline stage."""
         return self.parallel.virtual_pipeline_model_parallel_size or 1
 
+    def layers_of_stage(self, num_layers: int, stage: int) -> int:
+        """Count the layers of a pipeline stage: an even share, or what the first and last are given -> int."""
+        last = self.parallel.pipeline_model_parallel_size - 1
+        given = {
+            0: getattr(self.parallel, "decoder_first_pipeline_num_layers", None),
+            last: getattr(self.parallel, "decoder_last_pipeline_num_layers", None),
+        }
+        given = {end: layers for end, layers in given.items() if layers is not None}
+        if stage in given:
+            return given[stage]
+        return (num_layers - sum(given.values())) // (last + 1 - len(given))
+
+    def most_layers(self, num_layers: int) -> int:
+        """Count the layers of the fullest pipeline stage -> int."""
+        return max(
+            self.layers_of_stage(num_layers, stage) for stage in range(self.parallel.pipeline_model_parallel_size)
+        )
+
     @property
     def optimizer_ranks(self) -> int:
         """Ranks that hold copies of a dense weight, and share its optimizer state where that is distributed."""
@@ -90,7 +108,7 @@ def stage_shards(architecture: Architecture, grid: Grid, stage: int) -> list[lis
     """
     parallel = grid.parallel
     last = parallel.pipeline_model_parallel_size - 1
-    layers = architecture.num_layers // (parallel.pipeline_model_parallel_size * grid.num_chunks)
+    layers = grid.layers_of_stage(architecture.num_layers, stage) // grid.num_chunks
     rows = padded_vocab_size(architecture.vocab_size, parallel.tensor_model_parallel_size)
     vocabulary = rows // parallel.tensor_model_parallel_size * architecture.hidden_size
     chunks = [layer_shards(architecture, parallel) * layers for _ in range(grid.num_chunks)]

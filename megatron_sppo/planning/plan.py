@@ -91,7 +91,7 @@ def make_plan(architecture: Architecture, config: PlanConfig, *, world_size: int
         expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
     )
     grid = Grid(parallel=config.parallel, world_size=world_size)
-    if getattr(config.batch, "packed_sequence_size", None) is None:
+    if config.packed_sequence_size is None:
         _training_config(config).check_batch(data_parallel_size=grid.data_parallel_size)
     shape = largest_micro_batch(config, grid, architecture)
     step = step_time(architecture, config, grid)

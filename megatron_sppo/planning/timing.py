@@ -78,7 +78,7 @@ def workload(config: PlanConfig) -> Workload:
 
 def num_micro_batches(config: PlanConfig, grid: Grid, work: Workload) -> int:
     """Count the micro-batches of a data-parallel rank in a step -> int."""
-    budget = getattr(config.batch, "packed_sequence_size", None)
+    budget = config.packed_sequence_size
     if budget is not None:
         return max(1, -(-round(work.rows_per_step * work.mean_tokens) // (budget * grid.data_parallel_size)))
     return -(-work.rows_per_step // (config.batch.micro_batch_size * grid.data_parallel_size))
@@ -132,7 +132,7 @@ def _stage_seconds(
     ranks = grid.world_size / stages
     product_rate = (machine.fp8_tflops if model.fp8 != "none" else machine.bf16_tflops) * _TERA * ranks
     rate = machine.bf16_tflops * _TERA * ranks
-    layers = architecture.num_layers / stages
+    layers = grid.most_layers(architecture.num_layers)
     products = layers * flops.layer_flops_per_token(architecture) * counts["num_tokens"] / product_rate
     attention = layers * flops.attention_flops_per_pair(architecture) * counts["num_pairs"] / rate
     head = flops.head_flops_per_token(architecture) * counts["num_response_tokens"] / rate

@@ -86,6 +86,7 @@ def render(run: RunData) -> str:
         _figure(
             "Preferences of the last iteration, four prompts", plots.preference_figure(preferences), _HEAT_MAP_NOTE
         ),
+        _figure("The machine while training", plots.machine_figure(run.metrics), _MACHINE_NOTE),
         _section("Training answers, token by token", _token_answers(run), _TOKENS_NOTE),
         _section("Answers before and after", _answers(run.answers, iterations), _ANSWERS_NOTE),
         _details("Settings", yaml.safe_dump(run.state.get("config", {}), sort_keys=False, allow_unicode=True)),
@@ -123,6 +124,9 @@ _TOKENS_NOTE = (
     "Log-ratio log pi(token)/pi_t(token) of the last iteration's policy against the one before it (equation 3.11); its "
     "sum over the answer is regressed onto the target. Blue tokens became more likely, orange ones less. Prompts are "
     "taken evenly from the most to the least decided, and of each the answers that the judge liked best and least."
+)
+_MACHINE_NOTE = (
+    "The first rank's GPU, sampled after each step; upright lines are steps in which heat or its supply slowed it down."
 )
 _ANSWERS_NOTE = (
     "First sampled answer of each, on held-out prompts taken evenly from the best to the worst win rate: no picking. "

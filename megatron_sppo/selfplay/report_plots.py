@@ -92,6 +92,31 @@ def loss_figure(metrics: Sequence[dict[str, Any]]) -> str | None:
         return data_uri(figure)
 
 
+_MACHINE = {
+    "perf/mfu": ("model FLOPs, % of 989 TFLOP/s", 100.0),
+    "gpu/power_watts": ("power, W", 1.0),
+    "gpu/temperature_celsius": ("temperature, \N{DEGREE SIGN}C", 1.0),
+    "gpu/torch_peak_gib": ("peak memory, GiB", 1.0),
+}
+
+
+def machine_figure(metrics: Sequence[dict[str, Any]]) -> str | None:
+    """Draw what the first rank's GPU did, iterations end to end -> data URI, or None where no GPU was sampled."""
+    sampled = [name for name in _MACHINE if any(isinstance(row.get(name), (int, float)) for row in metrics)]
+    if not sampled:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, panels = new_figure(len(sampled), width=3.2, height=2.6)
+        for axes, name in zip(panels, sampled, strict=True):
+            label, factor = _MACHINE[name]
+            axes.plot(range(1, len(metrics) + 1), [factor * row.get(name, np.nan) for row in metrics], color=_COLORS[0])
+            slow = [step for step, row in enumerate(metrics, start=1) if row.get("gpu/throttled")]
+            for step in slow:
+                axes.axvline(step, color=_COLORS[1], linewidth=0.8)
+            axes.set(xlabel="optimizer step", ylabel=label)
+        return data_uri(figure)
+
+
 def length_figure(iterations: Sequence[dict[str, Any]], base_tokens: float | None) -> str | None:
     """Draw the mean answer length, the base's first -> data URI, or None without an evaluation."""
     points = [("base", base_tokens)] if base_tokens is not None else []

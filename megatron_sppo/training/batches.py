@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_sppo import flops
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.microbatch import MicroBatch, collate, context_parallel_share
 from megatron_sppo.data.planning import epoch_rows, packed_tokens, plan_shared_step, plan_step, step_units
@@ -56,6 +57,8 @@ class StepPlan:
     """Real tokens of the global batch: each response with its prompt."""
     num_computed_tokens: int
     """Those that pass through the model: fewer where responses share a prompt."""
+    num_pairs: int
+    """Pairs of positions that see each other, n (n + 1) / 2 of n tokens, for FLOPs; of a shared prompt once."""
     micro_batches: list[MicroBatch]
     """This data-parallel rank's share."""
     padding_fraction: float
@@ -202,6 +205,7 @@ class Batches:
             num_computed_tokens=sum(
                 packed_tokens(index, part, share_prompts=batch.share_prompts) for share in shares for part in share
             ),
+            num_pairs=sum(self._attended_pairs(part) for share in shares for part in share),
             micro_batches=micro_batches,
             padding_fraction=1 - real / (computed * self._config.parallel.context_parallel_size),
         )
@@ -284,6 +288,15 @@ class Batches:
             num_batch_rows = None if batch.packing else max(len(part) for part in parts)
             shapes.append((-(-longest // self._multiple) * self._multiple, num_batch_rows))
         return shapes
+
+    def _attended_pairs(self, rows: np.ndarray) -> int:
+        """Count the pairs of positions of a micro-batch that see each other."""
+        pairs = sum(flops.attended_pairs(int(length)) for length in self.index.lengths[rows])
+        if self._config.batch.share_prompts:
+            group = self.index.group[rows]
+            again = rows[1:][group[1:] == group[:-1]]  # behind the prompt of the row before
+            pairs -= sum(flops.attended_pairs(int(length)) for length in self.index.prompt_lengths[again])
+        return pairs
 
     def _num_columns(self, rows: np.ndarray) -> int:
         """Count the columns that a micro-batch of these rows needs."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
@@ -185,11 +186,32 @@ def _adopt_model(policy: Policy, loaded: Mapping[str, Any]) -> None:
 
 
 def _load(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+    absent = _set_absent_states_apart(state, checkpoint)
     try:
-        return dist_checkpointing.load(state, str(checkpoint))
+        loaded = dist_checkpointing.load(state, str(checkpoint))
     except (dist_checkpointing.core.CheckpointingException, KeyError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"{checkpoint} does not hold this model: {reason}. Import the model again.") from error
+    for name, keys in absent.items():
+        loaded[name] |= dict.fromkeys(keys)
+    return loaded
+
+
+def _set_absent_states_apart(state: Mapping[str, Any], checkpoint: Path) -> dict[str, set[str]]:
+    """Take out of the models' parts the states of modules that the checkpoint has none of -> {part: their keys}.
+
+    Transformer Engine's norms save an empty state where they stand alone, and ours for the torch spec none: what one
+    spec saved, the other is to load. Weights are never let off.
+    """
+    stored = dist_checkpointing.serialization.load_sharded_metadata(str(checkpoint))
+    absent: dict[str, set[str]] = {}
+    for name, part in state.items():
+        if name.startswith("model"):
+            keys = {k for k, v in part.items() if isinstance(v, ShardedObject) and v.unique_key not in stored}
+            absent[name] = {key for key in keys if "._extra_state" in key}
+            for key in absent[name]:
+                del part[key]
+    return absent
 
 
 def _host_save(state: dict[str, Any], directory: Path) -> None:

@@ -17,7 +17,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_sppo import flops
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.model.transformer_config import bfloat16_products
 from megatron_sppo.objective import regression_target
 from megatron_sppo.objective.loss import find_objective
 from megatron_sppo.training import parallel
@@ -26,7 +28,7 @@ from megatron_sppo.training.config import ObjectiveConfig, TrainingConfig
 from megatron_sppo.training.forward_step import objective_terms, run_micro_batches
 from megatron_sppo.training.metrics import MetricsFile, drift_per_token, response_metrics
 from megatron_sppo.training.policy import Policy
-from megatron_sppo.training.telemetry import GpuSampler
+from megatron_sppo.training.telemetry import GpuSampler, flops_metrics, straggler_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -97,12 +99,15 @@ def train(
     stop = _StopRequest()
     sampler = GpuSampler()
     policy.config.grad_scale_func = optimizer.scale_loss
+    stopwatch = _Stopwatch(policy)
     files = _open_files(config, first_step=progress.step + 1)
     bar = tqdm(
         total=train_iters, initial=progress.step, desc="train", unit="step", disable=None if files is not None else True
     )
     for plan in steps:
         started = time.monotonic()
+        logs = (progress.step + 1) % config.run.log_interval == 0
+        stopwatch.start(synchronises=logs)
         learning_rate = optimizer.param_groups[0]["lr"]
         metrics, rows = _step(policy, optimizer, plan, config=config, step=progress.step + 1)
         scheduler.step(increment=1)
@@ -110,13 +115,15 @@ def train(
         progress.num_clipped += 0 < config.optimization.clip_grad < metrics["grad_norm"]
         metrics["lr"] = learning_rate
         metrics["sppo/grad_clip_rate"] = progress.num_clipped / progress.step
-        metrics |= _speed(plan, time.monotonic() - started) | sampler.sample()
+        metrics |= _speed(plan, time.monotonic() - started, policy) | sampler.sample()
+        if logs:
+            metrics |= straggler_metrics(parallel.gather_over_world(stopwatch.seconds), warns=parallel.is_rank_zero())
         stopping = stop.requested()
         if files is not None:
             files.write(progress.step, metrics, rows)
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.4g}", grad_norm=f"{metrics['grad_norm']:.3g}")
-            if progress.step % config.run.log_interval == 0:
+            if logs:
                 logger.info(_line(progress.step, train_iters, metrics))
         last = progress.step == train_iters
         interval = config.run.save_interval
@@ -142,6 +149,7 @@ def _step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     loss = partial(objective_terms, objective=config.objective)
+    wide_log_prob_N = _without_fp8(policy, plan) if step == 1 and policy.config.fp8 else None
     log_prob_N = run_micro_batches(policy, plan, loss=loss, forward_only=False)
     router_losses = policy.pop_router_losses(num_sequences=len(plan.rows))
     log_ratio_N = log_prob_N - plan.reference_log_prob
@@ -158,6 +166,9 @@ def _step(
     _refuse_if_not_finite(metrics["grad_norm"], "gradient norm", plan, step)
     if step == 1:
         metrics["sppo/ref_drift_step0"] = drift_per_token(log_ratio_N, plan.num_response_tokens)
+    if wide_log_prob_N is not None:
+        metrics["sppo/fp8_gap"] = drift_per_token(log_prob_N - wide_log_prob_N, plan.num_response_tokens)
+        logger.info("FP8 moves log-probabilities by %.3g nats a token against bfloat16", metrics["sppo/fp8_gap"])
     rows = [
         {"group": int(g), "response": int(k), "win_rate": float(w), "log_ratio": float(r)}
         for g, k, w, r in zip(plan.group, plan.response, plan.win_rate, log_ratio_N, strict=True)
@@ -166,6 +177,13 @@ def _step(
         for row, value in zip(rows, target_N.tolist(), strict=True):
             row["target"] = value
     return metrics, rows
+
+
+@torch.no_grad()
+def _without_fp8(policy: Policy, plan: StepPlan) -> Tensor:
+    """Run a step's micro-batches forward in bfloat16, the weights and all else as they are -> log pi, [N] float64."""
+    with bfloat16_products(policy.config):
+        return run_micro_batches(policy, plan, loss=lambda _, log_prob: log_prob, forward_only=True)
 
 
 def _strength(objective: ObjectiveConfig) -> float:
@@ -196,15 +214,48 @@ def _refuse_if_not_finite(value: float, what: str, plan: StepPlan, step: int) ->
     )
 
 
-def _speed(plan: StepPlan, seconds: float) -> dict[str, float]:
+def _speed(plan: StepPlan, seconds: float, policy: Policy) -> dict[str, float]:
+    model_flops = flops.training_flops(
+        policy.architecture,
+        num_tokens=plan.num_computed_tokens,
+        num_pairs=plan.num_pairs,
+        num_response_tokens=int(plan.num_response_tokens.sum()),
+    )
+    on_gpu = torch.cuda.is_available()
     speed = {
         "perf/step_seconds": seconds,
         "perf/tokens_per_second": plan.num_tokens / seconds,
         "perf/padding_fraction": plan.padding_fraction,
+        **flops_metrics(
+            model_flops,
+            seconds=seconds,
+            world_size=parallel.world_size(),
+            device_name=torch.cuda.get_device_name() if on_gpu else None,
+        ),
     }
     if plan.num_computed_tokens < plan.num_tokens:
         speed["perf/shared_token_fraction"] = 1 - plan.num_computed_tokens / plan.num_tokens
     return speed
+
+
+class _Stopwatch:
+    """Times a rank's own computation: from the start of a step until it begins to reduce gradients with others."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.seconds = 0.0
+        self._started, self._synchronises = 0.0, False
+        self._reduce = policy.config.finalize_model_grads_func
+        policy.config.finalize_model_grads_func = self._stop_and_reduce
+
+    def start(self, *, synchronises: bool) -> None:
+        """Begin a step; `synchronises`: wait for the GPU before the time is taken."""
+        self._started, self._synchronises = time.monotonic(), synchronises
+
+    def _stop_and_reduce(self, *arguments: Any, **settings: Any) -> Any:
+        if self._synchronises and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds = time.monotonic() - self._started
+        return self._reduce(*arguments, **settings)
 
 
 def _line(step: int, train_iters: int, metrics: dict[str, float]) -> str:

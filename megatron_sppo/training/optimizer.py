@@ -1,8 +1,11 @@
 """Adam and RMSprop through Megatron-Core's optimizers, and its learning-rate schedule."""
 
 import contextlib
+import importlib.util
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import megatron.core.optimizer as host
@@ -15,6 +18,8 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.transformer_config import host_dataclass, parse_overrides
 from megatron_sppo.training.parallel import ParallelConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +94,40 @@ def build_optimizer(
     }
     values |= parse_overrides(config.optimizer_config, OptimizerConfig, flag="--optimizer-config", taken=values)
     host_config = host_dataclass(OptimizerConfig, values)
+    _report_implementation(config.optimizer)
     if layout.use_distributed_optimizer:
         _let_the_distributed_optimizer_load_adamw()
     with _rmsprop_in_place_of_adam() if config.optimizer == "rmsprop" else contextlib.nullcontext():
         return get_megatron_optimizer(host_config, list(chunks))
+
+
+def _report_implementation(name: str) -> None:
+    """Say whose optimizer runs, and what to do where a GPU has none that is fused."""
+    if name == "rmsprop":
+        logger.info("optimizer: RMSprop in torch")
+        return
+    module = host.Adam.__module__
+    implementations = {"transformer_engine": "Transformer Engine's FusedAdam", "apex": "NVIDIA apex's FusedAdam"}
+    fused = implementations.get(module.partition(".")[0])
+    logger.info("optimizer: %s", fused or f"{host.Adam.__name__} of {module}, not fused")
+    if unrelated := _unrelated_apex():
+        logger.warning(
+            "the package `apex` in %s is not NVIDIA's (it has no apex.optimizers). Use: pip uninstall apex", unrelated
+        )
+    if fused is None and torch.cuda.is_available():
+        logger.warning(
+            "neither Transformer Engine nor NVIDIA's apex is installed: Adam takes several passes over memory. "
+            "Use: pip install --no-build-isolation transformer-engine[pytorch]"
+        )
+
+
+def _unrelated_apex() -> str | None:
+    """Find PyPI's `apex`, a web framework, by what it lacks and without importing it -> its directory, or None."""
+    found = importlib.util.find_spec("apex")
+    places = list(found.submodule_search_locations or ()) if found is not None else []
+    if not places or any(Path(place, "optimizers").is_dir() for place in places):
+        return None
+    return places[0]
 
 
 def build_scheduler(

@@ -311,5 +311,12 @@ def sum_over_world(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def gather_over_world(value: float) -> list[float]:
+    """Gather one number of every rank -> by rank. Collective."""
+    values = torch.zeros(torch.distributed.get_world_size(), dtype=torch.float64, device=device())
+    values[torch.distributed.get_rank()] = value
+    return sum_over_world(values).tolist()
+
+
 def _kebab(name: str) -> str:
     return name.replace("_", "-")

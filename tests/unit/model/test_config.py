@@ -7,9 +7,10 @@ import pytest
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.model.config import ModelConfig, check_machine, token_multiple
+from megatron_sppo.model.config import ModelConfig, check_divisibility, check_machine, token_multiple
 from megatron_sppo.model.gpt import padded_vocab_size
-from megatron_sppo.model.transformer_config import transformer_config
+from megatron_sppo.model.transformer_config import bfloat16_products, transformer_config
+from megatron_sppo.planning.architectures import PUBLISHED
 
 ARCHITECTURE = Architecture(
     family="llama",
@@ -137,3 +138,46 @@ def test_the_hosts_own_router_losses_stay_off() -> None:
     for host_field in ("moe_aux_loss_coeff=0.1", "moe_z_loss_coeff=0.1", "moe_router_load_balancing_type=aux_loss"):
         with pytest.raises(ConfigError, match="decided by"):
             transformer_config(MIXTURE, ModelConfig(transformer_config=(host_field,)))
+
+
+LLAMA_70B = PUBLISHED["llama3-70b"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields", "tensor", "words"),
+    [
+        # 28672 / 32 = 896 = 56 x 16; 64 x 128 / 32 = 256; but (64 + 16) x 128 / 32 = 320, no multiple of 128.
+        ({"fp8_recipe": "blockwise"}, {}, 32, "10240 query, key and value channels / 32 .* = 320 .*size 16\\."),
+        ({}, {"hidden_size": 8200}, 8, "multiples of 16: the model's 8200 channels of hidden_size are not.*--fp8 none"),
+        # 1608 / 2 = 804 = 50.25 x 16; not on one rank either.
+        ({}, {"ffn_hidden_size": 1608}, 2, "1608 feed-forward channels / 2 tensor-parallel ranks = 804 .*--fp8 none"),
+        # 1632 / 2 = 816 = 51 x 16, but 6.375 x 128.
+        ({"fp8_recipe": "blockwise"}, {"ffn_hidden_size": 1632}, 2, "= 816 are not. Use --fp8-recipe tensorwise"),
+        ({}, {"ffn_hidden_size": 1616}, 2, "= 808 are not. Use --tensor-model-parallel-size 1"),  # 101 x 16
+    ],
+)
+def test_fp8_refuses_matrices_of_other_sizes_by_their_arithmetic(
+    settings: dict, fields: dict, tensor: int, words: str
+) -> None:
+    config = ModelConfig(fp8="hybrid", **settings)
+    sizes = {"tensor_model_parallel_size": tensor, "expert_tensor_parallel_size": tensor}
+    with pytest.raises(ConfigError, match=words):
+        check_divisibility(config, dataclasses.replace(LLAMA_70B, **fields), **sizes)
+    check_divisibility(ModelConfig(), dataclasses.replace(LLAMA_70B, **fields), **sizes)  # bfloat16 takes any
+
+
+def test_fp8_takes_llama_3_70b_on_eight_ranks_in_every_recipe() -> None:
+    for recipe in ("tensorwise", "blockwise", "delayed"):
+        config = ModelConfig(fp8="hybrid", fp8_recipe=recipe)
+        check_divisibility(config, LLAMA_70B, tensor_model_parallel_size=8, expert_tensor_parallel_size=8)
+
+
+def test_fp8_s_settings_reach_megatron_core() -> None:
+    """Built as for a GPU that is not here: nothing is computed."""
+    config = transformer_config(ARCHITECTURE, ModelConfig(fp8="hybrid", first_last_layers_bf16=True))
+    assert (config.fp8, config.fp8_recipe, config.fp8_param) == ("hybrid", "tensorwise", False)
+    assert config.first_last_layers_bf16
+    assert (config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16) == (1, 1)
+    with bfloat16_products(config):
+        assert config.fp8 is None
+    assert config.fp8 == "hybrid"

@@ -97,6 +97,19 @@ def test_the_results_are_the_summary_s(page: Page) -> None:
     assert "triples of answers that beat each other in a circle" in page.text and "0.0800" in page.text
 
 
+def test_the_gpu_is_shown_where_one_was_sampled(tmp_path: Path) -> None:
+    """Two steps of an H100: the page gets one figure more than a CPU's."""
+    run = write_run(tmp_path / "run")
+    path = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row |= {"perf/mfu": 0.41, "gpu/power_watts": 650.0, "gpu/throttled": 1.0}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert "The machine while training" in page.text
+    assert sum(tag == "img" for tag, _ in page.tags) == 6
+
+
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     page = Page(write_report(write_run(tmp_path / "run", hostile=HOSTILE)).read_text(encoding="utf-8"))
     tags = {tag for tag, _ in page.tags}

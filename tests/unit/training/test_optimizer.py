@@ -1,9 +1,12 @@
 """RMSprop against torch.optim.RMSprop bit for bit, and the schedule against its arithmetic."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.training import optimizer as optimizer_module
 from megatron_sppo.training.optimizer import OptimizationConfig, RMSprop, build_scheduler
 
 
@@ -22,6 +25,21 @@ def test_rmsprop_is_torchs_bit_for_bit() -> None:
         their_optimizer.step()
     for mine, other in zip(ours, theirs, strict=True):
         assert torch.equal(mine, other)
+
+
+def test_the_unrelated_apex_is_told_from_nvidia_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyPI's has no `optimizers`; neither is imported, as the line that would raise shows."""
+    package = tmp_path / "apex"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert optimizer_module._unrelated_apex() == str(package)
+    (package / "optimizers").mkdir()
+    assert optimizer_module._unrelated_apex() is None
+
+
+def test_without_apex_there_is_nothing_to_tell() -> None:
+    assert optimizer_module._unrelated_apex() is None
 
 
 class _Groups:
