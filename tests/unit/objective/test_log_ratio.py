@@ -276,7 +276,7 @@ def test_two_shards_in_bfloat16_and_without_rows():
 
 
 def test_sequence_sums_round_once():
-    """4096 x -10.4 (the float32 nearest to it): a running float32 sum is off by 0.6 nats, one rounding by none: 12 zeros follow."""
+    """4096 x -10.4 (the float32 nearest to it): a running float32 sum is off by 0.6 nats, one rounding by none."""
     value = torch.tensor(-10.4)
     sums = sequence_sums(value.repeat(4096), torch.zeros(4096, dtype=torch.int64), 1)
     assert float(sums) == 4096 * float(value)
