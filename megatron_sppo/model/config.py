@@ -31,7 +31,8 @@ class ModelConfig:
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: core attention only (selective) or whole layers (full)."""
     head_chunk_size: int = 1024
-    """Response tokens per block of the head: bounds its logits to [head_chunk_size, vocab / TP] at any time."""
+    """Bounds the head's logits to as many as these response tokens have: [head_chunk_size, vocab / TP] in the weights'
+    dtype, held from a micro-batch's forward to its backward, which computes only the others again."""
     transformer_config: tuple[str, ...] = ()
     """Further KEY=VALUE fields of Megatron-Core's TransformerConfig, such as apply_rope_fusion=true."""
 
