@@ -43,7 +43,7 @@ def make_model(directory: str, settings: dict[str, Any]) -> None:
 
 def train_trl(hf: str, pairs: list[dict[str, Any]], output: str, settings: dict[str, Any]) -> dict[str, Any]:
     """TRL's DPOTrainer at its best: reference computed once, no padding beyond the batch; lengths grouped if asked."""
-    from datasets import Dataset
+    from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
@@ -63,18 +63,6 @@ def train_trl(hf: str, pairs: list[dict[str, Any]], output: str, settings: dict[
         def on_step_end(self, *_: Any, **__: Any) -> None:
             seconds["steps"].append(time.process_time() - seconds.pop("begin"))
 
-    def text(ids: list[int]) -> str:
-        return " ".join(f"w{i}" for i in ids)
-
-    rows = [
-        {
-            "prompt": text(pair["prompt"]),
-            "chosen": " " + text(pair["chosen"][:-1]),  # TRL appends the end-of-sequence token itself
-            "rejected": " " + text(pair["rejected"][:-1]),
-            "length": len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"])),
-        }
-        for pair in pairs
-    ]
     config = DPOConfig(
         output_dir=output,
         loss_type="sppo_hard",
@@ -92,6 +80,7 @@ def train_trl(hf: str, pairs: list[dict[str, Any]], output: str, settings: dict[
         train_sampling_strategy="group_by_length" if settings["group_by_length"] else "sequential",
         length_column_name="length",
         gradient_checkpointing=False,
+        remove_unused_columns=False,  # or the lengths are lost
         use_cpu=True,
         bf16=False,
         logging_steps=1,
@@ -100,11 +89,15 @@ def train_trl(hf: str, pairs: list[dict[str, Any]], output: str, settings: dict[
         disable_tqdm=True,
         seed=0,
     )
+    # A file that both ranks read: what one of them tokenises or precomputes, the other finds in the cache.
+    if os.environ["RANK"] == "0":
+        Path(f"{output}.jsonl").write_text("".join(json.dumps(_in_words(pair)) + "\n" for pair in pairs))
+    config.distributed_state.wait_for_everyone()
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
     trainer = Timed(
         model=model,
         args=config,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=load_dataset("json", data_files=f"{output}.jsonl", cache_dir=f"{output}.cache", split="train"),
         processing_class=AutoTokenizer.from_pretrained(hf),
         callbacks=[Clock()],
     )
@@ -112,6 +105,17 @@ def train_trl(hf: str, pairs: list[dict[str, Any]], output: str, settings: dict[
         assert all(row[f"{name}_ids"] == pair[name] for name in ("prompt", "chosen", "rejected"))
     trainer.train()
     return {"losses": [line["loss"] for line in trainer.state.log_history if "loss" in line], **seconds}
+
+
+def _in_words(pair: dict[str, Any]) -> dict[str, Any]:
+    prompt, chosen, rejected = (" ".join(f"w{i}" for i in pair[name]) for name in ("prompt", "chosen", "rejected"))
+    # TRL appends the end-of-sequence token itself.
+    rows = {
+        "prompt": prompt,
+        "chosen": f" {chosen.removesuffix(' w2')}",
+        "rejected": f" {rejected.removesuffix(' w2')}",
+    }
+    return {**rows, "length": len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"]))}
 
 
 def train_official(hf: str, pairs: list[dict[str, Any]], output: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -197,9 +197,9 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
         save=lambda: None,
     )
     rank = parallel.launcher_rank()
-    torch_metrics = Path(output, "run", "metrics.jsonl")
     if rank == 0:
-        result["losses"] = [json.loads(line)["loss"] for line in torch_metrics.read_text().splitlines()]
+        lines = Path(output, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        result["losses"] = [json.loads(line)["loss"] for line in lines]
     Path(output, f"rank_{rank}.json").write_text(json.dumps(result), encoding="ascii")
     parallel.shut_down()
 
@@ -215,8 +215,8 @@ def check_losses(losses: dict[str, list[float]]) -> float:
     return worst
 
 
-def compare(config: ThroughputConfig, root: Path) -> list[Row]:
-    """Train in turns -> rows."""
+def compare(config: ThroughputConfig, root: Path) -> Iterator[list[Row]]:
+    """Train in turns, and yield the rows after each round, the last of them counting all."""
     work = prepare(config, root)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in TRAINERS}
     for repeat in range(config.repeats):
@@ -224,27 +224,29 @@ def compare(config: ThroughputConfig, root: Path) -> list[Row]:
             runs[name].append(train(name, config, work, root / f"run_{repeat}_{index}"))
         if repeat == 0:
             apart = check_losses({name: done[0]["losses"] for name, done in runs.items() if "grouped" not in name})
-    seconds = {name: [run["reference"] + sum(run["steps"]) for run in done] for name, done in runs.items()}
-    rows = []
-    for name, peer in list(TRAINERS.items())[1:]:
-        ratio, spread = ratio_of_medians(seconds[name], seconds["ours"])
-        speeds = [work.num_tokens / statistics.median(seconds[who]) for who in ("ours", name)]
-        size = f"{config.steps} steps of {RANKS}x{config.pairs_per_rank} pairs, {work.num_tokens} tokens"
-        rows.append(
-            Row(
-                id="C3",
-                metric=f"real tokens per CPU second of the slower rank, reference pass included, DP{RANKS}, float32, "
-                f"{size}; losses of the same batches differ by {apart:.1g}",
-                ours=speeds[0],
-                peer=speeds[1],
-                peer_name=name,
-                ratio=ratio,
-                target=f"ours / peer >= {TARGETS[peer]}",
-                met=ratio >= TARGETS[peer],
-                spread=spread,
-            )
+        seconds = {name: [run["reference"] + sum(run["steps"]) for run in done] for name, done in runs.items()}
+        metric = (
+            f"real tokens per CPU second of the slower rank, reference pass included, DP{RANKS}, float32, {config.steps} "
+            f"steps of {RANKS}x{config.pairs_per_rank} pairs, {work.num_tokens} tokens, {repeat + 1} turns; losses of "
+            f"the same batches differ by {apart:.1g}"
         )
-    return rows
+        yield [_row(name, metric, seconds, work.num_tokens) for name in list(TRAINERS)[1:]]
+
+
+def _row(name: str, metric: str, seconds: dict[str, list[float]], num_tokens: int) -> Row:
+    ratio, spread = ratio_of_medians(seconds[name], seconds["ours"])
+    target = TARGETS[TRAINERS[name]]
+    return Row(
+        id="C3",
+        metric=metric,
+        ours=num_tokens / statistics.median(seconds["ours"]),
+        peer=num_tokens / statistics.median(seconds[name]),
+        peer_name=name,
+        ratio=ratio,
+        target=f"ours / peer >= {target}",
+        met=ratio >= target,
+        spread=spread,
+    )
 
 
 def _peers() -> Path:
@@ -254,10 +256,10 @@ def _peers() -> Path:
 def main() -> None:
     """Measure and write benchmarks/results/<machine>/train_throughput.json."""
     config = parse(ThroughputConfig, name=NAME, description=str(__doc__))
-    with tempfile.TemporaryDirectory() as root:
-        rows = compare(config, Path(root))
     machine = config.machine or describe_cpu()
-    write_results("train_throughput", rows, machine=machine, packages=["torch", "megatron-core"])
+    with tempfile.TemporaryDirectory() as root:
+        for rows in compare(config, Path(root)):  # written round by round: each takes minutes
+            write_results("train_throughput", rows, machine=machine, packages=["torch", "megatron-core"])
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ class ModelConfig:
     moe_z_loss_coeff: float = 0.0
     """Weight of each mixture layer's squared log-sum-exp of the router's logits, in the same way. 0: none."""
     head_chunk_size: int = 1024
-    """Response tokens per block of the head: bounds its logits to [head_chunk_size, vocab / TP] at any time."""
+    """Bounds the head's logits to as many as these response tokens have: [head_chunk_size, vocab / TP] in the weights'
+    dtype, held from a micro-batch's forward to its backward, which computes only the others again."""
     transformer_config: tuple[str, ...] = ()
     """Further KEY=VALUE fields of Megatron-Core's TransformerConfig, such as apply_rope_fusion=true."""
 

@@ -283,7 +283,7 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right to `total`, whose precision the device sums in where it can."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
-    elif total.is_cuda:
+    elif total.is_cuda:  # torch >= 2.11 takes a float32 total with bfloat16 factors
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:  # no CPU kernel multiplies bfloat16 into float32: each product is rounded once, then added
         total.add_(left @ right)

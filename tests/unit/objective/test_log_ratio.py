@@ -275,6 +275,13 @@ def test_two_shards_in_bfloat16_and_without_rows():
         assert torch.equal(grad_shard, torch.zeros(V // 2, H))
 
 
+def test_sequence_sums_round_once():
+    """4096 x -10.4 (the float32 nearest to it): a running float32 sum is off by 0.6 nats, one rounding by none."""
+    value = torch.tensor(-10.4)
+    sums = sequence_sums(value.repeat(4096), torch.zeros(4096, dtype=torch.int64), 1)
+    assert float(sums) == 4096 * float(value)
+
+
 def test_sequence_sums_add_up_and_give_zero_without_rows():
     """Sequence 0: 1 + 2, sequence 2: 4; sequence 1 has no rows."""
     sums = sequence_sums(torch.tensor([1.0, 4.0, 2.0]), torch.tensor([0, 2, 0]), 3)
