@@ -232,8 +232,8 @@ class Batches:
                 parity_length=self._parity_length,
             )
         units = step_units(
-            self.index,
             rows,
+            self.index.lengths,
             unit_size=unit_size,
             document_multiple=self._document_multiple,
             parity_length=self._parity_length,
