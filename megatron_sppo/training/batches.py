@@ -177,10 +177,13 @@ class Batches:
             yield self._plan(step, reference_GK)
 
     def _plan(self, step: int, reference_GK: np.ndarray | None) -> StepPlan:
-        index, batch = self.index, self._config.batch
         epoch, step_of_epoch = divmod(step - 1, self.steps_per_epoch)
-        first = step_of_epoch * batch.global_batch_size
-        rows = self._order(epoch)[first : first + batch.global_batch_size]
+        size = self._config.batch.global_batch_size
+        return self.plan_of(self._order(epoch)[step_of_epoch * size : (step_of_epoch + 1) * size], reference_GK)
+
+    def plan_of(self, rows: np.ndarray, reference_GK: np.ndarray | None = None) -> StepPlan:
+        """Plan one pass over given rows of the training index, units side by side -> StepPlan."""
+        index, share_prompts = self.index, self._config.batch.share_prompts
         group, response = index.group[rows], index.response[rows]
         shares = self._shares(rows)
         micro_batches = self._micro_batches(shares, reference_GK)
@@ -199,7 +202,7 @@ class Batches:
             num_response_tokens=torch.from_numpy(index.response_lengths[rows]),
             num_tokens=int(index.lengths[rows].sum()),
             num_computed_tokens=sum(
-                packed_tokens(index, part, share_prompts=batch.share_prompts) for share in shares for part in share
+                packed_tokens(index, part, share_prompts=share_prompts) for share in shares for part in share
             ),
             micro_batches=micro_batches,
             padding_fraction=1 - real / (computed * self._config.parallel.context_parallel_size),
