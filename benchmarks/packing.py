@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.record import Row, describe_cpu, write_results
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
-from megatron_sppo.data.packing import balance, document_cost, pack
+from megatron_sppo.data.packing import assign_to_ranks, document_cost, pack
 from megatron_sppo.data.planning import (
     Units,
     epoch_rows,
@@ -104,11 +104,7 @@ def fill(lengths: np.ndarray, packs: list[np.ndarray], *, budget: int) -> float:
 def max_over_mean(cost: np.ndarray, *, num_ranks: int, deal: bool) -> float:
     """Load of the busiest rank over the mean; `deal` gives packs out in turn in place of longest first."""
     shares = [np.arange(rank, len(cost), num_ranks) for rank in range(num_ranks)]
-    if not deal:
-        longest_first = balance(cost, num_bins=num_ranks, capacity=-(-len(cost) // num_ranks))
-        assert longest_first is not None
-        shares = longest_first
-    loads = [float(cost[members].sum()) for members in shares]
+    loads = [float(cost[members].sum()) for members in (shares if deal else assign_to_ranks(cost, num_ranks=num_ranks))]
     return max(loads) / statistics.fmean(loads)
 
 
@@ -183,7 +179,7 @@ def units_of(index: TrainingIndex, rows: np.ndarray, config: PackingConfig, *, s
     """Make units of single rows, or of whole prompts computed once."""
     if shared:
         return shared_prompt_units(index, rows, unit_size=1, capacity=config.budget, parity_length=config.parity_length)
-    return step_units(index, rows, unit_size=1, document_multiple=1, parity_length=config.parity_length)
+    return step_units(rows, index.lengths, unit_size=1, parity_length=config.parity_length)
 
 
 def plan_ours(index: TrainingIndex, rows: np.ndarray, config: PackingConfig, *, shared: bool) -> list[list[np.ndarray]]:

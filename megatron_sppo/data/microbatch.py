@@ -23,7 +23,8 @@ class MicroBatch:
     """The tensors of one micro-batch, on one device.
 
     `response_rows` are rows of the hidden states in Megatron's [S, b, H] layout after `hidden.reshape(-1, H)`:
-    s * b + i for position s of batch row i (just s when packed). Position s predicts the token at s + 1.
+    s * b + i for position s of batch row i (just s when packed). Position s predicts the token at s + 1; the end of
+    a shared prompt predicts the first token of each of its responses.
     """
 
     tokens: Tensor

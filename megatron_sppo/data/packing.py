@@ -120,6 +120,17 @@ def document_cost(lengths_N: np.ndarray, *, parity_length: float, context_N: np.
     return cost
 
 
+def assign_to_ranks(cost_P: np.ndarray, *, num_ranks: int) -> list[np.ndarray]:
+    """Share packs out, costliest first, each to the least loaded rank with room -> packs of each rank, costliest first.
+
+    Room for ceil(P / num_ranks) packs a rank: the ranks of a data-parallel step run equally many micro-batches, so a
+    multiple of `num_ranks` packs wastes none.
+    """
+    ranks = balance(cost_P, num_bins=num_ranks, capacity=-(-len(cost_P) // num_ranks))
+    assert ranks is not None
+    return ranks
+
+
 def balance(
     cost_I: np.ndarray, *, num_bins: int, capacity: int, size_I: np.ndarray | None = None
 ) -> list[np.ndarray] | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sppo.data.packing import balance, document_cost, pack
+from megatron_sppo.data.packing import assign_to_ranks, balance, document_cost, pack
 from megatron_sppo.data.selection import TrainingIndex
 
 _EVEN = 1.005
@@ -63,18 +63,24 @@ class Units:
 
 
 def step_units(
-    index: TrainingIndex, rows: np.ndarray, *, unit_size: int, document_multiple: int, parity_length: float
+    rows: np.ndarray,
+    lengths_N: np.ndarray,
+    *,
+    unit_size: int,
+    document_multiple: int = 1,
+    parity_length: float = np.inf,
 ) -> Units:
     """Make units of single rows, or of pairs -> Units, in the order of the rows.
 
     Args:
         rows: the rows of the global batch, the rows of a unit side by side.
+        lengths_N: tokens of every row of the training index, looked up by row.
         unit_size: 1, or 2 where a pair must share a micro-batch.
         document_multiple: each document's length is rounded up to it.
-        parity_length: see `document_cost`.
+        parity_length: see `document_cost`; infinite: tokens are the cost.
     """
     units = np.asarray(rows).reshape(-1, unit_size)
-    lengths = -(-index.lengths[units] // document_multiple) * document_multiple
+    lengths = -(-np.asarray(lengths_N)[units] // document_multiple) * document_multiple
     return Units(
         rows=list(units),
         num_tokens=lengths.sum(axis=1),
@@ -229,9 +235,7 @@ def _plan_units(
         packs = even
     packs += [np.empty(0, dtype=np.int64)] * (num_packs - len(packs))
     pack_cost = np.array([cost_U[members].sum() for members in packs])
-    ranks = balance(pack_cost, num_bins=num_ranks, capacity=num_micro_batches)
-    assert ranks is not None
-    return [[packs[item] for item in rank] for rank in ranks]
+    return [[packs[item] for item in rank] for rank in assign_to_ranks(pack_cost, num_ranks=num_ranks)]
 
 
 def _rows_of(units: Units, plan: list[list[np.ndarray]]) -> list[list[np.ndarray]]:

@@ -113,9 +113,12 @@ class Batches:
         """Refuse a pack that does not hold the longest response, or the longest pair where the loss couples pairs."""
         if self._budget is None:
             return
-        unit_size = self._config.objective.unit_size
-        lengths = -(-self.index.lengths // self._document_multiple) * self._document_multiple
-        longest = int(lengths.reshape(-1, unit_size).sum(axis=1).max())
+        index, unit_size = self.index, self._config.objective.unit_size
+        lengths = -(-index.lengths // self._document_multiple) * self._document_multiple
+        lengths = lengths.reshape(-1, unit_size).sum(axis=1)
+        if self._config.batch.share_prompts:
+            lengths = lengths - (unit_size - 1) * index.prompt_lengths[::unit_size]
+        longest = int(lengths.max())
         if longest > self._budget:
             fitting = -(-longest // self._multiple) * self._multiple
             raise ConfigError(
@@ -177,14 +180,13 @@ class Batches:
             yield self._plan(step, reference_GK)
 
     def _plan(self, step: int, reference_GK: np.ndarray | None) -> StepPlan:
-        batch = self._config.batch
         epoch, step_of_epoch = divmod(step - 1, self.steps_per_epoch)
-        first = step_of_epoch * batch.global_batch_size
-        return self.plan_of(self._order(epoch)[first : first + batch.global_batch_size], reference_GK)
+        size = self._config.batch.global_batch_size
+        return self.plan_of(self._order(epoch)[step_of_epoch * size : (step_of_epoch + 1) * size], reference_GK)
 
     def plan_of(self, rows: np.ndarray, reference_GK: np.ndarray | None = None) -> StepPlan:
         """Plan one pass over given rows of the training index, units side by side -> StepPlan."""
-        index, batch = self.index, self._config.batch
+        index, share_prompts = self.index, self._config.batch.share_prompts
         group, response = index.group[rows], index.response[rows]
         shares = self._shares(rows)
         micro_batches = self._micro_batches(shares, reference_GK)
@@ -203,7 +205,7 @@ class Batches:
             num_response_tokens=torch.from_numpy(index.response_lengths[rows]),
             num_tokens=int(index.lengths[rows].sum()),
             num_computed_tokens=sum(
-                packed_tokens(index, part, share_prompts=batch.share_prompts) for share in shares for part in share
+                packed_tokens(index, part, share_prompts=share_prompts) for share in shares for part in share
             ),
             num_pairs=sum(self._attended_pairs(part) for share in shares for part in share),
             micro_batches=micro_batches,
@@ -221,8 +223,7 @@ class Batches:
     def _shares(self, rows: np.ndarray) -> list[list[np.ndarray]]:
         """Divide a global batch -> for each data-parallel rank, the rows of its micro-batches."""
         batch, budget, num_ranks = self._config.batch, self._budget, parallel.data_parallel_size()
-        settings = {"unit_size": self._config.objective.unit_size, "parity_length": self._parity_length}
-        layout = self._config.parallel
+        layout, unit_size = self._config.parallel, self._config.objective.unit_size
         interleaved = layout.virtual_pipeline_model_parallel_size is not None
         # The interleaved schedule takes micro-batches in groups of as many as there are stages (mcore 0.16.1, 0.19.2).
         count_multiple = layout.pipeline_model_parallel_size if interleaved else 1
@@ -234,10 +235,18 @@ class Batches:
                 data_parallel_size=num_ranks,
                 count_multiple=count_multiple,
                 packed_sequence_size=budget,
-                **settings,
+                unit_size=unit_size,
+                parity_length=self._parity_length,
             )
+        units = step_units(
+            rows,
+            self.index.lengths,
+            unit_size=unit_size,
+            document_multiple=self._document_multiple,
+            parity_length=self._parity_length,
+        )
         return plan_step(
-            step_units(self.index, rows, document_multiple=self._document_multiple, **settings),
+            units,
             data_parallel_size=num_ranks,
             count_multiple=count_multiple,
             micro_batch_size=batch.micro_batch_size if budget is None else None,

@@ -56,7 +56,7 @@ class BatchConfig:
     packing: bool = True
     """Lay the responses of a micro-batch end to end instead of padding each to the longest."""
     packed_sequence_size: int | None = None
-    """Tokens in one forward pass of one data-parallel rank, at most; its context-parallel ranks share them. Responses
+    """Tokens in one forward pass of one data-parallel rank, at most (its context-parallel ranks share them). Responses
     are packed by length into as few micro-batches as hold them, and `micro_batch_size` limits nothing. At least the
     longest prompt + response (with dpo and ipo: the longest pair); rounded down to a multiple that suits the layout.
     Unset: micro-batches of `micro_batch_size` responses."""

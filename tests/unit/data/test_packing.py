@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sppo.architecture import Architecture
-from megatron_sppo.data.packing import balance, document_cost, pack, parity_length
+from megatron_sppo.data.packing import assign_to_ranks, balance, document_cost, pack, parity_length
 from megatron_sppo.errors import DataError
 
 BUDGET = 40
@@ -118,7 +118,7 @@ def test_parity_length_of_a_published_model_and_of_a_mixture():
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 7))
 def test_every_pack_goes_to_one_rank_and_no_rank_has_more_than_its_share(cost, num_ranks):
-    ranks = balance(np.array(cost), num_bins=num_ranks, capacity=-(-len(cost) // num_ranks))
+    ranks = assign_to_ranks(np.array(cost), num_ranks=num_ranks)
     assert len(ranks) == num_ranks
     assert sorted(itertools.chain(*(members.tolist() for members in ranks))) == list(range(len(cost)))
     assert max(len(members) for members in ranks) == -(-len(cost) // num_ranks)
@@ -150,5 +150,5 @@ def test_items_of_unlike_size_go_where_the_naive_loop_puts_them(items, num_bins,
 
 def test_ranks_of_a_known_example():
     """Costs 8 7 6 5 4 2 on two ranks: 8, 5, 4 against 7, 6 and 2: 17 and 15 (three packs each)."""
-    ranks = balance(np.array([2, 8, 4, 7, 5, 6]), num_bins=2, capacity=3)
+    ranks = assign_to_ranks(np.array([2, 8, 4, 7, 5, 6]), num_ranks=2)
     assert [members.tolist() for members in ranks] == [[1, 4, 2], [3, 5, 0]]

@@ -44,11 +44,6 @@ def training_index(prompt_lengths: list[int], response_lengths: list[list[int]],
     )
 
 
-def flat_index(lengths: np.ndarray):
-    """An index of prompts with one response each, `lengths` tokens in all."""
-    return training_index([1] * len(lengths), [[int(length)] for length in lengths - 1])
-
-
 def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch():
     orders = {(seed, epoch): epoch_order(100, seed=seed, epoch=epoch) for seed in (0, 1) for epoch in (0, 1)}
     for order in orders.values():
@@ -105,7 +100,7 @@ def steps(draw):
 def make_plan(index, rows, settings, multiple, shared, sizes):
     if shared:
         return plan_shared_step(index, rows, **settings, **sizes)
-    return plan_step(step_units(index, rows, document_multiple=multiple, **settings), **sizes)
+    return plan_step(step_units(rows, index.lengths, document_multiple=multiple, **settings), **sizes)
 
 
 @hypothesis_settings(max_examples=200, deadline=None)
@@ -130,7 +125,7 @@ def test_a_plan_holds_every_row_once_in_bounded_equal_and_whole_micro_batches(st
         layout = {"share_prompts": shared, "document_multiple": multiple}
         assert max(packed_tokens(index, micro_batch, **layout) for micro_batch in flat) <= budget
         if not shared:
-            units = step_units(index, rows, document_multiple=multiple, **settings)
+            units = step_units(rows, index.lengths, document_multiple=multiple, **settings)
             assert num_micro_batches == rounded_up(-(-len(pack(units.num_tokens, budget=budget)) // num_ranks))
     if settings["unit_size"] == 2:
         for micro_batch in flat:
@@ -209,8 +204,8 @@ def test_cost_of_shared_prompts_is_what_is_computed_once():
 
 def test_tokens_are_balanced_over_ranks():
     """Log-normal lengths, 512 rows over 8 ranks x 8 micro-batches: the busiest rank within 2 % of the mean (C5)."""
-    lengths = np.random.default_rng(0).lognormal(5, 0.8, 512).astype(np.int64) + 2
-    units = step_units(flat_index(lengths), np.arange(512), unit_size=1, document_multiple=1, parity_length=np.inf)
+    lengths = np.random.default_rng(0).lognormal(5, 0.8, 512).astype(np.int64) + 1
+    units = step_units(np.arange(512), lengths, unit_size=1)
     plan = plan_step(units, data_parallel_size=8, micro_batch_size=8)
     tokens = np.array([sum(lengths[rows].sum() for rows in rank) for rank in plan])
     assert tokens.max() / tokens.mean() < 1.02
@@ -221,7 +216,7 @@ def test_tokens_are_balanced_over_ranks():
 def test_ranks_are_even_though_packs_are_few():
     """Nine packs for eight ranks: two micro-batches each, and not one rank with two full ones beside seven with one."""
     lengths = np.full(36, 250)
-    units = step_units(flat_index(lengths), np.arange(36), unit_size=1, document_multiple=1, parity_length=1e5)
+    units = step_units(np.arange(36), lengths, unit_size=1, parity_length=1e5)
     assert len(pack(lengths, budget=1000)) == 9
     plan = plan_step(units, data_parallel_size=8, packed_sequence_size=1000)
     assert {len(rank) for rank in plan} == {2}
@@ -243,9 +238,7 @@ def test_full_packs_stay_as_best_fit_decreasing_left_them():
 
 
 def test_an_epochs_tail_smaller_than_the_ranks_marks_empty_micro_batches():
-    units = step_units(
-        flat_index(np.full(10, 5)), np.array([4, 9]), unit_size=1, document_multiple=1, parity_length=np.inf
-    )
+    units = step_units(np.array([4, 9]), np.full(10, 5), unit_size=1)
     for sizes in {"micro_batch_size": 2}, {"packed_sequence_size": 100}:
         plan = plan_step(units, data_parallel_size=4, **sizes)
         assert sorted(len(rank[0]) for rank in plan) == [0, 0, 1, 1]

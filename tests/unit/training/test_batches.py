@@ -137,6 +137,10 @@ def test_a_pack_that_does_not_hold_the_longest_response_or_pair_is_refused_with_
     pair = int(index.lengths.reshape(-1, 2).sum(axis=1).max())
     with pytest.raises(ConfigError, match=rf"the longest pair, {pair} tokens .*--packed-sequence-size {pair},"):
         Batches(dataset, config(objective="dpo", packed_sequence_size=pair - 1), max_length=64)
+    once = int((index.lengths.reshape(-1, 2).sum(axis=1) - index.prompt_lengths[::2]).max())
+    Batches(dataset, config(objective="dpo", packed_sequence_size=once, share_prompts=True), max_length=64)
+    with pytest.raises(ConfigError, match=rf"--packed-sequence-size {once},"):
+        Batches(dataset, config(objective="dpo", packed_sequence_size=once - 1, share_prompts=True), max_length=64)
 
 
 @pytest.mark.parametrize(
