@@ -225,7 +225,7 @@ def fingerprints(run_dir: Path) -> dict[str, str]:
 def test_kill_9_in_every_stage_then_the_same_command_ends_with_the_same_files(
     finished: tuple[Path, str], inputs: Path, tmp_path: Path
 ) -> None:
-    """The loop is killed once in each of its 15 kinds of stage, on one run, and goes on each time.
+    """The loop is killed once in each of its 17 kinds of stage, on one run, and goes on each time.
 
     What may differ is what tells time: seconds in state.json, summary.json and what is made of them, speeds in
     metrics.jsonl, zip containers of checkpoints. Weights, rollouts, datasets and results may not.
