@@ -63,12 +63,14 @@ def hf_logits(hf: Path, dtype: torch.dtype, *, on_layer: Callable[[], object]) -
     source, device = open_hf_checkpoint(hf), parallel.device()
     config = AutoConfig.from_pretrained(hf, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    # A model of no layers and few rows holds all that is no layer: norms, rotary frequencies, the embedding's place.
-    model = AutoModelForCausalLM.from_config(_cut(config, []), dtype=dtype).to(device).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    # A model of no layers and few rows gives all that is no layer: norms, rotary frequencies, the embedding's scale.
+    small = AutoModelForCausalLM.from_config(_cut(config, []), dtype=dtype).to(device).eval()
     decoder = model.get_decoder()
-    decoder.layers = whole.get_decoder().layers.eval()
-    model.config = decoder.config = config
+    for target, donor in ((model, small), (decoder, small.get_decoder())):
+        for name, child in donor.named_children():
+            if child is not small.get_decoder() and child is not small.get_decoder().layers:
+                setattr(target, name, child)
     names = {module: name for name, module in model.named_modules()}
     layers_name = names[decoder.layers]
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
@@ -132,12 +134,19 @@ def _lend(module: Any, load: Callable[[Any], None], *, after: Callable[[], objec
     """Give a module its weights before each call of it, and take them away after."""
 
     def take_back(*_: object) -> None:
-        module.to_empty(device="meta")
+        _drop_parameters(module)
         after()
 
-    module.to_empty(device="meta")
+    _drop_parameters(module)
     module.register_forward_pre_hook(lambda *_: load(module))
     module.register_forward_hook(take_back)
+
+
+def _drop_parameters(module: torch.nn.Module) -> None:
+    """Leave the shapes of a module's parameters; its buffers (scales of embeddings, say) stay."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
 
 
 def _weight_loader(
