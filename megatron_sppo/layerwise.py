@@ -71,13 +71,13 @@ def hf_logits(hf: Path, dtype: torch.dtype, *, on_layer: Callable[[], object], a
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    # A model of no layers and few rows gives all that is no layer: norms, rotary frequencies, the embedding's scale.
+    small = AutoModelForCausalLM.from_config(_cut(config, []), dtype=dtype).to(device).eval()
     decoder = model.get_decoder()
-    # A model of no layers and few rows has all that is no layer: norms, rotary frequencies, the embedding's place.
-    rest = AutoModelForCausalLM.from_config(_cut(config, []), dtype=dtype).to(device).eval()
-    for taker, giver, but in (decoder, rest.get_decoder(), "layers"), (model, rest, model.base_model_prefix):
-        for name, module in giver.named_children():
-            if name != but:
-                setattr(taker, name, module)
+    for target, donor in ((model, small), (decoder, small.get_decoder())):
+        for name, child in donor.named_children():
+            if child is not small.get_decoder() and child is not small.get_decoder().layers:
+                setattr(target, name, child)
     names = {module: name for name, module in model.named_modules()}
     layers_name = names[decoder.layers]
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
@@ -138,20 +138,22 @@ def megatron_logits(opened: OpenedMegatron, dtype: str, *, on_layer: Callable[[]
 
 
 def _lend(module: Any, load: Callable[[Any], None], *, after: Callable[[], object] = lambda: None) -> None:
-    """Give a module its weights before each call of it, and take them away after; buffers stay (Gemma-2's scale)."""
+    """Give a module its weights before each call of it, and take them away after."""
 
     def take_back(*_: object) -> None:
-        for part in module.modules():
-            for name, weight in part.named_parameters(recurse=False):
-                setattr(part, name, torch.nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False))
-
-    def return_it(*_: object) -> None:
-        take_back()
+        _drop_parameters(module)
         after()
 
-    take_back()
+    _drop_parameters(module)
     module.register_forward_pre_hook(lambda *_: load(module))
-    module.register_forward_hook(return_it)
+    module.register_forward_hook(take_back)
+
+
+def _drop_parameters(module: torch.nn.Module) -> None:
+    """Leave the shapes of a module's parameters; its buffers (scales of embeddings, say) stay."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
 
 
 def _weight_loader(

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,16 @@ def test_what_does_not_fit_into_half_of_the_memory_is_run_by_layers(
         monkeypatch.setattr(verification, "_available_bytes", lambda free=free: free)
         report = verification.verify(hf, tmp_path / "megatron", dtype="float32")
         assert report["logits"]["layerwise"] is expected
+
+
+def test_a_common_state_with_objects_is_not_loaded(tmp_path: Path) -> None:
+    """The host would run its pickle: the weights are then read without it, layer by layer."""
+    hf = tiny_llama(tmp_path / "hf")
+    iteration = import_checkpoint(hf, tmp_path / "megatron")
+    torch.save({"iteration": 0, "args": Fraction(1, 2)}, iteration / "common.pt")
+    (iteration / "manifest.json").unlink()
+    report = verification.verify(hf, iteration, dtype="float32")
+    assert report["logits"]["layerwise"] and report["faults"] == []
 
 
 def test_a_tokenizer_that_encodes_otherwise_is_found_by_its_probes(tmp_path: Path) -> None:
