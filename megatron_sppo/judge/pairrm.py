@@ -65,6 +65,7 @@ class PairRMJudge:
         device: str | None = None,
         dtype: str | None = None,
         tokens_per_batch: int | None = None,
+        length_step: int | None = None,
     ) -> None:
         """Load the model.
 
@@ -75,6 +76,7 @@ class PairRMJudge:
                 every call is asked in both orders, to count how often both name the same winner.
             dtype: "float32" or "bfloat16", of the encoder; the head is always float32.
             tokens_per_batch: padded tokens of a forward, which has one pair at least; None chooses by device.
+            length_step: pairs are padded to a multiple of so many tokens; None chooses by device.
 
         Raises:
             ConfigError: no PairRM there.
@@ -98,7 +100,7 @@ class PairRMJudge:
         self._pad_id = loaded.tokenizer.pad_token_id
         self._preset, self._one_order = preset, one_order
         self._tokens_per_batch = tokens_per_batch or (_CPU_TOKENS_PER_BATCH if on_cpu else _CUDA_TOKENS_PER_BATCH)
-        self._length_step = _CPU_LENGTH_STEP if on_cpu else _CUDA_LENGTH_STEP
+        self._length_step = length_step or (_CPU_LENGTH_STEP if on_cpu else _CUDA_LENGTH_STEP)
 
     def judge_logits(self, groups: Sequence[RolloutGroup]) -> list[np.ndarray]:
         """Judge all ordered pairs of all groups -> one float32 [K, K] a group.

@@ -109,14 +109,19 @@ def test_logits_do_not_depend_on_their_neighbours_to_the_last_bit(wider_judge: P
         np.testing.assert_array_equal(matrix, whole[number])
 
 
-def test_the_size_of_a_batch_changes_logits_by_rounding_alone(checkpoints: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize(("tokens_per_batch", "length_step"), [(100, 1), (700, 8), (2000, 64)])
+def test_batches_and_padding_change_logits_by_rounding_alone(
+    checkpoints: tuple[Path, Path], judge: PairRMJudge, tokens_per_batch: int, length_step: int
+) -> None:
+    """As on a GPU: rows of several pairs, padded, and filled up where a batch is not full."""
     rng = random.Random(4)
     groups = [random_group(rng, number, 2 + number % 3, high=12) for number in range(6)]
-    whole = PairRMJudge(str(checkpoints[0]), preset="paper", device="cpu").judge_logits(groups)
-    for tokens_per_batch in (100, 700, 2000):
-        judge = PairRMJudge(str(checkpoints[0]), preset="paper", device="cpu", tokens_per_batch=tokens_per_batch)
-        for left, right in zip(whole, judge.judge_logits(groups), strict=True):
-            np.testing.assert_allclose(left, right, rtol=0, atol=1e-5)
+    batched = PairRMJudge(
+        str(checkpoints[0]), preset="paper", device="cpu", tokens_per_batch=tokens_per_batch, length_step=length_step
+    )
+    for left, right in zip(judge.judge_logits(groups), batched.judge_logits(groups), strict=True):
+        np.testing.assert_allclose(left, right, rtol=0, atol=1e-5)
+    assert 0 < batched.counts["forwards"] < sum(2 + number % 3 for number in range(6)) * 2
 
 
 @pytest.fixture(scope="module")
