@@ -114,7 +114,7 @@ def _scale_embeddings(model: PolicyModel, factor: float) -> None:
 
     A hook, for GPTModel builds the embedding itself. Sequence parallelism has given each rank its tokens by then.
     """
-    rounded = torch.tensor(factor, dtype=model.config.params_dtype).item()
+    rounded = torch.tensor(factor, dtype=model.config.params_dtype, device="cpu").item()
     model.embedding.register_forward_hook(lambda module, inputs, output: output * rounded)
 
 
