@@ -3,31 +3,43 @@
     OMP_NUM_THREADS=1 python -m benchmarks.weak_scaling
 
 Torch's fake process group gives one process the view of one rank; nothing is sent. Timed are Megatron-Core's process
-groups, building the rank's share of Llama-3-70B on the meta device, and planning the micro-batches of a step that grows
-with the world (16 responses a data-parallel rank) and of one that does not (1,024 responses). There is no peer: the
-target is that a rank's own work does not grow with the world, and that the shared plan grows by the responses alone.
+groups, building the rank's share of Llama-3-70B on the meta device, and planning and reading a step that grows with the
+world (16 responses a data-parallel rank) and one that does not (1,024 responses). There is no peer: the target is that
+a rank's own work does not grow with the world. What must grow is shown.
 """
 
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.record import Row, describe_cpu, write_results
+from benchmarks.record import Row, describe_machine, write_results
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
-from megatron_sppo.data.microbatch import plan_step
+from megatron_sppo.data.dataset import PreferenceDataset
+from megatron_sppo.data.writer import DatasetWriter
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import build_stage
 from megatron_sppo.planning.architectures import PUBLISHED
 from megatron_sppo.planning.simulation import simulated_rank
 from megatron_sppo.training import parallel
+from megatron_sppo.training.batches import Batches
+from megatron_sppo.training.config import BatchConfig, TrainingConfig
+from megatron_sppo.training.optimizer import OptimizationConfig
 from megatron_sppo.training.parallel import ParallelConfig
 from megatron_sppo.training.policy import host_config
 
 NAME = "weak_scaling.py"
+_GROWING = {
+    "process groups at start": "Megatron-Core lists every group of the world, once a run",
+    "a step of 16 responses a rank": "each rank plans the whole batch, and reads its own part",
+}
+_FIXED = 1024
+"""Responses of the step that does not grow."""
 _LAYOUT = ParallelConfig(
     tensor_model_parallel_size=4, sequence_parallel=True, pipeline_model_parallel_size=2, use_distributed_optimizer=True
 )
@@ -55,7 +67,7 @@ def least(function: Callable[[], object], repeats: int) -> float:
     return min(seconds)
 
 
-def groups_and_stage(world_size: int) -> tuple[float, float]:
+def start_seconds(world_size: int) -> tuple[float, float]:
     """Be the last rank of a world -> CPU seconds of its groups, of its stage on the meta device."""
     architecture, model = PUBLISHED["llama3-70b"], ModelConfig(transformer_impl="torch")
     begin = time.process_time()
@@ -74,41 +86,76 @@ def groups_and_stage(world_size: int) -> tuple[float, float]:
         return groups, time.process_time() - begin
 
 
-def step_seconds(world_size: int, *, responses: int, repeats: int) -> float:
-    """Plan one step for every data-parallel rank, as each rank does -> CPU seconds."""
-    lengths = np.random.default_rng(0).integers(50, 2000, responses)
-    ranks = world_size // _LAYOUT.model_parallel_size
+def step_seconds(data: Path, world_size: int, *, responses: int, repeats: int) -> float:
+    """Plan and collate one step as the last rank of a world does -> CPU seconds."""
+    config = TrainingConfig(
+        load=data,
+        data=data,
+        save=data,
+        optimization=OptimizationConfig(lr=1e-6),
+        batch=BatchConfig(global_batch_size=responses),
+        parallel=_LAYOUT,
+    )
+    batches = Batches(PreferenceDataset(data), config, max_length=2048)
+    with simulated_rank(_LAYOUT, rank=world_size - 1, world_size=world_size):
+        return least(lambda: next(batches.steps(first=1, last=1)), repeats)
 
-    def plan() -> object:
-        return plan_step(np.arange(responses), lengths, data_parallel_size=ranks, micro_batch_size=1, unit_size=1)
 
-    return least(plan, repeats)
+def write_answers(directory: Path, num_responses: int) -> Path:
+    """Write answers of 50 to 2000 tokens to prompts of ten, four a prompt -> the dataset."""
+    generator = np.random.default_rng(0)
+    with DatasetWriter(
+        directory,
+        num_responses=4,
+        tokenizer_hash=None,
+        vocab_size=100,
+        judge="rules:concise",
+        preset="paper",
+        selection="all",
+        rollouts_sha256=None,
+    ) as writer:
+        for _ in range(-(-num_responses // 4)):
+            answers = [[1] * int(length) for length in generator.integers(50, 2000, 4)]
+            writer.append([2] * 10, answers, np.zeros((4, 4), np.float32))
+    return directory
 
 
 def main() -> None:
     """Measure and write benchmarks/results/<machine>/weak_scaling.json."""
     config = parse(WeakScalingConfig, name=NAME, description=str(__doc__))
-    groups_and_stage(config.world_sizes[0])  # the host's own first use
+    start_seconds(config.world_sizes[0])  # the host's own first use
+    with tempfile.TemporaryDirectory() as directory:
+        most = 16 * max(config.world_sizes) // _LAYOUT.model_parallel_size
+        measured = measure(config, write_answers(Path(directory, "data"), max(most, _FIXED)))
+    rows = rows_of(config, measured)
+    write_results(
+        "weak_scaling", rows, machine=config.machine or describe_machine(), packages=["torch", "megatron-core", "numpy"]
+    )
+
+
+def measure(config: WeakScalingConfig, data: Path) -> dict[str, list[float]]:
+    """Simulate every world size -> {what: CPU seconds by world size}."""
     measured: dict[str, list[float]] = {}
     for world_size in config.world_sizes:
-        taken = [groups_and_stage(world_size) for _ in range(config.repeats)]
-        ranks = world_size // _LAYOUT.model_parallel_size
-        growing = 16 * ranks
+        taken = [start_seconds(world_size) for _ in range(config.repeats)]
+        growing = 16 * world_size // _LAYOUT.model_parallel_size
         values = {
             "process groups at start": min(groups for groups, _ in taken),
             "this rank's stage": min(stage for _, stage in taken),
-            "a step of 1,024 responses": step_seconds(world_size, responses=1024, repeats=config.repeats),
-            "a step of 16 responses a rank, a response": step_seconds(
-                world_size, responses=growing, repeats=config.repeats
-            )
-            / growing,
+            "a step of 1,024 responses": step_seconds(data, world_size, responses=_FIXED, repeats=config.repeats),
+            "a step of 16 responses a rank": step_seconds(data, world_size, responses=growing, repeats=config.repeats),
         }
         for name, value in values.items():
             measured.setdefault(name, []).append(value)
             print(f"    {world_size} ranks: {name} {value:.3g} CPU seconds", flush=True)
+    return measured
+
+
+def rows_of(config: WeakScalingConfig, measured: dict[str, list[float]]) -> list[Row]:
+    """Hold every world size against the first -> rows."""
     rows = []
     for name, values in measured.items():
-        bounded = name != "process groups at start"
+        why_it_grows = _GROWING.get(name)
         for world_size, value in zip(config.world_sizes[1:], values[1:], strict=True):
             ratio = value / values[0]
             rows.append(
@@ -119,13 +166,11 @@ def main() -> None:
                     peer=values[0],
                     peer_name=f"{config.world_sizes[0]} ranks",
                     ratio=ratio,
-                    target="<= 2" if bounded else "(Megatron-Core lists every group of the world; once a run)",
-                    met=ratio <= 2 if bounded else None,
+                    target="<= 2" if why_it_grows is None else f"({why_it_grows})",
+                    met=ratio <= 2 if why_it_grows is None else None,
                 )
             )
-    write_results(
-        "weak_scaling", rows, machine=config.machine or describe_cpu(), packages=["torch", "megatron-core", "numpy"]
-    )
+    return rows
 
 
 if __name__ == "__main__":

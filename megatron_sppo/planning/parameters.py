@@ -69,8 +69,8 @@ class Grid:
 
 
 def norms_per_layer(architecture: Architecture) -> int:
-    """Count the norms of hidden size in a layer: 2, or 4 where outputs are normalised too (Gemma-2)."""
-    return 4 if architecture.family == "gemma2" else 2
+    """Count the norms of hidden size in a layer: before, behind (OLMo-2) or around both units (Gemma-2)."""
+    return 2 * (architecture.pre_layernorm + architecture.post_layernorm)
 
 
 def layer_shards(architecture: Architecture, parallel: ParallelConfig) -> list[Shard]:
@@ -84,7 +84,13 @@ def layer_shards(architecture: Architecture, parallel: ParallelConfig) -> list[S
     if architecture.add_qkv_bias:
         shards.append(Shard(name="linear_qkv.bias", numel=qkv))
     if architecture.qk_layernorm:
-        shards += [Shard(name="q_layernorm", numel=head), Shard(name="k_layernorm", numel=head)]
+        # Norms over all heads are held whole by each rank.
+        across = architecture.qk_layernorm_across_heads
+        query_heads, key_heads = (architecture.num_attention_heads, architecture.num_query_groups) if across else (1, 1)
+        shards += [
+            Shard(name="q_layernorm", numel=query_heads * head),
+            Shard(name="k_layernorm", numel=key_heads * head),
+        ]
     if architecture.num_moe_experts is None:
         width = architecture.ffn_hidden_size // tensor
         return [*shards, *_feed_forward(hidden, width, is_expert=False)]

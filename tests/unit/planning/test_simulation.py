@@ -6,6 +6,7 @@ is sent: collectives themselves are proved on real gloo ranks (tests/distributed
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +14,18 @@ import torch
 import torch.distributed
 from megatron.core import parallel_state
 
-from megatron_sppo.data.microbatch import plan_step
+from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.packing import assign_to_ranks, document_cost, pack
+from megatron_sppo.data.writer import DatasetWriter
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import build_stage
 from megatron_sppo.planning.architectures import PUBLISHED
 from megatron_sppo.planning.parameters import Grid, stage_shards
 from megatron_sppo.planning.simulation import simulated_rank
 from megatron_sppo.training import parallel
+from megatron_sppo.training.batches import Batches
+from megatron_sppo.training.config import BatchConfig, TrainingConfig
+from megatron_sppo.training.optimizer import OptimizationConfig
 from megatron_sppo.training.parallel import ParallelConfig
 from megatron_sppo.training.policy import host_config
 
@@ -86,18 +91,76 @@ def test_llama_3_70b_s_shapes_on_sampled_ranks_of_4096(rank: int) -> None:
     assert ("output_layer.weight" in shapes) == (stage == 3)
 
 
-@pytest.mark.parametrize("data_parallel_size", [64, 1024])
-def test_a_step_is_shared_out_evenly_and_once(data_parallel_size: int) -> None:
-    """16 responses a rank in four micro-batches of at most four: every row once, no rank 5 % above the mean."""
-    generator = np.random.default_rng(0)
-    lengths = np.clip(generator.lognormal(np.log(400), 0.6, 16 * data_parallel_size), 20, 2048).astype(np.int64)
-    shares = plan_step(
-        np.arange(len(lengths)), lengths, data_parallel_size=data_parallel_size, micro_batch_size=4, unit_size=1
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> PreferenceDataset:
+    """2,048 prompts of 10 tokens with four answers each, of log-normal lengths up to 200."""
+    directory, generator = tmp_path_factory.mktemp("data") / "data", np.random.default_rng(0)
+    lengths = np.clip(generator.lognormal(np.log(40), 0.6, (2048, 4)), 2, 200).astype(int)
+    with DatasetWriter(
+        directory,
+        num_responses=4,
+        tokenizer_hash=None,
+        vocab_size=100,
+        judge="rules:concise",
+        preset="paper",
+        selection="all",
+        rollouts_sha256=None,
+    ) as writer:
+        for group in lengths:
+            writer.append([1] * 10, [[2] * length for length in group], np.zeros((4, 4), np.float32))
+    return PreferenceDataset(directory)
+
+
+def batches_of(dataset: PreferenceDataset, *, global_batch_size: int) -> Batches:
+    nowhere = Path("-")
+    config = TrainingConfig(
+        load=nowhere,
+        data=nowhere,
+        save=nowhere,
+        optimization=OptimizationConfig(lr=1e-6),
+        batch=BatchConfig(micro_batch_size=4, global_batch_size=global_batch_size),
     )
-    assert {len(share) for share in shares} == {4}
-    assert sorted(np.concatenate([part for share in shares for part in share]).tolist()) == list(range(len(lengths)))
-    load = np.array([sum(lengths[part].sum() for part in share) for share in shares])
-    assert load.max() <= 1.05 * load.mean()
+    return Batches(dataset, config, max_length=512)
+
+
+def be_data_parallel_rank(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
+    """All that planning a step asks of the world."""
+    monkeypatch.setattr(parallel, "data_parallel_rank", lambda: rank)
+    monkeypatch.setattr(parallel, "data_parallel_size", lambda: size)
+
+
+def test_a_step_is_shared_out_once_and_evenly(dataset: PreferenceDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 ranks of 32 responses, eight micro-batches of four: every row once, no rank 5 % above the mean in tokens."""
+    batches = batches_of(dataset, global_batch_size=2048)
+    rows, tokens = [], []
+    for rank in range(64):
+        be_data_parallel_rank(monkeypatch, rank, 64)
+        (plan,) = batches.steps(first=1, last=1)
+        assert len(plan.micro_batches) == 8
+        here = np.concatenate([batch.rows.numpy() for batch in plan.micro_batches])
+        rows.append(here)
+        tokens.append(int(batches.index.lengths[here].sum()))
+        assert plan.num_pairs == sum(n * (n + 1) // 2 for n in batches.index.lengths[plan.rows].tolist())
+    np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.sort(plan.rows))
+    assert max(tokens) <= 1.05 * sum(tokens) / 64
+
+
+def test_planning_a_step_costs_no_more_in_a_larger_world(
+    dataset: PreferenceDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One global batch of 8,192 responses, as one of 8 ranks and as one of 1,024: CPU seconds, least of three."""
+    batches = batches_of(dataset, global_batch_size=8192)
+
+    def seconds(size: int) -> float:
+        be_data_parallel_rank(monkeypatch, size - 1, size)
+        best = float("inf")
+        for _ in range(3):
+            begin = time.process_time()
+            next(batches.steps(first=1, last=1))
+            best = min(best, time.process_time() - begin)
+        return best
+
+    assert seconds(1024) <= 1.5 * seconds(8)
 
 
 def test_packs_are_dealt_evenly_to_a_thousand_ranks() -> None:
@@ -109,20 +172,3 @@ def test_packs_are_dealt_evenly_to_a_thousand_ranks() -> None:
     cost = np.array([document_cost(lengths[rows], parity_length=53_000).sum() for rows in packs])
     load = np.array([cost[members].sum() for members in assign_to_ranks(cost, num_ranks=1024)])
     assert load.max() <= 1.02 * load.mean()
-
-
-def test_planning_a_step_costs_by_its_responses_and_not_by_the_world() -> None:
-    """One global batch of 16,384 responses for 8 data-parallel ranks and for 1024: CPU seconds, least of three."""
-    lengths = np.random.default_rng(1).integers(50, 2000, 16_384)
-
-    def seconds(data_parallel_size: int) -> float:
-        best = float("inf")
-        for _ in range(3):
-            begin = time.process_time()
-            plan_step(
-                np.arange(len(lengths)), lengths, data_parallel_size=data_parallel_size, micro_batch_size=4, unit_size=1
-            )
-            best = min(best, time.process_time() - begin)
-        return best
-
-    assert seconds(1024) <= 2 * seconds(8)
