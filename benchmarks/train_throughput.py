@@ -227,8 +227,8 @@ def compare(config: ThroughputConfig, root: Path) -> Iterator[list[Row]]:
         seconds = {name: [run["reference"] + sum(run["steps"]) for run in done] for name, done in runs.items()}
         metric = (
             f"real tokens per CPU second of the slower rank, reference pass included, DP{RANKS}, float32, "
-            f"{config.steps} steps of {RANKS}x{config.pairs_per_rank} pairs, {work.num_tokens} tokens, {repeat + 1} turns; losses of "
-            f"the same batches differ by {apart:.1g}"
+            f"{config.steps} steps of {RANKS}x{config.pairs_per_rank} pairs, {work.num_tokens} tokens, "
+            f"{repeat + 1} turns; losses of the same batches differ by {apart:.1g}"
         )
         yield [_row(name, metric, seconds, work.num_tokens) for name in list(TRAINERS)[1:]]
 
