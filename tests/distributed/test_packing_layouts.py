@@ -3,19 +3,22 @@
 Truth is Hugging Face's model under autograd, one unpadded sequence at a time, as in `test_layouts.py`. The responses
 have 1 to 23 tokens and their prompts 3 to 19, so a pack of 96 tokens holds about three in a row of them.
 The pretraining script then runs on the same packs: its first log-ratios are 0 exactly, it resumes with other packs.
-Not shown here: CUDA, Transformer Engine, FlexAttention (its mask: tests/unit/model/test_shared_prompts.py).
+Not shown here: CUDA, Transformer Engine, FlexAttention's backward (torch has none for the CPU).
 """
 
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from megatron_sppo.conversion.convert import import_checkpoint
+from megatron_sppo.data.dataset import PreferenceDataset
 from tests.distributed.conftest import write_dataset
 from tests.distributed.harness import run_ranks
-from tests.distributed.truth import Truth
+from tests.distributed.truth import BASE, Truth, hugging_face_truth
 from tests.distributed.worlds import pretrain
 from tests.models import MIXTURES, tiny_llama
 
@@ -91,6 +94,42 @@ def test_a_mixtures_loss_and_gradient_equal_hugging_faces_under(
 ) -> None:
     world_size, flags = MIXTURE_LAYOUTS[layout]
     mixture_truths["--share-prompts" in flags].assert_equal_under(world_size, flags, tmp_path)
+
+
+def log_probs_by_flex_attention(megatron: str, data: str, argv: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Run the reference pass's first step with FlexAttention in the model -> its rows, sorted, and their log pi."""
+    from megatron_sppo import config as configuration
+    from megatron_sppo.model import layer_spec
+    from megatron_sppo.model.attention import DocumentAttention
+    from megatron_sppo.model.shared_prompts import with_shared_prompts
+    from megatron_sppo.training import checkpoint, inputs, parallel
+    from megatron_sppo.training.batches import Batches
+    from megatron_sppo.training.config import TrainingConfig
+    from megatron_sppo.training.forward_step import run_micro_batches
+    from megatron_sppo.training.policy import build_policy
+
+    layer_spec.DocumentAttention = with_shared_prompts(DocumentAttention)  # as the Transformer Engine spec has it
+    arguments = ["--load", megatron, "--data", data, "--save", "unused", *argv]
+    config = configuration.parse(TrainingConfig, name="test", description="", argv=arguments)
+    source, architecture, tokenizer = inputs.open_source(config)
+    batches = Batches(inputs.open_dataset(config, architecture, tokenizer), config, max_length=512)
+    parallel.initialize(config.parallel, seed=1)
+    policy = build_policy(architecture, config.model, config.parallel)
+    checkpoint.load_weights(policy, source)
+    plan = next(batches.steps(first=1, last=1))
+    with torch.no_grad():
+        log_prob_N = run_micro_batches(policy, plan, loss=lambda _, log_prob: log_prob, forward_only=True)
+    parallel.shut_down()
+    order = np.argsort(plan.rows)
+    return plan.rows[order], log_prob_N.numpy()[order]
+
+
+def test_flex_attention_in_the_model_gives_hugging_faces_log_probabilities(truths: dict[bool, Truth]) -> None:
+    truth = truths[True]
+    flags = [*BASE, "--packed-sequence-size", "96", "--share-prompts"]
+    ((rows, log_probs),) = run_ranks(log_probs_by_flex_attention, 1, str(truth.megatron), str(truth.data), flags)
+    _, _, expected = hugging_face_truth(truth.hf, PreferenceDataset(truth.data), rows)
+    np.testing.assert_allclose(log_probs, expected, rtol=0, atol=5e-5)
 
 
 TRAINING = "--params-dtype float32 --lr 1e-3 --eta 100 --global-batch-size 8 --lr-warmup-fraction 0.25"
