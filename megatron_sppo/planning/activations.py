@@ -153,6 +153,8 @@ def _torch_layer(
     if not recompute:
         masks = shape.sum_of_squares // context * sizes.type_bytes if context > 1 else 0
         items["attention"] = wide * sizes.query + sizes.tokens * sizes.heads * FLOAT32 + masks
+        if architecture.attention_softcap is not None:
+            items["attention"] = _capped_attention(shape, sizes, context=context)
     if architecture.qk_layernorm:
         channels, norms = sizes.query + sizes.key, sizes.heads + sizes.key // sizes.head
         items["norms of queries and keys"] = sizes.tokens * (channels * (FLOAT32 + sizes.type_bytes) + norms * FLOAT32)
@@ -161,6 +163,17 @@ def _torch_layer(
         items["feed-forward"] = sizes.residual + wide * 5 * sizes.width
         return items
     return items | _torch_experts(architecture, grid, sizes)
+
+
+def _capped_attention(shape: MicroBatchShape, sizes: _Sizes, *, context: int) -> int:
+    """Count what soft-capped attention keeps (model/attention.py): keys and values repeated, scores three times, masks.
+
+    The scores' hyperbolic tangent, their float32 softmax, and that in the activations' type where it is another.
+    """
+    scores = shape.sum_of_squares // context
+    weights = sizes.type_bytes if sizes.type_bytes != FLOAT32 else 0
+    repeated = 2 * sizes.tokens * context * sizes.query * sizes.type_bytes
+    return repeated + scores * (sizes.heads * (sizes.type_bytes + FLOAT32 + weights) + 1)
 
 
 def _torch_experts(architecture: Architecture, grid: Grid, sizes: _Sizes) -> dict[str, int]:
@@ -209,6 +222,9 @@ def _engine_layer(
         # In bfloat16 the output is the very input of linear_proj.
         output = wide * sizes.query if product_bytes == FP8 else 0
         items["attention"] = output + sizes.tokens * sizes.heads * FLOAT32
+        if architecture.attention_softcap is not None:  # ours takes the place of the engine's
+            context = grid.parallel.context_parallel_size
+            items["attention"] = output + _capped_attention(shape, sizes, context=context)
     if architecture.qk_layernorm:
         items["norms of queries and keys"] = wide * (sizes.query + sizes.key)
     if architecture.num_moe_experts is None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf, read_config
 from megatron_sppo.errors import ConfigError
 
@@ -16,6 +17,7 @@ def _shape(
         "layernorm_epsilon": 1e-5,
         "rotary_base": 500000.0,
         "share_embeddings_and_output_weights": False,
+        **family_of(family, place=__name__).traits,
     }
     return Architecture(
         family=family,
@@ -31,7 +33,8 @@ def _shape(
 
 
 _TIED = {"share_embeddings_and_output_weights": True}
-_QWEN2 = {"max_position_embeddings": 32768, "add_qkv_bias": True}
+_QWEN2 = {"max_position_embeddings": 32768}
+_GEMMA2 = {"attention_softcap": 50.0, "logit_softcap": 30.0, "sliding_window": 4096}
 
 PUBLISHED: dict[str, Architecture] = {
     "smollm2-135m": _shape("llama", 30, 576, 1536, 9, 3, 64, 49152, **_TIED),
@@ -40,15 +43,15 @@ PUBLISHED: dict[str, Architecture] = {
     "llama3-8b": _shape("llama", 32, 4096, 14336, 32, 8, 128, 128256),
     "llama3-70b": _shape("llama", 80, 8192, 28672, 64, 8, 128, 128256),
     "mistral-7b": _shape("mistral", 32, 4096, 14336, 32, 8, 128, 32000, max_position_embeddings=32768),
-    "gemma-2-9b": _shape("gemma2", 42, 3584, 14336, 16, 8, 256, 256000, **_TIED),
+    "gemma-2-9b": _shape("gemma2", 42, 3584, 14336, 16, 8, 256, 256000, **_TIED, **_GEMMA2),
     "qwen2.5-7b": _shape("qwen2", 28, 3584, 18944, 28, 4, 128, 152064, **_QWEN2),
     "qwen2.5-72b": _shape("qwen2", 80, 8192, 29568, 64, 8, 128, 152064, **_QWEN2),
-    "qwen3-8b": _shape("qwen3", 36, 4096, 12288, 32, 8, 128, 151936, max_position_embeddings=40960, qk_layernorm=True),
+    "qwen3-8b": _shape("qwen3", 36, 4096, 12288, 32, 8, 128, 151936, max_position_embeddings=40960),
     "mixtral-8x7b": _shape(
         "mixtral", 32, 4096, 14336, 32, 8, 128, 32000, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=14336
     ),
     "qwen3-30b-a3b": _shape(
-        "qwen3_moe", 48, 2048, 6144, 32, 4, 128, 151936, qk_layernorm=True,
+        "qwen3_moe", 48, 2048, 6144, 32, 4, 128, 151936,
         num_moe_experts=128, moe_router_topk=8, moe_ffn_hidden_size=768,
     ),
 }  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_sppo.conversion.families import gemma2
 from megatron_sppo.model import gpt
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.planning.activations import Activations, MicroBatchShape, activations
@@ -28,6 +29,7 @@ TP2 = {"tensor_model_parallel_size": 2}
 TP2_SP = {**TP2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
+GEMMA2 = {**gemma2.FAMILY.traits, "attention_softcap": 50.0, "logit_softcap": 30.0}
 
 # (world, rank, layout, architecture, recomputation, type)
 CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], str, str]] = {
@@ -37,6 +39,8 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], str, str]] = {
     "full": (1, 0, {}, {}, "full", "bfloat16"),
     "norms of queries": (1, 0, {}, {"qk_layernorm": True}, "none", "bfloat16"),
     "bias, tied": (1, 0, {}, {"add_qkv_bias": True, "share_embeddings_and_output_weights": True}, "none", "bfloat16"),
+    "soft caps, four norms": (1, 0, {}, GEMMA2, "none", "bfloat16"),
+    "soft caps, float32, CP2": (2, 0, CP2, GEMMA2, "none", "float32"),
     "TP2": (2, 0, TP2, {}, "none", "bfloat16"),
     "TP2 SP": (2, 1, TP2_SP, {}, "none", "bfloat16"),
     "TP2 SP selective": (2, 0, TP2_SP, {}, "selective", "bfloat16"),
