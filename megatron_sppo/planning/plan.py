@@ -108,6 +108,7 @@ def make_plan(architecture: Architecture, config: PlanConfig, *, world_size: int
         )
         for stage in range(config.parallel.pipeline_model_parallel_size)
     )
+    seconds = stage_seconds(architecture, config, grid, step)
     fits = max(stage.total for stage in stages) <= config.machine.gpu_memory_gb * 1e9
     return Plan(
         world_size=world_size,
@@ -117,8 +118,8 @@ def make_plan(architecture: Architecture, config: PlanConfig, *, world_size: int
         fits=fits,
         step=step,
         num_steps=workload(config).num_steps,
-        seconds=stage_seconds(architecture, config, grid, step),
-        advice=tuple(_advice(config, grid, stages, step, fits=fits)),
+        seconds=seconds,
+        advice=tuple(_advice(config, grid, stages, step, seconds, fits=fits)),
     )
 
 
@@ -177,7 +178,13 @@ def _training_config(config: PlanConfig) -> TrainingConfig:
 
 
 def _advice(
-    config: PlanConfig, grid: Grid, stages: tuple[StageMemory, ...], step: StepTime, *, fits: bool
+    config: PlanConfig,
+    grid: Grid,
+    stages: tuple[StageMemory, ...],
+    step: StepTime,
+    seconds: dict[str, float],
+    *,
+    fits: bool,
 ) -> list[str]:
     """Say what a person who reads the numbers would -> lines."""
     lines = []
@@ -198,6 +205,12 @@ def _advice(
         worst = max(step.traffic, key=lambda line: line.seconds)
         lines.append(
             f"the step waits for traffic, most of it {worst.axis}: {worst.seconds:.2f} of {step.seconds:.2f} s."
+        )
+    saving, training = seconds["saving checkpoints"], seconds["training"]
+    if saving > training / 2:
+        lines.append(
+            f"saving takes {saving / 60:.0f} minutes beside {training / 60:.0f} of training. "
+            "Use a larger --save-interval."
         )
     return lines
 
