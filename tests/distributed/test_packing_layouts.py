@@ -209,7 +209,8 @@ def test_a_run_resumes_in_other_packs_and_another_layout(run, tmp_path: Path) ->
     assert losses(save) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_reference_of_other_packs_is_refused(run, tmp_path: Path) -> None:
+def test_a_reference_of_other_packs_or_prompts_is_refused(run, tmp_path: Path) -> None:
     assert run("one", "--packed-sequence-size 96 --train-iters 1") == [0]
-    assert run("two", "--packed-sequence-size 96 --share-prompts --train-iters 1") == [2]
-    assert not (tmp_path / "two" / "metrics.jsonl").exists()
+    for change in ("--share-prompts", "--max-prompt-length 5"):
+        assert run("two", f"--packed-sequence-size 96 --train-iters 1 {change}") == [2]
+        assert not (tmp_path / "two" / "metrics.jsonl").exists()
