@@ -204,6 +204,7 @@ def test_a_run_resumes_in_other_packs_and_another_layout(run, tmp_path: Path) ->
             shutil.rmtree(directory)
     (save / "latest_checkpointed_iteration.txt").write_text("2\n")
     assert run("save", "--packed-sequence-size 96 --save-interval 2") == [2]
+    assert run("save", "--packed-sequence-size 96 --share-prompts --max-prompt-length 5 --save-interval 2") == [2]
     flags = "--packed-sequence-size 64 --share-prompts --save-interval 2"
     assert run("save", f"{flags} --tensor-model-parallel-size 2", world_size=2) == [0, 0]
     assert losses(save) == pytest.approx(expected, rel=1e-5)
