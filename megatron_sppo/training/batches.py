@@ -168,6 +168,7 @@ class Batches:
             "global_batch_size": batch.global_batch_size,
             "seed": batch.seed,
             "share_prompts": batch.share_prompts,
+            "max_prompt_length": batch.max_prompt_length,
             "objective": objective.objective,
             "eta": objective.eta,
             "beta": objective.beta,

@@ -40,6 +40,7 @@ def fingerprint(
         "dataset_hash": dataset.dataset_hash,
         "selection": selection,
         "seq_length": batch.seq_length,
+        "max_prompt_length": batch.max_prompt_length,
         "params_dtype": model.params_dtype,
         "fp8": model.fp8,
         "fp8_recipe": model.fp8_recipe if model.fp8 != "none" else None,

@@ -204,12 +204,14 @@ def test_a_run_resumes_in_other_packs_and_another_layout(run, tmp_path: Path) ->
             shutil.rmtree(directory)
     (save / "latest_checkpointed_iteration.txt").write_text("2\n")
     assert run("save", "--packed-sequence-size 96 --save-interval 2") == [2]
+    assert run("save", "--packed-sequence-size 96 --share-prompts --max-prompt-length 5 --save-interval 2") == [2]
     flags = "--packed-sequence-size 64 --share-prompts --save-interval 2"
     assert run("save", f"{flags} --tensor-model-parallel-size 2", world_size=2) == [0, 0]
     assert losses(save) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_reference_of_other_packs_is_refused(run, tmp_path: Path) -> None:
+def test_a_reference_of_other_packs_or_prompts_is_refused(run, tmp_path: Path) -> None:
     assert run("one", "--packed-sequence-size 96 --train-iters 1") == [0]
-    assert run("two", "--packed-sequence-size 96 --share-prompts --train-iters 1") == [2]
-    assert not (tmp_path / "two" / "metrics.jsonl").exists()
+    for change in ("--share-prompts", "--max-prompt-length 5"):
+        assert run("two", f"--packed-sequence-size 96 --train-iters 1 {change}") == [2]
+        assert not (tmp_path / "two" / "metrics.jsonl").exists()
