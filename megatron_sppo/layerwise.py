@@ -204,23 +204,19 @@ def _host_loader(
     opened: OpenedMegatron, stage: Any, prefix: str, device: torch.device
 ) -> Callable[[torch.nn.Module], None]:
     def load(module: torch.nn.Module) -> None:
-        module.to_empty(device=device)
-        loaded = _host_load(opened, stage, (prefix,))
-        module.load_state_dict({name.removeprefix(prefix): value for name, value in loaded.items()})
+        loaded = _host_load(opened, stage, (prefix,), device)
+        module.load_state_dict({name.removeprefix(prefix): value for name, value in loaded.items()}, assign=True)
 
     return load
 
 
 def _load_the_rest(opened: OpenedMegatron, stage: Any, lent: tuple[str, ...], device: torch.device) -> None:
     """Load what is not lent: the final norm, and a tied embedding."""
-    for name, module in stage.named_modules():
-        if not list(module.children()) and not f"{name}.".startswith(lent) and name != "rotary_pos_emb":
-            module.to_empty(device=device)
     prefixes = tuple(name for name in stage.sharded_state_dict() if not name.startswith(lent))
-    stage.load_state_dict(_host_load(opened, stage, prefixes), strict=False)
+    stage.load_state_dict(_host_load(opened, stage, prefixes, device), strict=False, assign=True)
 
 
-def _host_load(opened: OpenedMegatron, stage: Any, prefixes: tuple[str, ...]) -> dict[str, Any]:
+def _host_load(opened: OpenedMegatron, stage: Any, prefixes: tuple[str, ...], device: torch.device) -> dict[str, Any]:
     """Read some of a stage's tensors at the keys and offsets that the host gives them -> {name: tensor}.
 
     The host's own load wants all layers of a key at once.
@@ -228,7 +224,12 @@ def _host_load(opened: OpenedMegatron, stage: Any, prefixes: tuple[str, ...]) ->
     state = {name: value for name, value in stage.sharded_state_dict().items() if name.startswith(prefixes)}
     factories = {name: value for name, value in state.items() if isinstance(value, ShardedTensorFactory)}
     apply_factories(state)
-    return apply_factory_merges(_read_all(opened.reader, state), factories)
+    loaded = apply_factory_merges(_read_all(opened.reader, state), factories)
+    kinds = stage.state_dict()
+    return {
+        name: value.to(device, kinds[name].dtype) if isinstance(value, Tensor) else value
+        for name, value in loaded.items()
+    }
 
 
 def _read_all(reader: DistcpReader, state: Any) -> Any:

@@ -1,7 +1,7 @@
 """Convert a model between Hugging Face and Megatron-Core, and prove that both are the same model.
 
-python tools/convert.py import --hf DIR --megatron DIR [--dtype bfloat16]
-python tools/convert.py export --megatron DIR --hf DIR [--template HF_DIR] [--max-shard-size 5GB]
+python tools/convert.py import --hf DIR --megatron DIR [--dtype bfloat16] [--workers 8]
+python tools/convert.py export --megatron DIR --hf DIR [--template HF_DIR] [--max-shard-size 5GB] [--workers 8]
 python tools/convert.py verify --hf DIR --megatron DIR [--prompts FILE] [--json FILE] [--layerwise]
 """
 

@@ -21,12 +21,10 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 
 from megatron_sppo.conversion.distcp import METADATA_FILE
-from megatron_sppo.conversion.transfer import Made, Span, Transfer
+from megatron_sppo.conversion.transfer import MAKING, Made, Span, Transfer
 
 _DCP_VERSION = "1.0.0"
 _MAX_FILE_BYTES = 512 << 20  # so that several threads have a file each
-_MAKING = 3
-"""Memory that making a tensor takes, in tensors: what it is made of, the result, and a cast of it."""
 
 _Part = bytes | Span | Made
 
@@ -118,7 +116,7 @@ class _Layout:
         if kind not in self._frames:
             self._frames[kind] = _frame(*kind)
         before, after = self._frames[kind]
-        values: Sequence[_Part] = [Made(_MAKING * piece.nbytes, lambda: _checked(piece))]
+        values: Sequence[_Part] = [Made(MAKING * piece.nbytes, lambda: _checked(piece))]
         if piece.spans is not None:
             assert sum(span.nbytes for span in piece.spans) == piece.nbytes, piece.key
             values = piece.spans

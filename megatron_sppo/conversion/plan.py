@@ -17,11 +17,8 @@ from megatron_sppo.conversion.megatron_model import OpenedMegatron
 from megatron_sppo.conversion.rules import Binding, megatron_shapes
 from megatron_sppo.conversion.safetensors_file import Entry, write_tensor
 from megatron_sppo.conversion.segments import segments
-from megatron_sppo.conversion.transfer import Move, Span, Transfer
+from megatron_sppo.conversion.transfer import MAKING, Move, Span, Transfer
 from megatron_sppo.errors import ConversionError
-
-_MAKING = 3
-"""Memory that making a tensor takes, in tensors: chunks read, the tensor put together, a cast of it."""
 
 
 def import_pieces(
@@ -176,7 +173,7 @@ def _compute(
     cast: torch.dtype | None,
 ) -> None:
     nbytes = sum(places[name][1].nbytes for name in binding.hf_shapes)
-    with transfer.hold(_MAKING * nbytes):
+    with transfer.hold(MAKING * nbytes):
         for name, tensor in opened.read(binding).items():
             descriptor, entry = places[name]
             write_tensor(descriptor, entry, tensor if cast is None else tensor.to(cast))

@@ -24,6 +24,8 @@ BLOCK_BYTES = 4 << 20
 """Small enough to stay in a core's cache between reading, hashing and writing."""
 BUDGET_BYTES = 256 << 20
 """Of tensors in the making at a time; one that is larger is made alone."""
+MAKING = 3
+"""Memory that making a tensor takes, in tensors: what it is made of, the result, and a cast of it."""
 _MOST_WORKERS = 16
 
 
