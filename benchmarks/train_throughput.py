@@ -152,7 +152,6 @@ def train(name: str, config: ThroughputConfig, work: Workload, output: Path) -> 
 def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -> None:
     """Train as examples/pretrain_sppo.py does, with a clock between the steps (a rank that torchrun started)."""
     from megatron_sppo.training import checkpoint, inputs, loop, parallel, reference
-    from megatron_sppo.training.batches import Batches
     from megatron_sppo.training.config import TrainingConfig
     from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
     from megatron_sppo.training.policy import build_policy
@@ -166,7 +165,7 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
     config = parse(TrainingConfig, name=NAME, description="", argv=argv.split())
     source, architecture, tokenizer = inputs.open_source(config)
     dataset = inputs.open_dataset(config, architecture, tokenizer)
-    batches = Batches(dataset, config, max_length=architecture.max_position_embeddings)
+    batches = inputs.list_batches(config, dataset, architecture)
     inputs.prepare_save_directory(config)
     parallel.initialize(config.parallel, seed=config.batch.seed)
     policy = build_policy(architecture, config.model, config.parallel)

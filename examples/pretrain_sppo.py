@@ -13,9 +13,7 @@ import sys
 
 from megatron_sppo import config as configuration
 from megatron_sppo.command_line import run
-from megatron_sppo.data.packing import parity_length
 from megatron_sppo.training import checkpoint, inputs, loop, parallel, reference
-from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import TrainingConfig
 from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
 from megatron_sppo.training.policy import build_policy
@@ -29,12 +27,7 @@ def main() -> None:
     # What can be refused is refused here, before the first second of compute.
     source, architecture, tokenizer = inputs.open_source(config)
     dataset = inputs.open_dataset(config, architecture, tokenizer)
-    batches = Batches(
-        dataset,
-        config,
-        max_length=architecture.max_position_embeddings,
-        parity_length=parity_length(architecture),
-    )
+    batches = inputs.list_batches(config, dataset, architecture)
     resumed = inputs.find_resumable(config)
     if resumed is not None and checkpoint.step_of(resumed) >= batches.train_iters:
         logger.info("%s is complete: all %d steps are done", config.save, batches.train_iters)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 _CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
 """Logits of one chunk, in the weight's dtype. Larger on a GPU, where small products leave the tensor cores idle."""
 
-_NUM_BUFFERS = 8
+NUM_BUFFERS = 8
 """Blocks that a chunk's logits are divided into."""
 
 _TILE_SIZE = {"cpu": 64 << 10, "cuda": 8 << 20}
@@ -197,7 +197,7 @@ class _LogitBlocks:
         num_columns = weight.shape[0]
         self.precise = torch.float64 if weight.dtype == torch.float64 else torch.float32
         fitting = max(1, min(chunk_size * num_columns // max(num_tokens, 1), num_columns))
-        num_buffers = min(_NUM_BUFFERS, fitting)
+        num_buffers = min(NUM_BUFFERS, fitting)
         size = fitting // num_buffers
         self.columns = _slices(num_columns if num_tokens else 0, size)
         self._first_held = len(self.columns)

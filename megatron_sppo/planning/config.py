@@ -31,7 +31,7 @@ class SubjectConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadConfig:
-    """One iteration's data. Means decide time, `seq_length` and `micro_batch_size` decide memory."""
+    """One iteration's data. Means decide time, `packed_sequence_size` (or `seq_length` and `micro_batch_size`) memory."""
 
     num_prompts: int = 20_000
     """Prompts of an iteration; published runs take a third of UltraFeedback's 60,000."""
@@ -104,7 +104,7 @@ class PlanConfig:
     @property
     def packed_sequence_size(self) -> int | None:
         """Tokens of every packed micro-batch; None where `micro_batch_size` counts its responses instead."""
-        return getattr(self.batch, "packed_sequence_size", None)
+        return self.batch.packed_sequence_size
 
 
 def read_plan(argv: Sequence[str], *, name: str, description: str) -> tuple[PlanConfig, Path | None]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import padded_vocab_size
+from megatron_sppo.objective.log_ratio import NUM_BUFFERS
 from megatron_sppo.planning.activations import FLOAT32, Activations, MicroBatchShape, activations
 from megatron_sppo.planning.config import MachineConfig
 from megatron_sppo.planning.parameters import Grid, Shard, buffer_elements, count, stage_shards
@@ -85,7 +86,14 @@ def stage_memory(
     in_flight = _in_flight(architecture, grid, kept, stage, waiting)
     in_flight += waiting * _pipeline_buffers(architecture, model, grid, shape, stage, engine=engine)
     working = _working(
-        architecture, model, grid, shape, kept, shards, is_last=stage == grid.parallel.pipeline_model_parallel_size - 1
+        architecture,
+        model,
+        grid,
+        shape,
+        kept,
+        shards,
+        is_last=stage == grid.parallel.pipeline_model_parallel_size - 1,
+        engine=engine,
     )
     allowance = 0
     if machine is not None:
@@ -148,6 +156,7 @@ def _working(
     shards: list[Shard],
     *,
     is_last: bool,
+    engine: bool,
 ) -> int:
     """Find the costliest moment of a backward pass, beyond what is kept -> bytes: a layer's, or the head's."""
     layer = max(shard.numel for shard in shards if shard.name in _MATRICES) * model.dtype.itemsize
@@ -155,16 +164,25 @@ def _working(
     if not is_last:
         return layer
     # What the head kept is gone before the last layer's turn.
-    return max(layer - kept.last, head_workspace(architecture, model, grid, shape))
+    return max(layer - kept.last, head_workspace(architecture, model, grid, shape, engine=engine))
 
 
-def head_workspace(architecture: Architecture, model: ModelConfig, grid: Grid, shape: MicroBatchShape) -> int:
-    """Size the head's backward pass (objective/log_ratio.py): a block of logits, and the two gradients -> bytes."""
+def head_workspace(
+    architecture: Architecture, model: ModelConfig, grid: Grid, shape: MicroBatchShape, *, engine: bool
+) -> int:
+    """Size the head's backward pass (objective/log_ratio.py) -> bytes.
+
+    Beside the gradient of the hidden states: first the ring of logits that forward left and the products of a block,
+    then, the ring gone, the placeholder that autograd is given for the weight's gradient.
+    """
     tensor, narrow = grid.parallel.tensor_model_parallel_size, model.dtype.itemsize
     rows = padded_vocab_size(architecture.vocab_size, tensor) // tensor
-    block = min(model.head_chunk_size, shape.num_response_tokens) * rows
-    logits = block * (narrow + FLOAT32 if narrow < FLOAT32 else FLOAT32)
-    weight = rows * architecture.hidden_size * narrow
-    hidden = shape.num_response_tokens * architecture.hidden_size * (FLOAT32 + narrow)
-    gathered = shape.num_tokens * architecture.hidden_size * narrow if grid.parallel.sequence_parallel else 0
-    return logits + weight + hidden + gathered
+    tokens, hidden = shape.num_response_tokens, architecture.hidden_size
+    logits = min(model.head_chunk_size, tokens) * rows
+    blocks = logits * narrow
+    if not engine:  # the CPU lays the hidden states out anew, and rounds each product before it is added
+        columns = max(1, logits // max(tokens, 1) // NUM_BUFFERS)
+        blocks += tokens * hidden * narrow + max(tokens, columns) * hidden * (narrow if narrow < FLOAT32 else 0)
+    weight = rows * hidden * narrow
+    gathered = shape.num_tokens * hidden * narrow if grid.parallel.sequence_parallel else 0
+    return max(blocks + tokens * hidden * FLOAT32, weight + tokens * hidden * (FLOAT32 + narrow)) + gathered

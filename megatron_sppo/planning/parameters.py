@@ -42,8 +42,8 @@ class Grid:
         """Count the layers of a pipeline stage: an even share, or what the first and last are given -> int."""
         last = self.parallel.pipeline_model_parallel_size - 1
         given = {
-            0: getattr(self.parallel, "decoder_first_pipeline_num_layers", None),
-            last: getattr(self.parallel, "decoder_last_pipeline_num_layers", None),
+            0: self.parallel.decoder_first_pipeline_num_layers,
+            last: self.parallel.decoder_last_pipeline_num_layers,
         }
         given = {end: layers for end, layers in given.items() if layers is not None}
         if stage in given:

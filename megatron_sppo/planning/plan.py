@@ -133,7 +133,7 @@ def largest_micro_batch(config: PlanConfig, grid: Grid, architecture: Architectu
     batch, parallel = config.batch, config.parallel
     context = parallel.context_parallel_size
     length = batch.seq_length or architecture.max_position_embeddings
-    tokens = getattr(batch, "packed_sequence_size", None) or batch.micro_batch_size * length
+    tokens = config.packed_sequence_size or batch.micro_batch_size * length
     multiple = token_multiple(
         config.model,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,

@@ -8,9 +8,11 @@ from megatron_sppo.architecture import Architecture, read_architecture
 from megatron_sppo.config import write_yaml
 from megatron_sppo.conversion import distcp, megatron_checkpoint
 from megatron_sppo.data.dataset import PreferenceDataset
+from megatron_sppo.data.packing import parity_length
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.model.config import check_divisibility, check_machine
 from megatron_sppo.training import parallel
+from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,20 @@ def open_dataset(config: TrainingConfig, architecture: Architecture, tokenizer: 
             "Generate and score rollouts with this model."
         )
     return dataset
+
+
+def list_batches(config: TrainingConfig, dataset: PreferenceDataset, architecture: Architecture) -> Batches:
+    """List the steps of a run over the dataset, balanced by what this model makes of their lengths -> Batches.
+
+    Raises:
+        ConfigError: a response, or a pair, is longer than a micro-batch may be.
+    """
+    return Batches(
+        dataset,
+        config,
+        max_length=architecture.max_position_embeddings,
+        parity_length=parity_length(architecture),
+    )
 
 
 def find_resumable(config: TrainingConfig) -> Path | None:

@@ -77,7 +77,7 @@ def inspect(config: InspectionConfig) -> dict[str, Any]:
             "Give --reference the checkpoint that the policy was trained from."
         )
     dataset = inputs.open_dataset(config, architecture, tokenizer)
-    batches = Batches(dataset, config, max_length=architecture.max_position_embeddings)
+    batches = inputs.list_batches(config, dataset, architecture)
     rows = np.flatnonzero(np.isin(batches.index.group, prompts_by_decidedness(dataset, config.num_prompts)))
     parallel.initialize(config.parallel, seed=config.batch.seed)
     policy = build_policy(architecture, config.model, config.parallel)

@@ -111,14 +111,13 @@ def _begin(argv: list[str]) -> tuple[Any, Path, Any, Any]:
     """Do what the script does before it loads weights -> (config, source checkpoint, batches, policy)."""
     from megatron_sppo import config as configuration
     from megatron_sppo.training import inputs, parallel
-    from megatron_sppo.training.batches import Batches
     from megatron_sppo.training.config import TrainingConfig
     from megatron_sppo.training.policy import build_policy
 
     config = configuration.parse(TrainingConfig, name="test", description="", argv=argv)
     source, architecture, tokenizer = inputs.open_source(config)
     dataset = inputs.open_dataset(config, architecture, tokenizer)
-    batches = Batches(dataset, config, max_length=architecture.max_position_embeddings)
+    batches = inputs.list_batches(config, dataset, architecture)
     parallel.initialize(config.parallel, seed=1)
     return config, source, batches, build_policy(architecture, config.model, config.parallel)
 
