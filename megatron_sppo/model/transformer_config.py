@@ -203,6 +203,10 @@ _POINT_TO_POINT = (
     "how stages exchange activations follows from the schedule (interleaved: overlapped and not batched, otherwise the "
     "reverse); other ways give wrong losses in silence"
 )
+_STALE = (
+    "weights are gathered in front of the forward of the module that owns them, which the head goes round, and a "
+    "resumed run does not go on as it would have (measured)"
+)
 _REFUSED = {
     "overlap_p2p_comm": _POINT_TO_POINT,
     "batch_p2p_comm": _POINT_TO_POINT,
@@ -211,7 +215,8 @@ _REFUSED = {
     "overlap_p2p_comm_warmup_flush": _POINT_TO_POINT,
     "variable_seq_lengths": "the micro-batches of a step have one shape already, and Megatron-Core refuses the "
     "dispatcher that experts use on the CPU beside it",
-    "overlap_param_gather_with_optimizer_step": "the reference pass and the checkpoint would see stale weights",
+    "overlap_param_gather": _STALE,
+    "overlap_param_gather_with_optimizer_step": _STALE,
 }
 """Fields of the host that are never the user's, and why."""
 

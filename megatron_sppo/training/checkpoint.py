@@ -70,7 +70,6 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     torch.distributed.barrier()
-    policy.gather_weights()
     model_state = _model_state(policy)
     state = {
         **model_state,

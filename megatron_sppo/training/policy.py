@@ -33,15 +33,6 @@ class Policy:
     config: TransformerConfig
     chunks: tuple[DistributedDataParallel, ...]
 
-    def gather_weights(self) -> None:
-        """Wait for weights that the last step left scattered: `overlap_param_gather` gathers them in the next forward.
-
-        Collective over data-parallel ranks; nothing to do under other settings.
-        """
-        for chunk in self.chunks:
-            if chunk.ddp_config.overlap_param_gather:
-                chunk.start_param_sync(force_sync=True)
-
     def pop_router_losses(self, *, num_sequences: int) -> dict[str, float]:
         """Mean the routers' losses of the last pass over layers and sequences -> {metric: value}, and begin anew.
 

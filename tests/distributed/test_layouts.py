@@ -30,8 +30,7 @@ PP2, PP4 = "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 4
 VPP2 = f"{PP2} --virtual-pipeline-model-parallel-size 2"
 CP2, CP4 = "--context-parallel-size 2", "--context-parallel-size 4"
 SHARDED = "--use-distributed-optimizer"
-OVERLAP = "--ddp-config overlap_grad_reduce=true"
-OVERLAP_BOTH = f"{SHARDED} {OVERLAP} overlap_param_gather=true"
+OVERLAP = "--ddp-config overlap_grad_reduce=true bucket_size=4096"
 PADDED = "--no-packing"
 SELECTIVE, FULL = "--recompute-granularity selective", "--recompute-granularity full"
 
@@ -55,7 +54,7 @@ LAYOUTS = {
     "DP2": ("GQA", 2, 4, ""),
     "DP2 sharded optimizer": ("GQA", 2, 4, SHARDED),
     "DP2 overlapped reduction": ("GQA", 2, 2, OVERLAP),
-    "DP4 sharded optimizer, overlapped": ("GQA", 4, 2, OVERLAP_BOTH),
+    "DP4 sharded optimizer, overlapped": ("GQA", 4, 2, f"{SHARDED} {OVERLAP}"),
     "CP2": ("GQA", 2, 4, CP2),
     "CP2 padded": ("GQA", 2, 4, f"{CP2} {PADDED}"),
     "CP2 recompute full": ("GQA", 2, 4, f"{CP2} {FULL}"),
@@ -68,11 +67,11 @@ LAYOUTS = {
     "PP2 CP2": ("GQA", 4, 4, f"{PP2} {CP2}"),
     "PP2 CP2 padded": ("GQA", 4, 2, f"{PP2} {CP2} {PADDED}"),
     "PP2 DP2": ("GQA", 4, 2, PP2),
-    "PP2 DP2 recompute full, overlapped": ("GQA", 4, 4, f"{PP2} {FULL} {OVERLAP_BOTH}"),
+    "PP2 DP2 recompute full, overlapped": ("GQA", 4, 4, f"{PP2} {FULL} {SHARDED} {OVERLAP}"),
     "VPP2 CP2": ("GQA", 4, 4, f"{VPP2} {CP2}"),
     "VPP2 DP2 sharded optimizer": ("GQA", 4, 2, f"{VPP2} {SHARDED}"),
     "CP2 DP2 sharded optimizer": ("GQA", 4, 2, f"{CP2} {SHARDED}"),
-    "CP2 DP2 overlapped": ("GQA", 4, 4, f"{CP2} {OVERLAP_BOTH}"),
+    "CP2 DP2 overlapped": ("GQA", 4, 4, f"{CP2} {SHARDED} {OVERLAP}"),
     "tied, one rank, padded": ("tied", 1, 4, PADDED),
     "tied, TP2": ("tied", 2, 4, TP2),
     "tied, PP2": ("tied", 2, 4, PP2),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_sppo.conversion.convert import import_checkpoint
 from tests.distributed.conftest import write_dataset
-from tests.distributed.test_layouts import CP2, FULL, OVERLAP_BOTH, PADDED, PP2, SELECTIVE, SHARDED, SP, TP2, VPP2
+from tests.distributed.test_layouts import CP2, FULL, OVERLAP, PADDED, PP2, SELECTIVE, SHARDED, SP, TP2, VPP2
 from tests.distributed.truth import Truth
 from tests.models import MIXTURES, tiny_llama
 
@@ -35,7 +35,7 @@ LAYOUTS = {
     "EP2, one response at a time": ("qwen3_moe", 2, 1, EP2),
     "EP2 recompute selective": ("qwen3_moe", 2, 4, f"{EP2} {SELECTIVE}"),
     "EP2 recompute full": ("qwen3_moe", 2, 4, f"{EP2} {FULL}"),
-    "EP2 sharded optimizer, overlapped": ("qwen3_moe", 2, 4, f"{EP2} {OVERLAP_BOTH}"),
+    "EP2 sharded optimizer, overlapped": ("qwen3_moe", 2, 4, f"{EP2} {SHARDED} {OVERLAP}"),
     "EP2 within TP2 SP": ("qwen3_moe", 2, 4, f"{EP2} {TP2} {SP}"),
     "EP2 within CP2": ("qwen3_moe", 2, 4, f"{EP2} {CP2}"),
     "EP2 DP2 sharded optimizer": ("qwen3_moe", 4, 4, f"{EP2} {SHARDED}"),
@@ -53,6 +53,7 @@ LAYOUTS = {
 
 
 BALANCE_COEFF, Z_COEFF = 3000.0, 200.0
+ROUTER_LOSSES = f"--moe-aux-loss-coeff {BALANCE_COEFF} --moe-z-loss-coeff {Z_COEFF}"
 """As weighty beside eta = 1000 as the objective is for the routers: an error of scale cannot hide."""
 
 
@@ -105,8 +106,9 @@ def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Truth]:
         import_checkpoint(hf, root / "megatron")
         names = partial(by_hub_names, family=family)
         data = write_dataset(root / "data", hf)
-        further = weighted_router_losses if router_losses else None
-        return Truth(hf=hf, megatron=root / "megatron", data=data, by_exported_names=names, further_loss=further)
+        further = {"further_loss": weighted_router_losses, "one_rank": f"--micro-batch-size 4 {ROUTER_LOSSES}"}
+        paths = {"hf": hf, "megatron": root / "megatron", "data": data}
+        return Truth(**paths, by_exported_names=names, **(further if router_losses else {}))
 
     return find
 
@@ -139,10 +141,8 @@ def test_router_losses_add_the_gradient_of_their_mean_over_sequences_and_nothing
 ) -> None:
     """Hugging Face minimises the mean of SPPO's squares + the mean of the routers' losses, written out by hand."""
     truth = truth_of("qwen3_moe", router_losses=True)
-    weights = f"--moe-aux-loss-coeff {BALANCE_COEFF} --moe-z-loss-coeff {Z_COEFF}"
-    exported = truth.assert_equal_under(
-        world_size, f"--micro-batch-size {micro_batch_size} {flags} {weights}", tmp_path, one_rank_flags=weights
-    )
+    flags = f"--micro-batch-size {micro_batch_size} {flags} {ROUTER_LOSSES}"
+    exported = truth.assert_equal_under(world_size, flags, tmp_path)
     plain = truth_of("qwen3_moe").hugging_face(truth.answers["one rank"]["rows"])["gradient"]
     routers = [name for name in exported if name.endswith("mlp.gate.weight")]
     assert len(routers) == 4
@@ -152,8 +152,7 @@ def test_router_losses_add_the_gradient_of_their_mean_over_sequences_and_nothing
 
 def test_router_losses_are_reported_as_their_means_over_sequences_and_layers(truth_of: Callable[..., Truth]) -> None:
     truth = truth_of("qwen3_moe", router_losses=True)
-    weights = f"--moe-aux-loss-coeff {BALANCE_COEFF} --moe-z-loss-coeff {Z_COEFF}"
-    results = truth.run(4, f"--micro-batch-size 2 {EP2} {PP2} {FULL} {weights}")
+    results = truth.run(4, f"--micro-batch-size 2 {EP2} {PP2} {FULL} {ROUTER_LOSSES}")
     further = truth.hugging_face(results[0]["rows"])["further"]  # of four layers
     for result in results:
         found = result["router_losses"]

@@ -13,7 +13,7 @@ import pytest
 
 from tests.distributed.conftest import write_dataset
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_layouts import CP2, OVERLAP_BOTH, PP2, SHARDED, SP, TP2, VPP2
+from tests.distributed.test_layouts import CP2, OVERLAP, PP2, SHARDED, SP, TP2, VPP2
 from tests.distributed.worlds import pretrain
 
 BASE = "--params-dtype float32 --lr 1e-3 --eta 10 --global-batch-size 8 --micro-batch-size 2 --lr-warmup-fraction 0.25"
@@ -110,7 +110,7 @@ def assert_resumes_in_another_layout(run, save: Path, before: tuple[int, str], a
         (4, f"{TP2} {PP2}"),
         (2, SHARDED),
         (4, f"{SHARDED} {TP2}"),
-        (2, OVERLAP_BOTH),
+        (2, f"{SHARDED} {OVERLAP}"),
         (2, VPP2),
         (4, f"{CP2} {SHARDED}"),
         (2, f"--optimizer rmsprop {SHARDED}"),
@@ -242,6 +242,7 @@ def test_resuming_with_other_settings_is_refused(run, tmp_path: Path, change: st
         (2, f"{VPP2} --transformer-config overlap_p2p_comm=false"),
         (2, f"{PP2} --transformer-config variable_seq_lengths=true"),
         (1, "--moe-aux-loss-coeff 0.01"),
+        (2, f"{SHARDED} --ddp-config overlap_param_gather=true"),
         (1, "--selection top-bottom:3"),
     ],
 )

@@ -30,7 +30,6 @@ from tests.distributed.worlds import first_step
 ETA = 1000.0
 NUM_ROWS = 16
 BASE = ["--params-dtype", "float32", "--lr", "1e-3", "--eta", str(ETA), "--global-batch-size", str(NUM_ROWS)]
-ONE_RANK = "--micro-batch-size 4"
 
 LOG_PROB_BOUND = 1e-5
 LOSS_BOUND = 1e-6
@@ -47,17 +46,17 @@ class Truth:
     by_exported_names: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
     further_loss: Callable[[Any], Tensor] | None = None
     """Of Hugging Face's outputs for one sequence; meaned over sequences and minimised too, but no part of `loss`."""
+    one_rank: str = "--micro-batch-size 4"
+    """Flags of our own truth on one rank."""
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def assert_equal_under(
-        self, world_size: int, flags: str, directory: Path, *, one_rank_flags: str = ""
-    ) -> dict[str, Tensor]:
+    def assert_equal_under(self, world_size: int, flags: str, directory: Path) -> dict[str, Tensor]:
         """Run the first step in a layout and hold it against Hugging Face and one rank -> its gradient, exported.
 
         On every rank the log-ratio is zero where the reference pass and training meet: no step has been made.
         """
         if "one rank" not in self.answers:
-            self.answers["one rank"] = self._step(1, f"{ONE_RANK} {one_rank_flags}", directory / "one_rank")
+            self.answers["one rank"] = self._step(1, self.one_rank, directory / "one_rank")
         one_rank = self.answers["one rank"]
         found = self._step(world_size, flags, directory / "layout")
         assert found["weights"] == one_rank["weights"]
