@@ -31,7 +31,7 @@ class SubjectConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadConfig:
-    """One iteration's data. Means decide time, `packed_sequence_size` (or `seq_length` and `micro_batch_size`) memory."""
+    """One iteration's data. Means decide time; memory is decided by the longest micro-batch that is let through."""
 
     num_prompts: int = 20_000
     """Prompts of an iteration; published runs take a third of UltraFeedback's 60,000."""
