@@ -92,7 +92,7 @@ lint: install
 	@$(BIN)/mypy
 
 test-unit: install
-	$(PYTEST) tests/unit -n 2
+	$(PYTEST) tests/unit tests/gpu -n 2
 
 # Each test here runs up to four ranks: never two at once.
 test-distributed: install

@@ -30,7 +30,7 @@ setup(
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "tensorboard>=2.16",
-        "torch>=2.7",
+        "torch>=2.9",
         "tqdm>=4.66",
         "transformers>=5.0",
         "tyro>=1.0,<2",

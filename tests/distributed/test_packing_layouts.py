@@ -1,6 +1,6 @@
 """Loss and gradient are the same however a global batch is packed: by tokens, and with prompts computed once.
 
-Truth is Hugging Face's model under autograd, one unpadded sequence at a time, as in `test_layouts.py`. The responses
+Truth is Hugging Face's model under autograd and our own on one rank, as in `test_layouts.py`. The responses
 have 1 to 23 tokens and their prompts 3 to 19, so a pack of 96 tokens holds about three in a row of them.
 The pretraining script then runs on the same packs: its first log-ratios are 0 exactly, it resumes with other packs.
 Not shown here: CUDA, Transformer Engine, FlexAttention's backward (torch has none for the CPU).
@@ -15,15 +15,14 @@ import pytest
 import torch
 
 from megatron_sppo.conversion.convert import import_checkpoint
-from megatron_sppo.data.dataset import PreferenceDataset
 from tests.distributed.conftest import write_dataset
 from tests.distributed.harness import run_ranks
-from tests.distributed.truth import BASE, Truth, hugging_face_truth
+from tests.distributed.truth import BASE, LOG_PROB_BOUND, Truth
 from tests.distributed.worlds import pretrain
 from tests.models import MIXTURES, tiny_llama
 
 LAYOUTS = {
-    "one rank": (1, "--packed-sequence-size 96"),
+    "one rank, large packs": (1, "--packed-sequence-size 160"),
     "TP2 SP": (2, "--packed-sequence-size 96 --tensor-model-parallel-size 2 --sequence-parallel"),
     "PP2": (2, "--packed-sequence-size 96 --pipeline-model-parallel-size 2"),
     "PP2 VPP2, three packs": (
@@ -41,7 +40,7 @@ LAYOUTS = {
         4,
         "--packed-sequence-size 96 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
     ),
-    "shared, one rank": (1, "--packed-sequence-size 96 --share-prompts"),
+    "shared, one rank, large packs": (1, "--packed-sequence-size 160 --share-prompts"),
     "shared, recompute": (1, "--packed-sequence-size 96 --share-prompts --recompute-granularity full"),
     "shared, TP2 SP": (
         2,
@@ -50,6 +49,7 @@ LAYOUTS = {
     "shared, PP2": (2, "--packed-sequence-size 96 --share-prompts --pipeline-model-parallel-size 2"),
     "shared, DP2": (2, "--packed-sequence-size 48 --share-prompts"),
 }
+ONE_RANK = {False: "--packed-sequence-size 96", True: "--packed-sequence-size 96 --share-prompts"}
 MIXTURE_LAYOUTS = {
     "EP2": (2, "--packed-sequence-size 96 --expert-model-parallel-size 2"),
     "shared, EP2": (2, "--packed-sequence-size 96 --share-prompts --expert-model-parallel-size 2"),
@@ -61,7 +61,7 @@ def truths(untied: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool,
     """The dense model; without and with shared prompts, whose global batches hold other responses."""
     hf = untied.parent / "hf"
     data = write_dataset(tmp_path_factory.mktemp("data") / "data", hf)
-    return {shared: Truth(hf=hf, megatron=untied, data=data) for shared in (False, True)}
+    return {shared: Truth(hf=hf, megatron=untied, data=data, one_rank=ONE_RANK[shared]) for shared in (False, True)}
 
 
 @pytest.fixture(scope="module")
@@ -77,13 +77,14 @@ def mixture_truths(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Truth
     def names(gradients: dict) -> dict:
         return by_hub_names(gradients, "qwen3_moe")
 
-    return {
-        shared: Truth(hf=hf, megatron=root / "megatron", data=data, by_exported_names=names) for shared in (False, True)
-    }
+    model = {"hf": hf, "megatron": root / "megatron", "data": data, "by_exported_names": names}
+    return {shared: Truth(**model, one_rank=ONE_RANK[shared]) for shared in (False, True)}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_and_gradient_equal_hugging_faces_under(layout: str, truths: dict[bool, Truth], tmp_path: Path) -> None:
+def test_loss_and_gradient_are_those_of_one_rank_and_of_hugging_face_under(
+    layout: str, truths: dict[bool, Truth], tmp_path: Path
+) -> None:
     world_size, flags = LAYOUTS[layout]
     truths["--share-prompts" in flags].assert_equal_under(world_size, flags, tmp_path)
 
@@ -103,16 +104,16 @@ def log_probs_by_flex_attention(megatron: str, data: str, argv: list[str]) -> tu
     from megatron_sppo.model.attention import DocumentAttention
     from megatron_sppo.model.shared_prompts import with_shared_prompts
     from megatron_sppo.training import checkpoint, inputs, parallel
-    from megatron_sppo.training.batches import Batches
     from megatron_sppo.training.config import TrainingConfig
     from megatron_sppo.training.forward_step import run_micro_batches
     from megatron_sppo.training.policy import build_policy
 
-    layer_spec.DocumentAttention = with_shared_prompts(DocumentAttention)  # as the Transformer Engine spec has it
+    # As the Transformer Engine spec has it.
+    layer_spec.DocumentAttention = with_shared_prompts(DocumentAttention, windows=[None] * 4)
     arguments = ["--load", megatron, "--data", data, "--save", "unused", *argv]
     config = configuration.parse(TrainingConfig, name="test", description="", argv=arguments)
     source, architecture, tokenizer = inputs.open_source(config)
-    batches = Batches(inputs.open_dataset(config, architecture, tokenizer), config, max_length=512)
+    batches = inputs.list_batches(config, inputs.open_dataset(config, architecture, tokenizer), architecture)
     parallel.initialize(config.parallel, seed=1)
     policy = build_policy(architecture, config.model, config.parallel)
     checkpoint.load_weights(policy, source)
@@ -128,8 +129,7 @@ def test_flex_attention_in_the_model_gives_hugging_faces_log_probabilities(truth
     truth = truths[True]
     flags = [*BASE, "--packed-sequence-size", "96", "--share-prompts"]
     ((rows, log_probs),) = run_ranks(log_probs_by_flex_attention, 1, str(truth.megatron), str(truth.data), flags)
-    _, _, expected = hugging_face_truth(truth.hf, PreferenceDataset(truth.data), rows)
-    np.testing.assert_allclose(log_probs, expected, rtol=0, atol=5e-5)
+    np.testing.assert_allclose(log_probs, truth.hugging_face(rows)["log_prob"], rtol=0, atol=LOG_PROB_BOUND)
 
 
 TRAINING = "--params-dtype float32 --lr 1e-3 --eta 100 --global-batch-size 8 --lr-warmup-fraction 0.25"
