@@ -26,8 +26,10 @@ from tests.models import BYTE_VOCAB_SIZE, tiny_llama
 
 CONFIG = Path(__file__).resolve().parents[2] / "examples/configs/llama3_70b_h100.yaml"
 LENGTH = 256
+PACKED = 2 * LENGTH  # tokens of a micro-batch: two of the longest responses, as in the file
 SMALLER = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2", "--fp8", "none"]
 SMALLER += ["--transformer-impl", "torch", "--seq-length", str(LENGTH), "--global-batch-size", "16"]
+SMALLER += ["--packed-sequence-size", str(PACKED)]
 LAYOUTS = {
     "as the file says": [],
     "full recomputation": ["--recompute-granularity", "full"],
@@ -119,7 +121,7 @@ def planned(model: Path, argv: list[str]) -> tuple[Grid, list[StageMemory]]:
     architecture = architecture_of(model)
     grid = Grid(parallel=config.parallel, world_size=4)
     shape = largest_micro_batch(config, grid, architecture)
-    num = config.batch.global_batch_size // (config.batch.micro_batch_size * grid.data_parallel_size)
+    num = config.batch.global_batch_size * LENGTH // (PACKED * grid.data_parallel_size)
     stages = [
         stage_memory(
             architecture, config.model, grid, shape, stage=stage, num_micro_batches=num, engine=False, machine=None
