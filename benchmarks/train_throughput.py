@@ -28,7 +28,7 @@ from benchmarks.record import Row, describe_cpu, ratio_of_medians, write_results
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
 from megatron_sppo.conversion.convert import import_checkpoint
-from megatron_sppo.data.microbatch import epoch_order
+from megatron_sppo.data.planning import epoch_order
 from megatron_sppo.data.writer import DatasetWriter
 
 NAME = "train_throughput.py"
