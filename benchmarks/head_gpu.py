@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.record import Row, alternate_seconds, describe_machine, ratio_of_medians, write_results
+from benchmarks.record import Row, alternate_seconds, describe_machine, figure, ratio_of_medians, write_results
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
 from megatron_sppo.objective import linear_log_probs
@@ -148,27 +148,7 @@ def compare(config: HeadGpuConfig, num_tokens: int) -> list[Row]:
     return rows
 
 
-def _row(
-    metric: str,
-    ours: float,
-    peer: float | None,
-    peer_name: str,
-    ratio: float | None,
-    target: str,
-    met: bool | None,
-    spread: list[float] | None = None,
-) -> Row:
-    return Row(
-        id="G1",
-        metric=metric,
-        ours=ours,
-        peer=peer,
-        peer_name=peer_name,
-        ratio=ratio,
-        target=target,
-        met=met,
-        spread=spread,
-    )
+_row = partial(figure, "G1")
 
 
 def main() -> None:

@@ -39,6 +39,31 @@ class Row:
     """Least and greatest ratio over the repeats."""
 
 
+def figure(
+    number: str,
+    metric: str,
+    ours: float,
+    peer: float | None,
+    peer_name: str,
+    ratio: float | None,
+    target: str,
+    met: bool | None,
+    spread: list[float] | None = None,
+) -> Row:
+    """Make a row from its values in their order; `partial(figure, "G1")` makes those of one figure."""
+    return Row(
+        id=number,
+        metric=metric,
+        ours=ours,
+        peer=peer,
+        peer_name=peer_name,
+        ratio=ratio,
+        target=target,
+        met=met,
+        spread=spread,
+    )
+
+
 def write_results(name: str, rows: Sequence[Row], *, machine: str, packages: Sequence[str]) -> Path:
     """Write benchmarks/results/<machine>/<name>.json, print the rows -> its path."""
     command = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]

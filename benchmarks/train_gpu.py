@@ -24,7 +24,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from benchmarks.record import Row, alternate_seconds, describe_machine, ratio_of_medians, write_results
+from benchmarks.record import Row, alternate_seconds, describe_machine, figure, ratio_of_medians, write_results
 from megatron_sppo import flops
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.command_line import run as run_tool
@@ -250,27 +250,7 @@ def compare(config: TrainGpuConfig, data: Path) -> list[Row]:
     return rows
 
 
-def _row(
-    metric: str,
-    ours: float,
-    peer: float,
-    peer_name: str,
-    ratio: float,
-    target: str,
-    met: bool | None,
-    spread: list[float] | None = None,
-) -> Row:
-    return Row(
-        id="G2",
-        metric=metric,
-        ours=ours,
-        peer=peer,
-        peer_name=peer_name,
-        ratio=ratio,
-        target=target,
-        met=met,
-        spread=spread,
-    )
+_row = partial(figure, "G2")
 
 
 def main() -> None:

@@ -101,11 +101,6 @@ class PlanConfig:
     data: Path | None = None
     save: Path | None = None
 
-    @property
-    def packed_sequence_size(self) -> int | None:
-        """Tokens of every packed micro-batch; None where `micro_batch_size` counts its responses instead."""
-        return self.batch.packed_sequence_size
-
 
 def read_plan(argv: Sequence[str], *, name: str, description: str) -> tuple[PlanConfig, Path | None]:
     """Read the command line -> (config, the file of --config).

@@ -91,7 +91,7 @@ def make_plan(architecture: Architecture, config: PlanConfig, *, world_size: int
         expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
     )
     grid = Grid(parallel=config.parallel, world_size=world_size)
-    if config.packed_sequence_size is None:
+    if config.batch.packed_sequence_size is None:
         _training_config(config).check_batch(data_parallel_size=grid.data_parallel_size)
     shape = largest_micro_batch(config, grid, architecture)
     step = step_time(architecture, config, grid)
@@ -133,7 +133,7 @@ def largest_micro_batch(config: PlanConfig, grid: Grid, architecture: Architectu
     batch, parallel = config.batch, config.parallel
     context = parallel.context_parallel_size
     length = batch.seq_length or architecture.max_position_embeddings
-    tokens = config.packed_sequence_size or batch.micro_batch_size * length
+    tokens = config.batch.packed_sequence_size or batch.micro_batch_size * length
     multiple = token_multiple(
         config.model,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,

@@ -78,7 +78,7 @@ def workload(config: PlanConfig) -> Workload:
 
 def num_micro_batches(config: PlanConfig, grid: Grid, work: Workload) -> int:
     """Count the micro-batches of a data-parallel rank in a step -> int."""
-    budget = config.packed_sequence_size
+    budget = config.batch.packed_sequence_size
     if budget is not None:
         return max(1, -(-round(work.rows_per_step * work.mean_tokens) // (budget * grid.data_parallel_size)))
     return -(-work.rows_per_step // (config.batch.micro_batch_size * grid.data_parallel_size))
