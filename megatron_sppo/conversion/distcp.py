@@ -189,7 +189,7 @@ class DistcpReader:
             if start != rows:
                 return None
             rows += count
-        return [span for _, _, span in found] if rows == sizes[_row_axis(sizes)] else None
+        return [span for _, _, span in found] if rows == sizes[row_axis(sizes)] else None
 
     def _payload(self, key: str, chunk: Any) -> Span | None:
         """Find a chunk's values in its file -> span, or None where they are not stored plainly, one after another."""
@@ -273,7 +273,7 @@ class _Run(NamedTuple):
     values: int
 
 
-def _row_axis(sizes: Sequence[int]) -> int:
+def row_axis(sizes: Sequence[int]) -> int:
     """Choose the axis along which a box may be cut into pieces that follow each other: the first that is not 1."""
     return next((axis for axis, size in enumerate(sizes) if size != 1), len(sizes) - 1)
 
@@ -284,7 +284,7 @@ def _run_of_rows(chunk: Any, offsets: Sequence[int], sizes: Sequence[int]) -> _R
     high = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
     if any(end <= start for start, end in zip(low, high, strict=True)):
         return _Run(0, 0, 0, 0)
-    axis = _row_axis(sizes)
+    axis = row_axis(sizes)
     if list(sizes[axis + 1 :]) != list(chunk.sizes[axis + 1 :]) or low[axis + 1 :] != list(chunk.offsets[axis + 1 :]):
         return None
     inner = math.prod(sizes[axis + 1 :])

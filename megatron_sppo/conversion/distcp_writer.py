@@ -4,6 +4,8 @@ Each chunk is a `torch.save` stream of one tensor. What torch writes around the 
 alone, so it is made once for each, from memory that is never touched; the values come straight from the source files.
 """
 
+import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -20,11 +22,14 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 
-from megatron_sppo.conversion.distcp import METADATA_FILE
-from megatron_sppo.conversion.transfer import MAKING, Made, Span, Transfer
+from megatron_sppo.conversion.distcp import METADATA_FILE, row_axis
+from megatron_sppo.conversion.transfer import MAKING, Made, Span, Transfer, part_of
 
 _DCP_VERSION = "1.0.0"
-_MAX_FILE_BYTES = 512 << 20  # so that several threads have a file each
+_MAX_FILE_BYTES = 256 << 20
+"""A file of its own for each thread needs several; a chunk that begins before this ends it."""
+_MAX_CHUNK_BYTES = 128 << 20
+"""Of what only moves: an embedding of gigabytes would keep one thread busy when the others have done."""
 
 _Part = bytes | Span | Made
 
@@ -38,9 +43,8 @@ class Piece:
     sizes: tuple[int, ...]
     global_shape: tuple[int, ...]
     dtype: torch.dtype
-    load: Callable[[], Tensor]
-    spans: tuple[Span, ...] | None = None
-    """Where its bytes lie in files as they are to be; None: `load` makes them."""
+    values: tuple[Span, ...] | Callable[[], Tensor]
+    """Where its bytes lie in files as they are to be, or what makes them."""
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +69,8 @@ def write_distcp(
         workers: threads; None takes the cores that there are.
     """
     layout = _Layout()
-    for number, group in enumerate(_groups(pieces)):
+    chunks = [chunk for piece in pieces for chunk in _cut(piece)]
+    for number, group in enumerate(_groups(chunks)):
         layout.begin_file(f"__0_{number}.distcp")
         for key, value in objects.items() if number == 0 else ():
             layout.add_object(key, value)
@@ -116,10 +121,12 @@ class _Layout:
         if kind not in self._frames:
             self._frames[kind] = _frame(*kind)
         before, after = self._frames[kind]
-        values: Sequence[_Part] = [Made(MAKING * piece.nbytes, lambda: _checked(piece))]
-        if piece.spans is not None:
-            assert sum(span.nbytes for span in piece.spans) == piece.nbytes, piece.key
-            values = piece.spans
+        values: Sequence[_Part]
+        if callable(piece.values):
+            values = [Made(MAKING * piece.nbytes, functools.partial(_made, piece, piece.values))]
+        else:
+            values = piece.values
+            assert sum(span.nbytes for span in values) == piece.nbytes, piece.key
         length = len(before) + piece.nbytes + len(after)
         self._place(dcp.MetadataIndex(piece.key, piece.offsets), [before, *values, after], length)
 
@@ -163,10 +170,28 @@ class _Recorder:
         """Do nothing: all is in memory."""
 
 
-def _checked(piece: Piece) -> Tensor:
-    tensor = piece.load()
+def _made(piece: Piece, make: Callable[[], Tensor]) -> Tensor:
+    tensor = make()
     assert tensor.numel() == math.prod(piece.sizes) and tensor.dtype == piece.dtype, piece.key
     return tensor
+
+
+def _cut(piece: Piece) -> Iterator[Piece]:
+    """Cut a piece whose bytes only move into chunks of whole rows."""
+    axis = row_axis(piece.sizes)
+    rows = piece.sizes[axis] if piece.sizes else 1
+    most = max(1, rows * _MAX_CHUNK_BYTES // max(1, piece.nbytes))
+    if callable(piece.values) or rows <= most:
+        yield piece
+        return
+    row = piece.nbytes // rows
+    for first in range(0, rows, most):
+        count = min(most, rows - first)
+        offsets, sizes = list(piece.offsets), list(piece.sizes)
+        offsets[axis] += first
+        sizes[axis] = count
+        values = part_of(piece.values, first * row, count * row)
+        yield dataclasses.replace(piece, offsets=tuple(offsets), sizes=tuple(sizes), values=values)
 
 
 def _groups(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:

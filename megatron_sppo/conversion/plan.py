@@ -49,8 +49,7 @@ def import_pieces(
                 sizes=(*(1,) * len(index), *shape),
                 global_shape=shapes[binding.rule.key],
                 dtype=cast or dtypes[binding.rule.key][0],
-                load=_loader(source, binding, architecture, cast),
-                spans=_spans(source, binding, architecture, cast),
+                values=_spans(source, binding, architecture, cast) or _loader(source, binding, architecture, cast),
             )
         )
     return pieces

@@ -38,6 +38,17 @@ class Span:
     nbytes: int
 
 
+def part_of(spans: Sequence[Span], start: int, nbytes: int) -> tuple[Span, ...]:
+    """Take `nbytes` from `start` on of what the spans hold one after another -> spans."""
+    found = []
+    for span in spans:
+        low, high = max(0, start), min(span.nbytes, start + nbytes)
+        if low < high:
+            found.append(Span(span.path, span.offset + low, high - low))
+        start -= span.nbytes
+    return tuple(found)
+
+
 @dataclass(frozen=True, slots=True)
 class Made:
     """A tensor that has to be computed."""
@@ -209,8 +220,8 @@ class _Budget:
 
 
 def default_workers() -> int:
-    """Count the cores that this process may use, at most 16 -> int."""
-    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
+    """Count the cores that this process may use, and one for a thread that waits for the disk -> int, at most 16."""
+    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)) + 1)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

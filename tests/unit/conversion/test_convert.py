@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed import checkpoint as dcp
 
 from megatron_sppo.architecture import read_architecture
 from megatron_sppo.conversion import convert, distcp_writer, transfer
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
+from megatron_sppo.conversion.distcp import read_metadata
 from megatron_sppo.conversion.hf_checkpoint import parse_size
 from megatron_sppo.conversion.megatron_checkpoint import verify_checkpoint
 from megatron_sppo.errors import ConversionError, DataError
@@ -457,6 +460,27 @@ def test_few_tensors_are_in_memory_at_a_time(
         assert alive == [], "what only moves is never a tensor"
     else:
         assert max(alive) == 2, "q and k, when v is asked for"
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 700, 30_000])
+def test_large_tensors_are_cut_into_chunks_of_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+    whole = import_checkpoint(hf, tmp_path / "whole")
+    monkeypatch.setattr(distcp_writer, "_MAX_CHUNK_BYTES", chunk_bytes)
+    cut = import_checkpoint(hf, tmp_path / "cut")
+    verify_checkpoint(cut)
+    read, read_whole = read_metadata(cut).state_dict_metadata, read_metadata(whole).state_dict_metadata
+    key = "embedding.word_embeddings.weight"
+    row = read[key].size[1] * 4
+    assert len(read_whole[key].chunks) == 1
+    assert len(read[key].chunks) == math.ceil(read[key].size[0] / max(1, chunk_bytes // row))
+    state = [{name: torch.empty(entry.size) for name, entry in read.items() if hasattr(entry, "size")} for _ in "ab"]
+    for content, directory in zip(state, (whole, cut), strict=True):
+        dcp.load(content, checkpoint_id=directory, no_dist=True)  # torch's own reader
+    assert all(torch.equal(state[0][name], state[1][name]) for name in state[0])
+    assert files_of(export_checkpoint(cut, tmp_path / "out")) == files_of(hf)
 
 
 @pytest.mark.parametrize("overrides", [{}, MIXTURES["mixtral"]], ids=["dense", "mixture"])

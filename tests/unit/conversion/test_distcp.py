@@ -28,7 +28,7 @@ def write(directory: Path) -> Path:
             sizes=(1, 4, 5),
             global_shape=(3, 4, 5),
             dtype=torch.float32,
-            load=lambda layer=layer: STACKED[layer],
+            values=lambda layer=layer: STACKED[layer],
         )
         for layer in range(3)
     ]
@@ -40,7 +40,7 @@ def write(directory: Path) -> Path:
                 sizes=(stop - start, 2),
                 global_shape=(7, 2),
                 dtype=torch.bfloat16,
-                load=lambda start=start, stop=stop: ROWS[start:stop],
+                values=lambda start=start, stop=stop: ROWS[start:stop],
             )
         )
     seen: list[int] = []
@@ -129,7 +129,7 @@ def test_hashes_made_while_writing_are_those_of_the_files(tmp_path: Path) -> Non
         sizes=(300, 1000),
         global_shape=(300, 1000),
         dtype=torch.float32,
-        load=lambda: large,
+        values=lambda: large,
     )
     files = write_distcp(tmp_path, [piece], objects={"x": None}, progress=lambda nbytes: None)
     assert sorted(files) == [".metadata", "__0_0.distcp"]
