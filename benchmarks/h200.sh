@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a Hopper GPU, part by part, on a bare machine without a network.
 #
-#   benchmarks/h200.sh PART...      PART: unpack, smoke, tests, g1, g2, g4, all; each but `all` ends within ten minutes
+#   benchmarks/h200.sh PART...      PART: unpack, smoke, tests, g1, g2, g3, fit, g4, all
+#
+# Each but `all` ends within ten minutes. g3 compares the speed of training with TRL's, fit the tokens that memory holds.
 #
 # The machine has Python 3.12, torch 2.11 for CUDA 13 and transformers 5; all else is carried in $BUNDLES (default:
 # bundles/ in the repository):
@@ -13,9 +15,15 @@
 #       --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 --dest bundles \
 #       megatron-core==0.19.2 tyro docstring-parser typeguard nvidia-ml-py psutil pytest pytest-timeout iniconfig pluggy pygments
 #
-# They are unpacked into $SITE (default: .site) once. Peers of g1 (liger-kernel, cut-cross-entropy) take part where their
-# wheels are carried too. g4 also needs PEER_PYTHON: a Python that has llm-blender 0.0.2. Figures are written to
-# benchmarks/results/<gpu>/*.json and, where OUT names a folder, copied there. SHAPES (default "1b 8b") are those of g2.
+# Each is unpacked into $SITE (default: .site) once; where not all can be carried at once, `unpack` takes one load after
+# another. Peers of g1 and g3 (liger-kernel, cut-cross-entropy) take part where their wheels are carried too. g3 and fit
+# need TRL and what it needs beside transformers, 72 MB in the same way:
+#
+#     trl==1.16.0 accelerate datasets pyarrow pandas dill multiprocess xxhash python-dateutil pytz tzdata six jinja2 \
+#       markupsafe aiohttp aiohappyeyeballs aiosignal attrs frozenlist multidict propcache yarl
+#
+# g4 needs PEER_PYTHON: a Python that has llm-blender 0.0.2. Figures are written to benchmarks/results/<gpu>/*.json and,
+# where OUT names a folder, copied there. SHAPES (default "1b 8b") are those of g2.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -32,15 +40,19 @@ usage() {
 }
 
 unpack() {
-  [ -e "$SITE/.unpacked" ] && return
-  local archive=$BUNDLES/te-2.11.0-sm90-torch2.11.0-cp312.tar.xz
-  [ -f "$archive" ] || { echo "h200.sh: error: $archive does not exist. Set BUNDLES to the folder that has it." >&2; exit 2; }
-  mkdir -p "$SITE"
-  "$PYTHON" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' "$archive" "$SITE"
-  for wheel in "$BUNDLES"/*.whl; do
-    [ -e "$wheel" ] && "$PYTHON" -m zipfile -e "$wheel" "$SITE"
+  mkdir -p "$SITE/.unpacked"
+  for bundle in "$BUNDLES"/te-*.tar.xz "$BUNDLES"/*.whl; do
+    local done=$SITE/.unpacked/$(basename "$bundle")
+    [ -e "$bundle" ] && [ ! -e "$done" ] || continue
+    case $bundle in
+      *.whl) "$PYTHON" -m zipfile -e "$bundle" "$SITE" ;;
+      *) "$PYTHON" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' "$bundle" "$SITE" ;;
+    esac
+    touch "$done"
   done
-  touch "$SITE/.unpacked"
+  ls "$SITE/.unpacked" | grep -q '^te-' && return
+  echo "h200.sh: error: $BUNDLES holds no te-*.tar.xz. Set BUNDLES to the folder that does." >&2
+  exit 2
 }
 
 run() {
@@ -58,13 +70,15 @@ part() {
     tests) run "$PYTHON" -m pytest tests/gpu tests/unit/model/test_transformer_engine_spec.py -q -p no:cacheprovider ;;
     g1) run "$PYTHON" -m benchmarks.head_gpu ;;
     g2) for shape in $SHAPES; do run "$PYTHON" -m benchmarks.train_gpu --shape "$shape"; done ;;
+    g3) run "$PYTHON" -m benchmarks.train_throughput --setup h100 --peer-python "$PYTHON" --pairs-per-rank 8 --repeats 2 ;;
+    fit) run "$PYTHON" -m benchmarks.train_throughput --setup h100 --part fit --peer-python "$PYTHON" --pairs-per-rank 8 ;;
     g4)
       : "${PEER_PYTHON:?set PEER_PYTHON to a Python that has llm-blender 0.0.2}"
       run "$PYTHON" -m benchmarks.pairrm --peer-python "$PEER_PYTHON" --device cuda --shape 0.4b --prompts 64 --responses 5
       ;;
-    all) for each in smoke tests g1 g2 g4; do part "$each"; done ;;
+    all) for each in smoke tests g1 g2 g3 fit g4; do part "$each"; done ;;
     *)
-      echo "h200.sh: error: no part $1. Use unpack, smoke, tests, g1, g2, g4 or all." >&2
+      echo "h200.sh: error: no part $1. Use unpack, smoke, tests, g1, g2, g3, fit, g4 or all." >&2
       exit 2
       ;;
   esac

@@ -1,4 +1,4 @@
-"""The peers of figure C3, run in their own environment; `benchmarks.train_throughput` starts them.
+"""The peers of figures C3 and G3, run in their own environment; `benchmarks.train_throughput` starts them.
 
     python3 -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0
 
@@ -7,10 +7,12 @@ Imports nothing of megatron_sppo, which that environment lacks. Commands:
     train_peers.py model DIR JSON                       random Llama and its word-level tokenizer
     torchrun train_peers.py trl|official HF PAIRS OUT JSON     one training run, a JSON file per rank
 
-A run's file holds what `train_throughput` reads: losses, and CPU seconds of the reference pass and of each step.
+A run's file holds what `train_throughput` reads: losses; seconds of the reference pass and of each step (CPU seconds,
+on a GPU wall time); real tokens of each step; on a GPU the peak of allocated memory in bytes.
 """
 
 import copy
+import importlib.util
 import json
 import os
 import sys
@@ -38,30 +40,48 @@ def make_model(directory: str, settings: dict[str, Any]) -> None:
     )
     fast.save_pretrained(directory)
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**settings, bos_token_id=1, eos_token_id=2)).save_pretrained(directory)
+    model = LlamaForCausalLM(LlamaConfig(**settings, bos_token_id=1, eos_token_id=2))
+    model.to(getattr(torch, settings["dtype"])).save_pretrained(directory)
+
+
+def now(device: str) -> float:
+    """Read the clock: this process's CPU seconds, or on a GPU the wall clock once its work is done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def train_trl(hf: str, pairs: list[dict[str, Any]], output: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """TRL's DPOTrainer at its best: reference computed once, no padding beyond the batch; lengths grouped if asked."""
+    """TRL's DPOTrainer at its best: reference computed once, no padding beyond the batch, fused AdamW on a GPU.
+
+    Lengths are grouped and Liger's kernels put in if asked; FlashAttention is taken where it is installed.
+    """
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    seconds: dict[str, Any] = {"reference": 0.0, "steps": []}
+    seconds: dict[str, Any] = {"reference": 0.0, "steps": [], "tokens": []}
+    device = settings["device"]
+    on_gpu = device == "cuda"
 
     class Timed(DPOTrainer):
         def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
-            begin = time.process_time()
+            begin = now(device)
             result = super().compute_ref_log_probs(*args, **kwargs)
-            seconds["reference"] += time.process_time() - begin
+            seconds["reference"] += now(device) - begin
             return result
+
+        def training_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+            seconds["tokens"].append(int(inputs["attention_mask"].sum()))
+            return super().training_step(model, inputs, *args, **kwargs)
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            seconds["begin"] = time.process_time()
+            seconds["begin"] = now(device)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds["steps"].append(time.process_time() - seconds.pop("begin"))
+            seconds["steps"].append(now(device) - seconds.pop("begin"))
 
     config = DPOConfig(
         output_dir=output,
@@ -69,7 +89,7 @@ def train_trl(hf: str, pairs: list[dict[str, Any]], output: str, settings: dict[
         beta=1 / settings["eta"],
         learning_rate=settings["lr"],
         lr_scheduler_type="constant",
-        optim="adamw_torch",
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
         adam_beta2=0.999,
         weight_decay=0.0,
         max_grad_norm=0.0,
@@ -81,8 +101,9 @@ def train_trl(hf: str, pairs: list[dict[str, Any]], output: str, settings: dict[
         length_column_name="length",
         gradient_checkpointing=False,
         remove_unused_columns=False,  # or the lengths are lost
-        use_cpu=True,
-        bf16=False,
+        use_cpu=not on_gpu,
+        bf16=on_gpu,
+        use_liger_kernel=settings["liger"],
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -93,7 +114,8 @@ def train_trl(hf: str, pairs: list[dict[str, Any]], output: str, settings: dict[
     if os.environ["RANK"] == "0":
         Path(f"{output}.jsonl").write_text("".join(json.dumps(_in_words(pair)) + "\n" for pair in pairs))
     config.distributed_state.wait_for_everyone()
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    attention = "flash_attention_2" if on_gpu and importlib.util.find_spec("flash_attn") else "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation=attention)
     trainer = Timed(
         model=model,
         args=config,
@@ -104,6 +126,8 @@ def train_trl(hf: str, pairs: list[dict[str, Any]], output: str, settings: dict[
     for row, pair in zip(trainer.train_dataset, pairs, strict=True):
         assert all(row[f"{name}_ids"] == pair[name] for name in ("prompt", "chosen", "rejected"))
     trainer.train()
+    if on_gpu:
+        seconds["peak"] = torch.cuda.max_memory_allocated()
     return {"losses": [line["loss"] for line in trainer.state.log_history if "loss" in line], **seconds}
 
 
@@ -132,10 +156,11 @@ def train_official(hf: str, pairs: list[dict[str, Any]], output: str, settings: 
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     wrapped = DistributedDataParallel(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings["lr"], betas=(0.9, 0.999), eps=1e-8, weight_decay=0)
-    losses, steps = [], []
+    losses, steps, num_tokens = [], [], []
     for first in range(0, len(pairs), size * share):
         begin = time.process_time()
         tokens, mask, is_response = _padded(pairs[first + rank * share : first + (rank + 1) * share])
+        num_tokens.append(int(mask.sum()))
         log_prob_B = _sequence_log_probs(wrapped, tokens, mask, is_response)
         with torch.no_grad():
             reference_B = _sequence_log_probs(reference, tokens, mask, is_response)
@@ -149,7 +174,7 @@ def train_official(hf: str, pairs: list[dict[str, Any]], output: str, settings: 
         torch.distributed.all_reduce(mean)
         losses.append(float(mean))
     torch.distributed.destroy_process_group()
-    return {"losses": losses, "reference": 0.0, "steps": steps}
+    return {"losses": losses, "reference": 0.0, "steps": steps, "tokens": num_tokens}
 
 
 def _padded(pairs: list[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,12 +1,17 @@
-"""Figure C3: tokens trained per second, two data-parallel CPU ranks: ours, TRL's DPOTrainer, the official SPPO maths.
+"""Figures C3 (CPU) and G3 (GPU): tokens trained per second: ours, TRL's DPOTrainer, the official SPPO maths.
 
     python3 -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0       # the peers' own environment
-    OMP_NUM_THREADS=1 python -m benchmarks.train_throughput --peer-python trl/bin/python
+    OMP_NUM_THREADS=1 python -m benchmarks.train_throughput --peer-python trl/bin/python             C3
+    python -m benchmarks.train_throughput --peer-python PYTHON --setup h100 [--part fit]             G3
+    python -m benchmarks.train_throughput --peer-python trl/bin/python --setup dry [--part fit]      G3's way, anywhere
 
-A random Llama of 22 million parameters, pairs of random tokens with chat-like lengths (benchmarks/head.py), float32,
-AdamW, loss sppo_hard. Same weights and global batches for all: their losses are first checked equal. Then the trainers
-take turns. Seconds are CPU seconds of the slower rank of each step, and of the reference pass, whose cost ours and TRL
-pay once; the official code runs its reference model in every step. Real tokens are prompts' and responses'.
+A random Llama, pairs of random tokens with chat-like lengths (benchmarks/head.py), AdamW, loss sppo_hard. C3: 22
+million parameters, float32, two data-parallel ranks. G3: the shape of Llama-3.2-1B, one rank; ours in bfloat16 with
+float32 master weights through Transformer Engine, TRL's in bfloat16 autocast over float32 weights. Same weights and
+global batches for all: their losses are first checked equal. Then the trainers take turns. Seconds are CPU seconds of
+the slower rank (G3: wall time) of each step, and of the reference pass, whose cost ours and TRL pay once; the official
+code runs its reference model in every step. Real tokens are prompts' and responses'. `--part fit` looks for the largest
+micro-batch that trains: pairs are doubled until memory runs out, then tried half-way between.
 """
 
 import json
@@ -15,16 +20,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from benchmarks.head import draw_lengths
-from benchmarks.record import Row, describe_cpu, ratio_of_medians, write_results
+from benchmarks.record import Row, describe_machine, figure, ratio_of_medians, write_results
+from benchmarks.train_peers import now
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
 from megatron_sppo.conversion.convert import import_checkpoint
@@ -32,11 +39,10 @@ from megatron_sppo.data.planning import epoch_order
 from megatron_sppo.data.writer import DatasetWriter
 
 NAME = "train_throughput.py"
-RANKS = 2
 SEED = 1234
 END = 2
 """Id of the end-of-sequence token."""
-MODEL = {
+SMALL = {
     "vocab_size": 32000,
     "hidden_size": 256,
     "intermediate_size": 688,
@@ -45,14 +51,97 @@ MODEL = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
+    "dtype": "float32",
 }
-TRAINERS = {
-    "ours": "",
-    "TRL DPOTrainer sppo_hard": "trl",
-    "TRL DPOTrainer sppo_hard, grouped by length": "trl",
-    "official SPPO's maths": "official",
+LLAMA_1B = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
 }
-TARGETS = {"trl": 1.8, "official": 2.2}
+TINY = {**LLAMA_1B, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
+OURS = "ours"
+TRL = "TRL DPOTrainer sppo_hard"
+OFFICIAL = "official SPPO's maths"
+TRAINERS: dict[str, tuple[str, dict[str, bool]]] = {
+    OURS: ("", {}),
+    TRL: ("trl", {}),
+    f"{TRL}, grouped by length": ("trl", {"group_by_length": True}),
+    f"{TRL}, Liger's kernels": ("trl", {"liger": True}),
+    f"{TRL}, Liger's kernels, grouped by length": ("trl", {"liger": True, "group_by_length": True}),
+    OFFICIAL: ("official", {}),
+}
+"""Command of train_peers.py (none for ours), and its settings, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Where and at what size trainers are compared."""
+
+    figure: str
+    file: str
+    model: dict[str, Any]
+    ranks: int
+    device: Literal["cpu", "cuda"]
+    precision: str
+    flags: str
+    """Ours, beside those that all setups share."""
+    peers: tuple[str, ...]
+    targets: dict[str, float]
+    """By command of the peer: ours over the peer's tokens a second."""
+    lr: float
+    tolerance: float
+    """Of the losses, relative."""
+    warm_up: int
+    """First steps that are not timed."""
+
+
+_TRL = tuple(name for name in TRAINERS if name.startswith(TRL))
+_H100 = Setup(
+    figure="G3",
+    file="train_throughput_1b",
+    model=LLAMA_1B,
+    ranks=1,
+    device="cuda",
+    precision="bfloat16",
+    flags="--params-dtype bfloat16 --transformer-impl transformer_engine",
+    peers=_TRL,
+    targets={"trl": 2.0},
+    lr=1e-6,
+    tolerance=0.02,
+    warm_up=2,
+)
+SETUPS = {
+    "cpu": Setup(
+        figure="C3",
+        file="train_throughput",
+        model=SMALL,
+        ranks=2,
+        device="cpu",
+        precision="float32",
+        flags="--params-dtype float32",
+        peers=(TRL, f"{TRL}, grouped by length", OFFICIAL),
+        targets={"trl": 1.8, "official": 2.2},
+        lr=1e-4,
+        tolerance=1e-3,
+        warm_up=0,
+    ),
+    "h100": _H100,
+    "dry": replace(
+        _H100, file="train_throughput_dry", model=TINY, device="cpu", flags="--params-dtype bfloat16", peers=_TRL[:2]
+    ),
+}
+MORE_TOKENS = 3.0
+"""Target of `--part fit`."""
+MOST_PAIRS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +150,19 @@ class ThroughputConfig:
 
     peer_python: Path
     """Python of the peers' environment."""
+    setup: Literal["cpu", "h100", "dry"] = "cpu"
+    part: Literal["speed", "fit"] = "speed"
+    """Tokens a second, or the largest micro-batch that trains (one rank)."""
     steps: int = 10
     pairs_per_rank: int = 4
-    """Pairs in a step, for each of the two ranks; the peers' per-device batch."""
+    """Pairs in a step, for each rank; the peers' per-device batch."""
     repeats: int = 5
     """Measured turns of each trainer."""
     eta: float = 10.0
-    lr: float = 1e-4
+    most_pairs: int = MOST_PAIRS
+    """Where `--part fit` stops if memory does not run out."""
     machine: str | None = None
-    """Folder under benchmarks/results; None names the processor."""
+    """Folder under benchmarks/results; None names the GPU or the processor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,19 +173,24 @@ class Workload:
     megatron: Path
     data: Path
     pairs: Path
-    num_tokens: int
 
 
-def prepare(config: ThroughputConfig, root: Path) -> Workload:
-    """Write the model in both forms, and the pairs: a dataset of ours, and JSON lines in the order ours visits them."""
-    subprocess.run([str(config.peer_python), str(_peers()), "model", str(root / "hf"), json.dumps(MODEL)], check=True)
+def make_model(config: ThroughputConfig, root: Path) -> tuple[Path, Path]:
+    """Write the model in both forms -> (Hugging Face's, Megatron's)."""
+    model = SETUPS[config.setup].model
+    subprocess.run([str(config.peer_python), str(_peers()), "model", str(root / "hf"), json.dumps(model)], check=True)
     import_checkpoint(root / "hf", root / "megatron")
-    num_pairs = config.steps * RANKS * config.pairs_per_rank
+    return root / "hf", root / "megatron"
+
+
+def write_pairs(models: tuple[Path, Path], root: Path, num_pairs: int, *, vocab_size: int) -> Workload:
+    """Write pairs, as a dataset of ours and as JSON lines in the order in which ours visits them."""
+    root.mkdir()
     prompts, responses = draw_lengths(num_pairs, np.random.default_rng(11))
     generator = np.random.default_rng(12)
 
     def draw(length: int) -> list[int]:
-        return generator.integers(3, MODEL["vocab_size"], length).tolist()
+        return generator.integers(3, vocab_size, length).tolist()
 
     pairs = [
         {
@@ -106,7 +204,7 @@ def prepare(config: ThroughputConfig, root: Path) -> Workload:
         root / "data",
         num_responses=2,
         tokenizer_hash=None,
-        vocab_size=MODEL["vocab_size"],
+        vocab_size=vocab_size,
         judge="rules:concise",
         preset="paper",
         selection="all",
@@ -117,36 +215,62 @@ def prepare(config: ThroughputConfig, root: Path) -> Workload:
             writer.append(pair["prompt"], [pair["chosen"], pair["rejected"]], logits)
     visited = [pairs[i] for i in epoch_order(num_pairs, seed=SEED, epoch=0)]
     (root / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in visited), encoding="ascii")
-    num_tokens = int((prompts + responses).sum())
-    return Workload(hf=root / "hf", megatron=root / "megatron", data=root / "data", pairs=root / "pairs.jsonl",
-                    num_tokens=num_tokens)  # fmt: skip
+    return Workload(hf=models[0], megatron=models[1], data=root / "data", pairs=root / "pairs.jsonl")
 
 
-def train(name: str, config: ThroughputConfig, work: Workload, output: Path) -> dict[str, Any]:
-    """Train once -> losses, critical-path CPU seconds: of the reference pass, and of each step."""
+def train(name: str, config: ThroughputConfig, work: Workload, output: Path, *, pairs: int) -> dict[str, Any]:
+    """Train once -> losses; seconds on the critical path: of the reference pass, of each step; tokens of each step.
+
+    Raises:
+        OutOfMemory: of the GPU.
+        RuntimeError: the trainer failed otherwise.
+    """
+    setup = SETUPS[config.setup]
+    command, choices = TRAINERS[name]
     settings = {
         "eta": config.eta,
-        "lr": config.lr,
-        "pairs_per_rank": config.pairs_per_rank,
-        "group_by_length": "grouped" in name,
+        "lr": setup.lr,
+        "pairs_per_rank": pairs,
+        "device": setup.device,
+        "ranks": setup.ranks,
+        "flags": setup.flags,
+        "group_by_length": False,
+        "liger": False,
+        **choices,
     }
-    if TRAINERS[name]:
+    if command:
         python, script = str(config.peer_python), str(_peers())
-        arguments = [TRAINERS[name], str(work.hf), str(work.pairs), str(output), json.dumps(settings)]
+        arguments = [command, str(work.hf), str(work.pairs), str(output), json.dumps(settings)]
     else:
         python, script = sys.executable, str(Path(__file__))
         arguments = ["rank", str(work.megatron), str(work.data), str(output), json.dumps(settings)]
-    launcher = [python, "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}", "--master-port=29571"]
+    launcher = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={setup.ranks}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with open(f"{output}.log", "wb") as log:
         done = subprocess.run([*launcher, script, *arguments], env=environment, stdout=log, stderr=log, check=False)
     if done.returncode:
-        raise RuntimeError(f"{name} failed:\n{Path(f'{output}.log').read_text(errors='replace')[-4000:]}")
-    ranks = [json.loads((output / f"rank_{rank}.json").read_text()) for rank in range(RANKS)]
-    slowest = [max(times) for times in zip(*(rank["steps"] for rank in ranks), strict=True)]
-    reference = max(rank["reference"] for rank in ranks)
-    print(f"    {name}: reference {reference:.1f}, steps {sum(slowest):.1f} CPU seconds of the slower rank", flush=True)
-    return {"losses": ranks[0]["losses"], "reference": reference, "steps": slowest}
+        text = Path(f"{output}.log").read_text(errors="replace")
+        if "out of memory" in text.lower():
+            raise OutOfMemory(name)
+        raise RuntimeError(f"{name} failed:\n{text[-4000:]}")
+    ranks = [json.loads((output / f"rank_{rank}.json").read_text()) for rank in range(setup.ranks)]
+    result = {
+        "losses": ranks[0]["losses"],
+        "reference": max(rank["reference"] for rank in ranks),
+        "steps": [max(times) for times in zip(*(rank["steps"] for rank in ranks), strict=True)],
+        "tokens": [sum(tokens) for tokens in zip(*(rank["tokens"] for rank in ranks), strict=True)],
+        "peak": max(rank.get("peak", 0) for rank in ranks),
+    }
+    print(
+        f"    {name}: reference {result['reference']:.1f}, steps {sum(result['steps']):.1f} seconds of the slower "
+        f"rank, {sum(result['tokens'])} tokens, peak {result['peak'] / 2**30:.1f} GiB",
+        flush=True,
+    )
+    return result
+
+
+class OutOfMemory(Exception):
+    """The GPU's memory does not hold the micro-batch."""
 
 
 def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -> None:
@@ -159,9 +283,10 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
     share = 2 * settings["pairs_per_rank"]
     argv = (
         f"--load {megatron} --data {data} --save {output}/run --objective sppo_hard --eta {settings['eta']} "
-        f"--micro-batch-size {share} --global-batch-size {RANKS * share} --seed {SEED} --lr {settings['lr']} "
-        "--lr-decay-style constant --clip-grad 0 --params-dtype float32 --no-tensorboard"
+        f"--micro-batch-size {share} --global-batch-size {settings['ranks'] * share} --seed {SEED} "
+        f"--lr {settings['lr']} --lr-decay-style constant --clip-grad 0 --no-tensorboard {settings['flags']}"
     )
+    clock = partial(now, settings["device"])
     config = parse(TrainingConfig, name=NAME, description="", argv=argv.split())
     source, architecture, tokenizer = inputs.open_source(config)
     dataset = inputs.open_dataset(config, architecture, tokenizer)
@@ -174,16 +299,17 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
     scheduler = build_scheduler(optimizer, config.optimization, train_iters=batches.train_iters)
     progress = loop.Progress(facts=loop.run_facts(batches, config))
     progress.reference = reference.fingerprint(policy, dataset, config, selection=batches.selection)
-    begin = time.process_time()
+    begin = clock()
     reference_GK = reference.load_or_compute(policy, dataset, batches, progress.reference, config=config)
-    result: dict[str, Any] = {"reference": time.process_time() - begin, "steps": []}
+    result: dict[str, Any] = {"reference": clock() - begin, "steps": [], "tokens": []}
 
     def clocked() -> Iterator[Any]:
-        begin = time.process_time()
+        begin = clock()
         for plan in batches.steps(first=1, last=batches.train_iters, reference_GK=reference_GK):
             yield plan
-            result["steps"].append(time.process_time() - begin)
-            begin = time.process_time()
+            result["tokens"].append(sum(micro_batch.num_tokens for micro_batch in plan.micro_batches))
+            result["steps"].append(clock() - begin)
+            begin = clock()
 
     loop.train(
         policy,
@@ -199,53 +325,114 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
     if rank == 0:
         lines = Path(output, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         result["losses"] = [json.loads(line)["loss"] for line in lines]
+    if settings["device"] == "cuda":
+        result["peak"] = torch.cuda.max_memory_allocated()
     Path(output, f"rank_{rank}.json").write_text(json.dumps(result), encoding="ascii")
     parallel.shut_down()
 
 
-def check_losses(losses: dict[str, list[float]]) -> float:
-    """Refuse to compare speeds of trainers whose loss curves differ by more than 1e-3 -> the greatest difference."""
+def check_losses(losses: dict[str, list[float]], tolerance: float) -> float:
+    """Refuse to compare speeds of trainers whose loss curves differ by more than `tolerance` -> the difference."""
     worst = 0.0
     for name, curve in losses.items():
-        apart = np.abs(np.array(curve) / np.array(losses["ours"]) - 1).max()
+        apart = np.abs(np.array(curve) / np.array(losses[OURS]) - 1).max()
         print(f"    {name}: losses {curve[0]:.4f} .. {curve[-1]:.4f}, differ by {apart:.2g}", flush=True)
         worst = max(worst, float(apart))
-    assert worst <= 1e-3, f"losses differ by {worst:.2g}"
+    assert worst <= tolerance, f"losses differ by {worst:.2g}"
     return worst
 
 
 def compare(config: ThroughputConfig, root: Path) -> Iterator[list[Row]]:
     """Train in turns, and yield the rows after each round, the last of them counting all."""
-    work = prepare(config, root)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in TRAINERS}
+    setup = SETUPS[config.setup]
+    num_pairs = config.steps * setup.ranks * config.pairs_per_rank
+    work = write_pairs(make_model(config, root), root / "pairs", num_pairs, vocab_size=setup.model["vocab_size"])
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (OURS, *_present(setup, config))}
     for repeat in range(config.repeats):
-        for index, name in enumerate(list(TRAINERS)[:: -1 if repeat % 2 else 1]):
-            runs[name].append(train(name, config, work, root / f"run_{repeat}_{index}"))
+        for index, name in enumerate(list(runs)[:: -1 if repeat % 2 else 1]):
+            runs[name].append(train(name, config, work, root / f"run_{repeat}_{index}", pairs=config.pairs_per_rank))
         if repeat == 0:
-            apart = check_losses({name: done[0]["losses"] for name, done in runs.items() if "grouped" not in name})
-        seconds = {name: [run["reference"] + sum(run["steps"]) for run in done] for name, done in runs.items()}
+            same = {name: done[0]["losses"] for name, done in runs.items() if "grouped" not in name}
+            apart = check_losses(same, setup.tolerance)
+        kind = "CPU second of the slower rank" if setup.device == "cpu" else "second"
         metric = (
-            f"real tokens per CPU second of the slower rank, reference pass included, DP{RANKS}, float32, "
-            f"{config.steps} steps of {RANKS}x{config.pairs_per_rank} pairs, {work.num_tokens} tokens, "
+            f"real tokens per {kind}, reference pass included, DP{setup.ranks}, {setup.precision}, {config.steps} "
+            f"steps of {setup.ranks}x{config.pairs_per_rank} pairs, {sum(runs[OURS][0]['tokens'])} tokens, "
             f"{repeat + 1} turns; losses of the same batches differ by {apart:.1g}"
         )
-        yield [_row(name, metric, seconds, work.num_tokens) for name in list(TRAINERS)[1:]]
+        pace = {name: [_seconds_per_token(run, setup.warm_up) for run in done] for name, done in runs.items()}
+        rows = [_row(setup, name, metric, pace) for name in list(runs)[1:]]
+        if setup.device == "cuda":
+            rows += [_memory_row(setup, name, runs) for name in list(runs)[1:]]
+        yield rows
 
 
-def _row(name: str, metric: str, seconds: dict[str, list[float]], num_tokens: int) -> Row:
-    ratio, spread = ratio_of_medians(seconds[name], seconds["ours"])
-    target = TARGETS[TRAINERS[name]]
-    return Row(
-        id="C3",
-        metric=metric,
-        ours=num_tokens / statistics.median(seconds["ours"]),
-        peer=num_tokens / statistics.median(seconds[name]),
-        peer_name=name,
-        ratio=ratio,
-        target=f"ours / peer >= {target}",
-        met=ratio >= target,
-        spread=spread,
-    )
+def fit(config: ThroughputConfig, root: Path) -> list[Row]:
+    """Find the largest micro-batch that each trainer trains, in two steps of it -> rows."""
+    setup = SETUPS[config.setup]
+    assert setup.ranks == 1
+    models = make_model(config, root)
+
+    def tokens_of(name: str, pairs: int) -> int:
+        """Train two steps -> real tokens of the larger one, 0 if memory runs out."""
+        data = root / f"pairs_{pairs}"
+        if not data.exists():
+            write_pairs(models, data, 2 * pairs, vocab_size=setup.model["vocab_size"])
+        work = Workload(hf=models[0], megatron=models[1], data=data / "data", pairs=data / "pairs.jsonl")
+        output = root / f"fit_{list(TRAINERS).index(name)}_{pairs}"
+        try:
+            return max(train(name, config, work, output, pairs=pairs)["tokens"])
+        except OutOfMemory:
+            print(f"    {name}: {pairs} pairs do not fit", flush=True)
+            return 0
+
+    largest = {}
+    for name in (OURS, *(peer for peer in _present(setup, config) if "grouped" not in peer)):
+        pairs, most = config.pairs_per_rank, 0
+        while pairs <= config.most_pairs and (tokens := tokens_of(name, pairs)):
+            pairs, most = 2 * pairs, tokens
+        assert most, f"{name}: not even {pairs} pairs fit. Start with fewer: --pairs-per-rank."
+        largest[name] = (pairs <= config.most_pairs and tokens_of(name, 3 * pairs // 4)) or most
+    metric = f"real tokens of the largest micro-batch that trains, {setup.precision}, no recomputation"
+    return [
+        figure(
+            setup.figure,
+            metric,
+            largest[OURS],
+            tokens,
+            name,
+            largest[OURS] / tokens,
+            f">= {MORE_TOKENS}",
+            largest[OURS] / tokens >= MORE_TOKENS,
+        )
+        for name, tokens in list(largest.items())[1:]
+    ]
+
+
+def _present(setup: Setup, config: ThroughputConfig) -> list[str]:
+    """List the peers whose packages the peers' environment has."""
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('liger_kernel') is None)"
+    has_liger = subprocess.run([str(config.peer_python), "-c", look], check=False).returncode == 0
+    return [name for name in setup.peers if has_liger or "Liger" not in name]
+
+
+def _seconds_per_token(run: dict[str, Any], warm_up: int) -> float:
+    """Divide the timed steps' seconds, with their share of the reference pass, by their tokens."""
+    tokens = sum(run["tokens"][warm_up:])
+    return sum(run["steps"][warm_up:]) / tokens + run["reference"] / sum(run["tokens"])
+
+
+def _row(setup: Setup, name: str, metric: str, pace: dict[str, list[float]]) -> Row:
+    ratio, spread = ratio_of_medians(pace[name], pace[OURS])
+    target = setup.targets[TRAINERS[name][0]]
+    ours, theirs = (1 / statistics.median(pace[trainer]) for trainer in (OURS, name))
+    return figure(setup.figure, metric, ours, theirs, name, ratio, f"ours / peer >= {target}", ratio >= target, spread)
+
+
+def _memory_row(setup: Setup, name: str, runs: dict[str, list[dict[str, Any]]]) -> Row:
+    ours, theirs = (max(run["peak"] for run in runs[trainer]) / 2**30 for trainer in (OURS, name))
+    metric = "peak of allocated memory in the same runs, GiB"
+    return figure(setup.figure, metric, ours, theirs, name, ours / theirs, "(no target)", None)
 
 
 def _peers() -> Path:
@@ -253,12 +440,16 @@ def _peers() -> Path:
 
 
 def main() -> None:
-    """Measure and write benchmarks/results/<machine>/train_throughput.json."""
+    """Measure and write benchmarks/results/<machine>/train_throughput*.json."""
     config = parse(ThroughputConfig, name=NAME, description=str(__doc__))
-    machine = config.machine or describe_cpu()
+    machine, file = config.machine or describe_machine(), SETUPS[config.setup].file
+    packages = ["torch", "megatron-core"]
     with tempfile.TemporaryDirectory() as root:
+        if config.part == "fit":
+            write_results(f"{file}_fit", fit(config, Path(root)), machine=machine, packages=packages)
+            return
         for rows in compare(config, Path(root)):  # written round by round: each takes minutes
-            write_results("train_throughput", rows, machine=machine, packages=["torch", "megatron-core"])
+            write_results(file, rows, machine=machine, packages=packages)
 
 
 if __name__ == "__main__":

@@ -56,9 +56,9 @@ class Truth:
         On every rank the log-ratio is zero where the reference pass and training meet: no step has been made.
         """
         if "one rank" not in self.answers:
-            self.answers["one rank"] = self._step(1, self.one_rank, directory / "one_rank")
+            self.answers["one rank"] = self.step(1, self.one_rank, directory / "one_rank")
         one_rank = self.answers["one rank"]
-        found = self._step(world_size, flags, directory / "layout")
+        found = self.step(world_size, flags, directory / "layout")
         assert found["weights"] == one_rank["weights"]
         for truth in (one_rank, self.hugging_face(found["rows"])):
             np.testing.assert_array_equal(found["rows"], truth["rows"])
@@ -67,7 +67,7 @@ class Truth:
             assert_same_gradient(found["gradient"], truth["gradient"])
         return found["gradient"]
 
-    def _step(self, world_size: int, flags: str, directory: Path) -> dict[str, Any]:
+    def step(self, world_size: int, flags: str, directory: Path) -> dict[str, Any]:
         """Run the first step on ranks that agree with each other -> rank 0's answer, with the exported gradient."""
         results = self.run(world_size, flags, save=directory / "gradient")
         for result in results:  # every rank knows the whole batch's log-probabilities, and the model by its weights
@@ -78,10 +78,15 @@ class Truth:
         exported = export_checkpoint(directory / "gradient", directory / "hf") / "model.safetensors"
         return {**results[0], "gradient": load_file(exported)}
 
+    @property
+    def dataset(self) -> PreferenceDataset:
+        """The judged responses."""
+        return PreferenceDataset(self.data)
+
     def run(self, world_size: int, flags: str, *, save: Path | None = None) -> list[dict[str, Any]]:
         """Run `first_step` in a layout -> its results by rank."""
-        dataset = PreferenceDataset(self.data)
-        arguments = (str(self.megatron), str(self.data), reference_of(dataset), None if save is None else str(save))
+        save_to = None if save is None else str(save)
+        arguments = (str(self.megatron), str(self.data), reference_of(self.dataset), save_to)
         return run_ranks(first_step, world_size, *arguments, [*BASE, *flags.split()])
 
     def hugging_face(self, rows: np.ndarray) -> dict[str, Any]:
@@ -97,7 +102,7 @@ class Truth:
     def _hugging_face(self, rows: np.ndarray) -> dict[str, Any]:
         from transformers import AutoModelForCausalLM
 
-        dataset = PreferenceDataset(self.data)
+        dataset = self.dataset
         eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
         model = AutoModelForCausalLM.from_pretrained(self.hf, dtype=torch.float64, **eager)
         model.config.output_router_logits = self.further_loss is not None

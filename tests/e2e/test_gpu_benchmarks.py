@@ -22,8 +22,7 @@ def test_the_script_explains_itself_and_refuses_what_it_does_not_know(tmp_path: 
     environment = {"PATH": "/usr/bin:/bin", "BUNDLES": str(tmp_path), "SITE": str(tmp_path / "site")}
     done = subprocess.run([SCRIPT, "smoke"], capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and "Set BUNDLES" in done.stderr
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / ".unpacked").touch()
+    (tmp_path / "site" / ".unpacked" / "te-.tar.xz").touch()
     done = subprocess.run([SCRIPT, "g9"], capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and "no part g9" in done.stderr
 
