@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Everything that needs a Hopper GPU, part by part, on a bare machine without a network.
 #
-#   benchmarks/h200.sh PART...      PART: unpack, smoke, tests, g1, g2, g3, fit, g4, all
+#   benchmarks/h200.sh PART...      PART: unpack, smoke, tests, g1, g2, curve, g3, fit, g4, all
 #
-# Each but `all` ends within ten minutes. g3 compares the speed of training with TRL's, fit the tokens that memory holds.
+# Each but `all` ends within ten minutes (g2: each of its SHAPES). curve trains a 1B shape in bfloat16 and in FP8 and compares the losses; g3
+# compares the speed of training with TRL's, fit the tokens that memory holds.
 #
 # The machine has Python 3.12, torch 2.11 for CUDA 13 and transformers 5; all else is carried in $BUNDLES (default:
 # bundles/ in the repository):
@@ -60,6 +61,10 @@ run() {
   timeout "$LIMIT" "$@"
 }
 
+train() {
+  run "$PYTHON" -m benchmarks.train_throughput --setup h100 --peer-python "$PYTHON" --pairs-per-rank 8 "$@"
+}
+
 part() {
   case $1 in
     unpack) ;;
@@ -70,15 +75,16 @@ part() {
     tests) run "$PYTHON" -m pytest tests/gpu tests/unit/model/test_transformer_engine_spec.py -q -p no:cacheprovider ;;
     g1) run "$PYTHON" -m benchmarks.head_gpu ;;
     g2) for shape in $SHAPES; do run "$PYTHON" -m benchmarks.train_gpu --shape "$shape"; done ;;
-    g3) run "$PYTHON" -m benchmarks.train_throughput --setup h100 --peer-python "$PYTHON" --pairs-per-rank 8 --repeats 2 ;;
-    fit) run "$PYTHON" -m benchmarks.train_throughput --setup h100 --part fit --peer-python "$PYTHON" --pairs-per-rank 8 ;;
+    curve) train --part curve --steps 10 ;;
+    g3) train --repeats 2 ;;
+    fit) train --part fit ;;
     g4)
       : "${PEER_PYTHON:?set PEER_PYTHON to a Python that has llm-blender 0.0.2}"
       run "$PYTHON" -m benchmarks.pairrm --peer-python "$PEER_PYTHON" --device cuda --shape 0.4b --prompts 64 --responses 5
       ;;
-    all) for each in smoke tests g1 g2 g3 fit g4; do part "$each"; done ;;
+    all) for each in smoke tests g1 g2 curve g3 fit g4; do part "$each"; done ;;
     *)
-      echo "h200.sh: error: no part $1. Use unpack, smoke, tests, g1, g2, g3, fit, g4 or all." >&2
+      echo "h200.sh: error: no part $1. Use unpack, smoke, tests, g1, g2, curve, g3, fit, g4 or all." >&2
       exit 2
       ;;
   esac

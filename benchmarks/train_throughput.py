@@ -2,8 +2,8 @@
 
     python3 -m venv trl && trl/bin/pip install torch==2.13.0 trl==1.16.0       # the peers' own environment
     OMP_NUM_THREADS=1 python -m benchmarks.train_throughput --peer-python trl/bin/python             C3
-    python -m benchmarks.train_throughput --peer-python PYTHON --setup h100 [--part fit]             G3
-    python -m benchmarks.train_throughput --peer-python trl/bin/python --setup dry [--part fit]      G3's way, anywhere
+    python -m benchmarks.train_throughput --peer-python PYTHON --setup h100 [--part fit|curve]       G3
+    python -m benchmarks.train_throughput --peer-python trl/bin/python --setup dry [--part fit|curve]     G3's way
 
 A random Llama, pairs of random tokens with chat-like lengths (benchmarks/head.py), AdamW, loss sppo_hard. C3: 22
 million parameters, float32, two data-parallel ranks. G3: the shape of Llama-3.2-1B, one rank; ours in bfloat16 with
@@ -11,7 +11,8 @@ float32 master weights through Transformer Engine, TRL's in bfloat16 autocast ov
 global batches for all: their losses are first checked equal. Then the trainers take turns. Seconds are CPU seconds of
 the slower rank (G3: wall time) of each step, and of the reference pass, whose cost ours and TRL pay once; the official
 code runs its reference model in every step. Real tokens are prompts' and responses'. `--part fit` looks for the largest
-micro-batch that trains: pairs are doubled until memory runs out, then tried half-way between.
+micro-batch that trains: pairs are doubled until memory runs out, then tried half-way between. `--part curve` trains
+ours in bfloat16 and in FP8 (dry: in float32) on the same batches and compares the losses.
 """
 
 import json
@@ -102,6 +103,8 @@ class Setup:
     """Of the losses, relative."""
     warm_up: int
     """First steps that are not timed."""
+    other_precision: tuple[str, str]
+    """Name and flags of what `--part curve` compares ours with."""
 
 
 _TRL = tuple(name for name in TRAINERS if name.startswith(TRL))
@@ -118,6 +121,7 @@ _H100 = Setup(
     lr=1e-6,
     tolerance=0.02,
     warm_up=2,
+    other_precision=("FP8 tensorwise", "--fp8 hybrid --fp8-recipe tensorwise"),
 )
 SETUPS = {
     "cpu": Setup(
@@ -133,15 +137,23 @@ SETUPS = {
         lr=1e-4,
         tolerance=1e-3,
         warm_up=0,
+        other_precision=("bfloat16", "--params-dtype bfloat16"),
     ),
     "h100": _H100,
     "dry": replace(
-        _H100, file="train_throughput_dry", model=TINY, device="cpu", flags="--params-dtype bfloat16", peers=_TRL[:2]
+        _H100,
+        file="train_throughput_dry",
+        model=TINY,
+        device="cpu",
+        flags="--params-dtype bfloat16",
+        peers=_TRL[:2],
+        other_precision=("float32", "--params-dtype float32"),
     ),
 }
 MORE_TOKENS = 3.0
 """Target of `--part fit`."""
-MOST_PAIRS = 512
+CURVE_EPOCHS, CURVE_LR, CURVE_BOUND = 4, 1e-5, 0.05
+"""Of `--part curve`: losses of both precisions differ by at most this, relative, and fall by twice as much."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,15 +163,15 @@ class ThroughputConfig:
     peer_python: Path
     """Python of the peers' environment."""
     setup: Literal["cpu", "h100", "dry"] = "cpu"
-    part: Literal["speed", "fit"] = "speed"
-    """Tokens a second, or the largest micro-batch that trains (one rank)."""
+    part: Literal["speed", "fit", "curve"] = "speed"
+    """Tokens a second, the largest micro-batch that trains (one rank), or the losses in two precisions."""
     steps: int = 10
     pairs_per_rank: int = 4
     """Pairs in a step, for each rank; the peers' per-device batch."""
     repeats: int = 5
     """Measured turns of each trainer."""
     eta: float = 10.0
-    most_pairs: int = MOST_PAIRS
+    most_pairs: int = 512
     """Where `--part fit` stops if memory does not run out."""
     machine: str | None = None
     """Folder under benchmarks/results; None names the GPU or the processor."""
@@ -218,8 +230,15 @@ def write_pairs(models: tuple[Path, Path], root: Path, num_pairs: int, *, vocab_
     return Workload(hf=models[0], megatron=models[1], data=root / "data", pairs=root / "pairs.jsonl")
 
 
-def train(name: str, config: ThroughputConfig, work: Workload, output: Path, *, pairs: int) -> dict[str, Any]:
+def train(
+    name: str, config: ThroughputConfig, work: Workload, output: Path, *, pairs: int, **further: Any
+) -> dict[str, Any]:
     """Train once -> losses; seconds on the critical path: of the reference pass, of each step; tokens of each step.
+
+    Args:
+        name: of TRAINERS.
+        pairs: of a rank's micro-batch, which is its share of the step.
+        further: settings of ours in place of the setup's: flags, lr, epochs.
 
     Raises:
         OutOfMemory: of the GPU.
@@ -234,9 +253,11 @@ def train(name: str, config: ThroughputConfig, work: Workload, output: Path, *, 
         "device": setup.device,
         "ranks": setup.ranks,
         "flags": setup.flags,
+        "epochs": 1,
         "group_by_length": False,
         "liger": False,
         **choices,
+        **further,
     }
     if command:
         python, script = str(config.peer_python), str(_peers())
@@ -244,6 +265,8 @@ def train(name: str, config: ThroughputConfig, work: Workload, output: Path, *, 
     else:
         python, script = sys.executable, str(Path(__file__))
         arguments = ["rank", str(work.megatron), str(work.data), str(output), json.dumps(settings)]
+    for path in work.data.glob("reference.*"):  # kept beside the data by an earlier run: each pays for its own
+        path.unlink()
     launcher = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={setup.ranks}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with open(f"{output}.log", "wb") as log:
@@ -284,7 +307,8 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
     argv = (
         f"--load {megatron} --data {data} --save {output}/run --objective sppo_hard --eta {settings['eta']} "
         f"--micro-batch-size {share} --global-batch-size {settings['ranks'] * share} --seed {SEED} "
-        f"--lr {settings['lr']} --lr-decay-style constant --clip-grad 0 --no-tensorboard {settings['flags']}"
+        f"--lr {settings['lr']} --lr-decay-style constant --clip-grad 0 --no-tensorboard "
+        f"--num-epochs {settings['epochs']} {settings['flags']}"
     )
     clock = partial(now, settings["device"])
     config = parse(TrainingConfig, name=NAME, description="", argv=argv.split())
@@ -409,6 +433,29 @@ def fit(config: ThroughputConfig, root: Path) -> list[Row]:
     ]
 
 
+def curve(config: ThroughputConfig, root: Path) -> list[Row]:
+    """Train on the same batches in two precisions, several epochs -> rows on the losses' difference."""
+    setup = SETUPS[config.setup]
+    name, flags = setup.other_precision
+    num_pairs = config.steps * setup.ranks * config.pairs_per_rank
+    work = write_pairs(make_model(config, root), root / "pairs", num_pairs, vocab_size=setup.model["vocab_size"])
+    wanted, found = (
+        np.array(train(OURS, config, work, root / f"run_{index}", pairs=config.pairs_per_rank, lr=CURVE_LR,
+                       epochs=CURVE_EPOCHS, flags=f"{setup.flags} {more}")["losses"])
+        for index, more in enumerate(("", flags))
+    )  # fmt: skip
+    print(f"    {setup.precision} {wanted.round(3).tolist()}\n    {name} {found.round(3).tolist()}")
+    apart, last = float(np.abs(found / wanted - 1).max()), slice(-config.steps, None)
+    before, wide, narrow = (float(losses.mean()) for losses in (wanted[: config.steps], wanted[last], found[last]))
+    fall = 1 - wide / before
+    metric = (
+        f"loss of the last of {CURVE_EPOCHS} epochs of {config.steps} steps, lr {CURVE_LR:g}; it fell by {fall:.0%}; "
+        "ratio: the greatest difference of one step's losses, relative"
+    )
+    target, met = f"<= {CURVE_BOUND}, and a fall of twice the ratio", apart <= CURVE_BOUND and fall >= 2 * apart
+    return [figure("G2", f"{name}: {metric}", narrow, wide, setup.precision, apart, target, met)]
+
+
 def _present(setup: Setup, config: ThroughputConfig) -> list[str]:
     """List the peers whose packages the peers' environment has."""
     look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('liger_kernel') is None)"
@@ -445,8 +492,9 @@ def main() -> None:
     machine, file = config.machine or describe_machine(), SETUPS[config.setup].file
     packages = ["torch", "megatron-core"]
     with tempfile.TemporaryDirectory() as root:
-        if config.part == "fit":
-            write_results(f"{file}_fit", fit(config, Path(root)), machine=machine, packages=packages)
+        if config.part != "speed":
+            rows = {"fit": fit, "curve": curve}[config.part](config, Path(root))
+            write_results(f"{file}_{config.part}", rows, machine=machine, packages=packages)
             return
         for rows in compare(config, Path(root)):  # written round by round: each takes minutes
             write_results(file, rows, machine=machine, packages=packages)
