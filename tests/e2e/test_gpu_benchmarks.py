@@ -32,6 +32,11 @@ def test_the_script_explains_itself_and_refuses_what_it_does_not_know(tmp_path: 
     [
         ("head_gpu", ["--tokens", "64", "--hidden", "64", "--vocab", "512", "--repeats", "1"], "head_gpu"),
         ("train_gpu", ["--shape", "tiny", "--repeats", "1"], "train_gpu_tiny"),
+        (
+            "train_throughput",  # its other parts need TRL, which has an environment of its own
+            ["--setup", "dry", "--part", "curve", "--peer-python", sys.executable, "--steps", "2"],
+            "train_throughput_dry_curve",
+        ),
     ],
 )
 def test_a_figure_runs_dry(module: str, flags: list[str], name: str, tmp_path: Path) -> None:
