@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from megatron_sppo.architecture import Architecture
-from megatron_sppo.conversion.rules import Copy, FusedQKV, GateUp, Rule, VocabRows
+from megatron_sppo.conversion.rules import Copy, FusedQKV, GateUp, PackedQKV, Rule, VocabRows, dimension
 
 
 class Segment(NamedTuple):
@@ -39,9 +39,16 @@ def _by_group(rows: list[int], architecture: Architecture) -> list[Segment]:
     ]
 
 
+def _packed_by_group(rows: list[int], architecture: Architecture) -> list[Segment]:
+    counts = [dimension(architecture, name) for name in ("query", "key", "key")]
+    starts = [0, counts[0], counts[0] + counts[1]]
+    return [Segment(0, starts[run.part] + run.start, run.rows) for run in _by_group(counts, architecture)]
+
+
 _RUNS: dict[type[Rule], Callable[[list[int], Architecture], list[Segment]]] = {
     Copy: _in_turn,
     VocabRows: _in_turn,
     GateUp: _in_turn,
     FusedQKV: _by_group,
+    PackedQKV: _packed_by_group,
 }
