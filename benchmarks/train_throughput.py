@@ -10,9 +10,10 @@ million parameters, float32, two data-parallel ranks. G3: the shape of Llama-3.2
 float32 master weights through Transformer Engine, TRL's in bfloat16 autocast over float32 weights. Same weights and
 global batches for all: their losses are first checked equal. Then the trainers take turns. Seconds are CPU seconds of
 the slower rank (G3: wall time) of each step, and of the reference pass, whose cost ours and TRL pay once; the official
-code runs its reference model in every step. Real tokens are prompts' and responses'. `--part fit` looks for the largest
-micro-batch that trains: pairs are doubled until memory runs out, then tried half-way between. `--part curve` trains
-ours in bfloat16 and in FP8 (dry: in float32) on the same batches and compares the losses.
+code runs its reference model in every step. In C3 ours also runs with both answers of a pair behind one copy of their
+prompt: the same losses. Real tokens are prompts' and responses'. `--part fit` looks for the largest micro-batch that
+trains: pairs are doubled until memory runs out, then tried half-way between. `--part curve` trains ours in bfloat16 and
+in FP8 (dry: in float32) on the same batches and compares the losses.
 """
 
 import json
@@ -70,10 +71,12 @@ LLAMA_1B = {
 TINY = {**LLAMA_1B, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
 OURS = "ours"
+SHARED = "ours, prompts computed once"
 TRL = "TRL DPOTrainer sppo_hard"
 OFFICIAL = "official SPPO's maths"
-TRAINERS: dict[str, tuple[str, dict[str, bool]]] = {
+TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {
     OURS: ("", {}),
+    SHARED: ("", {"more_flags": "--packed-sequence-size 2048 --share-prompts"}),
     TRL: ("trl", {}),
     f"{TRL}, grouped by length": ("trl", {"group_by_length": True}),
     f"{TRL}, Liger's kernels": ("trl", {"liger": True}),
@@ -95,6 +98,7 @@ class Setup:
     precision: str
     flags: str
     """Ours, beside those that all setups share."""
+    ours: tuple[str, ...]
     peers: tuple[str, ...]
     targets: dict[str, float]
     """By command of the peer: ours over the peer's tokens a second."""
@@ -116,6 +120,7 @@ _H100 = Setup(
     device="cuda",
     precision="bfloat16",
     flags="--params-dtype bfloat16 --transformer-impl transformer_engine",
+    ours=(OURS,),
     peers=_TRL,
     targets={"trl": 2.0},
     lr=1e-6,
@@ -131,7 +136,9 @@ SETUPS = {
         ranks=2,
         device="cpu",
         precision="float32",
-        flags="--params-dtype float32",
+        # Memory is no matter at this size: no logits are computed twice, as no peer does.
+        flags="--params-dtype float32 --head-chunk-size 4096",
+        ours=(OURS, SHARED),
         peers=(TRL, f"{TRL}, grouped by length", OFFICIAL),
         targets={"trl": 1.8, "official": 2.2},
         lr=1e-4,
@@ -238,7 +245,7 @@ def train(
     Args:
         name: of TRAINERS.
         pairs: of a rank's micro-batch, which is its share of the step.
-        further: settings of ours in place of the setup's: flags, lr, epochs.
+        further: settings of ours in place of the setup's: lr, epochs, more_flags.
 
     Raises:
         OutOfMemory: of the GPU.
@@ -256,6 +263,7 @@ def train(
         "epochs": 1,
         "group_by_length": False,
         "liger": False,
+        "more_flags": "",
         **choices,
         **further,
     }
@@ -281,7 +289,7 @@ def train(
         "losses": ranks[0]["losses"],
         "reference": max(rank["reference"] for rank in ranks),
         "steps": [max(times) for times in zip(*(rank["steps"] for rank in ranks), strict=True)],
-        "tokens": [sum(tokens) for tokens in zip(*(rank["tokens"] for rank in ranks), strict=True)],
+        "tokens": [round(sum(tokens)) for tokens in zip(*(rank["tokens"] for rank in ranks), strict=True)],
         "peak": max(rank.get("peak", 0) for rank in ranks),
     }
     print(
@@ -308,7 +316,7 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
         f"--load {megatron} --data {data} --save {output}/run --objective sppo_hard --eta {settings['eta']} "
         f"--micro-batch-size {share} --global-batch-size {settings['ranks'] * share} --seed {SEED} "
         f"--lr {settings['lr']} --lr-decay-style constant --clip-grad 0 --no-tensorboard "
-        f"--num-epochs {settings['epochs']} {settings['flags']}"
+        f"--num-epochs {settings['epochs']} {settings['flags']} {settings['more_flags']}"
     )
     clock = partial(now, settings["device"])
     config = parse(TrainingConfig, name=NAME, description="", argv=argv.split())
@@ -331,7 +339,7 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
         begin = clock()
         for plan in batches.steps(first=1, last=batches.train_iters, reference_GK=reference_GK):
             yield plan
-            result["tokens"].append(sum(micro_batch.num_tokens for micro_batch in plan.micro_batches))
+            result["tokens"].append(plan.num_tokens / settings["ranks"])  # a prompt counts as often as it is answered
             result["steps"].append(clock() - begin)
             begin = clock()
 
@@ -371,7 +379,8 @@ def compare(config: ThroughputConfig, root: Path) -> Iterator[list[Row]]:
     setup = SETUPS[config.setup]
     num_pairs = config.steps * setup.ranks * config.pairs_per_rank
     work = write_pairs(make_model(config, root), root / "pairs", num_pairs, vocab_size=setup.model["vocab_size"])
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (OURS, *_present(setup, config))}
+    peers = _present(setup, config)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (*setup.ours, *peers)}
     for repeat in range(config.repeats):
         for index, name in enumerate(list(runs)[:: -1 if repeat % 2 else 1]):
             runs[name].append(train(name, config, work, root / f"run_{repeat}_{index}", pairs=config.pairs_per_rank))
@@ -385,9 +394,9 @@ def compare(config: ThroughputConfig, root: Path) -> Iterator[list[Row]]:
             f"{repeat + 1} turns; losses of the same batches differ by {apart:.1g}"
         )
         pace = {name: [_seconds_per_token(run, setup.warm_up) for run in done] for name, done in runs.items()}
-        rows = [_row(setup, name, metric, pace) for name in list(runs)[1:]]
+        rows = [_row(setup, name, f"{ours}: {metric}", pace[name], pace[ours]) for ours in setup.ours for name in peers]
         if setup.device == "cuda":
-            rows += [_memory_row(setup, name, runs) for name in list(runs)[1:]]
+            rows += [_memory_row(setup, name, runs) for name in peers]
         yield rows
 
 
@@ -441,7 +450,7 @@ def curve(config: ThroughputConfig, root: Path) -> list[Row]:
     work = write_pairs(make_model(config, root), root / "pairs", num_pairs, vocab_size=setup.model["vocab_size"])
     wanted, found = (
         np.array(train(OURS, config, work, root / f"run_{index}", pairs=config.pairs_per_rank, lr=CURVE_LR,
-                       epochs=CURVE_EPOCHS, flags=f"{setup.flags} {more}")["losses"])
+                       epochs=CURVE_EPOCHS, more_flags=more)["losses"])
         for index, more in enumerate(("", flags))
     )  # fmt: skip
     print(f"    {setup.precision} {wanted.round(3).tolist()}\n    {name} {found.round(3).tolist()}")
@@ -469,11 +478,11 @@ def _seconds_per_token(run: dict[str, Any], warm_up: int) -> float:
     return sum(run["steps"][warm_up:]) / tokens + run["reference"] / sum(run["tokens"])
 
 
-def _row(setup: Setup, name: str, metric: str, pace: dict[str, list[float]]) -> Row:
-    ratio, spread = ratio_of_medians(pace[name], pace[OURS])
+def _row(setup: Setup, name: str, metric: str, theirs: list[float], ours: list[float]) -> Row:
+    ratio, spread = ratio_of_medians(theirs, ours)
     target = setup.targets[TRAINERS[name][0]]
-    ours, theirs = (1 / statistics.median(pace[trainer]) for trainer in (OURS, name))
-    return figure(setup.figure, metric, ours, theirs, name, ratio, f"ours / peer >= {target}", ratio >= target, spread)
+    speed, peer_speed = (1 / statistics.median(pace) for pace in (ours, theirs))
+    return figure(setup.figure, metric, speed, peer_speed, name, ratio, f">= {target}", ratio >= target, spread)
 
 
 def _memory_row(setup: Setup, name: str, runs: dict[str, list[dict[str, Any]]]) -> Row:
