@@ -66,7 +66,8 @@ def figure(
 
 def write_results(name: str, rows: Sequence[Row], *, machine: str, packages: Sequence[str]) -> Path:
     """Write benchmarks/results/<machine>/<name>.json, print the rows -> its path."""
-    command = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]  # no paths of this machine
+    command = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words]
     path = RESULTS / machine / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version()} | {package: metadata.version(package) for package in packages}
