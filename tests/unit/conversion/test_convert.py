@@ -480,6 +480,7 @@ def test_large_tensors_are_cut_into_chunks_of_rows(
     for content, directory in zip(state, (whole, cut), strict=True):
         dcp.load(content, checkpoint_id=directory, no_dist=True)  # torch's own reader
     assert all(torch.equal(state[0][name], state[1][name]) for name in state[0])
+    assert verify(hf, cut)["faults"] == []  # Megatron-Core's reader
     assert files_of(export_checkpoint(cut, tmp_path / "out")) == files_of(hf)
 
 
