@@ -3,8 +3,8 @@
 #
 #   benchmarks/h200.sh PART...      PART: unpack, smoke, tests, g1, g2, curve, g3, fit, g4, all
 #
-# Each but `all` ends within ten minutes (g2: each of its SHAPES). curve trains a 1B shape in bfloat16 and in FP8 and compares the losses; g3
-# compares the speed of training with TRL's, fit the tokens that memory holds.
+# Each but `all` ends within ten minutes (g2: each of its SHAPES). curve trains a 1B shape in bfloat16 and in FP8 and
+# compares the losses; g3 compares the speed of training with TRL's, fit the tokens that memory holds.
 #
 # The machine has Python 3.12, torch 2.11 for CUDA 13 and transformers 5; all else is carried in $BUNDLES (default:
 # bundles/ in the repository):
@@ -51,7 +51,7 @@ unpack() {
     esac
     touch "$done"
   done
-  ls "$SITE/.unpacked" | grep -q '^te-' && return
+  compgen -G "$SITE/.unpacked/te-*" >/dev/null && return
   echo "h200.sh: error: $BUNDLES holds no te-*.tar.xz. Set BUNDLES to the folder that does." >&2
   exit 2
 }
