@@ -33,10 +33,12 @@ import torch
 
 from benchmarks.head import draw_lengths
 from benchmarks.record import Row, describe_machine, figure, ratio_of_medians, write_results
+from benchmarks.train_gpu import SHAPES
 from benchmarks.train_peers import now
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
 from megatron_sppo.conversion.convert import import_checkpoint
+from megatron_sppo.conversion.hf_config import hf_from_architecture
 from megatron_sppo.data.planning import epoch_order
 from megatron_sppo.data.writer import DatasetWriter
 
@@ -55,21 +57,6 @@ SMALL = {
     "tie_word_embeddings": False,
     "dtype": "float32",
 }
-LLAMA_1B = {
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": True,
-    "dtype": "bfloat16",
-}
-TINY = {**LLAMA_1B, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
 OURS = "ours"
 SHARED = "ours, prompts computed once"
 TRL = "TRL DPOTrainer sppo_hard"
@@ -115,7 +102,7 @@ _TRL = tuple(name for name in TRAINERS if name.startswith(TRL))
 _H100 = Setup(
     figure="G3",
     file="train_throughput_1b",
-    model=LLAMA_1B,
+    model=hf_from_architecture(SHAPES["1b"], dtype="bfloat16"),
     ranks=1,
     device="cuda",
     precision="bfloat16",
@@ -150,7 +137,7 @@ SETUPS = {
     "dry": replace(
         _H100,
         file="train_throughput_dry",
-        model=TINY,
+        model=hf_from_architecture(SHAPES["tiny"], dtype="bfloat16"),
         device="cpu",
         flags="--params-dtype bfloat16",
         peers=_TRL[:2],
@@ -235,6 +222,13 @@ def write_pairs(models: tuple[Path, Path], root: Path, num_pairs: int, *, vocab_
     visited = [pairs[i] for i in epoch_order(num_pairs, seed=SEED, epoch=0)]
     (root / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in visited), encoding="ascii")
     return Workload(hf=models[0], megatron=models[1], data=root / "data", pairs=root / "pairs.jsonl")
+
+
+def prepare(config: ThroughputConfig, root: Path) -> Workload:
+    """Write the model, and pairs for all steps."""
+    setup = SETUPS[config.setup]
+    num_pairs = config.steps * setup.ranks * config.pairs_per_rank
+    return write_pairs(make_model(config, root), root / "pairs", num_pairs, vocab_size=setup.model["vocab_size"])
 
 
 def train(
@@ -377,8 +371,7 @@ def check_losses(losses: dict[str, list[float]], tolerance: float) -> float:
 def compare(config: ThroughputConfig, root: Path) -> Iterator[list[Row]]:
     """Train in turns, and yield the rows after each round, the last of them counting all."""
     setup = SETUPS[config.setup]
-    num_pairs = config.steps * setup.ranks * config.pairs_per_rank
-    work = write_pairs(make_model(config, root), root / "pairs", num_pairs, vocab_size=setup.model["vocab_size"])
+    work = prepare(config, root)
     peers = _present(setup, config)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (*setup.ours, *peers)}
     for repeat in range(config.repeats):
@@ -446,8 +439,7 @@ def curve(config: ThroughputConfig, root: Path) -> list[Row]:
     """Train on the same batches in two precisions, several epochs -> rows on the losses' difference."""
     setup = SETUPS[config.setup]
     name, flags = setup.other_precision
-    num_pairs = config.steps * setup.ranks * config.pairs_per_rank
-    work = write_pairs(make_model(config, root), root / "pairs", num_pairs, vocab_size=setup.model["vocab_size"])
+    work = prepare(config, root)
     wanted, found = (
         np.array(train(OURS, config, work, root / f"run_{index}", pairs=config.pairs_per_rank, lr=CURVE_LR,
                        epochs=CURVE_EPOCHS, more_flags=more)["losses"])

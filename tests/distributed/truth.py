@@ -48,6 +48,8 @@ class Truth:
     """Of Hugging Face's outputs for one sequence; meaned over sequences and minimised too, but no part of `loss`."""
     one_rank: str = "--micro-batch-size 4"
     """Flags of our own truth on one rank."""
+    launch: Callable[..., list[dict[str, Any]]] = run_ranks
+    """Runs a function of so many ranks."""
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def assert_equal_under(self, world_size: int, flags: str, directory: Path) -> dict[str, Tensor]:
@@ -78,16 +80,11 @@ class Truth:
         exported = export_checkpoint(directory / "gradient", directory / "hf") / "model.safetensors"
         return {**results[0], "gradient": load_file(exported)}
 
-    @property
-    def dataset(self) -> PreferenceDataset:
-        """The judged responses."""
-        return PreferenceDataset(self.data)
-
     def run(self, world_size: int, flags: str, *, save: Path | None = None) -> list[dict[str, Any]]:
         """Run `first_step` in a layout -> its results by rank."""
-        save_to = None if save is None else str(save)
-        arguments = (str(self.megatron), str(self.data), reference_of(self.dataset), save_to)
-        return run_ranks(first_step, world_size, *arguments, [*BASE, *flags.split()])
+        dataset = PreferenceDataset(self.data)
+        arguments = (str(self.megatron), str(self.data), reference_of(dataset), None if save is None else str(save))
+        return self.launch(first_step, world_size, *arguments, [*BASE, *flags.split()])
 
     def hugging_face(self, rows: np.ndarray) -> dict[str, Any]:
         """Compute loss, log-probabilities and gradient of the given rows of the "all" index -> as `first_step` has it.
@@ -102,7 +99,7 @@ class Truth:
     def _hugging_face(self, rows: np.ndarray) -> dict[str, Any]:
         from transformers import AutoModelForCausalLM
 
-        dataset = self.dataset
+        dataset = PreferenceDataset(self.data)
         eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
         model = AutoModelForCausalLM.from_pretrained(self.hf, dtype=torch.float64, **eager)
         model.config.output_router_logits = self.further_loss is not None

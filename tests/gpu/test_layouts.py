@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from megatron_sppo.conversion.convert import import_checkpoint
-from tests.distributed import test_layouts, test_moe_layouts, test_packing_layouts, worlds
+from tests.distributed import test_layouts, test_moe_layouts, test_packing_layouts
 from tests.distributed.conftest import write_dataset
 from tests.distributed.test_moe_layouts import by_hub_names
-from tests.distributed.truth import BASE, Truth, reference_of
+from tests.distributed.truth import Truth
 from tests.gpu.test_hopper import distance, gap_per_token
 from tests.models import MIXTURES, tiny_llama
 
@@ -45,58 +45,48 @@ MIXTURE_DISTANCE_BOUND = 0.1
 """0.037 there: a token whose router nearly ties goes to other experts once rounded."""
 
 
-class OneRank(Truth):
-    """Truth for this process's own GPU."""
-
-    def run(self, world_size: int, flags: str, *, save: Path | None = None) -> list[dict[str, Any]]:
-        assert world_size == 1
-        argv = [*BASE, *flags.split()]
-        reference, directory = reference_of(self.dataset), None if save is None else str(save)
-        return [worlds.first_step(str(self.megatron), str(self.data), reference, directory, argv)]
+def in_this_process(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
+    """Run a function of one rank on this process's GPU -> its result, as `run_ranks` returns it."""
+    assert world_size == 1
+    return [function(*arguments)]
 
 
 @pytest.fixture(scope="module")
-def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., OneRank]:
+def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Truth]:
     """Models by name and size, each made when a layout first asks; sharing prompts makes other global batches."""
 
     @cache
-    def find(model: str, *, wide: bool, shared: bool) -> OneRank:
+    def find(model: str, *, wide: bool, shared: bool) -> Truth:
         root = tmp_path_factory.mktemp(model)
         sizes = SIZES if wide else {}
         overrides = {**sizes, "num_key_value_heads": 2, **MODELS[model]} if wide else MODELS[model]
         hf = tiny_llama(root / "hf", num_hidden_layers=4, **overrides)
         import_checkpoint(hf, root / "megatron")
-        return OneRank(
+        return Truth(
             hf=hf,
             megatron=root / "megatron",
             data=write_dataset(root / "data", hf),
             by_exported_names=(lambda gradients: by_hub_names(gradients, model)) if model in MIXTURES else dict,
             one_rank="--packed-sequence-size 96 --share-prompts" if shared else "--micro-batch-size 4",
+            launch=in_this_process,
         )
 
     return find
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_our_own_layers_in_float32(layout: str, truth_of: Callable[..., OneRank], tmp_path: Path) -> None:
+def test_our_own_layers_in_float32(layout: str, truth_of: Callable[..., Truth], tmp_path: Path) -> None:
     model, flags = LAYOUTS[layout]
     truth = truth_of(model, wide=False, shared="--share-prompts" in flags)
     truth.assert_equal_under(1, f"{flags} --transformer-impl torch", tmp_path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_transformer_engines_in_bfloat16(layout: str, truth_of: Callable[..., OneRank], tmp_path: Path) -> None:
+def test_transformer_engines_in_bfloat16(layout: str, truth_of: Callable[..., Truth], tmp_path: Path) -> None:
     model, flags = LAYOUTS[layout]
-    assert_near_hugging_face(truth_of(model, wide=True, shared="--share-prompts" in flags), flags, tmp_path)
-
-
-def assert_near_hugging_face(
-    truth: OneRank, flags: str, directory: Path, *, implementation: str = "transformer_engine"
-) -> None:
-    """Run the first step in bfloat16 -> its log-probabilities and gradient are near Hugging Face's in float64."""
-    is_mixture = truth.by_exported_names is not dict
-    found = truth.step(1, f"{flags} --params-dtype bfloat16 --transformer-impl {implementation}", directory)
+    truth = truth_of(model, wide=True, shared="--share-prompts" in flags)
+    found = truth.step(1, f"{flags} --params-dtype bfloat16 --transformer-impl transformer_engine", tmp_path)
     wanted = truth.hugging_face(found["rows"])
     gap, apart = gap_per_token(found, wanted, truth.data), distance(found["gradient"], wanted["gradient"])
     assert gap <= GAP_BOUND
-    assert apart <= (MIXTURE_DISTANCE_BOUND if is_mixture else DISTANCE_BOUND)
+    assert apart <= (MIXTURE_DISTANCE_BOUND if model in MIXTURES else DISTANCE_BOUND)
