@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.config import NonNegativeFloat, PositiveInt, check_ranges
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.engine import transformer_engine_fault
 
@@ -35,25 +36,19 @@ class ModelConfig:
     """Keep the first and last transformer layer in bfloat16 under FP8."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: core attention only (selective) or whole layers (full)."""
-    moe_aux_loss_coeff: float = 0.0
+    moe_aux_loss_coeff: NonNegativeFloat = 0.0
     """Weight of each mixture layer's load-balancing loss, taken over each sequence (Megatron's seq_aux_loss) and meaned
     over sequences, beside the objective and never in the reported loss. 0: none."""
-    moe_z_loss_coeff: float = 0.0
+    moe_z_loss_coeff: NonNegativeFloat = 0.0
     """Weight of each mixture layer's squared log-sum-exp of the router's logits, in the same way. 0: none."""
-    head_chunk_size: int = 1024
+    head_chunk_size: PositiveInt = 1024
     """Bounds the head's logits to as many as these response tokens have: [head_chunk_size, vocab / TP] in the weights'
     dtype, held from a micro-batch's forward to its backward, which computes only the others again."""
     transformer_config: tuple[str, ...] = ()
     """Further KEY=VALUE fields of Megatron-Core's TransformerConfig, such as apply_rope_fusion=true."""
 
     def __post_init__(self) -> None:
-        if self.head_chunk_size < 1:
-            raise ConfigError(f"head_chunk_size is {self.head_chunk_size}. Use --head-chunk-size 1024.")
-        if self.moe_aux_loss_coeff < 0 or self.moe_z_loss_coeff < 0:
-            raise ConfigError(
-                f"moe_aux_loss_coeff ({self.moe_aux_loss_coeff}) and moe_z_loss_coeff ({self.moe_z_loss_coeff}) must "
-                "not be negative. Use --moe-aux-loss-coeff 0 --moe-z-loss-coeff 0 for none."
-            )
+        check_ranges(self)
         if self.fp8 == "none":
             return
         if self.fp8_recipe in _BLACKWELL_RECIPES:
