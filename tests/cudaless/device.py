@@ -203,7 +203,18 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> None:
 # ---- Operators -------------------------------------------------------------------------------------------------------
 
 _METADATA = frozenset(
-    ["resize_", "set_", "t_", "transpose_", "unsqueeze_", "squeeze_", "swapaxes_", "swapdims_", "as_strided_", "resize_as_"]
+    [
+        "resize_",
+        "set_",
+        "t_",
+        "transpose_",
+        "unsqueeze_",
+        "squeeze_",
+        "swapaxes_",
+        "swapdims_",
+        "as_strided_",
+        "resize_as_",
+    ]
 )
 """They change the sizes or the storage of their first argument."""
 
@@ -219,10 +230,33 @@ _WAITING = {
 """They answer on the host, or their result's shape follows from the data."""
 
 _INDEXED = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"})
-_TAKES_ANY = {aten.copy_.default, aten._to_copy.default, aten.set_.source_Tensor, aten.is_same_size.default,
-              aten._has_compatible_shallow_copy_type.default}  # fmt: skip
+_TAKES_ANY = {
+    aten.copy_.default,
+    aten._to_copy.default,
+    aten.set_.source_Tensor,
+    aten.is_same_size.default,
+    aten._has_compatible_shallow_copy_type.default,
+}
 _TAKES_NO_NUMBER = frozenset(
-    ["mm", "bmm", "addmm", "baddbmm", "cat", "stack", "embedding", "gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "index_select", "index_add", "index_add_", "index_copy_", "repeat_interleave"]
+    [
+        "mm",
+        "bmm",
+        "addmm",
+        "baddbmm",
+        "cat",
+        "stack",
+        "embedding",
+        "gather",
+        "scatter",
+        "scatter_",
+        "scatter_add",
+        "scatter_add_",
+        "index_select",
+        "index_add",
+        "index_add_",
+        "index_copy_",
+        "repeat_interleave",
+    ]
 )
 _NO_INTEGERS = frozenset({"mm", "bmm", "addmm", "baddbmm"})
 
@@ -343,7 +377,7 @@ def _note_wait(func: Any, name: str, args: Any, kwargs: dict[str, Any], tensor: 
 def _addmm_wide(
     total: Tensor, left: Tensor, right: Tensor, dtype: Any, *, beta: Any = 1, alpha: Any = 1, out: Any
 ) -> Any:
-    """addmm with float32 sums of bfloat16 factors (ATen/native/cuda/Blas.cpp, `_addmm_dtype_cuda`, since torch 2.11)."""
+    """addmm with float32 sums of bfloat16 factors (ATen/native/cuda/Blas.cpp, `_addmm_dtype_cuda`, torch 2.11)."""
     if left.dtype != right.dtype:
         raise RuntimeError("mat1 and mat2 must have the same dtype")
     narrow = left.dtype in (torch.bfloat16, torch.float16)
