@@ -115,11 +115,14 @@ def waits(what: str, tensor: Tensor | None = None) -> None:
     arrive()
 
 
+_OWN = tuple(__file__.replace("device.py", part) for part in ("device.py", "runtime.py", "engine/"))
+
+
 def _caller() -> str:
     frame: Any = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename
-        if "/torch/" not in path and not path.startswith(__file__.removesuffix("device.py")):
+        if "/torch/" not in path and not path.startswith(_OWN):
             return f"{path.split('site-packages/')[-1]}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "?"
@@ -202,20 +205,8 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> None:
 
 # ---- Operators -------------------------------------------------------------------------------------------------------
 
-_METADATA = frozenset(
-    [
-        "resize_",
-        "set_",
-        "t_",
-        "transpose_",
-        "unsqueeze_",
-        "squeeze_",
-        "swapaxes_",
-        "swapdims_",
-        "as_strided_",
-        "resize_as_",
-    ]
-)
+_METADATA = {"resize_", "set_", "t_", "transpose_", "unsqueeze_", "squeeze_", "swapaxes_", "swapdims_", "as_strided_",
+             "resize_as_"}  # fmt: skip
 """They change the sizes or the storage of their first argument."""
 
 _WAITING = {
@@ -229,36 +220,13 @@ _WAITING = {
 }
 """They answer on the host, or their result's shape follows from the data."""
 
-_INDEXED = frozenset({"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"})
-_TAKES_ANY = {
-    aten.copy_.default,
-    aten._to_copy.default,
-    aten.set_.source_Tensor,
-    aten.is_same_size.default,
-    aten._has_compatible_shallow_copy_type.default,
-}
-_TAKES_NO_NUMBER = frozenset(
-    [
-        "mm",
-        "bmm",
-        "addmm",
-        "baddbmm",
-        "cat",
-        "stack",
-        "embedding",
-        "gather",
-        "scatter",
-        "scatter_",
-        "scatter_add",
-        "scatter_add_",
-        "index_select",
-        "index_add",
-        "index_add_",
-        "index_copy_",
-        "repeat_interleave",
-    ]
-)
-_NO_INTEGERS = frozenset({"mm", "bmm", "addmm", "baddbmm"})
+_INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+_TAKES_ANY = {aten.copy_.default, aten._to_copy.default, aten.set_.source_Tensor, aten.is_same_size.default,
+              aten._has_compatible_shallow_copy_type.default}  # fmt: skip
+_TAKES_NO_NUMBER = {"mm", "bmm", "addmm", "baddbmm", "cat", "stack", "embedding", "gather", "scatter", "scatter_",
+                    "scatter_add", "scatter_add_", "index_select", "index_add", "index_add_", "index_copy_",
+                    "repeat_interleave"}  # fmt: skip
+_NO_INTEGERS = {"mm", "bmm", "addmm", "baddbmm"}
 
 
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -271,7 +239,9 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name in ("is_pinned", "_pin_memory", "pin_memory"):
         return _pinning(name, given[0])
     kwargs, to_gpu = _destination(name, args, kwargs, gpu)
-    if gpu:
+    if func.namespace == "c10d":
+        check_collective(func, args, given)
+    elif gpu:
         check_devices(func, name, args, given)
         check_types(name, given)
         if func is aten.copy_.default and not all(isinstance(tensor, CudaTensor) for tensor in given):
@@ -335,7 +305,7 @@ def _destination(name: str, args: Any, kwargs: dict[str, Any], gpu: bool) -> tup
 
 def check_devices(func: Any, name: str, args: Any, given: list[Tensor]) -> None:
     """Refuse a CPU tensor beside a GPU one, but for the numbers and the indices that CUDA takes."""
-    if func in _TAKES_ANY or func.namespace == "c10d":  # collectives: runtime.py
+    if func in _TAKES_ANY:
         return
     checked = given
     if name in _INDEXED:
@@ -353,6 +323,23 @@ def check_devices(func: Any, name: str, args: Any, given: list[Tensor]) -> None:
                 "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
                 f"({func}, a CPU tensor of {tuple(tensor.shape)})"
             )
+
+
+NCCL_GROUPS: set[str] = set()
+"""Names of the process groups that know NCCL alone; runtime.py keeps it."""
+
+
+def check_collective(func: Any, args: Any, given: list[Tensor]) -> None:
+    """Refuse a CPU tensor over NCCL: torch/csrc/distributed/c10d/ProcessGroup.hpp, `getBackend`.
+
+    A barrier carries a CPU tensor of its own here, as there is no NCCL. Gloo takes tensors of both devices.
+    """
+    names = [argument.name for argument in func._schema.arguments]
+    if "barrier" in func._schema.name or "process_group" not in names:
+        return
+    group = torch.distributed.ProcessGroup.unbox(args[names.index("process_group")])
+    if group.group_name in NCCL_GROUPS and not all(isinstance(tensor, CudaTensor) for tensor in given):
+        raise RuntimeError(f"No backend type associated with device type cpu ({func})")
 
 
 def check_types(name: str, given: list[Tensor]) -> None:

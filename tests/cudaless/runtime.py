@@ -15,7 +15,7 @@ import torch.distributed.distributed_c10d as c10d
 import torch.utils._device
 from torch import Tensor
 
-from tests.cudaless.device import CPU, CUDA, CudaTensor, Transfer, host_of, is_foreign, waits
+from tests.cudaless.device import CPU, CUDA, NCCL_GROUPS, CudaTensor, Transfer, host_of, is_foreign, waits
 
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
@@ -45,29 +45,9 @@ _TYPES = {
     "Byte": torch.uint8,
     "Bool": torch.bool,
 }
-_FACTORIES = [
-    "arange",
-    "as_tensor",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "eye",
-    "frombuffer",
-    "full",
-    "full_like",
-    "linspace",
-    "ones",
-    "ones_like",
-    "rand",
-    "rand_like",
-    "randint",
-    "randn",
-    "randn_like",
-    "randperm",
-    "tensor",
-    "zeros",
-    "zeros_like",
-]
+_FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "frombuffer", "full", "full_like",
+              "linspace", "ones", "ones_like", "rand", "rand_like", "randint", "randn", "randn_like", "randperm",
+              "tensor", "zeros", "zeros_like")  # fmt: skip
 _METHODS = ["new_empty", "new_full", "new_ones", "new_zeros"]
 
 
@@ -175,6 +155,7 @@ def _answer_queries() -> None:
     cuda.synchronize = lambda *_, **__: waits("torch.cuda.synchronize")
     cuda.Stream, cuda.Event = Stream, Event
     cuda.current_stream = cuda.default_stream = lambda *_, **__: Stream()
+    cuda.nccl.version = always((2, 27, 5))
     cuda.nvtx.range_push = cuda.nvtx.range_pop = cuda.nvtx.mark = always(None)
     torch._C._cuda_getDevice = always(0)  # type: ignore[attr-defined]
     torch.version.cuda = "13.0"
@@ -327,29 +308,49 @@ def _factory(plain: Any) -> Any:
 
 
 def _stand_in_for_nccl() -> None:
-    """gloo carries what is meant for NCCL."""
+    """gloo carries what is meant for NCCL; `device.check_collective` knows which groups those are."""
+    plain_init, plain_group, plain_backend, plain_device = (
+        c10d.init_process_group, c10d.new_group, c10d.get_backend, c10d._get_object_coll_device
+    )  # fmt: skip
 
-    def by_gloo(backend: Any) -> Any:
-        return "gloo" if isinstance(backend, str) and "nccl" in backend else backend
+    def started(plain: Any, backend: Any, **kwargs: Any) -> Any:
+        """Start a group; one that knows NCCL alone has no place for CPU tensors."""
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("pg_options", "device_id")}
+        group = plain(**kwargs, backend="gloo" if backend else None) or c10d._get_default_group()
+        if isinstance(group, c10d.ProcessGroup):  # not where this rank is no member
+            (NCCL_GROUPS.add if backend == "nccl" else NCCL_GROUPS.discard)(group.group_name)
+        return group
 
-    def started_with(plain: Any) -> Any:
-        @functools.wraps(plain)
-        def started(*args: Any, **kwargs: Any) -> Any:
-            args = tuple(by_gloo(value) for value in args)
-            kwargs = {key: by_gloo(v) for key, v in kwargs.items() if key not in ("pg_options", "device_id")}
-            return plain(*args, **kwargs)
+    @functools.wraps(plain_init)
+    def init_process_group(backend: Any = None, init_method: Any = None, **kwargs: Any) -> None:
+        started(plain_init, backend, init_method=init_method, **kwargs)
 
-        return started
+    @functools.wraps(plain_group)
+    def new_group(ranks: Any = None, timeout: Any = None, backend: Any = None, **kwargs: Any) -> Any:
+        return started(plain_group, backend or get_backend(), ranks=ranks, timeout=timeout, **kwargs)
+
+    def on_nccl(group: Any) -> bool:
+        return (group or c10d._get_default_group()).group_name in NCCL_GROUPS
+
+    @functools.wraps(plain_backend)
+    def get_backend(group: Any = None) -> Any:
+        return "nccl" if on_nccl(group) else plain_backend(group)
+
+    def object_device(group: Any = None) -> str:
+        """Pickled objects travel where the group can carry them."""
+        return "cuda" if on_nccl(group) else plain_device(group)
 
     def one_by_one(operations: Any) -> list[Any]:
         """NCCL sends a batch as one; gloo has no such thing and would lose track of what to wait for."""
         return [each.op(each.tensor, each.peer, each.group, each.tag) for each in operations]
 
     answers = {
-        "init_process_group": started_with(c10d.init_process_group),
-        "new_group": started_with(c10d.new_group),
+        "init_process_group": init_process_group,
+        "new_group": new_group,
+        "get_backend": get_backend,
         "batch_isend_irecv": one_by_one,
     }
+    c10d._get_object_coll_device = object_device
     for name, answer in answers.items():
         setattr(torch.distributed, name, answer)
         setattr(c10d, name, answer)
