@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from megatron_sppo.config import PositiveInt, Seed, check_ranges
 from megatron_sppo.errors import DataError
 from megatron_sppo.judge.protocol import Judge, load_judge
 from megatron_sppo.objective import preference_matrix
@@ -52,10 +53,13 @@ class EvaluateConfig:
     """JSON file with the result."""
     preset: Literal["paper", "official"] = "paper"
     """What the judge reads as the prompt. Preferences are those of the paper's rule in either case."""
-    bootstrap_resamples: int = 2000
+    bootstrap_resamples: PositiveInt = 2000
     """Resamples of the interval."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the resampling."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

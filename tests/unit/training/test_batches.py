@@ -146,7 +146,7 @@ def test_a_pack_that_does_not_hold_the_longest_response_or_pair_is_refused_with_
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"packed_sequence_size": 0}, "packed_sequence_size is 0. Use --packed-sequence-size 1 or more."),
+        ({"packed_sequence_size": 0}, "packed_sequence_size is 0; it must be a number in"),
         ({"packed_sequence_size": 64, "packing": False}, "packed_sequence_size needs packing. Use --packing"),
         ({"share_prompts": True}, "Use for example --packed-sequence-size 8192."),
     ],
