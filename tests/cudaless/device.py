@@ -110,19 +110,12 @@ def on_gpu(host: Any) -> Any:
 
 
 def waits(what: str, tensor: Tensor | None = None) -> None:
-    """Note that the host waits for all that the GPU was given; copies under way have arrived then.
-
-    What `engine` does stands for kernels: whatever it reads, the real ones read on the GPU.
-    """
-    caller = _caller()
-    if not caller.startswith(_ENGINE):
-        LOG.append(HostWait(what, () if tensor is None else tuple(tensor.shape), caller))
-        arrive()
+    """Note that the host waits for all that the GPU was given; copies under way have arrived then."""
+    LOG.append(HostWait(what, () if tensor is None else tuple(tensor.shape), _caller()))
+    arrive()
 
 
-_HERE = __file__.removesuffix("device.py")
-_ENGINE = _HERE + "engine/"
-_OWN = (_HERE + "device.py", _HERE + "runtime.py")
+_OWN = tuple(__file__.replace("device.py", part) for part in ("device.py", "runtime.py", "engine/"))
 
 
 def _caller() -> str:

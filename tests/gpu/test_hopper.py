@@ -34,14 +34,15 @@ FP8 = [*ENGINE, "--fp8", "hybrid", "--fp8-recipe"]
 MARGIN = 1.5
 # (gap, distance) under tests/cudaless, torch 2.13
 EMULATED = {
-    "Hugging Face": (0.006, 0.03),
-    "torch spec": (0.006, 0.0343),
-    "--no-packing": (0.003, 0.01),
-    "selective": (0.003, 0.01),
-    "full": (0.003, 0.01),
-    "tensorwise": (0.055, 0.34),
-    "blockwise": (0.069, 0.34),
-    "delayed": (0.053, 0.34),
+    "Hugging Face": (0.0039, 0.0243),
+    "torch spec": (0.0053, 0.0343),
+    "tensorwise": (0.0548, 0.334),
+    "blockwise": (0.0689, 0.345),
+    "delayed": (0.0528, 0.346),
+    # Nothing there, where one algorithm serves all; GPU kernels may differ by as much as Hugging Face's sums do.
+    "--no-packing": (0.0039, 0.0243),
+    "selective": (0.0039, 0.0243),
+    "full": (0.0039, 0.0243),
 }
 
 
