@@ -1,8 +1,8 @@
 """A fault of the kind that only a GPU would show makes the emulated run fail; without one it passes.
 
-The run is examples/pretrain_sppo.py itself: a reference pass and three steps on the same eight responses, in bfloat16 and
-in FP8, by Transformer Engine's layers. It is held against the same run by torch's layers in bfloat16: what each response's
-log-ratio has become by the last step, the gap that FP8 makes, and how often the host waited for the GPU.
+The run is examples/pretrain_sppo.py itself: a reference pass and three steps on the same eight responses, in bfloat16
+and in FP8, by Transformer Engine's layers. It is held against the same run by torch's layers in bfloat16: what each
+response's log-ratio has become by the last step, the gap that FP8 makes, and how often the host waited for the GPU.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 
 from megatron_sppo.conversion.convert import import_checkpoint
@@ -36,11 +35,25 @@ PRECISIONS = {
     "fp8": "--transformer-impl transformer_engine --fp8 hybrid",
 }
 MARGIN = 1.5
-APART = {"bfloat16": 0.05, "fp8": 0.5}
+APART = {"bfloat16": 0.0096, "fp8": 0.097}
 """Relative norm of the difference of the last log-ratios from the torch layers', as found without a fault."""
-FP8_GAP = 0.03
+FP8_GAP = 0.0103
 """Nats a token, as found without a fault."""
-WAITS: Counter[str] = Counter()
+WAITS = Counter(
+    {
+        "copy of pageable memory to the GPU: microbatch.py": 34,
+        "copy of pageable memory to the GPU: forward_step.py": 3,
+        "copy of pageable memory to the GPU: parallel.py": 1,
+        "copy of pageable memory to the GPU: loop.py": 1,
+        "copy to the CPU: forward_step.py": 5,
+        "item: finalize_model_grads.py": 1,
+        "item: clip_grads.py": 1,
+        "item: loop.py": 1,
+        "tolist: parallel.py": 1,
+        "torch.cuda.synchronize: loop.py": 1,
+    }
+)
+"""At most, in one step of two micro-batches: each a time when the host stood still."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +67,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path, directory: Path, precision: str) -> tuple[dict[str, Any], np.ndarray, Counter[str]]:
-    """Run the script -> (first step's metrics, last step's log-ratios, waits of the last step by place)."""
+    """Run the script -> (first step's metrics, last step's log-ratios, waits of the second step by file)."""
     from megatron_sppo.training import loop
 
     marks: list[int] = []
@@ -72,7 +85,7 @@ def run(model: Path, directory: Path, precision: str) -> tuple[dict[str, Any], n
     first = json.loads((directory / "save/metrics.jsonl").read_text().splitlines()[0])
     rows = [json.loads(line) for line in (directory / "save/responses.jsonl").read_text().splitlines()]
     ratios = {(row["group"], row["response"]): row["log_ratio"] for row in rows if row["step"] == 3}
-    waits = Counter(f"{wait.what}: {wait.caller.split()[-1]}" for wait in LOG[marks[1] : marks[2]])
+    waits = Counter(f"{wait.what}: {Path(wait.caller.split(':')[0]).name}" for wait in LOG[marks[1] : marks[2]])
     return first, np.array([ratios[key] for key in sorted(ratios)]), waits
 
 
@@ -85,7 +98,7 @@ def check(model: Path, directory: Path, precision: str, wanted: np.ndarray) -> N
     """Run, and hold all that the run says against what it should be."""
     first, found, waits = run(model, directory, precision)
     apart = float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
-    print(f"{precision}: {apart:.4f} apart, FP8 gap {first.get('sppo/fp8_gap')}, waits {dict(waits)}")
+    print(f"{precision}: {apart:.4f} apart, FP8 gap {first.get('sppo/fp8_gap')}")
     assert first["sppo/ref_drift_step0"] == 0
     assert apart <= MARGIN * APART[precision]
     if precision == "fp8":
@@ -135,7 +148,7 @@ def a_gpu_tensor_is_read_by_numpy(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_copy_is_read_before_it_came(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(CudaTensor, "cpu", lambda self, *_, **__: self.to("cpu", non_blocking=True))
+    patch.setattr(CudaTensor, "cpu", lambda self: self.to("cpu", non_blocking=self.is_floating_point()))
 
 
 def nccl_is_given_a_cpu_tensor(patch: pytest.MonkeyPatch) -> None:
@@ -161,17 +174,12 @@ def the_head_s_weight_is_stale(patch: pytest.MonkeyPatch) -> None:
     """The head goes on with the weight of its first call, as after a gather that nobody waited for."""
     from megatron_sppo.model import gpt
 
-    plain, kept = gpt.linear_log_probs, {}
+    plain = gpt.linear_log_probs
+    kept: list[Tensor] = []
 
     def stale(hidden: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        old = kept.setdefault("weight", weight.detach().clone())
-        now = weight.detach().clone()
-        with torch.no_grad():
-            weight.copy_(old)
-        answer = plain(hidden, weight, *args, **kwargs)
-        with torch.no_grad():
-            weight.copy_(now)
-        return answer
+        kept.append(weight.detach().clone().requires_grad_())
+        return plain(hidden, kept[0], *args, **kwargs)
 
     patch.setattr(gpt, "linear_log_probs", stale)
 
@@ -203,39 +211,40 @@ def operands_lack_their_transposes(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-def fp8_scales_are_left_at_one(patch: pytest.MonkeyPatch) -> None:
+def fp8_values_saturate(patch: pytest.MonkeyPatch) -> None:
     from tests.cudaless.engine import quantize
 
-    patch.setattr(quantize, "_scale", lambda amax, *_, **__: torch.ones_like(amax))
+    plain = quantize.scale_of
+    patch.setattr(quantize, "scale_of", lambda *args, **kwargs: 16 * plain(*args, **kwargs))
 
 
-FAULTS: dict[Callable[[pytest.MonkeyPatch], None], str] = {
-    labels_stay_on_the_cpu: "bfloat16",
-    cu_seqlens_are_int64: "bfloat16",
-    max_seqlen_is_short: "bfloat16",
-    sequences_see_each_other: "bfloat16",
-    a_gpu_tensor_is_read_by_numpy: "bfloat16",
-    a_copy_is_read_before_it_came: "bfloat16",
-    nccl_is_given_a_cpu_tensor: "bfloat16",
-    the_host_waits_for_every_micro_batch: "bfloat16",
-    the_head_s_weight_is_stale: "bfloat16",
-    tokens_are_not_padded_for_fp8: "fp8",
-    fp8_is_off_without_a_word: "fp8",
-    operands_lack_their_transposes: "fp8",
-    fp8_scales_are_left_at_one: "fp8",
+# fault: (precision, what the failure says)
+FAULTS: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, str]] = {
+    labels_stay_on_the_cpu: ("bfloat16", "all tensors to be on the same device"),
+    cu_seqlens_are_int64: ("bfloat16", "reads int32"),
+    max_seqlen_is_short: ("bfloat16", "illegal memory access"),
+    sequences_see_each_other: ("bfloat16", "<= .1.5 . 0.0096."),
+    a_gpu_tensor_is_read_by_numpy: ("bfloat16", "Use Tensor.cpu.. first"),
+    a_copy_is_read_before_it_came: ("bfloat16", "assert 2 == 0"),
+    nccl_is_given_a_cpu_tensor: ("bfloat16", "No backend type associated with device type cpu"),
+    the_host_waits_for_every_micro_batch: ("bfloat16", "item: test_faults.py"),
+    the_head_s_weight_is_stale: ("bfloat16", "<= .1.5 . 0.0096."),
+    tokens_are_not_padded_for_fp8: ("fp8", "divisible by 8"),
+    fp8_is_off_without_a_word: ("fp8", "<= 0.0"),
+    operands_lack_their_transposes: ("fp8", "column-wise copy"),
+    fp8_values_saturate: ("fp8", "<= .1.5 . 0."),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_with_a_fault_it_fails(
+def test_with_a_fault_it_fails_for_that_reason(
     fault: Callable[[pytest.MonkeyPatch], None],
     model: Path,
     wanted: Callable[[], np.ndarray],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    truth = wanted()
+    (precision, reason), truth = FAULTS[fault], wanted()
     fault(monkeypatch)
-    with pytest.raises((AssertionError, RuntimeError, TypeError)) as failure:
-        check(model, tmp_path, FAULTS[fault], truth)
-    print(f"{fault.__name__}: {failure.value}"[:300])
+    with pytest.raises((AssertionError, RuntimeError, TypeError), match=reason):
+        check(model, tmp_path, precision, truth)
