@@ -220,7 +220,7 @@ def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tenso
 
 
 def test_flex_attention_is_the_formula_of_its_predicate() -> None:
-    """Documents, a window, groups, a soft cap and a bias by head; query 0 of document 2 sees nothing and attends to 0."""
+    """Documents, a window, groups, a soft cap and a bias by head. The query of document 2 sees nothing: 0."""
     document = torch.tensor([0, 0, 0, 1, 1, 1, 1, 2])
     on_gpu = document.cuda()
 
@@ -233,9 +233,7 @@ def test_flex_attention_is_the_formula_of_its_predicate() -> None:
     given[2] = given[2] * 2
     given = [tensor.requires_grad_() for tensor in given]
     grad = normal(2, 4, 8, WIDTH, seed=9, dtype=torch.float32)
-    found, lse = flex_attention(
-        *given, score_mod=capped, block_mask=mask, scale=0.5, enable_gqa=True, return_lse=True
-    )
+    found, lse = flex_attention(*given, score_mod=capped, block_mask=mask, scale=0.5, enable_gqa=True, return_lse=True)
     found.backward(grad.cuda())
     exact = [tensor.detach().cpu().double().requires_grad_() for tensor in given]
     q, (k, v) = exact[0], (tensor.repeat_interleave(2, 1) for tensor in exact[1:])

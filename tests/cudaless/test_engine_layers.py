@@ -8,7 +8,12 @@ import torch
 import transformer_engine.pytorch as te
 from torch import Tensor
 from transformer_engine.pytorch.attention.rope import RotaryPositionEmbedding, apply_rotary_pos_emb
-from transformer_engine.pytorch.optimizers import FusedAdam, multi_tensor_applier, multi_tensor_l2norm, multi_tensor_scale
+from transformer_engine.pytorch.optimizers import (
+    FusedAdam,
+    multi_tensor_applier,
+    multi_tensor_l2norm,
+    multi_tensor_scale,
+)
 from transformer_engine.pytorch.tensor.float8_tensor import Float8CurrentScalingQuantizer, Float8Quantizer
 
 from tests.cudaless.engine.constants import DType

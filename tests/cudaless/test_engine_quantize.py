@@ -40,7 +40,11 @@ BITS = {E4M3: (4, 3, 7), E5M2: (5, 2, 15)}  # of exponent and mantissa, bias: ar
 def value_of(code: int, dtype: DType) -> float:
     """What the paper's table says of finite codes; E4M3 has one NaN a sign and no infinity, E5M2 is as IEEE has it."""
     exponent_bits, mantissa_bits, bias = BITS[dtype]
-    sign, exponent, mantissa = code >> 7, (code >> mantissa_bits) & (2**exponent_bits - 1), code & (2**mantissa_bits - 1)
+    sign, exponent, mantissa = (
+        code >> 7,
+        (code >> mantissa_bits) & (2**exponent_bits - 1),
+        code & (2**mantissa_bits - 1),
+    )
     all_ones = exponent == 2**exponent_bits - 1
     if all_ones and (dtype == E5M2 or mantissa == 2**mantissa_bits - 1):
         return float("inf") if dtype == E5M2 and mantissa == 0 else float("nan")
@@ -168,7 +172,9 @@ def blocks(dim: int, **settings: Any) -> Float8BlockQuantizer:
 @pytest.mark.parametrize("power_of_two", [True, False])
 @pytest.mark.parametrize("shape", [(128, 256), (2, 50, 144)], ids=str)
 @pytest.mark.parametrize("height", [1, 128])
-def test_each_block_is_quantised_as_a_tensor_of_its_own(height: int, shape: tuple[int, ...], power_of_two: bool) -> None:
+def test_each_block_is_quantised_as_a_tensor_of_its_own(
+    height: int, shape: tuple[int, ...], power_of_two: bool
+) -> None:
     """By Transformer Engine's reference of one scale a tensor; row by row and, transposed, column by column."""
     tensor = source_of(*shape)
     found = blocks(2 if height == 128 else 1, force_pow_2_scales=power_of_two)(tensor)
