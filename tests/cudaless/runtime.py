@@ -72,6 +72,9 @@ class Stream:
     def query(self) -> bool:
         return True
 
+    def is_capturing(self) -> bool:
+        return False
+
     def __enter__(self) -> "Stream":
         return self
 
@@ -155,6 +158,8 @@ def _answer_queries() -> None:
     cuda.synchronize = lambda *_, **__: waits("torch.cuda.synchronize")
     cuda.Stream, cuda.Event = Stream, Event
     cuda.current_stream = cuda.default_stream = lambda *_, **__: Stream()
+    if torch.accelerator.current_accelerator() is not None:  # a build for CUDA: its optimisers ask here
+        torch.accelerator.current_stream = cuda.current_stream
     cuda.nccl.version = always((2, 27, 5))
     cuda.nvtx.range_push = cuda.nvtx.range_pop = cuda.nvtx.mark = always(None)
     torch._C._cuda_getDevice = always(0)  # type: ignore[attr-defined]
