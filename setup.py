@@ -30,7 +30,8 @@ setup(
         "pyyaml>=6.0",
         "safetensors>=0.5",
         "tensorboard>=2.16",
-        "torch>=2.9",
+        # addmm(out_dtype=), by which the head sums a bfloat16 weight's gradient in float32, came with 2.11.
+        "torch>=2.11",
         "tqdm>=4.66",
         "transformers>=5.0",
         "tyro>=1.0,<2",

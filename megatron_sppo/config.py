@@ -3,13 +3,16 @@
 A config is a frozen dataclass whose fields may be dataclasses ("sections"). Every leaf is one flat flag in Megatron's
 kebab-case. `--config FILE.yaml` holds the same names in snake_case, grouped by section or flat. A YAML value becomes
 the tokens that a user would have typed, put before the user's own: one path validates both, and the later one wins.
+A number's annotation says what it may be (`PositiveInt`, `Annotated[float, Range(0, 1)]`), and `check_ranges` holds it.
 """
 
 import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import os
+import re
 import sys
 import types
 import typing
@@ -27,6 +30,67 @@ ConfigT = TypeVar("ConfigT")
 
 _BUILT_IN = ("config", "debug", "help")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may be, bounds included. NaN and infinities lie in no range."""
+
+    least: float
+    most: float
+    above: bool = False
+    """Leave `least` itself out."""
+    below: bool = False
+    """Leave `most` itself out."""
+
+    def __contains__(self, value: float) -> bool:
+        low = value > self.least if self.above else value >= self.least
+        return low and (value < self.most if self.below else value <= self.most) and math.isfinite(value)
+
+    def __str__(self) -> str:
+        return f"{'(' if self.above else '['}{self.least:.10g}, {self.most:.10g}{')' if self.below else ']'}"
+
+
+_MOST = 2**31 - 1
+"""Counts beyond it are typing errors, and overflow the int32 of indexed datasets and kernels."""
+PositiveInt = Annotated[int, Range(1, _MOST)]
+NonNegativeInt = Annotated[int, Range(0, _MOST)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]
+PositiveFloat = Annotated[float, Range(0, 1e12, above=True)]
+NonNegativeFloat = Annotated[float, Range(0, 1e12)]
+Fraction = Annotated[float, Range(0, 1)]
+
+
+def check_ranges(config: Any) -> None:
+    """Refuse a number outside the range that its field's annotation names; called by each config's `__post_init__`.
+
+    Raises:
+        ConfigError: names the setting, its value, its range and a value that will do.
+    """
+    for field, found in _ranges(type(config)):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, (tuple, list)) else (value,):
+            if number is not None and number not in found:
+                default, flag = _default_of(field), "--" + _kebab(field.name)
+                has_one = isinstance(default, (int, float))
+                remedy = f"Use for example {flag} {default:.10g}" if has_one else f"Give {flag} such a number"
+                raise ConfigError(f"{field.name} is {number}; it must be a number in {found}. {remedy}.")
+
+
+def _ranges(config_class: type[Any]) -> tuple[tuple[dataclasses.Field[Any], Range], ...]:
+    """Find the fields of a config that have a range -> (field, range) pairs, sections left to themselves."""
+    hints = typing.get_type_hints(config_class, include_extras=True)
+    return tuple(
+        (field, found) for field in dataclasses.fields(config_class) for found in _ranges_in(hints[field.name])
+    )
+
+
+def _ranges_in(annotation: Any) -> Iterator[Range]:
+    if typing.get_origin(annotation) is Annotated:
+        yield from (item for item in typing.get_args(annotation) if isinstance(item, Range))
+    else:
+        for member in typing.get_args(annotation):
+            yield from _ranges_in(member)
 
 
 def parse(config_class: type[ConfigT], *, name: str, description: str, argv: Sequence[str] | None = None) -> ConfigT:
@@ -349,6 +413,7 @@ def _raise_config_error(exit_: SystemExit, boxed: str, flags_of_file: set[str], 
             raise cause from None
         cause = cause.__context__
     message = " ".join(_boxed_text(boxed)).rstrip(".")
+    message = re.sub(r"typing\.Annotated\[(\w+), Range\([^)]*\)\]", r"\1", message)
     origin = f"{file}: " if file is not None and any(flag in message for flag in flags_of_file) else ""
     raise ConfigError(f"{origin}{message}. Run with --help for what each flag takes.") from None
 

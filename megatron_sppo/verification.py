@@ -38,6 +38,7 @@ from megatron_sppo.pretrained import load_pretrained
 from megatron_sppo.probes import compare_tokenizers, prompt_token_ids
 from megatron_sppo.storage import write_json
 from megatron_sppo.training import parallel
+from megatron_sppo.training.checkpoint import load_stages
 from megatron_sppo.training.parallel import ParallelConfig
 from megatron_sppo.training.policy import host_config
 
@@ -283,8 +284,6 @@ def _hf_logits(
 @torch.no_grad()
 def _megatron_logits(opened: OpenedMegatron, token_ids: list[list[int]], dtype: str) -> list[Tensor]:
     """Build the model as training does, in one process, load it by the host and run it -> [S, V] float32 per prompt."""
-    from megatron.core import dist_checkpointing
-
     if (opened.directory / MANIFEST_FILE).is_file():
         # What the host reads beyond the tensors, which open_megatron has checked.
         verify_checkpoint(opened.directory, names=[name for name in HOST_FILES if (opened.directory / name).is_file()])
@@ -296,8 +295,7 @@ def _megatron_logits(opened: OpenedMegatron, token_ids: list[list[int]], dtype: 
         stage = build_stage(opened.architecture, transformer_config, config, pre_process=True, post_process=True)
         device = parallel.device()
         stage = stage.to(device).eval()
-        loaded = dist_checkpointing.load({"model": stage.sharded_state_dict()}, str(opened.directory))
-        stage.load_state_dict(loaded["model"])
+        load_stages((stage,), opened.directory)
         results = []
         for ids in tqdm(token_ids, desc="Megatron", disable=None):
             tokens = torch.tensor([ids], device=device)

@@ -29,8 +29,11 @@ class ImportConfig:
     """Cast the weights; without it each keeps its type."""
     overwrite: bool = False
     """Replace another model that is there."""
-    workers: int | None = None
+    workers: config.PositiveInt | None = None
     """Threads; without it the cores that there are, at most 16. The files are the same by any number."""
+
+    def __post_init__(self) -> None:
+        config.check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +52,11 @@ class ExportConfig:
     """Size of a safetensors file, such as 5GB; without it the files are cut as in the imported model (or at 5GB)."""
     overwrite: bool = False
     """Replace another model that is there."""
-    workers: int | None = None
+    workers: config.PositiveInt | None = None
     """Threads; without it the cores that there are, at most 16. The files are the same by any number."""
+
+    def __post_init__(self) -> None:
+        config.check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sppo import command_line, config
-from megatron_sppo.errors import ConfigError
 from megatron_sppo.rollout.preferences import MATRICES_NAME, import_preferences
 
 NAME = "import_preferences.py"
@@ -29,14 +28,13 @@ class Command:
     """Directory of the rollouts; an older one is replaced when the new one is whole."""
     split: str | None = None
     """Rows of this split alone."""
-    shard_size: int = 512
+    shard_size: config.PositiveInt = 512
     """Prompts of a shard."""
     json: bool = False
     """Print the outcome as one JSON object."""
 
     def __post_init__(self) -> None:
-        if self.shard_size < 1:
-            raise ConfigError(f"--shard-size ({self.shard_size}) holds no prompt. Use 1 or more.")
+        config.check_ranges(self)
 
 
 def main() -> None:

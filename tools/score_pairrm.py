@@ -58,25 +58,22 @@ class Command:
     """Precision of PairRM or a reward model. Default: float32 on the CPU, bfloat16 on a GPU."""
     judge_after: str | None = None
     """Judge only what follows this text in an answer, such as "</think>"; default: whole answers."""
-    verdict_tokens: int = 1
+    verdict_tokens: config.PositiveInt = 1
     """Tokens that an endpoint may answer with: 1 for one letter, more for a judge that reasons before it."""
     allow_no_signal: bool = False
     """Write the dataset even where no answer is preferred to another, so that training on it would change nothing."""
-    max_requests: int | None = None
+    max_requests: config.PositiveInt | None = None
     """Most requests to an endpoint, of each rank; cached answers cost none. Finished shards are kept."""
     json: bool = False
     """Print the outcome as one JSON object."""
 
     def __post_init__(self) -> None:
+        config.check_ranges(self)
         remedy = "Use --rollouts DIR --judge SPEC, or --from-dataset DIR alone."
         if self.from_dataset is None and (self.rollouts is None or self.judge is None):
             raise ConfigError(f"--{'judge' if self.judge is None else 'rollouts'} is missing. {remedy}")
         if self.from_dataset is not None and (self.rollouts is not None or self.judge is not None):
             raise ConfigError(f"--from-dataset judges nothing, but --rollouts or --judge is given. {remedy}")
-        if self.max_requests is not None and self.max_requests < 1:
-            raise ConfigError(f"--max-requests ({self.max_requests}) allows no question. Use 1 or more.")
-        if self.verdict_tokens < 1:
-            raise ConfigError(f"--verdict-tokens ({self.verdict_tokens}) leaves no room for a letter. Use 1 or more.")
         if self.selection is not None:
             parse_selection(self.selection)
         if self.from_dataset is not None and self.from_dataset.resolve() == self.output.resolve():

@@ -1,13 +1,17 @@
 """How the model is computed: precision, layer implementation, recomputation. What it is lies in `architecture.py`."""
 
-import importlib.util
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.config import NonNegativeFloat, PositiveInt, check_ranges
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.model.engine import transformer_engine_fault
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -22,7 +26,8 @@ class ModelConfig:
     """Type of weights and activations. With bfloat16 the optimizer keeps float32 master weights. fp16 is refused: its
     loss scaling overflows on SPPO's squared residuals of hundreds of nats."""
     transformer_impl: Literal["auto", "transformer_engine", "torch"] = "auto"
-    """Layer implementation. auto: Transformer Engine on CUDA where it is installed, otherwise torch."""
+    """Layer implementation. auto: Transformer Engine where it can be used, otherwise torch; on CUDA with a line that
+    says what is missing."""
     fp8: Literal["none", "hybrid"] = "none"
     """hybrid: E4M3 forward and E5M2 gradients through Transformer Engine (Hopper). The head stays in bfloat16."""
     fp8_recipe: Literal["tensorwise", "blockwise", "delayed", "mxfp8", "nvfp4"] = "tensorwise"
@@ -31,25 +36,19 @@ class ModelConfig:
     """Keep the first and last transformer layer in bfloat16 under FP8."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: core attention only (selective) or whole layers (full)."""
-    moe_aux_loss_coeff: float = 0.0
+    moe_aux_loss_coeff: NonNegativeFloat = 0.0
     """Weight of each mixture layer's load-balancing loss, taken over each sequence (Megatron's seq_aux_loss) and meaned
     over sequences, beside the objective and never in the reported loss. 0: none."""
-    moe_z_loss_coeff: float = 0.0
+    moe_z_loss_coeff: NonNegativeFloat = 0.0
     """Weight of each mixture layer's squared log-sum-exp of the router's logits, in the same way. 0: none."""
-    head_chunk_size: int = 1024
+    head_chunk_size: PositiveInt = 1024
     """Bounds the head's logits to as many as these response tokens have: [head_chunk_size, vocab / TP] in the weights'
     dtype, held from a micro-batch's forward to its backward, which computes only the others again."""
     transformer_config: tuple[str, ...] = ()
     """Further KEY=VALUE fields of Megatron-Core's TransformerConfig, such as apply_rope_fusion=true."""
 
     def __post_init__(self) -> None:
-        if self.head_chunk_size < 1:
-            raise ConfigError(f"head_chunk_size is {self.head_chunk_size}. Use --head-chunk-size 1024.")
-        if self.moe_aux_loss_coeff < 0 or self.moe_z_loss_coeff < 0:
-            raise ConfigError(
-                f"moe_aux_loss_coeff ({self.moe_aux_loss_coeff}) and moe_z_loss_coeff ({self.moe_z_loss_coeff}) must "
-                "not be negative. Use --moe-aux-loss-coeff 0 --moe-z-loss-coeff 0 for none."
-            )
+        check_ranges(self)
         if self.fp8 == "none":
             return
         if self.fp8_recipe in _BLACKWELL_RECIPES:
@@ -80,30 +79,33 @@ def resolve_transformer_impl(config: ModelConfig) -> str:
     """Decide between the layer implementations -> "transformer_engine" or "torch".
 
     Raises:
-        ConfigError: Transformer Engine is asked for and not there; the host would put mocks in its place and fail late.
+        ConfigError: Transformer Engine is asked for and cannot be used; the message says what is missing.
     """
-    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-    if config.transformer_impl == "auto":
-        return "transformer_engine" if available else "torch"
-    if config.transformer_impl == "transformer_engine" and not available:
+    if config.transformer_impl == "torch":
+        return "torch"
+    fault = transformer_engine_fault()
+    if fault is None:
+        return "transformer_engine"
+    if config.transformer_impl == "transformer_engine":
         raise ConfigError(
-            "transformer_impl is transformer_engine, but Transformer Engine or a CUDA device is missing. "
-            "Use --transformer-impl torch."
+            f"transformer_impl is transformer_engine, but {fault}. Mend that, or use --transformer-impl torch."
         )
-    return config.transformer_impl
+    return "torch"
 
 
 def check_machine(config: ModelConfig) -> None:
-    """Refuse what this machine cannot compute; a config for another machine can still be read.
+    """Refuse what this machine cannot compute, and say what it lacks; a config for another can still be read.
 
     Raises:
-        ConfigError: FP8 or Transformer Engine is asked for and not there.
+        ConfigError: FP8 or Transformer Engine is asked for and cannot be used.
     """
-    if resolve_transformer_impl(config) != "transformer_engine" and config.fp8 != "none":
-        raise ConfigError(
-            "fp8 needs Transformer Engine and a CUDA device, and this machine lacks at least one of them. "
-            "Use --fp8 none, or: pip install --no-build-isolation transformer-engine[pytorch]"
-        )
+    if resolve_transformer_impl(config) == "transformer_engine":
+        return
+    fault = transformer_engine_fault() or "transformer_impl is torch"
+    if config.fp8 != "none":
+        raise ConfigError(f"fp8 needs Transformer Engine, and {fault}. Mend that, or use --fp8 none.")
+    if config.transformer_impl == "auto" and torch.cuda.is_available():
+        logger.warning("the layers are torch's, several times slower than Transformer Engine's: %s", fault)
 
 
 def token_multiple(config: ModelConfig, *, tensor_model_parallel_size: int, sequence_parallel: bool) -> int:

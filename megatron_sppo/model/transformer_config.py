@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -191,6 +192,8 @@ def parse_overrides(pairs: Sequence[str], cls: type, *, flag: str, taken: dict[s
         if key in taken and key not in _TUNABLE:
             raise ConfigError(f"{flag} {key} is decided by this software's own settings. Remove it.")
         parsed[key] = yaml.safe_load(text)
+        if isinstance(parsed[key], float) and not math.isfinite(parsed[key]):
+            raise ConfigError(f"{flag} {key} is {text}, which is no number to compute with. Give a finite one.")
     if parsed.get("deallocate_pipeline_outputs") and not torch.cuda.is_available():
         raise ConfigError(
             f"{flag} deallocate_pipeline_outputs swaps an output's storage while gloo may still send it, which gives "

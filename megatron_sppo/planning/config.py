@@ -4,11 +4,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 
 from megatron_sppo import config as configuration
+from megatron_sppo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range, check_ranges
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.training.config import BatchConfig, ObjectiveConfig, RunConfig
@@ -23,65 +24,69 @@ class SubjectConfig:
     model: str | None = None
     """Hugging Face directory (its config.json is enough) or a built-in name such as llama3-70b. Unset: the model that
     the config file's name begins with."""
-    world_size: tuple[int, ...] = ()
+    world_size: tuple[PositiveInt, ...] = ()
     """Ranks; several sizes are planned side by side. Unset: one replica of the model."""
     json: bool = False
     """Print JSON in place of tables."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadConfig:
     """One iteration's data. Means decide time; memory is decided by the longest micro-batch that is let through."""
 
-    num_prompts: int = 20_000
+    num_prompts: PositiveInt = 20_000
     """Prompts of an iteration; published runs take a third of UltraFeedback's 60,000."""
-    num_responses: int = 5
+    num_responses: PositiveInt = 5
     """K answers sampled and judged for each prompt."""
-    responses_trained: int | None = None
+    responses_trained: PositiveInt | None = None
     """Answers of a prompt that are trained on. Unset: 2 (best and worst) under selection extremes or a pairwise
     objective, otherwise all K."""
-    mean_prompt_tokens: float = 160.0
+    mean_prompt_tokens: PositiveFloat = 160.0
     """Tokens; UltraFeedback's are near it."""
-    mean_response_tokens: float = 350.0
+    mean_response_tokens: PositiveFloat = 350.0
     """Tokens of an answer."""
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "num_responses", "mean_prompt_tokens", "mean_response_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}. Use --{name.replace('_', '-')} 1 or more.")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MachineConfig:
     """What a GPU and its network are taken to do. Assumptions with their sources, none of them measured here."""
 
-    gpu_memory_gb: float = 80.0
+    gpu_memory_gb: PositiveFloat = 80.0
     """10^9 bytes of an H100 SXM."""
-    context_gib: float = 3.0
+    context_gib: NonNegativeFloat = 3.0
     """CUDA context, NCCL buffers of all groups and cuBLAS workspaces, GiB (assumed)."""
-    fragmentation: float = 0.05
+    fragmentation: Fraction = 0.05
     """Share of activations that the allocator wastes (assumed)."""
-    bf16_tflops: float = 600.0
+    bf16_tflops: PositiveFloat = 600.0
     """Of a layer's products while they run, traffic and bubble apart: 78 % of the 770 measured for one 8192^3 product
     on an H200. This and the next are chosen so that the plan lies within a quarter of three published runs."""
-    fp8_tflops: float = 1000.0
+    fp8_tflops: PositiveFloat = 1000.0
     """The same in FP8, casts included; 1979 on paper."""
-    gpus_per_node: int = 8
+    gpus_per_node: PositiveInt = 8
     """GPUs that NVLink joins."""
-    node_gb_per_s: float = 300.0
+    node_gb_per_s: PositiveFloat = 300.0
     """Bandwidth of a GPU's collectives within a node, one way; 450 of NVLink 4 on paper (assumed two thirds)."""
-    network_gb_per_s: float = 40.0
+    network_gb_per_s: PositiveFloat = 40.0
     """Between nodes, for each GPU; 50 of a 400 Gbit/s adapter on paper (assumed 80 %)."""
-    hbm_gb_per_s: float = 3350.0
+    hbm_gb_per_s: PositiveFloat = 3350.0
     """Memory bandwidth on paper, H100 SXM; decoding is bound by it."""
-    decode_efficiency: float = 0.5
+    decode_efficiency: Annotated[float, Range(0, 1, above=True)] = 0.5
     """Share of `hbm_gb_per_s` that the sampler reaches (assumed)."""
-    decode_sequences: int = 256
+    decode_sequences: PositiveInt = 256
     """Answers that one sampler decodes at a time; vLLM's default."""
-    judge_tflops: float = 200.0
+    judge_tflops: PositiveFloat = 200.0
     """Sustained by PairRM (0.4 billion weights, bf16) in large batches (assumed)."""
-    storage_gb_per_s: float = 2.0
+    storage_gb_per_s: PositiveFloat = 2.0
     """Reading or writing checkpoints, for each node (assumed); conversion is one process."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from megatron_sppo.config import NonNegativeInt, PositiveInt, Seed, check_ranges
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import ChatTokenizer, TokenizedPrompt, UnusablePrompt
 from megatron_sppo.rollout.ledger import ShardLedger, open_ledger
 from megatron_sppo.rollout.model_files import ModelFiles, read_model_files
 from megatron_sppo.rollout.prompts import PromptSet, prompts_hash, read_prompts
 from megatron_sppo.rollout.records import SCHEMA_VERSION, RolloutGroup, RolloutManifest, write_manifest, write_shard
-from megatron_sppo.rollout.sampler import Sampler, Sampling, check_responses
+from megatron_sppo.rollout.sampler import Sampler, Sampling, Temperature, TopP, check_responses
 from megatron_sppo.rollout.server import ServerConfig, ServerSampler
 from megatron_sppo.rollout.vllm_engine import EngineConfig, VllmSampler
 
@@ -37,27 +38,27 @@ class GenerateConfig:
     """JSON Lines, JSON or Parquet file, or dataset directory: rows with `prompt` or `messages`."""
     output: Path
     """Directory for the rollouts; the same command again resumes there."""
-    num_responses: int
+    num_responses: PositiveInt
     """K, answers per prompt; the paper uses 5."""
-    max_tokens: int
+    max_tokens: PositiveInt
     """Most tokens of an answer."""
     preset: Literal["paper", "official"] = "paper"
     """paper: temperature 1.0, top-p 1.0; official: 0.7 and 0.9."""
-    temperature: float | None = None
+    temperature: Temperature | None = None
     """None takes the preset's."""
-    top_p: float | None = None
+    top_p: TopP | None = None
     """None takes the preset's."""
-    seed: int = 0
+    seed: Seed = 0
     """Every shard's seed follows from it."""
     split: str | None = None
     """Keep the rows of this split only, such as train or heldout."""
-    offset: int = 0
+    offset: NonNegativeInt = 0
     """Prompts to skip."""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """Most prompts to take."""
-    shard_size: int = 64
+    shard_size: PositiveInt = 64
     """Prompts per shard: what a kill can cost. Larger shards keep big GPUs fuller."""
-    max_model_len: int | None = None
+    max_model_len: PositiveInt | None = None
     """Most tokens of prompt and answer together; None takes the model's. Longer prompts are set aside."""
     chat_template: Path | None = None
     """Jinja file in place of the model's chat template."""
@@ -65,8 +66,7 @@ class GenerateConfig:
     servers: ServerConfig = field(default_factory=ServerConfig)
 
     def __post_init__(self) -> None:
-        if self.shard_size < 1:
-            raise ConfigError(f"shard_size is {self.shard_size}. Use --shard-size 64.")
+        check_ranges(self)
         if self.max_model_len is not None and self.max_model_len <= self.max_tokens:
             raise ConfigError(
                 f"max_model_len ({self.max_model_len}) leaves no room for a prompt beside max_tokens "

@@ -2,39 +2,35 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
+from megatron_sppo.config import PositiveInt, Range, Seed, check_ranges
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
 from megatron_sppo.rollout.records import Response
+
+Temperature = Annotated[float, Range(0, 100)]
+"""Published runs sample at 0.7 and 1; at 100 every token is nearly as likely as any other."""
+TopP = Annotated[float, Range(0, 1, above=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """The distribution that responses are drawn from: the policy pi_t of the objective."""
 
-    num_responses: int
-    temperature: float
-    top_p: float
-    max_tokens: int
-    seed: int
+    num_responses: PositiveInt
+    temperature: Temperature
+    top_p: TopP
+    max_tokens: PositiveInt
+    seed: Seed
 
     def __post_init__(self) -> None:
-        if self.num_responses < 1:
-            raise ConfigError(f"num_responses is {self.num_responses}. Use --num-responses 1 or more (5 in the paper).")
-        if self.max_tokens < 1:
-            raise ConfigError(f"max_tokens is {self.max_tokens}. Use --max-tokens 1 or more.")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature is {self.temperature}. Use --temperature 0 or more (1.0 in the paper).")
+        check_ranges(self)
         if self.temperature == 0 and self.num_responses > 1:
             raise ConfigError(
                 f"temperature is 0: all {self.num_responses} responses would be the same. "
                 "Use --temperature above 0, or --num-responses 1."
             )
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}, outside (0, 1]. Use --top-p 1.0 for the whole distribution.")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed is {self.seed}, outside 0..{2**32 - 1}. Use another --seed.")
 
     def as_dict(self) -> dict[str, Any]:
         """Spell the settings as the manifest holds them."""

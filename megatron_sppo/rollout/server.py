@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sppo.config import NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
 from megatron_sppo.rollout.records import Response
@@ -49,21 +50,17 @@ class ServerConfig:
     """URLs of running vLLM servers with this model, such as http://node1:8000; without any, vLLM runs here."""
     server_model: str | None = None
     """Name of the model on the servers; None takes the one that they serve."""
-    server_concurrency: int = 64
+    server_concurrency: PositiveInt = 64
     """Requests in flight per server; each is one prompt with its K responses."""
-    server_timeout: float = 600.0
+    server_timeout: PositiveFloat = 600.0
     """Seconds for one request."""
-    server_retries: int = 5
+    server_retries: NonNegativeInt = 5
     """Times that a failed request is sent again."""
     server_seeds: bool = True
     """Send a seed with each request. vLLM servers on CPU crash on seeds: use --no-server-seeds there."""
 
     def __post_init__(self) -> None:
-        if self.server_concurrency < 1 or self.server_retries < 0 or not self.server_timeout > 0:
-            raise ConfigError(
-                f"server_concurrency ({self.server_concurrency}) must be at least 1, server_retries "
-                f"({self.server_retries}) at least 0 and server_timeout ({self.server_timeout} s) above 0."
-            )
+        check_ranges(self)
         for url in self.server:
             parts = urllib.parse.urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname:

@@ -13,8 +13,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from megatron_sppo.config import PositiveInt, Range, check_ranges
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
 from megatron_sppo.rollout.records import Response
@@ -31,27 +32,17 @@ class EngineConfig:
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Weights and activations while sampling; auto takes the checkpoint's."""
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: PositiveInt = 1
     """GPUs that share the model."""
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: Annotated[float, Range(0, 1, above=True)] = 0.9
     """Fraction of each GPU's memory that vLLM may take. Without a GPU it has no effect."""
-    max_num_seqs: int | None = None
+    max_num_seqs: PositiveInt | None = None
     """Responses computed at once. None: vLLM's choice on GPUs, 256 on CPU."""
     enforce_eager: bool | None = None
     """Do not compile the model. None: compiled on GPUs, not on CPU, where a minute of compiling gains about a tenth."""
 
     def __post_init__(self) -> None:
-        if self.tensor_parallel_size < 1:
-            raise ConfigError(
-                f"tensor_parallel_size is {self.tensor_parallel_size}. Use --tensor-parallel-size 1 or more."
-            )
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(
-                f"gpu_memory_utilization is {self.gpu_memory_utilization}, outside (0, 1]. "
-                "Use --gpu-memory-utilization 0.9."
-            )
-        if self.max_num_seqs is not None and self.max_num_seqs < 1:
-            raise ConfigError(f"max_num_seqs is {self.max_num_seqs}. Use --max-num-seqs 1 or more.")
+        check_ranges(self)
 
 
 class VllmSampler:

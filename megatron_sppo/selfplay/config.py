@@ -8,7 +8,9 @@ from typing import Any, ClassVar, Literal
 import yaml
 
 from megatron_sppo import config as config_files
+from megatron_sppo.config import NonNegativeInt, PositiveInt, Seed, check_ranges
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.rollout.sampler import Temperature, TopP
 
 MIN_RESAMPLES = 2000
 
@@ -34,19 +36,19 @@ class RunConfig:
     """Prompts (JSONL, Parquet, dataset directory). Held-out rows are for the evaluation only."""
     output: Path
     """Run directory. The same command again resumes it."""
-    iterations: int = 3
+    iterations: PositiveInt = 3
     """Rounds of rollouts, scoring and training."""
     prompts_per_iteration: Literal["disjoint", "all"] = "disjoint"
     """disjoint: each iteration trains on its own part of the prompts (paper: thirds). all: on all of them."""
-    max_prompts_per_iteration: int | None = None
+    max_prompts_per_iteration: PositiveInt | None = None
     """Most prompts of one iteration; the rest of its part is not used. None: all of them."""
     train_split: str | None = None
     """`split` of the prompts to train on. None: every row that is not held out."""
     heldout_split: str = "heldout"
     """`split` of the prompts for the evaluation."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides the order of the prompts, the rollouts' seeds and the bootstrap. Training has its own `seed`."""
-    training_processes: int = 1
+    training_processes: PositiveInt = 1
     """Ranks of the training stage on this machine; above 1 it is started by torchrun."""
     training_launcher: str | None = None
     """Command that starts training in place of python or torchrun, such as "srun torchrun --nnodes 4 ..."."""
@@ -56,28 +58,20 @@ class RunConfig:
     as megatron_sppo/rollout/records.py describes them."""
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "training_processes"):
-            if getattr(self, name) < 1:
-                flag = "--" + name.replace("_", "-")
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1. Use {flag} 1 or more.")
-        if self.max_prompts_per_iteration is not None and self.max_prompts_per_iteration < 1:
-            raise ConfigError(
-                f"max_prompts_per_iteration is {self.max_prompts_per_iteration}. "
-                "Use --max-prompts-per-iteration 64, or leave it out for all."
-            )
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """How answers are sampled, in training and in evaluation alike."""
 
-    num_responses: int = 5
+    num_responses: PositiveInt = 5
     """K answers a prompt."""
-    max_tokens: int = 1024
+    max_tokens: PositiveInt = 1024
     """Longest answer, in tokens."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    rollout_tensor_parallel_size: int = 1
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    rollout_tensor_parallel_size: PositiveInt = 1
     """GPUs that share one sampler."""
     server: tuple[str, ...] = ()
     """URLs of running vLLM servers. They cannot take over the weights of a new iteration: one iteration only."""
@@ -85,6 +79,7 @@ class RolloutConfig:
     """Further settings of tools/generate_rollouts.py, NAME=VALUE (in YAML a mapping)."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.num_responses < 2:
             raise ConfigError(
                 f"num_responses is {self.num_responses}; preferences need at least 2. Use --num-responses 5."
@@ -103,41 +98,39 @@ class ScoringConfig:
     """all, extremes (best and worst) or top-bottom:M."""
     judge_after: str | None = None
     """Judge only what follows this text in an answer, such as "</think>", in evaluation too; default: whole answers."""
-    verdict_tokens: int = 1
+    verdict_tokens: PositiveInt = 1
     """Tokens that an endpoint may answer with, in evaluation too: more than 1 for a judge that reasons first."""
     allow_no_signal: bool = False
     """Go on where the judge prefers no answer to another, in evaluation too."""
     scoring_options: tuple[str, ...] = ()
     """Further settings of tools/score_pairrm.py, NAME=VALUE (in YAML a mapping)."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Held-out evaluation after each iteration."""
 
-    heldout_prompts: int | None = None
+    heldout_prompts: NonNegativeInt | None = None
     """Prompts kept from training for the evaluation. None: the rows of heldout_split; N: a random choice; 0: none, and
     no evaluation."""
-    eval_num_responses: int | None = None
+    eval_num_responses: PositiveInt | None = None
     """Answers a prompt and policy. None: as many as in training."""
     eval_judge: str | None = None
     """Judge of the evaluation. None: the one of training."""
-    bootstrap_resamples: int = MIN_RESAMPLES
+    bootstrap_resamples: PositiveInt = MIN_RESAMPLES
     """Resamples of the 95 % interval."""
-    inspected_prompts: int = 4
+    inspected_prompts: NonNegativeInt = 4
     """Training prompts whose answers each iteration's report shows token by token, coloured by log-ratio; 0: none."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.bootstrap_resamples < MIN_RESAMPLES:
             raise ConfigError(
                 f"bootstrap_resamples is {self.bootstrap_resamples}; a 95 % interval wants at least {MIN_RESAMPLES}. "
                 f"Use --bootstrap-resamples {MIN_RESAMPLES}."
-            )
-        if self.heldout_prompts is not None and self.heldout_prompts < 0:
-            raise ConfigError(f"heldout_prompts is {self.heldout_prompts}. Use --heldout-prompts 64, or 0 for none.")
-        if self.inspected_prompts < 0:
-            raise ConfigError(
-                f"inspected_prompts is {self.inspected_prompts}. Use --inspected-prompts 4, or 0 for none."
             )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_sppo.config import PositiveInt, Seed, check_ranges
 from megatron_sppo.errors import DataError
 from megatron_sppo.judge.diagnostics import UNREADABLE_REMEDY, share, verdict_shares, warnings
 from megatron_sppo.judge.protocol import Judge, Unjudged, load_judge
@@ -58,14 +59,17 @@ class EvaluateConfig:
     """What the judge reads as the prompt. Preferences are those of the paper's rule in either case."""
     judge_after: str | None = None
     """Judge only what follows this text in an answer, such as "</think>"; default: whole answers."""
-    verdict_tokens: int = 1
+    verdict_tokens: PositiveInt = 1
     """Tokens that an endpoint may answer with: 1 for one letter, more for a judge that reasons before it."""
     allow_no_signal: bool = False
     """Report a win rate even where the judge has called every pair of different answers a tie."""
-    bootstrap_resamples: int = 2000
+    bootstrap_resamples: PositiveInt = 2000
     """Resamples of the interval."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the resampling."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sppo.conversion import megatron_checkpoint
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.model.gpt import PolicyModel
 from megatron_sppo.storage import explain_os_error, publish_directory
 from megatron_sppo.training import parallel
 from megatron_sppo.training.loop import Progress
@@ -36,17 +37,22 @@ logger = logging.getLogger(__name__)
 _OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 """The sharding that resumes in another layout; `dp_reshardable` restores a wrong Adam step on torch's AdamW."""
 _NEARLY_FULL_BYTES = 64 << 20
+_MISFITS = (dist_checkpointing.core.CheckpointingException, KeyError, ValueError)
+"""What the host raises where keys or shapes differ; torch wraps it in a CheckpointException of all ranks' failures."""
 
 
 def load_weights(policy: Policy, checkpoint: Path) -> None:
-    """Load the model of one `iter_*` directory into this rank's stages. Collective.
+    """Load the model of one `iter_*` directory into this rank's part of the policy: `load_stages`. Collective."""
+    load_stages(policy.stages, checkpoint)
+
+
+def load_stages(stages: Sequence[PolicyModel], checkpoint: Path) -> None:
+    """Load the model of one `iter_*` directory, saved under whichever layer spec, into this rank's stages. Collective.
 
     Raises:
         ConfigError: the checkpoint holds another architecture.
     """
-    state = _model_state(policy)
-    loaded = _load(state, checkpoint)
-    _adopt_model(policy, loaded)
+    _adopt_model(stages, _load(_model_state(stages), checkpoint))
 
 
 def save(
@@ -70,7 +76,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     torch.distributed.barrier()
-    model_state = _model_state(policy)
+    model_state = _model_state(policy.stages)
     state = {
         **model_state,
         "optimizer": optimizer.sharded_state_dict(model_state, metadata=_OPTIMIZER_SHARDING),
@@ -107,11 +113,11 @@ def read_progress(checkpoint: Path) -> Progress:
 @torch.no_grad()
 def resume(checkpoint: Path, policy: Policy, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> None:
     """Restore weights, optimizer, schedule and RNG from an `iter_*` directory of `save`, in any layout. Collective."""
-    model_state = _model_state(policy)
+    model_state = _model_state(policy.stages)
     _allocate_adam_state(optimizer)
     optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_OPTIMIZER_SHARDING)
     loaded = _load({**model_state, "optimizer": optimizer_state}, checkpoint)
-    _adopt_model(policy, loaded)
+    _adopt_model(policy.stages, loaded)
     for group in _saved_groups(loaded["optimizer"]):
         # They come with the rates of the run that saved them, by which 0.19.2 also tells them apart; the command line
         # decides.
@@ -169,16 +175,14 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("iter_"))
 
 
-def _model_state(policy: Policy) -> dict[str, Any]:
+def _model_state(stages: Sequence[PolicyModel]) -> dict[str, Any]:
     """Describe the stages to the checkpoint -> by Megatron-LM's names: `model`; `model0`, `model1`, ... interleaved."""
-    stages = policy.stages
     if len(stages) == 1:
         return {"model": stages[0].sharded_state_dict()}
     return {f"model{index}": stage.sharded_state_dict() for index, stage in enumerate(stages)}
 
 
-def _adopt_model(policy: Policy, loaded: Mapping[str, Any]) -> None:
-    stages = policy.stages
+def _adopt_model(stages: Sequence[PolicyModel], loaded: Mapping[str, Any]) -> None:
     for index, stage in enumerate(stages):
         stage.load_state_dict(loaded["model" if len(stages) == 1 else f"model{index}"])
     zero_padded_vocabulary(stages)
@@ -188,8 +192,11 @@ def _load(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     absent = _set_absent_states_apart(state, checkpoint)
     try:
         loaded = dist_checkpointing.load(state, str(checkpoint))
-    except (dist_checkpointing.core.CheckpointingException, KeyError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except (*_MISFITS, CheckpointException) as error:
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        if not all(isinstance(cause, _MISFITS) for cause in causes):
+            raise
+        reason = " ".join(str(causes[0]).split())[:300]
         raise ConfigError(f"{checkpoint} does not hold this model: {reason}. Import the model again.") from error
     for name, keys in absent.items():
         loaded[name] |= dict.fromkeys(keys)
@@ -200,7 +207,7 @@ def _set_absent_states_apart(state: Mapping[str, Any], checkpoint: Path) -> dict
     """Take out of the models' parts the states of modules that the checkpoint has none of -> {part: their keys}.
 
     Transformer Engine's norms save an empty state where they stand alone, and ours for the torch spec none: what one
-    spec saved, the other is to load. Weights are never let off.
+    spec saved, the other is to load. Weights are never let off: the host names what is missing.
     """
     stored = dist_checkpointing.serialization.load_sharded_metadata(str(checkpoint))
     absent: dict[str, set[str]] = {}

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+from megatron_sppo.config import PositiveFloat, PositiveInt, Range, Seed, check_ranges
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.objective.loss import OBJECTIVES, find_objective
@@ -17,18 +19,17 @@ class ObjectiveConfig:
 
     objective: str = "sppo"
     """One of sppo, sppo_single, sppo_hard, dpo, ipo. All but sppo train on pairs: best and worst of a prompt."""
-    eta: float = 1000.0
+    eta: Annotated[float, Range(0, 1e6, above=True)] = 1000.0
     """Nats per unit of preference (uclaml/SPPO and TRL call 1/eta `beta`). Published runs use 1000."""
     baseline: str = "half"
     """What stands for log Z: half, group_mean, estimate, or constant:C (eta * C). Only for sppo."""
-    beta: float = 0.1
+    beta: PositiveFloat = 0.1
     """Strength of dpo and ipo, 1/nats. Not used by the others."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         find_objective(self.objective)
         baseline = parse_baseline(self.baseline)
-        if self.eta <= 0 or self.beta <= 0:
-            raise ConfigError(f"eta ({self.eta}) and beta ({self.beta}) must be positive. Use --eta 1000 --beta 0.1.")
         if baseline != "half" and self.objective != "sppo":
             raise ConfigError(
                 f"baseline {self.baseline} belongs to the objective sppo, not to {self.objective}. Use --baseline half."
@@ -44,18 +45,18 @@ class ObjectiveConfig:
 class BatchConfig:
     """Which responses a step sees, and in what pieces. Batch sizes count responses (sequences), not pairs or tokens."""
 
-    micro_batch_size: int = 1
+    micro_batch_size: PositiveInt = 1
     """Responses in one forward pass of one data-parallel rank. Of no effect with `packed_sequence_size`."""
-    global_batch_size: int = 128
+    global_batch_size: PositiveInt = 128
     """Responses in one optimizer step; the published runs use 128 (64 pairs)."""
-    seq_length: int | None = None
+    seq_length: PositiveInt | None = None
     """Longest prompt + response, in tokens; longer ones are left out and counted. Unset: as many as the model has
     positions. The official recipe uses 1024."""
-    max_prompt_length: int | None = None
+    max_prompt_length: PositiveInt | None = None
     """Keep this many tokens of a longer prompt, from its end (official recipe: 512); unset: no prompt is cut."""
     packing: bool = True
     """Lay the responses of a micro-batch end to end instead of padding each to the longest."""
-    packed_sequence_size: int | None = None
+    packed_sequence_size: PositiveInt | None = None
     """Tokens in one forward pass of one data-parallel rank, at most (its context-parallel ranks share them). Responses
     are packed by length into as few micro-batches as hold them, and `micro_batch_size` limits nothing. At least the
     longest prompt + response (with dpo and ipo: the longest pair); rounded down to a multiple that suits the layout.
@@ -65,27 +66,15 @@ class BatchConfig:
     that those of one prompt meet in a global batch. Needs `packed_sequence_size`."""
     selection: str | None = None
     """all, extremes or top-bottom:M; unset: what the dataset's manifest says."""
-    num_epochs: int = 1
+    num_epochs: PositiveInt = 1
     """Passes over the dataset. The published runs make one."""
-    train_iters: int | None = None
+    train_iters: PositiveInt | None = None
     """Optimizer steps; stops before the epochs do if it is smaller."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of the data order."""
 
     def __post_init__(self) -> None:
-        counts = (
-            "micro_batch_size",
-            "packed_sequence_size",
-            "global_batch_size",
-            "seq_length",
-            "max_prompt_length",
-            "num_epochs",
-            "train_iters",
-        )
-        for name in counts:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}. Use --{name.replace('_', '-')} 1 or more.")
+        check_ranges(self)
         if self.packed_sequence_size is not None and not self.packing:
             raise ConfigError("packed_sequence_size needs packing. Use --packing, or --micro-batch-size in its place.")
         if self.share_prompts and self.packed_sequence_size is None:
@@ -99,16 +88,15 @@ class BatchConfig:
 class RunConfig:
     """What is written while it runs."""
 
-    log_interval: int = 1
+    log_interval: PositiveInt = 1
     """Steps between lines on the screen; metrics.jsonl has every step."""
-    save_interval: int | None = None
+    save_interval: PositiveInt | None = None
     """Steps between checkpoints; unset: only the last step is saved."""
     tensorboard: bool = True
     """Write TensorBoard events under --save/tensorboard."""
 
     def __post_init__(self) -> None:
-        if self.log_interval < 1 or (self.save_interval is not None and self.save_interval < 1):
-            raise ConfigError("log_interval and save_interval must be at least 1.")
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,11 +132,6 @@ class TrainingConfig:
             raise ConfigError(
                 f"objective {name} trains on pairs, so global_batch_size ({batch.global_batch_size}) must be even. "
                 f"Use --global-batch-size {batch.global_batch_size + 1}."
-            )
-        if batch.share_prompts and self.parallel.context_parallel_size > 1:
-            raise ConfigError(
-                f"share_prompts does not go with context_parallel_size {self.parallel.context_parallel_size}: ranks "
-                "that split every sequence cannot hold a prompt for several. Use --no-share-prompts."
             )
 
     def check_batch(self, *, data_parallel_size: int) -> None:

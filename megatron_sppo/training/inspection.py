@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_sppo.config import PositiveInt, check_ranges
 from megatron_sppo.conversion.megatron_checkpoint import HF_DIRECTORY
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.microbatch import MicroBatch
@@ -45,16 +46,15 @@ class InspectionConfig(TrainingConfig):
     """Megatron checkpoint that it is compared with: pi_t, the --load of that training."""
     output: Path
     """JSONL file to write, a line for each response."""
-    num_prompts: int = 4
+    num_prompts: PositiveInt = 4
     """Prompts whose responses are inspected, taken evenly from the most to the least decided by the judge."""
     save: Path = Path()
     """Not used here: nothing is trained. Nor are the settings of the optimizer and the objective."""
     optimization: OptimizationConfig = field(default_factory=lambda: OptimizationConfig(lr=1.0))
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         super().__post_init__()
-        if self.num_prompts < 1:
-            raise ConfigError(f"num_prompts is {self.num_prompts}. Use --num-prompts 4.")
 
 
 def inspect(config: InspectionConfig) -> dict[str, Any]:

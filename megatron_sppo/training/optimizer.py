@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import megatron.core.optimizer as host
 import torch
@@ -14,6 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_sppo.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Range, check_ranges
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.transformer_config import host_dataclass, parse_overrides
@@ -26,46 +27,41 @@ logger = logging.getLogger(__name__)
 class OptimizationConfig:
     """Optimizer and schedule, by Megatron-LM's names."""
 
-    lr: float
+    lr: Annotated[float, Range(0, 100, above=True)]
     """Highest learning rate. Published runs use 5e-7."""
     optimizer: Literal["adam", "rmsprop"] = "adam"
     """adam (decoupled weight decay) or rmsprop (the official SPPO code: alpha 0.99, eps 1e-8, no momentum)."""
-    min_lr: float = 0.0
+    min_lr: NonNegativeFloat = 0.0
     """Lowest learning rate, reached at the end of the decay."""
     lr_decay_style: Literal["linear", "cosine", "constant"] = "linear"
     """Shape of the decay."""
-    lr_decay_iters: int | None = None
+    lr_decay_iters: PositiveInt | None = None
     """Steps over which the rate decays; unset: the whole run."""
-    lr_warmup_iters: int | None = None
+    lr_warmup_iters: NonNegativeInt | None = None
     """Steps of linear warm-up."""
-    lr_warmup_fraction: float | None = None
+    lr_warmup_fraction: Annotated[float, Range(0, 1, below=True)] | None = None
     """Warm-up as a fraction of lr_decay_iters, instead of lr_warmup_iters. Published runs use 0.1."""
-    adam_beta1: float = 0.9
+    adam_beta1: Annotated[float, Range(0, 1, below=True)] = 0.9
     """First-moment decay of Adam."""
-    adam_beta2: float = 0.999
+    adam_beta2: Annotated[float, Range(0, 1, below=True)] = 0.999
     """Second-moment decay of Adam."""
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, Range(0, 1, above=True)] = 1e-8
     """Added to the root of the second moment."""
-    rmsprop_alpha: float = 0.99
+    rmsprop_alpha: Annotated[float, Range(0, 1, below=True)] = 0.99
     """Second-moment decay of RMSprop."""
-    weight_decay: float = 0.0
+    weight_decay: Fraction = 0.0
     """Decoupled weight decay; one-dimensional parameters and biases are spared."""
-    clip_grad: float = 1.0
+    clip_grad: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     optimizer_config: tuple[str, ...] = ()
     """Further KEY=VALUE fields of Megatron-Core's OptimizerConfig."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or not 0 <= self.min_lr <= self.lr:
-            raise ConfigError(f"lr is {self.lr} and min_lr {self.min_lr}: 0 <= min_lr <= lr and lr > 0. Use --lr 5e-7.")
+        check_ranges(self)
+        if self.min_lr > self.lr:
+            raise ConfigError(f"min_lr ({self.min_lr}) is above lr ({self.lr}). Use --min-lr 0, or a larger --lr.")
         if self.lr_warmup_iters is not None and self.lr_warmup_fraction is not None:
             raise ConfigError("lr_warmup_iters and lr_warmup_fraction are both set. Leave one out.")
-        if self.lr_warmup_fraction is not None and not 0 <= self.lr_warmup_fraction < 1:
-            raise ConfigError(f"lr_warmup_fraction is {self.lr_warmup_fraction}; it lies in [0, 1). Use 0.1.")
-        if self.weight_decay < 0 or self.clip_grad < 0:
-            raise ConfigError(
-                f"weight_decay ({self.weight_decay}) and clip_grad ({self.clip_grad}) must not be negative."
-            )
         if self.optimizer == "rmsprop" and self.weight_decay:
             raise ConfigError(
                 "rmsprop runs without weight decay here, as the official SPPO code does. Use --weight-decay 0."

@@ -10,6 +10,7 @@ import torch.distributed
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.config import PositiveInt, check_ranges
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.training import cpu
 
@@ -20,19 +21,19 @@ logger = logging.getLogger(__name__)
 class ParallelConfig:
     """The layout, by Megatron-Core's names. Data parallelism is what remains of the world size."""
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: PositiveInt = 1
     """Ranks that split each weight matrix."""
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: PositiveInt = 1
     """Stages that the layers are divided into."""
-    decoder_first_pipeline_num_layers: int | None = None
+    decoder_first_pipeline_num_layers: PositiveInt | None = None
     """Layers of the first stage, where they are not the even share: 61 layers are 13 + 16 + 16 + 16."""
-    decoder_last_pipeline_num_layers: int | None = None
+    decoder_last_pipeline_num_layers: PositiveInt | None = None
     """Layers of the last stage, likewise."""
-    virtual_pipeline_model_parallel_size: int | None = None
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
     """Model chunks per pipeline stage (interleaved schedule)."""
-    context_parallel_size: int = 1
+    context_parallel_size: PositiveInt = 1
     """Ranks that split each sequence."""
-    expert_model_parallel_size: int = 1
+    expert_model_parallel_size: PositiveInt = 1
     """Ranks that the experts of each layer are divided over. They may be data-, tensor- and context-parallel ranks."""
     sequence_parallel: bool = False
     """Split the activations of norms along the sequence over the tensor-parallel ranks."""
@@ -40,21 +41,14 @@ class ParallelConfig:
     """Shard optimizer state and master weights over the data-parallel ranks."""
     ddp_config: tuple[str, ...] = ()
     """Further KEY=VALUE fields of Megatron-Core's DistributedDataParallelConfig, such as overlap_grad_reduce=true."""
-    distributed_timeout_minutes: int = 30
+    distributed_timeout_minutes: PositiveInt = 30
     """Give up on a collective after this long."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "tensor_model_parallel_size",
-            "pipeline_model_parallel_size",
-            "context_parallel_size",
-            "expert_model_parallel_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1. Use --{_kebab(name)} 1.")
+        check_ranges(self)
         for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
             value = getattr(self, name)
-            if value is not None and (value < 1 or self.pipeline_model_parallel_size < 2):
+            if value is not None and self.pipeline_model_parallel_size < 2:
                 raise ConfigError(
                     f"{name} is {value} with {self.pipeline_model_parallel_size} pipeline stage(s); it is the layers "
                     f"of one of several stages. Leave --{_kebab(name)} out."

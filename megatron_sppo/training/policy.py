@@ -21,6 +21,11 @@ from megatron_sppo.training.parallel import ParallelConfig
 _HASH_BITS = 48
 """Partial sums of 48 bits leave room to add 32768 ranks in an int64 without overflow."""
 
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""Transformer Engine's names of norms inside the linear layers that it fuses them with -> the torch spec's."""
 _LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(?P<expert>\d+)\.(?P<module>linear_fc[12])\.weight$")
 _GROUPED_EXPERT = re.compile(r"\.experts\.(?P<module>linear_fc[12])\.weight(?P<expert>\d+)$")
 
@@ -144,7 +149,7 @@ def zero_padded_vocabulary(stages: Sequence[PolicyModel]) -> None:
 
 
 def weights_hash(stages: Sequence[PolicyModel]) -> str:
-    """Hash the weights' bits, the same in every layout -> 12 hex digits. Collective over all ranks.
+    """Hash the weights' bits, the same in every layout and layer spec -> 12 hex digits. Collective over all ranks.
 
     Each parameter's bit patterns are added as integers and weighted by a hash of its global name, modulo 2^48:
     additions commute, so shards and stages may be summed in any order.
@@ -159,7 +164,7 @@ def weights_hash(stages: Sequence[PolicyModel]) -> str:
 
 
 def _own_parameters(stages: Sequence[PolicyModel]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the parameters that this rank alone answers for, by their names in the whole model."""
+    """Yield the parameters that this rank alone answers for, by the torch spec's names in the whole model."""
     for stage in stages:
         offsets = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(stage.decoder.layers)}
         for name, parameter in stage.named_parameters():
@@ -171,6 +176,8 @@ def _own_parameters(stages: Sequence[PolicyModel]) -> Iterator[tuple[str, torch.
                 if name.startswith(prefix):
                     name = f"decoder.layers.{layer}.{name.removeprefix(prefix)}"
                     break
+            for fused, apart in _FUSED_NORMS.items():
+                name = name.replace(fused, apart)
             yield _global_expert(name, stage.config), parameter
 
 

@@ -36,8 +36,8 @@ ARCHITECTURE = Architecture(
         ({"fp8": "hybrid", "params_dtype": "float32"}, "bfloat16"),
         ({"fp8": "hybrid", "fp8_recipe": "delayed", "first_last_layers_bf16": True}, "first_last_layers_bf16"),
         ({"head_chunk_size": 0}, "head_chunk_size"),
-        ({"moe_aux_loss_coeff": -0.1}, "must not be negative"),
-        ({"moe_z_loss_coeff": -0.1}, "must not be negative"),
+        ({"moe_aux_loss_coeff": -0.1}, "moe_aux_loss_coeff is -0.1"),
+        ({"moe_z_loss_coeff": -0.1}, "moe_z_loss_coeff is -0.1"),
     ],
 )
 def test_a_setting_that_cannot_run_is_refused(settings: dict, words: str) -> None:

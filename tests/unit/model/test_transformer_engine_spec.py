@@ -28,8 +28,8 @@ from megatron_sppo.model.gpt import PolicyModel, build_stage
 from megatron_sppo.model.transformer_config import transformer_config
 from megatron_sppo.training import checkpoint, parallel
 from megatron_sppo.training.parallel import ParallelConfig
-from megatron_sppo.training.policy import Policy
-from tests.models import MIXTURES, tiny_llama
+from megatron_sppo.training.policy import weights_hash
+from tests.families import FAMILIES, family_model
 from tests.unit.planning.models import MIXTURE, TINY
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -96,47 +96,31 @@ def test_both_specs_shard_the_same_tensors_under_the_same_keys(name: str, fp8: s
     assert all(any(f".{norm}._extra_state" in key for norm in ALONE) for key in engine_objects - torch_objects)
 
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama tied": {"tie_word_embeddings": True},
-    "qwen2": {"model_type": "qwen2"},
-    "qwen3": {"model_type": "qwen3"},
-    "mixtral": MIXTURES["mixtral"],
-    "qwen3_moe": MIXTURES["qwen3_moe"],
-}
-
-
-def policy_of(architecture: Architecture, model: PolicyModel) -> Policy:
-    return Policy(
-        architecture=architecture,
-        config=model.config,
-        chunks=(SimpleNamespace(module=model),),  # type: ignore[arg-type]
-    )
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_converted_checkpoint_loads_into_both_specs_and_a_trained_one_into_the_other(
     family: str, tmp_path: Path
 ) -> None:
     """Weights that both have under one name are compared bit for bit; norms are named after their place."""
-    hf = tiny_llama(tmp_path / "hf", dtype="bfloat16", **FAMILIES[family])
+    hf = family_model(tmp_path / "hf", family)
     import_checkpoint(hf, tmp_path / "megatron")
     source = megatron_checkpoint.resolve_checkpoint(tmp_path / "megatron")
     architecture = architecture_from_hf(read_config(hf))
     models = {name: build(architecture, name) for name in ("torch", "transformer_engine")}
     for model in models.values():
-        checkpoint.load_weights(policy_of(architecture, model), source)
+        checkpoint.load_stages((model,), source)
     assert_equal_weights(models)
     for giver, taker in (("torch", "transformer_engine"), ("transformer_engine", "torch")):
         saved = tmp_path / f"by_{giver}"
         saved.mkdir()
-        checkpoint._host_save(checkpoint._model_state(policy_of(architecture, models[giver])), saved)
+        checkpoint._host_save(checkpoint._model_state((models[giver],)), saved)
         fresh = build(architecture, taker)
-        checkpoint.load_weights(policy_of(architecture, fresh), saved)
+        checkpoint.load_stages((fresh,), saved)
         assert_equal_weights({giver: models[giver], taker: fresh})
 
 
 def assert_equal_weights(models: dict[str, PolicyModel]) -> None:
+    """Hold two models' weights against each other, and what identifies them."""
+    assert len({weights_hash((model,)) for model in models.values()}) == 1
     first, second = ({_plain(name): p.detach() for name, p in m.named_parameters()} for m in models.values())
     common = set(first) & set(second)
     assert {name for name in set(first) ^ set(second) if ".experts." not in name} == set()

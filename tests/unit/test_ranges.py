@@ -1,0 +1,144 @@
+"""Proves that every numeric setting of every command has a range, and that what lies outside is refused by name.
+
+The table is made from the dataclasses: a number that is added without a range fails here.
+"""
+
+import importlib.util
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from megatron_sppo import config
+from megatron_sppo.config import Range, _leaves
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.model.transformer_config import parse_overrides
+from megatron_sppo.objective.win_rate import parse_baseline
+from megatron_sppo.planning.config import PlanConfig
+from megatron_sppo.rollout.generate import GenerateConfig
+from megatron_sppo.rollout.sampler import Sampling
+from megatron_sppo.selfplay.config import SelfPlayConfig
+from megatron_sppo.selfplay.evaluation import EvaluateConfig
+from megatron_sppo.training.config import TrainingConfig
+from megatron_sppo.training.inspection import InspectionConfig
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+def tool(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+COMMANDS: dict[str, type] = {
+    **{
+        kind.__name__: kind
+        for kind in (TrainingConfig, InspectionConfig, PlanConfig, SelfPlayConfig, GenerateConfig, EvaluateConfig)
+    },
+    **tool("convert").COMMANDS,
+    "score": tool("score_pairrm").Command,
+    "import_preferences": tool("import_preferences").Command,
+}
+
+
+def parts(annotation: Any) -> Iterator[Any]:
+    """Take an annotation apart -> its plain types and its ranges."""
+    if isinstance(annotation, (type, Range)) and not typing.get_args(annotation):
+        yield annotation
+    elif typing.get_origin(annotation) is not Literal:
+        for part in typing.get_args(annotation):
+            yield from parts(part)
+
+
+def numbers() -> Iterator[tuple[str, str, type, list[Range]]]:
+    for command, kind in COMMANDS.items():
+        for name, leaf in _leaves(kind).items():
+            annotation = owner_hints(kind, leaf.path)
+            found = list(parts(annotation))
+            if number := next((kind for kind in (float, int) if kind in found), None):
+                yield command, name, number, [part for part in found if isinstance(part, Range)]
+
+
+def owner_hints(kind: type, path: tuple[str, ...]) -> Any:
+    for name in path[:-1]:
+        kind = typing.get_type_hints(kind)[name]
+    return typing.get_type_hints(kind, include_extras=True)[path[-1]]
+
+
+NUMBERS = list(numbers())
+REQUIRED = {Path: "there", str: "x", float: "1e-6", int: "2"}
+
+
+def parse(command: str, *argv: str, but: str) -> Any:
+    """Parse a command line that has all that is required, each with a plain value."""
+    kind = COMMANDS[command]
+    given: list[str] = []
+    for name, leaf in _leaves(kind).items():
+        if leaf.required and name != but:
+            plain = next(part for part in parts(owner_hints(kind, leaf.path)) if part in REQUIRED)
+            given.append(f"--{name.replace('_', '-')}={REQUIRED[plain]}")
+    return config.parse(kind, name=command, description="", argv=[*given, *argv])
+
+
+def test_the_table_is_not_empty() -> None:
+    assert {"eta", "lr", "temperature", "num_epochs", "hbm_gb_per_s", "workers"} <= {name for _, name, _, _ in NUMBERS}
+    assert len(NUMBERS) > 80
+
+
+@pytest.mark.parametrize(("command", "name", "number", "ranges"), NUMBERS, ids=lambda value: str(value)[:30])
+def test_numbers_outside_their_range_are_refused_by_name(
+    command: str, name: str, number: type, ranges: list[Range]
+) -> None:
+    assert len(ranges) == 1, f"{name} of {command} has no range"
+    (allowed,) = ranges
+    outside = [str(number(allowed.most * 4 + 4)), str(number(allowed.least - 1))]
+    outside += ["nan", "inf", "-inf"] if number is float else []
+    flag = name.replace("_", "-")
+    for text in outside:
+        with pytest.raises(ConfigError, match=rf"^{name} is .* must be a number in .*--{flag}\b"):
+            parse(command, f"--{flag}={text}", but=name)
+
+
+def test_a_yaml_file_is_held_to_the_same_ranges(tmp_path: Path) -> None:
+    for text in ("eta: nan", "objective: {eta: nan}", "eta: -1", "beta: inf"):
+        file = tmp_path / "settings.yaml"
+        file.write_text(text + "\n")
+        with pytest.raises(ConfigError, match=r"^(eta|beta) is .* must be a number in \(0, "):
+            parse("TrainingConfig", "--config", str(file), but="")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "inside", "outside"),
+    [
+        (Range(0, 1), (0, 0.5, 1), (-1e-9, 1.0001, float("nan"), float("inf"))),
+        (Range(0, 1, above=True), (1e-300, 1), (0, -0.0)),
+        (Range(0, 1, below=True), (0, 0.999), (1,)),
+    ],
+)
+def test_a_range_holds_its_bounds_unless_they_are_left_out(allowed: Range, inside: tuple, outside: tuple) -> None:
+    assert all(value in allowed for value in inside)
+    assert not any(value in allowed for value in outside)
+
+
+def test_numbers_inside_texts_are_finite_too() -> None:
+    class Fields:
+        __dataclass_fields__ = TrainingConfig.__dataclass_fields__
+
+    for text in ("constant:nan", "constant:inf", "constant:-inf"):
+        with pytest.raises(ConfigError, match="baseline"):
+            parse_baseline(text)
+    for text in (".nan", ".inf", "-.inf"):
+        with pytest.raises(ConfigError, match="save is"):
+            parse_overrides([f"save={text}"], Fields, flag="--x", taken={})
+
+
+def test_the_sampler_s_settings_are_held_where_no_command_line_is() -> None:
+    good = {"num_responses": 2, "temperature": 1.0, "top_p": 1.0, "max_tokens": 8, "seed": 0}
+    Sampling(**good)
+    for name, value in (("temperature", float("nan")), ("top_p", 0.0), ("max_tokens", 0), ("seed", -1)):
+        with pytest.raises(ConfigError, match=f"^{name} is"):
+            Sampling(**{**good, name: value})
