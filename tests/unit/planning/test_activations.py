@@ -55,7 +55,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], str, str]] = {
     "mixture TP2 SP": (2, 0, TP2_SP, MIXTURE, "none", "float32"),
     "shared": (1, 0, {}, {}, "none", "bfloat16"),
     "shared selective": (1, 0, {}, {}, "selective", "bfloat16"),
-    "shared CP2": (2, 0, CP2, {}, "none", "float32"),
+    "shared CP2": (2, 1, CP2, {}, "none", "float32"),  # the other rank has tokens of one response only
     "shared soft caps": (1, 0, {}, GEMMA2, "none", "bfloat16"),
 }
 
@@ -70,10 +70,10 @@ def measured(case: str) -> tuple[int, int, bool, bool, int]:
         stage, chunk = policy.stages[0], policy.chunks[0]
         columns = TOKENS // parallel.context_parallel_size
         tokens, positions = torch.arange(columns)[None], torch.arange(columns)[None]
-        boundaries, parents = torch.tensor([0, TOKENS // 2, TOKENS], dtype=torch.int32), None
+        boundaries, parents, longest = torch.tensor([0, TOKENS // 2, TOKENS], dtype=torch.int32), None, TOKENS // 2
         if case.startswith("shared"):
             boundaries = torch.tensor([0, *SHARED], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            parents = torch.tensor([-1, 0, 0], dtype=torch.int32)
+            parents, longest = torch.tensor([-1, 0, 0], dtype=torch.int32), SHARED[0] + SHARED[2]
         rows = torch.arange(columns // 2)
         response = gpt.ResponseTokens(rows, torch.zeros_like(rows))
         if not stage.pre_process:
@@ -88,7 +88,7 @@ def measured(case: str) -> tuple[int, int, bool, bool, int]:
                 positions,
                 cu_seqlens=boundaries,
                 parents=parents,
-                max_seqlen=TOKENS,
+                max_seqlen=longest,
                 response=response,
             )
 
