@@ -53,7 +53,7 @@ def test_settings_of_the_judge_hold_in_training_and_in_evaluation(tmp_path: Path
         config = read(tmp_path, *given)
         stages = iteration_stages(config, RunPaths(run_dir=tmp_path / "out"), 1, evaluates=True)
         commands = {stage.name: stage.command for stage in stages}
-        for name in ("iter_1-score", "iter_1-eval"):
+        for name in ("iter_1-dataset", "iter_1-eval"):
             assert tuple(token for token in commands[name] if token in flags) == given
 
 
