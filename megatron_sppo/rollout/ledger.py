@@ -5,7 +5,6 @@ first and entered second, so a kill costs at most the shard at work; one whose b
 """
 
 import contextlib
-import fcntl
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -14,12 +13,18 @@ from typing import Any
 
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.records import MANIFEST_NAME, ShardEntry, shard_name
-from megatron_sppo.storage import read_json, remove_stale_temporaries, sha256_of_file, write_json
+from megatron_sppo.storage import (
+    locked,
+    read_json,
+    refuse_foreign,
+    remove_stale_temporaries,
+    sha256_of_file,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
 REQUEST_NAME = "request.json"
-_LOCK_NAME = ".lock"
 
 
 class ShardLedger:
@@ -66,16 +71,8 @@ def open_ledger(directory: Path, request: dict[str, Any], *, num_shards: int) ->
         DataError: its request.json is damaged.
     """
     directory = Path(directory)
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"--output {directory} is a file. Use another --output.")
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / _LOCK_NAME, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"another process is writing to {directory}. Wait for it, or use another --output."
-            ) from None
+    refuse_foreign(directory, ours=(REQUEST_NAME,), flag="--output")
+    with locked(directory, flag="--output"):
         names = [MANIFEST_NAME, REQUEST_NAME, *(shard_name(index) for index in range(num_shards))]
         for name in names:
             remove_stale_temporaries(directory / name)
@@ -90,11 +87,6 @@ def _finished_shards(directory: Path, request: dict[str, Any], num_shards: int) 
     """Read request.json and check every shard that it names -> entries of those that hold."""
     path = directory / REQUEST_NAME
     if not path.is_file():
-        foreign = sorted(file.name for file in directory.iterdir() if file.name != _LOCK_NAME)
-        if foreign:
-            raise ConfigError(
-                f"{directory} is not empty (it has {foreign[0]}) and holds no rollouts of ours. Use another --output."
-            )
         return {}
     value = read_json(path)
     try:

@@ -73,7 +73,7 @@ def import_preferences(
     tokenizer = ChatTokenizer(model)
     groups = _Groups(rows, split, tokenizer)
     entries: list[ShardEntry] = []
-    with atomic_directory(output) as temporary:
+    with atomic_directory(output, replaces=MATRICES_NAME) as temporary:
         with open(temporary / MATRICES_NAME, "w", encoding="utf-8") as matrices:
             iterator = groups.read(matrices)
             while batch := list(itertools.islice(iterator, shard_size)):

@@ -234,7 +234,7 @@ def test_two_processes_cannot_write_to_one_directory(config: GenerateConfig) -> 
             run(config)
             raise AssertionError("the second run was let in")
 
-    with pytest.raises(ConfigError, match="another process is writing"):
+    with pytest.raises(ConfigError, match="is in use by process"):
         generate_rollouts(config, make_sampler=fake_factory(Nested()))
 
 
