@@ -188,7 +188,7 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
 def to_rank(batch: Batch) -> Batch:
     """Keep this context-parallel rank's tokens and find the response tokens among them -> a batch on the GPU."""
     part = {name: batch.pop(name) for name in ("tokens", "position_ids", "labels")}
-    part = get_batch_on_this_cp_rank(part, is_hybrid_cp=False)
+    part = get_batch_on_this_cp_rank(part, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
     labels_SB = part["labels"].T.reshape(-1)  # hidden states lie as [S, B, H]
     rows_R = (labels_SB != IGNORED_LABEL).nonzero()[:, 0]
     batch |= part | {"rows_R": rows_R, "labels_R": labels_SB[rows_R]}

@@ -41,7 +41,7 @@ THEIRS = (
 LAYOUTS = {
     "TP2 SP": ("untied", 2, "--tensor-model-parallel-size 2 --sequence-parallel"),
     "PP2 VPP2": ("tied", 2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
-    "CP2": ("untied", 2, "--context-parallel-size 2"),
+    "CP2, bfloat16": ("untied", 2, "--context-parallel-size 2 --bf16"),  # no kernel has it in float32
     "DP2, sharded optimizer": ("untied", 2, "--use-distributed-optimizer --overlap-grad-reduce"),
     "local layers": ("untied", 1, "--transformer-impl local --no-persist-layer-norm --no-bias-swiglu-fusion"),
 }
@@ -110,17 +110,21 @@ def stored(directory: Path) -> np.ndarray:
     return values
 
 
-def check_against_ours(inputs: Path, save: Path, *, steps: int) -> None:
-    """Hold a run's reference, its first loss and gradient norm, and its later losses against our script's."""
-    np.testing.assert_allclose(stored(save), stored(inputs / "data"), rtol=1e-5)
+def check_against_ours(inputs: Path, save: Path, *, steps: int, rounding: float = 1e-5) -> None:
+    """Hold a run's reference, its first loss and gradient norm, and its later losses against our script's in float32.
+
+    With every log-ratio 0 the first loss knows no rounding. Of gradients that are nothing but rounding Adam makes steps
+    of full size: later losses differ more.
+    """
+    np.testing.assert_allclose(stored(save), stored(inputs / "data"), rtol=rounding)
     wanted = {line["step"]: line for line in metrics(inputs / "ours")}
     loss = logged(save, "sppo loss")
     assert list(loss) == list(range(1, steps + 1))
     assert logged(save, "log-ratio")[1] == 0
     assert loss[1] == pytest.approx(wanted[1]["loss"], rel=1e-5)
-    assert logged(save, "grad-norm")[1] == pytest.approx(wanted[1]["grad_norm"], rel=1e-4)
-    for step in range(2, steps + 1):  # Adam makes steps of one size out of gradients that are rounding
-        assert loss[step] == pytest.approx(wanted[step]["loss"], rel=1e-3), step
+    assert logged(save, "grad-norm")[1] == pytest.approx(wanted[1]["grad_norm"], rel=10 * rounding)
+    for step in range(2, steps + 1):
+        assert loss[step] == pytest.approx(wanted[step]["loss"], rel=100 * rounding), step
 
 
 def test_both_scripts_train_the_same_and_megatron_lm_s_checkpoint_exports(untied: Path) -> None:
@@ -138,7 +142,7 @@ def test_both_scripts_train_the_same_and_megatron_lm_s_checkpoint_exports(untied
 def test_layouts_are_megatron_lm_s(layout: str, inputs_of: Callable[[str], Path], tmp_path: Path) -> None:
     model, ranks, flags = LAYOUTS[layout]
     assert run(inputs_of(model), tmp_path, f"{flags} --train-iters 2 --no-save-optim", ranks=ranks) == [0] * ranks
-    check_against_ours(inputs_of(model), tmp_path, steps=2)
+    check_against_ours(inputs_of(model), tmp_path, steps=2, rounding=2**-9 if "--bf16" in flags else 1e-5)
 
 
 def test_a_run_goes_on_from_megatron_lm_s_own_checkpoint(untied: Path, tmp_path: Path) -> None:
