@@ -279,6 +279,7 @@ class _Device(metaclass=_Devices): ...
 
 def _extend_factories() -> None:
     torch.utils._device._device_constructors()  # a cached list of the factories as they were
+    torch.jit._state.disable()  # scripts know the factories as they were
     torch.device = _Device  # type: ignore[misc, assignment]
     for name in _FACTORIES:
         setattr(torch, name, _factory(getattr(torch, name)))
