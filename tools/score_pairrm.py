@@ -33,6 +33,8 @@ from megatron_sppo.storage import read_json, remove_stale_temporaries, sha256_of
 NAME = "score_pairrm.py"
 LEAVING_SECONDS = 60.0
 """The dataset is written: ranks that hang are waited for no longer than this."""
+NAMED_REASONS = 3
+"""Why prompts were set aside: so many reasons are said, the commonest first; all stand in the manifest."""
 logger = logging.getLogger(__name__)
 
 
@@ -91,8 +93,10 @@ def main() -> None:
         diagnostics = score(command, open_work_list())
     if diagnostics is None:
         return
-    for warning in diagnostics["warnings"]:
+    for warning in diagnostics.get("warnings", ()):
         logger.warning("%s", warning)
+    for reason, number in diagnostics.get("quarantine_reasons", {}).items():
+        logger.warning("%d set aside: %s", number, reason)
     if command.json:
         print(json.dumps({"output": str(command.output), **diagnostics}))
     else:
@@ -208,6 +212,8 @@ def write_diagnostics(
         num_quarantined=len(manifest.quarantined),
         counts=counts,
     )
+    reasons = Counter(row["reason"] for row in manifest.quarantined)
+    diagnostics["quarantine_reasons"] = dict(reasons.most_common(NAMED_REASONS))
     diagnostics |= {"counts": dict(sorted(counts.items())), "identity": {**identity, "dataset": manifest.dataset_hash}}
     write_json(output / DIAGNOSTICS_NAME, diagnostics)
     return diagnostics
