@@ -26,6 +26,7 @@ from megatron_sppo.judge.diagnostics import check_signal, signal_counts
 from megatron_sppo.judge.merge import DIAGNOSTICS_NAME, dataset_diagnostics, merge_scores
 from megatron_sppo.judge.scoring import score_rollouts
 from megatron_sppo.judge.work_list import WorkList, open_work_list
+from megatron_sppo.rollout.outcomes import outcome_warnings
 from megatron_sppo.rollout.records import MANIFEST_NAME, read_manifest
 from megatron_sppo.storage import read_json, remove_stale_temporaries, sha256_of_file, write_json
 
@@ -115,6 +116,9 @@ def score(command: Command, work: WorkList) -> dict[str, Any] | None:
     assert command.rollouts is not None and command.judge is not None
     preset, selection = command.preset or "paper", command.selection or "all"
     manifest = read_manifest(command.rollouts)
+    if work.rank == 0:
+        for line in outcome_warnings(manifest.outcomes, names=("turn_markers", "empty")):
+            logger.warning("%s: %s", command.rollouts, line)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     judge = load_judge(
