@@ -253,7 +253,6 @@ def reference_log_probs(dataset: PreferenceDataset, index: TrainingIndex, select
         "dataset_hash": dataset.dataset_hash,
         "selection": selection,
         "seq_length": args.seq_length,
-        "micro_batch_size": args.micro_batch_size,
         "params_dtype": str(args.params_dtype),
         "transformer_impl": args.transformer_impl,
         "fp8": args.fp8,
