@@ -274,10 +274,10 @@ class Batches:
                 shares[parallel.data_parallel_rank()], self._shapes(shares), strict=True
             )
         ]
-        if context_size == 1:
-            return whole
-        rank = parallel.context_parallel_rank()
-        return [context_parallel_share(batch, rank=rank, size=context_size) for batch in whole]
+        if context_size > 1:
+            rank = parallel.context_parallel_rank()
+            whole = [context_parallel_share(batch, rank=rank, size=context_size) for batch in whole]
+        return [batch.pinned() for batch in whole] if torch.cuda.is_available() else whole
 
     def _shapes(self, shares: list[list[np.ndarray]]) -> list[tuple[int | None, int | None]]:
         """Say which shape each micro-batch of this rank must have -> (columns, rows); None: what its rows need."""
