@@ -24,7 +24,7 @@ from typing import IO, Any, Literal
 import numpy as np
 import torch
 
-from benchmarks.record import Row, describe_cpu, ratio_of_medians, write_results
+from benchmarks.record import Row, describe_cpu, describe_machine, ratio_of_medians, write_results
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
 from megatron_sppo.errors import ConfigError, DataError
@@ -62,7 +62,7 @@ class PairRMConfig:
     """On a GPU ours is bfloat16 and llm-blender's float16: each at its default."""
     repeats: int = 5
     machine: str | None = None
-    """Folder under benchmarks/results; None names the processor."""
+    """Folder under benchmarks/results; unset: named after the processor or GPU that it ran on."""
 
 
 class Peer:
@@ -191,7 +191,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         rows = compare(config, Path(root))
     name = "pairrm" if config.shape == "small" else f"pairrm_{config.shape}"
-    write_results(name, rows, machine=config.machine or describe_cpu(), packages=("torch", "transformers", "numpy"))
+    machine = config.machine or (describe_machine() if config.device == "cuda" else describe_cpu())
+    write_results(name, rows, machine=machine, packages=("torch", "transformers", "numpy"))
 
 
 if __name__ == "__main__":

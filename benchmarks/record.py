@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sppo.storage import write_json
+from megatron_sppo.training.telemetry import GpuSampler
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -77,6 +78,7 @@ def write_results(name: str, rows: Sequence[Row], *, machine: str, packages: Seq
             "benchmark": name,
             "command": shlex.join(command),
             "machine": machine,
+            "gpu": describe_gpu(),
             "versions": versions,
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "rows": [asdict(row) for row in rows],
@@ -110,6 +112,20 @@ def describe_machine() -> str:
         return describe_cpu()
     words = torch.cuda.get_device_name().lower().replace("nvidia", "").split()
     return words[0] if words else "gpu"
+
+
+def describe_gpu() -> dict[str, Any] | None:
+    """Say what GPU figures come from -> its name, memory and limits; None where torch finds none.
+
+    Driver, power limit and clock are NVML's, and null where that is denied, as in many containers.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    memory = round(properties.total_memory / 2**30, 1)
+    return {"name": properties.name, "memory_gib": memory, **GpuSampler().limits()}
 
 
 def alternate_seconds(runs: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, list[float]]:

@@ -156,7 +156,7 @@ def collate(
         length: S exactly; None: as short as the rows allow.
         multiple: S is rounded up to it (tensor parallelism, context parallelism, FP8).
         document_multiple: each document is padded at its end to a multiple of it, where no real token sees the padding
-            (2 x the context-parallel ranks); divides `multiple`.
+            (2 x the context-parallel ranks, unless prompts are shared); divides `multiple`.
         num_batch_rows: b when padded, rows of padding added (pipeline stages want one shape); None: one row a sequence.
         reference_GK: [G, K], from `read_reference`.
     """
@@ -243,11 +243,13 @@ def _lay_out(
 def context_parallel_share(batch: MicroBatch, *, rank: int, size: int) -> MicroBatch:
     """Keep one context-parallel rank's tokens of a micro-batch (zigzag) -> MicroBatch with S / size columns.
 
+    A row of shared prompts is cut as one document: a response sees a prompt wherever ranks hold the two.
     `cu_seqlens` and `max_seqlen` still describe the whole row, as Transformer Engine wants them. A response token goes
     to the rank that holds the position before it, so every rank has partial sums of every sequence.
     """
     num_columns, num_batch_rows = batch.tokens.shape[1], batch.tokens.shape[0]
-    boundaries = torch.tensor([0, num_columns]) if batch.cu_seqlens is None else batch.cu_seqlens
+    undivided = batch.cu_seqlens is None or batch.parents is not None
+    boundaries = torch.tensor([0, num_columns]) if undivided else batch.cu_seqlens
     position = zigzag_positions(boundaries, rank=rank, size=size)
     column_of = torch.full((num_columns,), -1, dtype=torch.int64)
     column_of[position] = torch.arange(len(position))

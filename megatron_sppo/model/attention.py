@@ -1,13 +1,13 @@
-"""Core attention for the torch layer spec: causal within each document, by torch's scaled_dot_product_attention.
+"""Core attention of our own: causal within each document and, where prompts are shared, over what it continues.
 
-Megatron-Core's own local attention refuses packed sequences and context parallelism, and Transformer Engine's refuses
-soft-capped scores: for those this one stands in there too. Shapes follow the host's
+Megatron-Core's own local attention refuses packed sequences and context parallelism, and Transformer Engine's knows no
+shared prompts, no soft-capped scores, and no windows across context-parallel ranks. Shapes follow the host's
 SelfAttention: T = tokens of a packed micro-batch, S = tokens, B = sequences, D = head size. Under context parallelism
 queries are this rank's share of the tokens; keys and values of all are gathered, and their gradients reduce-scattered.
 """
 
-import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -17,12 +17,16 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_sppo.model.shared_prompts import SharedPromptParams
-from megatron_sppo.zigzag import zigzag_positions
+from megatron_sppo.model.flex import flex
+from megatron_sppo.model.visibility import PackedRow, Row, sees, undivided_row
 
 
 class DocumentAttention(torch.nn.Module):
-    """Causal attention over [S, B, heads, D], or over [T, heads, D] with document boundaries in `cu_seqlens_q`."""
+    """Attention over [S, B, heads, D], or over the [T, heads, D] of a PackedRow.
+
+    By torch's scaled_dot_product_attention, document by document; on CUDA, where more than causality is asked for, by
+    FlexAttention, which neither makes the masks (nor, where scores are capped, the scores) nor waits for the device.
+    """
 
     def __init__(
         self,
@@ -64,64 +68,45 @@ class DocumentAttention(torch.nn.Module):
     ) -> Tensor:
         """Attend -> [S, B, Q * D], or [T, Q * D] when packed. A given mask is ignored: padding lies at the end."""
         assert attention_bias is None
-        if isinstance(packed_seq_params, SharedPromptParams):
-            return self._attend_within_trees(query, key, value, packed_seq_params).squeeze(1).flatten(1)
-        if packed_seq_params is None:
-            boundaries = torch.tensor([0, query.shape[0] * self.context_parallel_size])
-        else:
-            boundaries = packed_seq_params.cu_seqlens_q
+        row = self._row(query, packed_seq_params)
+        if packed_seq_params is not None:
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
-        if self.context_parallel_size > 1:
-            context = self._attend_across_ranks(query, key, value, boundaries)
+        key, value = (gather_row(tensor, row, size=self.context_parallel_size) for tensor in (key, value))
+        if query.is_cuda and self._needs_more_than_causality(row):
+            context = flex(
+                query,
+                key,
+                value,
+                row,
+                softmax_scale=self.softmax_scale,
+                window=self.window,
+                softcap=self.softcap,
+            )
         else:
-            lengths = boundaries.diff().tolist()
-            documents = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
-            context = torch.cat([self._attend(*document, visible=self._visible(document[0])) for document in documents])
+            context = self._attend_by_documents(query, key, value, row)
         return context.flatten(2) if packed_seq_params is None else context.squeeze(1).flatten(1)
 
-    def _attend_across_ranks(self, query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor) -> Tensor:
-        """Attend from this rank's tokens to all tokens of their documents -> [S / C, B, Q, D]."""
-        group, size = parallel_state.get_context_parallel_group(), self.context_parallel_size
-        held = [zigzag_positions(boundaries, rank=rank, size=size) for rank in range(size)]
-        # Gathered rows come rank by rank; this puts them back into the order of the text.
-        order = torch.cat(held).argsort().to(query.device)
-        key, value = (gather_from_sequence_parallel_region(tensor, group=group)[order] for tensor in (key, value))
-        position = held[group.rank()].to(query.device)
-        contexts, first = [], 0
-        for start, end in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True):
-            here = slice(first, first + (end - start) // size)
-            visible = self._sees(position[here], torch.arange(start, end, device=query.device))
-            contexts.append(self._attend(query[here], key[start:end], value[start:end], visible=visible))
-            first = here.stop
-        return torch.cat(contexts)
+    def _row(self, query: Tensor, packed_seq_params: PackedSeqParams | None) -> Row:
+        if packed_seq_params is not None:
+            assert isinstance(packed_seq_params, PackedRow) and packed_seq_params.row is not None
+            return packed_seq_params.row
+        size = self.context_parallel_size
+        rank = parallel_state.get_context_parallel_rank() if size > 1 else 0
+        return undivided_row(len(query) * size, rank=rank, size=size, device=query.device)
 
-    def _attend_within_trees(self, query: Tensor, key: Tensor, value: Tensor, packed: SharedPromptParams) -> Tensor:
-        """Attend from each document to itself and to the one that it continues -> [T, 1, Q, D]."""
-        assert packed.documents is not None and packed.parents is not None
-        query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
-        bounds = packed.documents.tolist()
-        spans = [slice(start, end) for start, end in itertools.pairwise(bounds)]
+    def _needs_more_than_causality(self, row: Row) -> bool:
+        across_ranks = self.context_parallel_size > 1
+        return across_ranks or row.parents is not None or self.window is not None or self.softcap is not None
+
+    def _attend_by_documents(self, query: Tensor, key: Tensor, value: Tensor, row: Row) -> Tensor:
+        """Attend from this rank's tokens of each document to the keys of its path -> [S / C, B, Q, D]."""
         contexts = []
-        for here, parent in zip(spans, packed.parents.tolist(), strict=True):
-            keys, values, visible = key[here], value[here], self._visible(query[here])
-            if parent >= 0:
-                keys, values = (torch.cat([tensor[spans[parent]], tensor[here]]) for tensor in (key, value))
-                position = torch.arange(len(keys), device=query.device)
-                visible = self._sees(position[len(keys) - (here.stop - here.start) :], position)
-            contexts.append(self._attend(query[here], keys, values, visible=visible))
+        for here, path, whole in row.spans:
+            visible = None
+            if not whole or (self.window is not None and here.stop - here.start > self.window):
+                visible = sees(row.queries.at(here).column(), row.keys.at(path), self.window)
+            contexts.append(self._attend(query[here], key[path], value[path], visible=visible))
         return torch.cat(contexts)
-
-    def _visible(self, document: Tensor) -> Tensor | None:
-        """Say which keys of its own document each query sees -> [queries, keys] bool; None: all up to itself."""
-        if self.window is None or len(document) <= self.window:
-            return None
-        position = torch.arange(len(document), device=document.device)
-        return self._sees(position, position)
-
-    def _sees(self, query_position: Tensor, key_position: Tensor) -> Tensor:
-        """Compare positions -> [queries, keys] bool: not later, and within the window."""
-        distance = query_position[:, None] - key_position
-        return distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, visible: Tensor | None) -> Tensor:
         """Attend causally (`visible` None) or where `visible` [queries, keys] -> [S, B, Q, D]."""
@@ -141,6 +126,46 @@ class DocumentAttention(torch.nn.Module):
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return context.permute(2, 0, 1, 3)
+
+
+def gather_row(tensor: Tensor, row: Row, *, size: int) -> Tensor:
+    """Gather what each context-parallel rank has of a row -> [S, ...] in the row's order. Collective on that group."""
+    if size == 1:
+        return tensor
+    return gather_from_sequence_parallel_region(tensor, group=parallel_state.get_context_parallel_group())[row.order]
+
+
+def with_shared_prompts(core_attention: type, *, windows: Sequence[int | None]) -> type:
+    """Teach the host's Transformer Engine attention, which knows no shared prompts, rows of such -> a subclass.
+
+    Args:
+        windows: for each layer of the model, how many tokens a query sees, its own included; None is all.
+    """
+
+    class SharedPromptAttention(core_attention):  # type: ignore[misc]
+        def __init__(
+            self,
+            config: TransformerConfig,
+            layer_number: int,
+            *args: Any,
+            softmax_scale: float | None = None,
+            **kwargs: Any,
+        ) -> None:
+            super().__init__(config, layer_number, *args, softmax_scale=softmax_scale, **kwargs)
+            self._flex = {"softmax_scale": softmax_scale, "window": windows[layer_number - 1], "softcap": None}
+            self._context_parallel_size = config.context_parallel_size
+
+        def forward(
+            self, query: Tensor, key: Tensor, value: Tensor, *args: Any, packed_seq_params: Any = None, **kwargs: Any
+        ) -> Tensor:
+            if not isinstance(packed_seq_params, PackedRow) or not packed_seq_params.shares_prompts:
+                return super().forward(query, key, value, *args, packed_seq_params=packed_seq_params, **kwargs)
+            row, size = packed_seq_params.row, self._context_parallel_size
+            query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+            key, value = (gather_row(tensor, row, size=size) for tensor in (key, value))
+            return flex(query, key, value, row, **self._flex).squeeze(1).flatten(1)
+
+    return SharedPromptAttention
 
 
 def _capped_attention(

@@ -21,17 +21,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
+from megatron_sppo.model.visibility import PackedRow
 from megatron_sppo.zigzag import zigzag_positions
 
 METRICS = ("moe/load_balancing_loss", "moe/z_loss")
 
 
 @dataclass
-class PackedDocuments(PackedSeqParams):
+class PackedDocuments(PackedRow):
     """The host's description of a packed row, and which sequence each token of this rank belongs to.
 
     It reaches a layer beside its input also when activations are recomputed, whatever ran in between.

@@ -19,7 +19,7 @@ from megatron_sppo.model.balance import (
 )
 from megatron_sppo.model.config import ModelConfig, resolve_transformer_impl
 from megatron_sppo.model.layer_spec import layer_spec
-from megatron_sppo.model.shared_prompts import SharedPromptParams, shared_prompt_params
+from megatron_sppo.model.visibility import PackedRow, Row
 from megatron_sppo.objective import linear_log_probs
 
 # R = response tokens of the micro-batch, S = tokens, B = sequences, H = hidden size, V = vocabulary
@@ -52,8 +52,8 @@ class PolicyModel(GPTModel):
         embedded, rotary, *rest = super()._preprocess(
             position_ids=position_ids, packed_seq_params=packed_seq_params, **kwargs
         )
-        if isinstance(packed_seq_params, SharedPromptParams):
-            rotary = rotary[position_ids[0]]
+        if isinstance(packed_seq_params, PackedRow) and packed_seq_params.shares_prompts:
+            rotary = rotary[packed_seq_params.row.keys.position]
         return embedded, rotary, *rest
 
     def _postprocess(self, hidden_states: Tensor, *, labels: ResponseTokens | None = None, **kwargs: Any) -> Tensor:
@@ -195,19 +195,20 @@ def forward(
         response: without it the last stage returns logits.
     """
     packed = None
-    if cu_seqlens is not None and parents is not None:
-        packed = shared_prompt_params(cu_seqlens, parents, num_tokens=tokens_BS.shape[1], max_seqlen=max_seqlen)
-    elif cu_seqlens is not None:
+    if cu_seqlens is not None:
+        stage = get_attr_wrapped_model(model, "router_losses", return_model_obj=True)
+        groups = stage.pg_collection
+        rank, size = groups.cp.rank(), groups.cp.size()
+        row = Row(cu_seqlens, parents, num_tokens=tokens_BS.shape[1] * size, rank=rank, size=size)
         packed = PackedDocuments(
             qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
+            cu_seqlens_q=row.shares,
+            cu_seqlens_kv=row.shares,
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
+            row=row,
         )
-        stage = get_attr_wrapped_model(model, "router_losses", return_model_obj=True)
         if stage.router_losses and lengths_B is not None:
-            groups = stage.pg_collection
             packed.lengths = lengths_B
             packed.sequence_of_token = sequence_of_tokens(
                 cu_seqlens,

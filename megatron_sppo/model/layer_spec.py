@@ -11,9 +11,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from megatron_sppo.architecture import Architecture
-from megatron_sppo.model.attention import DocumentAttention
+from megatron_sppo.model.attention import DocumentAttention, with_shared_prompts
 from megatron_sppo.model.normalization import KeyNorm, QueryNorm, RMSNorm, with_post_norm
-from megatron_sppo.model.shared_prompts import with_shared_prompts
 
 
 def layer_spec(

@@ -1,7 +1,8 @@
 """What autograd keeps of one micro-batch, tensor by tensor, under either layer spec and every kind of recomputation.
 
 The torch spec's lists are held against a real forward pass (tests/unit/planning/test_activations.py); those of
-Transformer Engine are read from its modules (2.11) and megatron-core's fused functions, and are computed only.
+Transformer Engine are read from its modules (2.11) and megatron-core's fused functions, and are computed only; so is
+what FlexAttention keeps where it takes the engine's place (model/attention.py).
 
 T = tokens of a micro-batch on a context-parallel rank, n = tokens of a rank between the layers' products (T / TP under
 sequence parallelism), H = hidden size, q and k = query and key channels of a rank, F = feed-forward channels of a rank,
@@ -27,7 +28,10 @@ class MicroBatchShape:
     num_response_tokens: int
     """R of this context-parallel rank."""
     sum_of_squares: int
-    """Squared lengths of the whole row's documents, added up: what a mask of a document against itself takes."""
+    """Squared lengths of the whole row's documents, added up: what a mask of a document against itself takes. Of one
+    that continues a shared prompt: its length times that of both."""
+    num_path_keys: int = 0
+    """Where prompts are shared: lengths of all documents that continue one, each with the prompt, added up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,15 +111,32 @@ def activations(
         recomputed=whole_bytes - kept_bytes,
         first=shape.num_tokens * (8 + (tensor > 1)),
         last=norm + rows,
-        working=_working(sizes, engine=engine),
+        working=_working(
+            sizes,
+            engine=engine,
+            gathered_keys=parallel.context_parallel_size if _takes_flex(architecture, grid, shape) else 0,
+        ),
     )
 
 
-def _working(sizes: _Sizes, *, engine: bool) -> int:
-    """Estimate the backward pass's own tensors: gradients of a layer's widest part, and of the residual stream."""
+def _takes_flex(architecture: Architecture, grid: Grid, shape: MicroBatchShape) -> bool:
+    """Tell whether FlexAttention takes Transformer Engine's place (model/layer_spec.py, model/attention.py)."""
+    windows_across_ranks = architecture.sliding_window is not None and grid.parallel.context_parallel_size > 1
+    return shape.num_path_keys > 0 or architecture.attention_softcap is not None or windows_across_ranks
+
+
+def _working(sizes: _Sizes, *, engine: bool, gathered_keys: int) -> int:
+    """Estimate the backward pass's own tensors: gradients of a layer's widest part, and of the residual stream.
+
+    Args:
+        gathered_keys: ranks whose keys and values FlexAttention has gradients of; 0 where it is not used.
+    """
     if engine:
         gathered = sizes.tokens * sizes.hidden * sizes.type_bytes
-        return 3 * sizes.residual + gathered + 3 * sizes.tokens * sizes.width * sizes.type_bytes
+        dense = 3 * sizes.residual + gathered + 3 * sizes.tokens * sizes.width * sizes.type_bytes
+        # Gradients of queries, of keys and values as they are seen and as they are returned to their ranks.
+        attention = sizes.tokens * (2 * sizes.query + 4 * sizes.key * gathered_keys) * sizes.type_bytes
+        return max(dense, attention + 2 * sizes.residual) if gathered_keys else dense
     # The norm's backward pass has four float32 tensors of the residual's size at one time.
     norm = 4 * sizes.between * sizes.hidden * FLOAT32
     return max(norm, 2 * sizes.residual + 2 * sizes.tokens * sizes.width * sizes.type_bytes)
@@ -147,14 +168,19 @@ def _torch_layer(
         "queries, keys and values": wide * (2 * sizes.query + 3 * sizes.key),
         "input of linear_proj": wide * sizes.query,
     }
+    capped = architecture.attention_softcap is not None
     if context > 1:
-        # Keys and values of all ranks, gathered and put in order, in place of the views; order and positions.
-        items["queries, keys and values"] = wide * (sizes.query + 2 * sizes.key * context)
+        # Keys and values of all ranks, gathered and put in order, in place of the views; soft caps repeat them anyway.
+        items["queries, keys and values"] = wide * (sizes.query + (0 if capped else 2 * sizes.key * context))
     if not recompute:
-        masks = shape.sum_of_squares // context * sizes.type_bytes if context > 1 else 0
+        shared = shape.num_path_keys > 0
+        masks = shape.sum_of_squares // context * sizes.type_bytes if context > 1 or shared else 0
         items["attention"] = wide * sizes.query + sizes.tokens * sizes.heads * FLOAT32 + masks
-        if architecture.attention_softcap is not None:
+        if capped:
             items["attention"] = _capped_attention(shape, sizes, context=context)
+        else:
+            # Keys and values are laid out anew for each document that continues another.
+            items["keys and values of paths"] = 2 * shape.num_path_keys * sizes.key * sizes.type_bytes
     if architecture.qk_layernorm:
         channels, norms = sizes.query + sizes.key, sizes.heads + sizes.key // sizes.head
         items["norms of queries and keys"] = sizes.tokens * (channels * (FLOAT32 + sizes.type_bytes) + norms * FLOAT32)
@@ -172,7 +198,10 @@ def _capped_attention(shape: MicroBatchShape, sizes: _Sizes, *, context: int) ->
     """
     scores = shape.sum_of_squares // context
     weights = sizes.type_bytes if sizes.type_bytes != FLOAT32 else 0
-    repeated = 2 * sizes.tokens * context * sizes.query * sizes.type_bytes
+    keys = sizes.tokens * context
+    if shape.num_path_keys > 0:  # those of prompts once, and again with each response
+        keys = shape.num_path_keys + (sizes.tokens - shape.num_response_tokens) * context
+    repeated = 2 * keys * sizes.query * sizes.type_bytes
     return repeated + scores * (sizes.heads * (sizes.type_bytes + FLOAT32 + weights) + 1)
 
 
@@ -218,13 +247,14 @@ def _engine_layer(
         "queries, keys and values": wide * (2 * sizes.query + 3 * sizes.key),
         "input of linear_proj": sizes.tokens * sizes.query * product_bytes,
     }
+    context = grid.parallel.context_parallel_size
+    if context > 1 and _takes_flex(architecture, grid, shape):
+        # Keys and values of all ranks, gathered and put in order, in place of the views.
+        items["queries, keys and values"] = wide * (sizes.query + 2 * sizes.key * context)
     if not recompute:
         # In bfloat16 the output is the very input of linear_proj.
         output = wide * sizes.query if product_bytes == FP8 else 0
         items["attention"] = output + sizes.tokens * sizes.heads * FLOAT32
-        if architecture.attention_softcap is not None:  # ours takes the place of the engine's
-            context = grid.parallel.context_parallel_size
-            items["attention"] = output + _capped_attention(shape, sizes, context=context)
     if architecture.qk_layernorm:
         items["norms of queries and keys"] = wide * (sizes.query + sizes.key)
     if architecture.num_moe_experts is None:

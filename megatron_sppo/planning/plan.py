@@ -129,7 +129,10 @@ def is_for_engine(model: ModelConfig) -> bool:
 
 
 def largest_micro_batch(config: PlanConfig, grid: Grid, architecture: Architecture) -> MicroBatchShape:
-    """Take every sequence as long as is let through, and all of it as response -> MicroBatchShape."""
+    """Take every sequence as long as is let through, and all of it as response -> MicroBatchShape.
+
+    Where prompts are shared all are behind one, which is half of each sequence.
+    """
     batch, parallel = config.batch, config.parallel
     context = parallel.context_parallel_size
     length = batch.seq_length or architecture.max_position_embeddings
@@ -142,7 +145,10 @@ def largest_micro_batch(config: PlanConfig, grid: Grid, architecture: Architectu
     multiple *= context * (2 if context > 1 else 1)
     tokens = -(-tokens // multiple) * multiple
     return MicroBatchShape(
-        num_tokens=tokens // context, num_response_tokens=tokens // context, sum_of_squares=tokens * length
+        num_tokens=tokens // context,
+        num_response_tokens=tokens // context,
+        sum_of_squares=tokens * length,
+        num_path_keys=2 * tokens if batch.share_prompts else 0,
     )
 
 

@@ -322,7 +322,8 @@ class Batches:
 def _token_multiples(config: TrainingConfig) -> tuple[int, int]:
     """Say what a document's and a micro-batch's tokens must be multiples of -> (document's, micro-batch's).
 
-    Of all context-parallel ranks together: each holds two chunks of every document.
+    Of all context-parallel ranks together: each holds two chunks of every document; of the whole where prompts are
+    shared.
     """
     layout = config.parallel
     per_rank = token_multiple(
@@ -331,5 +332,5 @@ def _token_multiples(config: TrainingConfig) -> tuple[int, int]:
         sequence_parallel=layout.sequence_parallel,
     )
     context_size = layout.context_parallel_size
-    document_multiple = 2 * context_size if context_size > 1 else 1
-    return document_multiple, math.lcm(per_rank * context_size, document_multiple)
+    chunks = 2 * context_size if context_size > 1 else 1
+    return 1 if config.batch.share_prompts else chunks, math.lcm(per_rank * context_size, chunks)

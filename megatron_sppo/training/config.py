@@ -133,11 +133,6 @@ class TrainingConfig:
                 f"objective {name} trains on pairs, so global_batch_size ({batch.global_batch_size}) must be even. "
                 f"Use --global-batch-size {batch.global_batch_size + 1}."
             )
-        if batch.share_prompts and self.parallel.context_parallel_size > 1:
-            raise ConfigError(
-                f"share_prompts does not go with context_parallel_size {self.parallel.context_parallel_size}: ranks "
-                "that split every sequence cannot hold a prompt for several. Use --no-share-prompts."
-            )
 
     def check_batch(self, *, data_parallel_size: int) -> None:
         """Refuse a global batch that the ranks cannot share evenly; packs of tokens need no such thing.

@@ -1,12 +1,17 @@
-"""What the GPU does, through NVML: read only, and silent after one line where there is no driver."""
+"""What the GPU does: torch's memory, and NVML's counters, read only. Where NVML is denied, that is said once."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-import pynvml
 import torch
+
+try:
+    import pynvml
+except ImportError:  # a bare machine; training goes on without it
+    pynvml = None
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +22,7 @@ PEAK_BF16_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "GH200": 989.0}
 
 _REASONS = {
     name.removeprefix("nvmlClocksEventReason"): value
-    for name, value in vars(pynvml).items()
+    for name, value in (vars(pynvml).items() if pynvml is not None else ())
     if name.startswith("nvmlClocksEventReason") and isinstance(value, int) and not name.endswith(("None", "All"))
 }
 _HARMFUL = ("HwSlowdown", "HwThermalSlowdown", "SwThermalSlowdown", "HwPowerBrakeSlowdown")
@@ -26,35 +31,41 @@ _NVLINK_COUNTERS = ("DL_REPLAY", "DL_RECOVERY", "DL_CRC_FLIT", "DL_CRC_DATA")
 
 
 class GpuSampler:
-    """Sample this rank's GPU for the metrics. Without an NVIDIA driver it samples nothing."""
+    """Sample this rank's GPU for the metrics: without NVML only torch's memory, without a GPU nothing."""
 
     def __init__(self) -> None:
+        self._has_gpu = torch.cuda.is_available()
         self._device: Any = None
         self._unsupported: set[str] = set()
         self._energy_joules: float | None = None
         self._warned: tuple[str, ...] = ()
-        if not torch.cuda.is_available():
+        if not self._has_gpu:
+            return
+        if pynvml is None:
+            logger.warning(
+                "no GPU telemetry but torch's memory: nvidia-ml-py is missing. Use: pip install nvidia-ml-py"
+            )
             return
         try:
             pynvml.nvmlInit()
             uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
             self._device = pynvml.nvmlDeviceGetHandleByUUID(uuid)
         except pynvml.NVMLError as error:
-            logger.warning("no GPU telemetry: %s", error)
+            logger.warning("no GPU telemetry but torch's memory: %s", error)
 
     def sample(self) -> dict[str, float]:
         """Read the counters -> {"gpu/...": value}; W, degrees Celsius, MHz, percent, GiB, J since the last sample.
 
         A counter that the GPU does not have is asked for once. Errors and remapped rows count since the driver's start.
         """
-        if self._device is None:
+        if not self._has_gpu:
             return {}
         values = {
             "gpu/torch_allocated_gib": torch.cuda.memory_allocated() / 2**30,
             "gpu/torch_reserved_gib": torch.cuda.memory_reserved() / 2**30,
             "gpu/torch_peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         }
-        for name, probe in self._probes().items():
+        for name, probe in self._probes().items() if self._device is not None else ():
             if name in self._unsupported:
                 continue
             try:
@@ -63,6 +74,19 @@ class GpuSampler:
                 self._unsupported.add(name)
                 logger.info("%s is not available on this GPU (%s)", name, error)
         self._warn_of_slowdown(int(values.get("gpu/clock_event_reasons", 0)))
+        return values
+
+    def limits(self) -> dict[str, Any]:
+        """Read what does not change -> {"driver", "power_limit_watts", "sm_clock_limit_mhz"}; None: NVML denies it."""
+        limits: dict[str, Callable[[], Any]] = {
+            "driver": lambda: pynvml.nvmlSystemGetDriverVersion(),
+            "power_limit_watts": lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(self._device) / 1000,
+            "sm_clock_limit_mhz": lambda: pynvml.nvmlDeviceGetMaxClockInfo(self._device, pynvml.NVML_CLOCK_SM),
+        }
+        values: dict[str, Any] = dict.fromkeys(limits)
+        for name, limit in limits.items() if self._device is not None else ():
+            with contextlib.suppress(pynvml.NVMLError):
+                values[name] = limit()
         return values
 
     def _probes(self) -> dict[str, Callable[[], dict[str, float]]]:

@@ -48,6 +48,20 @@ LAYOUTS = {
     ),
     "shared, PP2": (2, "--packed-sequence-size 96 --share-prompts --pipeline-model-parallel-size 2"),
     "shared, DP2": (2, "--packed-sequence-size 48 --share-prompts"),
+    "shared, CP2": (2, "--packed-sequence-size 96 --share-prompts --context-parallel-size 2"),
+    "shared, CP4 recompute": (
+        4,
+        "--packed-sequence-size 96 --share-prompts --context-parallel-size 4 --recompute-granularity selective",
+    ),
+    "shared, TP2 CP2 SP": (
+        4,
+        "--packed-sequence-size 96 --share-prompts --context-parallel-size 2 --tensor-model-parallel-size 2 "
+        "--sequence-parallel",
+    ),
+    "shared, CP2 PP2": (
+        4,
+        "--packed-sequence-size 96 --share-prompts --context-parallel-size 2 --pipeline-model-parallel-size 2",
+    ),
 }
 ONE_RANK = {False: "--packed-sequence-size 96", True: "--packed-sequence-size 96 --share-prompts"}
 MIXTURE_LAYOUTS = {
@@ -101,8 +115,7 @@ def log_probs_by_flex_attention(megatron: str, data: str, argv: list[str]) -> tu
     """Run the reference pass's first step with FlexAttention in the model -> its rows, sorted, and their log pi."""
     from megatron_sppo import config as configuration
     from megatron_sppo.model import layer_spec
-    from megatron_sppo.model.attention import DocumentAttention
-    from megatron_sppo.model.shared_prompts import with_shared_prompts
+    from megatron_sppo.model.attention import DocumentAttention, with_shared_prompts
     from megatron_sppo.training import checkpoint, inputs, parallel
     from megatron_sppo.training.config import TrainingConfig
     from megatron_sppo.training.forward_step import run_micro_batches

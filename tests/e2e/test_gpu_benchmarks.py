@@ -1,30 +1,141 @@
-"""Proves that what is prepared for a GPU machine starts: the script explains itself, the figures run dry on a CPU.
+"""Proves that what is prepared for a GPU machine starts: the script checks, runs and reports; figures run dry on a CPU.
 
 The dry figures are of no meaning and go to a folder that is thrown away.
 """
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import record
+from benchmarks import hopper, record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPT = str(REPOSITORY / "benchmarks/h200.sh")
+SCRIPT = str(REPOSITORY / "benchmarks/hopper.sh")
 
 
-def test_the_script_explains_itself_and_refuses_what_it_does_not_know(tmp_path: Path) -> None:
-    done = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "benchmarks/h200.sh PART..." in done.stdout
-    environment = {"PATH": "/usr/bin:/bin", "BUNDLES": str(tmp_path), "SITE": str(tmp_path / "site")}
-    done = subprocess.run([SCRIPT, "smoke"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and "Set BUNDLES" in done.stderr
-    (tmp_path / "site" / ".unpacked" / "te-.tar.xz").touch()
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let the script find an H100, with nothing missing -> the card's folder."""
+    folder = tmp_path / "results/h100"
+    monkeypatch.setattr(hopper, "RESULTS", folder.parent)
+    monkeypatch.setattr(hopper, "LOG", tmp_path / "hopper.log")
+    monkeypatch.setattr(hopper, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(hopper, "NEEDED", (hopper.Requirement(module="json", install="unknown"),))
+    gpu = {"torch": "2.11", "cuda": "13.0", "name": "NVIDIA H100 80GB HBM3", "capability": [9, 0]}
+    monkeypatch.setattr(hopper, "find_gpu", lambda: gpu)
+    return folder
+
+
+def run_script(monkeypatch: pytest.MonkeyPatch, parts: dict[str, hopper.Part], *names: str) -> int:
+    """Run the script's Python with parts of a test's own -> exit code."""
+    monkeypatch.setattr(hopper, "PARTS", parts)
+    monkeypatch.setattr(sys, "argv", ["hopper.sh", *names])
+    with pytest.raises(SystemExit) as left:
+        hopper.main()
+    return int(left.value.code or 0)
+
+
+def part(folder: Path, code: str, **settings: Any) -> hopper.Part:
+    """Make a part of one line of Python, which is written to a file as commands are split at blanks."""
+    script = folder.parent.parent / f"part_{len(code)}.py"
+    script.write_text(code)
+    return hopper.Part(proves="a test", commands=(str(script),), **settings)
+
+
+ABSENT = hopper.Requirement(module="no_such_module", install="pip install that")
+FIGURE = """
+import json, pathlib
+rows = [{"met": True}, {"met": False}, {"met": None}]
+pathlib.Path("results/h100/figure.json").write_text(json.dumps({"rows": rows}))
+"""
+
+
+def test_parts_go_on_after_one_fails_and_the_table_tells(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {
+        "writes": part(machine, FIGURE),
+        "breaks": part(machine, "raise RuntimeError('no kernel image')"),
+        "hangs": part(machine, "import time; print('in the middle', flush=True); time.sleep(60)"),
+        "peer": part(machine, "", needs=(ABSENT,)),
+        "works": part(machine, "print('fine')"),
+    }
+    monkeypatch.setenv("LIMIT", "2")
+    assert run_script(monkeypatch, parts, "all") == 1
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    table = lines[lines.index(["part", "outcome", "seconds", "targets", "met", "figures"]) :]
+    outcomes = {line[0]: line[1] for line in table if line and line[0] in parts}
+    assert outcomes == {"writes": "passed", "breaks": "failed", "hangs": "failed", "peer": "skipped", "works": "passed"}
+    assert ["writes", "passed", "0", "1", "of", "2", "figure.json"] in table
+    summary = json.loads((machine / "hopper.json").read_text())
+    reasons = {result["part"]: result["reason"] for result in summary["parts"]}
+    assert reasons["breaks"] == "exit code 1: RuntimeError: no kernel image"
+    assert reasons["hangs"] == "took more than LIMIT=2 seconds: in the middle"
+    assert reasons["peer"] == "missing: no_such_module"
+    assert any(line[:2] == ["Send", "back"] and line[2] == "results/h100/*.json" for line in lines)
+    assert "no kernel image" in (machine.parent.parent / "hopper.log").read_text()
+
+
+def test_nothing_runs_while_an_import_is_missing(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hopper, "find_gpu", lambda: pytest.fail("looked at the GPU"))
+    parts = {"peer": part(machine, FIGURE, needs=(ABSENT,))}
+    assert run_script(monkeypatch, parts, "peer") == 2  # asked for by name, it is not skipped
+    assert capsys.readouterr().err.splitlines()[-1].strip() == "pip install that"
+    monkeypatch.setattr(hopper, "NEEDED", (ABSENT,))
+    parts = {"writes": part(machine, FIGURE)}
+    assert run_script(monkeypatch, parts, "all") == 2
+    assert "No module named 'no_such_module'" in capsys.readouterr().out
+    assert not machine.exists()
+
+
+def test_what_is_optional_is_said_and_not_waited_for(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hopper, "NEEDED", (replace(ABSENT, optional="power will be null"),))
+    assert run_script(monkeypatch, {"works": part(machine, "print('fine')")}, "works") == 0
+    assert "without it power will be null" in capsys.readouterr().out
+
+
+def test_tests_are_counted_and_those_that_fail_are_named(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = "def test_good(): pass\ndef test_bad(): assert False\n"
+    machine.mkdir(parents=True)
+    (machine.parent.parent / "test_x.py").write_text(cases)
+    parts = {"tests": hopper.Part(proves="a test", commands=("-m pytest -q -p no:cacheprovider test_x.py",))}
+    assert run_script(monkeypatch, parts, "tests") == 1
+    (result,) = json.loads((machine / "hopper.json").read_text())["parts"]
+    assert result["tests"] == {"passed": 1, "skipped": 0, "failed": ["test_x::test_bad"]}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "says"),
+    [
+        ({"torch": "2.13", "cuda": None}, "a build without CUDA, finds no GPU"),
+        ({"torch": "2.13", "cuda": "13.0"}, "a build for CUDA 13.0, finds no GPU"),
+        ({"torch": "2.13", "cuda": "13.0", "name": "NVIDIA A100", "capability": [8, 0]}, "capability 8.0"),
+        ({"fault": "libcuda is broken"}, "libcuda is broken"),
+    ],
+)
+def test_another_machine_is_refused(gpu: dict[str, Any], says: str) -> None:
+    assert says in hopper.fault_of(gpu)
+
+
+def test_the_door_explains_itself_and_refuses_here(tmp_path: Path) -> None:
+    """This machine has no CUDA build of torch: the script itself says so, or names the imports that it misses."""
+    environment = {**os.environ, "PYTHON": sys.executable, "BUNDLES": str(tmp_path), "SITE": str(tmp_path / "site")}
+    done = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "benchmarks/hopper.sh PART..." in done.stdout and "  fit " in done.stdout
     done = subprocess.run([SCRIPT, "g9"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and "no part g9" in done.stderr
+    assert done.returncode == 2 and "invalid choice: 'g9'" in done.stderr
+    done = subprocess.run([SCRIPT, "smoke"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "hopper.sh: error: " in done.stderr
 
 
 @pytest.mark.parametrize(

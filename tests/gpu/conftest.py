@@ -1,12 +1,21 @@
 """A model whose sizes suit FP8 in every recipe, and judged responses for it, once for all tests on a GPU."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_sppo.conversion.convert import import_checkpoint
+from megatron_sppo.training import parallel
 from tests.distributed.conftest import write_dataset
 from tests.models import tiny_llama
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_is_left() -> Iterator[None]:
+    """These tests are ranks themselves: what one that failed left behind would fail all later ones."""
+    yield
+    parallel.shut_down()
 
 
 @pytest.fixture(scope="session")

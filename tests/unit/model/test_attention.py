@@ -1,43 +1,62 @@
-"""DocumentAttention against softmax attention written out with an explicit mask. CPU only."""
+"""Core attention against softmax attention written out, one sequence at a time. CPU only."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from megatron.core.packed_seq_params import PackedSeqParams
 
-from megatron_sppo.model.attention import DocumentAttention
+from megatron_sppo.model.attention import DocumentAttention, with_shared_prompts
+from tests.unit.model.trees import SEQUENCES, SMALL, Tree, random_heads, random_tree
 
 CONFIG = SimpleNamespace(attention_dropout=0.0, context_parallel_size=1)
 
 
-def masked_softmax_attention(query, key, value, visible):
-    """[S, heads, D] each, one sequence, every query head with its own key head -> [S, heads, D]."""
-    scores = torch.einsum("shd,thd->hst", query, key) / query.shape[-1] ** 0.5
-    return torch.einsum("hst,thd->shd", scores.masked_fill(~visible, -torch.inf).softmax(-1), value)
-
-
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 1, 4, 8, 100])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_a_packed_row_attends_within_documents_only(groups: int) -> None:
-    torch.manual_seed(0)
-    lengths = [5, 1, 7]
-    total, heads, size = sum(lengths), 4, 8
-    query, key, value = (torch.randn(total, count, size, dtype=torch.float64) for count in (heads, groups, groups))
-    document = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
-    position = torch.arange(total)
-    visible = (document[:, None] == document) & (position[:, None] >= position)
-    repeated = [tensor.repeat_interleave(heads // groups, dim=1) for tensor in (key, value)]
-    expected = masked_softmax_attention(query, *repeated, visible)
-    boundaries = torch.tensor([0, 5, 6, 13], dtype=torch.int32)
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=boundaries, cu_seqlens_kv=boundaries)
-    attention = DocumentAttention(CONFIG, 1, None, "self")
-    torch.testing.assert_close(attention(query, key, value, packed_seq_params=packed), expected.flatten(1))
+@pytest.mark.parametrize("tree", [SMALL, SEQUENCES, random_tree(0, num_tokens=600)])
+def test_each_path_attends_by_itself(tree: Tree, groups: int, window: int | None, softcap: float | None) -> None:
+    heads = random_heads(tree.num_tokens, heads=4, groups=groups)
+    # The second of two layers: the first one's window must not matter.
+    attention = DocumentAttention(CONFIG, 2, None, "self", softmax_scale=0.7, windows=(3, window), softcap=softcap)
+    context = attention(*heads, packed_seq_params=tree.packed())
+    expected = tree.attention(*heads, scale=0.7, window=window, softcap=softcap)
+    # float32 softmax between float64 products where scores are capped, as Hugging Face's eager attention has it.
+    tolerance = 1e-10 if softcap is None else 1e-6
+    torch.testing.assert_close(context, expected, rtol=0, atol=tolerance)
+    weight = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad((answer * weight).sum(), heads) for answer in (context, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=10 * tolerance)
 
 
 def test_padded_sequences_attend_causally_each_on_its_own() -> None:
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(6, 2, 4, 8, dtype=torch.float64) for _ in range(3))
-    visible = torch.ones(6, 6, dtype=torch.bool).tril()
-    columns = [masked_softmax_attention(query[:, b], key[:, b], value[:, b], visible) for b in range(2)]
-    context = DocumentAttention(CONFIG, 1, None, "self")(query, key, value)
-    torch.testing.assert_close(context, torch.stack(columns, dim=1).flatten(2))
+    sequence = Tree([6], [-1])
+    batch = [random_heads(6, heads=4, groups=4), [tensor.flip(0) for tensor in random_heads(6, heads=4, groups=4)]]
+    stacked = [torch.stack(pair, dim=1) for pair in zip(*batch, strict=True)]
+    context = DocumentAttention(CONFIG, 1, None, "self")(*stacked)
+    columns = [sequence.attention(*heads, scale=16**-0.5, window=None, softcap=None) for heads in batch]
+    torch.testing.assert_close(context, torch.stack(columns, dim=1))
+
+
+class HostAttention(torch.nn.Module):
+    """Stands where Transformer Engine's attention would: says that it was asked."""
+
+    def __init__(self, config, layer_number, attn_mask_type, *, softmax_scale=None):
+        super().__init__()
+
+    def forward(self, query, key, value, attention_mask, attn_mask_type=None, packed_seq_params=None):
+        return "host"
+
+
+def test_the_hosts_attention_is_asked_for_all_but_shared_prompts() -> None:
+    query, key, value = (
+        tensor.detach() for tensor in random_heads(SMALL.num_tokens, heads=4, groups=2, dtype=torch.float32)
+    )
+    cls = with_shared_prompts(HostAttention, windows=[None, 3])
+    for layer_number, window in (1, None), (2, 3):
+        attention = cls(CONFIG, layer_number, None, softmax_scale=0.5)
+        assert attention(query, key, value, None, attn_mask_type=None, packed_seq_params=None) == "host"
+        context = attention(query, key, value, None, attn_mask_type=None, packed_seq_params=SMALL.packed())
+        expected = SMALL.attention(query, key, value, scale=0.5, window=window, softcap=None)
+        torch.testing.assert_close(context, expected, rtol=1e-5, atol=1e-5)

@@ -29,6 +29,7 @@ TP2 = {"tensor_model_parallel_size": 2}
 TP2_SP = {**TP2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
+SHARED = (96, 64, 96)  # tokens of a prompt and of two responses to it
 GEMMA2 = {**gemma2.FAMILY.traits, "attention_softcap": 50.0, "logit_softcap": 30.0}
 
 # (world, rank, layout, architecture, recomputation, type)
@@ -52,6 +53,10 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], str, str]] = {
     "PP2 TP2 SP last": (4, 3, PP2 | TP2_SP, {}, "none", "bfloat16"),
     "mixture": (1, 0, {}, MIXTURE, "none", "bfloat16"),
     "mixture TP2 SP": (2, 0, TP2_SP, MIXTURE, "none", "float32"),
+    "shared": (1, 0, {}, {}, "none", "bfloat16"),
+    "shared selective": (1, 0, {}, {}, "selective", "bfloat16"),
+    "shared CP2": (2, 1, CP2, {}, "none", "float32"),  # the other rank has tokens of one response only
+    "shared soft caps": (1, 0, {}, GEMMA2, "none", "bfloat16"),
 }
 
 
@@ -65,7 +70,10 @@ def measured(case: str) -> tuple[int, int, bool, bool, int]:
         stage, chunk = policy.stages[0], policy.chunks[0]
         columns = TOKENS // parallel.context_parallel_size
         tokens, positions = torch.arange(columns)[None], torch.arange(columns)[None]
-        boundaries = torch.tensor([0, TOKENS // 2, TOKENS], dtype=torch.int32)
+        boundaries, parents, longest = torch.tensor([0, TOKENS // 2, TOKENS], dtype=torch.int32), None, TOKENS // 2
+        if case.startswith("shared"):
+            boundaries = torch.tensor([0, *SHARED], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            parents, longest = torch.tensor([-1, 0, 0], dtype=torch.int32), SHARED[0] + SHARED[2]
         rows = torch.arange(columns // 2)
         response = gpt.ResponseTokens(rows, torch.zeros_like(rows))
         if not stage.pre_process:
@@ -75,7 +83,13 @@ def measured(case: str) -> tuple[int, int, bool, bool, int]:
 
         def forward() -> torch.Tensor:
             return gpt.forward(
-                chunk, tokens, positions, cu_seqlens=boundaries, max_seqlen=TOKENS // 2, response=response
+                chunk,
+                tokens,
+                positions,
+                cu_seqlens=boundaries,
+                parents=parents,
+                max_seqlen=longest,
+                response=response,
             )
 
         known = [*stage.parameters(), *(buffer.grad_data for buffer in chunk.buffers)]
@@ -92,11 +106,17 @@ def planned(case: str, *, first: bool, last: bool, layers: int) -> tuple[int, in
     world_size, _, axes, fields, recompute, dtype = CASES[case]
     parallel = ParallelConfig(**axes)
     columns = TOKENS // parallel.context_parallel_size
+    documents = {"sum_of_squares": 2 * (TOKENS // 2) ** 2}
+    if case.startswith("shared"):
+        prompt, *responses = SHARED
+        paths = [prompt + response for response in responses]
+        pairs = prompt**2 + sum(response * path for response, path in zip(responses, paths, strict=True))
+        documents = {"sum_of_squares": pairs, "num_path_keys": sum(paths)}
     plan = activations(
         dataclasses.replace(TINY, **fields),
         ModelConfig(params_dtype=dtype, recompute_granularity=recompute),
         Grid(parallel=parallel, world_size=world_size),
-        MicroBatchShape(num_tokens=columns, num_response_tokens=columns // 2, sum_of_squares=2 * (TOKENS // 2) ** 2),
+        MicroBatchShape(num_tokens=columns, num_response_tokens=columns // 2, **documents),
         engine=False,
     )
     kept = layers * plan.per_layer + first * plan.first + last * plan.last
@@ -167,3 +187,30 @@ def test_passes_in_flight_are_the_schedule_s(
     parallel = ParallelConfig(pipeline_model_parallel_size=stages, virtual_pipeline_model_parallel_size=chunks)
     grid = Grid(parallel=parallel, world_size=stages)
     assert chunks_in_flight(grid, stage, num_micro_batches=num_micro_batches) == expected
+
+
+def shared_engine_plan(architecture: str, **axes: Any) -> Activations:
+    parallel = ParallelConfig(**axes)
+    return activations(
+        PUBLISHED[architecture],
+        ModelConfig(),
+        Grid(parallel=parallel, world_size=parallel.model_parallel_size),
+        MicroBatchShape(num_tokens=4096, num_response_tokens=4096, sum_of_squares=4096**2, num_path_keys=8192),
+        engine=True,
+    )
+
+
+def test_shared_prompts_keep_what_any_flash_attention_keeps_and_gathered_keys_across_ranks() -> None:
+    """Llama-3-8B, 4096 tokens of a rank, q = 4096, k = 1024, 32 heads, bfloat16.
+
+    Alone: q, k, v 2 T (2 q + 3 k), log-sum-exp 4 T 32. Of two ranks: rotated queries 2 T q, and 2 T keys and values.
+    """
+    alone, halved = shared_engine_plan("llama3-8b"), shared_engine_plan("llama3-8b", context_parallel_size=2)
+    assert alone.layer["queries, keys and values"] == 2 * 4096 * (2 * 4096 + 3 * 1024)
+    assert alone.layer["attention"] == halved.layer["attention"] == 4 * 4096 * 32
+    assert halved.layer["queries, keys and values"] == 2 * 4096 * (4096 + 2 * 2 * 1024)
+
+
+def test_soft_caps_cost_no_scores_on_cuda() -> None:
+    """Gemma-2-9B has 16 heads of 256 and would keep 4096^2 scores of each, thrice: 1.5 GiB and more a layer."""
+    assert shared_engine_plan("gemma-2-9b").layer["attention"] == 4 * 4096 * 16

@@ -149,10 +149,6 @@ def test_a_pack_that_does_not_hold_the_longest_response_or_pair_is_refused_with_
         ({"packed_sequence_size": 0}, "packed_sequence_size is 0; it must be a number in"),
         ({"packed_sequence_size": 64, "packing": False}, "packed_sequence_size needs packing. Use --packing"),
         ({"share_prompts": True}, "Use for example --packed-sequence-size 8192."),
-        (
-            {"share_prompts": True, "packed_sequence_size": 64, "layout": {"context_parallel_size": 2}},
-            "share_prompts does not go with context_parallel_size 2: .* Use --no-share-prompts.",
-        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(flags, message) -> None:

@@ -60,6 +60,16 @@ class FakeNvml:
         assert fields == [pynvml.NVML_FI_DEV_MEMORY_TEMP]
         return [SimpleNamespace(nvmlReturn=pynvml.NVML_SUCCESS, value=SimpleNamespace(uiVal=72))]
 
+    def _nvmlSystemGetDriverVersion(self) -> str:
+        return "580.95.05"
+
+    def _EnforcedPowerLimit(self, _: Any) -> int:
+        return 700_000
+
+    def _MaxClockInfo(self, _: Any, kind: int) -> int:
+        assert kind == pynvml.NVML_CLOCK_SM
+        return 1980
+
     def _ClockInfo(self, _: Any, kind: int) -> int:
         return {pynvml.NVML_CLOCK_SM: 1755, pynvml.NVML_CLOCK_MEM: 2619}[kind]
 
@@ -159,17 +169,34 @@ def test_reasons_are_nvml_s_names() -> None:
     assert clock_event_reasons(0) == ()
 
 
-def test_without_a_driver_there_is_one_line_and_no_metric(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_limits_are_null_where_they_are_denied(nvml: FakeNvml) -> None:
+    limits = {"driver": "580.95.05", "power_limit_watts": 700.0, "sm_clock_limit_mhz": 1980}
+    assert GpuSampler().limits() == limits
+    nvml.missing = ("nvmlDeviceGetEnforcedPowerLimit",)
+    assert GpuSampler().limits() == {**limits, "power_limit_watts": None}
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_without_nvml_there_is_one_line_and_torch_s_memory(
+    nvml: FakeNvml, is_installed: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Here the real NVML is asked: it finds no library, or no device of that name."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: SimpleNamespace(uuid="none"))
+    monkeypatch.setattr(telemetry, "pynvml", pynvml if is_installed else None)
     with caplog.at_level(logging.WARNING):
         sampler = GpuSampler()
-        assert sampler.sample() == {} and sampler.sample() == {}
-    assert len(caplog.records) == 1 and caplog.records[0].getMessage().startswith("no GPU telemetry")
+        for _ in range(2):
+            assert sampler.sample() == {
+                "gpu/torch_allocated_gib": 1.0,
+                "gpu/torch_reserved_gib": 2.0,
+                "gpu/torch_peak_gib": 1.5,
+            }
+        assert set(sampler.limits().values()) == {None}
+    (record,) = caplog.records
+    assert record.getMessage().startswith("no GPU telemetry but torch's memory")
+
+
+def test_without_a_gpu_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert GpuSampler().sample() == {} and not caplog.records
 
 
 def test_the_slowest_rank_is_named_above_the_limit(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,81 @@
+"""Attention by FlexAttention: the kernel for rows that Transformer Engine has none for, and none other than a kernel.
+
+Those are shared prompts, soft-capped scores, and windows under context parallelism. Compiled, it holds what any flash
+attention holds; run uncompiled it would make all [heads, queries, keys] scores, as it does on the CPU, in tests.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.nn.attention.flex_attention import flex_attention
+
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.model.visibility import Row
+
+_COMPILATIONS = 32
+"""Most kernels of a process. A run makes 2 to 6: with and without gradients, and for rows of one block; shapes are
+dynamic. More are made by a process that runs several models."""
+
+
+def flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    row: Row,
+    *,
+    softmax_scale: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attend from this rank's tokens [S / C, B, Q, D] to the row's [S, B, G, D] -> [S / C, B, Q, D].
+
+    Raises:
+        ConfigError: there are more kinds of rows than kernels may be compiled for.
+    """
+    query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    attend = _compiled() if query.is_cuda else flex_attention
+    context = attend(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else _soft_capping(query.new_tensor(softcap, dtype=torch.float32)),
+        block_mask=row.block_mask(window),
+        scale=softmax_scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return context.permute(2, 0, 1, 3)
+
+
+def _soft_capping(softcap: Tensor) -> Callable[..., Tensor]:
+    """Make the function s -> c tanh(s / c) of a score; c a tensor, for a Python number would be compiled in."""
+
+    def score_mod(score: Tensor, _batch: Tensor, _head: Tensor, _q: Tensor, _k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return score_mod
+
+
+@functools.cache
+def _compiled(backend: str = "inductor") -> Callable[..., Any]:
+    """Compile for any number of tokens -> flex_attention as a kernel, or an error.
+
+    `fullgraph` is what makes dynamo raise at its limit; without, it runs the function as it stands, all scores at once.
+    """
+    kernel = torch.compile(flex_attention, backend=backend, dynamic=True, fullgraph=True)
+
+    def attend(*tensors: Tensor, **settings: Any) -> Any:
+        try:
+            with torch._dynamo.config.patch(recompile_limit=_COMPILATIONS):
+                return kernel(*tensors, **settings)
+        except FailOnRecompileLimitHit as error:
+            raise ConfigError(
+                f"FlexAttention has been compiled {_COMPILATIONS} times, each for another kind of micro-batch, and "
+                "uncompiled it would hold the scores of all pairs of tokens. Use --no-share-prompts; "
+                "TORCH_LOGS=recompiles says what differs."
+            ) from error
+
+    return attend

@@ -1,0 +1,81 @@
+"""The predicate and FlexAttention's mask of it against token-by-token construction, on random trees. CPU only."""
+
+import pytest
+import torch
+
+from megatron_sppo.model.visibility import sees, undivided_row
+from tests.memory import LiveBytes
+from tests.unit.model.trees import SEQUENCES, SMALL, Tree, random_tree
+
+TREES = [SMALL, SEQUENCES, *(random_tree(seed, num_tokens=1104) for seed in range(4))]
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("tree", TREES)
+def test_a_token_sees_its_path_back_to_the_window(tree: Tree, window: int | None) -> None:
+    row = tree.row()
+    assert torch.equal(sees(row.queries.column(), row.keys, window), tree.visible(window))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("tree", TREES)
+def test_ranks_see_of_the_row_what_their_tokens_see(tree: Tree, size: int) -> None:
+    """Chunks r and 2C - 1 - r of each document, or of the whole row where documents continue others."""
+    num_tokens, shared = tree.num_tokens, any(parent >= 0 for parent in tree.parents)
+    whole = [range(num_tokens)] if shared else [tree.tokens_of(number) for number in range(len(tree.lengths))]
+    assert not any(len(tokens) % (2 * size) for tokens in whole)
+    gathered = []
+    for rank in range(size):
+        held = []
+        for tokens in whole:
+            chunk = len(tokens) // (2 * size)
+            for number in (rank, 2 * size - 1 - rank):
+                held += tokens[number * chunk : (number + 1) * chunk]
+        row = tree.row(rank=rank, size=size)
+        assert torch.equal(sees(row.queries.column(), row.keys, 50), tree.visible(50)[held])
+        gathered += held
+    assert torch.equal(torch.tensor(gathered)[tree.row(size=size).order], torch.arange(num_tokens))
+
+
+@pytest.mark.parametrize("window", [None, 60])
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("tree", TREES)
+def test_blocks_are_skipped_or_taken_whole_where_they_may_be(tree: Tree, size: int, window: int | None) -> None:
+    """A block of 128 x 128 with no pair that sees is in no list; one full of such is in that of whole blocks.
+
+    The first list tells the kernel which blocks of keys a block of queries takes, the second one the reverse.
+    """
+    row = tree.row(rank=size - 1, size=size)
+    mask = row.block_mask(window)
+    visible = sees(row.queries.column(), row.keys, window)
+    num_queries, num_keys = visible.shape
+    assert mask.shape == (1, 1, num_queries, num_keys)
+    index = torch.arange(num_queries)[:, None], torch.arange(num_keys)
+    assert torch.equal(mask.mask_mod(torch.tensor(0), torch.tensor(0), *index), visible)
+    blocks = -(-num_queries // 128), -(-num_keys // 128)
+    padded = torch.zeros(blocks[0] * 128, blocks[1] * 128, dtype=torch.bool)
+    padded[:num_queries, :num_keys] = visible
+    count = padded.view(blocks[0], 128, blocks[1], 128).sum((1, 3))
+    expected = {"partial": (count > 0) & (count < 128 * 128), "whole": count == 128 * 128}
+    by_queries = {
+        "partial": (mask.kv_num_blocks, mask.kv_indices),
+        "whole": (mask.full_kv_num_blocks, mask.full_kv_indices),
+    }
+    by_keys = {"partial": (mask.q_num_blocks, mask.q_indices), "whole": (mask.full_q_num_blocks, mask.full_q_indices)}
+    for kind, truth in expected.items():
+        for (numbers, indices), blocks_of in ((by_queries[kind], truth), (by_keys[kind], truth.T)):
+            for number, listed, taken in zip(numbers[0, 0], indices[0, 0], blocks_of, strict=True):
+                assert listed[:number].tolist() == taken.nonzero().flatten().tolist()
+
+
+def test_a_mask_is_made_once_for_each_window_and_without_all_pairs() -> None:
+    """8192 x 8192 pairs are 64 MiB of bool and 256 MiB of int32; 16 Mi of them at a time are a quarter of that."""
+    row = undivided_row(8192, rank=0, size=1, device=torch.device("cpu"))
+    row.block_mask(None)
+    with LiveBytes() as live:
+        live.peak = live.current
+        before = live.current
+        mask = row.block_mask(4096)
+    assert live.peak - before < 3 * 64 * 2**20
+    assert row.block_mask(4096) is mask
+    assert undivided_row(8192, rank=0, size=1, device=torch.device("cpu")) is row
