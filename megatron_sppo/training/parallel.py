@@ -319,7 +319,8 @@ def sum_to_host(values: torch.Tensor) -> Callable[[], torch.Tensor]:
     arrived.record()
 
     def read() -> torch.Tensor:
-        arrived.synchronize()
+        if not arrived.query():
+            arrived.synchronize()
         return host
 
     return read

@@ -55,6 +55,15 @@ class Policy:
         means = sums / (num_sequences * self.architecture.num_layers)
         return dict(zip(METRICS, means.tolist(), strict=True))
 
+    def gather_weights(self) -> None:
+        """Bring every weight up to date, where gathering waits for the next forward. Collective.
+
+        With overlap_param_gather a rank has new values of its own shard alone between a step and the next.
+        """
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
     @property
     def stages(self) -> tuple[PolicyModel, ...]:
         """The chunks without their data-parallel wrapper."""
@@ -105,14 +114,30 @@ def build_policy(architecture: Architecture, model: ModelConfig, layout: Paralle
     for index, stage in enumerate(_stages(architecture, config, model, layout)):
         stage.to(parallel.device())
         _set_experts_apart(stage)
-        chunks.append(
-            DistributedDataParallel(config=config, ddp_config=ddp_config, module=stage, disable_bucketing=index > 0)
-        )
+        chunk = DistributedDataParallel(config=config, ddp_config=ddp_config, module=stage, disable_bucketing=index > 0)
+        if ddp_config.overlap_param_gather and stage.post_process:
+            _gather_the_head_s_weight_in_time(chunk, stage)
+        chunks.append(chunk)
     config.finalize_model_grads_func = reduce_gradients
     if ddp_config.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return Policy(architecture=architecture, config=config, chunks=tuple(chunks))
+
+
+def _gather_the_head_s_weight_in_time(chunk: DistributedDataParallel, stage: PolicyModel) -> None:
+    """Wait for the output weight's new values in front of the final norm, the last module to be called.
+
+    With overlap_param_gather the host does so in front of the forward of the module that owns a weight, and the head
+    takes the weight without calling its module.
+    """
+    tied = stage.share_embeddings_and_output_weights
+    weight = stage.shared_embedding_or_output_weight() if tied else stage.output_layer.weight
+
+    def gather(*_: object) -> None:
+        chunk.param_to_bucket_group[weight].finish_param_sync(chunk.ddp_config.align_param_gather)
+
+    stage.decoder.final_layernorm.register_forward_pre_hook(gather)
 
 
 def reduce_gradients(model: Sequence[Any], num_terms: torch.Tensor, **settings: Any) -> None:

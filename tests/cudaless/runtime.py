@@ -15,7 +15,7 @@ import torch.distributed.distributed_c10d as c10d
 import torch.utils._device
 from torch import Tensor
 
-from tests.cudaless.device import CPU, CUDA, NCCL_GROUPS, CudaTensor, Transfer, host_of, is_foreign, waits
+from tests.cudaless.device import CPU, CUDA, NCCL_GROUPS, CudaTensor, Transfer, host_of, is_foreign, under_way, waits
 
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
@@ -79,7 +79,7 @@ class Stream:
 
 
 class Event:
-    """An event that has always happened."""
+    """An event that has happened once no copy is under way."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -91,7 +91,7 @@ class Event:
         waits("Event.synchronize")
 
     def query(self) -> bool:
-        return True
+        return not under_way()
 
     def elapsed_time(self, _: Any) -> float:
         return 1.0
