@@ -177,7 +177,7 @@ def build(output: Path) -> None:
         "pad_token_id": token_ids[END_TOKEN],
     }
     remove_stale_temporaries(output)
-    with atomic_directory(output) as directory:
+    with atomic_directory(output, replaces="config.json") as directory:
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
         (directory / "model.safetensors").chmod(0o644)  # safetensors writes 0600
         write_json(

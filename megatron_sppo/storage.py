@@ -4,18 +4,31 @@ Everything is written under a temporary name beside its place, fsynced and renam
 `.<name>.tmp-<pid>`, so a later run of the same command can tell and remove what a killed one left behind.
 """
 
+import atexit
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import socket
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_sppo.errors import DataError
+from megatron_sppo.errors import ConfigError, DataError
 
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = ".lock"
+LOCK_BEAT_SECONDS = 15.0
+"""How often the holder of a lock touches its file."""
+LOCK_STALE_SECONDS = 120.0
+"""A lock of another host whose file was touched no later than this long ago counts as held."""
 _BLOCK_BYTES = 1 << 22
 
 
@@ -67,14 +80,22 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary directory that becomes `path` when the block ends well; an old `path` is replaced."""
+def atomic_directory(path: Path, *, replaces: str) -> Iterator[Path]:
+    """Yield an empty temporary directory that becomes `path` when the block ends well; an old `path` is replaced.
+
+    Args:
+        replaces: glob pattern of a file that an old `path` has if it is of the kind that is written now.
+
+    Raises:
+        ConfigError: `path` holds something else.
+    """
     path = Path(path)
+    refuse_foreign(path, ours=(replaces,))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         yield temporary
         publish_directory(temporary, path)
     except BaseException as error:
@@ -131,6 +152,137 @@ def _process_runs(pid: str) -> bool:
     except PermissionError:
         return True
     return True
+
+
+@contextlib.contextmanager
+def locked(directory: Path, *, flag: str) -> Iterator[None]:
+    """Have an output directory, which is made where there is none, to oneself for the block.
+
+    Args:
+        flag: the command-line flag that named the directory, for the error.
+
+    Raises:
+        ConfigError: another process has it; the message names the process and its host.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked_file(directory / LOCK_NAME, directory, remedy=f"give another directory with {flag}"):
+        yield
+
+
+_held: dict[tuple[int, Path], contextlib.AbstractContextManager[None]] = {}
+
+
+def lock_until_exit(directory: Path, *, flag: str) -> None:
+    """As `locked`, until this process ends; again by the process that has it is no fault."""
+    key = (os.getpid(), Path(directory).resolve())
+    if key not in _held:
+        lock = locked(directory, flag=flag)
+        lock.__enter__()
+        _held[key] = lock
+        atexit.register(lambda: lock.__exit__(None, None, None) if key[0] == os.getpid() else None)
+
+
+@contextlib.contextmanager
+def _locked_file(path: Path, subject: Path, *, remedy: str) -> Iterator[None]:
+    """Hold a lock by the file `path` for the block; the file goes with it.
+
+    The kernel's lock (`flock`) goes with the process that holds it, however that ends. Network file systems may not
+    carry it from host to host, so the file also says who holds it, and the holder touches it again and again: a lock
+    of another host counts as long as it is touched. Two hosts that ask in the same instant of such a file system may
+    both pass.
+    """
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                file = stack.enter_context(open(path, "a+", encoding="utf-8"))
+            except OSError as error:
+                explain_os_error(error, subject)
+                raise
+            _take_lock(file, path, subject, remedy=remedy)
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                break  # else its last holder has removed the file that we opened
+        done = threading.Event()
+        beat = threading.Thread(target=_keep_touching, args=(path, done), daemon=True)
+        beat.start()
+        try:
+            yield
+        finally:
+            done.set()
+            beat.join()
+            with contextlib.suppress(OSError):  # the disk may be gone; the kernel's lock goes in any case
+                path.unlink(missing_ok=True)
+
+
+def _take_lock(file: IO[str], path: Path, subject: Path, *, remedy: str) -> None:
+    held_here = False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held_here = True
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks: its text alone decides
+            raise
+    file.seek(0)
+    holder = file.read().split()
+    host, pid = (holder[0], holder[1]) if len(holder) == 2 else ("", "")
+    here = socket.gethostname()
+    held_elsewhere = host not in ("", here) and _age(path) < LOCK_STALE_SECONDS
+    if held_here or held_elsewhere:
+        who = f"process {pid} on {host}" if host else "another process"
+        waiting = f" If it is gone, wait {LOCK_STALE_SECONDS:.0f} s or remove {path}." if held_elsewhere else ""
+        raise ConfigError(f"{subject} is in use by {who}. Wait for it, stop it, or {remedy}.{waiting}")
+    if host:
+        logger.warning("%s was left by process %s on %s, which is gone: taken over", path, pid, host)
+    file.truncate(0)
+    file.write(f"{here} {os.getpid()}\n")
+    file.flush()
+
+
+def _age(path: Path) -> float:
+    """Measure how long ago a file was written, by the file system's own clock -> seconds."""
+    probe = temporary_beside(path)
+    probe.write_bytes(b"")
+    try:
+        return probe.stat().st_mtime - path.stat().st_mtime
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _keep_touching(path: Path, done: threading.Event) -> None:
+    while not done.wait(LOCK_BEAT_SECONDS):
+        with contextlib.suppress(OSError):  # a disk that is away for a while is the writer's trouble, not the lock's
+            os.utime(path)
+
+
+def refuse_foreign(directory: Path, *, ours: Sequence[str], inputs: Sequence[Path] = (), flag: str = "") -> None:
+    """Refuse to write into a directory that is somebody else's; nothing is touched. A missing or an empty one will do.
+
+    Args:
+        ours: glob patterns of which one matches where the directory was written by the command that asks.
+        inputs: what the command reads; the output may neither be nor hold one of them.
+        flag: the command-line flag that named the directory, for the error.
+
+    Raises:
+        ConfigError: the directory holds other things, is a file, or is an input.
+    """
+    directory, place = Path(directory), Path(directory).resolve()
+    by_flag = f" with {flag}" if flag else ""
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is a file. Choose a directory{by_flag}.")
+    for source in inputs:
+        read = Path(source).resolve()
+        if place == read or place in read.parents:
+            verb = "is" if place == read else "holds"
+            raise ConfigError(f"{directory} {verb} the input {source}. Choose another directory{by_flag}.")
+    if not directory.is_dir() or any(next(directory.glob(pattern), None) is not None for pattern in ours):
+        return
+    names = (path.name for path in directory.iterdir())
+    if others := sorted(name for name in names if name != LOCK_NAME and not re.fullmatch(r"\..*\.tmp-\d+", name)):
+        raise ConfigError(
+            f"{directory} holds {others[0]}{' and more' if len(others) > 1 else ''}, which this command did not "
+            f"write. Choose an empty or a new directory{by_flag}."
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -35,6 +35,8 @@ from megatron_sppo.conversion.hf_checkpoint import (
 from megatron_sppo.conversion.hf_config import CONFIG_FILE, architecture_from_hf, hf_from_architecture, read_config
 from megatron_sppo.conversion.megatron_checkpoint import (
     HF_DIRECTORY,
+    MANIFEST_FILE,
+    TRACKER_FILE,
     iteration_directory,
     iterations,
     publish,
@@ -45,7 +47,13 @@ from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tens
 from megatron_sppo.conversion.plan import export_tensors, import_pieces
 from megatron_sppo.conversion.rules import Binding, bind, hf_shapes
 from megatron_sppo.errors import ConversionError, DataError
-from megatron_sppo.storage import atomic_directory, read_json, remove_stale_temporaries, write_json
+from megatron_sppo.storage import (
+    atomic_directory,
+    read_json,
+    refuse_foreign,
+    remove_stale_temporaries,
+    write_json,
+)
 from megatron_sppo.tokenizer import ID_FILES, TEXT_FILES, tokenizer_hash
 
 logger = logging.getLogger(__name__)
@@ -92,6 +100,7 @@ def import_checkpoint(
         ConversionError: the model cannot be read or mapped, or `megatron` holds another one. Nothing is written then.
     """
     hf, megatron = Path(hf), Path(megatron)
+    refuse_foreign(megatron, ours=(TRACKER_FILE, "iter_*", ".iter_*"), inputs=(hf,), flag="--megatron")
     architecture = architecture_from_hf(read_config(hf), place=str(hf / CONFIG_FILE))
     family = family_of(architecture.family, place=str(hf))
     source = open_hf_checkpoint(hf)
@@ -112,7 +121,7 @@ def import_checkpoint(
     begin = time.monotonic()
     total = sum(piece.nbytes for piece in pieces)
     _check_space(megatron, total)
-    with atomic_directory(target) as directory, _bar(total, "import") as bar:
+    with atomic_directory(target, replaces=MANIFEST_FILE) as directory, _bar(total, "import") as bar:
         states = _extra_states(architecture)
         written = write_distcp(directory, pieces, objects=states, progress=bar.update, workers=workers)
         torch.save(_COMMON_STATE, directory / COMMON_FILE)
@@ -156,6 +165,12 @@ def export_checkpoint(
         ConversionError, DataError: the checkpoint is damaged or of another model, or `hf` holds something else.
     """
     hf = Path(hf)
+    refuse_foreign(
+        hf,
+        ours=(CONFIG_FILE,),
+        inputs=(Path(megatron), *(() if template is None else (Path(template),))),
+        flag="--hf",
+    )
     opened = open_megatron(megatron, template=template, leave_unchecked=True)
     cast = _dtype(dtype)
     tensors = {
@@ -175,7 +190,7 @@ def export_checkpoint(
     begin = time.monotonic()
     total = sum(math.prod(shape) * kind.itemsize for kind, shape in tensors.values())
     _check_space(hf, total)
-    with atomic_directory(hf) as directory, _bar(total, "export") as bar:
+    with atomic_directory(hf, replaces=CONFIG_FILE) as directory, _bar(total, "export") as bar:
         export_tensors(directory, plan, opened, cast=cast, workers=workers, progress=bar.update)
         _write_side_files(opened, directory, dtype=_main_dtype(tensors), types_changed=kept is None)
     logger.info("exported %s to %s: %d files, %s", opened.directory, hf, len(plan.files), _speed(total, begin))
@@ -217,8 +232,6 @@ def _already_imported(
         raise ConversionError(
             f"{root} holds checkpoints up to iteration {later[-1]}. Import into a new directory: --megatron NEW_DIR."
         )
-    if root.exists() and not root.is_dir():
-        raise ConversionError(f"{root} is a file. Choose a directory with --megatron.")
     if not target.exists() or overwrite:
         return False
     try:
@@ -250,14 +263,8 @@ def _already_exported(hf: Path, opened: OpenedMegatron, cast: torch.dtype | None
     Raises:
         ConversionError: it holds something else.
     """
-    if hf.exists() and not hf.is_dir():
-        raise ConversionError(f"{hf} is a file. Choose a directory with --hf.")
-    if opened.side_files is not None and hf.exists() and opened.side_files.resolve() == hf.resolve():
-        raise ConversionError(f"{hf} is the template itself. Choose another --hf.")
     if not hf.exists() or not any(hf.iterdir()):
         return False
-    if not (hf / CONFIG_FILE).is_file():
-        raise ConversionError(f"{hf} holds other files and no model. Choose an empty or a new directory with --hf.")
     if overwrite:
         return False
     if opened.unchecked:

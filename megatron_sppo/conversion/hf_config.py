@@ -1,6 +1,7 @@
 """Hugging Face's config.json <-> our Architecture, and settings that would change the computation refused."""
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.rules import Family
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.storage import read_json
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 MAX_LAYERS = 10_000
@@ -55,6 +58,17 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
     if absent := [key for key in family.required if key not in config]:
         raise ConversionError(
             f"{place} does not say {' and '.join(absent)}. The config is damaged: fetch the model again."
+        )
+    _agreed(place, _only(config, "dtype", "torch_dtype"))
+    built = config.get("architectures") or [family.architecture_class]
+    if [str(name).lower() for name in built] != [family.architecture_class.lower()]:
+        logger.warning(
+            "%s says architectures %s and model_type %s: transformers and the import go by model_type (%s), vLLM by "
+            "architectures. Correct the wrong one.",
+            place,
+            json.dumps(built),
+            family.model_type,
+            family.architecture_class,
         )
     for key, allowed in family.fixed.items():
         if config.get(key) not in allowed:
@@ -208,15 +222,13 @@ def _experts(config: Mapping[str, Any], family: Family, place: str) -> dict[str,
     keys = family.experts
     if keys is None:
         return {}
-    named = [key for key in keys.count if config.get(key) is not None] or [keys.count[0]]
-    counts = {key: _whole(config, key, place) for key in named}
-    if len(set(counts.values())) > 1:
-        raise ConversionError(f"{place} names two numbers of experts: {counts}. The config is wrong.")
+    _agreed(place, _only(config, *keys.count))
+    count = next((key for key in keys.count if config.get(key) is not None), keys.count[0])
     normalised = True if keys.normalised is None else config.get(keys.normalised, False)
     if not isinstance(normalised, bool):
         raise ConversionError(f"{place}: {keys.normalised} is {normalised!r}; it must be true or false.")
     return {
-        "num_moe_experts": counts[named[0]],
+        "num_moe_experts": _whole(config, count, place),
         "moe_router_topk": _whole(config, keys.chosen, place),
         "moe_ffn_hidden_size": _whole(config, keys.width, place),
         "moe_router_pre_softmax": not normalised,
@@ -237,30 +249,50 @@ def _expert_keys(architecture: Architecture, family: Family) -> dict[str, Any]:
 
 
 def _rope(config: Mapping[str, Any], place: str, *, default_base: float) -> tuple[float, Llama3RopeScaling | None]:
-    """Read base and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
-    parameters = config.get("rope_parameters")
-    scaling = parameters if parameters is not None else config.get("rope_scaling")
-    if scaling is None:
-        scaling = {}
+    """Read base and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
+
+    A config may hold both, as when somebody adds rope_scaling to what transformers 5 has written. transformers 5.19
+    then takes rope_scaling whole and forgets rope_parameters' rope_theta (modeling_rope_utils.py,
+    convert_rope_params_to_dict); others take the other. Both are read here, and must say the same.
+    """
+    spelled = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key) not in (None, {})}
+    rest = _only(config, "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    read = {
+        key: _rope_of(key, scaling, rest, place, default_base=default_base)
+        for key, scaling in (spelled or {"rope_parameters": {}}).items()
+    }
+    if len({*read.values()}) > 1:
+        raise ConversionError(
+            f"{place} describes its rotary embeddings twice, and differently: rope_parameters "
+            f"{json.dumps(spelled['rope_parameters'])}, rope_scaling {json.dumps(spelled['rope_scaling'])}. "
+            "Remove the one that the model was not trained with."
+        )
+    return next(iter(read.values()))
+
+
+def _rope_of(
+    key: str, scaling: Any, rest: Mapping[str, Any], place: str, *, default_base: float
+) -> tuple[float, Llama3RopeScaling | None]:
+    """Read one spelling of the rotary embeddings, and what stands beside it at the top of the config."""
     if not isinstance(scaling, dict):
-        raise ConversionError(f"{place}: rope_parameters is {scaling!r}; it must be an object. Fetch the model again.")
+        raise ConversionError(f"{place}: {key} is {scaling!r}; it must be an object. Fetch the model again.")
     if any(isinstance(value, dict) for value in scaling.values()):
         raise ConversionError(
-            f"{place}: rope_parameters has other values for each of {', '.join(scaling)}; the Megatron model has one "
+            f"{place}: {key} has other values for each of {', '.join(scaling)}; the Megatron model has one "
             "rotary embedding for all layers. Use another model."
         )
-    base = _positive(
-        {"rope_theta": default_base, **_only(config, "rope_theta"), **_only(scaling, "rope_theta")}, "rope_theta", place
-    )
-    if scaling.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
+    for name in rest:
+        _agreed(place, {name: rest[name], f"{key}.{name}": scaling.get(name)})
+    kind = _agreed(place, {f"{key}.rope_type": scaling.get("rope_type"), f"{key}.type": scaling.get("type")})
+    scaling = {**rest, **scaling}
+    base = _positive(scaling, "rope_theta", place, default=default_base)
+    if scaling.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise ConversionError(f"{place} rotates a part of each head only (partial_rotary_factor). Use another model.")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
+    if kind in (None, "default"):
         return base, None
     if kind != "llama3":
         raise ConversionError(
-            f"{place} says rope_scaling of type {kind!r}; the Megatron model knows 'default' and 'llama3'. "
-            "Use another model."
+            f"{place} says {key} of type {kind!r}; the Megatron model knows 'default' and 'llama3'. Use another model."
         )
     numbers = {
         "factor": _positive(scaling, "factor", place),
@@ -278,8 +310,21 @@ def _rope(config: Mapping[str, Any], place: str, *, default_base: float) -> tupl
     return base, Llama3RopeScaling(original_max_position_embeddings=original, **numbers)
 
 
-def _only(values: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return {key: values[key]} if values.get(key) is not None else {}
+def _agreed(place: str, sources: Mapping[str, Any]) -> Any:
+    """Take one fact from the keys that may state it -> its value, None where none does.
+
+    Raises:
+        ConversionError: two of them differ.
+    """
+    said = {key: value for key, value in sources.items() if value is not None}
+    if any(value != next(iter(said.values())) for value in said.values()):
+        stated = " and ".join(f"{key}: {json.dumps(value)}" for key, value in said.items())
+        raise ConversionError(f"{place} says {stated}, which contradict each other. Remove the wrong one.")
+    return next(iter(said.values()), None)
+
+
+def _only(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: values[key] for key in keys if values.get(key) is not None}
 
 
 def _whole(values: Mapping[str, Any], key: str, place: str, *, default: int | None = None, least: int = 1) -> int:

@@ -81,7 +81,7 @@ class DatasetWriter:
     def __enter__(self) -> "DatasetWriter":
         remove_stale_temporaries(self._directory)
         with contextlib.ExitStack() as stack:
-            self._temporary = stack.enter_context(atomic_directory(self._directory))
+            self._temporary = stack.enter_context(atomic_directory(self._directory, replaces="tokens.idx"))
             self._columns: dict[str, ColumnWriter] = {}
             for name in COLUMNS:
                 column = ColumnWriter(self._temporary / name, np.int32 if name == "tokens" else np.float32)

@@ -21,7 +21,6 @@ from megatron_sppo.rollout.records import read_rollouts
 from megatron_sppo.selfplay import config as settings
 from megatron_sppo.selfplay import summary
 from megatron_sppo.selfplay.config import SelfPlayConfig
-from megatron_sppo.selfplay.lock import run_lock
 from megatron_sppo.selfplay.plan import (
     REPORT_NAME,
     RunPaths,
@@ -34,8 +33,8 @@ from megatron_sppo.selfplay.plan import (
 )
 from megatron_sppo.selfplay.process import interruptible
 from megatron_sppo.selfplay.prompt_parts import divide_prompts, write_prompts
-from megatron_sppo.selfplay.stages import Stage, StageMachine, read_state
-from megatron_sppo.storage import atomic_file
+from megatron_sppo.selfplay.stages import STATE_NAME, Stage, StageMachine, read_state
+from megatron_sppo.storage import atomic_file, locked, refuse_foreign
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +63,11 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
     if not (config.run.model / "config.json").is_file():
         raise ConfigError(f"{config.run.model} holds no config.json. Give --model a Hugging Face model directory.")
     paths = RunPaths(run_dir=config.run.output)
+    inputs = (config.run.model, config.run.prompts)
+    refuse_foreign(paths.run_dir, ours=(STATE_NAME,), inputs=inputs, flag="--output")
     if read_state(paths.run_dir) is None:
         _check_before_anything(config)
-    with run_lock(paths.run_dir), interruptible():
+    with locked(paths.run_dir, flag="--output"), interruptible():
         machine = StageMachine(paths.run_dir)
         machine.end_orphans()
         if _is_finished(config, machine, paths):

@@ -122,7 +122,9 @@ def iteration_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int, *,
     yield Stage(
         name=f"{prefix}-rollouts",
         command=_rollout_command(
-            config, model, paths.prompts(iteration), rollouts, config.rollout.num_responses, config.run.seed + iteration
+            config,
+            *(model, paths.prompts(iteration), rollouts, config.rollout.num_responses, config.run.seed + iteration),
+            allow_no_signal=config.scoring.allow_no_signal,
         ),
         inputs=(model, paths.prompts(iteration)),
         outputs=(rollouts,),
@@ -171,7 +173,7 @@ def _evaluation(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> Stag
         name=f"iter_{iteration}-eval",
         command=(
             *(*_python("evaluate"), "--policy", str(policy), "--base", str(base), "--previous", str(previous)),
-            *("--judge", config.eval_judge, "--preset", config.scoring.preset),
+            *("--judge", config.eval_judge, "--preset", config.scoring.preset, *_judge_flags(config)),
             *("--output", str(paths.result(iteration)), "--seed", str(config.run.seed)),
             *("--bootstrap-resamples", str(config.evaluation.bootstrap_resamples)),
         ),
@@ -185,14 +187,25 @@ def _heldout_rollouts(config: SelfPlayConfig, paths: RunPaths, iteration: int, *
     seed = config.run.seed + _EVALUATION_SEED
     return Stage(
         name=name,
-        command=_rollout_command(config, model, paths.heldout, output, config.eval_num_responses, seed),
+        command=_rollout_command(
+            config,
+            *(model, paths.heldout, output, config.eval_num_responses, seed),
+            allow_no_signal=True,  # a policy that always answers the same can still be judged against another
+        ),
         inputs=(model, paths.heldout),
         outputs=(output,),
     )
 
 
 def _rollout_command(
-    config: SelfPlayConfig, model: Path, prompts: Path, output: Path, num_responses: int, seed: int
+    config: SelfPlayConfig,
+    model: Path,
+    prompts: Path,
+    output: Path,
+    num_responses: int,
+    seed: int,
+    *,
+    allow_no_signal: bool,
 ) -> tuple[str, ...]:
     rollout, own = config.rollout, config.run.rollout_command
     command = [
@@ -205,6 +218,8 @@ def _rollout_command(
         command += ["--server", *rollout.server]
     if rollout.rollout_tensor_parallel_size != 1:
         command += ["--tensor-parallel-size", str(rollout.rollout_tensor_parallel_size)]
+    if allow_no_signal and not own:  # a command of the user's own promises no such flag
+        command.append("--allow-no-signal")
     return (*command, *option_flags(rollout.rollout_options, place="rollout_options"))
 
 
@@ -212,9 +227,21 @@ def _scoring_command(config: SelfPlayConfig, rollouts: Path, dataset: Path) -> t
     scoring = config.scoring
     return (
         *(*_python("score"), "--rollouts", str(rollouts), "--judge", scoring.judge, "--output", str(dataset)),
-        *("--preset", scoring.preset, "--selection", scoring.selection),
+        *("--preset", scoring.preset, "--selection", scoring.selection, *_judge_flags(config)),
         *option_flags(scoring.scoring_options, place="scoring_options"),
     )
+
+
+def _judge_flags(config: SelfPlayConfig) -> tuple[str, ...]:
+    """Spell what holds for judging in training and in evaluation -> tokens."""
+    scoring, flags = config.scoring, []
+    if scoring.judge_after is not None:
+        flags += ["--judge-after", scoring.judge_after]
+    if scoring.verdict_tokens != 1:
+        flags += ["--verdict-tokens", str(scoring.verdict_tokens)]
+    if scoring.allow_no_signal:
+        flags.append("--allow-no-signal")
+    return tuple(flags)
 
 
 def _training_command(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> tuple[str, ...]:

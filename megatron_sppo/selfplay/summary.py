@@ -96,7 +96,10 @@ def write_events(paths: RunPaths, iterations: Sequence[dict[str, Any]]) -> None:
     """Write RUN_DIR/tensorboard anew: win rates and answer lengths, an iteration a step."""
     from torch.utils.tensorboard import SummaryWriter  # torch and TensorBoard: seconds, only where needed
 
-    with atomic_directory(paths.run_dir / EVENTS_NAME) as directory, SummaryWriter(str(directory)) as writer:
+    with (
+        atomic_directory(paths.run_dir / EVENTS_NAME, replaces="events.*") as directory,
+        SummaryWriter(str(directory)) as writer,
+    ):
         for entry in iterations:
             step = entry["iteration"]
             for opponent in ("base", "previous"):

@@ -11,6 +11,7 @@ from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.packing import parity_length
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.model.config import check_divisibility, check_machine
+from megatron_sppo.storage import lock_until_exit, refuse_foreign
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import TrainingConfig
@@ -108,6 +109,12 @@ def _verify(checkpoint: Path) -> None:
 
 
 def prepare_save_directory(config: TrainingConfig) -> None:
-    """Create `--save` and write the resolved config into it: a disk that refuses says so now, not after an hour."""
+    """Take `--save` for this run alone and write the resolved config into it: a disk that refuses says so now.
+
+    Raises:
+        ConfigError: it holds something else, or another run is writing there.
+    """
     if parallel.is_rank_zero():
+        refuse_foreign(config.save, ours=(RESOLVED_CONFIG_FILE, "iter_*"), inputs=(config.data,), flag="--save")
+        lock_until_exit(config.save, flag="--save")
         write_yaml(config, Path(config.save, RESOLVED_CONFIG_FILE))

@@ -120,6 +120,7 @@ def test_tests_are_counted_and_those_that_fail_are_named(machine: Path, monkeypa
         ({"torch": "2.13", "cuda": None}, "a build without CUDA, finds no GPU"),
         ({"torch": "2.13", "cuda": "13.0"}, "a build for CUDA 13.0, finds no GPU"),
         ({"torch": "2.13", "cuda": "13.0", "name": "NVIDIA A100", "capability": [8, 0]}, "capability 8.0"),
+        ({"torch": "2.9.1+cu128", "cuda": "12.8", "name": "NVIDIA H100", "capability": [9, 0]}, "torch>=2.11"),
         ({"fault": "libcuda is broken"}, "libcuda is broken"),
     ],
 )

@@ -6,8 +6,10 @@ Every write, fsync and rename is made to fail once. A really full disk (a small 
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_sppo import storage
-from megatron_sppo.errors import DataError
+from megatron_sppo.errors import ConfigError, DataError
 
 
 def entries(directory: Path) -> list[str]:
@@ -67,7 +69,7 @@ def test_a_file_is_old_or_new_after_any_failing_step(tmp_path, monkeypatch, name
 
 
 def write_pair(directory: Path, text: str) -> None:
-    with storage.atomic_directory(directory) as temporary:
+    with storage.atomic_directory(directory, replaces="*") as temporary:
         (temporary / "one").write_text(text)
         (temporary / "two").write_text(text)
 
@@ -95,7 +97,8 @@ def test_a_writer_killed_between_its_two_renames_loses_nothing(tmp_path):
         "real = os.rename\n"
         "def rename(a, b): real(a, b); os.kill(os.getpid(), signal.SIGKILL)\n"
         "os.rename = rename\n"
-        f"with storage.atomic_directory({str(tmp_path / 'artefact')!r}) as temporary: (temporary / 'one').touch()\n"
+        f"with storage.atomic_directory({str(tmp_path / 'artefact')!r}, replaces='*') as temporary:\n"
+        "    (temporary / 'one').touch()\n"
     )
     subprocess.run([sys.executable, "-c", program])
     assert "artefact" not in entries(tmp_path)
@@ -217,3 +220,90 @@ def test_hashes_are_those_of_the_standard(tmp_path):
 def test_the_hash_of_json_does_not_depend_on_the_order_of_keys():
     assert storage.sha256_of_json({"a": 1, "b": [2]}) == storage.sha256_of_json({"b": [2], "a": 1})
     assert storage.sha256_of_json([1, 2]) != storage.sha256_of_json([2, 1])
+
+
+def test_only_a_directory_of_the_same_kind_is_replaced(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    refusal = pytest.raises(ConfigError, match=r"mine holds thesis\.txt, which this command did not write")
+    with refusal, storage.atomic_directory(mine, replaces="tokens.idx"):
+        raise AssertionError("nothing is begun")
+    assert (entries(tmp_path), entries(mine)) == (["mine"], ["thesis.txt"])
+    (mine / "tokens.idx").touch()
+    with storage.atomic_directory(mine, replaces="tokens.idx") as temporary:
+        (temporary / "new").touch()
+    assert entries(mine) == ["new"]
+
+
+@pytest.mark.parametrize("inside", ["", "model"], ids=["the input itself", "a folder that holds it"])
+def test_an_output_is_no_input(tmp_path, inside):
+    source = tmp_path / "there" / inside
+    source.mkdir(parents=True)
+    (source / "config.json").touch()
+    with pytest.raises(ConfigError, match=r"there (is|holds) the input .*Choose another directory with --hf"):
+        storage.refuse_foreign(tmp_path / "there", ours=("*",), inputs=(source,), flag="--hf")
+
+
+@pytest.mark.parametrize("left", [[], [".lock"], [".state.json.tmp-123", ".lock"]])
+def test_what_a_killed_command_left_behind_is_nobody_else_s(tmp_path, left):
+    for name in left:
+        (tmp_path / name).touch()
+    storage.refuse_foreign(tmp_path, ours=("state.json",))
+
+
+HOLD = """
+import pathlib, sys, time
+from megatron_sppo import storage
+with storage.locked(pathlib.Path(sys.argv[1]), flag="--save"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_writer_is_refused_and_a_dead_one_s_lock_is_taken_and_said(tmp_path, caplog):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        words = f"in use by process {holder.pid} on {socket.gethostname()}.*another directory with --save"
+        with pytest.raises(ConfigError, match=words), storage.locked(tmp_path, flag="--save"):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with storage.locked(tmp_path, flag="--save"):
+        assert f"was left by process {holder.pid}" in caplog.text
+        assert (tmp_path / ".lock").read_text().split() == [socket.gethostname(), str(os.getpid())]
+    assert entries(tmp_path) == []
+
+
+def test_a_lock_of_another_host_counts_while_it_is_touched(tmp_path, caplog):
+    """A network file system need not carry the kernel's lock: then the text and the time of the file decide."""
+    lock = tmp_path / ".lock"
+    lock.write_text("node17 4242\n")
+    refusal = pytest.raises(ConfigError, match=rf"process 4242 on node17.*If it is gone, wait 120 s or remove {lock}")
+    with refusal, storage.locked(tmp_path, flag="--save"):
+        pass
+    assert lock.read_text() == "node17 4242\n"
+    long_ago = lock.stat().st_mtime - storage.LOCK_STALE_SECONDS - 1
+    os.utime(lock, (long_ago, long_ago))
+    with storage.locked(tmp_path, flag="--save"):
+        assert "left by process 4242 on node17" in caplog.text
+
+
+def test_the_holder_touches_its_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "LOCK_BEAT_SECONDS", 0.01)
+    with storage.locked(tmp_path, flag="--save"):
+        os.utime(tmp_path / ".lock", (0, 0))
+        for _ in range(500):
+            if (tmp_path / ".lock").stat().st_mtime > 0:
+                break
+            time.sleep(0.01)
+        assert (tmp_path / ".lock").stat().st_mtime > 0
+
+
+def test_a_lock_for_the_process_is_taken_once(tmp_path):
+    storage.lock_until_exit(tmp_path, flag="--save")
+    storage.lock_until_exit(tmp_path, flag="--save")
+    holder = subprocess.run([sys.executable, "-c", HOLD, str(tmp_path)], capture_output=True, text=True)
+    assert f"in use by process {os.getpid()}" in holder.stderr

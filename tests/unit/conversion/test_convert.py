@@ -22,7 +22,7 @@ from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoin
 from megatron_sppo.conversion.distcp import read_metadata
 from megatron_sppo.conversion.hf_checkpoint import parse_size
 from megatron_sppo.conversion.megatron_checkpoint import verify_checkpoint
-from megatron_sppo.errors import ConversionError, DataError
+from megatron_sppo.errors import ConfigError, ConversionError, DataError
 from megatron_sppo.tokenizer import tokenizer_hash
 from megatron_sppo.verification import verify
 from tests.models import CHAT_TEMPLATE, MIXTURES, tiny_llama
@@ -226,9 +226,9 @@ def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
     import_checkpoint(hf, tmp_path / "megatron")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary.txt").write_text("dear")
-    with pytest.raises(ConversionError, match="holds other files"):
+    with pytest.raises(ConfigError, match=r"holds diary\.txt, which this command did not write"):
         export_checkpoint(tmp_path / "megatron", tmp_path / "notes", overwrite=True)
-    with pytest.raises(ConversionError, match="is a file"):
+    with pytest.raises(ConfigError, match="is a file"):
         export_checkpoint(tmp_path / "megatron", tmp_path / "notes" / "diary.txt")
     (tmp_path / "megatron" / "iter_0000010").mkdir()
     with pytest.raises(ConversionError, match="up to iteration 10"):

@@ -62,6 +62,43 @@ def test_a_written_config_reads_back_the_same(scaling: dict[str, Any] | None) ->
     assert architecture_from_hf(hf_from_architecture(read, dtype="bfloat16")) == read
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        # What transformers 5 wrote, and what somebody added to it in the spelling of transformers 4.
+        ({"rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}, "rope_scaling": YARN}, "'yarn'"),
+        ({"rope_parameters": {"rope_theta": 1e5}, "rope_scaling": LLAMA31}, "twice, and differently"),
+        ({"rope_parameters": {"rope_theta": 1e5, **LLAMA31}, "rope_scaling": LLAMA31}, "twice, and differently"),
+        ({"rope_parameters": {"rope_theta": 1e5}, "rope_scaling": {"rope_type": "default"}}, "twice, and differently"),
+        ({"rope_parameters": {"rope_theta": 1e5}, "rope_theta": 1e4}, "rope_theta: 10000.0 and rope_parameters.rope"),
+        ({"rope_parameters": {"rope_type": "default", "type": "yarn"}}, "rope_parameters.type"),
+        ({"rope_parameters": LLAMA31, "original_max_position_embeddings": 4096}, "original_max_position_embeddings: 4"),
+        ({"rope_parameters": {"partial_rotary_factor": 1.0}, "partial_rotary_factor": 0.5}, "partial_rotary_factor: 0"),
+        ({"dtype": "bfloat16", "torch_dtype": "float16"}, "dtype: .*bfloat16.* and torch_dtype: .*float16"),
+    ],
+)
+def test_two_keys_that_state_one_fact_differently_are_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConversionError, match=named):
+        architecture_from_hf({**llama_config(), **changes}, place="DIR/config.json")
+
+
+def test_two_keys_that_agree_are_read_as_one_and_as_transformers_reads_them() -> None:
+    from transformers import LlamaConfig
+
+    both = {"rope_parameters": {"rope_theta": 5e5, **LLAMA31}, "rope_scaling": {"rope_theta": 5e5, **LLAMA31}}
+    read = architecture_from_hf({**llama_config(), **both, "rope_theta": 5e5, "dtype": "bfloat16"})
+    theirs = LlamaConfig(**{**llama_config(), **both, "rope_theta": 5e5}).rope_parameters
+    assert (read.rotary_base, read.rope_scaling.factor) == (theirs["rope_theta"], theirs["factor"]) == (5e5, 8.0)
+
+
+def test_architectures_of_another_family_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    architecture_from_hf({**llama_config(), "architectures": ["Qwen2ForCausalLM"]}, place="DIR/config.json")
+    assert "Qwen2ForCausalLM" in caplog.text and "go by model_type (LlamaForCausalLM)" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -148,7 +185,7 @@ PHI3 = {"model_type": "phi3", "sliding_window": 2047}
         ({**MIXTURES["qwen3_moe"], "use_sliding_window": True}, "use_sliding_window: true"),
         ({**MIXTURES["qwen3_moe"], "shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size: 64"),
         ({**MIXTURES["qwen3_moe"], "num_experts": None}, "num_experts is missing"),
-        ({**MIXTURES["qwen3_moe"], "num_local_experts": 8}, "two numbers of experts"),
+        ({**MIXTURES["qwen3_moe"], "num_local_experts": 8}, "num_experts: 4 and num_local_experts: 8"),
         ({**MIXTURES["qwen3_moe"], "num_experts_per_tok": 5}, r"moe_router_topk \(5\)"),
         ({**MIXTURES["qwen3_moe"], "num_experts_per_tok": 1}, "moe_router_topk is 1"),
         ({**MIXTURES["qwen3_moe"], "norm_topk_prob": "yes"}, "norm_topk_prob is 'yes'"),

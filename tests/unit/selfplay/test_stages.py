@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.selfplay.lock import run_lock
+from megatron_sppo.errors import DataError
 from megatron_sppo.selfplay.stages import Stage, StageFailed, StageMachine, read_state
 
 COPY = """
@@ -152,22 +151,6 @@ def test_a_damaged_state_is_refused(run_dir: Path) -> None:
     (run_dir / "state.json").write_text('{"schema_version": 99, "stages": {}}')
     with pytest.raises(DataError, match=r"state\.json is no state of version 1"):
         StageMachine(run_dir)
-
-
-def test_a_second_command_is_refused_and_a_dead_one_s_lock_is_taken(run_dir: Path) -> None:
-    code = "from megatron_sppo.selfplay.lock import run_lock; import pathlib, time\n"
-    code += f"with run_lock(pathlib.Path({str(run_dir)!r})): print('held', flush=True); time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        refusal = pytest.raises(ConfigError, match=f"in use by another self_play command \\(process {holder.pid}\\)")
-        with refusal, run_lock(run_dir):
-            pass
-    finally:
-        holder.kill()
-        holder.wait()
-    with run_lock(run_dir):
-        assert (run_dir / ".lock").read_text() == str(os.getpid())
 
 
 SLOW = """
