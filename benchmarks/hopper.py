@@ -383,16 +383,17 @@ def main() -> None:
     with open(LOG, "w", encoding="utf-8") as log:
         print(f"{gpu['name']}, torch {gpu['torch']}, CUDA {gpu['cuda']}", file=_Both(log))
         for name in names:
-            if name in skipped:
-                results.append(Result(part=name, outcome="skipped", reason=skipped[name]))
-                continue
             try:
-                results.append(run_part(name, folder, limit=limit, log=log))
+                if name in skipped:
+                    results.append(Result(part=name, outcome="skipped", reason=skipped[name]))
+                else:
+                    results.append(run_part(name, folder, limit=limit, log=log))
             except KeyboardInterrupt:
                 results.append(Result(part=name, outcome="failed", reason="interrupted"))
                 interrupted = True
-                break
             _write_summary(folder, gpu, results)
+            if interrupted:
+                break
         _say_what_came_of_it(folder, results, file=_Both(log))
     if out := os.environ.get("OUT"):
         shutil.copytree(folder, Path(out, "results", card), dirs_exist_ok=True)

@@ -5,6 +5,7 @@ emulated GPU; expected are the numbers of ours, which tests/gpu and tests/distri
 shown: Megatron-LM's fusions that need apex, its asynchronous saves, NCCL, speed.
 """
 
+import importlib.util
 import runpy
 import shutil
 from collections.abc import Callable
@@ -28,7 +29,10 @@ from tests.distributed.test_pretrain import metrics
 from tests.distributed.worlds import REPOSITORY, pretrain, run_script
 from tests.models import tiny_llama
 
-pytest.importorskip("megatron.training", reason="megatron-core 0.16 has no megatron.training (0.19 has)")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("megatron.training") is None,
+    reason="megatron-core 0.16 has no megatron.training (0.19 has)",
+)
 
 SCRIPT = "examples/megatron_lm/pretrain_sppo.py"
 BATCH = "--seq-length 64 --micro-batch-size 4 --global-batch-size 16 --eta 10 --lr 1e-3 --lr-decay-style constant"
