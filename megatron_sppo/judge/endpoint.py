@@ -309,6 +309,7 @@ class EndpointJudge:
         """
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         fault, status, asked_to_wait = "", None, 0.0
+        remedy = "Start the server, then run the same command again: finished shards are kept."
         attempt, wait_seconds = 0, 0.0
         while attempt < self._max_attempts:
             time.sleep(max(wait_seconds, self._quiet_until - time.monotonic(), 0.0))
@@ -321,10 +322,13 @@ class EndpointJudge:
             attempt += 1
             try:
                 with urllib.request.urlopen(request, timeout=self._timeout_seconds) as response:
-                    content = json.loads(response.read())
-                if not isinstance(content, dict):
-                    raise ValueError("no JSON object")
-                return content
+                    text = response.read().decode("utf-8", "replace")
+                with contextlib.suppress(ValueError, RecursionError):
+                    content = json.loads(text)
+                    if isinstance(content, dict):
+                        return content
+                status, fault = None, f"no JSON object but {self._quoted(text)!r}"
+                remedy = "Check the address: on most servers it ends in /v1."
             except urllib.error.HTTPError as error:
                 words = self._server_text(error)
                 status, fault = error.code, f"HTTP {error.code}{words}"
@@ -349,10 +353,7 @@ class EndpointJudge:
             logger.debug("%s%s, attempt %d: %s", self._url, route, attempt, fault)
         if status == 500:
             raise self._refusal(route, status, f"{fault} in {self._max_attempts} attempts")
-        raise DataError(
-            f"{self._url}{route} did not answer in {self._max_attempts} attempts ({fault}). "
-            "Start the server, then run the same command again: finished shards are kept."
-        )
+        raise DataError(f"{self._url}{route} did not answer in {self._max_attempts} attempts ({fault}). {remedy}")
 
     def _concede(self, conceded: frozenset[str], words: str) -> bool:
         """See whether the server refuses by name a parameter that was sent, and do without it -> whether to ask again.
@@ -482,7 +483,9 @@ def _alternatives(choice: dict[str, Any]) -> list[tuple[str, float]]:
         if place:
             # White space may stand before the letter.
             place = next((number for number in range(place, len(texts)) if texts[number].strip()), place)
-        return [(str(entry["token"]), float(entry["logprob"])) for entry in entries[place]["top_logprobs"]]
+        listed = [(str(entry["token"]), float(entry["logprob"])) for entry in entries[place]["top_logprobs"]]
+        # A probability is at most 1; JSON of some servers holds NaN.
+        return [(text, min(value, 0.0)) for text, value in listed if not math.isnan(value)]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return []
 
