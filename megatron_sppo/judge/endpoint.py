@@ -464,7 +464,8 @@ def verdict_logit(choice: dict[str, Any]) -> tuple[float, str]:
         return max(-LARGEST_LOGIT, min(LARGEST_LOGIT, logit)), "logprob_verdicts"
     message = choice.get("message")
     text = str(message.get("content") or "") if isinstance(message, dict) else ""
-    letter = _letter(text.rpartition(THINKING_ENDS)[2].strip()[:8])
+    # With room for more than a letter, some explain themselves in the lines below it.
+    letter = _letter((text.rpartition(THINKING_ENDS)[2].strip().splitlines() or [""])[0])
     if letter:
         return (VERDICT_LOGIT if letter == "A" else -VERDICT_LOGIT), "bare_verdicts"
     return 0.0, "unreadable_verdicts"
