@@ -68,6 +68,10 @@ class BatchConfig:
     """all, extremes or top-bottom:M; unset: what the dataset's manifest says."""
     num_epochs: PositiveInt = 1
     """Passes over the dataset. The published runs make one."""
+    reference_per_epoch: bool = False
+    """Compute log pi_t of each epoch's responses in the micro-batches of that epoch, all before the first step: as many
+    reference passes as epochs. Otherwise one pass, in the first epoch's: where a response's log-probability depends on
+    what shares its micro-batch (FP8 in tensorwise scaling), later epochs carry that as noise."""
     train_iters: PositiveInt | None = None
     """Optimizer steps; stops before the epochs do if it is smaller."""
     seed: Seed = 1234
