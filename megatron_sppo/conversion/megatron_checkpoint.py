@@ -64,6 +64,7 @@ def resolve_checkpoint(path: Path) -> Path:
         )
     named, fault = _tracked(path)
     if named is not None:
+        _check_copy(path, named)
         return named
     for iteration in reversed(iterations(path)):
         directory = iteration_directory(path, iteration)
@@ -85,6 +86,22 @@ def resolve_checkpoint(path: Path) -> Path:
         f"{path} holds no usable Megatron checkpoint ({TRACKER_FILE} {fault}). "
         f"tools/convert.py import --hf HF_DIR --megatron {path}"
     )
+
+
+def _check_copy(root: Path, directory: Path) -> None:
+    """Hold a root's model.json against that of the iteration which the tracker names: one is a copy of the other.
+
+    Raises:
+        DataError: they differ.
+    """
+    copies = [place / MODEL_FILE for place in (root, directory)]
+    if all(copy.is_file() for copy in copies) and copies[0].read_bytes() != copies[1].read_bytes():
+        if (directory / MANIFEST_FILE).is_file():
+            verify_checkpoint(directory, names=[MODEL_FILE])
+        raise DataError(
+            f"{copies[0]} and {copies[1]} differ, and should be one. If the checkpoint is the right one, restore the "
+            f"first: cp {copies[1]} {copies[0]}"
+        )
 
 
 def _tracked(root: Path) -> tuple[Path | None, str]:
