@@ -22,6 +22,7 @@ from megatron_sppo.conversion.hf_checkpoint import HFCheckpoint, open_hf_checkpo
 from megatron_sppo.conversion.megatron_model import OpenedMegatron
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import build_stage, forward
+from megatron_sppo.pretrained import load_pretrained
 from megatron_sppo.training import parallel
 from megatron_sppo.training.parallel import ParallelConfig
 from megatron_sppo.training.policy import host_config
@@ -176,13 +177,14 @@ def _hf_layer_loader(
         state = {
             f"{prefix}0.{name.removeprefix(own)}": source.read(name) for name in source.entries if name.startswith(own)
         }
-        verbosity, shows_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()  # of the rest of the model, which is not there on purpose
+        shows_bars = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         try:
-            one = kind.from_pretrained(None, config=_cut(config, [index]), state_dict=state, dtype=dtype)
+            # The rest of the model is not there on purpose.
+            one = load_pretrained(
+                kind, None, needed=f"{prefix}0.", config=_cut(config, [index]), state_dict=state, dtype=dtype
+            )
         finally:
-            transformers_logging.set_verbosity(verbosity)
             if shows_bars:
                 transformers_logging.enable_progress_bar()
         loaded = one.get_decoder().layers[0].state_dict()

@@ -35,6 +35,7 @@ from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tens
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import build_stage, forward
+from megatron_sppo.pretrained import load_pretrained
 from megatron_sppo.probes import compare_tokenizers, prompt_token_ids
 from megatron_sppo.storage import write_json
 from megatron_sppo.training import parallel
@@ -305,14 +306,7 @@ def _hf_logits(
     from transformers import AutoModelForCausalLM
 
     device = parallel.device()
-    model = AutoModelForCausalLM.from_pretrained(
-        hf,
-        dtype=dtype,
-        attn_implementation=attention,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    model = load_pretrained(AutoModelForCausalLM, hf, dtype=dtype, attn_implementation=attention)
     model = model.to(device).eval()
     bar = tqdm(token_ids, desc="Hugging Face", disable=None)
     logits = [model(input_ids=torch.tensor([ids], device=device)).logits[0].float().cpu() for ids in bar]

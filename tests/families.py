@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_sppo.pretrained import load_pretrained
 from tests.models import byte_tokenizer
 
 NUM_LAYERS = 3
@@ -103,6 +104,6 @@ def hugging_face_logits(hf: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Run Hugging Face's own model in float32 with its eager attention -> [B, S, V]."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, attn_implementation="eager").eval()
+    model = load_pretrained(AutoModelForCausalLM, hf, dtype=torch.float32, attn_implementation="eager").eval()
     logits: torch.Tensor = model(input_ids=tokens).logits
     return logits

@@ -28,6 +28,7 @@ def main() -> None:
         "num_responses": manifest.sampling["num_responses"],
         "num_shards": len(manifest.shards),
         "num_quarantined": len(manifest.quarantined),
+        "outcomes": manifest.outcomes,
     }
     if command.json:
         print(json.dumps(outcome))

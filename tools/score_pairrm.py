@@ -18,10 +18,11 @@ import torch
 
 from megatron_sppo import command_line, config
 from megatron_sppo.data.dataset import PreferenceDataset
-from megatron_sppo.data.schema import DatasetManifest, parse_selection
+from megatron_sppo.data.schema import DatasetManifest, file_names, parse_selection
 from megatron_sppo.data.writer import DatasetWriter, rebuild_dataset
-from megatron_sppo.errors import ConfigError
+from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.judge import load_judge
+from megatron_sppo.judge.diagnostics import check_signal, signal_counts
 from megatron_sppo.judge.merge import DIAGNOSTICS_NAME, dataset_diagnostics, merge_scores
 from megatron_sppo.judge.scoring import score_rollouts
 from megatron_sppo.judge.work_list import WorkList, open_work_list
@@ -55,6 +56,12 @@ class Command:
     it names the same winner as both orders is measured on one prompt of 256 and reported."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of PairRM or a reward model. Default: float32 on the CPU, bfloat16 on a GPU."""
+    judge_after: str | None = None
+    """Judge only what follows this text in an answer, such as "</think>"; default: whole answers."""
+    verdict_tokens: config.PositiveInt = 1
+    """Tokens that an endpoint may answer with: 1 for one letter, more for a judge that reasons before it."""
+    allow_no_signal: bool = False
+    """Write the dataset even where no answer is preferred to another, so that training on it would change nothing."""
     max_requests: config.PositiveInt | None = None
     """Most requests to an endpoint, of each rank; cached answers cost none. Finished shards are kept."""
     json: bool = False
@@ -83,6 +90,8 @@ def main() -> None:
         diagnostics = score(command, open_work_list())
     if diagnostics is None:
         return
+    for warning in diagnostics["warnings"]:
+        logger.warning("%s", warning)
     if command.json:
         print(json.dumps({"output": str(command.output), **diagnostics}))
     else:
@@ -110,8 +119,11 @@ def score(command: Command, work: WorkList) -> dict[str, Any] | None:
         one_order=command.one_order,
         dtype=command.dtype,
         max_requests=command.max_requests,
+        verdict_tokens=command.verdict_tokens,
+        after=command.judge_after,
     )
     work_dir = command.output.with_name(f".{command.output.name}.scores")
+    check_output(command.output)
     if work.rank != 0:
         # The first rank alone looks whether there is anything to do: it may be writing by the time others look.
         if work.ask():
@@ -141,7 +153,9 @@ def score(command: Command, work: WorkList) -> dict[str, Any] | None:
         )
         score_rollouts(command.rollouts, judge, work_dir, work=work)
         with writer:
-            counts = merge_scores(command.rollouts, manifest, judge, work_dir, writer)
+            counts = merge_scores(command.rollouts, manifest, judge, work_dir, writer, rule=preset)
+            if not command.allow_no_signal and writer.num_prompts:
+                check_signal(counts, judge=judge.name, one_order=command.one_order)
         assert writer.manifest is not None
         done = write_diagnostics(command.output, writer.manifest, identity, counts)
     else:
@@ -153,12 +167,16 @@ def score(command: Command, work: WorkList) -> dict[str, Any] | None:
 
 def rebuild(command: Command, source: Path) -> dict[str, Any]:
     """Rebuild a dataset's targets from its stored logits -> the new one's diagnostics."""
+    check_output(command.output)
     remove_stale_temporaries(command.output)
-    manifest = rebuild_dataset(
-        PreferenceDataset(source), command.output, preset=command.preset, selection=command.selection
-    )
+    dataset = PreferenceDataset(source)
     before = read_json(source / DIAGNOSTICS_NAME) if (source / DIAGNOSTICS_NAME).is_file() else {}
-    counts = Counter({name: value for name, value in before.get("counts", {}).items() if isinstance(value, int)})
+    signal = signal_counts(dataset.all_judge_logits(), rule=command.preset or dataset.manifest.preset)
+    judged = {name: value for name, value in before.get("counts", {}).items() if isinstance(value, int)}
+    counts = Counter({name: value for name, value in judged.items() if name not in signal}) + signal
+    if not command.allow_no_signal:
+        check_signal(counts, judge=dataset.manifest.judge, one_order=False)
+    manifest = rebuild_dataset(dataset, command.output, preset=command.preset, selection=command.selection)
     identity = {
         "rollouts_sha256": manifest.rollouts_sha256,
         "judge_fingerprint": before.get("identity", {}).get("judge_fingerprint"),
@@ -191,15 +209,38 @@ def write_diagnostics(
     return diagnostics
 
 
+def check_output(output: Path) -> None:
+    """Refuse to write over what is no dataset: the directory is replaced as a whole.
+
+    Raises:
+        ConfigError: names what lies there.
+    """
+    ours = {*file_names(), MANIFEST_NAME, DIAGNOSTICS_NAME}
+    foreign = sorted(
+        path.name
+        for path in (output.iterdir() if output.is_dir() else [output] if output.exists() else [])
+        if path.name not in ours and not path.name.startswith((".", "reference."))
+    )
+    if foreign:
+        raise ConfigError(
+            f"{output} holds {foreign[0]}{f' and {len(foreign) - 1} more' if foreign[1:] else ''}, which no dataset "
+            "has, and would be replaced. Give --output another directory."
+        )
+
+
 def finished(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Read the diagnostics of a dataset that this very command has finished -> None where there is none."""
+    """Read the diagnostics of a dataset that this very command has finished -> None where there is none, or no more."""
     path = output / DIAGNOSTICS_NAME
-    if not path.is_file() or not (output / "manifest.json").is_file():
+    if not path.is_file() or not (output / MANIFEST_NAME).is_file():
         return None
-    diagnostics = read_json(path)
-    dataset = PreferenceDataset(output)
+    try:
+        diagnostics, dataset = read_json(path), PreferenceDataset(output)
+    except DataError as error:
+        fact = str(error).partition(". ")[0]
+        logger.warning("%s: the dataset is damaged. It is judged and written again.", fact)
+        return None
     wanted = {**identity, "dataset": dataset.manifest.dataset_hash}
-    return diagnostics if diagnostics.get("identity") == wanted else None
+    return diagnostics if isinstance(diagnostics, dict) and diagnostics.get("identity") == wanted else None
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.judge.protocol import Unjudged, Verdict
 from megatron_sppo.storage import sha256_of_file, sha256_of_json
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ SUM_TOLERANCE = 1e-3
 
 
 class MatricesJudge:
-    """Looks matrices up by prompt_id. A prompt without one is set aside as not finite, and counted."""
+    """Looks matrices up by prompt_id. A prompt without one is set aside, and counted."""
 
     def __init__(self, file: str, *, preset: str) -> None:
         """Read the file.
@@ -49,17 +50,18 @@ class MatricesJudge:
         self.fingerprint = sha256_of_json({"matrices": sha256_of_file(path)})
         self.counts: Counter[str] = Counter()
 
-    def judge_logits(self, groups: Sequence[RolloutGroup]) -> list[np.ndarray]:
-        """Look every group up -> float32 [K, K] a group; NaN where the file has no matrix of that size."""
+    def judge_logits(self, groups: Sequence[RolloutGroup]) -> Sequence[Verdict]:
+        """Look every group up -> float32 [K, K] a group, unless the file has no matrix of that size."""
         return [self._matrix(group) for group in groups]
 
-    def _matrix(self, group: RolloutGroup) -> np.ndarray:
+    def _matrix(self, group: RolloutGroup) -> Verdict:
         num_responses = len(group.responses)
         self.counts["pairs"] += num_responses * (num_responses - 1)
         matrix = self._matrices.get(group.prompt_id)
         if matrix is None or len(matrix) != num_responses:
             self.counts["missing_matrices"] += 1
-            return np.full((num_responses, num_responses), np.nan, dtype=np.float32)
+            found = "no matrix" if matrix is None else f"a matrix of {len(matrix)} responses"
+            return Unjudged(reason=f"the file of matrices has {found} for it, it has {num_responses} responses")
         texts = np.array([response.text for response in group.responses], dtype=object)
         same = texts[:, None] == texts[None, :]
         self.counts["identical_pairs"] += int(same.sum()) - num_responses

@@ -8,6 +8,7 @@ The dataset's writer is handed in: it lives beside Megatron, the judges do not.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from megatron_sppo.errors import DataError
+from megatron_sppo.judge.diagnostics import share, signal_counts, verdict_shares, warnings
 from megatron_sppo.judge.intake import read_rows
 from megatron_sppo.judge.protocol import Judge
 from megatron_sppo.judge.scoring import read_scores
@@ -24,7 +26,9 @@ from megatron_sppo.objective.diagnostics import describe_preferences
 from megatron_sppo.rollout.records import RolloutGroup, RolloutManifest
 
 DIAGNOSTICS_NAME = "diagnostics.json"
-_PLAIN_COUNTS = ("pairs", "identical_pairs", "truncated_sources", "truncated_candidates", "neutralised_markers")
+_PLAIN_COUNTS = (
+    "pairs", "identical_pairs", "truncated_sources", "truncated_candidates", "neutralised_markers", "leaning_answers",
+)  # fmt: skip
 
 
 class GroupWriter(Protocol):
@@ -48,9 +52,11 @@ class GroupWriter(Protocol):
 
 
 def merge_scores(
-    rollouts: Path, manifest: RolloutManifest, judge: Judge, work_dir: Path, writer: GroupWriter
+    rollouts: Path, manifest: RolloutManifest, judge: Judge, work_dir: Path, writer: GroupWriter, *, rule: str
 ) -> Counter[str]:
-    """Append every scored group to the writer, shard after shard -> the judge's counts over all shards.
+    """Append every scored group to the writer, shard after shard -> counts over all shards.
+
+    The judge's own, `signal_counts` under the writer's rule, and how many answers there are and were cut in sampling.
 
     Raises:
         DataError: a shard has no scores (they vanished between scoring and now).
@@ -65,23 +71,32 @@ def merge_scores(
         if scores is None:
             raise DataError(f"{work_dir} holds no scores of {entry.file}. Run the same score_pairrm.py command again.")
         counts += scores.counts
-        logits = iter(scores.judge_logits)
+        places = itertools.count()
+        added: list[np.ndarray] = []
         for row in read_rows(rollouts, entry, num_responses=num_responses, vocab_size=manifest.vocab_size):
             if row.group is None:
                 writer.quarantine(row.prompt_id, row.reason or "")
                 continue
-            matrix = next(logits)
+            place = next(places)
             if row.prompt_id in seen:
                 writer.quarantine(row.prompt_id, "the prompt_id occurs twice; the first one was kept")
                 continue
             seen.add(row.prompt_id)
-            writer.append(
+            if place in scores.reasons:
+                writer.quarantine(row.prompt_id, scores.reasons[place])
+                continue
+            if writer.append(
                 row.group.prompt_token_ids,
                 [response.token_ids for response in row.group.responses],
-                matrix,
+                scores.judge_logits[place],
                 prompt_id=row.prompt_id,
                 info=_info(row.group),
-            )
+            ):
+                added.append(scores.judge_logits[place])
+                counts["answers"] += num_responses
+                counts["cut_answers"] += sum(response.finish_reason == "length" for response in row.group.responses)
+        if added:
+            counts += signal_counts(np.stack(added), rule=rule)
     return counts
 
 
@@ -115,17 +130,15 @@ def dataset_diagnostics(
         response_lengths_GK=torch.from_numpy(response_lengths_GK),
         responses=responses,
     )
-    return {
+    diagnostics: dict[str, Any] = {
         "judge": judge,
         "num_prompts": len(judge_logits_GKK),
         "num_responses": judge_logits_GKK.shape[-1],
         "num_quarantined": num_quarantined,
         **dataclasses.asdict(described),
-        "truncation_rate": _share(counts["truncated_candidates"], response_lengths_GK.size),
-        "one_order_agreement": _share(counts["one_order_agreed"], counts["one_order_checked"]),
+        "truncation_rate": share(counts["truncated_candidates"], response_lengths_GK.size),
+        "one_order_agreement": share(counts["one_order_agreed"], counts["one_order_checked"]),
+        **verdict_shares(counts),
         **{name: counts.get(name, 0) for name in (*_PLAIN_COUNTS, *sorted(set(counts) - set(_PLAIN_COUNTS)))},
     }
-
-
-def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
+    return {**diagnostics, "warnings": warnings(diagnostics)}

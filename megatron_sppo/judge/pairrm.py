@@ -13,6 +13,7 @@ changes nothing either is a property of the kernels, which tests/gpu checks and 
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,11 +24,14 @@ import torch
 
 from megatron_sppo.judge.pairrm_checkpoint import load_pairrm
 from megatron_sppo.judge.pairrm_text import PairRMTokens
-from megatron_sppo.judge.source import pairrm_texts
+from megatron_sppo.judge.protocol import Unjudged, Verdict
+from megatron_sppo.judge.source import UnreadableGroup, pairrm_texts
 from megatron_sppo.storage import sha256_of_json
 
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
+
+logger = logging.getLogger(__name__)
 
 _CPU_TOKENS_PER_BATCH, _CPU_LENGTH_STEP = 1, 1
 _CUDA_TOKENS_PER_BATCH, _CUDA_LENGTH_STEP = 8192, 64
@@ -97,23 +101,36 @@ class PairRMJudge:
             candidate_length=loaded.candidate_length,
             counts=self.counts,
         )
+        logger.info(
+            "%s reads %d tokens of a prompt and %d of an answer, which gets more beside a shorter prompt; the rest is "
+            "cut and counted.", self.name, loaded.source_length, loaded.candidate_length,
+        )  # fmt: skip
         self._pad_id = loaded.tokenizer.pad_token_id
         self._preset, self._one_order = preset, one_order
         self._tokens_per_batch = tokens_per_batch or (_CPU_TOKENS_PER_BATCH if on_cpu else _CUDA_TOKENS_PER_BATCH)
         self._length_step = length_step or (_CPU_LENGTH_STEP if on_cpu else _CUDA_LENGTH_STEP)
 
-    def judge_logits(self, groups: Sequence[RolloutGroup]) -> list[np.ndarray]:
+    def judge_logits(self, groups: Sequence[RolloutGroup]) -> Sequence[Verdict]:
         """Judge all ordered pairs of all groups -> one float32 [K, K] a group.
 
-        Identical responses get exactly 0 without a forward; a repeated response is judged once.
-
-        Raises:
-            DataError: the official preset, and a group without its templated prompt.
+        Identical responses get exactly 0 without a forward; a repeated response is judged once. Under the official
+        preset a group without its templated prompt is not judged.
         """
+        readable: list[tuple[str, list[str]]] = []
+        unreadable: dict[int, Unjudged] = {}
+        for number, group in enumerate(groups):
+            try:
+                readable.append(pairrm_texts(group, preset=self._preset))
+            except UnreadableGroup as error:
+                unreadable[number] = Unjudged(reason=str(error))
+        matrices = iter(self._matrices(readable))
+        return [unreadable[number] if number in unreadable else next(matrices) for number in range(len(groups))]
+
+    def _matrices(self, texts_of_groups: Sequence[tuple[str, list[str]]]) -> list[np.ndarray]:
+        """Judge groups, each a source and its candidates -> one float32 [K, K] a group."""
         pairs: list[_Pair] = []
         distinct: list[list[int]] = []
-        for number, group in enumerate(groups):
-            source_text, texts = pairrm_texts(group, preset=self._preset)
+        for number, (source_text, texts) in enumerate(texts_of_groups):
             index_of = {text: index for index, text in enumerate(dict.fromkeys(texts))}
             distinct.append([index_of[text] for text in texts])
             source = self._tokens.source(source_text)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, DebertaV2Config, DebertaV2Model, PreTrainedTokenizerBase
@@ -203,7 +204,10 @@ def _load_tensors(directory: Path) -> dict[str, Tensor]:
         )
     tensors: dict[str, Tensor] = {}
     for path in paths:
-        tensors |= load_file(path)
+        try:
+            tensors |= load_file(path)
+        except SafetensorError as error:
+            raise ConfigError(f"{path} is damaged ({error}). Download it again.") from None
     return {name: tensor for name, tensor in tensors.items() if name not in _IGNORED_TENSORS}
 
 

@@ -1,7 +1,7 @@
 """Token ids of PairRM's input: `[CLS]<|source|>x[SEP][CLS]<|candidate1|>a[SEP][CLS]<|candidate2|>b[SEP]`.
 
 Each text is tokenised once. A marker or special token inside a text becomes a space, as llm-blender does with [SEP];
-llm-blender 0.0.2 crashes on the other ones, and takes the whole batch with it.
+llm-blender 0.0.2 crashes on the other ones, and takes the whole batch with it. Other added tokens are text.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PairRMTokens:
         self._source_length, self._candidate_length = source_length, candidate_length
         self._counts = counts
         self._source_id, self._first_id, self._second_id = tokenizer.convert_tokens_to_ids(list(MARKERS[:3]))
-        added = {str(token) for token in tokenizer.get_added_vocab()}
+        added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         special = {token for token in (*tokenizer.all_special_tokens, *MARKERS, *added) if token}
         self._foreign = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
         unknown = tokenizer.unk_token_id
@@ -54,13 +54,17 @@ class PairRMTokens:
 
     def _encode(self, marker: str, text: str) -> list[int]:
         clean, replaced = self._foreign.subn(" ", text)
-        ids = list(self._tokenizer.encode(marker + clean))
+        cls_id, sep_id = self._tokenizer.cls_token_id, self._tokenizer.sep_token_id
         marker_id = self._tokenizer.convert_tokens_to_ids(marker)
-        assert ids[:2] == [self._tokenizer.cls_token_id, marker_id] and ids[-1] == self._tokenizer.sep_token_id
+        ids = list(self._tokenizer.encode(marker + clean))
+        if ids[:2] != [cls_id, marker_id] or ids[-1] != sep_id:
+            # The tokenizer's normalisation has joined the text's beginning with the marker's end (a combining overlay
+            # does that to its ">"), or takes the marker away: the text is tokenised alone.
+            ids = [cls_id, marker_id, *self._tokenizer.encode(clean, add_special_tokens=False), sep_id]
         # Unicode look-alikes become markers only in the tokenizer's own normalisation, so the ids are looked at too.
         body = [token for token in ids[2:-1] if token not in self._foreign_ids]
         self._counts["neutralised_markers"] += replaced + len(ids) - 3 - len(body)
-        return [*ids[:2], *body, ids[-1]]
+        return [cls_id, marker_id, *body, sep_id]
 
     def _cut(self, ids: list[int], limit: int, name: str) -> tuple[int, ...]:
         if len(ids) <= limit:

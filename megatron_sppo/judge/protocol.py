@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -19,6 +20,18 @@ if TYPE_CHECKING:
 SPEC_FORMS = "pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, matrices:FILE, rules:concise or rules:cyclic"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unjudged:
+    """What a judge gives for a group that it cannot judge: the group is set aside, its neighbours lose nothing."""
+
+    reason: str
+    """One clause, the remedy in it where there is one."""
+
+
+Verdict = np.ndarray | Unjudged
+"""float32 [K, K], or why there is none."""
+
+
 class Judge(Protocol):
     """Compares the K responses of a prompt. Heavy imports happen in the constructor, never on import."""
 
@@ -29,11 +42,12 @@ class Judge(Protocol):
     counts: Counter[str]
     """What happened since loading: pairs, forwards, identical pairs, truncations, neutralised markers."""
 
-    def judge_logits(self, groups: Sequence[RolloutGroup]) -> list[np.ndarray]:
-        """Judge every ordered pair of each group's responses -> one float32 [K, K] a group.
+    def judge_logits(self, groups: Sequence[RolloutGroup]) -> Sequence[Verdict]:
+        """Judge every ordered pair of each group's responses -> one float32 [K, K] a group, or why there is none.
 
         Entry [i, j] is the raw logit of "response i in the first place beats response j in the second"; the diagonal
         and pairs of identical texts are exactly 0. It need not be antisymmetric: position bias shows in L_ij + L_ji.
+        A fault of one row is its Unjudged, never an exception: others may be worth days of judging.
         """
         ...
 
@@ -45,6 +59,8 @@ def load_judge(
     one_order: bool = False,
     dtype: str | None = None,
     max_requests: int | None = None,
+    verdict_tokens: int = 1,
+    after: str | None = None,
 ) -> Judge:
     """Load the judge that a SPEC names -> Judge. Each kind takes the settings that concern it.
 
@@ -54,10 +70,33 @@ def load_judge(
             bias kept. PairRM and endpoints only.
         dtype: precision of a local model, "float32" or "bfloat16"; None: float32 on the CPU, bfloat16 on a GPU.
         max_requests: most requests of this process to an endpoint; None: no limit.
+        verdict_tokens: tokens that an endpoint may answer with; more than 1 for one that reasons first.
+        after: judge only what follows this text in an answer, such as "</think>"; None: whole answers.
 
     Raises:
         ConfigError: unknown SPEC or setting, or a judge that cannot be loaded.
+        ConversionError: a weight of the judge is not in its files.
     """
+    judge = _load(
+        spec,
+        preset=preset,
+        one_order=one_order,
+        dtype=dtype,
+        max_requests=max_requests,
+        verdict_tokens=verdict_tokens,
+    )
+    if after is None:
+        return judge
+    if not after.strip():
+        raise ConfigError('--judge-after is empty. Use --judge-after "</think>", or leave it out.')
+    from megatron_sppo.judge.conclusion import ConclusionJudge
+
+    return ConclusionJudge(judge, after)
+
+
+def _load(
+    spec: str, *, preset: str, one_order: bool, dtype: str | None, max_requests: int | None, verdict_tokens: int
+) -> Judge:
     if preset not in ("paper", "official"):
         raise ConfigError(f"--preset {preset!r} is unknown. Use --preset paper or --preset official.")
     kind, _, rest = spec.partition(":")
@@ -82,5 +121,7 @@ def load_judge(
     if kind == "endpoint":
         from megatron_sppo.judge.endpoint import EndpointJudge
 
-        return EndpointJudge(rest, preset=preset, one_order=one_order, max_requests=max_requests)
+        return EndpointJudge(
+            rest, preset=preset, one_order=one_order, max_requests=max_requests, verdict_tokens=verdict_tokens
+        )
     raise ConfigError(f"--judge {spec!r} is not a judge. Use {SPEC_FORMS}.")

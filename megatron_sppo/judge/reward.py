@@ -12,19 +12,26 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from megatron_sppo.errors import ConfigError
+from megatron_sppo.command_line import one_line
+from megatron_sppo.errors import ConfigError, ConversionError
 from megatron_sppo.judge.pairrm_checkpoint import local_directory
+from megatron_sppo.judge.protocol import Unjudged, Verdict
+from megatron_sppo.judge.source import UnreadableGroup
+from megatron_sppo.pretrained import load_pretrained
 from megatron_sppo.storage import sha256_of_file, sha256_of_json
 
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
 
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
+_PLAIN = ("QUESTION", "ANSWER", "QUESTION")
+"""Texts that no template knows: what else their rendering holds is the template's own."""
 
 
 class RewardJudge:
@@ -35,6 +42,7 @@ class RewardJudge:
 
         Raises:
             ConfigError: no such checkpoint, another number of logits, or no chat template.
+            ConversionError: a weight is not in the files: transformers would make it up.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -43,9 +51,11 @@ class RewardJudge:
         dtype = dtype or ("float32" if self._device.type == "cpu" else "bfloat16")
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-            self._model: Any = AutoModelForSequenceClassification.from_pretrained(
-                directory, trust_remote_code=False, dtype=getattr(torch, dtype), use_safetensors=True
+            self._model: Any = load_pretrained(
+                AutoModelForSequenceClassification, directory, dtype=getattr(torch, dtype)
             )
+        except ConversionError:
+            raise
         except (OSError, ValueError, KeyError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"{directory} is no reward model ({reason}). Give a sequence classifier.") from None
@@ -62,34 +72,90 @@ class RewardJudge:
         files = {path.name: sha256_of_file(path) for path in sorted(directory.iterdir()) if path.is_file()}
         self.fingerprint = sha256_of_json({"reward": files, "dtype": dtype})
         self.counts: Counter[str] = Counter()
-        special = {*self._tokenizer.all_special_tokens, *self._tokenizer.get_added_vocab()}
-        self._special = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
+        self._markers, self._marker_ids = self._find_markers(directory)
         self._context = int(getattr(self._model.config, "max_position_embeddings", 0) or 2**31)
 
+    def _find_markers(self, directory: Path) -> tuple[re.Pattern[str], frozenset[int]]:
+        """Find what opens or ends a turn: special tokens, and added ones that the template writes around plain turns.
+
+        Other added tokens (runs of spaces, `<ul>`, `<think>`) are text, and are scored as transformers scores them.
+        """
+        plain = [
+            {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), _PLAIN, strict=True)
+        ]
+        try:
+            rendered = [self._render(turns) for turns in (plain[:2], plain)]
+        except UnreadableGroup as error:
+            raise ConfigError(
+                f"{directory} has a chat template that cannot write a question and its answer ({error}). "
+                "Give the one that it was trained with."
+            ) from None
+        added = self._tokenizer.added_tokens_decoder.values()
+        special = {*self._tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+        of_template = {
+            token.content
+            for token in added
+            if token.content.strip() and all(token.content in text for text in rendered)
+        }
+        markers = sorted(special | of_template, key=len, reverse=True)
+        ids = {self._tokenizer.convert_tokens_to_ids(marker) for marker in markers}
+        # Words that the vocabulary lacks become the unknown token, which is no marker then.
+        pattern = "|".join(re.escape(marker) for marker in markers) or r"(?!)"
+        return re.compile(pattern), frozenset(ids - {None, self._tokenizer.unk_token_id})
+
+    def _render(self, turns: Sequence[dict[str, str]]) -> str:
+        """Write a conversation in the model's chat template -> text.
+
+        Raises:
+            UnreadableGroup: the template refuses it.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return str(self._tokenizer.apply_chat_template(list(turns), tokenize=False))
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            # A template is a program: beside its own refusals, its expressions raise what Python's do.
+            raise UnreadableGroup(f"the judge's chat template refuses it: {one_line(error)}") from None
+
     @torch.inference_mode()
-    def judge_logits(self, groups: Sequence[RolloutGroup]) -> list[np.ndarray]:
-        """Score every different response once -> float32 [K, K] a group, antisymmetric."""
-        matrices = []
+    def judge_logits(self, groups: Sequence[RolloutGroup]) -> Sequence[Verdict]:
+        """Score every different response once -> float32 [K, K] a group, antisymmetric; or why there is none."""
+        verdicts: list[Verdict] = []
         for group in groups:
             texts = [response.text for response in group.responses]
-            score_of = {text: self._score(group, text) for text in dict.fromkeys(texts)}
-            score_K = np.array([score_of[text] for text in texts], dtype=np.float32)
             self.counts["pairs"] += len(texts) * (len(texts) - 1)
+            try:
+                score_of = {text: self._score(group, text) for text in dict.fromkeys(texts)}
+            except UnreadableGroup as error:
+                verdicts.append(Unjudged(reason=str(error)))
+                continue
+            score_K = np.array([score_of[text] for text in texts], dtype=np.float32)
             self.counts["identical_pairs"] += sum(n * (n - 1) for n in Counter(texts).values())
-            matrices.append(score_K[:, None] - score_K[None, :])
-        return matrices
+            verdicts.append(score_K[:, None] - score_K[None, :])
+        return verdicts
 
     def _score(self, group: RolloutGroup, text: str) -> float:
         """Run the model over one conversation, its beginning cut where it is too long -> score, nats."""
         turns = [*group.messages, {"role": "assistant", "content": text}]
-        # A special token inside a text would open a turn of its own: it is read as a space, as PairRM's judge does.
-        plain = [{**turn, "content": self._special.sub(" ", turn["content"])} for turn in turns]
+        # A marker inside a text would open a turn of its own: it is read as a space, as PairRM's judge does.
+        plain = [{**turn, "content": self._markers.sub(" ", turn["content"])} for turn in turns]
         self.counts["neutralised_markers"] += sum(a != b for a, b in zip(plain, turns, strict=True))
-        rendered = self._tokenizer.apply_chat_template(plain, tokenize=False)
-        ids = self._tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        ids = self._ids(self._render(plain))
         if len(ids) > self._context:
             self.counts["truncated_candidates"] += 1
             ids = ids[-self._context :]
         self.counts["forwards"] += 1
         ids_1S = torch.tensor([ids], device=self._device)
         return float(self._model(input_ids=ids_1S, attention_mask=torch.ones_like(ids_1S)).logits[0, 0])
+
+    def _ids(self, rendered: str) -> list[int]:
+        """Tokenise a rendered conversation -> ids, the template's markers in them and no other ones.
+
+        Raises:
+            UnreadableGroup: the tokenizer's normalisation makes a marker of a text, or joins one with a text.
+        """
+        ids = list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        written = [self._tokenizer.convert_tokens_to_ids(marker) for marker in self._markers.findall(rendered)]
+        if [token for token in ids if token in self._marker_ids] != [t for t in written if t in self._marker_ids]:
+            raise UnreadableGroup("the judge's tokenizer makes a turn marker of its text, or loses one beside it")
+        return ids

@@ -23,14 +23,14 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_sppo.judge.intake import Row, read_rows
-from megatron_sppo.judge.protocol import Judge
+from megatron_sppo.judge.protocol import Judge, Unjudged, Verdict
 from megatron_sppo.judge.work_list import WorkList
 from megatron_sppo.rollout.records import RolloutGroup, RolloutManifest, ShardEntry, read_manifest
 from megatron_sppo.storage import atomic_file, contained, remove_stale_temporaries
 
 logger = logging.getLogger(__name__)
 
-SCORES_VERSION = 2
+SCORES_VERSION = 3
 GROUPS_PER_WINDOW = 256
 """Groups judged at once: bounds the memory, whatever the size of a shard."""
 PATIENCE_SECONDS = 1800.0
@@ -43,7 +43,9 @@ class ShardScores:
     """What the judge made of one shard."""
 
     judge_logits: np.ndarray
-    """[G, K, K] float32, of the rows that could be judged, in their order."""
+    """[G, K, K] float32, of the rows that could be read, in their order; NaN where the judge gave a reason instead."""
+    reasons: dict[int, str]
+    """Why a group was not judged, by its place among the G."""
     counts: Counter[str]
     """What the judge counted on this shard: pairs, truncations, neutralised markers, ..."""
 
@@ -154,7 +156,11 @@ def read_scores(work_dir: Path, number: int, entry: ShardEntry, judge: Judge) ->
         with np.load(path, allow_pickle=False) as content:
             if json.loads(str(content["key"])) != _key(entry, judge):
                 return None
-            return ShardScores(judge_logits=content["judge_logits"], counts=Counter(json.loads(str(content["counts"]))))
+            return ShardScores(
+                judge_logits=content["judge_logits"],
+                reasons={int(place): reason for place, reason in json.loads(str(content["reasons"])).items()},
+                counts=Counter(json.loads(str(content["counts"]))),
+            )
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         logger.warning("%s is damaged (%s): its shard is judged again.", path, error)
         return None
@@ -167,6 +173,7 @@ def _write_scores(work_dir: Path, number: int, entry: ShardEntry, judge: Judge, 
         np.savez(
             file,
             judge_logits=scores.judge_logits,
+            reasons=json.dumps(scores.reasons),
             key=json.dumps(_key(entry, judge)),
             counts=json.dumps(dict(scores.counts)),
         )
@@ -181,15 +188,20 @@ def _score_shard(
 ) -> ShardScores:
     num_responses = manifest.sampling["num_responses"]
     before = Counter(judge.counts)
-    matrices: list[np.ndarray] = []
+    verdicts: list[Verdict] = []
     rows = read_rows(rollouts, entry, num_responses=num_responses, vocab_size=manifest.vocab_size)
     for window in _windows(rows):
         groups = [row.group for row in window if row.group is not None]
-        matrices += _judge_window(judge, groups, num_responses)
+        verdicts += _judge_window(judge, groups, num_responses)
         report(len(window) * num_responses * (num_responses - 1))
-    shape = (len(matrices), num_responses, num_responses)
-    logits = np.stack(matrices) if matrices else np.zeros(shape, dtype=np.float32)
-    return ShardScores(judge_logits=logits, counts=judge.counts - before)
+    logits = np.full((len(verdicts), num_responses, num_responses), np.nan, dtype=np.float32)
+    reasons = {}
+    for place, verdict in enumerate(verdicts):
+        if isinstance(verdict, Unjudged):
+            reasons[place] = verdict.reason
+        else:
+            logits[place] = verdict
+    return ShardScores(judge_logits=logits, reasons=reasons, counts=judge.counts - before)
 
 
 def _windows(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -197,9 +209,10 @@ def _windows(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield window
 
 
-def _judge_window(judge: Judge, groups: Sequence[RolloutGroup], num_responses: int) -> list[np.ndarray]:
-    matrices = judge.judge_logits(groups) if groups else []
-    assert len(matrices) == len(groups), f"{judge.name} answered {len(matrices)} of {len(groups)} groups"
-    for matrix in matrices:
-        assert matrix.shape == (num_responses, num_responses) and matrix.dtype == np.float32
-    return matrices
+def _judge_window(judge: Judge, groups: Sequence[RolloutGroup], num_responses: int) -> Sequence[Verdict]:
+    verdicts = judge.judge_logits(groups) if groups else []
+    assert len(verdicts) == len(groups), f"{judge.name} answered {len(verdicts)} of {len(groups)} groups"
+    for verdict in verdicts:
+        if not isinstance(verdict, Unjudged):
+            assert verdict.shape == (num_responses, num_responses) and verdict.dtype == np.float32
+    return verdicts

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_sppo.errors import DataError
-
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
 
 # llm_blender 0.0.2, Blender.compare_conversations: the words (and the spelling) PairRM was given for several turns.
 _CONVERSATION_TASK = "Finish the following coversation in each i-th turn by filling in <Response i> with your response."
+
+
+class UnreadableGroup(Exception):
+    """Why one group cannot be put before a judge, as a clause."""
 
 
 def last_user_message(messages: Sequence[dict[str, str]]) -> str:
@@ -29,14 +31,14 @@ def pairrm_texts(group: RolloutGroup, *, preset: str) -> tuple[str, list[str]]:
     take llm-blender's own conversation form, in which earlier assistant turns stand before each candidate.
 
     Raises:
-        DataError: the official preset, but the rollouts hold no templated prompt.
+        UnreadableGroup: the official preset, but the group holds no templated prompt.
     """
     texts = [response.text for response in group.responses]
     if preset == "official":
         if group.prompt_text is None:
-            raise DataError(
-                f"prompt {group.prompt_id!r} has no prompt_text, which the official preset judges by. "
-                "Use --preset paper, or write the rollouts again with tools/generate_rollouts.py."
+            raise UnreadableGroup(
+                "it has no prompt_text, which the official preset judges by: use --preset paper, or write the rollouts "
+                "with tools/generate_rollouts.py"
             )
         return group.prompt_text, texts
     turns = _alternating_turns(group.messages)

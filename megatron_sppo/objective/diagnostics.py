@@ -25,6 +25,8 @@ class PreferenceDiagnostics:
     """Share of the logits' energy that no score per response explains: Bradley-Terry 0, rock-paper-scissors 1."""
     order_inconsistency: float | None
     """Mean |L_ij + L_ji|, nats: 0 for a judge that does not mind the order."""
+    order_disagreement: float | None
+    """Fraction of pairs in which the same place wins in both orders: a judge of places has 1, a coin 1/2."""
     tie_rate: float | None
     """Fraction of pairs at 1/2."""
     length_correlation: float | None
@@ -48,6 +50,7 @@ def describe_preferences(
         curl_rms=curl_rms(flow),
         cyclic_energy=cyclic_energy(flow),
         order_inconsistency=order_inconsistency(judge_logits_GKK),
+        order_disagreement=order_disagreement(judge_logits_GKK),
         tie_rate=tie_rate(preferences_GKK),
         length_correlation=length_correlation(win_rate_GK, response_lengths_GK),
         duplicate_rate=duplicate_rate(responses),
@@ -94,6 +97,11 @@ def cyclic_energy(flow_GKK: Tensor) -> float | None:
 def order_inconsistency(judge_logits_GKK: Tensor) -> float | None:
     """Mean |L_ij + L_ji| over pairs i < j -> nats, None without pairs."""
     return _mean_over_pairs((judge_logits_GKK + judge_logits_GKK.transpose(-1, -2)).abs())
+
+
+def order_disagreement(judge_logits_GKK: Tensor) -> float | None:
+    """Fraction of pairs i < j with L_ij and L_ji both above or both below 0 -> [0, 1], None without pairs."""
+    return _mean_over_pairs(torch.sign(judge_logits_GKK) * torch.sign(judge_logits_GKK.transpose(-1, -2)) > 0)
 
 
 def tie_rate(preferences_GKK: Tensor) -> float | None:

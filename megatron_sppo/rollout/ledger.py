@@ -6,7 +6,8 @@ first and entered second, so a kill costs at most the shard at work; one whose b
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,17 @@ REQUEST_NAME = "request.json"
 class ShardLedger:
     """The finished shards of one output directory. Open it with `open_ledger`."""
 
-    def __init__(self, directory: Path, request: dict[str, Any], entries: dict[int, ShardEntry]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        request: dict[str, Any],
+        entries: dict[int, ShardEntry],
+        outcomes: dict[int, dict[str, int]],
+    ) -> None:
         self._directory = directory
         self._request = request
         self._entries = entries
+        self._outcomes = outcomes
 
     def __contains__(self, index: int) -> bool:
         """Tell whether shard `index` is finished."""
@@ -43,9 +51,17 @@ class ShardLedger:
         """List the finished shards in order -> entries."""
         return tuple(self._entries[index] for index in sorted(self._entries))
 
-    def enter(self, index: int, entry: ShardEntry) -> None:
-        """Record a shard whose file is in place."""
+    def outcomes(self) -> dict[str, int]:
+        """Sum what became of the answers of the finished shards -> counts."""
+        total: Counter[str] = Counter()
+        for index in sorted(self._entries):
+            total.update(self._outcomes[index])
+        return dict(total)
+
+    def enter(self, index: int, entry: ShardEntry, outcomes: Mapping[str, int]) -> None:
+        """Record a shard whose file is in place, and what became of its answers."""
         self._entries[index] = entry
+        self._outcomes[index] = dict(outcomes)
         self._save()
 
     def is_complete(self, num_shards: int) -> bool:
@@ -58,7 +74,8 @@ class ShardLedger:
 
     def _save(self) -> None:
         shards = {str(index): asdict(entry) for index, entry in sorted(self._entries.items())}
-        write_json(self._directory / REQUEST_NAME, {"request": self._request, "shards": shards})
+        outcomes = {str(index): self._outcomes[index] for index in sorted(self._entries)}
+        write_json(self._directory / REQUEST_NAME, {"request": self._request, "shards": shards, "outcomes": outcomes})
 
 
 @contextlib.contextmanager
@@ -76,23 +93,26 @@ def open_ledger(directory: Path, request: dict[str, Any], *, num_shards: int) ->
         names = [MANIFEST_NAME, REQUEST_NAME, *(shard_name(index) for index in range(num_shards))]
         for name in names:
             remove_stale_temporaries(directory / name)
-        ledger = ShardLedger(directory, request, _finished_shards(directory, request, num_shards))
+        ledger = ShardLedger(directory, request, *_finished_shards(directory, request, num_shards))
         if not ledger.is_complete(num_shards):
             ledger.withdraw_manifest()
         ledger._save()
         yield ledger
 
 
-def _finished_shards(directory: Path, request: dict[str, Any], num_shards: int) -> dict[int, ShardEntry]:
-    """Read request.json and check every shard that it names -> entries of those that hold."""
+def _finished_shards(
+    directory: Path, request: dict[str, Any], num_shards: int
+) -> tuple[dict[int, ShardEntry], dict[int, dict[str, int]]]:
+    """Read request.json and check every shard that it names -> (entries of those that hold, their outcomes)."""
     path = directory / REQUEST_NAME
     if not path.is_file():
-        return {}
+        return {}, {}
     value = read_json(path)
     try:
         written, shards = dict(value["request"]), dict(value["shards"])
         entered = {int(index): ShardEntry(**entry) for index, entry in shards.items()}
-    except (KeyError, TypeError, ValueError):
+        outcomes = {index: dict(value.get("outcomes", {}).get(str(index), {})) for index in entered}
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise DataError(f"{path} is damaged. Remove {directory} and run the command again.") from None
     difference = _first_difference(written, request)
     if difference is not None:
@@ -106,7 +126,7 @@ def _finished_shards(directory: Path, request: dict[str, Any], num_shards: int) 
             finished[index] = entry
         else:
             logger.warning("%s is missing or damaged and will be sampled again", file)
-    return finished
+    return finished, {index: outcomes[index] for index in finished}
 
 
 def _first_difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:

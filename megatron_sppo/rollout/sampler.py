@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Protocol
 
-from megatron_sppo.config import PositiveInt, Range, Seed, check_ranges
+from megatron_sppo.config import NonNegativeInt, PositiveInt, Range, Seed, check_ranges
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
 from megatron_sppo.rollout.records import Response
@@ -23,6 +23,8 @@ class Sampling:
     top_p: TopP
     max_tokens: PositiveInt
     seed: Seed
+    stop_token_ids: tuple[NonNegativeInt, ...] = ()
+    """Tokens that end an answer, beside what an engine knows by itself."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -34,7 +36,7 @@ class Sampling:
 
     def as_dict(self) -> dict[str, Any]:
         """Spell the settings as the manifest holds them."""
-        return asdict(self)
+        return {**asdict(self), "stop_token_ids": list(self.stop_token_ids)}
 
 
 class Sampler(Protocol):

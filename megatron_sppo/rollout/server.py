@@ -160,6 +160,7 @@ class ServerSampler:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_tokens,
+            "stop_token_ids": list(sampling.stop_token_ids),
             "return_token_ids": True,
             # Spelled out, because a server fills what is left out from the model's generation_config.json.
             "top_k": -1,

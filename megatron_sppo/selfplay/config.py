@@ -96,8 +96,17 @@ class ScoringConfig:
     """How logits become preferences, and what the judge reads as the prompt."""
     selection: str = "all"
     """all, extremes (best and worst) or top-bottom:M."""
+    judge_after: str | None = None
+    """Judge only what follows this text in an answer, such as "</think>", in evaluation too; default: whole answers."""
+    verdict_tokens: PositiveInt = 1
+    """Tokens that an endpoint may answer with, in evaluation too: more than 1 for a judge that reasons first."""
+    allow_no_signal: bool = False
+    """Go on where the judge prefers no answer to another, in evaluation too."""
     scoring_options: tuple[str, ...] = ()
     """Further settings of tools/score_pairrm.py, NAME=VALUE (in YAML a mapping)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ M = answers per prompt and policy, N = prompts both policies answered, R = resam
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from megatron_sppo.config import PositiveInt, Seed, check_ranges
 from megatron_sppo.errors import DataError
-from megatron_sppo.judge.protocol import Judge, load_judge
+from megatron_sppo.judge.diagnostics import UNREADABLE_REMEDY, share, verdict_shares, warnings
+from megatron_sppo.judge.protocol import Judge, Unjudged, load_judge
 from megatron_sppo.objective import preference_matrix
+from megatron_sppo.objective.diagnostics import TIE_TOLERANCE
 from megatron_sppo.rollout.records import RolloutGroup, read_rollouts
 from megatron_sppo.selfplay.summary import mean_response_tokens
 from megatron_sppo.storage import write_json
@@ -53,6 +57,12 @@ class EvaluateConfig:
     """JSON file with the result."""
     preset: Literal["paper", "official"] = "paper"
     """What the judge reads as the prompt. Preferences are those of the paper's rule in either case."""
+    judge_after: str | None = None
+    """Judge only what follows this text in an answer, such as "</think>"; default: whole answers."""
+    verdict_tokens: PositiveInt = 1
+    """Tokens that an endpoint may answer with: 1 for one letter, more for a judge that reasons before it."""
+    allow_no_signal: bool = False
+    """Report a win rate even where the judge has called every pair of different answers a tie."""
     bootstrap_resamples: PositiveInt = 2000
     """Resamples of the interval."""
     seed: Seed = 0
@@ -67,9 +77,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     Raises:
         DataError: rollouts that cannot be read, or no prompt that both policies answered.
+            Or the judge calls every pair of different answers a tie.
         ConfigError: a judge that cannot be loaded.
     """
-    judge = load_judge(config.judge, preset=config.preset)
+    judge = load_judge(
+        config.judge, preset=config.preset, after=config.judge_after, verdict_tokens=config.verdict_tokens
+    )
     policy = groups_by_prompt(config.policy)
     rates: dict[str, dict[str, float]] = {}
     for name, directory in (("base", config.base), ("previous", config.previous)):
@@ -77,6 +90,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             rates[name] = rates["base"]  # the first iteration: pi_1 is both
         else:
             rates[name] = cross_win_rates(judge, policy, groups_by_prompt(directory), against=name)
+    if not config.allow_no_signal:
+        check_signal(judge.counts, judge=judge.name)
     intervals = {
         name: bootstrap(list(of_prompt.values()), resamples=config.bootstrap_resamples, seed=config.seed)
         for name, of_prompt in rates.items()
@@ -87,6 +102,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "win_rate_vs_previous": asdict(intervals["previous"]),
         "mean_response_tokens": mean_response_tokens(policy.values()),
         "bootstrap_resamples": config.bootstrap_resamples,
+        "warnings": warnings(_shares(judge.counts, policy)),
         "prompts": [
             {
                 "prompt_id": prompt_id,
@@ -96,8 +112,39 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             for prompt_id in policy
         ],
     }
+    for warning in result["warnings"]:
+        logger.warning("%s", warning)
     write_json(config.output, result)
     return result
+
+
+def check_signal(counts: Counter[str], *, judge: str) -> None:
+    """Refuse verdicts that say nothing about the policies: their win rate would be one half, and look like parity.
+
+    Raises:
+        DataError: every pair of different answers is a tie.
+    """
+    different, unreadable = counts["cross_pairs"], counts["unreadable_verdicts"]
+    if not different or counts["tied_cross_pairs"] < different:
+        return
+    words = f", {unreadable} verdicts being neither A nor B" if unreadable else ""
+    remedy = UNREADABLE_REMEDY if unreadable else "Take a judge that tells these answers apart."
+    raise DataError(
+        f"{judge} gives no signal: all {different} pairs of different answers are ties{words}. {remedy} "
+        "Or go on with --allow-no-signal."
+    )
+
+
+def _shares(counts: Counter[str], policy: Mapping[str, RolloutGroup]) -> dict[str, float | None]:
+    """Gather what is remarkable of an evaluation -> by the names of JUDGE_DIAGNOSTICS."""
+    reasons = [response.finish_reason for group in policy.values() for response in group.responses]
+    counts = counts + Counter(answers=len(reasons), cut_answers=reasons.count("length"))
+    return {
+        **verdict_shares(counts),
+        "order_disagreement": share(counts["order_bound_cross_pairs"], counts["cross_pairs"]),
+        "tie_rate": share(counts["tied_cross_pairs"], counts["cross_pairs"]),
+        "num_quarantined": counts["unjudged"],
+    }
 
 
 def groups_by_prompt(directory: Path) -> dict[str, RolloutGroup]:
@@ -113,8 +160,10 @@ def cross_win_rates(
     P is the paper's: sigmoid((L_ij - L_ji) / 2), both orders asked. A prompt that one side lacks is left out
     and counted.
 
+    A prompt that the judge cannot judge is left out as well. What the verdicts are is counted in the judge's `counts`.
+
     Raises:
-        DataError: no prompt has answers of both.
+        DataError: no prompt has answers of both, or none could be judged.
     """
     shared = [prompt_id for prompt_id in policy if prompt_id in opponent]
     if not shared:
@@ -126,12 +175,34 @@ def cross_win_rates(
         for start in range(0, len(shared), _PROMPTS_PER_CALL):
             prompt_ids = shared[start : start + _PROMPTS_PER_CALL]
             joined = [join_groups(policy[prompt_id], opponent[prompt_id]) for prompt_id in prompt_ids]
-            for prompt_id, logits in zip(prompt_ids, judge.judge_logits(joined), strict=True):
+            for prompt_id, verdict in zip(prompt_ids, judge.judge_logits(joined), strict=True):
+                if isinstance(verdict, Unjudged):
+                    judge.counts["unjudged"] += 1
+                    logger.warning("prompt %s is left out: %s.", prompt_id, verdict.reason)
+                    continue
                 num_policy = len(policy[prompt_id].responses)
-                preferences = preference_matrix(torch.as_tensor(logits, dtype=torch.float64))
-                rates[prompt_id] = preferences[:num_policy, num_policy:].mean().item()
+                logits = torch.as_tensor(verdict, dtype=torch.float64)
+                preferences = preference_matrix(logits)[:num_policy, num_policy:]
+                rates[prompt_id] = preferences.mean().item()
+                _count(judge.counts, logits, preferences, policy[prompt_id], opponent[prompt_id])
             bar.update(len(prompt_ids))
+    if not rates:
+        raise DataError(f"{judge.name} could judge none of {len(shared)} prompts. The warnings above say why.")
     return rates
+
+
+def _count(
+    counts: Counter[str], logits: Tensor, preferences: Tensor, policy: RolloutGroup, opponent: RolloutGroup
+) -> None:
+    """Count the pairs of different answers, those that are tied, and those in which the same place wins both times."""
+    num_policy = len(policy.responses)
+    there, back = logits[:num_policy, num_policy:], logits[num_policy:, :num_policy].T
+    theirs = [response.text for response in opponent.responses]
+    different = torch.tensor([[response.text != text for text in theirs] for response in policy.responses])
+    tied = (preferences - 0.5).abs() <= TIE_TOLERANCE
+    counts["cross_pairs"] += int(different.sum())
+    counts["tied_cross_pairs"] += int((different & tied).sum())
+    counts["order_bound_cross_pairs"] += int((different & (torch.sign(there) * torch.sign(back) > 0)).sum())
 
 
 def join_groups(first: RolloutGroup, second: RolloutGroup) -> RolloutGroup:

@@ -171,7 +171,7 @@ def _evaluation(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> Stag
         name=f"iter_{iteration}-eval",
         command=(
             *(*_python("evaluate"), "--policy", str(policy), "--base", str(base), "--previous", str(previous)),
-            *("--judge", config.eval_judge, "--preset", config.scoring.preset),
+            *("--judge", config.eval_judge, "--preset", config.scoring.preset, *_judge_flags(config)),
             *("--output", str(paths.result(iteration)), "--seed", str(config.run.seed)),
             *("--bootstrap-resamples", str(config.evaluation.bootstrap_resamples)),
         ),
@@ -212,9 +212,21 @@ def _scoring_command(config: SelfPlayConfig, rollouts: Path, dataset: Path) -> t
     scoring = config.scoring
     return (
         *(*_python("score"), "--rollouts", str(rollouts), "--judge", scoring.judge, "--output", str(dataset)),
-        *("--preset", scoring.preset, "--selection", scoring.selection),
+        *("--preset", scoring.preset, "--selection", scoring.selection, *_judge_flags(config)),
         *option_flags(scoring.scoring_options, place="scoring_options"),
     )
+
+
+def _judge_flags(config: SelfPlayConfig) -> tuple[str, ...]:
+    """Spell what holds for judging in training and in evaluation -> tokens."""
+    scoring, flags = config.scoring, []
+    if scoring.judge_after is not None:
+        flags += ["--judge-after", scoring.judge_after]
+    if scoring.verdict_tokens != 1:
+        flags += ["--verdict-tokens", str(scoring.verdict_tokens)]
+    if scoring.allow_no_signal:
+        flags.append("--allow-no-signal")
+    return tuple(flags)
 
 
 def _training_command(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> tuple[str, ...]:

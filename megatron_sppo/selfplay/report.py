@@ -7,10 +7,11 @@ from typing import Any
 
 import yaml
 
+from megatron_sppo.judge.diagnostics import JUDGE_DIAGNOSTICS
 from megatron_sppo.selfplay import report_plots as plots
 from megatron_sppo.selfplay.plan import REPORT_NAME
 from megatron_sppo.selfplay.report_data import AnswerPair, RunData, read_run
-from megatron_sppo.selfplay.report_judge import JUDGE_DIAGNOSTICS, judge_figure
+from megatron_sppo.selfplay.report_judge import judge_figure
 from megatron_sppo.selfplay.report_tokens import CSS as TOKEN_CSS
 from megatron_sppo.selfplay.report_tokens import token_html
 from megatron_sppo.selfplay.summary import rate_text

@@ -72,6 +72,9 @@ class Stream:
     def query(self) -> bool:
         return True
 
+    def is_capturing(self) -> bool:
+        return False
+
     def __enter__(self) -> "Stream":
         return self
 
@@ -155,6 +158,8 @@ def _answer_queries() -> None:
     cuda.synchronize = lambda *_, **__: waits("torch.cuda.synchronize")
     cuda.Stream, cuda.Event = Stream, Event
     cuda.current_stream = cuda.default_stream = lambda *_, **__: Stream()
+    if torch.accelerator.current_accelerator() is not None:  # a build for CUDA: its optimisers ask here
+        torch.accelerator.current_stream = cuda.current_stream
     cuda.nccl.version = always((2, 27, 5))
     cuda.nvtx.range_push = cuda.nvtx.range_pop = cuda.nvtx.mark = always(None)
     torch._C._cuda_getDevice = always(0)  # type: ignore[attr-defined]
@@ -267,6 +272,7 @@ class _Device(metaclass=_Devices): ...
 
 def _extend_factories() -> None:
     torch.utils._device._device_constructors()  # a cached list of the factories as they were
+    torch.jit._state.disable()  # scripts know the factories as they were
     torch.device = _Device  # type: ignore[misc, assignment]
     for name in _FACTORIES:
         setattr(torch, name, _factory(getattr(torch, name)))
@@ -307,6 +313,23 @@ def _factory(plain: Any) -> Any:
 # ---- NCCL ------------------------------------------------------------------------------------------------------------
 
 
+class Request:
+    """A message under way that can be waited for again, as NCCL's can: gloo's own second wait wants a second message.
+
+    Transformer Engine's context_parallel.py (2.11.0) waits twice in backward.
+    """
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self, *args: Any) -> bool:
+        work, self._work = self._work, None
+        return work is None or work.wait(*args)
+
+    def is_completed(self) -> bool:
+        return self._work is None or self._work.is_completed()
+
+
 def _stand_in_for_nccl() -> None:
     """gloo carries what is meant for NCCL; `device.check_collective` knows which groups those are."""
     plain_init, plain_group, plain_backend, plain_device = (
@@ -340,6 +363,14 @@ def _stand_in_for_nccl() -> None:
         """Pickled objects travel where the group can carry them."""
         return "cuda" if on_nccl(group) else plain_device(group)
 
+    def awaited_again(plain: Any) -> Any:
+        @functools.wraps(plain)
+        def started(*args: Any, **kwargs: Any) -> Any:
+            work = plain(*args, **kwargs)
+            return work if work is None else Request(work)
+
+        return started
+
     def one_by_one(operations: Any) -> list[Any]:
         """NCCL sends a batch as one; gloo has no such thing and would lose track of what to wait for."""
         return [each.op(each.tensor, each.peer, each.group, each.tag) for each in operations]
@@ -349,6 +380,8 @@ def _stand_in_for_nccl() -> None:
         "new_group": new_group,
         "get_backend": get_backend,
         "batch_isend_irecv": one_by_one,
+        "isend": awaited_again(c10d.isend),
+        "irecv": awaited_again(c10d.irecv),
     }
     c10d._get_object_coll_device = object_device
     for name, answer in answers.items():

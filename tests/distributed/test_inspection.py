@@ -15,6 +15,7 @@ import torch
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.indexed import Column
+from megatron_sppo.pretrained import load_pretrained
 from tests.distributed.conftest import NUM_PROMPTS, NUM_RESPONSES, write_dataset
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_layouts import CP2, PADDED, PP2, SP, TP2, VPP2
@@ -48,7 +49,7 @@ def token_log_probs(hf: Path, dataset: PreferenceDataset, group: int, response: 
     """Compute log pi of each response token by Hugging Face's model -> [T]."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    model = load_pretrained(AutoModelForCausalLM, hf, dtype=torch.float32)
     prompt, answer = dataset.prompt(group), dataset.response(group, response)
     tokens = torch.tensor([[*prompt, *answer]], dtype=torch.long)
     log_p = model(tokens).logits.double().log_softmax(-1)[0, len(prompt) - 1 : -1]

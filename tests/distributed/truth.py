@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_sppo.conversion.convert import export_checkpoint
 from megatron_sppo.data.dataset import PreferenceDataset
+from megatron_sppo.pretrained import load_pretrained
 from tests.distributed.harness import run_ranks
 from tests.distributed.worlds import first_step
 
@@ -101,7 +102,7 @@ class Truth:
 
         dataset = PreferenceDataset(self.data)
         eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
-        model = AutoModelForCausalLM.from_pretrained(self.hf, dtype=torch.float64, **eager)
+        model = load_pretrained(AutoModelForCausalLM, self.hf, dtype=torch.float64, **eager)
         model.config.output_router_logits = self.further_loss is not None
         log_probs, residuals, further = [], [], []
         for group, k in (divmod(int(row), dataset.num_responses) for row in rows):

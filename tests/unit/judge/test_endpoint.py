@@ -190,7 +190,7 @@ def test_a_busy_server_is_left_alone_as_long_as_it_asks(server: Server, monkeypa
     monkeypatch.setattr("megatron_sppo.judge.endpoint.time.sleep", waits.append)
     server.faults, server.retry_after = [429], "7"
     judge_of(server, num_connections=1).judge_logits([group_of("why?", ["aaaa", "bb"])])
-    assert 7.0 in waits
+    assert max(waits) == pytest.approx(7.0, abs=0.1)
 
 
 def test_an_answer_cannot_end_itself_or_speak_for_the_other(server: Server) -> None:

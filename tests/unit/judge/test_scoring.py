@@ -92,7 +92,7 @@ def merge(rollouts: Path, work_dir: Path, output: Path, spec: str = "rules:cycli
         vocab_size=manifest.vocab_size, judge=spec, preset="paper", selection="all", rollouts_sha256=None,
     )  # fmt: skip
     with writer:
-        merge_scores(rollouts, manifest, load_judge(spec), work_dir, writer)
+        merge_scores(rollouts, manifest, load_judge(spec), work_dir, writer, rule="paper")
     return {path.name: path.read_bytes() for path in sorted(output.iterdir())}
 
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from megatron_sppo.errors import DataError
-from megatron_sppo.judge.source import last_user_message, pairrm_texts
+from megatron_sppo.judge.source import UnreadableGroup, last_user_message, pairrm_texts
 from tests.unit.judge.groups import group_of
 
 
@@ -18,7 +17,7 @@ def test_the_official_preset_reads_the_templated_prompt() -> None:
 
 
 def test_the_official_preset_without_a_templated_prompt_is_refused() -> None:
-    with pytest.raises(DataError, match="--preset paper"):
+    with pytest.raises(UnreadableGroup, match="--preset paper"):
         pairrm_texts(group_of("question", ["a"]), preset="official")
 
 

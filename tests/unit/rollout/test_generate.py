@@ -65,7 +65,8 @@ def test_the_manifest_identifies_model_tokenizer_and_sampling(config: GenerateCo
     assert manifest.tokenizer_hash == tokenizer_hash(tiny_llama_dir)
     assert manifest.vocab_size == 259
     assert manifest.num_prompts == NUM_PROMPTS
-    assert manifest.sampling == {"num_responses": 3, "temperature": 1.0, "top_p": 1.0, "max_tokens": 8, "seed": 0}
+    expected = {"num_responses": 3, "temperature": 1.0, "top_p": 1.0, "max_tokens": 8, "seed": 0}
+    assert manifest.sampling == {**expected, "stop_token_ids": [2], "chat_template_kwargs": {}}
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_rows_of_both_projects_are_read(row, texts, form, expected) -> None:
         (trl(rejected=[assistant("a\x00")]), "NUL"),
         (trl(rejected=[assistant("\ud800")]), "surrogate"),
         (trl(rejected=[user("b")]), "assistant"),
-        (trl(prompt=None), "no prompt"),
+        (trl(prompt=None), "neither prompt nor"),
         (trl(prompt=[assistant("x")]), "assistant's"),
         (trl(chosen_probs=1.5), "outside"),
     ],
@@ -126,7 +126,7 @@ def test_a_file_becomes_rollouts_and_matrices(tmp_path: Path) -> None:
     assert group.prompt_text == "<|im_start|>user\nwhy?<|im_end|>\n<|im_start|>assistant\n"
     assert counts["probability"] == 1 and manifest.vocab_size == 259
     reasons = [row["reason"] for row in manifest.quarantined]
-    fragments = ["2 responses", "JSON", "special token", "special token", "earlier row"]
+    fragments = ["2 responses", "JSON", "contradicts", "special token", "earlier row"]
     assert [fragment for fragment, reason in zip(fragments, reasons, strict=True) if fragment not in reason] == []
     (matrix,) = map(json.loads, (output / "matrices.jsonl").read_text().splitlines())
     assert matrix == {"prompt_id": group.prompt_id, "preferences": P3}

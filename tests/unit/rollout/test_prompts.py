@@ -106,7 +106,7 @@ def test_a_missing_id_is_a_hash_of_the_content_alone(tmp_path: Path) -> None:
 
 BAD_ROWS = {
     "no text": ({"prompt": " \n"}, "no text"),
-    "no column": ({"question": "Why?"}, "neither prompt nor messages"),
+    "no column": ({"text": "Why?"}, "another column that asks (it has: text)"),
     "nul": ({"prompt": "a\0b"}, "NUL"),
     "lone surrogate": ({"prompt": "a \ud800"}, "surrogate"),
     "number": ({"prompt": 5}, "neither a text nor"),
@@ -207,7 +207,7 @@ def test_a_file_without_a_usable_prompt_says_why(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("missing.jsonl", None, "does not exist"),
-        ("prompts.csv", b"prompt\nWhy?\n", "'.csv' are not read"),
+        ("prompts.xlsx", b"PK", "'.xlsx' are not read"),
         ("list.json", b'[{"prompt": "A?"}', "not valid JSON"),
         ("broken.parquet", b"PAR1 and then nothing", "no readable Parquet"),
     ],
@@ -220,8 +220,8 @@ def test_an_unreadable_file_is_named(tmp_path: Path, name: str, content: bytes |
 
 
 def test_a_parquet_file_without_prompts_lists_its_columns(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="it has: question"):
-        read_prompts(write_parquet(tmp_path / "rows.parquet", [{"question": "Why?"}]))
+    with pytest.raises(DataError, match="it has: text"):
+        read_prompts(write_parquet(tmp_path / "rows.parquet", [{"text": "Why?"}]))
 
 
 def test_a_directory_without_data_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""One way to load a Hugging Face model: all of its weights come from its files, or it is not used.
+
+transformers fills a weight that the files lack, or hold in another shape, with random numbers and a report that nobody
+reads; what is computed with it looks like any other result.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from megatron_sppo.errors import ConversionError
+
+logger = logging.getLogger(__name__)
+
+_NAMED = 5
+"""Tensors that a message names; the others are counted."""
+
+
+def load_pretrained(model_class: Any, directory: Path | str | None, *, needed: str = "", **settings: Any) -> Any:
+    """Load a model from safetensors on this machine -> the model, no weight of it made up.
+
+    Tied weights and buffers that transformers computes are not expected in the files. Tensors that the model has no
+    place for are left out, and named in a warning.
+
+    Args:
+        model_class: a class of transformers with `from_pretrained`, such as AutoModelForCausalLM.
+        directory: None where `settings` hold config and state_dict.
+        needed: names begin so of the weights that are looked at; the others may be made up, and must not be used.
+        settings: more for `from_pretrained`.
+
+    Raises:
+        ConversionError: a weight is missing, or has another shape than config.json says; names them.
+        OSError, ValueError: as transformers, where there is no model.
+    """
+    theirs = logging.getLogger("transformers")
+    level = theirs.level
+    theirs.setLevel(logging.ERROR)  # its report of many lines says what is said below
+    try:
+        model, info = model_class.from_pretrained(
+            directory,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **settings,
+        )
+    except SafetensorError as error:
+        raise ConversionError(f"{directory} has a damaged safetensors file ({error}). Fetch it again.") from None
+    finally:
+        theirs.setLevel(level)
+    missing = sorted(name for name in info["missing_keys"] if name.startswith(needed))
+    mismatched = sorted(
+        f"{name} ({_shape(found)} in the file, {_shape(wanted)} by config.json)"
+        for name, found, wanted in info["mismatched_keys"]
+        if name.startswith(needed)
+    )
+    unexpected = sorted(info["unexpected_keys"])
+    faults = [
+        *([f"lacks {_listed(missing)}"] if missing else []),
+        *([f"holds in another shape {_listed(mismatched)}"] if mismatched else []),
+        *(f"does not load: {' '.join(str(text).split())}" for text in info["error_msgs"]),
+    ]
+    if faults:
+        foreign = f" It holds {_listed(unexpected)} instead." if unexpected and missing else ""
+        kind = type(model).__name__
+        raise ConversionError(
+            f"{directory or 'the checkpoint'} {'; it '.join(faults)}, which a {kind} needs: transformers would fill in "
+            f"random numbers.{foreign} Give a checkpoint that was saved as {kind}."
+        )
+    if unexpected and directory is not None:
+        logger.warning("%s holds %s, which a %s does not use.", directory, _listed(unexpected), type(model).__name__)
+    return model
+
+
+def _shape(shape: Any) -> str:
+    return "x".join(str(size) for size in shape)
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{', '.join(names[:_NAMED])}{more}"
