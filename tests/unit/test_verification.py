@@ -104,9 +104,15 @@ def lose_a_token(hf: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "verdict"),
     [
-        (edit(lambda t: t.update({PROJECTION: t[PROJECTION].T.contiguous()})), r"tensors differ, the first is .*down_pr"),
+        (
+            edit(lambda t: t.update({PROJECTION: t[PROJECTION].T.contiguous()})),
+            r"tensors differ, the first is .*down",
+        ),
         (edit(lambda t: t.pop(PROJECTION)), r"tensors differ, .*The weights in .* are damaged or of another model"),
-        (edit(lambda t: t.update(stray=torch.ones(2))), r"1 tensors of the Hugging Face directory are not in it.*stray"),
+        (
+            edit(lambda t: t.update(stray=torch.ones(2))),
+            r"1 tensors of the Hugging Face .* not in it.*stray",
+        ),
         (edit(lambda t: t[PROJECTION].add_(1e-3)), r"tensors differ, .*Convert again"),
         (reconfigure, r"layernorm_epsilon is 0\.5 in config.json.*config\.json was changed after the import"),
         (lose_a_token, r"the tokenizers differ.*put the tokenizer's files right"),
@@ -115,7 +121,9 @@ def lose_a_token(hf: Path) -> None:
     ],
     ids=["transposed", "missing", "extra", "changed", "config", "tokenizer", "tokenizer damaged", "spelling"],
 )
-def test_every_difference_is_a_verdict_by_name(damage: Callable[[Path], Any], verdict: str | None, tmp_path: Path) -> None:
+def test_every_difference_is_a_verdict_by_name(
+    damage: Callable[[Path], Any], verdict: str | None, tmp_path: Path
+) -> None:
     hf = tiny_llama(tmp_path / "hf")
     import_checkpoint(hf, tmp_path / "megatron")
     damage(hf)
