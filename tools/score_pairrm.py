@@ -26,12 +26,15 @@ from megatron_sppo.judge.diagnostics import check_signal, signal_counts
 from megatron_sppo.judge.merge import DIAGNOSTICS_NAME, dataset_diagnostics, merge_scores
 from megatron_sppo.judge.scoring import score_rollouts
 from megatron_sppo.judge.work_list import WorkList, open_work_list
+from megatron_sppo.rollout.outcomes import outcome_warnings
 from megatron_sppo.rollout.records import MANIFEST_NAME, read_manifest
 from megatron_sppo.storage import read_json, remove_stale_temporaries, sha256_of_file, write_json
 
 NAME = "score_pairrm.py"
 LEAVING_SECONDS = 60.0
 """The dataset is written: ranks that hang are waited for no longer than this."""
+NAMED_REASONS = 3
+"""Why prompts were set aside: so many reasons are said, the commonest first; all stand in the manifest."""
 logger = logging.getLogger(__name__)
 
 
@@ -90,8 +93,10 @@ def main() -> None:
         diagnostics = score(command, open_work_list())
     if diagnostics is None:
         return
-    for warning in diagnostics["warnings"]:
+    for warning in diagnostics.get("warnings", ()):
         logger.warning("%s", warning)
+    for reason, number in diagnostics.get("quarantine_reasons", {}).items():
+        logger.warning("%d set aside: %s", number, reason)
     if command.json:
         print(json.dumps({"output": str(command.output), **diagnostics}))
     else:
@@ -111,6 +116,9 @@ def score(command: Command, work: WorkList) -> dict[str, Any] | None:
     assert command.rollouts is not None and command.judge is not None
     preset, selection = command.preset or "paper", command.selection or "all"
     manifest = read_manifest(command.rollouts)
+    if work.rank == 0:
+        for line in outcome_warnings(manifest.outcomes, names=("turn_markers", "empty")):
+            logger.warning("%s: %s", command.rollouts, line)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     judge = load_judge(
@@ -204,6 +212,8 @@ def write_diagnostics(
         num_quarantined=len(manifest.quarantined),
         counts=counts,
     )
+    reasons = Counter(row["reason"] for row in manifest.quarantined)
+    diagnostics["quarantine_reasons"] = dict(reasons.most_common(NAMED_REASONS))
     diagnostics |= {"counts": dict(sorted(counts.items())), "identity": {**identity, "dataset": manifest.dataset_hash}}
     write_json(output / DIAGNOSTICS_NAME, diagnostics)
     return diagnostics

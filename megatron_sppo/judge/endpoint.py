@@ -377,7 +377,7 @@ class EndpointJudge:
             remedy = f"The API key is read from the environment variable {self._key_name}, {state}." + (
                 "" if os.environ.get("SPPO_ENDPOINT_KEY_NAME") else " SPPO_ENDPOINT_KEY_NAME names another variable."
             )
-        return _Refused(f"{self._url}{route} refuses with {fault}. {remedy}", status=status, words=fault)
+        return _Refused(f"{self._url}{route} refuses with {fault.rstrip('.')}. {remedy}", status=status, words=fault)
 
     def _server_text(self, error: urllib.error.HTTPError) -> str:
         """Read what the server says about a refusal -> ": its words", empty where it says nothing."""

@@ -38,7 +38,7 @@ class PolicyModel(GPTModel):
     """GPTModel with the parameter-free log-probability head. Without `labels` it returns logits, as the host does."""
 
     true_vocab_size: int
-    head_chunk_size: int
+    head_chunk_size: int | None
     logit_softcap: float | None
     router_losses: tuple[RouterLosses, ...] = ()
 

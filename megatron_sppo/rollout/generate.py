@@ -15,7 +15,7 @@ from tqdm import tqdm
 from megatron_sppo.config import NonNegativeInt, PositiveInt, Seed, check_ranges
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import ChatTokenizer, TemplateConfig, TokenizedPrompt, UnusablePrompt
-from megatron_sppo.rollout.ledger import ShardLedger, open_ledger
+from megatron_sppo.rollout.ledger import FinishedShard, ShardLedger, open_ledger
 from megatron_sppo.rollout.model_files import ModelFiles, read_model_files
 from megatron_sppo.rollout.outcomes import count_outcomes, outcome_warnings
 from megatron_sppo.rollout.prompts import PromptSet, prompts_hash, read_prompts
@@ -27,7 +27,7 @@ from megatron_sppo.rollout.records import (
     write_manifest,
     write_shard,
 )
-from megatron_sppo.rollout.sampler import Sampler, Sampling, Temperature, TopP, check_responses
+from megatron_sppo.rollout.sampler import Refusal, Sampler, Sampling, Temperature, TopP, check_responses
 from megatron_sppo.rollout.server import ServerConfig, ServerSampler
 from megatron_sppo.rollout.vllm_engine import EngineConfig, VllmSampler
 
@@ -156,7 +156,17 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
             _sample_missing(shards, ledger, sampler, tokenizer, config.output, sampling, vocab_size=files.vocab_size)
         else:
             logger.info("%s is complete: nothing to do", config.output)
-        manifest = replace(manifest, shards=ledger.entries(), outcomes=ledger.outcomes())
+        refused = ledger.refused()
+        if refused:
+            fact = "%d prompts are refused by the server and set aside; the first: %s: %s"
+            logger.warning(fact, len(refused), refused[0]["prompt_id"], refused[0]["reason"])
+        manifest = replace(
+            manifest,
+            num_prompts=len(prompts) - len(refused),
+            shards=tuple(entry for entry in ledger.entries() if entry.rows),
+            quarantined=(*quarantined, *refused),
+            outcomes=ledger.outcomes(),
+        )
         _refuse_no_signal(config, ledger.outcomes())
         write_manifest(config.output, manifest)
     return manifest
@@ -276,9 +286,10 @@ def _sample_missing(
                     prompts, sampling=sampling, seed=shard_seed(sampling.seed, index), on_progress=report
                 )
                 check_responses(prompts, answers, sampling=sampling, vocab_size=vocab_size)
-                groups = [_group(prompt, responses) for prompt, responses in zip(prompts, answers, strict=True)]
+                groups, refused = _groups(prompts, answers)
                 outcomes = count_outcomes(groups, holds_marker)
-                ledger.enter(index, write_shard(output, index, groups), outcomes)
+                entry = write_shard(output, index, groups)
+                ledger.enter(index, FinishedShard(entry=entry, outcomes=outcomes, refused=refused))
                 if index == missing[0] and len(missing) > 1:  # early, while there is something to save
                     for line in outcome_warnings(outcomes):
                         logger.warning("the first shard: %s", line)
@@ -298,14 +309,25 @@ def _rate_reporter(bar: Any) -> Callable[[int, int], None]:
     return report
 
 
-def _group(prompt: TokenizedPrompt, responses: Sequence[Any]) -> RolloutGroup:
-    return RolloutGroup(
-        prompt_id=prompt.prompt.prompt_id,
-        messages=prompt.prompt.messages,
-        prompt_token_ids=prompt.token_ids,
-        responses=tuple(responses),
-        prompt_text=prompt.text,
-    )
+def _groups(
+    prompts: Sequence[TokenizedPrompt], answers: Sequence[tuple[Response, ...] | Refusal]
+) -> tuple[list[RolloutGroup], list[dict[str, str]]]:
+    """Put prompts and answers together -> (rows, prompts that have no answers with the reason)."""
+    groups, refused = [], []
+    for prompt, responses in zip(prompts, answers, strict=True):
+        if isinstance(responses, Refusal):
+            refused.append({"prompt_id": prompt.prompt.prompt_id, "reason": responses.reason})
+            continue
+        groups.append(
+            RolloutGroup(
+                prompt_id=prompt.prompt.prompt_id,
+                messages=prompt.prompt.messages,
+                prompt_token_ids=prompt.token_ids,
+                responses=responses,
+                prompt_text=prompt.text,
+            )
+        )
+    return groups, refused
 
 
 def _start_sampler(config: GenerateConfig, max_model_len: int) -> Sampler:

@@ -4,7 +4,7 @@ Counted while sampling, kept in the manifest, said by whoever reads the rollouts
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from megatron_sppo.rollout.records import Response, RolloutGroup
 
@@ -26,7 +26,7 @@ _SAID = (
 """(count, of what, share that is still quiet, fact and remedy)."""
 
 
-def count_outcomes(groups: Iterable[RolloutGroup], holds_marker: Callable[[Response], bool]) -> Counter[str]:
+def count_outcomes(groups: Iterable[RolloutGroup], holds_marker: Callable[[Response], bool]) -> dict[str, int]:
     """Count what became of the answers -> groups, responses, cut, empty, turn_markers, uniform.
 
     Args:
@@ -41,18 +41,19 @@ def count_outcomes(groups: Iterable[RolloutGroup], holds_marker: Callable[[Respo
             counts["cut"] += response.finish_reason == "length"
             counts["empty"] += not response.text.strip()
             counts["turn_markers"] += holds_marker(response)
-    return counts
+    return dict(counts)
 
 
-def outcome_warnings(outcomes: Mapping[str, int] | None) -> list[str]:
+def outcome_warnings(outcomes: Mapping[str, int] | None, *, names: Collection[str] | None = None) -> list[str]:
     """Word the shares that a reader of the rollouts should know -> lines, perhaps none.
 
     Args:
         outcomes: a manifest's; None: nobody counted.
+        names: the counts of interest; None: all.
     """
     lines = []
     for name, whole, quiet, text in _SAID if outcomes else ():
         count, total = outcomes.get(name, 0), outcomes.get(whole, 0)
-        if count > quiet * total:
+        if count > quiet * total and (names is None or name in names):
             lines.append(f"{count} of {total} ({count / total:.0%}) {text}.")
     return lines

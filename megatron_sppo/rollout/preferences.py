@@ -291,7 +291,7 @@ def _matrix(values: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
         raise UnusableRow(f"{name} does not hold numbers") from None
     if array.shape != shape or not np.isfinite(array).all():
         raise UnusableRow(f"{name} does not hold {'x'.join(map(str, shape)) or 'one'} finite number(s)")
-    if name != "rm_scores" and (array.min() < 0 or array.max() > 1):
+    if name in ("probability", "chosen_probs") and (array.min() < 0 or array.max() > 1):
         raise UnusableRow(f"{name} lies outside [0, 1]")
     if array.ndim == 2:
         np.fill_diagonal(array, 0.5)

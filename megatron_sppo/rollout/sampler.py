@@ -39,6 +39,13 @@ class Sampling:
         return {**asdict(self), "stop_token_ids": list(self.stop_token_ids)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A prompt that cannot be answered, in place of its responses."""
+
+    reason: str
+
+
 class Sampler(Protocol):
     """Samples shard by shard. Heavy imports belong into the constructor."""
 
@@ -49,8 +56,8 @@ class Sampler(Protocol):
         sampling: Sampling,
         seed: int,
         on_progress: Callable[[int, int], None],
-    ) -> list[tuple[Response, ...]]:
-        """Answer the prompts of one shard -> K responses each, in the prompts' order.
+    ) -> Sequence[tuple[Response, ...] | Refusal]:
+        """Answer the prompts of one shard -> K responses each, or why there are none, in the prompts' order.
 
         Args:
             prompts: the shard's prompts, as token ids.
@@ -66,7 +73,11 @@ class Sampler(Protocol):
 
 
 def check_responses(
-    prompts: Sequence[TokenizedPrompt], answers: Sequence[Sequence[Response]], *, sampling: Sampling, vocab_size: int
+    prompts: Sequence[TokenizedPrompt],
+    answers: Sequence[Sequence[Response] | Refusal],
+    *,
+    sampling: Sampling,
+    vocab_size: int,
 ) -> None:
     """Refuse what no correct sampler returns: a wrong count, foreign ids, more tokens than were allowed.
 
@@ -77,6 +88,8 @@ def check_responses(
         raise DataError(f"the sampler answered {len(answers)} of {len(prompts)} prompts. Run the same command again.")
     for prompt, responses in zip(prompts, answers, strict=True):
         name = prompt.prompt.prompt_id
+        if isinstance(responses, Refusal):
+            continue
         if len(responses) != sampling.num_responses:
             raise DataError(
                 f"the sampler gave {len(responses)} responses to prompt {name!r} instead of {sampling.num_responses}. "

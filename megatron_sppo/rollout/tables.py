@@ -230,7 +230,7 @@ def _choose(what: str, path: Path, wanted: str | None, names: Collection[str]) -
     if wanted is not None and wanted in names:
         return wanted
     fact = f"several {what}s" if wanted is None else f"no {what} {wanted!r}"
-    raise ConfigError(f"{path} has {fact}. Use --{what} with one of: {', '.join(sorted(names))}.")
+    raise ConfigError(f"{path} has {fact}. Use --{what} with one of: {', '.join(sorted(names))}; or give one file.")
 
 
 def _refuse_two_kinds(path: Path, files: Sequence[Path]) -> None:

@@ -232,14 +232,21 @@ def _extend_tensor() -> None:
         values, dtype=dtype or self.dtype, device=device or self.device, **kwargs
     )
     for name, dtype in _TYPES.items():
-        setattr(torch.cuda, f"{name}Tensor", functools.partial(_of_type, dtype))
+        setattr(torch.cuda, f"{name}Tensor", _TensorType(f"{name}Tensor", (), {"dtype": dtype}))
 
 
-def _of_type(dtype: torch.dtype, *values: Any) -> Tensor:
-    """torch.cuda.FloatTensor and its kin."""
-    if len(values) == 1 and isinstance(values[0], list | tuple):
-        return torch.tensor(values[0], dtype=dtype, device=CUDA)
-    return torch.empty(*values, dtype=dtype, device=CUDA)
+class _TensorType(type):
+    """torch.cuda.FloatTensor and its kin, which are called and asked for (mcore 0.19.2, transformer/module.py)."""
+
+    dtype: torch.dtype
+
+    def __call__(cls, *values: Any) -> Tensor:
+        if len(values) == 1 and isinstance(values[0], list | tuple):
+            return torch.tensor(values[0], dtype=cls.dtype, device=CUDA)
+        return torch.empty(*values, dtype=cls.dtype, device=CUDA)
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, CudaTensor) and value.dtype == cls.dtype
 
 
 def _method(plain: Any) -> Any:

@@ -116,18 +116,20 @@ def test_fp8_products_are_those_of_the_copies_with_the_summed_side_last(recipe: 
     assert float((found.cpu().double() - exact(*given)[layout]).abs().max()) > 0.1  # FP8 was on
 
 
-def test_a_linear_layer_in_fp8_is_transformer_engine_s_python_reference() -> None:
-    """Its reference recipe quantises in Python and multiplies by torch._scaled_mm; forward, and both gradients."""
+@pytest.mark.parametrize("layer_class", [te.Linear, te.LayerNormLinear])
+def test_a_layer_in_fp8_is_transformer_engine_s_python_reference(layer_class: Callable[..., Any]) -> None:
+    """Its reference recipe quantises in Python and multiplies by torch._scaled_mm; forward, and all gradients."""
     results = []
+    settings = {"normalization": "RMSNorm"} if layer_class is te.LayerNormLinear else {}
     for recipe in (CustomRecipe(qfactory=current_scaling_ref_quantizer_factory), Float8CurrentScaling()):
-        layer = te.Linear(INPUTS, OUTPUTS, bias=False, params_dtype=torch.bfloat16)
+        layer = layer_class(INPUTS, OUTPUTS, bias=False, params_dtype=torch.bfloat16, **settings)
         weight, input, grad = operands()
         layer.weight.data.copy_(weight)
         input.requires_grad_()
         with te.autocast(enabled=True, recipe=recipe):
             output = layer(input)
         output.backward(grad)
-        results.append((output, input.grad, layer.weight.grad))
+        results.append((output, input.grad, *(parameter.grad for parameter in layer.parameters())))
     for wanted, found in zip(*results, strict=True):
         assert_near(found.detach(), wanted.detach().cpu().double(), 2**-7)
 

@@ -45,6 +45,7 @@ WAITS = Counter(
         "copy of pageable memory to the GPU: forward_step.py": 3,
         "copy of pageable memory to the GPU: parallel.py": 1,
         "copy of pageable memory to the GPU: loop.py": 1,
+        "copy of pageable memory to the GPU: utils.py": 1,  # megatron-core 0.19.2
         "copy to the CPU: forward_step.py": 5,
         "item: finalize_model_grads.py": 1,
         "item: clip_grads.py": 1,

@@ -2,8 +2,8 @@
 
 Truth is the same spec on one rank, which tests/gpu/test_hopper.py holds against Hugging Face in float64. On every rank
 the log-ratio of the reference pass and the first step is exactly 0 (`Truth.step`). Gaps are in nats a response token,
-distances in relative norm of the gradient, as there. Context parallelism is Transformer Engine's own ring, whose
-messages travel by an all-gather (engine). Not shown: NCCL, overlap, `tp_comm_overlap`.
+distances in relative norm of the gradient, as there. Context parallelism is Transformer Engine's own ring. Not shown:
+NCCL, overlap, `tp_comm_overlap`.
 """
 
 from collections.abc import Callable

@@ -34,7 +34,8 @@ def decode(codes: Tensor, dtype: DType) -> Tensor:
 def scale_of(amax: Tensor, *, dtype: DType, epsilon: float, power_of_two: bool, ceiling: float) -> Tensor:
     """Choose the factor that brings the largest magnitude to FP8's, as `_scale_from_amax_tensor` does, float32.
 
-    pytorch/custom_recipes/quantization_current_scaling.py (2.11.0). 1 where there is nothing to scale by.
+    pytorch/custom_recipes/quantization_current_scaling.py (2.11.0); the kernels by common/recipe/recipe_common.cuh,
+    which is 1 where amax is 0 or not finite.
 
     Args:
         ceiling: in place of a factor that float32 cannot hold.

@@ -47,6 +47,16 @@ def test_options_become_flags_of_the_tool(tmp_path: Path) -> None:
     assert flags == ["--max-model-len=512", "--enforce-eager"]
 
 
+def test_settings_of_the_judge_hold_in_training_and_in_evaluation(tmp_path: Path) -> None:
+    flags = ("--judge-after", "</think>", "--verdict-tokens", "512", "--allow-no-signal")
+    for given in ((), flags):
+        config = read(tmp_path, *given)
+        stages = iteration_stages(config, RunPaths(run_dir=tmp_path / "out"), 1, evaluates=True)
+        commands = {stage.name: stage.command for stage in stages}
+        for name in ("iter_1-dataset", "iter_1-eval"):
+            assert tuple(token for token in commands[name] if token in flags) == given
+
+
 def test_a_setting_without_a_value_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"training holds 'lr'. Write NAME=VALUE"):
         named_values(["lr"], place="training")
