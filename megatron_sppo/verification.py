@@ -353,7 +353,7 @@ def _faults(report: dict[str, Any]) -> list[str]:
     if not tokenizer["ids_same"]:
         faults.append("the tokenizers differ")
     # Where both tokenizers could be tried, what they do decides, not how their settings are spelled.
-    if not tokenizer.get("probes"):
+    if not tokenizer.get("probes") or tokenizer["different_probes"]:
         faults += [f"{name} differs" for name, same in tokenizer["texts"].items() if not same]
     if probes := tokenizer["different_probes"]:
         faults.append(f"the tokenizers treat {len(probes)} texts differently, the first is {probes[0]!r}")

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
+from megatron_sppo.architecture import read_architecture
 from megatron_sppo.conversion.distcp import METADATA_FILE
 from megatron_sppo.conversion.transfer import default_workers
 from megatron_sppo.errors import DataError
@@ -98,9 +99,10 @@ def _check_copy(root: Path, directory: Path) -> None:
     if all(copy.is_file() for copy in copies) and copies[0].read_bytes() != copies[1].read_bytes():
         if (directory / MANIFEST_FILE).is_file():
             verify_checkpoint(directory, names=[MODEL_FILE])
+        read_architecture(directory)  # a fault of its own is said first
         raise DataError(
-            f"{copies[0]} and {copies[1]} differ, and should be one. If the checkpoint is the right one, restore the "
-            f"first: cp {copies[1]} {copies[0]}"
+            f"{copies[0]} and {copies[1]} differ, and should be one. Check which describes the model; if it is the "
+            f"second: cp {copies[1]} {copies[0]}"
         )
 
 

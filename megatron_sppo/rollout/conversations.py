@@ -17,9 +17,7 @@ from typing import Any
 
 Turn = dict[str, str]
 
-PROMPT_COLUMNS = frozenset(
-    {"prompt", "messages", "conversations", "conversation", "instruction", "question", "chosen", "rejected"}
-)
+PROMPT_COLUMNS = frozenset({"prompt", "messages", "conversations", "conversation", "instruction", "chosen", "rejected"})
 """Any of them makes a prompt."""
 CONTEXT_COLUMNS = frozenset({"input", "system", "system_prompt", "history", "tools", "prompt_id", "split"})
 
@@ -57,7 +55,7 @@ def prompt_messages(row: dict[str, Any], *, answered: Sequence[list[Turn]] | Non
 def _asked(row: dict[str, Any], shared: list[Turn]) -> list[Turn]:
     """Choose among the columns that may hold the prompt, and hold the others against it -> messages."""
     asked: list[Turn] | None = None
-    for name in ("prompt", "instruction", "question"):
+    for name in ("prompt", "instruction"):
         if asked is None and row.get(name) is not None:
             text, more = row[name], row.get("input") if name == "instruction" else None
             asked = read_turns(f"{text}\n{more}" if isinstance(text, str) and more else text, name, role="user")
