@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
-from megatron_sppo.architecture import read_architecture
 from megatron_sppo.conversion.distcp import METADATA_FILE
 from megatron_sppo.conversion.transfer import default_workers
 from megatron_sppo.errors import DataError
@@ -65,7 +64,6 @@ def resolve_checkpoint(path: Path) -> Path:
         )
     named, fault = _tracked(path)
     if named is not None:
-        _check_copy(path, named)
         return named
     for iteration in reversed(iterations(path)):
         directory = iteration_directory(path, iteration)
@@ -87,23 +85,6 @@ def resolve_checkpoint(path: Path) -> Path:
         f"{path} holds no usable Megatron checkpoint ({TRACKER_FILE} {fault}). "
         f"tools/convert.py import --hf HF_DIR --megatron {path}"
     )
-
-
-def _check_copy(root: Path, directory: Path) -> None:
-    """Hold a root's model.json against that of the iteration which the tracker names: one is a copy of the other.
-
-    Raises:
-        DataError: they differ.
-    """
-    copies = [place / MODEL_FILE for place in (root, directory)]
-    if all(copy.is_file() for copy in copies) and copies[0].read_bytes() != copies[1].read_bytes():
-        if (directory / MANIFEST_FILE).is_file():
-            verify_checkpoint(directory, names=[MODEL_FILE])
-        read_architecture(directory)  # a fault of its own is said first
-        raise DataError(
-            f"{copies[0]} and {copies[1]} differ, and should be one. Check which describes the model; if it is the "
-            f"second: cp {copies[1]} {copies[0]}"
-        )
 
 
 def _tracked(root: Path) -> tuple[Path | None, str]:
@@ -219,6 +200,23 @@ def publish(root: Path, iteration: int) -> None:
             file.write((directory / MODEL_FILE).read_bytes())
     with atomic_file(Path(root, TRACKER_FILE)) as file:
         file.write(f"{iteration}\n")
+
+
+def check_copy(path: Path, directory: Path) -> None:
+    """Hold a root's model.json against that of the iteration which it was resolved to: one is a copy of the other.
+
+    Args:
+        path: what was resolved; an iteration directory itself asks its root nothing.
+
+    Raises:
+        DataError: they differ.
+    """
+    copies = [Path(place, MODEL_FILE) for place in (path, directory)]
+    if all(copy.is_file() for copy in copies) and copies[0].read_bytes() != copies[1].read_bytes():
+        raise DataError(
+            f"{copies[0]} and {copies[1]} differ, and should be one. Check which describes the model; if it is the "
+            f"second: cp {copies[1]} {copies[0]}"
+        )
 
 
 def carry_model_files(source: Path, target: Path) -> None:

@@ -19,6 +19,7 @@ from megatron_sppo.conversion.megatron_checkpoint import (
     HF_DIRECTORY,
     MANIFEST_FILE,
     check_backend,
+    check_copy,
     listed_digests,
     resolve_checkpoint,
     verify_checkpoint,
@@ -132,6 +133,7 @@ def open_megatron(megatron: Path, *, template: Path | None = None, leave_uncheck
         unchecked=unchecked,
     )
     _check_keys(opened, template)
+    check_copy(Path(megatron), directory)
     return opened
 
 

@@ -34,6 +34,7 @@ def open_source(config: TrainingConfig) -> tuple[Path, Architecture, dict[str, A
     check_machine(config.model)
     source = megatron_checkpoint.resolve_checkpoint(config.load)
     architecture, tokenizer = read_architecture(source)
+    megatron_checkpoint.check_copy(config.load, source)
     world_size = parallel.world_size()
     parallel.check_layout(config.parallel, architecture, world_size=world_size)
     check_divisibility(
