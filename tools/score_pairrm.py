@@ -164,7 +164,12 @@ def score(command: Command, work: WorkList) -> dict[str, Any] | None:
         with writer:
             counts = merge_scores(command.rollouts, manifest, judge, work_dir, writer, rule=preset)
             if not command.allow_no_signal and writer.num_prompts:
-                check_signal(counts, judge=judge.name, one_order=command.one_order)
+                try:
+                    check_signal(counts, judge=judge.name, one_order=command.one_order)
+                except DataError:
+                    if counts["unreadable_verdicts"]:
+                        shutil.rmtree(work_dir)  # the server may be mended when the judge is asked again
+                    raise
         assert writer.manifest is not None
         done = write_diagnostics(command.output, writer.manifest, identity, counts)
     else:

@@ -172,6 +172,26 @@ class Batches:
         return self._config.batch.num_steps(self.steps_per_epoch)
 
     @property
+    def num_epochs(self) -> int:
+        """Epochs that the run begins."""
+        return -(-self.train_iters // self.steps_per_epoch)
+
+    def first_step(self, epoch: int) -> int:
+        """Say with which step an epoch begins -> int; both are counted as the run does: steps from 1, epochs from 0."""
+        return 1 + epoch * self.steps_per_epoch
+
+    @property
+    def packs(self) -> dict[str, int | None]:
+        """What decides which responses of a step share a micro-batch, and its padding; a resumed run may change it."""
+        batch = self._config.batch
+        return {
+            "data_parallel_size": parallel.data_parallel_size(),
+            "micro_batch_size": batch.micro_batch_size if self._budget is None else None,
+            "packed_sequence_size": self._budget,
+            "token_multiple": self._multiple,
+        }
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What decides the global batches and their targets."""
         batch, objective = self._config.batch, self._config.objective
@@ -190,13 +210,20 @@ class Batches:
         }
 
     def steps(self, *, first: int, last: int, reference_GK: np.ndarray | None = None) -> Iterator[StepPlan]:
-        """Yield the plans of steps `first`..`last`, counted from 1."""
+        """Yield the plans of steps `first`..`last`, counted from 1.
+
+        Args:
+            reference_GK: log pi_t; or one for each epoch, one after another: [epochs * G, K].
+        """
         for step in range(first, last + 1):
             yield self._plan(step, reference_GK)
 
     def _plan(self, step: int, reference_GK: np.ndarray | None) -> StepPlan:
         epoch, step_of_epoch = divmod(step - 1, self.steps_per_epoch)
-        size = self._config.batch.global_batch_size
+        size, num_groups = self._config.batch.global_batch_size, self._dataset.num_groups
+        if reference_GK is not None and len(reference_GK) > num_groups:
+            reference_GK = reference_GK[epoch * num_groups : (epoch + 1) * num_groups]
+            assert len(reference_GK) == num_groups, f"no reference of epoch {epoch}"
         return self.plan_of(self._order(epoch)[step_of_epoch * size : (step_of_epoch + 1) * size], reference_GK)
 
     def plan_of(self, rows: np.ndarray, reference_GK: np.ndarray | None = None) -> StepPlan:
@@ -288,10 +315,10 @@ class Batches:
                 shares[parallel.data_parallel_rank()], self._shapes(shares), strict=True
             )
         ]
-        if context_size == 1:
-            return whole
-        rank = parallel.context_parallel_rank()
-        return [context_parallel_share(batch, rank=rank, size=context_size) for batch in whole]
+        if context_size > 1:
+            rank = parallel.context_parallel_rank()
+            whole = [context_parallel_share(batch, rank=rank, size=context_size) for batch in whole]
+        return [batch.pinned() for batch in whole] if torch.cuda.is_available() else whole
 
     def _shapes(self, shares: list[list[np.ndarray]]) -> list[tuple[int | None, int | None]]:
         """Say which shape each micro-batch of this rank must have -> (columns, rows); None: what its rows need."""

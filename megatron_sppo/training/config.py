@@ -68,6 +68,10 @@ class BatchConfig:
     """all, extremes or top-bottom:M; unset: what the dataset's manifest says."""
     num_epochs: PositiveInt | None = None
     """Passes over the dataset. Unset: one, as the published runs make, or as many as `train_iters` takes."""
+    reference_per_epoch: bool = False
+    """Compute log pi_t of each epoch's responses in the micro-batches of that epoch, all before the first step: as many
+    reference passes as epochs. Otherwise one pass, in the first epoch's: where a response's log-probability depends on
+    what shares its micro-batch (FP8 in tensorwise scaling), later epochs carry that as noise."""
     train_iters: PositiveInt | None = None
     """Optimizer steps, the data repeated as often as it takes. With `num_epochs` too, the run ends at the first."""
     seed: Seed = 1234

@@ -93,6 +93,7 @@ def build_optimizer(
     _report_implementation(config.optimizer)
     if layout.use_distributed_optimizer:
         _let_the_distributed_optimizer_load_adamw()
+        _let_the_distributed_optimizer_save_several_buckets()
     with _rmsprop_in_place_of_adam() if config.optimizer == "rmsprop" else contextlib.nullcontext():
         return get_megatron_optimizer(host_config, list(chunks))
 
@@ -217,3 +218,35 @@ def _let_the_distributed_optimizer_load_adamw() -> None:
 
     set_states.brings_step = True  # type: ignore[attr-defined]
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+def _let_the_distributed_optimizer_save_several_buckets() -> None:
+    """Lay what it gathers for a save where it looks for it.
+
+    It gathers master weights and moments without the padding at each bucket's end, and cuts them up by the places that
+    parameters have with it (megatron-core 0.16.1 and 0.19.2, optimizer/distrib_optimizer.py, "issue #504" in
+    sharded_param_state_fully_reshardable): behind the first padded bucket a save held each other's values, in silence.
+    """
+    original = DistributedOptimizer.get_parameter_state_dp_zero
+    if getattr(original, "keeps_padding", False):
+        return
+
+    def gathered(self: Any, *arguments: Any, **settings: Any) -> Any:
+        state = original(self, *arguments, **settings)
+        for number, buffer in enumerate(self.buffers if state is not None else ()):
+            for tensors in state[number].values():
+                for name in ("param", "exp_avg", "exp_avg_sq"):
+                    tensors[name] = _with_padding(tensors[name], buffer)
+        return state
+
+    gathered.keeps_padding = True  # type: ignore[attr-defined]
+    DistributedOptimizer.get_parameter_state_dp_zero = gathered
+
+
+def _with_padding(values: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """Spread the buckets' values end to end over the places that they have in the buffer -> [numel of the buffer]."""
+    placed = values.new_zeros(buffer.numel)
+    parts = values.split([bucket.numel_unpadded for bucket in buffer.buckets])
+    for bucket, part in zip(buffer.buckets, parts, strict=True):
+        placed[bucket.offset : bucket.offset + len(part)] = part
+    return placed

@@ -200,3 +200,21 @@ def test_fewer_responses_than_a_global_batch_are_said(dataset, caplog) -> None:
     settings = dataclasses.replace(config(micro_batch_size=2), batch=BatchConfig(global_batch_size=128))
     Batches(dataset, settings, max_length=64)
     assert "a step has all 96 responses that there are, fewer than global_batch_size (128)" in caplog.text
+
+
+def test_each_epoch_reads_its_own_reference_where_there_is_one(monkeypatch, dataset) -> None:
+    """96 responses in steps of 16: six steps an epoch. The number says epoch, prompt and response."""
+    settings = config(num_epochs=2)
+    monkeypatch.setattr(parallel, "data_parallel_size", lambda: 1)
+    monkeypatch.setattr(parallel, "data_parallel_rank", lambda: 0)
+    batches = Batches(dataset, settings, max_length=64)
+    assert (batches.num_epochs, batches.first_step(1)) == (2, 7)
+    one_GK = 10.0 * np.arange(24)[:, None] + np.arange(4)
+    both = np.concatenate([one_GK, 1000 + one_GK]).astype(np.float32)
+    for reference_GK, added in ((one_GK.astype(np.float32), 0), (both, 1000)):
+        for step, plan in enumerate(batches.steps(first=6, last=7, reference_GK=reference_GK), start=6):
+            wanted = 10.0 * plan.group + plan.response + (added if step == 7 else 0)
+            np.testing.assert_array_equal(plan.reference_log_prob.numpy(), wanted)
+            for micro_batch in plan.micro_batches:
+                own = 10.0 * micro_batch.group + micro_batch.response + (added if step == 7 else 0)
+                assert torch.equal(micro_batch.reference_log_prob, own.float())
