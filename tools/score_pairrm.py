@@ -28,7 +28,7 @@ from megatron_sppo.judge.scoring import score_rollouts
 from megatron_sppo.judge.work_list import WorkList, open_work_list
 from megatron_sppo.rollout.outcomes import outcome_warnings
 from megatron_sppo.rollout.records import MANIFEST_NAME, read_manifest
-from megatron_sppo.storage import read_json, remove_stale_temporaries, sha256_of_file, write_json
+from megatron_sppo.storage import lock_until_exit, read_json, remove_stale_temporaries, sha256_of_file, write_json
 
 NAME = "score_pairrm.py"
 LEAVING_SECONDS = 60.0
@@ -138,6 +138,7 @@ def score(command: Command, work: WorkList) -> dict[str, Any] | None:
             score_rollouts(command.rollouts, judge, work_dir, work=work)
         work.leave()
         return None
+    lock_until_exit(work_dir, flag="--output")
     rollouts_sha256 = sha256_of_file(command.rollouts / MANIFEST_NAME)
     identity = {
         "rollouts_sha256": rollouts_sha256,
