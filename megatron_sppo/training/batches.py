@@ -140,6 +140,22 @@ class Batches:
             index.num_tied_pairs,
             index.num_too_long,
         )
+        batch = config.batch
+        if batch.train_iters is not None and batch.num_epochs is not None:
+            by_epochs = self.steps_per_epoch * batch.num_epochs
+            logger.info(
+                "train_iters is %d, num_epochs %d is %d steps: %s ends the run",
+                batch.train_iters,
+                batch.num_epochs,
+                by_epochs,
+                "train_iters" if batch.train_iters < by_epochs else "num_epochs",
+            )
+        if index.num_rows < batch.global_batch_size:
+            logger.warning(
+                "a step has all %d responses that there are, fewer than global_batch_size (%d)",
+                index.num_rows,
+                batch.global_batch_size,
+            )
         if config.objective.baseline == "estimate":
             win_rate_GK = torch.from_numpy(self._dataset.all_win_rates())
             over_eta = estimated_baseline_over_eta(win_rate_GK, eta=config.objective.eta)
@@ -153,9 +169,7 @@ class Batches:
     @property
     def train_iters(self) -> int:
         """Optimizer steps of the whole run."""
-        batch = self._config.batch
-        epochs = self.steps_per_epoch * batch.num_epochs
-        return epochs if batch.train_iters is None else min(batch.train_iters, epochs)
+        return self._config.batch.num_steps(self.steps_per_epoch)
 
     @property
     def num_epochs(self) -> int:

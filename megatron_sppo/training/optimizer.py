@@ -156,6 +156,8 @@ def build_scheduler(
         warmup = round(config.lr_warmup_fraction * decay)
     if warmup >= decay:
         raise ConfigError(f"warm-up ({warmup} steps) must be shorter than the decay ({decay} steps). Lower it.")
+    if decay < train_iters and config.lr_decay_style != "constant":
+        logger.warning("lr_decay_iters ends the decay at step %d of %d: the rest trains at min_lr", decay, train_iters)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

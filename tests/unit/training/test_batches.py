@@ -3,6 +3,7 @@
 The number of data-parallel ranks and this one's place are set by hand: the arithmetic of any world runs in one process.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,34 @@ def test_the_order_of_tensors_follows_the_plan(monkeypatch, dataset) -> None:
     expected = {int(row): float(rate) for row, rate in zip(plan.rows, plan.win_rate, strict=True)}
     for batch in plan.micro_batches:
         assert torch.equal(batch.win_rate, torch.tensor([expected[int(row)] for row in batch.rows]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 6),
+        ({"num_epochs": 3}, 18),
+        ({"train_iters": 2}, 2),
+        ({"train_iters": 20}, 20),
+        ({"train_iters": 20, "num_epochs": 2}, 12),
+        ({"train_iters": 7, "num_epochs": 2}, 7),
+    ],
+    ids=str,
+)
+def test_steps_are_those_asked_for_and_the_data_repeats(dataset, settings, expected, caplog) -> None:
+    """24 prompts of 4 responses are 6 steps of 16. With both settings the first ends the run, and it is said which."""
+    with caplog.at_level("INFO"):
+        batches = Batches(dataset, config(micro_batch_size=2, **settings), max_length=64)
+    assert batches.train_iters == expected
+    if len(settings) == 2:
+        ends = "train_iters" if expected == settings["train_iters"] else "num_epochs"
+        assert f"num_epochs 2 is 12 steps: {ends} ends the run" in caplog.text
+
+
+def test_fewer_responses_than_a_global_batch_are_said(dataset, caplog) -> None:
+    settings = dataclasses.replace(config(micro_batch_size=2), batch=BatchConfig(global_batch_size=128))
+    Batches(dataset, settings, max_length=64)
+    assert "a step has all 96 responses that there are, fewer than global_batch_size (128)" in caplog.text
 
 
 def test_each_epoch_reads_its_own_reference_where_there_is_one(monkeypatch, dataset) -> None:
