@@ -58,6 +58,7 @@ LARGEST_LOGIT = 10.0
 LONGEST_WAIT_SECONDS = 600.0
 """A server may ask for so much quiet; who asks for more is left alone, and the run ends."""
 THINKING_ENDS = "</think>"
+UNREADABLE = "unreadable_verdicts"
 
 _INSTRUCTION = (
     "You compare two answers to the same conversation. Say which is more helpful, correct and clear. "
@@ -230,7 +231,8 @@ class EndpointJudge:
                         self.traffic["cached_answers"] += 1
                     return cached
         choice = self._ask(body)
-        if path is not None:
+        # What cannot be read is asked anew: the server may be mended by then.
+        if path is not None and verdict_logit(choice)[1] != UNREADABLE:
             with atomic_file(path) as file:
                 json.dump(choice, file)
         return choice
@@ -464,10 +466,11 @@ def verdict_logit(choice: dict[str, Any]) -> tuple[float, str]:
         return max(-LARGEST_LOGIT, min(LARGEST_LOGIT, logit)), "logprob_verdicts"
     message = choice.get("message")
     text = str(message.get("content") or "") if isinstance(message, dict) else ""
-    letter = _letter(text.rpartition(THINKING_ENDS)[2].strip()[:8])
+    # With room for more than a letter, some explain themselves in the lines below it.
+    letter = _letter((text.rpartition(THINKING_ENDS)[2].strip().splitlines() or [""])[0])
     if letter:
         return (VERDICT_LOGIT if letter == "A" else -VERDICT_LOGIT), "bare_verdicts"
-    return 0.0, "unreadable_verdicts"
+    return 0.0, UNREADABLE
 
 
 def _alternatives(choice: dict[str, Any]) -> list[tuple[str, float]]:

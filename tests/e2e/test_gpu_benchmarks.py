@@ -28,7 +28,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(hopper, "LOG", tmp_path / "hopper.log")
     monkeypatch.setattr(hopper, "REPOSITORY", tmp_path)
     monkeypatch.setattr(hopper, "NEEDED", (hopper.Requirement(module="json", install="unknown"),))
-    gpu = {"torch": "2.11", "cuda": "13.0", "name": "NVIDIA H100 80GB HBM3", "capability": [9, 0]}
+    gpu = {"torch": "2.11", "cuda": "13.0", "name": "NVIDIA H100 80GB HBM3", "capability": [9, 0], "fault": None}
+    gpu["head_kernels_lack"] = "a C compiler"
     monkeypatch.setattr(hopper, "find_gpu", lambda: gpu)
     return folder
 
@@ -81,6 +82,7 @@ def test_parts_go_on_after_one_fails_and_the_table_tells(
     assert reasons["breaks"] == "exit code 1: RuntimeError: no kernel image"
     assert reasons["hangs"] == "took more than LIMIT=2 seconds: in the middle"
     assert reasons["peer"] == "missing: no_such_module"
+    assert any("lack a C compiler: g1 and g2 measure torch's own operators" in " ".join(line) for line in lines)
     assert any(line[:2] == ["Send", "back"] and line[2] == "results/h100/*.json" for line in lines)
     assert "no kernel image" in (out / "hopper.log").read_text()
     assert {path.name for path in (out / "results/h100").iterdir()} == {"figure.json", "hopper.json"}

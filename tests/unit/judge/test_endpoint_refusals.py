@@ -206,6 +206,8 @@ REASONED = [
     [
         ({"message": {"content": "<think>A is bad</think>\n\nB"}}, (-VERDICT_LOGIT, "bare_verdicts")),
         ({"message": {"content": "B", "reasoning_content": "A?"}}, (-VERDICT_LOGIT, "bare_verdicts")),
+        ({"message": {"content": "**B**\n\nA is wrong."}}, (-VERDICT_LOGIT, "bare_verdicts")),
+        ({"message": {"content": "A good answer would be B"}}, (0.0, "unreadable_verdicts")),
         ({"message": {"content": "<think>A"}}, (0.0, "unreadable_verdicts")),
         ({"message": {"content": "<think>"}, "logprobs": CUT_REASONING}, (0.0, "unreadable_verdicts")),
         ({"message": {"content": "B"}, "logprobs": {"content": REASONED}}, (-2.0, "logprob_verdicts")),
