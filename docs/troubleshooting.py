@@ -42,37 +42,60 @@ This page is written by `docs/troubleshooting.py` from the code itself.
 """
 
 
-def text_of(node: ast.expr) -> str | None:
-    """Read a message -> text with `...` for what is filled in; None where it is no literal."""
+def text_of(node: ast.AST, constants: dict[str, str]) -> str | None:
+    """Read a message -> text with `...` for what is filled in; None where it is no literal.
+
+    Args:
+        constants: texts that the file has under a name.
+    """
+    if isinstance(node, ast.FormattedValue):
+        return text_of(node.value, constants)
+    if isinstance(node, ast.Name):
+        return constants.get(node.id)
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else None
     if isinstance(node, ast.JoinedStr):
-        return "".join(text_of(part) or "..." for part in node.values)
+        return "".join(text_of(part, constants) or "..." for part in node.values)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return (text_of(node.left) or "...") + (text_of(node.right) or "...")
+        return (text_of(node.left, constants) or "...") + (text_of(node.right, constants) or "...")
     if isinstance(node, ast.IfExp):
-        return text_of(node.body)
+        return text_of(node.body, constants)
     return None
 
 
 def messages(path: Path) -> Iterator[tuple[str, str]]:
     """Yield what a file can say -> (how, message)."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    constants = {
+        target.id: node.value.value
+        for node in module.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(module):
         if not isinstance(node, ast.Call) or not node.args:
             continue
         function = node.func
         name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
-        if name in KINDS and (text := text_of(node.args[0])):
+        if name in KINDS and (text := text_of(node.args[0], constants)):
             text = re.sub(r"%[.\d]*[a-z]", "...", text) if name == "warning" else text
             text = re.sub(r"(\.\.\.[,'\"()\[\]:/ ]+){2,}(?=\.\.\.)", "", " ".join(text.split()))
             if len(re.sub(r"[^a-z]", "", text)) > 8:  # more than what is filled in
                 yield KINDS[name], text
 
 
-def entry(text: str) -> str:
+OTHERWISE = {
+    "line": "what the line itself says, which depends on the case; else correct what it names",
+    "row set aside because": "correct the row in its source, or leave it out",
+    "warning": "nothing, if it is what you want",
+}
+
+
+def entry(kind: str, text: str) -> str:
     """Word one message -> a line of the page: the fact, and what to do."""
-    parts = re.split(r"(?<=[a-z)\]'0-9}.])\. (?=[A-Z`-])|(?<=\.\.\.) (?=[A-Z][a-z])", text, maxsplit=1)
-    fact, remedy = parts[0], parts[1] if len(parts) > 1 else ""
+    parts = re.split(r"(?<=\S)(?<!\.\.)\. (?=[A-Z`-]|tools/)|(?<=\.\.\.\.) (?=[A-Z`-])", text, maxsplit=1)
+    fact, remedy = parts[0], parts[1] if len(parts) > 1 else OTHERWISE[kind]
     if fact.endswith(".") and (not fact.endswith("...") or fact.endswith("....")):
         fact = fact[:-1]
     return f"| {fact} | {remedy} |".replace("\\n", " ")
@@ -89,7 +112,9 @@ def page() -> str:
     for room, title in ROOMS.items():
         text.append(f"\n## {title}\n")
         for kind in dict.fromkeys(KINDS.values()):
-            if lines := sorted({entry(message.replace("|", "\\|")) for how, message in found[room] if how == kind}):
+            if lines := sorted(
+                {entry(kind, message.replace("|", "\\|")) for how, message in found[room] if how == kind}
+            ):
                 text.append(f"| {kind} | what to do |\n|---|---|\n" + "\n".join(lines) + "\n")
     return "\n".join(text)
 
