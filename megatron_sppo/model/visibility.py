@@ -196,6 +196,9 @@ def _block_mask(queries: Tokens, keys: Tokens, window: int | None) -> BlockMask:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """List in each row of blocks those that are True, first -> (how many, their numbers), int32."""
+    """List in each row of blocks those that are True, first -> (how many, their numbers), int32.
+
+    Contiguous, as the kernels take for granted: they know the strides of rows, not of a row's elements.
+    """
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32), order.int()
+    return blocks.sum(-1, dtype=torch.int32).contiguous(), order.int().contiguous()
