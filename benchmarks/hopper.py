@@ -35,6 +35,8 @@ LOG = REPOSITORY / "hopper.log"
 SUMMARY = "hopper.json"
 IMPORT_LIMIT = 300
 """Seconds; the first import after an installation compiles."""
+TORCH = (2, 11)
+"""The least that setup.py asks for."""
 HOPPER = [9, 0]
 """Compute capability of H100, H200 and GH200."""
 
@@ -131,9 +133,12 @@ PARTS = {
 }
 _GPU = """
 import json, torch
+from megatron_sppo.model.engine import transformer_engine_fault
+from megatron_sppo.objective.log_ratio import _kernels_lack
 answer = {"torch": torch.__version__, "cuda": torch.version.cuda}
 if torch.cuda.is_available():
     answer |= {"name": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability())}
+    answer |= {"fault": transformer_engine_fault(), "head_kernels_lack": _kernels_lack()}
 print(json.dumps(answer))
 """
 
@@ -172,9 +177,13 @@ def missing_imports(requirements: Sequence[Requirement]) -> dict[Requirement, st
 
 
 def find_gpu() -> dict[str, Any]:
-    """Ask torch for itself and the GPU -> {"torch", "cuda", and with a GPU "name", "capability"}."""
+    """Ask torch for itself and the GPU -> {"torch", "cuda", with a GPU "name", "capability" and what is wrong}."""
     done = _ask(sys.executable, _GPU)  # not of nvidia-smi: containers deny it where CUDA works
-    return json.loads(_last_line(done.stdout)) if done.returncode == 0 else {"fault": _last_line(done.stderr)}
+    return (
+        json.loads(_last_line(done.stdout))
+        if done.returncode == 0
+        else {"fault": f"torch cannot look at the GPU: {_last_line(done.stderr)}"}
+    )
 
 
 def _ask(interpreter: str, code: str) -> subprocess.CompletedProcess[str]:
@@ -187,11 +196,14 @@ def _ask(interpreter: str, code: str) -> subprocess.CompletedProcess[str]:
 
 def fault_of(gpu: Mapping[str, Any]) -> str:
     """Say why this GPU will not do; empty: it will."""
-    if "fault" in gpu:
-        return f"torch cannot look at the GPU: {gpu['fault']}"
+    if gpu.get("fault"):
+        return f"{gpu['fault']}."
     if "name" not in gpu:
         build = f"a build for CUDA {gpu['cuda']}" if gpu["cuda"] else "a build without CUDA"
         return f"torch {gpu['torch']}, {build}, finds no GPU. Install one that fits the driver: pip install torch"
+    if tuple(int(part) for part in gpu["torch"].split(".")[:2]) < TORCH:
+        least = ".".join(map(str, TORCH))
+        return f"torch is {gpu['torch']}, and {least} is the least that will do. Use: pip install 'torch>={least}'"
     if gpu["capability"] != HOPPER:
         major, minor = gpu["capability"]
         return f"{gpu['name']} has compute capability {major}.{minor}; these figures are for Hopper (9.0): H100, H200."
@@ -362,6 +374,7 @@ def main() -> None:
     gpu = find_gpu()
     if fault := fault_of(gpu):
         _refuse(fault)
+    gpu.pop("fault", None)
     card = gpu["name"].lower().replace("nvidia", "").split()[0]  # as benchmarks.record names the folder
     folder = RESULTS / card
     folder.mkdir(parents=True, exist_ok=True)
@@ -370,17 +383,24 @@ def main() -> None:
     limit = float(os.environ.get("LIMIT", "570"))
     with open(LOG, "w", encoding="utf-8") as log:
         print(f"{gpu['name']}, torch {gpu['torch']}, CUDA {gpu['cuda']}", file=_Both(log))
+        if gpu.get("head_kernels_lack"):
+            print(
+                f"    the head's kernels lack {gpu['head_kernels_lack']}: g1 and g2 measure torch's own operators. "
+                "Use: apt-get install gcc python3-dev",
+                file=_Both(log),
+            )
         for name in names:
-            if name in skipped:
-                results.append(Result(part=name, outcome="skipped", reason=skipped[name]))
-                continue
             try:
-                results.append(run_part(name, folder, limit=limit, log=log))
+                if name in skipped:
+                    results.append(Result(part=name, outcome="skipped", reason=skipped[name]))
+                else:
+                    results.append(run_part(name, folder, limit=limit, log=log))
             except KeyboardInterrupt:
                 results.append(Result(part=name, outcome="failed", reason="interrupted"))
                 interrupted = True
-                break
             _write_summary(folder, gpu, results)
+            if interrupted:
+                break
         _say_what_came_of_it(folder, results, file=_Both(log))
     if out := os.environ.get("OUT"):
         shutil.copytree(folder, Path(out, "results", card), dirs_exist_ok=True)

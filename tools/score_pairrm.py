@@ -26,12 +26,15 @@ from megatron_sppo.judge.diagnostics import check_signal, signal_counts
 from megatron_sppo.judge.merge import DIAGNOSTICS_NAME, dataset_diagnostics, merge_scores
 from megatron_sppo.judge.scoring import score_rollouts
 from megatron_sppo.judge.work_list import WorkList, open_work_list
+from megatron_sppo.rollout.outcomes import outcome_warnings
 from megatron_sppo.rollout.records import MANIFEST_NAME, read_manifest
-from megatron_sppo.storage import read_json, remove_stale_temporaries, sha256_of_file, write_json
+from megatron_sppo.storage import lock_until_exit, read_json, remove_stale_temporaries, sha256_of_file, write_json
 
 NAME = "score_pairrm.py"
 LEAVING_SECONDS = 60.0
 """The dataset is written: ranks that hang are waited for no longer than this."""
+NAMED_REASONS = 3
+"""Why prompts were set aside: so many reasons are said, the commonest first; all stand in the manifest."""
 logger = logging.getLogger(__name__)
 
 
@@ -90,8 +93,10 @@ def main() -> None:
         diagnostics = score(command, open_work_list())
     if diagnostics is None:
         return
-    for warning in diagnostics["warnings"]:
+    for warning in diagnostics.get("warnings", ()):
         logger.warning("%s", warning)
+    for reason, number in diagnostics.get("quarantine_reasons", {}).items():
+        logger.warning("%d set aside: %s", number, reason)
     if command.json:
         print(json.dumps({"output": str(command.output), **diagnostics}))
     else:
@@ -111,6 +116,9 @@ def score(command: Command, work: WorkList) -> dict[str, Any] | None:
     assert command.rollouts is not None and command.judge is not None
     preset, selection = command.preset or "paper", command.selection or "all"
     manifest = read_manifest(command.rollouts)
+    if work.rank == 0:
+        for line in outcome_warnings(manifest.outcomes, names=("turn_markers", "empty")):
+            logger.warning("%s: %s", command.rollouts, line)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     judge = load_judge(
@@ -130,6 +138,7 @@ def score(command: Command, work: WorkList) -> dict[str, Any] | None:
             score_rollouts(command.rollouts, judge, work_dir, work=work)
         work.leave()
         return None
+    lock_until_exit(work_dir, flag="--output")
     rollouts_sha256 = sha256_of_file(command.rollouts / MANIFEST_NAME)
     identity = {
         "rollouts_sha256": rollouts_sha256,
@@ -155,7 +164,12 @@ def score(command: Command, work: WorkList) -> dict[str, Any] | None:
         with writer:
             counts = merge_scores(command.rollouts, manifest, judge, work_dir, writer, rule=preset)
             if not command.allow_no_signal and writer.num_prompts:
-                check_signal(counts, judge=judge.name, one_order=command.one_order)
+                try:
+                    check_signal(counts, judge=judge.name, one_order=command.one_order)
+                except DataError:
+                    if counts["unreadable_verdicts"]:
+                        shutil.rmtree(work_dir)  # the server may be mended when the judge is asked again
+                    raise
         assert writer.manifest is not None
         done = write_diagnostics(command.output, writer.manifest, identity, counts)
     else:
@@ -204,6 +218,8 @@ def write_diagnostics(
         num_quarantined=len(manifest.quarantined),
         counts=counts,
     )
+    reasons = Counter(row["reason"] for row in manifest.quarantined)
+    diagnostics["quarantine_reasons"] = dict(reasons.most_common(NAMED_REASONS))
     diagnostics |= {"counts": dict(sorted(counts.items())), "identity": {**identity, "dataset": manifest.dataset_hash}}
     write_json(output / DIAGNOSTICS_NAME, diagnostics)
     return diagnostics

@@ -28,8 +28,8 @@ CUT = 0.1
 """A few answers never end; where every tenth does not, it is --max-tokens that ends them."""
 UNREASONED = 0.5
 """Most answers do not hold what --judge-after names."""
-ONE_SIDED_PAIRS = 20
-"""In one order, so many pairs that the same place wins are no chance: a coin falls so twice in a million."""
+ONE_SIDED_PAIRS = 10
+"""In one order, so many pairs that the same place wins are no chance: a coin falls so twice in a thousand times."""
 UNREADABLE_REMEDY = (
     "Let the judge answer with one letter: turn its reasoning off on the server, or give it room, "
     "--verdict-tokens 1024."
@@ -223,9 +223,10 @@ def check_signal(counts: Counter[str], *, judge: str, one_order: bool) -> None:
         return
     else:
         fact, remedy = _why_nothing_leans(counts, pairs=pairs, ties=ties)
+    kept = "the judge is asked anew" if counts["unreadable_verdicts"] else "the scores are kept"
     raise DataError(
         f"{judge} gives no signal: {fact}; training on it would change nothing. {remedy} "
-        "Or go on with --allow-no-signal: the scores are kept."
+        f"Or go on with --allow-no-signal: {kept}."
     )
 
 

@@ -41,9 +41,10 @@ class ModelConfig:
     over sequences, beside the objective and never in the reported loss. 0: none."""
     moe_z_loss_coeff: NonNegativeFloat = 0.0
     """Weight of each mixture layer's squared log-sum-exp of the router's logits, in the same way. 0: none."""
-    head_chunk_size: PositiveInt = 1024
+    head_chunk_size: PositiveInt | None = None
     """Bounds the head's logits to as many as these response tokens have: [head_chunk_size, vocab / TP] in the weights'
-    dtype, held from a micro-batch's forward to its backward, which computes only the others again."""
+    dtype, held from a micro-batch's forward to its backward, which computes only the others again. Unset: as many as
+    fit in 128 MiB, in 704 MiB on a GPU."""
     transformer_config: tuple[str, ...] = ()
     """Further KEY=VALUE fields of Megatron-Core's TransformerConfig, such as apply_rope_fusion=true."""
 

@@ -38,7 +38,7 @@ class PolicyModel(GPTModel):
     """GPTModel with the parameter-free log-probability head. Without `labels` it returns logits, as the host does."""
 
     true_vocab_size: int
-    head_chunk_size: int
+    head_chunk_size: int | None
     logit_softcap: float | None
     router_losses: tuple[RouterLosses, ...] = ()
 
@@ -213,6 +213,7 @@ def forward(
             packed.sequence_of_token = sequence_of_tokens(
                 cu_seqlens,
                 lengths_B,
+                num_tokens=tokens_BS.shape[1],
                 context_group=groups.cp,
                 sequence_group=groups.tp if stage.config.sequence_parallel else None,
             )

@@ -2,12 +2,29 @@
 
 N = tokens that predict a response token, H = hidden size, V = vocabulary (padded), V/tp = rows of this rank's shard,
 C = columns of one block of logits, B = sequences. All tokens go by C columns at a time, so that the weight is read
-once, and each block of its gradient is one product. Between forward and backward hidden, weight, labels and one float32
+once, and each block of its gradient is one product. Between forward and backward hidden, weight, labels and two float32
 per token are kept, and a ring of the last blocks' logits, whose bytes do not depend on N; backward starts from those
-and computes the others again.
+and computes the others again. Between the products lie elementwise passes: torch's (log_ratio_passes.py), or on a GPU
+two kernels (log_ratio_kernels.py) that move each bfloat16 logit three times, 2 bytes in forward and 4 in backward.
+
+The budget of a GPU, by the roofline of an H100 (989 TFLOP/s, 3.35 TB/s), at H = 4096, V = 128256 and bfloat16:
+
+- One product is 2 N H V operations, 8.70 ms at N = 8192, and none can do with fewer than three. Ours are 4 - f, where
+  the ring keeps the share f of the logits. The kernels' 6 N V bytes take 1.88 ms, 0.072 of the three products.
+- Over the two gradients that come out, backward holds the ring and the float32 sum of the hidden states' gradient
+  instead of its bfloat16: a ring of 704 MiB and 256 MiB at N = 32768, of 1 GiB allowed.
+- f is then 0.351 at N = 8192 and 0.088 at N = 32768: (4 - f) / 3 + 0.072 is 1.288 and 1.376 times the three products.
+  (1.35 at N = 32768 would take a ring of 1.4 GB: a larger `chunk_size`.)
 """
 
-import math
+import ctypes
+import logging
+import os
+import shutil
+import sysconfig
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,16 +32,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 256 << 20}
-"""Logits of one chunk, in the weight's dtype. Larger on a GPU, where small products leave the tensor cores idle."""
+from megatron_sppo.objective.log_ratio_passes import Passes, TorchPasses, slices, softcap_slope
 
-NUM_BUFFERS = 8
-"""Blocks that a chunk's logits are divided into."""
+logger = logging.getLogger(__name__)
 
-_TILE_SIZE = {"cpu": 64 << 10, "cuda": 8 << 20}
-"""Logits widened to float32 at a time: few enough to stay in the cache from one elementwise pass to the next."""
+_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 704 << 20}
+"""Logits of one chunk, in the weight's dtype. Larger on a GPU: what is kept need not be multiplied again."""
 
-_LOG2_E = math.log2(math.e)
+NUM_BUFFERS = {"cpu": 8, "cuda": 2}
+"""Blocks that a chunk's logits are divided into. Few on a GPU: each is one more trip through the sum of grad_hidden."""
+
+
+_DRIVER = "libcuda.so.1"
+"""Every process that uses a real GPU has it loaded."""
+
+_ALIGNMENT = 128
+"""Columns of a block on a GPU are a multiple of it: whole tiles of the tensor cores, rows that begin at 256 bytes."""
 
 
 class WeightGradient(Protocol):
@@ -64,8 +87,8 @@ def linear_log_probs(
         weight: [V/tp, H]; rank r of `tp_group` holds rows r * V/tp and up.
         labels: [N], integers, ids in the whole vocabulary.
         tp_group: group that the vocabulary is sharded over; None for the whole weight.
-        chunk_size: as many logits as these tokens have exist at one time; None: as many as fit in 128 MiB (256 MiB on
-            a GPU).
+        chunk_size: as many logits as these tokens have exist at one time (on a GPU whole blocks of 128 columns); None:
+            as many as fit in 128 MiB (704 MiB on a GPU).
         vocab_size: number of true columns; columns from there on are padding and never enter the softmax.
         logit_softcap: c, by which logits z become c tanh(z / c) before the softmax (Gemma-2); None leaves them.
         weight_gradient: takes the weight's gradient, summed in float32 (Megatron's `main_grad`); None gives it to
@@ -90,9 +113,12 @@ def linear_log_probs(
 
 
 def default_chunk_size(num_rows: int, element_size: int, *, device_type: str) -> int:
-    """Choose tokens per chunk whose logits over `num_rows` columns fit the budget -> a power of two >= 16."""
+    """Choose tokens per chunk whose logits over `num_rows` columns fit the budget -> at least 16.
+
+    A power of two on a CPU, a multiple of 16 elsewhere.
+    """
     fitting = _CHUNK_BYTES.get(device_type, _CHUNK_BYTES["cuda"]) // (element_size * num_rows)
-    return max(16, 1 << max(fitting, 1).bit_length() - 1)
+    return max(16, 1 << max(fitting, 1).bit_length() - 1 if device_type == "cpu" else fitting // 16 * 16)
 
 
 def sequence_sums(log_prob: Tensor, sequence_index: Tensor, num_sequences: int) -> Tensor:
@@ -125,45 +151,44 @@ class _LinearLogProbs(torch.autograd.Function):
         weight_gradient: WeightGradient | None,
     ) -> Tensor:
         num_tokens, num_columns = hidden.shape[0], min(max(vocab_size - first_row, 0), weight.shape[0])
-        blocks = _LogitBlocks(weight[:num_columns], num_tokens, chunk_size)
+        labels = labels.long().contiguous()
+        blocks = _LogitBlocks(weight[:num_columns], num_tokens, chunk_size, logit_softcap)
         inputs = hidden.to(weight.dtype)
         maximum = hidden.new_full((num_tokens,), -torch.inf, dtype=blocks.precise)
         # Row 0: sum of exp(logit - maximum); row 1: the label's logit, 0 on the ranks that do not hold its column.
         sums = hidden.new_zeros((2, num_tokens), dtype=blocks.precise)
         for index, columns in enumerate(blocks.columns):
             logits_CN = blocks.logits(index, weight, inputs)
-            column_1N, is_local = _local_column(labels, first_row + columns.start, columns.stop - columns.start)
-            label_logit = _softcapped_(logits_CN.gather(0, column_1N).to(blocks.precise), logit_softcap)
-            sums[1] += label_logit.masked_fill_(~is_local, 0.0)[0]
-            for rows in blocks.tiles(columns):
-                tile = _softcapped_(blocks.widened(logits_CN[rows]), logit_softcap)
-                higher = torch.maximum(maximum, tile.amax(dim=0))
-                sums[0] *= torch.exp(maximum - higher)
-                sums[0] += _exp_(tile.sub_(higher)).sum(dim=0)
-                maximum = higher
+            maximum = blocks.passes.accumulate(logits_CN, labels, first_row + columns.start, maximum, sums)
         if tp_group is not None and num_tokens:
             local_maximum = maximum.clone()
             dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp_group)
             sums[0] *= torch.exp(local_maximum - maximum)
             dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=tp_group)
-        log_sum_exp = maximum + sums[0].log()
-        ctx.save_for_backward(hidden, weight, labels, log_sum_exp)
+        log_sum_exp, label_logit = sums[0].log_().add_(maximum), sums[1]
+        ctx.save_for_backward(hidden, weight, labels, sums)
         ctx.blocks = blocks.keep()
         ctx.tp_group, ctx.chunk_size, ctx.num_columns, ctx.first_row = tp_group, chunk_size, num_columns, first_row
         ctx.logit_softcap, ctx.weight_gradient = logit_softcap, weight_gradient
         # No rank holds such a column; NaN stops the run in its first step, with no synchronisation spent on the check.
         outside = (labels < 0) | (labels >= vocab_size)
-        return (sums[1] - log_sum_exp).masked_fill(outside, torch.nan)
+        return (label_logit - log_sum_exp).masked_fill(outside, torch.nan)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels, log_sum_exp = ctx.saved_tensors
+        hidden, weight, labels, (log_sum_exp, label_logit) = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         # A second backward over the same graph finds no blocks and computes all of them again.
-        blocks = ctx.blocks or _LogitBlocks(weight[: ctx.num_columns], hidden.shape[0], ctx.chunk_size)
+        blocks = ctx.blocks or _LogitBlocks(
+            weight[: ctx.num_columns], hidden.shape[0], ctx.chunk_size, ctx.logit_softcap
+        )
         ctx.blocks = None
-        grad_log_prob = grad_outputs[0].to(log_sum_exp.dtype)
+        grad_log_prob = grad_outputs[0].to(log_sum_exp.dtype).contiguous()
+        # 1 - p without its cancellation, for a label that is nearly certain.
+        label_gradient = torch.expm1(label_logit - log_sum_exp).mul_(-grad_log_prob)
+        if ctx.logit_softcap is not None:
+            label_gradient *= softcap_slope(label_logit, ctx.logit_softcap)
         inputs = hidden.to(weight.dtype)
         grad_hidden = torch.zeros_like(hidden, dtype=log_sum_exp.dtype) if needs_hidden else None
         sink: WeightGradient | None = ctx.weight_gradient if needs_weight else None
@@ -175,15 +200,17 @@ class _LinearLogProbs(torch.autograd.Function):
         inputs_HN = inputs.T.contiguous() if inputs.device.type == "cpu" else inputs.T
         for index, columns in reversed(list(enumerate(blocks.columns))):
             grad_logits_CN = blocks.logits(index, weight, inputs)
-            local_column = _local_column(labels, ctx.first_row + columns.start, columns.stop - columns.start)
-            blocks.differentiate_(grad_logits_CN, columns, *local_column, log_sum_exp, grad_log_prob, ctx.logit_softcap)
+            blocks.passes.differentiate_(
+                grad_logits_CN, labels, ctx.first_row + columns.start, log_sum_exp, grad_log_prob, label_gradient
+            )
             if grad_hidden is not None:
                 _add_product_(grad_hidden, grad_logits_CN.T, weight[columns])
             if sink is not None:
                 _add_product_(sink.total[columns], grad_logits_CN, inputs_HN.T)
             elif grad_weight is not None:
                 torch.mm(grad_logits_CN, inputs_HN.T, out=grad_weight[columns])
-        del blocks  # before any placeholder of the weight's gradient is allocated
+            del grad_logits_CN  # a view of the ring
+        del blocks  # before the gradient is rounded, and any placeholder of the weight's is allocated
         if grad_hidden is not None and ctx.tp_group is not None and hidden.shape[0]:
             dist.all_reduce(grad_hidden, op=dist.ReduceOp.SUM, group=ctx.tp_group)
         grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
@@ -193,20 +220,21 @@ class _LinearLogProbs(torch.autograd.Function):
 class _LogitBlocks:
     """Logits by blocks of columns, in a ring of buffers: what forward leaves in it, backward has for nothing."""
 
-    def __init__(self, weight: Tensor, num_tokens: int, chunk_size: int) -> None:
-        num_columns = weight.shape[0]
+    def __init__(self, weight: Tensor, num_tokens: int, chunk_size: int, softcap: float | None) -> None:
+        num_columns, on_cpu = weight.shape[0], weight.device.type == "cpu"
         self.precise = torch.float64 if weight.dtype == torch.float64 else torch.float32
         fitting = max(1, min(chunk_size * num_columns // max(num_tokens, 1), num_columns))
-        num_buffers = min(NUM_BUFFERS, fitting)
-        size = fitting // num_buffers
-        self.columns = _slices(num_columns if num_tokens else 0, size)
+        num_buffers = min(NUM_BUFFERS["cpu" if on_cpu else "cuda"], fitting)
+        size, rest = fitting // num_buffers, 0
+        if not on_cpu:  # the last blocks are kept: a short one comes first
+            size = -(-size // _ALIGNMENT) * _ALIGNMENT
+            rest = num_columns % size
+        columns = [slice(0, rest)][: min(rest, 1)] + slices(rest, num_columns, size)
+        self.columns = columns if num_tokens else []
+        self.passes = _choose_passes(weight, num_tokens=num_tokens, block_size=size, softcap=softcap)
         self._first_held = len(self.columns)
         # Once, not once a block: on a CPU the first touch of fresh pages costs more than the arithmetic done on them.
         self._buffers = weight.new_empty(num_buffers, size * num_tokens)
-        self._tile_rows = max(
-            1, min(size, _TILE_SIZE.get(weight.device.type, _TILE_SIZE["cuda"]) // max(num_tokens, 1))
-        )
-        self._tile = weight.new_empty(self._tile_rows, num_tokens, dtype=self.precise)
 
     def keep(self) -> "_LogitBlocks":
         """Take note that the buffers hold the logits of the last blocks -> self."""
@@ -217,73 +245,73 @@ class _LogitBlocks:
         """Compute block `index` in the weight's dtype, unless a buffer holds it -> [C, N], the buffer itself."""
         weight = weight[self.columns[index]]
         num_columns, num_tokens = weight.shape[0], inputs.shape[0]
-        logits_CN = self._buffers[index % len(self._buffers), : num_columns * num_tokens].view(num_columns, num_tokens)
+        buffer = self._buffers[index % len(self._buffers), : num_columns * num_tokens]
+        logits_CN = (
+            buffer.view(num_columns, num_tokens)
+            if self.passes.tokens_adjoin
+            else buffer.view(num_tokens, num_columns).T
+        )
         return torch.mm(weight, inputs.T, out=logits_CN) if index < self._first_held else logits_CN
 
-    def tiles(self, columns: slice) -> list[slice]:
-        """Cut a block of columns into rows of its [C, N] that the cache holds while one pass follows another."""
-        return _slices(columns.stop - columns.start, self._tile_rows)
 
-    def widened(self, logits_CN: Tensor) -> Tensor:
-        """Copy a tile of logits -> [C, N], float32, overwritten by the next call."""
-        return self._tile[: logits_CN.shape[0]].copy_(logits_CN)
+def _choose_passes(weight: Tensor, *, num_tokens: int, block_size: int, softcap: float | None) -> Passes:
+    """Take the fused kernels on a GPU that can run them, torch's operators elsewhere; both round alike."""
+    if weight.is_cuda and weight.dtype != torch.float64 and _kernels_lack() is None:
+        from megatron_sppo.objective.log_ratio_kernels import KernelPasses
 
-    def differentiate_(
-        self,
-        logits_CN: Tensor,
-        columns: slice,
-        column_1N: Tensor,
-        is_local: Tensor,
-        log_sum_exp: Tensor,
-        grad_log_prob: Tensor,
-        logit_softcap: float | None,
-    ) -> None:
-        """Replace a block's logits by their gradient: grad_log_prob * ([it is the label's] - probability)."""
-        label_logit = _softcapped_(logits_CN.gather(0, column_1N).to(self.precise), logit_softcap)
-        # 1 - p without its cancellation, for a label that is nearly certain.
-        label_gradient = torch.expm1(label_logit - log_sum_exp).mul_(-grad_log_prob)
-        if logit_softcap is not None:
-            label_gradient *= _softcap_slope(label_logit, logit_softcap)
-        negated = -grad_log_prob
-        for rows in self.tiles(columns):
-            tile = _softcapped_(self.widened(logits_CN[rows]), logit_softcap)
-            slope = None if logit_softcap is None else _softcap_slope(tile, logit_softcap)
-            _exp_(tile.sub_(log_sum_exp))
-            torch.mul(tile if slope is None else tile.mul_(slope), negated, out=logits_CN[rows])
-        others = logits_CN.gather(0, column_1N)
-        logits_CN.scatter_(0, column_1N, torch.where(is_local, label_gradient.to(logits_CN.dtype), others))
+        return KernelPasses(softcap)
+    return TorchPasses(weight, num_tokens=num_tokens, block_size=block_size, softcap=softcap)
 
 
-def _slices(length: int, size: int) -> list[slice]:
-    return [slice(first, min(first + size, length)) for first in range(0, length, size)]
+@cache
+def _kernels_lack() -> str | None:
+    """Say what Triton misses on this machine, once aloud -> None if nothing. It builds a launcher in C at first use."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    needs = {
+        "triton": find_spec("triton"),
+        "a C compiler": compiler,
+        str(header): header.exists(),
+        _DRIVER: _can_be_loaded(_DRIVER),
+    }
+    missing = next((name for name, found in needs.items() if not found), None)
+    if missing is not None:
+        logger.warning(
+            "The head takes torch's own operators, slower and with the same results: %s is missing. Install it "
+            "(pip install triton, apt-get install gcc python3-dev).",
+            missing,
+        )
+    return missing
 
 
-def _local_column(labels: Tensor, first_column: int, num_columns: int) -> tuple[Tensor, Tensor]:
-    """Find the labels in a block of columns -> [1, N] int64 (0 where it has none), [1, N] bool (it has one)."""
-    column = labels.long().unsqueeze(0) - first_column
-    is_local = (column >= 0) & (column < num_columns)
-    return column.masked_fill(~is_local, 0), is_local
-
-
-def _exp_(values: Tensor) -> Tensor:
-    """Exponentiate in place; by powers of two, which the CPU has in a third of the time."""
-    return values.mul_(_LOG2_E).exp2_()
-
-
-def _softcapped_(logits: Tensor, cap: float | None) -> Tensor:
-    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
-
-
-def _softcap_slope(capped: Tensor, cap: float) -> Tensor:
-    """Derivative of cap * tanh(x / cap), from its value."""
-    return 1 - (capped / cap).square_()
+def _can_be_loaded(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left @ right to `total`, whose precision the device sums in where it can."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
-    elif total.is_cuda:  # torch >= 2.11 takes a float32 total with bfloat16 factors
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:  # no CPU kernel multiplies bfloat16 into float32: each product is rounded once, then added
+    elif (
+        total.device.type == "cpu"
+    ):  # no CPU kernel multiplies bfloat16 into float32: each product is rounded once, then added
         total.add_(left @ right)
+    elif _adds_to_float32(total.device, left.dtype):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(torch.mm(left, right, out_dtype=total.dtype))
+
+
+@cache
+def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Ask torch whether a narrow product can be added to a float32 total: from 2.11 on; before, `addmm` refuses it."""
+    narrow, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, narrow, narrow, out_dtype=total.dtype, out=total)
+    except RuntimeError:
+        return False
+    return True

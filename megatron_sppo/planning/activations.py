@@ -105,7 +105,7 @@ def activations(
         kept = {"layer input": sizes.residual}
     kept_bytes, whole_bytes = sum(kept.values()), sum(whole.values())
     norm = sum(_engine_norm(sizes).values()) if engine else sum(_torch_norm(sizes).values())
-    rows = shape.num_response_tokens * (sizes.hidden * sizes.type_bytes + 2 * 8 + FLOAT32)
+    rows = shape.num_response_tokens * (sizes.hidden * sizes.type_bytes + 2 * 8 + 2 * FLOAT32)
     return Activations(
         layer=kept,
         recomputed=whole_bytes - kept_bytes,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import padded_vocab_size
-from megatron_sppo.objective.log_ratio import NUM_BUFFERS
+from megatron_sppo.objective.log_ratio import NUM_BUFFERS, default_chunk_size
 from megatron_sppo.planning.activations import FLOAT32, Activations, MicroBatchShape, activations
 from megatron_sppo.planning.config import MachineConfig
 from megatron_sppo.planning.parameters import Grid, Shard, buffer_elements, count, stage_shards
@@ -178,10 +178,11 @@ def head_workspace(
     tensor, narrow = grid.parallel.tensor_model_parallel_size, model.dtype.itemsize
     rows = padded_vocab_size(architecture.vocab_size, tensor) // tensor
     tokens, hidden = shape.num_response_tokens, architecture.hidden_size
-    logits = min(model.head_chunk_size, tokens) * rows
+    chunk = model.head_chunk_size or default_chunk_size(rows, narrow, device_type="cuda" if engine else "cpu")
+    logits = min(chunk, tokens) * rows
     blocks = logits * narrow
     if not engine:  # the CPU lays the hidden states out anew, and rounds each product before it is added
-        columns = max(1, logits // max(tokens, 1) // NUM_BUFFERS)
+        columns = max(1, logits // max(tokens, 1) // NUM_BUFFERS["cpu"])
         blocks += tokens * hidden * narrow + max(tokens, columns) * hidden * (narrow if narrow < FLOAT32 else 0)
     weight = rows * hidden * narrow
     gathered = shape.num_tokens * hidden * narrow if grid.parallel.sequence_parallel else 0

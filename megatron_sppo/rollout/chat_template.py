@@ -1,22 +1,88 @@
 """Messages -> prompt token ids, once: the ids that vLLM is given are the ids that the loss sees.
 
 The model's own chat template decides the text, with the assistant's turn opened. Templates bring their own BOS, so the
-tokenizer adds none (a doubled BOS is one of the faults of the official scripts).
+tokenizer adds none (a doubled BOS is one of the faults of the official scripts). The template also says how a turn
+ends: that token stops sampling, whatever config.json calls EOS, and closes answers that other programs wrote.
 """
 
 import functools
 import hashlib
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError, TemplateSyntaxError
+
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.prompts import Prompt
+
+# What a template's expressions raise on messages that it was not written for.
+_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_OWN_ARGUMENTS = frozenset(
+    {
+        "messages",
+        "conversation",
+        "chat_template",
+        "add_generation_prompt",
+        "tokenize",
+        "continue_final_message",
+        "tools",
+    }
+)
+_PROBE = ("FIRST QUESTION", "FIRST ANSWER", "SECOND QUESTION", "SECOND ANSWER")
 
 
 class UnusablePrompt(Exception):
     """Why one prompt is set aside, as a clause."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateConfig:
+    """Which chat template renders prompts, and with which arguments."""
+
+    chat_template: Path | None = None
+    """Jinja file in place of the model's chat template."""
+    chat_template_name: str | None = None
+    """Which of the model's named chat templates; None takes the one called default."""
+    chat_template_kwargs: tuple[str, ...] = ()
+    """Arguments of the chat template: NAME=VALUE such as enable_thinking=false, or a JSON object."""
+
+    def __post_init__(self) -> None:
+        self.arguments()
+
+    def arguments(self) -> dict[str, Any]:
+        """Read the arguments -> {name: value}; a value that is no JSON is a text.
+
+        Raises:
+            ConfigError: what is neither NAME=VALUE nor a JSON object, or an argument that rendering itself decides.
+        """
+        found: dict[str, Any] = {}
+        for item in self.chat_template_kwargs:
+            name, equals, value = item.partition("=")
+            try:
+                more = json.loads(item) if item.lstrip().startswith("{") else {name: _value(value)} if equals else None
+            except ValueError:
+                more = None
+            if not isinstance(more, dict) or not all(key.isidentifier() for key in more):
+                raise ConfigError(
+                    f"chat_template_kwargs: {item!r} is neither NAME=VALUE nor a JSON object. "
+                    "Use --chat-template-kwargs enable_thinking=false."
+                )
+            found |= more
+        for name in found:
+            if name in _OWN_ARGUMENTS:
+                raise ConfigError(f"chat_template_kwargs: {name} is decided by rendering itself. Leave it out.")
+        return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +94,30 @@ class TokenizedPrompt:
     token_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TurnMarkers:
+    """What the template puts around turns: an answer that holds it has gone on into turns of its own invention."""
+
+    end_of_turn: str | None = None
+    """Text that follows an answer; None where the template puts nothing there."""
+    end_of_turn_id: int | None = None
+    """Its token; None where there is no text, or it is no single token of the tokenizer."""
+    token_ids: frozenset[int] = frozenset()
+    """Special tokens that open or close turns."""
+    texts: tuple[str, ...] = ()
+    """The same, spelled out; in a template without such tokens what begins the next turn's line, behind a newline."""
+
+
 class ChatTokenizer:
     """The tokenizer of a Hugging Face directory with its chat template. transformers is imported here, not before."""
 
-    def __init__(self, model_dir: Path, *, chat_template_file: Path | None = None) -> None:
+    def __init__(self, model_dir: Path, *, template: TemplateConfig = TemplateConfig()) -> None:
         """Load the tokenizer.
 
         Raises:
-            ConfigError: the model has no chat template and none is given.
-            DataError: no readable tokenizer, or no readable template file.
+            ConfigError: the model has no chat template and none is given, or one must be chosen; an argument that the
+                template does not know.
+            DataError: no readable tokenizer, or no readable or valid template file.
         """
         from transformers import AutoTokenizer
 
@@ -47,24 +128,51 @@ class ChatTokenizer:
             raise DataError(
                 f"{model_dir} has no readable tokenizer ({reason}). Copy the model's tokenizer files there."
             ) from None
-        self._template = self._choose_template(model_dir, chat_template_file)
+        self._template = self._choose_template(model_dir, template)
+        self.arguments = template.arguments()
+        for name in self.arguments:
+            if not re.search(rf"\b{name}\b", self._template):
+                raise ConfigError(
+                    f"chat_template_kwargs: the chat template of {template.chat_template or model_dir} does not use "
+                    f"{name!r}: it would change nothing. Check its spelling, or leave it out."
+                )
         self._special_texts = tuple(self._special_tokens())
+        try:
+            self._render([{"role": "user", "content": _PROBE[0]}], add_generation_prompt=True)
+        except TemplateSyntaxError as error:
+            raise DataError(
+                f"the chat template of {template.chat_template or model_dir} is no valid Jinja (line {error.lineno}: "
+                f"{error.message}). Mend it, or use --chat-template FILE.jinja."
+            ) from None
+        except _TEMPLATE_FAULTS:
+            pass  # it may want a system message; each prompt is judged by itself
 
-    def _choose_template(self, model_dir: Path, file: Path | None) -> str:
+    def _choose_template(self, model_dir: Path, config: TemplateConfig) -> str:
+        file, name = config.chat_template, config.chat_template_name
         if file is not None:
+            if name is not None:
+                raise ConfigError("--chat-template FILE has no named templates. Leave out --chat-template-name.")
             try:
                 return Path(file).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
                 raise DataError(f"{file} cannot be read as a chat template ({error}). Give a Jinja file.") from None
         template = self._tokenizer.chat_template
-        if isinstance(template, dict):  # several named templates: "default" is the one for plain chat
-            template = template.get("default")
         if not template:
             raise ConfigError(
                 f"{model_dir} has no chat template: it is no chat model. "
                 "Use an instruct model, or --chat-template FILE.jinja."
             )
-        return str(template)
+        if not isinstance(template, dict):
+            if name is not None:
+                raise ConfigError(f"{model_dir} has one chat template, without a name. Leave out --chat-template-name.")
+            return str(template)
+        if (name or "default") not in template:
+            fact = "none is called default" if name is None else f"none is called {name!r}"
+            raise ConfigError(
+                f"{model_dir} has {len(template)} named chat templates ({', '.join(sorted(template))}) and {fact}. "
+                f"Use --chat-template-name {min(template)}, or --chat-template FILE.jinja."
+            )
+        return str(template[name or "default"])
 
     def _special_tokens(self) -> list[str]:
         added = self._tokenizer.added_tokens_decoder.values()
@@ -81,47 +189,116 @@ class ChatTokenizer:
         Raises:
             UnusablePrompt: the template refuses it, or its text holds a special token, which would forge a turn.
         """
-        from jinja2 import TemplateError
-
         for turn in prompt.messages:
             self._refuse_special(turn["content"], f"the {turn['role']} message")
-        try:
-            text = self._tokenizer.apply_chat_template(
-                list(prompt.messages), chat_template=self._template, add_generation_prompt=True, tokenize=False
-            )
-        except TemplateError as error:
-            raise UnusablePrompt(f"the chat template refuses it: {error}") from None
-        token_ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        text = self._rendered(prompt.messages, add_generation_prompt=True)
+        token_ids = self._ids(text)
         if not token_ids:
             raise UnusablePrompt("the chat template turns it into no tokens")
-        return TokenizedPrompt(prompt=prompt, text=text, token_ids=tuple(token_ids))
+        return TokenizedPrompt(prompt=prompt, text=text, token_ids=token_ids)
 
-    def tokenize_response(self, text: str) -> tuple[int, ...]:
-        """Tokenise an answer that another program wrote, its end-of-turn token appended -> ids.
+    def tokenize_answer(self, prompt: TokenizedPrompt, text: str) -> tuple[int, ...]:
+        """Tokenise an answer that another program wrote, as the template renders it behind its prompt -> ids.
 
-        The ids that its sampler emitted are lost: these are the tokenizer's own of the text.
+        Prompt ids and these together are the ids of the template's own rendering of the whole conversation, up to the
+        token that ends the turn (EOS where the template ends it with none). The ids that its sampler emitted are lost.
 
         Raises:
-            UnusablePrompt: the text holds a special token, or nothing.
+            UnusablePrompt: the text holds a special token; or no ids behind the prompt's make that rendering.
         """
         self._refuse_special(text, "the response")
-        token_ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not token_ids:
+        if not text.strip():
             raise UnusablePrompt("a response has no tokens")
-        return (*token_ids, self._end_of_turn_id)
+        whole = self._rendered([*prompt.prompt.messages, {"role": "assistant", "content": text}])
+        if not whole.startswith(prompt.text):
+            same = next((i for i, (a, b) in enumerate(zip(prompt.text, whole, strict=False)) if a != b), len(whole))
+            raise UnusablePrompt(
+                "the chat template renders the answered conversation otherwise than the prompt with its answer: the "
+                f"prompt goes on with {_shown(prompt.text[same:])} where the conversation has {_shown(whole[same:])}. "
+                "Try --chat-template-kwargs (enable_thinking=false), or a --chat-template for training"
+            )
+        if text.strip() not in whole[len(prompt.text) :]:
+            raise UnusablePrompt("the chat template does not render the answer as it is")
+        end = self.markers.end_of_turn
+        cut = whole.rfind(end, len(prompt.text)) if end is not None else -1
+        token_ids = self._ids(whole if cut < 0 else whole[: cut + len(str(end))])
+        length = len(prompt.token_ids)
+        if token_ids[:length] != prompt.token_ids:
+            raise UnusablePrompt(
+                f"the tokenizer joins the end of the prompt with the beginning of the answer ({_shown(text)})"
+            )
+        return token_ids[length:] if cut >= 0 else (*token_ids[length:], self._closing_id)
+
+    @property
+    def _closing_id(self) -> int:
+        """What closes an answer that the template leaves open."""
+        closing = self.markers.end_of_turn_id
+        closing = self.eos_token_id if closing is None else closing
+        if closing is None:
+            raise ConfigError("the tokenizer has no EOS and its chat template ends no turn. Use an instruct model's.")
+        return closing
 
     @functools.cached_property
-    def _end_of_turn_id(self) -> int:
-        """The special token that the template puts behind an answer, else the tokenizer's EOS."""
-        answer = "ANSWER"
-        turns = [{"role": "user", "content": "QUESTION"}, {"role": "assistant", "content": answer}]
-        text = self._tokenizer.apply_chat_template(turns, chat_template=self._template, tokenize=False)
-        behind = self._tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
-        if behind and self._tokenizer.decode(behind[:1]) in self._special_texts:
-            return int(behind[0])
-        if self._tokenizer.eos_token_id is None:
-            raise ConfigError("the tokenizer has no EOS and its chat template ends no turn. Use an instruct model's.")
-        return int(self._tokenizer.eos_token_id)
+    def markers(self) -> TurnMarkers:
+        """Render a conversation and see what the template puts around its turns -> TurnMarkers."""
+        roles = ("user", "assistant") * 2
+        try:
+            whole = self._render([{"role": role, "content": text} for role, text in zip(roles, _PROBE, strict=True)])
+        except _TEMPLATE_FAULTS:
+            return TurnMarkers()
+        if not all(text in whole for text in _PROBE[1:]):
+            return TurnMarkers()
+        between = whole.partition(_PROBE[1])[2].partition(_PROBE[2])[0].lstrip()
+        tail = whole.rpartition(_PROBE[3])[2].lstrip() or between  # some end the last turn with nothing
+        added = {token.content: index for index, token in self._tokenizer.added_tokens_decoder.items()}
+        end = max((token for token in added if tail.startswith(token)), key=len, default=None)
+        if end is None and (spelled := re.match(r"<\|?[\w/]+\|?>", tail)):
+            end = spelled[0]  # <|im_end|> of a template whose tokenizer was never told of it
+        around = {token for token in added if token in whole and (token in self._special_texts or token == end)}
+        texts = around | ({end} if end is not None else set())
+        if not texts and (line := between.partition("\n")[0].strip()):
+            texts = {f"\n{line}"}
+        return TurnMarkers(
+            end_of_turn=end,
+            end_of_turn_id=added.get(end) if end is not None else None,
+            token_ids=frozenset(added[token] for token in around),
+            texts=tuple(sorted(texts)),
+        )
+
+    def holds_marker(self, text: str, token_ids: Sequence[int], *, stop_token_ids: Sequence[int]) -> bool:
+        """Tell whether an answer has a turn marker before its end -> bool."""
+        inner = token_ids[:-1] if token_ids and token_ids[-1] in stop_token_ids else token_ids
+        return not self.markers.token_ids.isdisjoint(inner) or any(mark in f"\n{text}" for mark in self.markers.texts)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The tokenizer's own EOS -> id or None."""
+        return self._tokenizer.eos_token_id
+
+    def token_text(self, token_id: int) -> str:
+        """Spell a token -> text."""
+        return str(self._tokenizer.convert_ids_to_tokens(token_id))
+
+    def _rendered(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+        try:
+            return self._render(messages, add_generation_prompt=add_generation_prompt)
+        except _TEMPLATE_FAULTS as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UnusablePrompt(f"the chat template refuses it: {reason}") from None
+
+    def _render(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self._template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **self.arguments,
+            )
+        )
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _refuse_special(self, text: str, place: str) -> None:
         for token in self._special_texts:
@@ -131,3 +308,7 @@ class ChatTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Turn response ids into text without special tokens -> str."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")

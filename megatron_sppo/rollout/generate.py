@@ -1,11 +1,12 @@
 """The rollout stage: prompts in, K responses each out, shard by shard, the manifest last. The same command resumes."""
 
+import functools
 import hashlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +14,20 @@ from tqdm import tqdm
 
 from megatron_sppo.config import NonNegativeInt, PositiveInt, Seed, check_ranges
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.rollout.chat_template import ChatTokenizer, TokenizedPrompt, UnusablePrompt
-from megatron_sppo.rollout.ledger import ShardLedger, open_ledger
+from megatron_sppo.rollout.chat_template import ChatTokenizer, TemplateConfig, TokenizedPrompt, UnusablePrompt
+from megatron_sppo.rollout.ledger import FinishedShard, ShardLedger, open_ledger
 from megatron_sppo.rollout.model_files import ModelFiles, read_model_files
+from megatron_sppo.rollout.outcomes import count_outcomes, outcome_warnings
 from megatron_sppo.rollout.prompts import PromptSet, prompts_hash, read_prompts
-from megatron_sppo.rollout.records import SCHEMA_VERSION, RolloutGroup, RolloutManifest, write_manifest, write_shard
-from megatron_sppo.rollout.sampler import Sampler, Sampling, Temperature, TopP, check_responses
+from megatron_sppo.rollout.records import (
+    SCHEMA_VERSION,
+    Response,
+    RolloutGroup,
+    RolloutManifest,
+    write_manifest,
+    write_shard,
+)
+from megatron_sppo.rollout.sampler import Refusal, Sampler, Sampling, Temperature, TopP, check_responses
 from megatron_sppo.rollout.server import ServerConfig, ServerSampler
 from megatron_sppo.rollout.vllm_engine import EngineConfig, VllmSampler
 
@@ -35,7 +44,8 @@ class GenerateConfig:
     model: Path
     """Hugging Face directory of the policy; its tokenizer and chat template make the prompts' token ids."""
     prompts: Path
-    """JSON Lines, JSON or Parquet file, or dataset directory: rows with `prompt` or `messages`."""
+    """File (.jsonl, .json, .csv, .tsv, .parquet, plain or .gz, .zst) or dataset directory: rows with `prompt` or
+    `messages`, or in the columns of ShareGPT, UltraFeedback, HH, Nectar, Alpaca or Orca."""
     output: Path
     """Directory for the rollouts; the same command again resumes there."""
     num_responses: PositiveInt
@@ -52,6 +62,8 @@ class GenerateConfig:
     """Every shard's seed follows from it."""
     split: str | None = None
     """Keep the rows of this split only, such as train or heldout."""
+    subset: str | None = None
+    """The subset of a dataset directory that holds several."""
     offset: NonNegativeInt = 0
     """Prompts to skip."""
     limit: PositiveInt | None = None
@@ -60,8 +72,9 @@ class GenerateConfig:
     """Prompts per shard: what a kill can cost. Larger shards keep big GPUs fuller."""
     max_model_len: PositiveInt | None = None
     """Most tokens of prompt and answer together; None takes the model's. Longer prompts are set aside."""
-    chat_template: Path | None = None
-    """Jinja file in place of the model's chat template."""
+    allow_no_signal: bool = False
+    """Accept rollouts in which no prompt got two different answers."""
+    template: TemplateConfig = field(default_factory=TemplateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     servers: ServerConfig = field(default_factory=ServerConfig)
 
@@ -102,17 +115,26 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
         ConfigError: settings that cannot be run; an output directory of another request.
         DataError: model, prompts or responses that cannot be used.
     """
-    sampling = config.sampling()
-    prompt_set = read_prompts(config.prompts, split=config.split, offset=config.offset, limit=config.limit)
+    prompt_set = read_prompts(
+        config.prompts, split=config.split, subset=config.subset, offset=config.offset, limit=config.limit
+    )
+    if config.split is None and len(prompt_set.splits) > 1:
+        logger.warning(
+            "%s: rows of several splits are taken together (%s). --split chooses one.",
+            config.prompts,
+            ", ".join(prompt_set.splits),
+        )
     files = read_model_files(config.model)
-    tokenizer = ChatTokenizer(config.model, chat_template_file=config.chat_template)
+    tokenizer = ChatTokenizer(config.model, template=config.template)
+    sampling = replace(config.sampling(), stop_token_ids=_stop_token_ids(tokenizer, files))
+    settings = {**sampling.as_dict(), "chat_template_kwargs": tokenizer.arguments}
     prompts, quarantined = _tokenize(config, prompt_set, tokenizer, files)
     shards = [prompts[start : start + config.shard_size] for start in range(0, len(prompts), config.shard_size)]
     request: dict[str, Any] = {
         "model_hash": files.model_hash,
         "tokenizer_hash": files.tokenizer_hash,
         "chat_template_hash": tokenizer.template_hash,
-        **sampling.as_dict(),
+        **settings,
         "prompts_hash": prompts_hash(tuple(prompt.prompt for prompt in prompts)),
         "shard_size": config.shard_size,
     }
@@ -123,17 +145,29 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
         tokenizer_hash=files.tokenizer_hash,
         chat_template_hash=tokenizer.template_hash,
         vocab_size=files.vocab_size,
-        sampling=sampling.as_dict(),
+        sampling=settings,
         num_prompts=len(prompts),
         shards=(),
         quarantined=quarantined,
     )
     with open_ledger(config.output, request, num_shards=len(shards)) as ledger:
         if not ledger.is_complete(len(shards)):
-            _sample_missing(config, shards, ledger, make_sampler or _start_sampler, vocab_size=files.vocab_size)
+            sampler = functools.partial(make_sampler or _start_sampler, config)
+            _sample_missing(shards, ledger, sampler, tokenizer, config.output, sampling, vocab_size=files.vocab_size)
         else:
             logger.info("%s is complete: nothing to do", config.output)
-        manifest = RolloutManifest(**{**vars(manifest), "shards": ledger.entries()})
+        refused = ledger.refused()
+        if refused:
+            fact = "%d prompts are refused by the server and set aside; the first: %s: %s"
+            logger.warning(fact, len(refused), refused[0]["prompt_id"], refused[0]["reason"])
+        manifest = replace(
+            manifest,
+            num_prompts=len(prompts) - len(refused),
+            shards=tuple(entry for entry in ledger.entries() if entry.rows),
+            quarantined=(*quarantined, *refused),
+            outcomes=ledger.outcomes(),
+        )
+        _refuse_no_signal(config, ledger.outcomes())
         write_manifest(config.output, manifest)
     return manifest
 
@@ -141,6 +175,50 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
 def shard_seed(seed: int, index: int) -> int:
     """Derive shard `index`'s seed from the run's -> int in [0, 2**31). Shards resume alone, so each has its own."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:4]) >> 1
+
+
+def _stop_token_ids(tokenizer: ChatTokenizer, files: ModelFiles) -> tuple[int, ...]:
+    """Gather the tokens that end an answer: the template's end of turn, and what the model's files call EOS -> ids.
+
+    An engine knows the latter alone; where they do not name the former, every answer would run on through it.
+    """
+    markers, known = tokenizer.markers, {*files.eos_token_ids, tokenizer.eos_token_id} - {None}
+    stops = {*known, markers.end_of_turn_id} - {None}
+    spelled = ", ".join(f"{tokenizer.token_text(token)} ({token})" for token in sorted(stops))
+    if markers.end_of_turn is not None and markers.end_of_turn_id is None:
+        logger.warning(
+            "the chat template ends a turn with %s, which is no single token of the tokenizer: answers are not stopped "
+            "there but at %s. Use the tokenizer that belongs to the template.",
+            *(markers.end_of_turn, spelled or "max_tokens"),
+        )
+    elif not stops:
+        logger.warning("neither the chat template nor the model's files name a token that ends an answer.")
+    elif markers.end_of_turn_id not in known | {None}:
+        logger.warning(
+            "the chat template ends a turn with %s (%d), which neither config.json, generation_config.json nor the "
+            "tokenizer calls EOS: answers are stopped there too. For other programs, add it to eos_token_id in "
+            "generation_config.json.",
+            *(markers.end_of_turn, markers.end_of_turn_id),
+        )
+    logger.info("answers end at %s", spelled or "max_tokens alone")
+    return tuple(sorted(stops))
+
+
+def _refuse_no_signal(config: GenerateConfig, outcomes: Mapping[str, int]) -> None:
+    """Say which answers are of little use; stop where no prompt got two different ones, before a manifest says done."""
+    for line in outcome_warnings(outcomes):
+        logger.warning("%s", line)
+    if config.num_responses == 1:
+        logger.warning(
+            "one response a prompt is enough to evaluate, but nothing can be preferred: for training use "
+            "--num-responses 2 or more (5 in the paper)."
+        )
+    elif outcomes["uniform"] == outcomes["groups"] and not config.allow_no_signal:
+        raise DataError(
+            f"no prompt got two different answers ({outcomes['groups']} prompts, {config.num_responses} answers each; "
+            f"{outcomes['empty']} of {outcomes['responses']} empty): nothing can be preferred. Check --model and "
+            "--temperature; --allow-no-signal accepts it."
+        )
 
 
 def _tokenize(
@@ -178,22 +256,27 @@ def _tokenize(
 
 
 def _sample_missing(
-    config: GenerateConfig,
     shards: Sequence[Sequence[TokenizedPrompt]],
     ledger: ShardLedger,
-    make_sampler: SamplerFactory,
+    make_sampler: Callable[[int], Sampler],
+    tokenizer: ChatTokenizer,
+    output: Path,
+    sampling: Sampling,
     *,
     vocab_size: int,
 ) -> None:
     missing = [index for index in range(len(shards)) if index not in ledger]
     if not missing:
         return
-    sampling = config.sampling()
     done = sum(entry.rows for entry in ledger.entries())
     total = sum(map(len, shards))
     logger.info("%d of %d prompts to sample, %d responses each", total - done, total, sampling.num_responses)
     longest = max(len(prompt.token_ids) for prompt in itertools.chain.from_iterable(shards))
-    sampler = make_sampler(config, longest + config.max_tokens)
+
+    def holds_marker(response: Response) -> bool:
+        return tokenizer.holds_marker(response.text, response.token_ids, stop_token_ids=sampling.stop_token_ids)
+
+    sampler = make_sampler(longest + sampling.max_tokens)
     try:
         with tqdm(total=total, initial=done, desc="rollouts", unit="prompt", disable=None) as bar:
             report = _rate_reporter(bar)
@@ -203,8 +286,13 @@ def _sample_missing(
                     prompts, sampling=sampling, seed=shard_seed(sampling.seed, index), on_progress=report
                 )
                 check_responses(prompts, answers, sampling=sampling, vocab_size=vocab_size)
-                groups = [_group(prompt, responses) for prompt, responses in zip(prompts, answers, strict=True)]
-                ledger.enter(index, write_shard(config.output, index, groups))
+                groups, refused = _groups(prompts, answers)
+                outcomes = count_outcomes(groups, holds_marker)
+                entry = write_shard(output, index, groups)
+                ledger.enter(index, FinishedShard(entry=entry, outcomes=outcomes, refused=refused))
+                if index == missing[0] and len(missing) > 1:  # early, while there is something to save
+                    for line in outcome_warnings(outcomes):
+                        logger.warning("the first shard: %s", line)
     finally:
         sampler.close()
 
@@ -221,14 +309,25 @@ def _rate_reporter(bar: Any) -> Callable[[int, int], None]:
     return report
 
 
-def _group(prompt: TokenizedPrompt, responses: Sequence[Any]) -> RolloutGroup:
-    return RolloutGroup(
-        prompt_id=prompt.prompt.prompt_id,
-        messages=prompt.prompt.messages,
-        prompt_token_ids=prompt.token_ids,
-        responses=tuple(responses),
-        prompt_text=prompt.text,
-    )
+def _groups(
+    prompts: Sequence[TokenizedPrompt], answers: Sequence[tuple[Response, ...] | Refusal]
+) -> tuple[list[RolloutGroup], list[dict[str, str]]]:
+    """Put prompts and answers together -> (rows, prompts that have no answers with the reason)."""
+    groups, refused = [], []
+    for prompt, responses in zip(prompts, answers, strict=True):
+        if isinstance(responses, Refusal):
+            refused.append({"prompt_id": prompt.prompt.prompt_id, "reason": responses.reason})
+            continue
+        groups.append(
+            RolloutGroup(
+                prompt_id=prompt.prompt.prompt_id,
+                messages=prompt.prompt.messages,
+                prompt_token_ids=prompt.token_ids,
+                responses=responses,
+                prompt_text=prompt.text,
+            )
+        )
+    return groups, refused
 
 
 def _start_sampler(config: GenerateConfig, max_model_len: int) -> Sampler:

@@ -6,8 +6,9 @@ first and entered second, so a kill costs at most the shard at work; one whose b
 
 import contextlib
 import logging
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,37 +28,62 @@ logger = logging.getLogger(__name__)
 REQUEST_NAME = "request.json"
 
 
+@dataclass(frozen=True, kw_only=True)
+class FinishedShard:
+    """One shard that is in place, and what became of its prompts."""
+
+    entry: ShardEntry
+    outcomes: Mapping[str, int]
+    """`outcomes.count_outcomes` of its answers."""
+    refused: Sequence[dict[str, str]] = ()
+    """Prompts that no answer could be had to, each {"prompt_id", "reason"}."""
+
+
 class ShardLedger:
     """The finished shards of one output directory. Open it with `open_ledger`."""
 
-    def __init__(self, directory: Path, request: dict[str, Any], entries: dict[int, ShardEntry]) -> None:
+    def __init__(self, directory: Path, request: dict[str, Any], finished: dict[int, FinishedShard]) -> None:
         self._directory = directory
         self._request = request
-        self._entries = entries
+        self._finished = finished
 
     def __contains__(self, index: int) -> bool:
         """Tell whether shard `index` is finished."""
-        return index in self._entries
+        return index in self._finished
 
     def entries(self) -> tuple[ShardEntry, ...]:
         """List the finished shards in order -> entries."""
-        return tuple(self._entries[index] for index in sorted(self._entries))
+        return tuple(shard.entry for shard in self._in_order())
 
-    def enter(self, index: int, entry: ShardEntry) -> None:
+    def outcomes(self) -> dict[str, int]:
+        """Sum what became of the answers of the finished shards -> counts."""
+        total: Counter[str] = Counter()
+        for shard in self._in_order():
+            total.update(shard.outcomes)
+        return dict(total)
+
+    def refused(self) -> tuple[dict[str, str], ...]:
+        """List the prompts of the finished shards that no answer could be had to -> {"prompt_id", "reason"} each."""
+        return tuple(row for shard in self._in_order() for row in shard.refused)
+
+    def enter(self, index: int, shard: FinishedShard) -> None:
         """Record a shard whose file is in place."""
-        self._entries[index] = entry
+        self._finished[index] = shard
         self._save()
 
     def is_complete(self, num_shards: int) -> bool:
         """Tell whether all shards and the manifest are there."""
-        return len(self._entries) == num_shards and (self._directory / MANIFEST_NAME).is_file()
+        return len(self._finished) == num_shards and (self._directory / MANIFEST_NAME).is_file()
 
     def withdraw_manifest(self) -> None:
         """Remove a manifest before its shards are redone: it must never name shards that are not there."""
         (self._directory / MANIFEST_NAME).unlink(missing_ok=True)
 
+    def _in_order(self) -> list[FinishedShard]:
+        return [self._finished[index] for index in sorted(self._finished)]
+
     def _save(self) -> None:
-        shards = {str(index): asdict(entry) for index, entry in sorted(self._entries.items())}
+        shards = {str(index): asdict(shard) for index, shard in sorted(self._finished.items())}
         write_json(self._directory / REQUEST_NAME, {"request": self._request, "shards": shards})
 
 
@@ -83,27 +109,32 @@ def open_ledger(directory: Path, request: dict[str, Any], *, num_shards: int) ->
         yield ledger
 
 
-def _finished_shards(directory: Path, request: dict[str, Any], num_shards: int) -> dict[int, ShardEntry]:
-    """Read request.json and check every shard that it names -> entries of those that hold."""
+def _finished_shards(directory: Path, request: dict[str, Any], num_shards: int) -> dict[int, FinishedShard]:
+    """Read request.json and check every shard that it names -> those that hold."""
     path = directory / REQUEST_NAME
     if not path.is_file():
         return {}
     value = read_json(path)
-    try:
-        written, shards = dict(value["request"]), dict(value["shards"])
-        entered = {int(index): ShardEntry(**entry) for index, entry in shards.items()}
-    except (KeyError, TypeError, ValueError):
-        raise DataError(f"{path} is damaged. Remove {directory} and run the command again.") from None
-    difference = _first_difference(written, request)
+    damaged = f"{path} is damaged. Remove {directory} and run the command again."
+    if not isinstance(value, dict) or not isinstance(value.get("request"), dict):
+        raise DataError(damaged)
+    difference = _first_difference(value["request"], request)
     if difference is not None:
         raise ConfigError(
             f"{directory} holds rollouts of another request: {difference}. Use another --output, or remove it."
         )
+    try:
+        entered = {
+            int(index): FinishedShard(**{**shard, "entry": ShardEntry(**shard["entry"])})
+            for index, shard in value["shards"].items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise DataError(damaged) from None
     finished = {}
-    for index, entry in entered.items():
-        file = directory / shard_name(index)
+    for index, shard in entered.items():
+        file, entry = directory / shard_name(index), shard.entry
         if index < num_shards and entry.file == file.name and file.is_file() and sha256_of_file(file) == entry.sha256:
-            finished[index] = entry
+            finished[index] = shard
         else:
             logger.warning("%s is missing or damaged and will be sampled again", file)
     return finished

@@ -23,6 +23,8 @@ class ModelFiles:
     vocab_size: int
     context_length: int
     """Tokens of prompt and response together that the model was built for."""
+    eos_token_ids: tuple[int, ...]
+    """Ids that config.json and generation_config.json call EOS, ascending."""
 
 
 def model_hash(directory: Path) -> str:
@@ -77,7 +79,22 @@ def read_model_files(directory: Path) -> ModelFiles:
         tokenizer_hash=tokenizer,
         vocab_size=_positive(config, "vocab_size", directory),
         context_length=_positive(config, "max_position_embeddings", directory),
+        eos_token_ids=_eos_token_ids(directory, config),
     )
+
+
+def _eos_token_ids(directory: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    path = directory / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    nested = config.get("text_config")
+    found: set[int] = set()
+    for file, values in (("config.json", config), ("config.json", nested), (path.name, generation)):
+        named = values.get("eos_token_id") if isinstance(values, dict) else None
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(type(token) is int and token >= 0 for token in ids):
+            raise DataError(f"{directory / file}: eos_token_id is {named!r}, not token ids. Mend the file.")
+        found.update(ids)
+    return tuple(sorted(found))
 
 
 def _positive(config: dict[str, Any], name: str, directory: Path) -> int:

@@ -6,8 +6,14 @@ Read, in any file that `prompts` reads:
 - uclaml/SPPO as published: `chosen`, `rejected` and `chosen_probs`, P(chosen > rejected). The win rates
   `chosen_probs_win` and `chosen_probs_lose` are means over responses that are not in the file; a matrix of two cannot
   hold them, so they are not kept, and counted.
-- TRL preference data: `prompt`, `chosen`, `rejected`, plain or conversational, the prompt explicit or the messages that
-  both share. A label is no probability: P(chosen > rejected) is taken as 1.
+- UltraFeedback as published: `instruction` and `completions` with `overall_score`; Nectar: `prompt` and `answers` with
+  `rank`. Ratings and ranks order the responses: P_ij is 1, 0 or, where they tie, 1/2. What each of UltraFeedback's
+  completions was told (`custom_system_prompt`) differs within a row; one prompt cannot hold it, so that it is counted.
+- TRL preference data, Anthropic HH: `prompt`, `chosen`, `rejected`, plain or conversational, the prompt explicit or the
+  messages that both share. A label is no probability: P(chosen > rejected) is taken as 1.
+
+The prompt is all that the responses were given to: system message (or `system` column), earlier turns, question
+(`conversations` has the columns). A row whose columns contradict each other is set aside.
 
 Written: rollout shards, and `matrices.jsonl` for the judge `matrices:FILE`. Token ids are the given tokenizer's own of
 the texts, an end-of-turn token appended: what the sampler emitted is not in such files.
@@ -18,8 +24,9 @@ the texts, an end-of-turn token appended: what the sampler emitted is not in suc
 import hashlib
 import itertools
 import json
+import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -27,8 +34,9 @@ from typing import IO, Any
 import numpy as np
 
 from megatron_sppo.errors import DataError
-from megatron_sppo.rollout.chat_template import ChatTokenizer, UnusablePrompt
-from megatron_sppo.rollout.prompts import NO_ROW, Prompt, UnusableRow, prompt_of_row, table_rows
+from megatron_sppo.rollout.chat_template import ChatTokenizer, TemplateConfig, UnusablePrompt
+from megatron_sppo.rollout.conversations import Turn, UnusableRow, prompt_messages, read_turns
+from megatron_sppo.rollout.prompts import Prompt, check_split, make_prompt
 from megatron_sppo.rollout.records import (
     SCHEMA_VERSION,
     Response,
@@ -38,10 +46,15 @@ from megatron_sppo.rollout.records import (
     write_manifest,
     write_shard,
 )
+from megatron_sppo.rollout.tables import NO_ROW, table_rows
 from megatron_sppo.storage import atomic_directory, read_json
 from megatron_sppo.tokenizer import tokenizer_hash
 
+logger = logging.getLogger(__name__)
+
 MATRICES_NAME = "matrices.jsonl"
+_RATED = (("completions", "response", "overall_score", 1.0), ("answers", "answer", "rank", -1.0))
+"""(column of a list, key of the text, key of a number, its sign): UltraFeedback rates; Nectar ranks, 1 is the best."""
 SUM_TOLERANCE = 1e-3
 """P_ij + P_ji may miss 1 by so much: files hold rounded numbers."""
 
@@ -59,28 +72,45 @@ class PreferenceRow:
 
 
 def import_preferences(
-    rows: Path, *, model: Path, output: Path, split: str | None = None, shard_size: int = 512
+    rows: Path,
+    *,
+    model: Path,
+    output: Path,
+    split: str | None = None,
+    subset: str | None = None,
+    shard_size: int = 512,
+    template: TemplateConfig | None = None,
 ) -> tuple[RolloutManifest, Counter[str]]:
     """Write rollouts and matrices of a preference file -> (manifest, rows by form).
 
     Args:
         model: Hugging Face directory of the policy that will be trained: its tokenizer, its chat template.
         output: a directory; an older one is replaced when the new one is whole.
+        split, subset: the ones to read, where there are several.
+        template: which chat template, with which arguments; None takes the model's.
 
     Raises:
+        ConfigError: a split or subset must be chosen.
         DataError: no such file, or not one usable row.
     """
-    tokenizer = ChatTokenizer(model)
-    groups = _Groups(rows, split, tokenizer)
+    tokenizer = ChatTokenizer(model, template=template or TemplateConfig())
+    groups = _Groups(rows, split, subset, tokenizer)
     entries: list[ShardEntry] = []
     with atomic_directory(output, replaces=MATRICES_NAME) as temporary:
         with open(temporary / MATRICES_NAME, "w", encoding="utf-8") as matrices:
             iterator = groups.read(matrices)
             while batch := list(itertools.islice(iterator, shard_size)):
                 entries.append(write_shard(temporary, len(entries), batch))
+        check_split(rows, split, groups.splits)
+        reasons = Counter(row["reason"] for row in groups.quarantined)
+        for reason, count in reasons.most_common(3):
+            logger.warning("%d rows set aside: %s", count, reason)
         if not entries:
             first = f"; the first: {groups.quarantined[0]['reason']}" if groups.quarantined else ""
-            raise DataError(f"{rows} has no usable row ({len(groups.quarantined)} set aside{first}).")
+            raise DataError(
+                f"{rows} has no usable row ({len(groups.quarantined)} set aside{first}). "
+                'Give rows such as {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}.'
+            )
         config = read_json(model / "config.json")
         manifest = RolloutManifest(
             schema_version=SCHEMA_VERSION,
@@ -89,7 +119,11 @@ def import_preferences(
             tokenizer_hash=tokenizer_hash(model),
             chat_template_hash=tokenizer.template_hash,
             vocab_size=config.get("vocab_size") if isinstance(config, dict) else None,
-            sampling={"num_responses": groups.num_responses, "imported": dict(sorted(groups.counts.items()))},
+            sampling={
+                "num_responses": groups.num_responses,
+                "chat_template_kwargs": tokenizer.arguments,
+                "imported": dict(sorted(groups.counts.items())),
+            },
             num_prompts=sum(entry.rows for entry in entries),
             shards=tuple(entries),
             quarantined=tuple(groups.quarantined),
@@ -101,9 +135,10 @@ def import_preferences(
 class _Groups:
     """Rows read one by one, tokenised, their matrices written on the way."""
 
-    def __init__(self, path: Path, split: str | None, tokenizer: ChatTokenizer) -> None:
-        self._path, self._split, self._tokenizer = path, split, tokenizer
+    def __init__(self, path: Path, split: str | None, subset: str | None, tokenizer: ChatTokenizer) -> None:
+        self._path, self._split, self._subset, self._tokenizer = path, split, subset, tokenizer
         self._seen: set[str] = set()
+        self.splits: set[str | None] = set()
         self.quarantined: list[dict[str, str]] = []
         self.counts: Counter[str] = Counter()
         self.num_responses = 0
@@ -111,8 +146,11 @@ class _Groups:
 
     def read(self, matrices: IO[str]) -> Iterator[RolloutGroup]:
         """Yield the usable rows as groups, in file order."""
-        for number, (row, fault) in enumerate(table_rows(self._path, self._split), start=1):
-            if isinstance(row, dict) and self._split is not None and row.get("split", self._split) != self._split:
+        rows = table_rows(self._path, self._split, subset=self._subset)
+        for number, (row, fault) in enumerate(rows, start=1):
+            row_split = row.get("split") if isinstance(row, dict) else None
+            self.splits.add(row_split if isinstance(row_split, str) else None)
+            if self._split is not None and row_split != self._split and row is not NO_ROW:
                 continue
             try:
                 if fault is not None or row is NO_ROW:
@@ -123,7 +161,7 @@ class _Groups:
                 self.quarantined.append({"prompt_id": f"row-{number}", "reason": str(reason)})
                 continue
             self.counts[read.form] += 1
-            self.counts["lost_group_win_rates"] += "chosen_probs_win" in row
+            self.counts.update(_lost(row))
             line = {"prompt_id": group.prompt_id, "preferences": read.preferences.tolist()}
             matrices.write(json.dumps(line) + "\n")
             yield group
@@ -139,7 +177,12 @@ class _Groups:
             raise UnusableRow("the same prompt and responses as an earlier row")
         tokenized = self._tokenizer.tokenize(row.prompt)
         responses = tuple(
-            Response(text=text, token_ids=self._tokenizer.tokenize_response(text), finish_reason="stop", seed=None)
+            Response(
+                text=text,
+                token_ids=self._tokenizer.tokenize_answer(tokenized, text),
+                finish_reason="stop",
+                seed=None,
+            )
             for text in row.responses
         )
         self._seen.add(prompt_id)
@@ -157,55 +200,71 @@ def preference_row(row: Any) -> PreferenceRow:
     """Read one row, whichever project wrote it -> PreferenceRow.
 
     Raises:
-        UnusableRow: no known columns, or values that are no preferences.
+        UnusableRow: no known columns, values that are no preferences, or a prompt that its responses do not answer.
     """
     if not isinstance(row, dict):
         raise UnusableRow(f"the row is a {type(row).__name__}, not an object")
-    columns = list(itertools.takewhile(lambda name: row.get(name) is not None, map("generate_{}".format, range(64))))
-    if len(columns) >= 2:
-        conversations = [_conversation(row[name], name) for name in columns]
-        form, preferences = _group_preferences(row, len(columns))
-    elif row.get("chosen") is not None and row.get("rejected") is not None:
-        conversations = [_conversation(row[name], name) for name in ("chosen", "rejected")]
+    form, conversations, preferences = _answers(row)
+    told = _told(row)
+    messages = prompt_messages({"system": told.pop(), **row} if len(told) == 1 else row, answered=conversations)
+    if any(turns[-1]["role"] != "assistant" for turns in conversations):
+        raise UnusableRow("a response is not one assistant message behind the shared ones")
+    texts = tuple(turns[-1]["content"] for turns in conversations)
+    if not all(text.strip() for text in texts):
+        raise UnusableRow("a response is empty")
+    if len(set(texts)) == 1:
+        raise UnusableRow("all responses are the same text: nothing is preferred")
+    prompt = make_prompt(messages, row.get("prompt_id"))
+    return PreferenceRow(prompt=prompt, responses=texts, preferences=preferences, form=form)
+
+
+def _answers(row: dict[str, Any]) -> tuple[str, list[list[Turn]], np.ndarray]:
+    """Find the responses and what is preferred -> (form, conversations that end in a response each, P [K, K])."""
+    generated = list(itertools.takewhile(lambda name: row.get(name) is not None, map("generate_{}".format, range(64))))
+    if len(generated) >= 2:
+        form, preferences = _group_preferences(row, len(generated))
+        return form, [_conversation(row[name], name) for name in generated], preferences
+    if row.get("chosen") is not None and row.get("rejected") is not None:
         form, preferences = _pair_preferences(row)
-    else:
-        raise UnusableRow("the row has neither generate_0, generate_1, ... nor chosen and rejected")
-    shared = _shared_turns(conversations)
-    prompt = row.get("prompt")
-    if prompt is None or prompt == "":
-        if not shared:
-            raise UnusableRow("the row has no prompt, and its responses share no messages")
-        prompt = shared
-    answers = [turns[len(shared) :] for turns in conversations]
-    for turns in answers:
-        if len(turns) != 1 or turns[0].get("role") != "assistant" or not isinstance(turns[0].get("content"), str):
-            raise UnusableRow("a response is not one assistant message behind the shared ones")
-    texts = tuple(turns[0]["content"] for turns in answers)
-    for text in texts:
-        if not text.strip():
-            raise UnusableRow("a response is empty")
-        if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-            raise UnusableRow("a response holds a NUL character or half a surrogate pair")
-    return PreferenceRow(
-        prompt=prompt_of_row({**row, "prompt": prompt}), responses=texts, preferences=preferences, form=form
+        return form, [_conversation(row[name], name) for name in ("chosen", "rejected")], preferences
+    for name, text, value, sign in _RATED:
+        if row.get(name) is not None:
+            entries = row[name]
+            if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, dict) for entry in entries):
+                raise UnusableRow(f"{name} is no list of objects")
+            if len(entries) < 2:
+                raise UnusableRow(f"{name} holds {len(entries)} response(s): nothing is preferred")
+            score_K = sign * _matrix([entry.get(value) for entry in entries], value, (len(entries),))
+            return value, [_conversation(entry.get(text), text) for entry in entries], _order(score_K)
+    raise UnusableRow(
+        "the row has neither generate_0, generate_1, ... nor chosen and rejected, nor completions or answers"
     )
 
 
-def _conversation(value: Any, name: str) -> list[dict[str, Any]]:
+def _told(row: dict[str, Any]) -> set[str | None]:
+    """What UltraFeedback's completions were told before the prompt -> the different texts, "" and None among them."""
+    completions = row.get("completions")
+    return {entry.get("custom_system_prompt") for entry in completions} if isinstance(completions, list) else set()
+
+
+def _lost(row: dict[str, Any]) -> Iterator[str]:
+    """Name what a row says and a prompt with a K x K matrix cannot hold."""
+    if "chosen_probs_win" in row:
+        yield "lost_group_win_rates"
+    if len(_told(row)) > 1:
+        yield "lost_system_prompts"
+
+
+def _order(score_K: np.ndarray) -> np.ndarray:
+    """A higher score is preferred, an equal one ties: the distance of ratings is no probability -> P [K, K]."""
+    return (np.sign(score_K[:, None] - score_K[None, :]) + 1) / 2
+
+
+def _conversation(value: Any, name: str) -> list[Turn]:
     """A response as a conversation that ends in it -> messages; a plain text is one assistant message."""
-    if isinstance(value, str):
-        return [{"role": "assistant", "content": value}]
-    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(turn, dict) for turn in value):
+    if not isinstance(value, (str, list, tuple, dict)):
         raise UnusableRow(f"{name} is neither a text nor a list of messages")
-    return [{"role": turn.get("role"), "content": turn.get("content")} for turn in value]
-
-
-def _shared_turns(conversations: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The messages before the last that all conversations begin with."""
-    first = conversations[0][:-1]
-    if any(turns[:-1] != first for turns in conversations):
-        raise UnusableRow("the responses do not answer the same messages")
-    return first
+    return read_turns(value, name, role="assistant")
 
 
 def _group_preferences(row: dict[str, Any], num_responses: int) -> tuple[str, np.ndarray]:
@@ -232,7 +291,7 @@ def _matrix(values: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
         raise UnusableRow(f"{name} does not hold numbers") from None
     if array.shape != shape or not np.isfinite(array).all():
         raise UnusableRow(f"{name} does not hold {'x'.join(map(str, shape)) or 'one'} finite number(s)")
-    if name != "rm_scores" and (array.min() < 0 or array.max() > 1):
+    if name in ("probability", "chosen_probs") and (array.min() < 0 or array.max() > 1):
         raise UnusableRow(f"{name} lies outside [0, 1]")
     if array.ndim == 2:
         np.fill_diagonal(array, 0.5)

@@ -69,12 +69,14 @@ class RolloutManifest:
     chat_template_hash: str | None
     vocab_size: int | None
     sampling: dict[str, Any]
-    """num_responses, temperature, top_p, max_tokens, seed."""
+    """num_responses, temperature, top_p, max_tokens, seed, stop_token_ids, chat_template_kwargs."""
     num_prompts: int
     """Prompts with responses: the rows of all shards."""
     shards: tuple[ShardEntry, ...]
     quarantined: tuple[dict[str, str], ...]
     """Prompts that were left out, each {"prompt_id", "reason"}."""
+    outcomes: dict[str, int] | None = None
+    """What became of the answers (`outcomes.count_outcomes`); None: not counted."""
 
 
 def shard_name(index: int) -> str:
@@ -142,6 +144,7 @@ def read_manifest(directory: Path) -> RolloutManifest:
         num_prompts=value["num_prompts"],
         shards=shards,
         quarantined=tuple(value["quarantined"]),
+        outcomes=value.get("outcomes"),
     )
 
 
@@ -239,6 +242,11 @@ def _manifest_fault(value: Any) -> str | None:
             return f"quarantined[{number}] has no prompt_id"
         if not isinstance(entry.get("reason"), str):
             return f"quarantined[{number}] has no reason"
+    outcomes = value.get("outcomes")
+    if outcomes is not None and not (
+        isinstance(outcomes, dict) and all(_is_int(count, low=0) for count in outcomes.values())
+    ):
+        return "outcomes does not hold counts"
     rows = sum(entry["rows"] for entry in value["shards"])
     if value["num_prompts"] != rows:
         return f"num_prompts is {value['num_prompts']!r}, but the shards hold {rows} rows"

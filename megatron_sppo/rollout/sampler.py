@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Protocol
 
-from megatron_sppo.config import PositiveInt, Range, Seed, check_ranges
+from megatron_sppo.config import NonNegativeInt, PositiveInt, Range, Seed, check_ranges
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
 from megatron_sppo.rollout.records import Response
@@ -23,6 +23,8 @@ class Sampling:
     top_p: TopP
     max_tokens: PositiveInt
     seed: Seed
+    stop_token_ids: tuple[NonNegativeInt, ...] = ()
+    """Tokens that end an answer, beside what an engine knows by itself."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -34,7 +36,14 @@ class Sampling:
 
     def as_dict(self) -> dict[str, Any]:
         """Spell the settings as the manifest holds them."""
-        return asdict(self)
+        return {**asdict(self), "stop_token_ids": list(self.stop_token_ids)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A prompt that cannot be answered, in place of its responses."""
+
+    reason: str
 
 
 class Sampler(Protocol):
@@ -47,8 +56,8 @@ class Sampler(Protocol):
         sampling: Sampling,
         seed: int,
         on_progress: Callable[[int, int], None],
-    ) -> list[tuple[Response, ...]]:
-        """Answer the prompts of one shard -> K responses each, in the prompts' order.
+    ) -> Sequence[tuple[Response, ...] | Refusal]:
+        """Answer the prompts of one shard -> K responses each, or why there are none, in the prompts' order.
 
         Args:
             prompts: the shard's prompts, as token ids.
@@ -64,7 +73,11 @@ class Sampler(Protocol):
 
 
 def check_responses(
-    prompts: Sequence[TokenizedPrompt], answers: Sequence[Sequence[Response]], *, sampling: Sampling, vocab_size: int
+    prompts: Sequence[TokenizedPrompt],
+    answers: Sequence[Sequence[Response] | Refusal],
+    *,
+    sampling: Sampling,
+    vocab_size: int,
 ) -> None:
     """Refuse what no correct sampler returns: a wrong count, foreign ids, more tokens than were allowed.
 
@@ -75,6 +88,8 @@ def check_responses(
         raise DataError(f"the sampler answered {len(answers)} of {len(prompts)} prompts. Run the same command again.")
     for prompt, responses in zip(prompts, answers, strict=True):
         name = prompt.prompt.prompt_id
+        if isinstance(responses, Refusal):
+            continue
         if len(responses) != sampling.num_responses:
             raise DataError(
                 f"the sampler gave {len(responses)} responses to prompt {name!r} instead of {sampling.num_responses}. "

@@ -2,13 +2,17 @@
 
 Prompts are shared out round-robin. A request that fails, hangs past its time-out or comes back incomplete is sent
 again, to the next server, after a growing pause; a server that keeps failing is left alone for a while. An answer
-belongs to exactly one request in flight, so no (prompt, k) is lost or doubled. Servers must return token ids (vLLM's
-`return_token_ids`): text is never tokenised again.
+belongs to exactly one request in flight, so no (prompt, k) is lost or doubled. A server that names a time to wait
+(Retry-After) is given it. A prompt that a server refuses while it answers others is set aside with the server's words.
+Servers must return token ids (vLLM's `return_token_ids`): text is never tokenised again. A server that wants a key gets
+the one in the environment variable VLLM_API_KEY.
 
 The server's weights cannot be checked from here; that it speaks the same token ids is (it echoes the prompt's). With
 seeds (the default) a GPU server repeats a response as far as its batching allows, which is not to the bit.
 """
 
+import datetime
+import email.utils
 import hashlib
 import http.client
 import ipaddress
@@ -30,7 +34,7 @@ from megatron_sppo.config import NonNegativeInt, PositiveFloat, PositiveInt, che
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
 from megatron_sppo.rollout.records import Response
-from megatron_sppo.rollout.sampler import Sampling
+from megatron_sppo.rollout.sampler import Refusal, Sampling
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +42,15 @@ _FAILURES_UNTIL_DEAD = 3
 _DEAD_SECONDS = 30.0
 _LONGEST_PAUSE_SECONDS = 30.0
 _MODELS_TIMEOUT_SECONDS = 10.0
+_OTHER_LIMIT_NAME = "max_completion_tokens"
 _MAX_REPLY_BYTES = 1 << 28
+_LONGEST_RETRY_AFTER_SECONDS = 120.0
 _TRY_LATER = (408, 425, 429)
+_OF_THE_ROW = (400, 413, 422)
+"""What a server answers to a prompt that it cannot take, such as one that is too long for it."""
+
+
+_Answer = tuple[Response, ...] | Refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +102,7 @@ class ServerSampler:
                 faults.append(f"{server.url}: {fault}")
                 self._pool.report(server, ok=False, deadly=True)
                 logger.warning("server %s does not answer (%s)", server.url, fault)
+        self._has_answered = False
         if len(faults) == len(self._pool.servers):
             raise ConfigError(
                 f"no server answers ({faults[0]}). Start one with `vllm serve MODEL_DIR` and check --server."
@@ -103,15 +115,15 @@ class ServerSampler:
         sampling: Sampling,
         seed: int,
         on_progress: Callable[[int, int], None],
-    ) -> list[tuple[Response, ...]]:
-        """Answer the prompts of one shard -> K responses each, in the prompts' order.
+    ) -> list[_Answer]:
+        """Answer the prompts of one shard -> K responses each, or why there are none, in the prompts' order.
 
         Raises:
-            ConfigError: a server refuses the request itself.
+            ConfigError: a server refuses the request itself, or every prompt from the first on.
             DataError: a prompt stayed unanswered after all retries.
         """
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-        finished: queue.SimpleQueue[tuple[int, tuple[Response, ...] | ValueError | None]] = queue.SimpleQueue()
+        finished: queue.SimpleQueue[tuple[int, _Answer | ValueError | None]] = queue.SimpleQueue()
         stop = threading.Event()
         for position in range(len(prompts)):
             waiting.put(position)
@@ -122,9 +134,11 @@ class ServerSampler:
                     position = waiting.get_nowait()
                 except queue.Empty:
                     return
-                outcome: tuple[Response, ...] | ValueError | None = None
+                outcome: _Answer | ValueError | None = None
                 try:
                     outcome = self._answer(prompts[position], sampling, seed, stop)
+                except _RowRefused as error:
+                    outcome = Refusal(reason=str(error))
                 except (ConfigError, DataError) as error:
                     outcome = error
                 finally:
@@ -134,7 +148,7 @@ class ServerSampler:
         for _ in range(num_workers):
             # Daemons: a hung server must not keep the process alive after an error or Ctrl-C.
             threading.Thread(target=work, daemon=True).start()
-        answers: dict[int, tuple[Response, ...]] = {}
+        answers: dict[int, _Answer] = {}
         try:
             while len(answers) < len(prompts):
                 position, outcome = finished.get()
@@ -143,9 +157,14 @@ class ServerSampler:
                 assert outcome is not None, "a request thread crashed; its traceback is above"
                 assert position not in answers
                 answers[position] = outcome
-                on_progress(1, sum(len(response.token_ids) for response in outcome))
+                responses = () if isinstance(outcome, Refusal) else outcome
+                self._has_answered = self._has_answered or bool(responses)
+                on_progress(1, sum(len(response.token_ids) for response in responses))
         finally:
             stop.set()
+        refused = [answer for answer in answers.values() if isinstance(answer, Refusal)]
+        if refused and not self._has_answered:
+            raise ConfigError(f"every prompt is refused: {refused[0].reason}. Check --server and --max-tokens.")
         return [answers[position] for position in range(len(prompts))]
 
     def close(self) -> None:
@@ -160,6 +179,7 @@ class ServerSampler:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_tokens,
+            "stop_token_ids": list(sampling.stop_token_ids),
             "return_token_ids": True,
             # Spelled out, because a server fills what is left out from the model's generation_config.json.
             "top_k": -1,
@@ -178,13 +198,15 @@ class ServerSampler:
                 if stop.wait(pause * random.uniform(0.5, 1.0)):
                     break
             server = self._pool.next()
+            if stop.wait(self._pool.asked_to_wait(server)):
+                break
             try:
                 reply = server.post_completion(body)
                 responses = _responses(reply, prompt, sampling, seed)
             except _RequestFailed as error:
                 fault = error
                 logger.debug("%s: prompt %s: %s", server.url, prompt.prompt.prompt_id, error)
-                self._pool.report(server, ok=False)
+                self._pool.report(server, ok=False, retry_after=error.retry_after)
                 continue
             self._pool.report(server, ok=True)
             return responses
@@ -197,6 +219,15 @@ class ServerSampler:
 class _RequestFailed(Exception):
     """One attempt failed in a way that another attempt may not."""
 
+    def __init__(self, reason: str, *, retry_after: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
+        """Seconds that the server asks to wait; None: it says nothing."""
+
+
+class _RowRefused(Exception):
+    """The server answers, but not this prompt."""
+
 
 class _Server:
     """One base URL."""
@@ -205,6 +236,7 @@ class _Server:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._timeout = config.server_timeout
         self._model: str | None = config.server_model
+        self._limit_name = "max_tokens"
         loopback = _is_loopback(urllib.parse.urlsplit(url).hostname or "")
         handlers = [urllib.request.ProxyHandler({})] if loopback else []  # a proxy cannot reach our own loopback
         self._opener = urllib.request.build_opener(*handlers)
@@ -240,25 +272,41 @@ class _Server:
         """Send one completion request -> the reply's JSON object."""
         if self._model is None:  # it did not answer at the start
             self.find_model(None, 0)
-        return self._exchange("/v1/completions", {"model": self._model, **body}, self._timeout)
+        body = {"model": self._model, **body}
+        limit = body.pop("max_tokens")
+        try:
+            return self._exchange("/v1/completions", {**body, self._limit_name: limit}, self._timeout)
+        except _RowRefused as refusal:
+            if self._limit_name == _OTHER_LIMIT_NAME or _OTHER_LIMIT_NAME not in str(refusal):
+                raise
+        logger.info("%s wants %s in place of max_tokens", self.url, _OTHER_LIMIT_NAME)
+        self._limit_name = _OTHER_LIMIT_NAME
+        return self._exchange("/v1/completions", {**body, self._limit_name: limit}, self._timeout)
 
     def _exchange(self, path: str, body: dict[str, Any] | None, timeout: float) -> dict[str, Any]:
         request = urllib.request.Request(self.url + path)
         if body is not None:
             request.data = json.dumps(body).encode()
             request.add_header("Content-Type", "application/json")
-        if key := os.environ.get("VLLM_API_KEY"):
+        key = os.environ.get("VLLM_API_KEY")
+        if key:
             request.add_header("Authorization", f"Bearer {key}")
         try:
             with self._opener.open(request, timeout=timeout) as reply:
                 content = reply.read(_MAX_REPLY_BYTES)
         except urllib.error.HTTPError as error:
-            reason = _reason(error)
-            if error.code < 500 and error.code not in _TRY_LATER:
+            fact = f"HTTP {error.code} {_reason(error)}"
+            if error.code >= 500 or error.code in _TRY_LATER:
+                raise _RequestFailed(fact, retry_after=_retry_after(error.headers.get("Retry-After"))) from None
+            if error.code in (401, 403):
+                is_set = "the key in VLLM_API_KEY is not its own" if key else "VLLM_API_KEY is not set"
                 raise ConfigError(
-                    f"{self.url} refuses the request: HTTP {error.code} {reason}. Check --server and its log."
+                    f"{self.url} wants a key: {fact}, and {is_set}. Use `export VLLM_API_KEY=KEY` with the KEY of its "
+                    "--api-key."
                 ) from None
-            raise _RequestFailed(f"HTTP {error.code} {reason}") from None
+            if body is not None and error.code in _OF_THE_ROW:
+                raise _RowRefused(f"{self.url} refuses it: {fact}") from None
+            raise ConfigError(f"{self.url} refuses the request: {fact}. Check --server and its log.") from None
         except (OSError, http.client.HTTPException) as error:
             raise _RequestFailed(f"{type(error).__name__}: {error}") from None
         try:
@@ -279,21 +327,30 @@ class _Pool:
         self._turn = 0
         self._failures = {server.url: 0 for server in servers}
         self._dead_until = {server.url: 0.0 for server in servers}
+        self._asked_until = {server.url: 0.0 for server in servers}
 
     def next(self) -> _Server:
-        """Take the next living server; when none lives, the one whose rest ends first."""
+        """Take the next server that lives and asks for no time; when none does, the one whose rest ends first."""
         now = time.monotonic()
         with self._lock:
             for _ in self.servers:
                 server = self.servers[self._turn % len(self.servers)]
                 self._turn += 1
-                if self._dead_until[server.url] <= now:
+                if max(self._dead_until[server.url], self._asked_until[server.url]) <= now:
                     return server
-            return min(self.servers, key=lambda server: self._dead_until[server.url])
+            return min(self.servers, key=lambda s: max(self._dead_until[s.url], self._asked_until[s.url]))
 
-    def report(self, server: _Server, *, ok: bool, deadly: bool = False) -> None:
-        """Count an attempt's outcome; several failures in a row rest the server."""
+    def asked_to_wait(self, server: _Server) -> float:
+        """Tell how long the server asked to be left alone from now -> seconds."""
         with self._lock:
+            return max(0.0, self._asked_until[server.url] - time.monotonic())
+
+    def report(self, server: _Server, *, ok: bool, deadly: bool = False, retry_after: float | None = None) -> None:
+        """Count an attempt's outcome; several failures in a row rest the server, unless it says itself how long."""
+        with self._lock:
+            if retry_after is not None:
+                self._asked_until[server.url] = time.monotonic() + retry_after
+                return
             self._failures[server.url] = 0 if ok else self._failures[server.url] + 1
             if ok:
                 self._dead_until[server.url] = 0.0
@@ -331,6 +388,21 @@ def _responses(
             Response(text=text, token_ids=tuple(token_ids), finish_reason=choice["finish_reason"], seed=child_seed)
         )
     return tuple(responses)
+
+
+def _retry_after(header: str | None) -> float | None:
+    """Read a Retry-After header, seconds or a date (RFC 9110, 10.2.3) -> seconds, at most two minutes; None: none."""
+    if header is None:
+        return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            moment = email.utils.parsedate_to_datetime(header)
+        except ValueError:
+            return None
+        seconds = (moment - datetime.datetime.now(datetime.UTC)).total_seconds() if moment.tzinfo else 0.0
+    return min(max(seconds, 0.0), _LONGEST_RETRY_AFTER_SECONDS) if seconds == seconds else None
 
 
 def _prompt_seed(shard_seed: int, prompt_id: str) -> int:

@@ -117,6 +117,7 @@ class VllmSampler:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
+            stop_token_ids=list(sampling.stop_token_ids),
             output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
         )
         engine: Any = self._llm.llm_engine

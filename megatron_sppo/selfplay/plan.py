@@ -122,7 +122,9 @@ def iteration_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int, *,
     yield Stage(
         name=f"{prefix}-rollouts",
         command=_rollout_command(
-            config, model, paths.prompts(iteration), rollouts, config.rollout.num_responses, config.run.seed + iteration
+            config,
+            *(model, paths.prompts(iteration), rollouts, config.rollout.num_responses, config.run.seed + iteration),
+            allow_no_signal=config.scoring.allow_no_signal,
         ),
         inputs=(model, paths.prompts(iteration)),
         outputs=(rollouts,),
@@ -185,14 +187,25 @@ def _heldout_rollouts(config: SelfPlayConfig, paths: RunPaths, iteration: int, *
     seed = config.run.seed + _EVALUATION_SEED
     return Stage(
         name=name,
-        command=_rollout_command(config, model, paths.heldout, output, config.eval_num_responses, seed),
+        command=_rollout_command(
+            config,
+            *(model, paths.heldout, output, config.eval_num_responses, seed),
+            allow_no_signal=True,  # a policy that always answers the same can still be judged against another
+        ),
         inputs=(model, paths.heldout),
         outputs=(output,),
     )
 
 
 def _rollout_command(
-    config: SelfPlayConfig, model: Path, prompts: Path, output: Path, num_responses: int, seed: int
+    config: SelfPlayConfig,
+    model: Path,
+    prompts: Path,
+    output: Path,
+    num_responses: int,
+    seed: int,
+    *,
+    allow_no_signal: bool,
 ) -> tuple[str, ...]:
     rollout, own = config.rollout, config.run.rollout_command
     command = [
@@ -205,6 +218,8 @@ def _rollout_command(
         command += ["--server", *rollout.server]
     if rollout.rollout_tensor_parallel_size != 1:
         command += ["--tensor-parallel-size", str(rollout.rollout_tensor_parallel_size)]
+    if allow_no_signal and not own:  # a command of the user's own promises no such flag
+        command.append("--allow-no-signal")
     return (*command, *option_flags(rollout.rollout_options, place="rollout_options"))
 
 

@@ -15,7 +15,7 @@ import torch.distributed.distributed_c10d as c10d
 import torch.utils._device
 from torch import Tensor
 
-from tests.cudaless.device import CPU, CUDA, NCCL_GROUPS, CudaTensor, Transfer, host_of, is_foreign, waits
+from tests.cudaless.device import CPU, CUDA, NCCL_GROUPS, CudaTensor, Transfer, host_of, is_foreign, under_way, waits
 
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
@@ -72,6 +72,9 @@ class Stream:
     def query(self) -> bool:
         return True
 
+    def is_capturing(self) -> bool:
+        return False
+
     def __enter__(self) -> "Stream":
         return self
 
@@ -79,7 +82,7 @@ class Stream:
 
 
 class Event:
-    """An event that has always happened."""
+    """An event that has happened once no copy is under way."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -91,7 +94,7 @@ class Event:
         waits("Event.synchronize")
 
     def query(self) -> bool:
-        return True
+        return not under_way()
 
     def elapsed_time(self, _: Any) -> float:
         return 1.0
@@ -155,6 +158,8 @@ def _answer_queries() -> None:
     cuda.synchronize = lambda *_, **__: waits("torch.cuda.synchronize")
     cuda.Stream, cuda.Event = Stream, Event
     cuda.current_stream = cuda.default_stream = lambda *_, **__: Stream()
+    if torch.accelerator.current_accelerator() is not None:  # a build for CUDA: its optimisers ask here
+        torch.accelerator.current_stream = cuda.current_stream
     cuda.nccl.version = always((2, 27, 5))
     cuda.nvtx.range_push = cuda.nvtx.range_pop = cuda.nvtx.mark = always(None)
     torch._C._cuda_getDevice = always(0)  # type: ignore[attr-defined]
@@ -227,14 +232,21 @@ def _extend_tensor() -> None:
         values, dtype=dtype or self.dtype, device=device or self.device, **kwargs
     )
     for name, dtype in _TYPES.items():
-        setattr(torch.cuda, f"{name}Tensor", functools.partial(_of_type, dtype))
+        setattr(torch.cuda, f"{name}Tensor", _TensorType(f"{name}Tensor", (), {"dtype": dtype}))
 
 
-def _of_type(dtype: torch.dtype, *values: Any) -> Tensor:
-    """torch.cuda.FloatTensor and its kin."""
-    if len(values) == 1 and isinstance(values[0], list | tuple):
-        return torch.tensor(values[0], dtype=dtype, device=CUDA)
-    return torch.empty(*values, dtype=dtype, device=CUDA)
+class _TensorType(type):
+    """torch.cuda.FloatTensor and its kin, which are called and asked for (mcore 0.19.2, transformer/module.py)."""
+
+    dtype: torch.dtype
+
+    def __call__(cls, *values: Any) -> Tensor:
+        if len(values) == 1 and isinstance(values[0], list | tuple):
+            return torch.tensor(values[0], dtype=cls.dtype, device=CUDA)
+        return torch.empty(*values, dtype=cls.dtype, device=CUDA)
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, CudaTensor) and value.dtype == cls.dtype
 
 
 def _method(plain: Any) -> Any:
@@ -267,6 +279,7 @@ class _Device(metaclass=_Devices): ...
 
 def _extend_factories() -> None:
     torch.utils._device._device_constructors()  # a cached list of the factories as they were
+    torch.jit._state.disable()  # scripts know the factories as they were
     torch.device = _Device  # type: ignore[misc, assignment]
     for name in _FACTORIES:
         setattr(torch, name, _factory(getattr(torch, name)))
@@ -307,6 +320,23 @@ def _factory(plain: Any) -> Any:
 # ---- NCCL ------------------------------------------------------------------------------------------------------------
 
 
+class Request:
+    """A message under way that can be waited for again, as NCCL's can: gloo's own second wait wants a second message.
+
+    Transformer Engine's context_parallel.py (2.11.0) waits twice in backward.
+    """
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self, *args: Any) -> bool:
+        work, self._work = self._work, None
+        return work is None or work.wait(*args)
+
+    def is_completed(self) -> bool:
+        return self._work is None or self._work.is_completed()
+
+
 def _stand_in_for_nccl() -> None:
     """gloo carries what is meant for NCCL; `device.check_collective` knows which groups those are."""
     plain_init, plain_group, plain_backend, plain_device = (
@@ -340,15 +370,32 @@ def _stand_in_for_nccl() -> None:
         """Pickled objects travel where the group can carry them."""
         return "cuda" if on_nccl(group) else plain_device(group)
 
+    def awaited_again(plain: Any) -> Any:
+        @functools.wraps(plain)
+        def started(*args: Any, **kwargs: Any) -> Any:
+            work = plain(*args, **kwargs)
+            return work if work is None else Request(work)
+
+        return started
+
     def one_by_one(operations: Any) -> list[Any]:
         """NCCL sends a batch as one; gloo has no such thing and would lose track of what to wait for."""
         return [each.op(each.tensor, each.peer, each.group, each.tag) for each in operations]
+
+    plain_coalescing = c10d._coalescing_manager
+
+    def coalesced(group: Any = None, device: Any = None, async_ops: bool = False) -> Any:
+        """NCCL takes its calls together for a device; gloo takes the list of them, as where no device is named."""
+        return plain_coalescing(group, None, async_ops)
 
     answers = {
         "init_process_group": init_process_group,
         "new_group": new_group,
         "get_backend": get_backend,
         "batch_isend_irecv": one_by_one,
+        "isend": awaited_again(c10d.isend),
+        "irecv": awaited_again(c10d.irecv),
+        "_coalescing_manager": coalesced,
     }
     c10d._get_object_coll_device = object_device
     for name, answer in answers.items():

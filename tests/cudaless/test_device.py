@@ -227,3 +227,10 @@ def test_the_emulation_can_be_suspended() -> None:
         assert not torch.cuda.is_available()
     assert torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
     assert device.host_of(gpu(2)).device.type == "cpu"
+
+
+def test_tensor_types_are_called_and_asked_for() -> None:
+    kinds = (torch.cuda.FloatTensor, torch.cuda.HalfTensor)
+    made = torch.cuda.FloatTensor([1.0, 2.0])
+    assert made.device.type == "cuda" and isinstance(made, kinds)
+    assert not isinstance(gpu(2).bfloat16(), kinds) and not isinstance(cpu(2), kinds)

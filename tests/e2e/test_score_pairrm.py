@@ -360,7 +360,7 @@ def test_imported_preferences_become_a_dataset_without_a_judge(
         (["--rollouts", "R", "--judge", "endpoint:nowhere"], "endpoint:http"),
         (["--rollouts", "R", "--judge", "matrices:nowhere"], "nowhere"),
         (["--rollouts", "R", "--judge", "reward:./nowhere"], "no directory"),
-        (["--rollouts", "R", "--judge", "rules:concise", "--max-requests", "0"], "1 or more"),
+        (["--rollouts", "R", "--judge", "rules:concise", "--max-requests", "0"], "max_requests is 0"),
         (["--rollouts", "R", "--judge", "rules:concise", "--selection", "best"], "extremes"),
         (["--rollouts", "R", "--judge", "rules:concise", "--selection", "top-bottom:3"], "--num-responses"),
         (["--rollouts", "R", "--judge", "rules:concise", "--preset", "mine"], "preset"),

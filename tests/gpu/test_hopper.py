@@ -1,17 +1,19 @@
 """What only a Hopper GPU can prove: Transformer Engine's layers compute the model, in bfloat16 and in FP8.
 
-Truth is Hugging Face's model in float64 on the same (bfloat16) weights, one unpadded sequence at a time. Bounds are in
-nats a response token, means over the batch, or in relative norm of the gradient. NOT RUN by us so far: no such GPU was
-at hand when this was written. Bounds are what rounding to bfloat16 (2^-9) and E4M3 (2^-4) over four layers should keep.
+Truth is Hugging Face's model in float64 on the same (bfloat16) weights, one unpadded sequence at a time. Gaps are in
+nats a response token, means over the batch; distances are relative norms of the gradient. A bound is MARGIN times what
+the emulated GPU (tests/cudaless) finds, which rounds as Hopper does and adds in another order. Not run on a GPU so far.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pynvml
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,6 +30,20 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 BASE = ["--params-dtype", "bfloat16", "--lr", "1e-3", "--eta", str(ETA), "--global-batch-size", "16"]
 ENGINE = ["--transformer-impl", "transformer_engine", "--micro-batch-size", "4"]
 FP8 = [*ENGINE, "--fp8", "hybrid", "--fp8-recipe"]
+
+MARGIN = 1.5
+# (gap, distance) under tests/cudaless, torch 2.13
+EMULATED = {
+    "Hugging Face": (0.0039, 0.0243),
+    "torch spec": (0.0053, 0.0343),
+    "tensorwise": (0.0548, 0.334),
+    "blockwise": (0.0689, 0.345),
+    "delayed": (0.0528, 0.346),
+    # Nothing there, where one algorithm serves all; GPU kernels may differ by as much as Hugging Face's sums do.
+    "--no-packing": (0.0039, 0.0243),
+    "selective": (0.0039, 0.0243),
+    "full": (0.0039, 0.0243),
+}
 
 
 def first_step(megatron: Path, data: Path, directory: Path, flags: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -53,6 +69,13 @@ def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) ->
     return (error / size) ** 0.5
 
 
+def assert_near(found: tuple, wanted: tuple, case: str, data: Path) -> None:
+    """Hold (answer, gradient) against another within the bounds of the case."""
+    gap, apart = gap_per_token(found[0], wanted[0], data), distance(found[1], wanted[1])
+    print(f"{case}: gap {gap:.5f} nats/token, gradient {apart:.5f}")
+    assert (gap <= MARGIN * EMULATED[case][0], apart <= MARGIN * EMULATED[case][1]) == (True, True), (gap, apart)
+
+
 @pytest.fixture(scope="module")
 def wide(megatron: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
     """Transformer Engine in bfloat16, packed."""
@@ -61,15 +84,12 @@ def wide(megatron: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_bfloat16_is_hugging_face_s_model(wide: tuple, hf: Path, megatron: Path, data: Path) -> None:
     wanted = Truth(hf=hf, megatron=megatron, data=data).hugging_face(wide[0]["rows"])
-    assert gap_per_token(wide[0], wanted, data) <= 0.01
-    assert distance(wide[1], wanted["gradient"]) <= 0.05  # the torch spec on a CPU is 0.028 off
+    assert_near(wide, (wanted, wanted["gradient"]), "Hugging Face", data)
 
 
 def test_both_layer_specs_agree(wide: tuple, megatron: Path, data: Path, tmp_path: Path) -> None:
     flags = ["--transformer-impl", "torch", "--micro-batch-size", "4"]
-    result, gradient = first_step(megatron, data, tmp_path, flags)
-    assert gap_per_token(wide[0], result, data) <= 0.01
-    assert distance(wide[1], gradient) <= 0.03
+    assert_near(wide, first_step(megatron, data, tmp_path, flags), "torch spec", data)
 
 
 @pytest.mark.parametrize(
@@ -80,30 +100,43 @@ def test_both_layer_specs_agree(wide: tuple, megatron: Path, data: Path, tmp_pat
 def test_padding_and_recomputation_change_nothing(
     flags: list[str], wide: tuple, megatron: Path, data: Path, tmp_path: Path
 ) -> None:
-    result, gradient = first_step(megatron, data, tmp_path, [*ENGINE, *flags])
-    assert gap_per_token(wide[0], result, data) <= 0.005
-    assert distance(gradient, wide[1]) <= 0.02
+    assert_near(first_step(megatron, data, tmp_path, [*ENGINE, *flags]), wide, flags[-1], data)
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "delayed"])
 def test_fp8_stays_near_bfloat16(recipe: str, wide: tuple, megatron: Path, data: Path, tmp_path: Path) -> None:
-    result, gradient = first_step(megatron, data, tmp_path, [*FP8, recipe])
-    assert 0 < gap_per_token(wide[0], result, data) <= 0.05  # 0 would mean that FP8 was off
-    assert distance(gradient, wide[1]) <= 0.25
+    found = first_step(megatron, data, tmp_path, [*FP8, recipe])
+    assert_near(found, wide, recipe, data)
+    # Far below it FP8 would have been off: bfloat16's own rounding is 32 times finer than E4M3's.
+    assert gap_per_token(found[0], wide[0], data) >= EMULATED[recipe][0] / 3
+
+
+def nvml_answers() -> bool:
+    """Containers may withhold the driver's library, and the emulated GPU has none."""
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlDeviceGetPowerUsage(pynvml.nvmlDeviceGetHandleByIndex(0)) > 0
+    except pynvml.NVMLError:
+        return False
 
 
 @pytest.mark.parametrize("flags", [ENGINE, [*FP8, "tensorwise"], [*FP8, "blockwise"]], ids=lambda flags: flags[-1])
 def test_a_short_run_starts_at_zero_and_lowers_the_loss(
     flags: list[str], megatron: Path, data: Path, tmp_path: Path
 ) -> None:
-    """Four epochs of two steps on the same responses; the first log-ratios are exactly 0; the machine is reported."""
-    paths = ["--load", str(megatron), "--data", str(data), "--save", str(tmp_path / "new")]
+    """Four epochs of two steps on the same responses; the first log-ratios are exactly 0; the machine is reported.
+
+    The reference lies beside the responses and belongs to a precision, so each run has a copy of its own.
+    """
+    shutil.copytree(data, tmp_path / "data")
+    paths = ["--load", str(megatron), "--data", str(tmp_path / "data"), "--save", str(tmp_path / "new")]
     assert worlds.pretrain([*paths, *BASE, *flags, "--num-epochs", "4", "--lr", "1e-5", "--no-tensorboard"]) == 0
     steps = [json.loads(line) for line in (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()]
     assert steps[0]["sppo/ref_drift_step0"] == 0.0
     losses = [step["loss"] for step in steps]
     assert sum(losses[-2:]) < sum(losses[:2])
-    assert steps[0]["gpu/power_watts"] > 0 and steps[0]["perf/tflops_per_gpu"] > 0
+    assert steps[0]["perf/tflops_per_gpu"] > 0
+    assert (steps[0].get("gpu/power_watts", 0.0) > 0) == nvml_answers()
     assert ("sppo/fp8_gap" in steps[0]) == ("--fp8" in flags)
 
 

@@ -4,6 +4,7 @@ The table is made from the dataclasses: a number that is added without a range f
 """
 
 import importlib.util
+import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 def tool(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # tyro reads the fields' docstrings from the source
     spec.loader.exec_module(module)
     return module
 

@@ -2,6 +2,7 @@
 
 B = sequences, T = tokens of all, S = rows of one sequence's place, H = heads, G = groups of keys and values, D = head
 size. Products and softmax are in float32 here; cuDNN rounds the weights to the inputs' type before it multiplies by V.
+That packed results start as zeros, and others as they come, is pytorch/csrc/extensions/attention.cpp (2.11.0).
 """
 
 from dataclasses import dataclass

@@ -88,17 +88,3 @@ def thd_grad_correction(
             rows = _half(cu_seqlens, half)
             step = grad_per_step[rows] if "none" not in (first_half, second_half) else grad_per_step[: len(rows)]
             grad[rows] = step if action == "copy" else grad[rows] + step
-
-
-@kernel
-def thd_get_partitioned_indices(cu_seqlens: Tensor, total_tokens: int, world_size: int, rank: int) -> Tensor:
-    """List the tokens that a rank has of whole sequences -> [total / size] int32: chunks r and 2 * size - 1 - r.
-
-    Caller: megatron/core/models/multimodal/llava_model.py (megatron-core 0.16.1), for Transformer Engine 2.11.0's ring.
-    """
-    require_int32(cu_seqlens=cu_seqlens)
-    ranges = []
-    for first, last in spans(cu_seqlens):
-        chunk = (last - first) // (2 * world_size)
-        ranges += [(first + i * chunk, first + (i + 1) * chunk) for i in (rank, 2 * world_size - 1 - rank)]
-    return concatenated(ranges).int()

@@ -2,7 +2,8 @@
 
 Transformer Engine states them for column-major memory. In rows, with op() the transposition that `transa`, `transb` ask
 for, D = op(B) @ op(A). Hopper's FP8 kernels know one form, both operands with the summed index K last; so here every
-operand is first brought to [rows, K], FP8 by the copy that has that form.
+operand is first brought to [rows, K], FP8 by the copy that has that form. What is refused is what
+common/gemm/cublaslt_gemm.cu (2.11.0) checks, pytorch/utils.py assert_dim_for_fp8_exec, and cuBLASLt's table of types.
 """
 
 from typing import Any

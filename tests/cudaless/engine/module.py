@@ -26,7 +26,6 @@ KERNELS = (
     attention.fused_attn_bwd,
     attention.fused_attn_fwd,
     attention.get_fused_attn_backend,
-    context_parallel.thd_get_partitioned_indices,
     context_parallel.thd_grad_correction,
     context_parallel.thd_out_correction,
     context_parallel.thd_read_half_tensor,

@@ -27,8 +27,8 @@ def rmsnorm_fwd(
 ) -> tuple[Any, None, Tensor]:
     """Divide each row by its root mean square -> (rows, quantised if there is a quantiser; None; 1 / rms [rows]).
 
-    Caller: pytorch/module/_common.py apply_normalization (2.11.0). One kernel casts to FP8 under delayed scaling; under
-    the other recipes rows are rounded to `otype` first.
+    Caller: pytorch/module/_common.py apply_normalization (2.11.0). Under delayed scaling one kernel casts to FP8; under
+    the other recipes rows are rounded to `otype` first (pytorch/csrc/extensions/normalization.cpp).
 
     Raises:
         RuntimeError: input that is not a matrix of the weight's type.

@@ -28,12 +28,11 @@ def multi_tensor_adam(
     Caller: pytorch/optimizers/fused_adam.py FusedAdam.step (2.11.0).
 
     Args:
+        noop_flag: not read, as in common/multi_tensor/adam.cu; the kernels for CUDA graphs do.
         tensor_lists: gradients, parameters, means, mean squares and, where parameters are 16 bits wide, masters.
         mode: 1 for AdamW's decay of the weight itself, 0 for L2 in the gradient.
         bias_correction: 1 to divide by 1 - beta^step.
     """
-    if noop_flag.item():
-        return
     first, second = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)
     for gradient, parameter, mean, square, *master in zip(*tensor_lists, strict=True):
         source = master[0] if master else parameter

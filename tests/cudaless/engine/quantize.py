@@ -34,13 +34,14 @@ def decode(codes: Tensor, dtype: DType) -> Tensor:
 def scale_of(amax: Tensor, *, dtype: DType, epsilon: float, power_of_two: bool, ceiling: float) -> Tensor:
     """Choose the factor that brings the largest magnitude to FP8's, as `_scale_from_amax_tensor` does, float32.
 
-    pytorch/custom_recipes/quantization_current_scaling.py (2.11.0). 1 where there is nothing to scale by.
+    pytorch/custom_recipes/quantization_current_scaling.py (2.11.0); the kernels by common/recipe/recipe_common.cuh,
+    which is 1 where amax is 0 or not finite.
 
     Args:
         ceiling: in place of a factor that float32 cannot hold.
     """
     amax = amax.clamp_min(epsilon)
-    scale = LARGEST[dtype] / amax
+    scale = torch.div(LARGEST[dtype], amax)  # `number / tensor` would multiply by a rounded reciprocal
     scale = torch.where(torch.isinf(scale), ceiling, scale)
     if power_of_two:
         scale = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1)
@@ -252,7 +253,7 @@ def fused_amax_and_scale_update_after_reduction(
     for history, scale, latest in zip(amax_histories, scales, newest, strict=True):
         history[0] = latest
         amax = history.amax(0) if amax_compute_algo == "max" else latest
-        wanted = (LARGEST[fp8_dtype] / amax / 2**margin).clamp_max(torch.finfo(torch.float32).max)
+        wanted = torch.div(LARGEST[fp8_dtype] / 2**margin, amax).clamp_max(torch.finfo(torch.float32).max)
         scale.copy_(torch.where((amax > 0) & torch.isfinite(amax), wanted, scale))
         history.copy_(history.roll(-1, 0))
         history[0] = 0

@@ -27,6 +27,7 @@ class Server(ThreadingHTTPServer):
     """Prefers the longer answer with log-probabilities in the ratio of lengths, the first one slightly."""
 
     daemon_threads = True
+    request_queue_size = 64
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

@@ -14,6 +14,7 @@ from megatron_sppo.objective.diagnostics import (
     describe_preferences,
     duplicate_rate,
     length_correlation,
+    order_disagreement,
     order_inconsistency,
     tie_rate,
 )
@@ -67,6 +68,13 @@ def test_order_inconsistency_is_the_mean_of_the_sum_of_both_orders():
     """|1 - 1| = 0, |2 + 1| = 3, |0 - 3| = 3: mean 2."""
     logits = torch.tensor([[[0.0, 1.0, 2.0], [-1.0, 0.0, 0.0], [1.0, -3.0, 0.0]]])
     assert order_inconsistency(logits) == pytest.approx(2.0)
+
+
+def test_order_disagreement_counts_pairs_that_the_place_decides():
+    """1 and -1 agree, 2 and 1 name the first place twice, 0 and -3 name nobody and one: 1 of 3; of no pair, nothing."""
+    logits = torch.tensor([[[0.0, 1.0, 2.0], [-1.0, 0.0, 0.0], [1.0, -3.0, 0.0]]])
+    assert order_disagreement(logits) == pytest.approx(1 / 3)
+    assert order_disagreement(torch.zeros(2, 1, 1)) is None
 
 
 def test_length_correlation_looks_within_prompts():

@@ -3,11 +3,14 @@
 Does not prove speed, nor anything on a GPU: see benchmarks/ and tests/gpu.
 """
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_sppo.objective import linear_log_probs, sequence_sums
+from megatron_sppo.objective import linear_log_probs, log_ratio, sequence_sums
 from megatron_sppo.objective.log_ratio import default_chunk_size
 from tests.distributed.harness import run_ranks
 
@@ -192,8 +195,8 @@ def test_a_frozen_input_gets_no_gradient_and_the_other_its_own(frozen):
         torch.testing.assert_close(hidden.grad, expected_hidden)
 
 
-def test_only_hidden_weight_labels_and_one_float_a_token_are_kept_for_backward():
-    """Saved bytes beyond the inputs: 4 N. A [N, V] float32 would be 64 times that here."""
+def test_only_hidden_weight_labels_and_two_floats_a_token_are_kept_for_backward():
+    """Saved bytes beyond the inputs: 8 N. A [N, V] float32 would be 32 times that here."""
     hidden, weight, labels, _ = problem(torch.float32, num_tokens=512)
     hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
     known = {tensor.data_ptr() for tensor in (hidden, weight, labels)}
@@ -206,7 +209,7 @@ def test_only_hidden_weight_labels_and_one_float_a_token_are_kept_for_backward()
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         linear_log_probs(hidden, weight, labels, chunk_size=64, vocab_size=TRUE_V)
-    assert extra == [4 * 512]
+    assert extra == [8 * 512]
 
 
 def test_no_tensor_larger_than_a_chunk_of_logits_is_made():
@@ -230,10 +233,10 @@ def test_no_tensor_larger_than_a_chunk_of_logits_is_made():
 
 
 def test_default_chunk_fits_its_budget():
-    """V = 128256, bfloat16: 128 MiB / (2 * 128256) = 523 tokens -> 512; 256 MiB -> 1046 -> 1024."""
+    """V = 128256, bfloat16: 128 MiB / (2 * 128256) = 523 tokens -> 512; 704 MiB -> 2877 -> 2864, 16 * 179."""
     assert default_chunk_size(128256, 2, device_type="cpu") == 512
     assert default_chunk_size(128256, 4, device_type="cpu") == 256
-    assert default_chunk_size(128256, 2, device_type="cuda") == 1024
+    assert default_chunk_size(128256, 2, device_type="cuda") == 2864
     assert default_chunk_size(1 << 40, 2, device_type="cpu") == 16
 
 
@@ -289,3 +292,52 @@ def test_sequence_sums_add_up_and_give_zero_without_rows():
     assert sequence_sums(torch.zeros(0), torch.zeros(0, dtype=torch.int64), 0).shape == (0,)
     with pytest.raises(AssertionError):
         sequence_sums(torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64), 1)
+
+
+class OnGpu(torch.Tensor):
+    """A CPU tensor that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def choose(monkeypatch, dtype=torch.bfloat16):
+    """Let the head choose its passes for a weight on a GPU, with a stand-in for the kernels -> their class."""
+    kernels = SimpleNamespace(KernelPasses=type("KernelPasses", (), {"__init__": lambda self, softcap: None}))
+    monkeypatch.setitem(sys.modules, "megatron_sppo.objective.log_ratio_kernels", kernels)
+    log_ratio._kernels_lack.cache_clear()
+    weight = torch.zeros(4, 4, dtype=dtype).as_subclass(OnGpu)
+    passes = log_ratio._choose_passes(weight, num_tokens=1, block_size=4, softcap=None)
+    log_ratio._kernels_lack.cache_clear()
+    return type(passes).__name__
+
+
+@pytest.mark.parametrize(
+    ("missing", "dtype", "expected"),
+    [
+        (None, torch.bfloat16, "KernelPasses"),
+        (None, torch.float32, "KernelPasses"),
+        (None, torch.float64, "TorchPasses"),
+        ("triton", torch.bfloat16, "TorchPasses"),
+        ("a C compiler", torch.bfloat16, "TorchPasses"),
+        ("Python.h", torch.bfloat16, "TorchPasses"),
+        ("libcuda.so.1", torch.bfloat16, "TorchPasses"),
+    ],
+)
+def test_a_gpu_takes_the_kernels_unless_something_is_missing_which_is_said(
+    missing, dtype, expected, monkeypatch, tmp_path, caplog
+):
+    monkeypatch.delenv("CC", raising=False)
+    (tmp_path / "Python.h").touch()
+    headers = tmp_path / "nowhere" if missing == "Python.h" else tmp_path
+    monkeypatch.setattr(log_ratio, "find_spec", lambda name: None if missing == name else object())
+    monkeypatch.setattr(log_ratio.shutil, "which", lambda name: None if missing == "a C compiler" else f"/bin/{name}")
+    monkeypatch.setattr(log_ratio, "_can_be_loaded", lambda library: missing != library)
+    monkeypatch.setattr(log_ratio.sysconfig, "get_paths", lambda: {"include": str(headers)})
+    assert choose(monkeypatch, dtype) == expected
+    assert (f"{missing} is missing" in caplog.text) == (missing is not None)
+
+
+def test_the_cpu_never_looks_for_kernels(monkeypatch):
+    monkeypatch.setattr(log_ratio, "find_spec", None)
+    passes = log_ratio._choose_passes(torch.zeros(4, 4), num_tokens=1, block_size=4, softcap=None)
+    assert type(passes).__name__ == "TorchPasses"

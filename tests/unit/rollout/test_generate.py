@@ -18,9 +18,11 @@ import pytest
 pytest.importorskip("transformers")
 
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.rollout.chat_template import TemplateConfig
 from megatron_sppo.rollout.generate import GenerateConfig, generate_rollouts, shard_seed
 from megatron_sppo.rollout.model_files import model_hash
-from megatron_sppo.rollout.records import read_manifest, read_rollouts
+from megatron_sppo.rollout.records import Response, read_manifest, read_rollouts
+from megatron_sppo.rollout.sampler import Refusal
 from megatron_sppo.tokenizer import tokenizer_hash
 from tests.unit.rollout.fake_sampler import FakeSampler, fake_factory
 
@@ -65,7 +67,8 @@ def test_the_manifest_identifies_model_tokenizer_and_sampling(config: GenerateCo
     assert manifest.tokenizer_hash == tokenizer_hash(tiny_llama_dir)
     assert manifest.vocab_size == 259
     assert manifest.num_prompts == NUM_PROMPTS
-    assert manifest.sampling == {"num_responses": 3, "temperature": 1.0, "top_p": 1.0, "max_tokens": 8, "seed": 0}
+    expected = {"num_responses": 3, "temperature": 1.0, "top_p": 1.0, "max_tokens": 8, "seed": 0}
+    assert manifest.sampling == {**expected, "stop_token_ids": [2], "chat_template_kwargs": {}}
 
 
 @pytest.mark.parametrize(
@@ -286,3 +289,165 @@ def test_impossible_settings_are_refused_at_once(
 def test_a_context_longer_than_the_models_is_refused(config: GenerateConfig) -> None:
     with pytest.raises(ConfigError, match="Use --max-model-len 512"):
         run(replace(config, max_model_len=513))
+
+
+# The end of a turn
+
+
+def model_with_eos(
+    tmp_path: Path,
+    *,
+    config: Any,
+    generation: Any = None,
+    tokenizer: str = "<|endoftext|>",
+    template: str | None = None,
+) -> Path:
+    """A model whose files name these tokens EOS; its template ends turns with <|im_end|>, id 2."""
+    from tests.models import tiny_llama
+
+    model = tiny_llama(tmp_path / "model", eos_token_id=config)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": tokenizer}))
+    if template is not None:
+        (model / "chat_template.jinja").write_text(template)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("eos", "stops", "said"),
+    [
+        ({"config": 0}, [0, 2], "ends a turn with <|im_end|> (2), which neither"),
+        ({"config": [0, 1]}, [0, 1, 2], "ends a turn with <|im_end|> (2), which neither"),
+        ({"config": 0, "generation": [0, 2]}, [0, 2], None),
+        ({"config": None, "tokenizer": "<|im_end|>"}, [2], None),
+        ({"config": 2}, [0, 2], None),
+        ({"config": 0, "template": "{{ messages[0]['content'] }}"}, [0], None),
+        (
+            {"config": 0, "template": "{% for m in messages %}{{ m['content'] }}<end_of_turn>{% endfor %}"},
+            [0],
+            "<end_of_turn>, which is no single token",
+        ),
+    ],
+)
+def test_the_templates_end_of_turn_stops_sampling(
+    config: GenerateConfig,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    eos: Any,
+    stops: list[int],
+    said: str | None,
+) -> None:
+    sampler, seen = FakeSampler(), []
+
+    class Recording(FakeSampler):
+        def sample(self, prompts, *, sampling, seed, on_progress):  # type: ignore[no-untyped-def]
+            seen.append(sampling.stop_token_ids)
+            return sampler.sample(prompts, sampling=sampling, seed=seed, on_progress=on_progress)
+
+    generate_rollouts(replace(config, model=model_with_eos(tmp_path, **eos)), make_sampler=fake_factory(Recording()))
+    assert set(seen) == {tuple(stops)}
+    assert read_manifest(config.output).sampling["stop_token_ids"] == stops
+    warned = [record.getMessage() for record in caplog.records if "ends a turn" in record.getMessage()]
+    assert len(warned) == (said is not None)
+    assert said is None or said in warned[0]
+
+
+def test_an_eos_that_is_no_token_id_is_refused(config: GenerateConfig, tmp_path: Path) -> None:
+    model = model_with_eos(tmp_path, config=0, generation="</s>")
+    with pytest.raises(DataError, match="generation_config.json: eos_token_id is '</s>'"):
+        run(replace(config, model=model))
+
+
+def test_template_arguments_are_recorded_and_make_another_request(config: GenerateConfig, tmp_path: Path) -> None:
+    template = "{{ messages[0]['content'] }}{% if not enable_thinking %}/no_think{% endif %}"
+    model = model_with_eos(tmp_path, config=2, template=template)
+    settings = TemplateConfig(chat_template_kwargs=("enable_thinking=false",))
+    run(replace(config, model=model, template=settings))
+    assert read_manifest(config.output).sampling["chat_template_kwargs"] == {"enable_thinking": False}
+    assert all(group.prompt_text.endswith("/no_think") for group in read_rollouts(config.output))
+    with pytest.raises(ConfigError, match="chat_template_kwargs was .*False"):
+        run(replace(config, model=model, template=TemplateConfig(chat_template_kwargs=("enable_thinking=true",))))
+
+
+# Answers that are of no use
+
+
+class Answering(FakeSampler):
+    """Gives prompt number i of all, in order, the answers that a function makes of i and k."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer, self.number = answer, 0
+
+    def sample(self, prompts, *, sampling, seed, on_progress):  # type: ignore[no-untyped-def]
+        answers = []
+        for _ in prompts:
+            made = [self.answer(self.number, k) for k in range(sampling.num_responses)]
+            answers.append(made[0] if isinstance(made[0], Refusal) else tuple(made))
+            self.number += 1
+        return answers
+
+
+def answer(text: str, *token_ids: int, finish_reason: str = "stop") -> Response:
+    return Response(text=text, token_ids=token_ids or (70, 2), finish_reason=finish_reason, seed=None)
+
+
+@pytest.mark.parametrize(
+    ("made", "counts", "said"),
+    [
+        (lambda i, k: answer(f"{k}", finish_reason="length"), {"cut": 30}, "30 of 30 (100%) answers were cut"),
+        (lambda i, k: answer(f"{k}", 70, 2, 1, 71), {"turn_markers": 30}, "30 of 30 (100%) answers hold a turn marker"),
+        (lambda i, k: answer("" if k == 0 else f"{k}", 2), {"empty": 10}, "10 of 30 (33%) answers are empty"),
+        (lambda i, k: answer("same" if i else f"{k}"), {"uniform": 9}, "9 of 10 (90%) prompts got the same answer"),
+    ],
+)
+def test_useless_answers_are_counted_and_said(
+    config: GenerateConfig, caplog: pytest.LogCaptureFixture, made: Any, counts: dict[str, int], said: str
+) -> None:
+    generate_rollouts(config, make_sampler=fake_factory(Answering(made)))
+    outcomes = read_manifest(config.output).outcomes
+    expected = {"groups": 10, "responses": 30, "cut": 0, "empty": 0, "turn_markers": 0, "uniform": 0, **counts}
+    assert outcomes == expected
+    assert any(record.getMessage().startswith(said) for record in caplog.records)
+    caplog.clear()
+    generate_rollouts(config, make_sampler=fake_factory(FakeSampler()))  # complete: said again, from the ledger
+    assert read_manifest(config.output).outcomes == expected
+    assert any(record.getMessage().startswith(said) for record in caplog.records)
+
+
+@pytest.mark.parametrize("text", ["", "the same"])
+def test_rollouts_without_two_different_answers_are_refused(config: GenerateConfig, text: str) -> None:
+    for _ in range(2):  # the shards are kept; the second time nothing is sampled
+        with pytest.raises(DataError, match="no prompt got two different answers .10 prompts, 3 answers each"):
+            generate_rollouts(config, make_sampler=fake_factory(Answering(lambda i, k: answer(text))))
+        assert not (config.output / "manifest.json").exists()
+    run(replace(config, allow_no_signal=True))
+    assert read_manifest(config.output).outcomes["uniform"] == 10
+
+
+def test_one_response_is_enough_to_evaluate_only(config: GenerateConfig, caplog: pytest.LogCaptureFixture) -> None:
+    run(replace(config, num_responses=1))
+    assert any("nothing can be preferred" in record.getMessage() for record in caplog.records)
+    assert read_manifest(config.output).num_prompts == NUM_PROMPTS
+
+
+def test_prompts_that_a_server_refuses_are_set_aside(config: GenerateConfig) -> None:
+    """Prompts 1 and 9; the latter is a shard of its own, which then holds nothing and is not in the manifest."""
+    refusal = Refusal(reason="HTTP 400 too long")
+    sampler = Answering(lambda i, k: refusal if i in (1, 9) else answer(f"{k}"))
+    generate_rollouts(config, make_sampler=fake_factory(sampler))
+    for _ in range(2):
+        manifest = read_manifest(config.output)
+        assert [group.prompt_id for group in read_rollouts(config.output)] == [f"p{i}" for i in range(9) if i != 1]
+        assert manifest.num_prompts == 8
+        assert [entry.rows for entry in manifest.shards] == [2, 3, 3]
+        assert manifest.quarantined == tuple({"prompt_id": f"p{i}", "reason": "HTTP 400 too long"} for i in (1, 9))
+        assert run(config) == []
+
+
+def test_rows_of_several_splits_are_said(config: GenerateConfig, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": f"Why {i}?", "split": "train" if i % 2 else "heldout"} for i in range(4)]
+    config.prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(config)
+    assert any("several splits are taken together (heldout, train)" in r.getMessage() for r in caplog.records)

@@ -106,7 +106,7 @@ def test_a_missing_id_is_a_hash_of_the_content_alone(tmp_path: Path) -> None:
 
 BAD_ROWS = {
     "no text": ({"prompt": " \n"}, "no text"),
-    "no column": ({"question": "Why?"}, "neither prompt nor messages"),
+    "no column": ({"text": "Why?"}, "another column that asks (it has: text)"),
     "nul": ({"prompt": "a\0b"}, "NUL"),
     "lone surrogate": ({"prompt": "a \ud800"}, "surrogate"),
     "number": ({"prompt": 5}, "neither a text nor"),
@@ -207,7 +207,7 @@ def test_a_file_without_a_usable_prompt_says_why(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("missing.jsonl", None, "does not exist"),
-        ("prompts.csv", b"prompt\nWhy?\n", "'.csv' are not read"),
+        ("prompts.xlsx", b"PK", "'.xlsx' are not read"),
         ("list.json", b'[{"prompt": "A?"}', "not valid JSON"),
         ("broken.parquet", b"PAR1 and then nothing", "no readable Parquet"),
     ],
@@ -220,8 +220,8 @@ def test_an_unreadable_file_is_named(tmp_path: Path, name: str, content: bytes |
 
 
 def test_a_parquet_file_without_prompts_lists_its_columns(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="it has: question"):
-        read_prompts(write_parquet(tmp_path / "rows.parquet", [{"question": "Why?"}]))
+    with pytest.raises(DataError, match="it has: text"):
+        read_prompts(write_parquet(tmp_path / "rows.parquet", [{"text": "Why?"}]))
 
 
 def test_a_directory_without_data_is_named(tmp_path: Path) -> None:
@@ -234,3 +234,129 @@ def test_the_hash_sees_ids_texts_and_order() -> None:
     other_text = Prompt(prompt_id="a", messages=user("c"))
     hashes = {prompts_hash(p) for p in [(first, second), (second, first), (first,), (other_text, second)]}
     assert len(hashes) == 4
+
+
+# Columns as data sets publish them
+
+
+def answered(*texts: str) -> list[dict[str, str]]:
+    """Turns of a user and an assistant, in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+SHAREGPT = [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "Two."}, {"from": "human", "value": "Three?"}]
+HH = "\n\nHuman: One?\n\nAssistant: Two.\n\nHuman: Three?\n\nAssistant:"
+
+PUBLISHED: dict[str, tuple[dict[str, Any], list[dict[str, str]]]] = {
+    "ShareGPT": ({"conversations": SHAREGPT}, answered("One?", "Two.", "Three?")),
+    "ShareGPT with an answer": (
+        {"id": "a_0", "conversations": [*SHAREGPT, {"from": "gpt", "value": "Four."}]},
+        answered("One?", "Two.", "Three?"),
+    ),
+    "ShareGPT with a system message": (
+        {"conversations": [{"from": "system", "value": "Be brief."}, SHAREGPT[0]]},
+        [SYSTEM, *answered("One?")],
+    ),
+    "ShareGPT with a system column": (
+        {"system": "Be brief.", "conversations": SHAREGPT[:1]},
+        [SYSTEM, *answered("One?")],
+    ),
+    "UltraFeedback": (
+        {
+            "source": "flan",
+            "instruction": "One?",
+            "models": ["x"],
+            "completions": [{"response": "1", "overall_score": 7.0}],
+        },
+        answered("One?"),
+    ),
+    "Alpaca": ({"instruction": "Translate.", "input": "", "output": "x"}, answered("Translate.")),
+    "Alpaca with an input": (
+        {"instruction": "Translate.", "input": "Chat", "output": "x"},
+        answered("Translate.\nChat"),
+    ),
+    "Alpaca with a history": (
+        {"instruction": "Three?", "history": [["One?", "Two."]], "system": "Be brief."},
+        [SYSTEM, *answered("One?", "Two.", "Three?")],
+    ),
+    "Orca": ({"system": "Be brief.", "question": "One?", "chosen": "a", "rejected": "b"}, [SYSTEM, *answered("One?")]),
+    "Orca without a system message": ({"system": "", "question": "One?"}, answered("One?")),
+    "Nectar": ({"prompt": HH, "answers": [{"answer": "a", "rank": 1.0}]}, answered("One?", "Two.", "Three?")),
+    "HH": (
+        {"chosen": HH + " Four.", "rejected": HH + " Five."},
+        answered("One?", "Two.", "Three?"),
+    ),
+    "HH, answers aside": (
+        {"prompt": "Human: One?\n\nAssistant:", "chosen": " a", "rejected": " b"},
+        answered("One?"),
+    ),
+    "TRL, the prompt in the responses": (
+        {"chosen": [SYSTEM, *answered("One?", "a")], "rejected": [SYSTEM, *answered("One?", "b")]},
+        [SYSTEM, *answered("One?")],
+    ),
+    "TRL, the prompt's context in the responses": (
+        {
+            "prompt": "Three?",
+            "chosen": [SYSTEM, *answered("One?", "Two.", "Three?", "a")],
+            "rejected": [SYSTEM, *answered("One?", "Two.", "Three?", "b")],
+        },
+        [SYSTEM, *answered("One?", "Two.", "Three?")],
+    ),
+    "UltraChat: the first question of a conversation": (
+        {"prompt": "One?", "messages": [SYSTEM, *answered("One?", "Two.", "Three?", "Four.")]},
+        [SYSTEM, *answered("One?")],
+    ),
+    "a text that speaks of humans": ({"prompt": "Human: the word?"}, answered("Human: the word?")),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_published_columns_are_read_with_all_that_comes_before_the_question(
+    tmp_path: Path, kind: str, name: str
+) -> None:
+    row, expected = PUBLISHED[name]
+    path = (
+        write_rows(tmp_path / "rows.jsonl", [row]) if kind == "jsonl" else write_parquet(tmp_path / "r.parquet", [row])
+    )
+    (prompt,) = read_prompts(path).prompts
+    assert list(prompt.messages) == expected
+
+
+CONTRADICTIONS = {
+    "two system messages": ({"system": "Be long.", "messages": [SYSTEM, *answered("One?")]}, "system is not the conv"),
+    "two system columns": ({"system": "a", "system_prompt": "b", "prompt": "One?"}, "system_prompt is not the conv"),
+    "another question": ({"prompt": "Two?", "messages": answered("One?", "a")}, "contradicts the messages of messages"),
+    "other responses": (
+        {"prompt": "Two?", "chosen": answered("One?", "a"), "rejected": answered("One?", "b")},
+        "contradicts the messages of the responses",
+    ),
+    "responses to different turns": (
+        {"chosen": answered("One?", "a"), "rejected": answered("Two?", "b")},
+        "do not answer the same messages",
+    ),
+    "another history": ({"history": [["a", "b"]], "messages": answered("c", "d", "e")}, "history is not how"),
+    "no history": ({"history": "a", "instruction": "b"}, "no list of pairs"),
+    "tools": ({"prompt": "Weather?", "tools": [{"name": "weather"}]}, "names tools"),
+    "a tool call": (
+        {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}, *answered("One?")]},
+        "tool calls",
+    ),
+    "only answers": ({"conversations": [{"from": "gpt", "value": "Hi."}]}, "asks nothing"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_columns_that_contradict_each_other_set_the_row_aside(tmp_path: Path, name: str) -> None:
+    row, reason = CONTRADICTIONS[name]
+    (found,) = reasons_of(tmp_path, row)
+    assert reason in found
+
+
+def test_a_directory_that_the_hub_converted_gives_one_split(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "default/train/0000.parquet", [{"prompt": "Train?"}])
+    write_parquet(tmp_path / "default/test/0000.parquet", [{"prompt": "Test?"}])
+    with pytest.raises(ConfigError, match="several splits. Use --split with one of: test, train"):
+        read_prompts(tmp_path)
+    assert [prompt.messages for prompt in read_prompts(tmp_path, split="train").prompts] == [user("Train?")]

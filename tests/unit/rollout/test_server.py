@@ -19,10 +19,10 @@ from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
 from megatron_sppo.rollout.prompts import Prompt
 from megatron_sppo.rollout.records import Response
-from megatron_sppo.rollout.sampler import Sampling
-from megatron_sppo.rollout.server import ServerConfig, ServerSampler
+from megatron_sppo.rollout.sampler import Refusal, Sampling
+from megatron_sppo.rollout.server import ServerConfig, ServerSampler, _retry_after
 
-SAMPLING = Sampling(num_responses=3, temperature=0.7, top_p=0.9, max_tokens=16, seed=0)
+SAMPLING = Sampling(num_responses=3, temperature=0.7, top_p=0.9, max_tokens=16, seed=0, stop_token_ids=(2, 7))
 PROMPTS = [
     TokenizedPrompt(prompt=Prompt(prompt_id=f"p{i}", messages=()), text="", token_ids=(1, 100 + i)) for i in range(20)
 ]
@@ -33,7 +33,8 @@ def answer_to(token_ids: list[int], k: int) -> list[int]:
 
 
 Fault = Callable[[dict[str, Any], int], Any]
-"""(request body, requests so far) -> None for a good answer, a status code, bytes for the body, or a changed reply."""
+"""(request body, requests so far) -> None for a good answer, a status code (or with a message and headers), bytes for
+the body, or a changed reply."""
 
 
 class FakeVllm:
@@ -61,14 +62,19 @@ class FakeVllm:
                 fault = outer.fault(body, number)
                 if isinstance(fault, int):
                     self.reply(fault, {"error": {"message": "injected"}})
+                elif isinstance(fault, tuple):
+                    status, message, headers = fault
+                    self.reply(status, {"error": {"message": message}}, headers)
                 else:
                     self.reply(200, fault if fault is not None else outer.good_reply(body))
 
-            def reply(self, status: int, content: Any) -> None:
+            def reply(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
                 data = content if isinstance(content, bytes) else json.dumps(content).encode()
                 try:
                     self.send_response(status)
                     self.send_header("Content-Length", str(len(data)))
+                    for name, value in (headers or {}).items():
+                        self.send_header(name, value)
                     self.end_headers()
                     self.wfile.write(data)
                 except OSError:
@@ -152,6 +158,7 @@ def test_the_request_carries_ids_sampling_and_no_server_defaults(serve) -> None:
     assert body["model"] == "policy"
     assert (body["n"], body["temperature"], body["top_p"], body["max_tokens"]) == (3, 0.7, 0.9, 16)
     assert body["return_token_ids"] is True
+    assert body["stop_token_ids"] == [2, 7]
     assert (body["top_k"], body["min_p"], body["repetition_penalty"]) == (-1, 0.0, 1.0)
 
 
@@ -291,3 +298,85 @@ def test_what_is_no_url_is_refused_at_once(url: str) -> None:
 def test_impossible_settings_are_refused(field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         ServerConfig(**{field: 0})
+
+
+def test_the_time_that_a_server_asks_for_is_given(serve) -> None:
+    """Every prompt's first request is put off by 0.4 s; without Retry-After the pause would be 10 ms at most."""
+    times: dict[int, list[float]] = {}
+
+    def fault(body: dict[str, Any], number: int) -> Any:
+        seen = times.setdefault(body["prompt"][1], [])
+        seen.append(time.monotonic())
+        return (429, "slow down", {"Retry-After": "0.4"}) if len(seen) == 1 else None
+
+    server = serve(fault)
+    sampler = sampler_of(server.url, server_concurrency=20)
+    assert_all_answered(sample(sampler))
+    assert all(len(seen) == 2 and seen[1] - seen[0] >= 0.39 for seen in times.values())
+
+
+def test_while_one_server_asks_for_time_another_answers(serve) -> None:
+    busy = serve(lambda body, number: (503, "loading", {"Retry-After": "60"}))
+    idle = serve()
+    start = time.monotonic()
+    assert_all_answered(sample(sampler_of(busy.url, idle.url, server_concurrency=1)))
+    assert time.monotonic() - start < 10
+    assert len(busy.bodies) <= 2
+    assert len(idle.bodies) == len(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        (None, None),
+        ("3", 3.0),
+        ("0", 0.0),
+        ("-5", 0.0),
+        ("100000", 120.0),
+        ("nan", None),
+        ("soon", None),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),
+        ("Wed, 21 Oct 2215 07:28:00 GMT", 120.0),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(header: str | None, expected: float | None) -> None:
+    assert _retry_after(header) == expected
+
+
+@pytest.mark.parametrize(("key", "said"), [(None, "VLLM_API_KEY is not set"), ("k", "the key in VLLM_API_KEY is not")])
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_missing_key_names_the_variable(
+    serve, monkeypatch: pytest.MonkeyPatch, status: int, key: str | None, said: str
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("VLLM_API_KEY", key)
+    server = serve(lambda body, number: (status, "Unauthorized", {}))
+    with pytest.raises(ConfigError, match=f"HTTP {status} Unauthorized, and {said}.*export VLLM_API_KEY=KEY"):
+        sample(sampler_of(server.url), PROMPTS[:1])
+
+
+TOO_LONG = "This model's maximum context length is 64 tokens"
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_prompt_that_the_server_cannot_take_is_set_aside_and_its_neighbours_answered(serve, status: int) -> None:
+    refused = {103, 119}
+    server = serve(lambda body, number: (status, TOO_LONG, {}) if body["prompt"][1] in refused else None)
+    sampler = sampler_of(server.url)
+    answers = sampler.sample(PROMPTS, sampling=SAMPLING, seed=5, on_progress=lambda *_: None)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert isinstance(answer, Refusal) == (prompt.token_ids[1] in refused)
+    assert f"HTTP {status} {TOO_LONG}" in answers[3].reason
+    (again,) = sampler.sample(PROMPTS[3:4], sampling=SAMPLING, seed=5, on_progress=lambda *_: None)
+    assert isinstance(again, Refusal)
+
+
+def test_the_other_name_of_the_limit_is_used_where_it_is_wanted(serve) -> None:
+    def fault(body: dict[str, Any], number: int) -> Any:
+        wanted = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+        return (400, wanted, {}) if "max_tokens" in body else None
+
+    server = serve(fault)
+    assert_all_answered(sample(sampler_of(server.url, server_concurrency=1)))
+    assert [body.get("max_completion_tokens") for body in server.bodies] == [None] + [16] * len(PROMPTS)

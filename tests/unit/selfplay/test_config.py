@@ -47,6 +47,16 @@ def test_options_become_flags_of_the_tool(tmp_path: Path) -> None:
     assert flags == ["--max-model-len=512", "--enforce-eager"]
 
 
+def test_settings_of_the_judge_hold_in_training_and_in_evaluation(tmp_path: Path) -> None:
+    flags = ("--judge-after", "</think>", "--verdict-tokens", "512", "--allow-no-signal")
+    for given in ((), flags):
+        config = read(tmp_path, *given)
+        stages = iteration_stages(config, RunPaths(run_dir=tmp_path / "out"), 1, evaluates=True)
+        commands = {stage.name: stage.command for stage in stages}
+        for name in ("iter_1-dataset", "iter_1-eval"):
+            assert tuple(token for token in commands[name] if token in flags) == given
+
+
 def test_a_setting_without_a_value_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"training holds 'lr'. Write NAME=VALUE"):
         named_values(["lr"], place="training")
@@ -118,7 +128,8 @@ def test_a_changed_setting_of_a_begun_run_is_named(tmp_path: Path, flags: tuple,
 
 def test_where_a_run_is_computed_may_change_and_more_iterations_over_all_prompts_may_follow(tmp_path: Path) -> None:
     before = record(read(tmp_path))
-    changed = read(tmp_path, "--training-processes", "4", "--iterations", "5", "--rollout-command", "own sampler")
+    moved = ("--training-processes", "4", "--rollout-command", "own sampler", "--allow-no-signal")
+    changed = read(tmp_path, *moved, "--iterations", "5")
     check_unchanged(before, record(changed), tmp_path / "out")
 
 

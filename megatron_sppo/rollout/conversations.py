@@ -1,0 +1,224 @@
+"""Rows of the columns that the hub's data sets use -> chat messages: what an answer was given to, and nothing less.
+
+A prompt is what the first of these columns that a row has asks, with what the others know to come before it:
+    prompt          a text, TRL's list of messages, or Anthropic HH's "\\n\\nHuman: ...\\n\\nAssistant:"
+    messages        a conversation that awaits an answer
+    conversations   ShareGPT's, {from, value} or {role, content}; an answer at its end is left out
+    instruction     a text (UltraFeedback); Alpaca's `input` follows it on a new line
+    question        a text (Orca)
+    chosen, rejected    the turns that both share (HH, TRL's implicit prompt)
+`system` or `system_prompt` come before it, `history` (pairs of question and answer) between the two. Two columns that
+say different things of one conversation make the row unusable: neither is preferred.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+Turn = dict[str, str]
+
+PROMPT_COLUMNS = frozenset(
+    {"prompt", "messages", "conversations", "conversation", "instruction", "question", "chosen", "rejected"}
+)
+"""Any of them makes a prompt."""
+CONTEXT_COLUMNS = frozenset({"input", "system", "system_prompt", "history", "tools", "prompt_id", "split"})
+
+_ORCA = {"system", "system_prompt", "chosen", "rejected"}
+_ROLES = {
+    "human": "user",
+    "prompter": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "model"), "assistant"),
+}
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+class UnusableRow(Exception):
+    """Why one row is set aside, as a clause."""
+
+
+def prompt_messages(row: dict[str, Any], *, answered: Sequence[list[Turn]] | None = None) -> list[Turn]:
+    """Read what a row asks -> messages, the last one not the assistant's.
+
+    Args:
+        answered: conversations of the row that end in an answer each; None takes those of chosen and rejected.
+
+    Raises:
+        UnusableRow: it asks nothing, or its columns contradict each other.
+    """
+    if answered is None and row.get("chosen") and row.get("rejected"):
+        answered = [read_turns(row[name], name, role="assistant") for name in ("chosen", "rejected")]
+    turns = with_context(_asked(row, shared_turns(answered) if answered else []), row)
+    if turns[-1]["role"] == "assistant":
+        raise UnusableRow("the last message is the assistant's: nothing is left to answer")
+    if not turns[-1]["content"].strip():
+        raise UnusableRow("the prompt has no text")
+    return turns
+
+
+def _asked(row: dict[str, Any], shared: list[Turn]) -> list[Turn]:
+    """Choose among the columns that may hold the prompt, and hold the others against it -> messages."""
+    asked: list[Turn] | None = None
+    # A lone `question` may be part of anything; beside what Orca's rows have it is the prompt.
+    names = ("prompt", "instruction", *(("question",) if _ORCA & set(row) else ()))
+    for name in names:
+        if asked is None and row.get(name) is not None:
+            text, more = row[name], row.get("input") if name == "instruction" else None
+            asked = read_turns(f"{text}\n{more}" if isinstance(text, str) and more else text, name, role="user")
+    for name in ("messages", "conversations", "conversation"):
+        if row.get(name) is not None:
+            turns = read_turns(row[name], name, role="user")
+            if name != "messages" or asked is not None or shared:
+                turns = without_answer(turns)
+            asked = turns if asked is None else reconciled(asked, turns, name)
+    if shared:
+        asked = shared if asked is None else reconciled(asked, shared, "the responses", whole=True)
+    if asked is None:
+        found = ", ".join(map(str, list(row)[:12]))
+        raise UnusableRow(f"the row has neither prompt nor messages, nor another column that asks (it has: {found})")
+    return asked
+
+
+def with_context(turns: list[Turn], row: dict[str, Any]) -> list[Turn]:
+    """Put a row's system and history columns before its turns -> messages.
+
+    Raises:
+        UnusableRow: the turns have another system message or history, or the row names tools.
+    """
+    if row.get("tools") not in (None, "", [], "[]"):
+        raise UnusableRow("the row names tools, which a prompt here cannot carry")
+    history = _history(row.get("history"))
+    if history and turns[: len(history)] != history:
+        if len(turns) > 1:
+            raise UnusableRow("history is not how the conversation begins")
+        turns = [*history, *turns]
+    for name in ("system", "system_prompt"):
+        text = row.get(name)
+        if text is None or text == "":
+            continue
+        if not isinstance(text, str):
+            raise UnusableRow(f"{name} is no text")
+        if turns[0]["role"] != "system":
+            turns = [_turn({"role": "system", "content": text}), *turns]
+        elif turns[0]["content"].strip() != text.strip():
+            raise UnusableRow(f"{name} is not the conversation's own system message")
+    return turns
+
+
+def reconciled(asked: list[Turn], context: list[Turn], name: str, *, whole: bool = False) -> list[Turn]:
+    """Hold a prompt against a conversation that it stands in -> the prompt with what came before it.
+
+    A prompt column often has the first or the last question alone; the conversation then knows what else was seen.
+
+    Args:
+        whole: what was answered is the conversation's end, although the prompt is its first question.
+
+    Raises:
+        UnusableRow: they are of different conversations.
+    """
+    mine, other = _stripped(asked), _stripped(context)
+    if mine[-len(other) :] == other:
+        return asked
+    if other[-len(mine) :] == mine:
+        return context
+    start = int(other[0]["role"] == "system")
+    if other[start : start + len(mine)] == mine:
+        return context if whole else context[: start + len(mine)]
+    raise UnusableRow(f"the prompt contradicts the messages of {name}")
+
+
+def shared_turns(conversations: Sequence[list[Turn]]) -> list[Turn]:
+    """Take what all conversations have before their last message -> messages, perhaps none.
+
+    Raises:
+        UnusableRow: they differ earlier.
+    """
+    first = conversations[0][:-1]
+    if any(_stripped(turns[:-1]) != _stripped(first) for turns in conversations):
+        raise UnusableRow("the responses do not answer the same messages")
+    return first
+
+
+def without_answer(turns: list[Turn]) -> list[Turn]:
+    """Leave out the assistant's turns at the end -> messages that await an answer."""
+    end = max((number for number, turn in enumerate(turns, start=1) if turn["role"] != "assistant"), default=0)
+    if end == 0:
+        raise UnusableRow("the conversation asks nothing: every message is the assistant's")
+    return turns[:end]
+
+
+def read_turns(value: Any, name: str, *, role: str) -> list[Turn]:
+    """Read a column, whatever it spells a conversation in -> messages, at least one.
+
+    Args:
+        role: whose message a plain text is.
+
+    Raises:
+        UnusableRow: it is no text and no list of messages with text.
+    """
+    if isinstance(value, str):
+        return _hh_turns(value) or [_turn({"role": role, "content": value})]
+    if isinstance(value, dict):
+        return [_turn(value)]
+    if not isinstance(value, (list, tuple)) or not value:
+        raise UnusableRow(f"{name} is neither a text nor a non-empty list of messages")
+    return [_turn(turn) for turn in value]
+
+
+def refuse_bad_text(text: str, place: str) -> None:
+    """Refuse what no tokenizer and no file can hold.
+
+    Raises:
+        UnusableRow: a NUL character or half a surrogate pair.
+    """
+    if "\0" in text:
+        raise UnusableRow(f"the {place} holds a NUL character")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UnusableRow(f"the {place} holds half a surrogate pair at character {error.start}") from None
+
+
+def _hh_turns(text: str) -> list[Turn]:
+    """Read Anthropic HH's spelling of a conversation -> messages, an empty turn at the end left out; else []."""
+    opening = text if text.startswith("\n\n") else "\n\n" + text
+    if not opening.startswith("\n\nHuman:") or (opening is not text and "\n\nAssistant:" not in text):
+        return []
+    _, *parts = _HH_TURN.split(opening)
+    roles = ("user" if speaker == "Human" else "assistant" for speaker in parts[::2])
+    turns = [
+        _turn({"role": role, "content": content.strip()}) for role, content in zip(roles, parts[1::2], strict=True)
+    ]
+    return turns if turns[-1]["content"] or turns[-1]["role"] == "user" else turns[:-1]
+
+
+def _history(value: Any) -> list[Turn]:
+    if value is None or value == [] or value == "":
+        return []
+    pairs = value if isinstance(value, (list, tuple)) else ()
+    if not pairs or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise UnusableRow("history is no list of pairs of question and answer")
+    return [
+        _turn({"role": role, "content": text})
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+def _turn(turn: Any) -> Turn:
+    if not isinstance(turn, dict):
+        raise UnusableRow("a message is no object with role and content")
+    role = turn.get("role") if turn.get("role") is not None else turn.get("from")
+    text = turn.get("content") if turn.get("content") is not None else turn.get("value")
+    if not isinstance(role, str) or not role:
+        raise UnusableRow("a message has no role")
+    if not isinstance(text, str):
+        raise UnusableRow(f"the {role} message's content is no text")
+    if turn.get("tool_calls"):
+        raise UnusableRow(f"the {role} message carries tool calls, which a message here cannot")
+    refuse_bad_text(role, "role")
+    refuse_bad_text(text, f"{role} message")
+    return {"role": _ROLES.get(role, role), "content": text}
+
+
+def _stripped(turns: Sequence[Turn]) -> list[Turn]:
+    return [{"role": turn["role"], "content": turn["content"].strip()} for turn in turns]

@@ -1,0 +1,338 @@
+"""Files and dataset directories -> rows, whatever they are written in; which rows are read is never guessed.
+
+Read: JSON Lines, a JSON list, CSV, TSV and Parquet, plain or compressed (.gz, .zst); directories as the hub lays them
+(`train.jsonl`, `data/train-00000-of-00002.parquet`, `SUBSET/train/0000.parquet`, the `configs` of a README.md) and as
+`datasets.save_to_disk` writes them. A directory with several subsets or splits wants one chosen.
+"""
+
+import csv
+import fnmatch
+import functools
+import gzip
+import io
+import itertools
+import json
+import logging
+import re
+import zlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from megatron_sppo.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+NO_ROW = object()
+"""Stands for a row that cannot be read."""
+
+Rows = Iterator[tuple[Any, str | None]]
+"""(row, None), or (NO_ROW, reason) where a row cannot be read."""
+
+_JSON, _CSV, _PARQUET = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv"), (".parquet",)
+_KINDS = (*_JSON, *_CSV, *_PARQUET)
+_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
+_KNOWN = f"{', '.join(_KINDS)}, plain or with {' or '.join(_COMPRESSED)}"
+_NOT_ROWS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+_SAVED_DICT = "dataset_dict.json"
+_LISTS = ("messages", "conversations", "conversation", "history", "answers", "completions")
+"""Columns that hold a list; a CSV cell spells it as JSON."""
+_MOST_CELL_BYTES = 1 << 30
+_SPLIT_WORD = re.compile(
+    r"(?<![a-z])(train(ing)?|valid(ation)?|val|dev|test(ing)?|eval(uation)?|held[-_]?out)(?![a-z])", re.IGNORECASE
+)
+"""The words by which the hub knows a split in the name of a file or directory, and our own."""
+_SHARD_NUMBER = re.compile(r"([-_.](part|shard))?[-_.]\d+([-_]of[-_]\d+)?(-[0-9a-f]{16})?$")
+
+
+def table_rows(
+    path: Path,
+    split: str | None = None,
+    *,
+    subset: str | None = None,
+    columns: frozenset[str] | None = None,
+    context: frozenset[str] = frozenset(),
+) -> Rows:
+    """Read any kind of file or directory -> rows in order; a directory's carry their `split`.
+
+    Args:
+        split: of a directory, the one to read; a file's rows may name their own and are all read.
+        subset: of a directory, the one to read.
+        columns: a Parquet file must have one of them, and others than these are not read; None: every column.
+        context: columns that are read too, where a Parquet file has them.
+
+    Raises:
+        ConfigError: a subset or split must be chosen, or does not exist.
+        DataError: no such file, an unknown or unreadable one.
+    """
+    read = functools.partial(_file_rows, columns=columns, context=context)
+    if path.is_dir():
+        return _directory_rows(path, split, subset, read)
+    if subset is not None:
+        raise ConfigError(f"{path} is no directory: it has no subsets. Leave out --subset.")
+    if not path.is_file():
+        raise DataError(f"{path} does not exist. Give a dataset directory or a file ({_KNOWN}).")
+    return read(path)
+
+
+def _file_rows(path: Path, columns: frozenset[str] | None, context: frozenset[str]) -> Rows:
+    """Read one file; what goes wrong on the way is worded here."""
+    kind = _kind(path)
+    if kind not in _KINDS:
+        raise DataError(f"{path}: files that end in {path.suffix!r} are not read. Give one of: {_KNOWN}.")
+    try:
+        if kind in _PARQUET:
+            yield from _parquet_rows(path, columns, context)
+        else:
+            yield from _csv_rows(path) if kind in _CSV else _json_rows(path)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+        remedy = "Download or write it again" if path.suffix in _COMPRESSED else "Give a readable file"
+        raise DataError(f"{path} cannot be read ({reason}). {remedy}.") from None
+
+
+def _kind(path: Path) -> str:
+    """Tell what a file holds by its name, compression aside -> suffix, such as ".jsonl"."""
+    return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
+
+
+def _open(path: Path) -> IO[bytes]:
+    """Open a file for reading, decompressed; damage shows when it is read."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".zst":
+        import pyarrow  # comes with datasets, and reads zstd without a further package
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return open(path, "rb")
+
+
+def _json_rows(path: Path) -> Rows:
+    """Read a JSON list or JSON Lines, told apart by the first character, whatever the suffix says."""
+    with _open(path) as file:
+        start = file.peek(4096)  # type: ignore[attr-defined]
+        if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+            yield from _json_list(path, file.read())
+            return
+        for line in file:
+            if line.strip():
+                yield _json_line(line)
+
+
+def _json_list(path: Path, content: bytes) -> Rows:
+    try:
+        rows = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}). Mend it, or write one row a line (.jsonl).") from None
+    return iter([(row, None) for row in rows])
+
+
+def _json_line(line: bytes) -> tuple[Any, str | None]:
+    try:
+        return json.loads(line.decode("utf-8-sig")), None
+    except UnicodeDecodeError as error:
+        return NO_ROW, f"the line is not UTF-8 (byte {error.start})"
+    except (ValueError, RecursionError):
+        return NO_ROW, "the line is not valid JSON"
+
+
+def _csv_rows(path: Path) -> Rows:
+    """Read a table with a header line; an empty cell is None."""
+    csv.field_size_limit(_MOST_CELL_BYTES)
+    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        lines = csv.reader(file, delimiter="\t" if _kind(path) == ".tsv" else ",")
+        try:
+            header = next(lines, [])
+            if len(set(header)) < len(header):
+                raise DataError(f"{path} names a column twice ({', '.join(header)}). Rename one.")
+            for cells in lines:
+                if cells:
+                    yield _csv_row(header, cells)
+        except csv.Error as error:
+            raise DataError(f"{path}, line {lines.line_num}: no valid CSV ({error}). Write it again.") from None
+
+
+def _csv_row(header: list[str], cells: list[str]) -> tuple[Any, str | None]:
+    if len(cells) != len(header):
+        return NO_ROW, f"the row has {len(cells)} cells, the header {len(header)}"
+    if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
+        return NO_ROW, "the row is not UTF-8"
+    row: dict[str, Any] = {name: cell or None for name, cell in zip(header, cells, strict=True)}
+    for name, cell in row.items():
+        # Conversations are spelled as JSON; a text that merely begins with a bracket stays a text.
+        if cell is not None and (name in _LISTS or cell.lstrip().startswith('[{"')):
+            try:
+                row[name] = json.loads(cell)
+            except (ValueError, RecursionError):
+                if name in _LISTS:
+                    return NO_ROW, f"the cell {name} is no JSON list"
+    return row, None
+
+
+def _parquet_rows(path: Path, columns: frozenset[str] | None, context: frozenset[str]) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with _open(path) as stream:
+            content = pyarrow.BufferReader(stream.read()) if path.suffix in _COMPRESSED else path
+        file = pyarrow.parquet.ParquetFile(content)
+        names = file.schema_arrow.names
+        if columns is not None and not columns.intersection(names):
+            raise DataError(f"{path} has no column prompt or messages (it has: {', '.join(names)}). Rename the column.")
+        chosen = names if columns is None else [name for name in names if name in columns | context]
+        for batch in file.iter_batches(columns=chosen):
+            yield from ((row, None) for row in batch.to_pylist())
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} is no readable Parquet file ({reason}). Download or write it again.") from None
+
+
+# Directories
+
+
+def _directory_rows(path: Path, split: str | None, subset: str | None, read: Callable[[Path], Rows]) -> Rows:
+    if _is_saved(path):
+        if subset is not None:
+            raise ConfigError(f"{path} is one saved dataset: it has no subsets. Leave out --subset.")
+        return _saved_rows(path, split)
+    if saved := {child.name: child for child in path.iterdir() if child.is_dir() and _is_saved(child)}:
+        if all((child / _SAVED_DICT).is_file() for child in saved.values()):
+            return _saved_rows(saved[_choose("subset", path, subset, saved)], split)
+        chosen = _choose("split", path, split, saved)
+        return ((_with_split(row, chosen), fault) for row, fault in _saved_rows(saved[chosen], None))
+    by_subset = _layout(path)
+    if not by_subset:
+        raise DataError(f"{path} holds no dataset: no state.json and no file of the kinds {_KNOWN}. Check the path.")
+    by_split = by_subset[_choose("subset", path, subset, by_subset)]
+    unnamed = by_split.pop("", [])
+    if not by_split:  # rows may name their split themselves
+        _refuse_two_kinds(path, unnamed)
+        logger.info("%s: reading %s", path, ", ".join(str(file.relative_to(path)) for file in unnamed))
+        return itertools.chain.from_iterable(map(read, unnamed))
+    if unnamed and split is None:
+        raise ConfigError(
+            f"{path} has files of a split ({', '.join(sorted(by_split))}) and others ({unnamed[0].relative_to(path)}). "
+            "Choose with --split, or give one file."
+        )
+    chosen = _choose("split", path, split, by_split)
+    _refuse_two_kinds(path, by_split[chosen])
+    rows = itertools.chain.from_iterable(map(read, by_split[chosen]))
+    return ((_with_split(row, chosen), fault) for row, fault in rows)
+
+
+def _choose(what: str, path: Path, wanted: str | None, names: Collection[str]) -> str:
+    """Take the subset or split that is asked for, or the only one; never one of several."""
+    if wanted is None and len(names) == 1:
+        return next(iter(names))
+    if wanted is not None and wanted in names:
+        return wanted
+    fact = f"several {what}s" if wanted is None else f"no {what} {wanted!r}"
+    raise ConfigError(f"{path} has {fact}. Use --{what} with one of: {', '.join(sorted(names))}; or give one file.")
+
+
+def _refuse_two_kinds(path: Path, files: Sequence[Path]) -> None:
+    """One table is often there in two formats: reading both would double its rows."""
+    by_kind = {_kind(file): file.relative_to(path) for file in files}
+    if len(by_kind) > 1:
+        raise ConfigError(
+            f"{path} has files of several kinds ({', '.join(map(str, by_kind.values()))}). Give one file."
+        )
+
+
+def _layout(path: Path) -> dict[str, dict[str, list[Path]]]:
+    """Sort a directory's files by subset and split, as its README.md says or its names do -> {subset: {split: files}}.
+
+    The split "" is that of files whose place names none.
+    """
+    files = [file for file in sorted(path.rglob("*")) if _holds_rows(file, path)]
+    found = _declared_layout(path, files)
+    if not found:
+        for file in files:
+            subset, split = _subset_and_split(file.relative_to(path))
+            found.setdefault(subset, {}).setdefault(split, []).append(file)
+    return found
+
+
+def _holds_rows(file: Path, root: Path) -> bool:
+    is_hidden = any(part.startswith((".", "_")) for part in file.relative_to(root).parts)
+    return _kind(file) in _KINDS and file.name not in _NOT_ROWS and not is_hidden and file.is_file()
+
+
+def _declared_layout(path: Path, files: Sequence[Path]) -> dict[str, dict[str, list[Path]]]:
+    """Read `configs` of the YAML that opens a dataset's README.md; {} where it names no file that is here."""
+    try:
+        text = (path / "README.md").read_text(encoding="utf-8")
+        head = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
+        return {}
+    configs = head.get("configs") if isinstance(head, dict) else None
+    found: dict[str, dict[str, list[Path]]] = {}
+    for config in configs if isinstance(configs, list) else []:
+        entries = config.get("data_files") if isinstance(config, dict) else None
+        for entry in entries if isinstance(entries, list) else [entries]:
+            if not isinstance(entry, dict):
+                entry = {"split": "train", "path": entry}  # the hub's default
+            patterns = entry.get("path")
+            chosen = [
+                file
+                for pattern in (patterns if isinstance(patterns, list) else [patterns])
+                for file in files
+                if _is_named(file.relative_to(path).as_posix(), pattern)
+            ]
+            if chosen:
+                splits = found.setdefault(str(config.get("config_name", "default")), {})
+                splits.setdefault(str(entry.get("split", "train")), []).extend(chosen)
+    return found
+
+
+def _is_named(place: str, pattern: Any) -> bool:
+    """Tell whether a README's pattern names a file; `*` stays within a folder, `**` does not."""
+    if not isinstance(pattern, str):
+        return False
+    pattern = pattern.removeprefix("./")
+    return fnmatch.fnmatchcase(place, pattern) and ("**" in pattern or pattern.count("/") == place.count("/"))
+
+
+def _subset_and_split(place: Path) -> tuple[str, str]:
+    """Read a file's place in a dataset directory -> (subset, split); "default" and "" where it names none."""
+    name = place.name.removesuffix(place.suffix) if place.suffix in _COMPRESSED else place.name
+    stem = Path(name).stem
+    bare = _SHARD_NUMBER.sub("", stem)
+    folders = [folder.removeprefix("partial-") for folder in place.parts[:-1] if folder != "data"]
+    split = ""
+    if word := _SPLIT_WORD.search(bare):
+        split = bare if word.start() == 0 else word[0]  # train_prefs; my-rows-train
+    elif bare != stem and "-of-" in stem and bare not in ("part", "shard", "data"):
+        split = bare  # gen-00000-of-00001
+    else:
+        named = [folder for folder in folders if _SPLIT_WORD.match(folder)]
+        if not named and stem.isdecimal() and len(folders) > 1:
+            named = folders[-1:]  # SUBSET/SPLIT/0000.parquet, as the hub converts every dataset
+        split = named[-1] if named else ""
+    return "/".join(folder for folder in folders if folder != split) or "default", split
+
+
+def _is_saved(path: Path) -> bool:
+    return (path / _SAVED_DICT).is_file() or (path / "state.json").is_file()
+
+
+def _saved_rows(path: Path, split: str | None) -> Rows:
+    import datasets
+    import pyarrow
+
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} is no readable dataset ({reason}). Save it again with save_to_disk.") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        chosen = _choose("split", path, split, loaded)
+        return ((_with_split(row, chosen), None) for row in loaded[chosen])
+    return ((row, None) for row in loaded)
+
+
+def _with_split(row: Any, split: str) -> Any:
+    return {**row, "split": split} if isinstance(row, dict) else row

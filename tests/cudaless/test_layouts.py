@@ -1,0 +1,81 @@
+"""Transformer Engine's layers over several ranks compute what one rank computes: bfloat16 and FP8, gloo for NCCL.
+
+Truth is the same spec on one rank, which tests/gpu/test_hopper.py holds against Hugging Face in float64. On every rank
+the log-ratio of the reference pass and the first step is exactly 0 (`Truth.step`). Gaps are in nats a response token,
+distances in relative norm of the gradient, as there. Context parallelism is Transformer Engine's own ring. Not shown:
+NCCL, overlap, `tp_comm_overlap`.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sppo.conversion.convert import import_checkpoint
+from tests.distributed.conftest import write_dataset
+from tests.distributed.test_layouts import CP2, PP2, SHARDED, SP, TP2
+from tests.distributed.truth import Truth
+from tests.gpu.test_hopper import distance, gap_per_token
+from tests.models import MIXTURES, tiny_llama
+
+ENGINE = "--params-dtype bfloat16 --transformer-impl transformer_engine --micro-batch-size 4"
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {"intermediate_size": 512},
+    "mixture": {**MIXTURES["qwen3_moe"], "moe_intermediate_size": 128},
+}
+
+SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "dtype": "bfloat16"}
+"""Every matrix of two tensor-parallel ranks has sides that are multiples of 128, as blockwise FP8 wants."""
+
+# (model, ranks, flags)
+LAYOUTS = {
+    "TP2": ("dense", 2, TP2),
+    "TP2 SP": ("dense", 2, f"{TP2} {SP}"),
+    "PP2": ("dense", 2, PP2),
+    "TP2 SP PP2": ("dense", 4, f"{TP2} {SP} {PP2}"),
+    "CP2": ("dense", 2, CP2),
+    "DP2 sharded optimizer": ("dense", 2, SHARDED),
+    "EP2": ("mixture", 2, "--expert-model-parallel-size 2"),
+}
+PRECISIONS = {"bfloat16": "", "tensorwise": "--fp8 hybrid", "blockwise": "--fp8 hybrid --fp8-recipe blockwise"}
+BOUNDS = {"bfloat16": (0.009, 0.05), "tensorwise": (0.1, 0.5), "blockwise": (0.1, 0.5)}
+"""(gap, distance)."""
+
+
+@pytest.fixture(scope="module")
+def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Truth]:
+    @cache
+    def find(model: str) -> Truth:
+        root = tmp_path_factory.mktemp(model)
+        hf = tiny_llama(root / "hf", num_hidden_layers=4, **SIZES, **MODELS[model])
+        import_checkpoint(hf, root / "megatron")
+        return Truth(hf=hf, megatron=root / "megatron", data=write_dataset(root / "data", hf))
+
+    return find
+
+
+@pytest.fixture(scope="module")
+def one_rank(
+    truth_of: Callable[[str], Truth], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], dict[str, Any]]:
+    @cache
+    def find(model: str, precision: str) -> dict[str, Any]:
+        return truth_of(model).step(1, f"{ENGINE} {PRECISIONS[precision]}", tmp_path_factory.mktemp("one_rank"))
+
+    return find
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_computes_what_one_rank_does(
+    layout: str, precision: str, truth_of: Callable[[str], Truth], one_rank: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, ranks, flags = LAYOUTS[layout]
+    truth, wanted = truth_of(model), one_rank(model, precision)
+    found = truth.step(ranks, f"{ENGINE} {flags} {PRECISIONS[precision]}", tmp_path)
+    assert found["weights"] == wanted["weights"]
+    gap, apart = gap_per_token(found, wanted, truth.data), distance(found["gradient"], wanted["gradient"])
+    print(f"{layout}, {precision}: gap {gap:.5f} nats/token, gradient {apart:.5f}")
+    assert (gap <= BOUNDS[precision][0], apart <= BOUNDS[precision][1]) == (True, True), (gap, apart)

@@ -1,0 +1,141 @@
+"""Proves the budget of the head on a GPU, as log_ratio.py states it: operations, bytes moved, bytes held.
+
+The products and every allocation are those of the head itself at its real size, on tensors without memory (meta); what
+a kernel moves is counted from its own loads and stores in Triton's interpreter. The roofline of an H100 turns them into
+time. It does not prove that cuBLAS and the kernels reach the roofline: benchmarks/head_gpu.py measures that.
+"""
+
+import weakref
+from collections import Counter
+from functools import cache
+from typing import ClassVar
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpreterBuilder
+
+from megatron_sppo.objective import linear_log_probs, log_ratio
+from megatron_sppo.objective.log_ratio_kernels import KernelPasses
+
+HIDDEN, VOCAB = 4096, 128256
+FLOPS, BYTES = 989e12, 3.35e12
+"""An H100's, per second: dense bfloat16, and its memory's."""
+MIB = 1 << 20
+
+
+class Budget(TorchDispatchMode):
+    """Multiplications of every product, and the most bytes that were allocated at one time beside the inputs."""
+
+    def __init__(self, *inputs):
+        super().__init__()
+        self.multiplications = self.live = self.peak = 0
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in inputs)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            left, right = [tensor for tensor in args if isinstance(tensor, torch.Tensor)][-2:]
+            self.multiplications += left.shape[0] * left.shape[1] * right.shape[1]
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            storage = tensor.untyped_storage()
+            if storage not in self._known:
+                self._known.add(storage)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        return result
+
+    def _freed(self, num_bytes):
+        self.live -= num_bytes
+
+
+def kernel_bytes(monkeypatch, *, num_tokens=2, num_columns=4096):
+    """Run both kernels -> bytes moved per logit by step, from the masks of their loads and stores."""
+    moved = Counter()
+
+    def counted(operation, mask_at):
+        def count(builder, pointers, *rest):
+            moved[step] += int(rest[mask_at].data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+            return operation(builder, pointers, *rest)
+
+        return count
+
+    for name, mask_at in (("create_masked_load", 0), ("create_masked_store", 1)):
+        monkeypatch.setattr(InterpreterBuilder, name, counted(getattr(InterpreterBuilder, name), mask_at))
+    logits, labels = torch.zeros(num_tokens, num_columns).bfloat16().T, torch.arange(num_tokens)
+    maximum, sums = torch.full((num_tokens,), -torch.inf), torch.zeros(2, num_tokens)
+    step = "forward"
+    KernelPasses(None).accumulate(logits, labels, 0, maximum, sums)
+    step = "backward"
+    KernelPasses(None).differentiate_(logits, labels, 0, *sums, maximum)
+    return {step: count / (num_tokens * num_columns) for step, count in moved.items()}
+
+
+class OnMeta:
+    """Stands in for the kernels where there is no memory; counts the logits that each is given."""
+
+    tokens_adjoin = KernelPasses.tokens_adjoin
+    logits: ClassVar[Counter] = Counter()
+
+    def accumulate(self, logits_CN, labels_N, first_column, maximum_N, sums_2N):
+        assert logits_CN.stride(0) == 1
+        self.logits["forward"] += logits_CN.numel()
+        return maximum_N
+
+    def differentiate_(self, logits_CN, *rest):
+        self.logits["backward"] += logits_CN.numel()
+
+
+@cache
+def run(num_tokens):
+    """Go forward and backward at the real size -> (Budget, logits that each kernel was given)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log_ratio, "_choose_passes", lambda weight, **sizes: OnMeta())
+        patch.setattr(OnMeta, "logits", Counter())
+        hidden, weight = (
+            torch.empty(rows, HIDDEN, device="meta", dtype=torch.bfloat16, requires_grad=True)
+            for rows in (num_tokens, VOCAB)
+        )
+        labels = torch.empty(num_tokens, device="meta", dtype=torch.int64)
+        with Budget(hidden, weight, labels) as budget:
+            torch.autograd.grad(linear_log_probs(hidden, weight, labels).sum(), (hidden, weight))
+        return budget, OnMeta.logits
+
+
+def test_kernels_move_each_logit_three_times(monkeypatch):
+    """2 bytes in forward, 2 + 2 in backward, and at most 40 bytes a token and program beside 4096 logits."""
+    moved = kernel_bytes(monkeypatch)
+    assert moved == {"forward": pytest.approx(2, abs=0.01), "backward": pytest.approx(4, abs=0.01)}
+    assert min(moved.values()) >= 2
+
+
+@pytest.mark.parametrize(("num_tokens", "bound"), [(8192, 1.29), (32768, 1.38)])
+def test_time_by_the_roofline_is_that_of_three_products_and_what_the_ring_does_not_save(num_tokens, bound, monkeypatch):
+    """(4 - f) / 3 + 6 N V / 3.35e12 / (6 N H V / 989e12), f = 0.351 and 0.088: 1.288 (of 1.35 allowed) and 1.376."""
+    budget, logits = run(num_tokens)
+    assert logits == {"forward": num_tokens * VOCAB, "backward": num_tokens * VOCAB}
+    moved = kernel_bytes(monkeypatch)
+    seconds = 2 * budget.multiplications / FLOPS + sum(logits[step] * moved[step] for step in logits) / BYTES
+    three_products = 3 * 2 * num_tokens * HIDDEN * VOCAB / FLOPS
+    assert bound - 0.02 <= seconds / three_products <= bound
+
+
+@pytest.mark.parametrize("num_tokens", [8192, 32768])
+def test_at_most_a_gibibyte_is_held_over_the_gradients(num_tokens):
+    """The ring of 704 MiB, and float32 in place of bfloat16 for the hidden states' gradient: 2 N H bytes."""
+    budget, _ = run(num_tokens)
+    gradients = 2 * HIDDEN * (num_tokens + VOCAB)
+    expected = 704 * MIB + 2 * num_tokens * HIDDEN
+    assert budget.peak - gradients == pytest.approx(expected, abs=16 * MIB)
+    assert budget.peak - gradients <= 1024 * MIB
+
+
+def test_the_budget_counts_what_it_should():
+    """A [64, 64] float32 made, another made while it lives, both dropped; one product of 64^3."""
+    with Budget() as budget:
+        one = torch.empty(64, 64, device="meta")
+        two = torch.mm(one, one)
+        del one, two
+        torch.empty(64, 64, device="meta")
+    assert (budget.multiplications, budget.peak) == (64**3, 2 * 4 * 64 * 64)

@@ -1,0 +1,206 @@
+"""Proves that every format gives the same rows, and that of several splits or subsets none is read unasked.
+
+Layouts are those of the hub: a sharded `data/` folder, the converted `SUBSET/SPLIT/0000.parquet`, files named by split,
+a README.md with `configs`, `save_to_disk`. Files are written by other libraries (csv, gzip, pyarrow, datasets).
+"""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.rollout.tables import table_rows
+
+ROWS: list[dict[str, Any]] = [{"prompt": 'Why, "sky"?\nTwo lines'}, {"prompt": "\u00e9t\u00e9?"}]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    """Write rows in the format that the name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    kind = path.name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif kind in ("csv", "tsv"):
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, list(rows[0]), delimiter="\t" if kind == "tsv" else ",")
+            table.writeheader()
+            table.writerows(rows)
+    else:
+        path.write_bytes(json.dumps(rows, indent=1).encode() if kind == "json" else lines)
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    if path.suffix == ".zst":
+        content = path.read_bytes()
+        with pyarrow.CompressedOutputStream(str(path), "zstd") as stream:
+            stream.write(content)
+    return path
+
+
+def texts(path: Path, split: str | None = None, subset: str | None = None) -> list[str]:
+    rows = list(table_rows(path, split, subset=subset))
+    assert all(fault is None for _, fault in rows)
+    return [row["prompt"] for row, _ in rows]
+
+
+KINDS = ("json", "jsonl", "ndjson", "csv", "tsv", "parquet")
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"rows.{kind}" for kind in KINDS), "a.jsonl.gz", "a.csv.gz", "a.json.zst", "a.jsonl.zst"]
+)
+def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    assert texts(write(tmp_path / name)) == [row["prompt"] for row in ROWS]
+
+
+def test_compressed_parts_that_were_joined_are_read_whole(tmp_path: Path) -> None:
+    """`cat a.gz b.gz > c.gz` is a valid file of both, for zstd too."""
+    for suffix in (".gz", ".zst"):
+        part = write(tmp_path / f"part.jsonl{suffix}").read_bytes()
+        (tmp_path / f"both.jsonl{suffix}").write_bytes(part + part)
+        assert len(texts(tmp_path / f"both.jsonl{suffix}")) == 2 * len(ROWS)
+
+
+@pytest.mark.parametrize("name", ["cut.jsonl.gz", "cut.jsonl.zst", "other.jsonl.gz", "other.jsonl.zst", "cut.parquet"])
+def test_a_damaged_compressed_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, [{"prompt": f"{i} {i * i}"} for i in range(2000)])
+    path.write_bytes(path.read_bytes()[:-40] if name.startswith("cut") else b"<html>no archive</html>")
+    with pytest.raises(DataError, match=rf"{name} (cannot be read|is no readable).*ownload or write it again"):
+        list(table_rows(path))
+
+
+def test_csv_faults_are_of_their_row_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(
+        b'\xef\xbb\xbfprompt,messages\nWhy?,\na,b,c\n\xff,\n,"[{""role"": ""user"", ""content"": ""Hi""}]"\n,[x\n'
+    )
+    found = list(table_rows(path))
+    assert found[0] == ({"prompt": "Why?", "messages": None}, None)
+    assert [fault for _, fault in found[1:3]] == ["the row has 3 cells, the header 2", "the row is not UTF-8"]
+    assert found[3] == ({"prompt": None, "messages": [{"role": "user", "content": "Hi"}]}, None)
+    assert found[4][1] == "the cell messages is no JSON list"
+
+
+def test_a_csv_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,prompt\na,b\n")
+    with pytest.raises(DataError, match="names a column twice"):
+        list(table_rows(tmp_path / "rows.csv"))
+
+
+def one(text: str) -> list[dict[str, Any]]:
+    return [{"prompt": text}]
+
+
+LAYOUTS: dict[str, tuple[dict[str, str], str]] = {
+    "converted": ({"default/train/0000.parquet": "train", "default/test/0000.parquet": "test"}, "test, train"),
+    "converted in part": ({"x/partial-train/0000.parquet": "train", "x/test/0000.parquet": "test"}, "test, train"),
+    "own names": ({"x/gen/0000.parquet": "gen", "x/train_sft/0000.parquet": "train_sft"}, "gen, train_sft"),
+    "sharded": (
+        {"data/train-00000-of-00001.parquet": "train", "data/test-00000-of-00001-1a2b3c4d5e6f7a8b.parquet": "test"},
+        "test, train",
+    ),
+    "named": ({"train.jsonl": "train", "validation.jsonl": "validation"}, "train, validation"),
+    "lists": ({"train.json": "train", "dev.json": "dev"}, "dev, train"),
+    "word in a name": ({"my-train.jsonl.gz": "train", "my-heldout.jsonl.gz": "heldout"}, "heldout, train"),
+    "folders": ({"train/part-0.jsonl": "train", "test/part-0.jsonl": "test"}, "test, train"),
+    "published": ({"train_sft.parquet": "train_sft", "train_prefs.parquet": "train_prefs"}, "train_prefs, train_sft"),
+}
+"""{place: split}, and the splits to choose from."""
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_of_several_splits_one_must_be_chosen(tmp_path: Path, name: str) -> None:
+    files, names = LAYOUTS[name]
+    for place, split in files.items():
+        write(tmp_path / place, one(split))
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"several splits. Use --split with one of: {names}"):
+        table_rows(tmp_path)
+    with pytest.raises(ConfigError, match=f"no split 'other'. Use --split with one of: {names}"):
+        table_rows(tmp_path, "other")
+    for split in files.values():
+        assert list(table_rows(tmp_path, split)) == [({"prompt": split, "split": split}, None)]
+
+
+def test_shards_of_one_split_are_read_in_order(tmp_path: Path) -> None:
+    for number in range(3):
+        write(tmp_path / f"data/train-0000{number}-of-00003.jsonl", one(str(number)))
+    assert texts(tmp_path) == ["0", "1", "2"]
+
+
+def test_files_that_name_no_split_are_one(tmp_path: Path) -> None:
+    for number in range(2):
+        write(tmp_path / f"part-0000{number}.jsonl", one(str(number)))
+    assert texts(tmp_path) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        ("en/train/0000.parquet", "de/train/0000.parquet"),
+        ("en/train.jsonl.gz", "de/train.jsonl.gz"),
+        ("data/en/rows.jsonl", "data/de/rows.jsonl"),
+    ],
+)
+def test_of_several_subsets_one_must_be_chosen(tmp_path: Path, places: tuple[str, str]) -> None:
+    for place in places:
+        write(tmp_path / place, one(place))
+    with pytest.raises(ConfigError, match="several subsets. Use --subset with one of: de, en"):
+        table_rows(tmp_path)
+    assert texts(tmp_path, subset="en") == [places[0]]
+    with pytest.raises(ConfigError, match="no subset 'fr'"):
+        table_rows(tmp_path, subset="fr")
+
+
+def test_the_readme_of_a_dataset_says_which_file_is_what(tmp_path: Path) -> None:
+    """As on the hub: https://huggingface.co/docs/hub/datasets-manual-configuration."""
+    for name in ("a-1", "a-2", "b-1"):
+        write(tmp_path / f"rows/{name}.jsonl", one(name))
+    write(tmp_path / "rows/deeper/a-3.jsonl", one("not named"))
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n    path: rows/a-*\n"
+        "  - split: test\n    path: [rows/b-1.jsonl]\n- config_name: absent\n  data_files: other/*.csv\n---\n# Rows\n"
+    )
+    assert texts(tmp_path, "train", "main") == ["a-1", "a-2"]
+    assert texts(tmp_path, "test") == ["b-1"]
+    with pytest.raises(ConfigError, match="Use --split with one of: test, train"):
+        table_rows(tmp_path)
+
+
+def test_one_table_in_two_formats_is_not_read_twice(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / "train.parquet")
+    with pytest.raises(ConfigError, match="several kinds .train.jsonl, train.parquet.. Give one file"):
+        table_rows(tmp_path)
+
+
+def test_files_beside_those_of_a_split_must_be_decided_on(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", one("train"))
+    write(tmp_path / "more.jsonl", one("more"))
+    with pytest.raises(ConfigError, match="more.jsonl"):
+        table_rows(tmp_path)
+    assert texts(tmp_path, "train") == ["train"]
+
+
+@pytest.mark.parametrize("what", ["split", "subset"])
+def test_saved_datasets_side_by_side_want_one_chosen(tmp_path: Path, what: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    for name in ("train", "test"):
+        saved = datasets.Dataset.from_list(one(name))
+        saved = datasets.DatasetDict({"train": saved}) if what == "subset" else saved
+        saved.save_to_disk(str(tmp_path / name))
+    with pytest.raises(ConfigError, match=f"several {what}s. Use --{what} with one of: test, train"):
+        table_rows(tmp_path)
+    assert texts(tmp_path, **{what: "test"}) == ["test"]
+
+
+def test_a_file_has_no_subsets(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Leave out --subset"):
+        table_rows(write(tmp_path / "rows.jsonl"), subset="en")
