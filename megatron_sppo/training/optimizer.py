@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import megatron.core.optimizer as host
 import torch
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -91,6 +91,8 @@ def build_optimizer(
     values |= parse_overrides(config.optimizer_config, OptimizerConfig, flag="--optimizer-config", taken=values)
     host_config = host_dataclass(OptimizerConfig, values)
     _report_implementation(config.optimizer)
+    if torch.cuda.is_available() and clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":
+        clip_grads.l2_norm_impl = norm_on_the_device
     if layout.use_distributed_optimizer:
         _let_the_distributed_optimizer_load_adamw()
         _let_the_distributed_optimizer_save_several_buckets()
@@ -125,6 +127,19 @@ def _unrelated_apex() -> str | None:
     if not places or any(Path(place, "optimizers").is_dir() for place in places):
         return None
     return places[0]
+
+
+def norm_on_the_device(
+    _chunk_size: int, _noop: Any, tensor_lists: list[list[torch.Tensor]], *_: Any
+) -> tuple[torch.Tensor, None]:
+    """Compute the Euclidean norm of all tensors together, as amp_C.multi_tensor_l2norm -> ([1] float32, None).
+
+    In place of the host's local_multi_tensor_l2_norm (megatron-core 0.16.1 and 0.19.2, utils.py), which makes the host
+    wait for every parameter. It is taken where neither Transformer Engine nor apex is there, and by 0.19.2 beside a
+    Transformer Engine without multi_tensor_scale_tensor, such as 2.11 (optimizer/clip_grads.py).
+    """
+    (tensors,) = tensor_lists
+    return torch.nn.utils.get_total_norm(tensors).float().reshape(1), None
 
 
 def build_scheduler(
