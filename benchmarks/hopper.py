@@ -134,10 +134,11 @@ PARTS = {
 _GPU = """
 import json, torch
 from megatron_sppo.model.engine import transformer_engine_fault
+from megatron_sppo.objective.log_ratio import _kernels_lack
 answer = {"torch": torch.__version__, "cuda": torch.version.cuda}
 if torch.cuda.is_available():
     answer |= {"name": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability())}
-    answer["fault"] = transformer_engine_fault()
+    answer |= {"fault": transformer_engine_fault(), "head_kernels_lack": _kernels_lack()}
 print(json.dumps(answer))
 """
 
@@ -176,7 +177,7 @@ def missing_imports(requirements: Sequence[Requirement]) -> dict[Requirement, st
 
 
 def find_gpu() -> dict[str, Any]:
-    """Ask torch for itself and the GPU -> {"torch", "cuda", with a GPU "name", "capability", "fault"}."""
+    """Ask torch for itself and the GPU -> {"torch", "cuda", with a GPU "name", "capability" and what is wrong}."""
     done = _ask(sys.executable, _GPU)  # not of nvidia-smi: containers deny it where CUDA works
     return (
         json.loads(_last_line(done.stdout))
@@ -223,7 +224,8 @@ def run_part(name: str, folder: Path, *, limit: float, log: IO[str]) -> Result:
             code, last = _stream([sys.executable, *words], limit=limit, log=log)
             if code != 0:
                 over = f"took more than LIMIT={limit:.0f} seconds" if code is None else f"exit code {code}"
-                result.outcome, result.reason = "failed", f"{over}: {last}".replace(str(REPOSITORY), ".")
+                result.outcome = "failed"
+                result.reason = (f"{over}: {last}" if last else over).replace(str(REPOSITORY), ".")
                 break
         if report.exists():
             result.tests = _count_tests(report)
@@ -382,17 +384,24 @@ def main() -> None:
     limit = float(os.environ.get("LIMIT", "570"))
     with open(LOG, "w", encoding="utf-8") as log:
         print(f"{gpu['name']}, torch {gpu['torch']}, CUDA {gpu['cuda']}", file=_Both(log))
+        if gpu.get("head_kernels_lack"):
+            print(
+                f"    the head's kernels lack {gpu['head_kernels_lack']}: g1 and g2 measure torch's own operators. "
+                "Use: apt-get install gcc python3-dev",
+                file=_Both(log),
+            )
         for name in names:
-            if name in skipped:
-                results.append(Result(part=name, outcome="skipped", reason=skipped[name]))
-                continue
             try:
-                results.append(run_part(name, folder, limit=limit, log=log))
+                if name in skipped:
+                    results.append(Result(part=name, outcome="skipped", reason=skipped[name]))
+                else:
+                    results.append(run_part(name, folder, limit=limit, log=log))
             except KeyboardInterrupt:
                 results.append(Result(part=name, outcome="failed", reason="interrupted"))
                 interrupted = True
-                break
             _write_summary(folder, gpu, results)
+            if interrupted:
+                break
         _say_what_came_of_it(folder, results, file=_Both(log))
     if out := os.environ.get("OUT"):
         shutil.copytree(folder, Path(out, "results", card), dirs_exist_ok=True)

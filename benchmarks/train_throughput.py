@@ -324,7 +324,7 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
     optimizer = build_optimizer(policy.chunks, config.optimization, config.model, config.parallel)
     scheduler = build_scheduler(optimizer, config.optimization, train_iters=batches.train_iters)
     progress = loop.Progress(facts=loop.run_facts(batches, config))
-    progress.reference = reference.fingerprint(policy, dataset, config, selection=batches.selection)
+    progress.reference = reference.fingerprint(policy, dataset, batches, config)
     begin = clock()
     reference_GK = reference.load_or_compute(policy, dataset, batches, progress.reference, config=config)
     result: dict[str, Any] = {"reference": clock() - begin, "steps": [], "tokens": []}

@@ -32,6 +32,7 @@ def main() -> None:
     if resumed is not None and checkpoint.step_of(resumed) >= batches.train_iters:
         logger.info("%s is complete: all %d steps are done", config.save, batches.train_iters)
         return
+    reference.say_what_it_carries(batches, config)
     inputs.prepare_save_directory(config)
 
     parallel.initialize(config.parallel, seed=config.batch.seed)
@@ -44,14 +45,16 @@ def main() -> None:
     # log pi_t of every response, once, through the very micro-batches of training: before the first step log pi_theta
     # equals it, and every log-ratio is zero.
     if resumed is None:
-        progress = loop.Progress(facts=loop.run_facts(batches, config))
-        progress.reference = reference.fingerprint(policy, dataset, config, selection=batches.selection)
+        progress = loop.Progress(facts=loop.run_facts(batches, config), packs=batches.packs)
+        progress.reference = reference.fingerprint(policy, dataset, batches, config)
         reference_GK = reference.load_or_compute(policy, dataset, batches, progress.reference, config=config)
+        progress.ref_drift = reference.drift_by_step(policy, dataset, batches, reference_GK)
     else:
         progress = checkpoint.read_progress(resumed)
         progress.check_resumes(loop.run_facts(batches, config), config.save)
         checkpoint.resume(resumed, policy, optimizer, scheduler)
-        reference_GK = reference.read_for_resume(dataset, progress.reference, config=config)
+        progress.say_if_packs_changed(batches.packs)
+        reference_GK = reference.read_for_resume(dataset, batches, progress.reference, config=config)
 
     # (log pi_theta / pi_t - (eta w - log Z))^2, meaned over the responses of a global batch, one update each.
     complete = loop.train(

@@ -306,7 +306,20 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}).") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}). It is damaged: write it again.") from None
+        fault = damage(path, f"{path} is not valid JSON ({error}). It is damaged: write it again.")
+        raise DataError(fault) from None
+
+
+def damage(path: Path, otherwise: str) -> str:
+    """Say what stands in a file's place and what to do, where that can be told -> "FACT. REMEDY.", else `otherwise`."""
+    start = b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return f"{path} is a Git LFS pointer, not the file that it stands for. Fetch the file: git lfs pull"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return f"{path} is a web page, not a file of the model. Log in where it came from, and fetch it again."
+    return otherwise
 
 
 def contained(root: Path, name: str) -> Path:

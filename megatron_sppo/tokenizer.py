@@ -1,11 +1,14 @@
 """A tokenizer's identity, from its files alone: the same hash in rollouts, datasets and checkpoints, or a refusal.
 
-Only the files that decide token ids count. Chat template and special-token settings change texts, not ids; they are
-hashed apart (`chat_template_hash` in the rollout manifest).
+It is taken over what decides token ids (vocabulary, merges, normaliser, pre-tokeniser, post-processor, added tokens),
+not over a file's spelling: a tokenizer that another version saved again is the same one. Chat template and
+special-token settings change texts, not ids; they are hashed apart (`chat_template_hash` in the rollout manifest).
 """
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_sppo.storage import sha256_of_file, sha256_of_json
 
@@ -23,9 +26,49 @@ TEXT_FILES = (
 
 
 def tokenizer_hash(directory: Path) -> str | None:
-    """Hash the id-deciding tokenizer files of a Hugging Face directory -> 64 hex digits, or None if it has none."""
+    """Hash what a Hugging Face directory's tokenizer does -> 64 hex digits, or None if it has none.
+
+    tokenizer.json alone decides where it is there and can be read, as in transformers; otherwise the files' bytes.
+    """
+    meaning = _meaning(Path(directory, "tokenizer.json"))
+    return file_hash(directory) if meaning is None else sha256_of_json(meaning)
+
+
+def file_hash(directory: Path) -> str | None:
+    """Hash the id-deciding files byte for byte, which was a tokenizer's identity before -> hex digits, or None."""
     found = {name: sha256_of_file(Path(directory, name)) for name in ID_FILES if Path(directory, name).is_file()}
     return sha256_of_json(found) if found else None
+
+
+def is_tokenizer_of(directory: Path, recorded: Iterable[str | None]) -> bool:
+    """Whether a directory's tokenizer is the one of a recorded hash, taken over its meaning or over its files."""
+    return not {tokenizer_hash(directory), file_hash(directory)}.isdisjoint(recorded)
+
+
+def _meaning(path: Path) -> dict[str, Any] | None:
+    """Read what decides ids out of a tokenizer.json -> JSON value free of its spelling; None where it is not readable.
+
+    The library spells all fields out, defaults too; what it adds in a later version is null or false for older files,
+    and left out here.
+    """
+    if not path.is_file():
+        return None
+    from tokenizers import Tokenizer
+
+    try:
+        spelled = json.loads(Tokenizer.from_file(str(path)).to_str())
+    except Exception:  # noqa: BLE001 (the library raises Exception itself; check_side_files says why it did)
+        return None
+    decides = ("model", "normalizer", "pre_tokenizer", "post_processor", "added_tokens")
+    meaning = {key: _without_absent(spelled[key]) for key in decides}
+    meaning["added_tokens"] = sorted(meaning["added_tokens"] or [], key=lambda token: token.get("id", 0))
+    return meaning
+
+
+def _without_absent(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_absent(item) for key, item in value.items() if item is not None and item is not False}
+    return [_without_absent(item) for item in value] if isinstance(value, list) else value
 
 
 def token_texts(directory: Path) -> Callable[[Sequence[int]], list[str]] | None:

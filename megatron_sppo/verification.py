@@ -23,14 +23,15 @@ from tqdm import tqdm
 from megatron_sppo import layerwise as by_layer
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.conversion.distcp import COMMON_FILE, check_metadata
-from megatron_sppo.conversion.hf_checkpoint import open_hf_checkpoint
+from megatron_sppo.conversion.families import family_of
+from megatron_sppo.conversion.hf_checkpoint import check_side_files, open_hf_checkpoint
 from megatron_sppo.conversion.hf_config import architecture_from_hf, read_config
 from megatron_sppo.conversion.megatron_checkpoint import (
     MANIFEST_FILE,
     resolve_checkpoint,
     verify_checkpoint,
 )
-from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, open_megatron
+from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, different_fields, open_megatron
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import build_stage, forward
@@ -90,20 +91,22 @@ def verify(
         ConversionError, DataError: one of the two cannot be read.
     """
     hf, directory = Path(hf), resolve_checkpoint(Path(megatron))
+    check_side_files(hf)
     opened = open_megatron(directory, template=None if (directory / "model.json").is_file() else hf)
     described = architecture_from_hf(read_config(hf), place=str(hf / "config.json"))
-    different_fields = _different_fields(described, opened.architecture)
+    different = different_fields(described, opened.architecture, names=("config.json", "model.json"))
     tensors = _compare_tensors(hf, opened)
     tokenizer = compare_tokenizers(hf, directory)
     logits = None
-    if not different_fields:
+    # Of weights that are absent or of another shape transformers makes up new ones, which are no model to compare with.
+    if not different and not tensors["unusable"]:
         compute_dtype = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
         logits = _compare_logits(hf, opened, prompts=prompts, dtype=compute_dtype, layerwise=layerwise)
     report = {
         "schema_version": SCHEMA_VERSION,
         "hf": str(hf),
         "megatron": str(directory),
-        "architecture": {"same": not different_fields, "different": different_fields},
+        "architecture": {"same": not different, "different": different},
         "tensors": tensors,
         "tokenizer": tokenizer,
         "logits": logits,
@@ -146,9 +149,25 @@ def enforce(report: dict[str, Any]) -> None:
     if faults := report["faults"]:
         more = f" (and {len(faults) - 1} more: --json FILE lists them)" if len(faults) > 1 else ""
         raise ConversionError(
-            f"{report['megatron']} is not the model of {report['hf']}: {faults[0]}{more}. "
-            f"Convert again: tools/convert.py import --hf {report['hf']} --megatron NEW_DIR."
+            f"{report['megatron']} is not the model of {report['hf']}: {faults[0]}{more}. {_remedy(report)}"
         )
+
+
+def _remedy(report: dict[str, Any]) -> str:
+    """Say what mends the first kind of fault that a report has."""
+    tensors = report["tensors"]
+    if tensors.get("unusable") or tensors.get("unknown"):
+        return f"The weights in {report['hf']} are damaged or of another model: fetch or export them again."
+    if report["architecture"]["different"]:
+        return "config.json was changed after the import, or is of another model: restore it, or import again."
+    if tensors["different"] or report["logits"] is None:
+        return f"Convert again: tools/convert.py import --hf {report['hf']} --megatron NEW_DIR."
+    if not report["tokenizer"]["ids_same"] or report["tokenizer"]["different_probes"]:
+        return "The weights are the same: put the tokenizer's files right, or import again into a new directory."
+    return (
+        "All tensors are equal, so converting again changes nothing: the two programs compute this architecture "
+        "differently. Do not train on it, and report it with its config.json."
+    )
 
 
 def compare_logits(reference_PV: Tensor, logits_PV: Tensor) -> dict[str, float]:
@@ -179,8 +198,23 @@ def _compare_tensors(hf: Path, opened: OpenedMegatron) -> dict[str, Any]:
     cast = next(iter(dtypes)) if len(dtypes) == 1 and stored != dtypes else None
     with tqdm(total=source.nbytes, desc="tensors", unit="B", unit_scale=True, disable=None) as bar:
         different = compare_tensors(source, opened, dtype=cast, progress=bar.update)
-    compared = sum(len(binding.hf_shapes) for binding in opened.bindings)
-    return {"compared": compared, "different": different, "cast": str(cast).removeprefix("torch.") if cast else None}
+    shapes = {name: shape for binding in opened.bindings for name, shape in binding.hf_shapes.items()}
+    unusable = [
+        f"{name} is missing" if entry is None else f"{name} has shape {list(entry.shape)}, not {list(shape)}"
+        for name, shape in shapes.items()
+        if (entry := source.entries.get(name)) is None or entry.shape != shape
+    ]
+    family = family_of(opened.architecture.family, place=str(opened.directory))
+    known = (*shapes, *(("lm_head.weight",) if opened.architecture.share_embeddings_and_output_weights else ()))
+    empty = tuple(family.ignored) or ("\0",)
+    unknown = [name for name in source.entries if name not in known and not name.endswith(empty)]
+    return {
+        "compared": len(shapes),
+        "different": different,
+        "unusable": unusable,
+        "unknown": unknown,
+        "cast": str(cast).removeprefix("torch.") if cast else None,
+    }
 
 
 def _compare_logits(
@@ -307,23 +341,20 @@ def _megatron_logits(opened: OpenedMegatron, token_ids: list[list[int]], dtype: 
         parallel.shut_down()
 
 
-def _different_fields(one: Architecture, other: Architecture) -> list[str]:
-    return [
-        f"{field.name} is {getattr(one, field.name)} in config.json and {getattr(other, field.name)} in model.json"
-        for field in dataclasses.fields(Architecture)
-        if getattr(one, field.name) != getattr(other, field.name)
-    ]
-
-
 def _faults(report: dict[str, Any]) -> list[str]:
     """List what differs, in words."""
     faults = list(report["architecture"]["different"])
     tensors, tokenizer, logits = report["tensors"], report["tokenizer"], report["logits"]
     if different := tensors["different"]:
         faults.append(f"{len(different)} of {tensors['compared']} tensors differ, the first is {different[0]}")
+    faults += tensors.get("unusable", [])
+    if unknown := tensors.get("unknown"):
+        faults.append(f"{len(unknown)} tensors of the Hugging Face directory are not in it, the first is {unknown[0]}")
     if not tokenizer["ids_same"]:
         faults.append("the tokenizers differ")
-    faults += [f"{name} differs" for name, same in tokenizer["texts"].items() if not same]
+    # Where both tokenizers could be tried, what they do decides, not how their settings are spelled.
+    if not tokenizer.get("probes") or tokenizer["different_probes"]:
+        faults += [f"{name} differs" for name, same in tokenizer["texts"].items() if not same]
     if probes := tokenizer["different_probes"]:
         faults.append(f"the tokenizers treat {len(probes)} texts differently, the first is {probes[0]!r}")
     if logits is None:

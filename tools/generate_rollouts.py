@@ -3,8 +3,10 @@
 import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_sppo import command_line, config
+from megatron_sppo.conversion.complete import check_complete
 from megatron_sppo.rollout.generate import GenerateConfig, generate_rollouts
 
 NAME = "generate_rollouts.py"
@@ -21,6 +23,8 @@ class Command(GenerateConfig):
 def main() -> None:
     """Parse the command line, sample, report."""
     command = config.parse(Command, name=NAME, description=__doc__ or "")
+    if not command.servers.server:
+        check_complete(Path(command.model))
     manifest = generate_rollouts(command)
     outcome = {
         "output": str(command.output),

@@ -28,7 +28,7 @@ from megatron_sppo.judge.scoring import score_rollouts
 from megatron_sppo.judge.work_list import WorkList, open_work_list
 from megatron_sppo.rollout.outcomes import outcome_warnings
 from megatron_sppo.rollout.records import MANIFEST_NAME, read_manifest
-from megatron_sppo.storage import read_json, remove_stale_temporaries, sha256_of_file, write_json
+from megatron_sppo.storage import lock_until_exit, read_json, remove_stale_temporaries, sha256_of_file, write_json
 
 NAME = "score_pairrm.py"
 LEAVING_SECONDS = 60.0
@@ -138,6 +138,7 @@ def score(command: Command, work: WorkList) -> dict[str, Any] | None:
             score_rollouts(command.rollouts, judge, work_dir, work=work)
         work.leave()
         return None
+    lock_until_exit(work_dir, flag="--output")
     rollouts_sha256 = sha256_of_file(command.rollouts / MANIFEST_NAME)
     identity = {
         "rollouts_sha256": rollouts_sha256,
@@ -163,7 +164,12 @@ def score(command: Command, work: WorkList) -> dict[str, Any] | None:
         with writer:
             counts = merge_scores(command.rollouts, manifest, judge, work_dir, writer, rule=preset)
             if not command.allow_no_signal and writer.num_prompts:
-                check_signal(counts, judge=judge.name, one_order=command.one_order)
+                try:
+                    check_signal(counts, judge=judge.name, one_order=command.one_order)
+                except DataError:
+                    if counts["unreadable_verdicts"]:
+                        shutil.rmtree(work_dir)  # the server may be mended when the judge is asked again
+                    raise
         assert writer.manifest is not None
         done = write_diagnostics(command.output, writer.manifest, identity, counts)
     else:

@@ -154,7 +154,7 @@ class Responses(torch.utils.data.Dataset):
             self._epoch, self._order = epoch, epoch_rows(self._index, seed=self._seed, epoch=epoch, by_prompt=False)
         batch = self._collate(self._order[place : place + 1])
         names = ("tokens", "position_ids", "labels", "win_rate", "reference_log_prob", "group", "response")
-        return {name: getattr(batch, name)[0] for name in names}
+        return {name: getattr(batch, name)[0] for name in names} | {"epoch": torch.tensor(epoch)}
 
 
 def build_datasets(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Responses, None, None]:
@@ -253,7 +253,6 @@ def reference_log_probs(dataset: PreferenceDataset, index: TrainingIndex, select
         "dataset_hash": dataset.dataset_hash,
         "selection": selection,
         "seq_length": args.seq_length,
-        "micro_batch_size": args.micro_batch_size,
         "params_dtype": str(args.params_dtype),
         "transformer_impl": args.transformer_impl,
         "fp8": args.fp8,
@@ -275,7 +274,9 @@ def compute_reference(dataset: PreferenceDataset, index: TrainingIndex) -> np.nd
     """Run an epoch forward, in its order -> [G, K] float32; NaN where no response is selected. Collective."""
     args = get_args()
     whole = args.micro_batch_size * parallel.data_parallel_size()
-    num_samples = -(-index.num_rows // whole) * whole  # those of the next epoch that fill it up are computed twice
+    # Filled up from the next epoch: the interleaved schedule wants micro-batches in multiples of the stages.
+    multiple = whole * args.pipeline_model_parallel_size
+    num_samples = -(-index.num_rows // multiple) * multiple
     values_GK = np.full((dataset.num_groups, dataset.num_responses), np.nan, np.float32)
     samples = Responses(dataset, index, num_samples, values_GK)
     reports = get_forward_backward_func()(
@@ -290,7 +291,8 @@ def compute_reference(dataset: PreferenceDataset, index: TrainingIndex) -> np.nd
     )
     found_GK = torch.full(values_GK.shape, -torch.inf, device="cuda")
     for report in reports:
-        found_GK[report["group"], report["response"]] = report["log_prob"]
+        first = report["epoch"] == 0
+        found_GK[report["group"][first], report["response"][first]] = report["log_prob"][first]
     torch.distributed.all_reduce(found_GK, op=torch.distributed.ReduceOp.MAX)
     return found_GK.masked_fill(found_GK.isinf(), torch.nan).cpu().numpy()
 
@@ -302,7 +304,7 @@ def reference_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
 
     def report(token_log_prob_R: Tensor) -> tuple[Tensor, Tensor, Batch]:
         log_prob_B = sequence_log_probs(batch, token_log_prob_R)
-        found = {"group": batch["group"], "response": batch["response"], "log_prob": log_prob_B}
+        found = {name: batch[name] for name in ("group", "response", "epoch")} | {"log_prob": log_prob_B}
         return log_prob_B.sum(), log_prob_B.new_ones((), dtype=torch.int), found
 
     return output, report

@@ -24,6 +24,7 @@ from megatron_sppo.conversion.hf_checkpoint import (
     LAYOUT_FILE,
     SIDE_FILES,
     HFCheckpoint,
+    check_side_files,
     check_tensors,
     copy_side_files,
     kept_files,
@@ -104,6 +105,7 @@ def import_checkpoint(
     architecture = architecture_from_hf(read_config(hf), place=str(hf / CONFIG_FILE))
     family = family_of(architecture.family, place=str(hf))
     source = open_hf_checkpoint(hf)
+    check_side_files(hf)
     if architecture.num_layers * (architecture.num_moe_experts or 1) > len(source.entries):
         raise ConversionError(
             f"{hf} holds {len(source.entries)} tensors, too few for the {architecture.num_layers} layers that its "

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from megatron_sppo.conversion.safetensors_file import (
     write_header,
 )
 from megatron_sppo.errors import ConversionError, DataError
-from megatron_sppo.storage import contained, read_json, write_json
+from megatron_sppo.storage import contained, damage, read_json, write_json
 from megatron_sppo.tokenizer import ID_FILES, TEXT_FILES
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,8 @@ SIDE_FILES = (CONFIG_FILE, GENERATION_FILE, *ID_FILES, *TEXT_FILES)
 """Files that are kept inside the Megatron checkpoint and come out again, byte for byte."""
 LAYOUT_FILE = "layout.json"
 """Beside them: how the tensors lay in the imported files, so that an export writes the same files."""
+_MAX_CARRIED_BYTES = 1 << 20
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 _NAMED = 4  # how many names an error lists before "and N more"
 
@@ -148,12 +150,149 @@ def check_tensors(checkpoint: HFCheckpoint, expected: Mapping[str, Shape], *, ig
     return left
 
 
+def check_side_files(directory: Path) -> None:
+    """Open each file beside the weights that a later stage needs, once, and say which files no stage takes along.
+
+    Raises:
+        ConversionError: one of them is damaged, a Git LFS pointer, empty, or no template; an unmerged adapter is there.
+    """
+    directory = Path(directory)
+    if adapters := sorted(path.name for path in directory.glob("adapter_*")):
+        raise ConversionError(
+            f"{directory} holds an adapter ({', '.join(adapters)}), which transformers would put on the weights and an "
+            "import does not. Merge it first (peft: merge_and_unload), or move it elsewhere if it is not this model's."
+        )
+    for name in side_files(directory):
+        path = directory / name
+        try:
+            _check_side_file(path)
+        except (ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            raise ConversionError(damage(path, f"{path} is damaged ({reason}). Fetch the file again.")) from None
+    _hold_against_each_other(directory)
+    for reason, names in _left_behind(directory).items():
+        logger.info("left behind, %s: %s", reason, _names(names))
+
+
+def _hold_against_each_other(directory: Path) -> None:
+    """Say where two of the files state one fact differently, and which of them transformers takes."""
+    settings, template = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+    inline = read_json(settings).get("chat_template") if settings.is_file() else None
+    if (
+        isinstance(inline, str)
+        and template.is_file()
+        and inline.strip() != template.read_text(encoding="utf-8").strip()
+    ):
+        logger.warning("%s and the chat_template of %s differ: the first is taken", template, settings.name)
+    tokenizer, config = directory / "tokenizer.json", read_json(directory / CONFIG_FILE)
+    if tokenizer.is_file() and isinstance(size := config.get("vocab_size"), int):
+        content = read_json(tokenizer)
+        vocabulary = content.get("model", {}).get("vocab", {})
+        ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+        ids += [token.get("id", 0) for token in content.get("added_tokens") or []]
+        if (largest := max(ids, default=0)) >= size:
+            logger.warning(
+                "%s has token %d, and the model embeds %d: a text with that token cannot be used",
+                tokenizer,
+                largest,
+                size,
+            )
+
+
+def _check_side_file(path: Path) -> None:
+    """Raise a ValueError if a file is not what its name says."""
+    if path.suffix == ".model":
+        # What it holds is SentencePiece's or tiktoken's own; tokenizer.json decides where it is there.
+        if (raw := path.read_bytes()[:64]).startswith((b"version https://git-lfs", b"<")) or not raw:
+            raise ValueError("no tokenizer model")
+        return
+    text = path.read_text(encoding="utf-8")
+    if not text.strip():
+        raise ValueError("no text")
+    if text.startswith("version https://git-lfs"):
+        raise ValueError("a pointer")
+    if path.name == "tokenizer.json":
+        from tokenizers import Tokenizer
+
+        try:
+            Tokenizer.from_str(text)
+        except Exception as error:  # noqa: BLE001 (the library raises Exception itself)
+            raise ValueError(f"no tokenizer: {error}") from None
+    if path.suffix == ".json":
+        content = json.loads(text)
+        if not isinstance(content, dict) and path.name in SIDE_FILES:
+            raise ValueError("no JSON object")
+        template = content.get("chat_template") if isinstance(content, dict) else None
+        listed = template if isinstance(template, list) else [{"template": template}]
+        templates = [entry.get("template") for entry in listed if isinstance(entry, dict)]
+    else:
+        templates = [text] if path.suffix == ".jinja" else []
+    for template in templates:
+        if isinstance(template, str):
+            _check_template(template)
+
+
+def _check_template(template: str) -> None:
+    """Raise a ValueError if a chat template is not Jinja, in the dialect of transformers 5 (chat_template_utils.py)."""
+    from jinja2 import Environment, TemplateSyntaxError, nodes
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags: ClassVar[set[str]] = {"generation"}
+
+        def parse(self, parser: Any) -> nodes.Node:
+            next(parser.stream)
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True))
+
+    try:
+        Environment(extensions=[Generation, "jinja2.ext.loopcontrols"], autoescape=False).parse(template)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"a chat template that is no Jinja: {error.message}, line {error.lineno}") from None
+
+
+def side_files(directory: Path) -> list[str]:
+    """List what travels with the weights, byte for byte -> names, those of SIDE_FILES first.
+
+    Beside what the stages read: small texts and settings, such as a licence, which goes with the weights wherever they
+    go, or the settings of a processor that only other programs use.
+    """
+    directory = Path(directory)
+    known = [name for name in SIDE_FILES if (directory / name).is_file()]
+    patterns = ("*.json", "*.jinja", "*LICENSE*", "*LICENCE*", "NOTICE*", "USE_POLICY*", "additional_chat_templates/*")
+    found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
+    small = (path for path in found if path.stat().st_size <= _MAX_CARRIED_BYTES)
+    others = sorted(path.relative_to(directory).as_posix() for path in small)
+    return [*known, *(name for name in others if name not in (*known, INDEX_FILE, LAYOUT_FILE))]
+
+
+def _left_behind(directory: Path) -> dict[str, list[str]]:
+    """Sort what an import does not take along -> {reason: names}."""
+    weights = {SINGLE_FILE, INDEX_FILE}
+    if not (directory / SINGLE_FILE).is_file():
+        weights |= set(_weight_map(directory).values())
+    taken = {*weights, *side_files(directory), "additional_chat_templates"}
+    left: dict[str, list[str]] = {}
+    for path in sorted(directory.iterdir()):
+        if path.name.startswith(".") or path.name in taken:
+            continue
+        if path.is_dir():
+            reason = "a folder that no stage reads"
+        elif path.suffix == ".py":
+            reason = "code, which is never run"
+        elif path.suffix in _WEIGHT_SUFFIXES:
+            reason = "weights that the index does not name, or in another format"
+        else:
+            reason = "not needed by any stage"
+        left.setdefault(reason, []).append(path.name)
+    return left
+
+
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy config.json, generation config, tokenizer and chat template, those that there are."""
-    for name in SIDE_FILES:
+    """Copy config.json, generation config, tokenizer, chat template and other small texts, those that there are."""
+    for name in side_files(source):
         _check_link(source, name)
-        if Path(source, name).is_file():
-            shutil.copyfile(Path(source, name), Path(target, name))  # follows links into the hub's cache
+        Path(target, name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(Path(source, name), Path(target, name))  # follows links into the hub's cache
 
 
 def kept_files(tensors: Mapping[str, tuple[torch.dtype, Shape]], layout: Mapping[str, Any]) -> PlannedFiles | None:

@@ -202,6 +202,23 @@ def publish(root: Path, iteration: int) -> None:
         file.write(f"{iteration}\n")
 
 
+def check_copy(path: Path, directory: Path) -> None:
+    """Hold a root's model.json against that of the iteration which it was resolved to: one is a copy of the other.
+
+    Args:
+        path: what was resolved; an iteration directory itself asks its root nothing.
+
+    Raises:
+        DataError: they differ.
+    """
+    copies = [Path(place, MODEL_FILE) for place in (path, directory)]
+    if all(copy.is_file() for copy in copies) and copies[0].read_bytes() != copies[1].read_bytes():
+        raise DataError(
+            f"{copies[0]} and {copies[1]} differ, and should be one. Check which describes the model; if it is the "
+            f"second: cp {copies[1]} {copies[0]}"
+        )
+
+
 def carry_model_files(source: Path, target: Path) -> None:
     """Copy model.json and hf/ of an iteration directory into a new one that is being written."""
     if Path(source, MODEL_FILE).is_file():

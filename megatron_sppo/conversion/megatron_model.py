@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from megatron_sppo.conversion.megatron_checkpoint import (
     HF_DIRECTORY,
     MANIFEST_FILE,
     check_backend,
+    check_copy,
     listed_digests,
     resolve_checkpoint,
     verify_checkpoint,
@@ -98,6 +99,7 @@ def open_megatron(megatron: Path, *, template: Path | None = None, leave_uncheck
         logger.warning("%s has no %s: its checksums are unknown", directory, MANIFEST_FILE)
     if template is not None:
         architecture = architecture_from_hf(read_config(template), place=str(Path(template, CONFIG_FILE)))
+        _check_template(template, architecture, directory)
     elif (directory / MODEL_FILE).is_file():
         architecture, _ = read_architecture(directory)
     else:
@@ -130,7 +132,8 @@ def open_megatron(megatron: Path, *, template: Path | None = None, leave_uncheck
         side_files=side_files,
         unchecked=unchecked,
     )
-    _check_keys(opened)
+    _check_keys(opened, template)
+    check_copy(Path(megatron), directory)
     return opened
 
 
@@ -190,8 +193,38 @@ def _check_counts(reader: DistcpReader, architecture: Architecture) -> None:
         )
 
 
-def _check_keys(opened: OpenedMegatron) -> None:
+def _check_template(template: Path, architecture: Architecture, directory: Path) -> None:
+    """Refuse a template that describes another model than the checkpoint says it holds.
+
+    Raises:
+        ConversionError: names what differs.
+    """
+    if not (directory / MODEL_FILE).is_file():
+        return
+    held, _ = read_architecture(directory)
+    if different := different_fields(architecture, held, names=("the template", MODEL_FILE)):
+        raise ConversionError(
+            f"--template {template} is of another model than {directory}: {'; '.join(different[:3])}. "
+            "Give the Hugging Face directory that this checkpoint was made from, or leave --template out."
+        )
+
+
+def different_fields(one: Architecture, other: Architecture, *, names: tuple[str, str]) -> list[str]:
+    """Say in which fields two architectures differ -> "FIELD is A in NAME and B in NAME" lines."""
+    return [
+        f"{field.name} is {getattr(one, field.name)} in {names[0]} and {getattr(other, field.name)} in {names[1]}"
+        for field in fields(Architecture)
+        if getattr(one, field.name) != getattr(other, field.name)
+    ]
+
+
+def _check_keys(opened: OpenedMegatron, template: Path | None) -> None:
     """Compare the checkpoint's keys with the architecture's: missing, mis-shaped and unknown ones are named."""
+    if template is None:
+        blame, where = "It is a checkpoint of another model", "its architecture"
+    else:
+        blame = f"--template {template} describes another model than the checkpoint holds; give the right one"
+        where = str(template)
     stored = opened.reader.shapes()
     stacked = megatron_shapes(opened.bindings, opened.architecture)
     known = set()
@@ -201,19 +234,18 @@ def _check_keys(opened: OpenedMegatron) -> None:
         wanted = stacked[key] if key in stacked else binding.rule.megatron_shape(opened.architecture)
         if key not in stored:
             raise ConversionError(
-                f"{opened.directory} lacks {binding.rule.key}. It is a checkpoint of another model, or of no GPTModel."
+                f"{opened.directory} lacks {binding.rule.key}. {blame}, or the checkpoint is of no GPTModel."
             )
         found = stored[key]
         rows_may_exceed = _is_vocab(binding) and found[0] >= wanted[0]  # Megatron pads the vocabulary
         if found != wanted and not (rows_may_exceed and found[1:] == wanted[1:]):
             raise ConversionError(
-                f"{opened.directory} holds {key} of shape {list(found)} where its architecture has {list(wanted)}. "
-                "It is a checkpoint of another model."
+                f"{opened.directory} holds {key} of shape {list(found)} where {where} has {list(wanted)}. {blame}."
             )
     if unknown := sorted(key for key in stored if key.startswith(_MODEL_ROOTS) and key not in known):
         raise ConversionError(
             f"{opened.directory} holds {', '.join(unknown[:4])}, for which the family "
-            f"{opened.architecture.family!r} has no rule. It is a checkpoint of another model."
+            f"{opened.architecture.family!r} has no rule. {blame}."
         )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_sppo.conversion.transfer import bytes_of, write_at
 from megatron_sppo.errors import ConversionError
+from megatron_sppo.storage import damage
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What a weight may be. Integers and float8 are quantized weights, which the Megatron side does not hold."""
@@ -50,14 +51,17 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Entry]]:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
             if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
-                raise ConversionError(f"{path} ({size} bytes) is cut short or no safetensors file. Fetch it again.")
+                fault = f"{path} ({size} bytes) is cut short or no safetensors file. Fetch it again."
+                raise ConversionError(damage(path, fault))
             raw = file.read(length)
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({error.strerror}). Fetch it again.") from None
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        entries = {name: _entry(path, fields, _LENGTH_BYTES + length) for name, fields in header.items()}
+        entries = {name: _entry(path, name, fields, _LENGTH_BYTES + length) for name, fields in header.items()}
+    except ConversionError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConversionError(
             f"{path} has a damaged header ({type(error).__name__}: {error}). Fetch it again."
@@ -120,24 +124,25 @@ def new_header(
     raw = json.dumps(fields, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % _ALIGNMENT)
     del fields["__metadata__"]
-    return raw, {name: _entry(path, field, _LENGTH_BYTES + len(raw)) for name, field in fields.items()}
+    return raw, {name: _entry(path, name, field, _LENGTH_BYTES + len(raw)) for name, field in fields.items()}
 
 
 def entries_of_header(path: Path, raw: bytes) -> dict[str, Entry]:
     """Read the entries of a header that was kept apart from its file."""
     fields = json.loads(raw)
     fields.pop("__metadata__", None)
-    return {name: _entry(path, field, _LENGTH_BYTES + len(raw)) for name, field in fields.items()}
+    return {name: _entry(path, name, field, _LENGTH_BYTES + len(raw)) for name, field in fields.items()}
 
 
-def _entry(path: Path, fields: Mapping[str, Any], data_start: int) -> Entry:
+def _entry(path: Path, name: str, fields: Mapping[str, Any], data_start: int) -> Entry:
     kind, shape, (start, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
     if kind not in DTYPES:
         raise ConversionError(
-            f"{path} holds tensors of type {kind}, which are quantized or no weights. Use the unquantized model."
+            f"{path}: {name} is of type {kind}, which is quantized or no weight; read are {', '.join(DTYPES)}. "
+            "Use the unquantized model."
         )
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
         raise ValueError("a shape or an offset is no whole number")
     if end - start != math.prod(shape) * DTYPES[kind].itemsize:
-        raise ValueError(f"{end - start} bytes for {kind} of shape {list(shape)}")
+        raise ValueError(f"{name} has {end - start} bytes for {kind} of shape {list(shape)}")
     return Entry(file=path, dtype=DTYPES[kind], shape=shape, offset=data_start + start, nbytes=end - start)

@@ -22,7 +22,8 @@ class ConclusionJudge:
 
     def __init__(self, judge: Judge, marker: str) -> None:
         self._judge, self._marker = judge, marker
-        self._opening = marker.replace("/", "", 1)
+        self._opening = marker.replace("/", "", 1) if "/" in marker else None
+        """What begins the reasoning, where its end is spelled as a closing tag."""
         self.name = f"{judge.name}, after {marker}"
         self.fingerprint = sha256_of_json({"judge": judge.fingerprint, "after": marker})
         self.counts = judge.counts
@@ -33,7 +34,7 @@ class ConclusionJudge:
 
     def _concluded(self, group: RolloutGroup) -> RolloutGroup:
         # Some chat templates begin the reasoning themselves.
-        is_open = (group.prompt_text or "").rstrip().endswith(self._opening)
+        is_open = self._opening is not None and (group.prompt_text or "").rstrip().endswith(self._opening)
         responses = tuple(self._conclusion(response, is_open=is_open) for response in group.responses)
         return dataclasses.replace(group, responses=responses)
 
@@ -41,7 +42,7 @@ class ConclusionJudge:
         _, marker, conclusion = response.text.partition(self._marker)
         if marker:
             self.counts["concluded_answers"] += 1
-        elif is_open or response.text.lstrip().startswith(self._opening):
+        elif is_open or (self._opening is not None and response.text.lstrip().startswith(self._opening)):
             self.counts["unfinished_reasoning"] += 1
         else:
             self.counts["answers_without_reasoning"] += 1

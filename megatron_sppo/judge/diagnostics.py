@@ -223,9 +223,10 @@ def check_signal(counts: Counter[str], *, judge: str, one_order: bool) -> None:
         return
     else:
         fact, remedy = _why_nothing_leans(counts, pairs=pairs, ties=ties)
+    kept = "the judge is asked anew" if counts["unreadable_verdicts"] else "the scores are kept"
     raise DataError(
         f"{judge} gives no signal: {fact}; training on it would change nothing. {remedy} "
-        "Or go on with --allow-no-signal: the scores are kept."
+        f"Or go on with --allow-no-signal: {kept}."
     )
 
 

@@ -58,6 +58,7 @@ LARGEST_LOGIT = 10.0
 LONGEST_WAIT_SECONDS = 600.0
 """A server may ask for so much quiet; who asks for more is left alone, and the run ends."""
 THINKING_ENDS = "</think>"
+UNREADABLE = "unreadable_verdicts"
 
 _INSTRUCTION = (
     "You compare two answers to the same conversation. Say which is more helpful, correct and clear. "
@@ -230,7 +231,8 @@ class EndpointJudge:
                         self.traffic["cached_answers"] += 1
                     return cached
         choice = self._ask(body)
-        if path is not None:
+        # What cannot be read is asked anew: the server may be mended by then.
+        if path is not None and verdict_logit(choice)[1] != UNREADABLE:
             with atomic_file(path) as file:
                 json.dump(choice, file)
         return choice
@@ -309,6 +311,7 @@ class EndpointJudge:
         """
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         fault, status, asked_to_wait = "", None, 0.0
+        remedy = "Start the server, then run the same command again: finished shards are kept."
         attempt, wait_seconds = 0, 0.0
         while attempt < self._max_attempts:
             time.sleep(max(wait_seconds, self._quiet_until - time.monotonic(), 0.0))
@@ -321,10 +324,13 @@ class EndpointJudge:
             attempt += 1
             try:
                 with urllib.request.urlopen(request, timeout=self._timeout_seconds) as response:
-                    content = json.loads(response.read())
-                if not isinstance(content, dict):
-                    raise ValueError("no JSON object")
-                return content
+                    text = response.read().decode("utf-8", "replace")
+                with contextlib.suppress(ValueError, RecursionError):
+                    content = json.loads(text)
+                    if isinstance(content, dict):
+                        return content
+                status, fault = None, f"no JSON object but {self._quoted(text)!r}"
+                remedy = "Check the address: on most servers it ends in /v1."
             except urllib.error.HTTPError as error:
                 words = self._server_text(error)
                 status, fault = error.code, f"HTTP {error.code}{words}"
@@ -349,10 +355,7 @@ class EndpointJudge:
             logger.debug("%s%s, attempt %d: %s", self._url, route, attempt, fault)
         if status == 500:
             raise self._refusal(route, status, f"{fault} in {self._max_attempts} attempts")
-        raise DataError(
-            f"{self._url}{route} did not answer in {self._max_attempts} attempts ({fault}). "
-            "Start the server, then run the same command again: finished shards are kept."
-        )
+        raise DataError(f"{self._url}{route} did not answer in {self._max_attempts} attempts ({fault}). {remedy}")
 
     def _concede(self, conceded: frozenset[str], words: str) -> bool:
         """See whether the server refuses by name a parameter that was sent, and do without it -> whether to ask again.
@@ -463,10 +466,11 @@ def verdict_logit(choice: dict[str, Any]) -> tuple[float, str]:
         return max(-LARGEST_LOGIT, min(LARGEST_LOGIT, logit)), "logprob_verdicts"
     message = choice.get("message")
     text = str(message.get("content") or "") if isinstance(message, dict) else ""
-    letter = _letter(text.rpartition(THINKING_ENDS)[2].strip()[:8])
+    # With room for more than a letter, some explain themselves in the lines below it.
+    letter = _letter((text.rpartition(THINKING_ENDS)[2].strip().splitlines() or [""])[0])
     if letter:
         return (VERDICT_LOGIT if letter == "A" else -VERDICT_LOGIT), "bare_verdicts"
-    return 0.0, "unreadable_verdicts"
+    return 0.0, UNREADABLE
 
 
 def _alternatives(choice: dict[str, Any]) -> list[tuple[str, float]]:
@@ -482,7 +486,9 @@ def _alternatives(choice: dict[str, Any]) -> list[tuple[str, float]]:
         if place:
             # White space may stand before the letter.
             place = next((number for number in range(place, len(texts)) if texts[number].strip()), place)
-        return [(str(entry["token"]), float(entry["logprob"])) for entry in entries[place]["top_logprobs"]]
+        listed = [(str(entry["token"]), float(entry["logprob"])) for entry in entries[place]["top_logprobs"]]
+        # A probability is at most 1; JSON of some servers holds NaN.
+        return [(text, min(value, 0.0)) for text, value in listed if not math.isnan(value)]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return []
 

@@ -48,8 +48,8 @@ class RouterLosses:
 
     def __init__(self, router: Any, *, aux_loss_coeff: float, z_loss_coeff: float) -> None:
         self.coefficients = (aux_loss_coeff, z_loss_coeff)
-        self.sums = [0.0, 0.0]
-        """Over the sequences so far, this rank's part: load balancing, z. Tensors once there was one."""
+        self._sums: Tensor | None = None
+        """[2] float32, over the sequences so far, this rank's part: load balancing, z."""
         self._topk, self._group = router.topk, router.tp_cp_group
         self._host_routing: Callable[..., tuple[Tensor, Tensor]] = router.routing
         self._documents: PackedDocuments | None = None
@@ -57,6 +57,11 @@ class RouterLosses:
     def note_documents(self, _layer: Any, _arguments: Any, keywords: dict[str, Any]) -> None:
         """Remember what the layer is called with: a forward pre-hook."""
         self._documents = keywords["packed_seq_params"]
+
+    def pop_sums(self) -> Tensor | float:
+        """Take the sums of both losses since the last call -> [2], by `METRICS`; 0 where there were none."""
+        sums, self._sums = self._sums, None
+        return 0.0 if sums is None else sums
 
     def routing(self, logits: Tensor, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
         """Route as the host does -> (probabilities [t, E] that carry the losses' gradient, chosen experts [t, E])."""
@@ -72,7 +77,8 @@ class RouterLosses:
             topk=self._topk,
             group=self._group,
         )
-        self.sums = [total + loss.detach() for total, loss in zip(self.sums, losses, strict=True)]
+        sums = torch.stack([loss.detach() for loss in losses])
+        self._sums = sums if self._sums is None else self._sums + sums
         weighted = sum(c * loss for c, loss in zip(self.coefficients, losses, strict=True))
         return MoEAuxLossAutoScaler.apply(probabilities, weighted), chosen
 
@@ -123,20 +129,26 @@ def attach_router_losses(model: GPTModel, *, aux_loss_coeff: float, z_loss_coeff
 
 
 def sequence_of_tokens(
-    cu_seqlens: Tensor, lengths: Tensor, *, context_group: dist.ProcessGroup, sequence_group: dist.ProcessGroup | None
+    cu_seqlens: Tensor,
+    lengths: Tensor,
+    *,
+    num_tokens: int,
+    context_group: dist.ProcessGroup,
+    sequence_group: dist.ProcessGroup | None,
 ) -> Tensor:
     """Say which sequence each of this rank's tokens belongs to -> [t] int64; B for padding, within documents too.
 
     Args:
         cu_seqlens: boundaries of the documents of the whole row, in its order; documents from B on are padding.
         lengths: [B], tokens of each sequence without padding.
+        num_tokens: of this rank's row, before sequence parallelism.
         sequence_group: ranks that each hold a slice of what context parallelism leaves (sequence parallelism).
     """
     if context_group.size() > 1:
         position = zigzag_positions(cu_seqlens, rank=context_group.rank(), size=context_group.size())
         position = position.to(cu_seqlens.device)
     else:
-        position = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
+        position = torch.arange(num_tokens, device=cu_seqlens.device)
     if sequence_group is not None:
         position = position.chunk(sequence_group.size())[sequence_group.rank()]
     document = torch.bucketize(position, cu_seqlens[1:].long(), right=True)

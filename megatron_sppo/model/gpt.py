@@ -213,6 +213,7 @@ def forward(
             packed.sequence_of_token = sequence_of_tokens(
                 cu_seqlens,
                 lengths_B,
+                num_tokens=tokens_BS.shape[1],
                 context_group=groups.cp,
                 sequence_group=groups.tp if stage.config.sequence_parallel else None,
             )

@@ -135,7 +135,7 @@ def _check_router_losses(architecture: Architecture, values: dict[str, Any]) -> 
 
 def _precision(config: ModelConfig) -> dict[str, Any]:
     if config.fp8 == "none":
-        return {}
+        return {"fp8": None}  # lest it be set as a further field, with the host's default recipe: delayed
     return {
         "fp8": config.fp8,
         "fp8_recipe": config.fp8_recipe,
@@ -206,9 +206,14 @@ _POINT_TO_POINT = (
     "how stages exchange activations follows from the schedule (interleaved: overlapped and not batched, otherwise the "
     "reverse); other ways give wrong losses in silence"
 )
-_STALE = (
-    "weights are gathered in front of the forward of the module that owns them, which the head goes round, and a "
-    "resumed run does not go on as it would have (measured)"
+_CAPTURED = (
+    "a CUDA graph replays kernels for tensors of one shape, and micro-batches have as many tokens and documents as "
+    "their responses need"
+)
+_USER_BUFFERS = (
+    "Transformer Engine overlaps products with tensor-parallel messages in buffers for one number of tokens "
+    "(initialize_ub), and micro-batches have as many as their responses need. Overlap gradients and weights with "
+    "--ddp-config overlap_grad_reduce=true overlap_param_gather=true in its place"
 )
 _REFUSED = {
     "overlap_p2p_comm": _POINT_TO_POINT,
@@ -218,8 +223,14 @@ _REFUSED = {
     "overlap_p2p_comm_warmup_flush": _POINT_TO_POINT,
     "variable_seq_lengths": "the micro-batches of a step have one shape already, and Megatron-Core refuses the "
     "dispatcher that experts use on the CPU beside it",
-    "overlap_param_gather": _STALE,
-    "overlap_param_gather_with_optimizer_step": _STALE,
+    "overlap_param_gather_with_optimizer_step": "it belongs to another order of optimizer and first forward than this "
+    "loop has. Use --ddp-config overlap_grad_reduce=true overlap_param_gather=true in its place",
+    **dict.fromkeys(
+        ("cuda_graph_impl", "cuda_graph_scope", "cuda_graph_modules", "enable_cuda_graph", "external_cuda_graph"),
+        _CAPTURED,
+    ),
+    "fp4": "it needs a Blackwell GPU (compute capability 10.0); this is for Hopper",
+    "tp_comm_overlap": _USER_BUFFERS,
 }
 """Fields of the host that are never the user's, and why."""
 

@@ -67,12 +67,11 @@ def workload(config: PlanConfig) -> Workload:
         trained = given.num_responses if chosen.kind == "all" else 2 * chosen.num_each
     mean = given.mean_prompt_tokens + given.mean_response_tokens
     rows = given.num_prompts * min(trained, given.num_responses)
-    steps = -(-rows // batch.global_batch_size) * batch.num_epochs
     return Workload(
         num_rows=rows,
         mean_tokens=min(mean, batch.seq_length or mean),
         rows_per_step=batch.global_batch_size,
-        num_steps=steps if batch.train_iters is None else min(steps, batch.train_iters),
+        num_steps=batch.num_steps(-(-rows // batch.global_batch_size)),
     )
 
 

@@ -23,6 +23,7 @@ PROMPT_COLUMNS = frozenset(
 """Any of them makes a prompt."""
 CONTEXT_COLUMNS = frozenset({"input", "system", "system_prompt", "history", "tools", "prompt_id", "split"})
 
+_ORCA = {"system", "system_prompt", "chosen", "rejected"}
 _ROLES = {
     "human": "user",
     "prompter": "user",
@@ -57,7 +58,9 @@ def prompt_messages(row: dict[str, Any], *, answered: Sequence[list[Turn]] | Non
 def _asked(row: dict[str, Any], shared: list[Turn]) -> list[Turn]:
     """Choose among the columns that may hold the prompt, and hold the others against it -> messages."""
     asked: list[Turn] | None = None
-    for name in ("prompt", "instruction", "question"):
+    # A lone `question` may be part of anything; beside what Orca's rows have it is the prompt.
+    names = ("prompt", "instruction", *(("question",) if _ORCA & set(row) else ()))
+    for name in names:
         if asked is None and row.get(name) is not None:
             text, more = row[name], row.get("input") if name == "instruction" else None
             asked = read_turns(f"{text}\n{more}" if isinstance(text, str) and more else text, name, role="user")

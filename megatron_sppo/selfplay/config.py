@@ -19,7 +19,7 @@ FREE_TO_CHANGE = frozenset(
         *("output", "json", "model", "prompts", "training_processes", "training_launcher", "rollout_command", "server"),
         *("rollout_tensor_parallel_size", "micro_batch_size", "tensor_model_parallel_size", "sequence_parallel"),
         *("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size"),
-        *("expert_model_parallel_size", "packed_sequence_size", "inspected_prompts"),
+        *("expert_model_parallel_size", "packed_sequence_size", "inspected_prompts", "allow_no_signal"),
         *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
     )
 )

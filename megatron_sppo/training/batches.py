@@ -140,6 +140,22 @@ class Batches:
             index.num_tied_pairs,
             index.num_too_long,
         )
+        batch = config.batch
+        if batch.train_iters is not None and batch.num_epochs is not None:
+            by_epochs = self.steps_per_epoch * batch.num_epochs
+            logger.info(
+                "train_iters is %d, num_epochs %d is %d steps: %s ends the run",
+                batch.train_iters,
+                batch.num_epochs,
+                by_epochs,
+                "train_iters" if batch.train_iters < by_epochs else "num_epochs",
+            )
+        if index.num_rows < batch.global_batch_size:
+            logger.warning(
+                "a step has all %d responses that there are, fewer than global_batch_size (%d)",
+                index.num_rows,
+                batch.global_batch_size,
+            )
         if config.objective.baseline == "estimate":
             win_rate_GK = torch.from_numpy(self._dataset.all_win_rates())
             over_eta = estimated_baseline_over_eta(win_rate_GK, eta=config.objective.eta)
@@ -153,9 +169,27 @@ class Batches:
     @property
     def train_iters(self) -> int:
         """Optimizer steps of the whole run."""
+        return self._config.batch.num_steps(self.steps_per_epoch)
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs that the run begins."""
+        return -(-self.train_iters // self.steps_per_epoch)
+
+    def first_step(self, epoch: int) -> int:
+        """Say with which step an epoch begins -> int; both are counted as the run does: steps from 1, epochs from 0."""
+        return 1 + epoch * self.steps_per_epoch
+
+    @property
+    def packs(self) -> dict[str, int | None]:
+        """What decides which responses of a step share a micro-batch, and its padding; a resumed run may change it."""
         batch = self._config.batch
-        epochs = self.steps_per_epoch * batch.num_epochs
-        return epochs if batch.train_iters is None else min(batch.train_iters, epochs)
+        return {
+            "data_parallel_size": parallel.data_parallel_size(),
+            "micro_batch_size": batch.micro_batch_size if self._budget is None else None,
+            "packed_sequence_size": self._budget,
+            "token_multiple": self._multiple,
+        }
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -176,13 +210,20 @@ class Batches:
         }
 
     def steps(self, *, first: int, last: int, reference_GK: np.ndarray | None = None) -> Iterator[StepPlan]:
-        """Yield the plans of steps `first`..`last`, counted from 1."""
+        """Yield the plans of steps `first`..`last`, counted from 1.
+
+        Args:
+            reference_GK: log pi_t; or one for each epoch, one after another: [epochs * G, K].
+        """
         for step in range(first, last + 1):
             yield self._plan(step, reference_GK)
 
     def _plan(self, step: int, reference_GK: np.ndarray | None) -> StepPlan:
         epoch, step_of_epoch = divmod(step - 1, self.steps_per_epoch)
-        size = self._config.batch.global_batch_size
+        size, num_groups = self._config.batch.global_batch_size, self._dataset.num_groups
+        if reference_GK is not None and len(reference_GK) > num_groups:
+            reference_GK = reference_GK[epoch * num_groups : (epoch + 1) * num_groups]
+            assert len(reference_GK) == num_groups, f"no reference of epoch {epoch}"
         return self.plan_of(self._order(epoch)[step_of_epoch * size : (step_of_epoch + 1) * size], reference_GK)
 
     def plan_of(self, rows: np.ndarray, reference_GK: np.ndarray | None = None) -> StepPlan:
@@ -274,10 +315,10 @@ class Batches:
                 shares[parallel.data_parallel_rank()], self._shapes(shares), strict=True
             )
         ]
-        if context_size == 1:
-            return whole
-        rank = parallel.context_parallel_rank()
-        return [context_parallel_share(batch, rank=rank, size=context_size) for batch in whole]
+        if context_size > 1:
+            rank = parallel.context_parallel_rank()
+            whole = [context_parallel_share(batch, rank=rank, size=context_size) for batch in whole]
+        return [batch.pinned() for batch in whole] if torch.cuda.is_available() else whole
 
     def _shapes(self, shares: list[list[np.ndarray]]) -> list[tuple[int | None, int | None]]:
         """Say which shape each micro-batch of this rank must have -> (columns, rows); None: what its rows need."""

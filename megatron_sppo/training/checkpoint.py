@@ -70,6 +70,7 @@ def save(
         progress: where the run stands.
         source: the checkpoint that this run started from: its model.json and Hugging Face side files travel along.
     """
+    policy.gather_weights()
     target = megatron_checkpoint.iteration_directory(root, progress.step)
     partial = Path(root, f".{target.name}.partial")
     if parallel.is_rank_zero():

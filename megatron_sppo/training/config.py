@@ -66,10 +66,14 @@ class BatchConfig:
     that those of one prompt meet in a global batch. Needs `packed_sequence_size`."""
     selection: str | None = None
     """all, extremes or top-bottom:M; unset: what the dataset's manifest says."""
-    num_epochs: PositiveInt = 1
-    """Passes over the dataset. The published runs make one."""
+    num_epochs: PositiveInt | None = None
+    """Passes over the dataset. Unset: one, as the published runs make, or as many as `train_iters` takes."""
+    reference_per_epoch: bool = False
+    """Compute log pi_t of each epoch's responses in the micro-batches of that epoch, all before the first step: as many
+    reference passes as epochs. Otherwise one pass, in the first epoch's: where a response's log-probability depends on
+    what shares its micro-batch (FP8 in tensorwise scaling), later epochs carry that as noise."""
     train_iters: PositiveInt | None = None
-    """Optimizer steps; stops before the epochs do if it is smaller."""
+    """Optimizer steps, the data repeated as often as it takes. With `num_epochs` too, the run ends at the first."""
     seed: Seed = 1234
     """Seed of the data order."""
 
@@ -82,6 +86,13 @@ class BatchConfig:
                 "share_prompts lays responses behind their prompt in packs of packed_sequence_size tokens, and none is "
                 "set. Use for example --packed-sequence-size 8192."
             )
+
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """Count the optimizer steps of a run whose epochs have so many -> int."""
+        by_epochs = steps_per_epoch * (self.num_epochs or 1)
+        if self.train_iters is None or self.num_epochs is None:
+            return self.train_iters or by_epochs
+        return min(self.train_iters, by_epochs)
 
 
 @dataclass(frozen=True, kw_only=True)

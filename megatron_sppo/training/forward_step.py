@@ -30,7 +30,8 @@ def sppo_forward_step(
     The number of terms is the schedule's "token" count: with `calculate_per_token_loss` the gradient becomes the exact
     mean over the sequences of the global batch, however unevenly micro-batches and ranks share them.
     """
-    batch = next(micro_batches).to(parallel.device())
+    on_host = next(micro_batches)
+    batch = on_host.to(parallel.device())
     output = stage_output(batch, model)
 
     def loss_sum(token_log_prob_R: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -39,9 +40,9 @@ def sppo_forward_step(
         terms = loss(batch, log_prob_B)
         # Context-parallel ranks compute the same terms, each with the gradient of its own tokens: count them once.
         counted = terms.numel() if parallel.context_parallel_rank() == 0 else 0
-        count = torch.tensor(counted, dtype=torch.int, device=terms.device)
+        count = torch.full((), counted, dtype=torch.int, device=terms.device)
         # The schedule divides the loss in place (megatron-core 0.16.1, schedules.py): report copies only.
-        return terms.sum(), count, {"rows": batch.rows, "log_prob": log_prob_B.detach().clone()}
+        return terms.sum(), count, {"rows": on_host.rows, "log_prob": log_prob_B.detach().clone()}
 
     return output, loss_sum
 
@@ -75,19 +76,29 @@ def objective_terms(rows: MicroBatch | StepPlan, log_prob_B: Tensor, *, objectiv
 
 
 def run_micro_batches(policy: Policy, plan: StepPlan, *, loss: Loss, forward_only: bool) -> Tensor:
-    """Run Megatron's schedule over this rank's micro-batches -> log pi of the global batch's responses, [N] float64.
+    """Run a step's micro-batches and wait for them -> log pi of the global batch's responses, [N] float64 on the CPU.
 
-    Afterwards the gradients lie in the DDP buffers, averaged over sequences and reduced (`finalize_model_grads`).
+    As `start_micro_batches`.
+    """
+    return parallel.sum_to_host(start_micro_batches(policy, plan, loss=loss, forward_only=forward_only))()
+
+
+def start_micro_batches(policy: Policy, plan: StepPlan, *, loss: Loss, forward_only: bool) -> Tensor:
+    """Run Megatron's schedule over this rank's micro-batches -> log pi of its responses, [N] float64, 0 for others'.
+
+    The host asks the device nothing, and the result lies on the device: the ranks' sum is the whole global batch.
+    Afterwards the gradients lie in the DDP buffers, averaged over sequences and reduced (`reduce_gradients`).
     Collective over all ranks; every data-parallel rank brings the same number of micro-batches.
     """
     reports = run_schedule(policy, plan.micro_batches, partial(sppo_forward_step, loss=loss), forward_only=forward_only)
-    log_prob_N = torch.zeros(len(plan.rows), dtype=torch.float64)
+    log_prob_N = torch.zeros(len(plan.rows), dtype=torch.float64, device=parallel.device())
     if parallel.reports_results():
         order = np.argsort(plan.rows)
-        for report in reports:
-            position = order[np.searchsorted(plan.rows, report["rows"].cpu().numpy(), sorter=order)]
-            log_prob_N[torch.from_numpy(position)] = report["log_prob"].double().cpu()
-    return parallel.sum_over_world(log_prob_N.to(parallel.device())).cpu()
+        rows = np.concatenate([report["rows"].numpy() for report in reports])
+        position = torch.from_numpy(order[np.searchsorted(plan.rows, rows, sorter=order)])
+        log_probs = torch.cat([report["log_prob"] for report in reports])
+        log_prob_N.index_copy_(0, parallel.to_device(position), log_probs.double())
+    return log_prob_N
 
 
 def run_schedule(

@@ -12,6 +12,7 @@ from megatron_sppo.data.packing import parity_length
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.model.config import check_divisibility, check_machine
 from megatron_sppo.storage import lock_until_exit, refuse_foreign
+from megatron_sppo.tokenizer import is_tokenizer_of
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import TrainingConfig
@@ -24,6 +25,8 @@ RESOLVED_CONFIG_FILE = "config.yaml"
 def open_source(config: TrainingConfig) -> tuple[Path, Architecture, dict[str, Any]]:
     """Find and verify pi_t's checkpoint and hold it against the layout -> (iter_* directory, architecture, tokenizer).
 
+    The tokenizer is what model.json records of it, and the `directory` of its files.
+
     Raises:
         DataError: no such checkpoint, or a file of it is missing or changed.
         ConfigError: the layout does not divide the model, the ranks or the batch.
@@ -31,6 +34,7 @@ def open_source(config: TrainingConfig) -> tuple[Path, Architecture, dict[str, A
     check_machine(config.model)
     source = megatron_checkpoint.resolve_checkpoint(config.load)
     architecture, tokenizer = read_architecture(source)
+    megatron_checkpoint.check_copy(config.load, source)
     world_size = parallel.world_size()
     parallel.check_layout(config.parallel, architecture, world_size=world_size)
     check_divisibility(
@@ -41,7 +45,7 @@ def open_source(config: TrainingConfig) -> tuple[Path, Architecture, dict[str, A
     )
     config.check_batch(data_parallel_size=world_size // config.parallel.model_parallel_size)
     _verify(source)
-    return source, architecture, tokenizer
+    return source, architecture, {**tokenizer, "directory": source / megatron_checkpoint.HF_DIRECTORY}
 
 
 def open_dataset(config: TrainingConfig, architecture: Architecture, tokenizer: dict[str, Any]) -> PreferenceDataset:
@@ -59,7 +63,7 @@ def open_dataset(config: TrainingConfig, architecture: Architecture, tokenizer: 
         )
     dataset = PreferenceDataset(config.data, verify_checksums=parallel.is_rank_zero())
     theirs, ours = dataset.manifest.tokenizer_hash, tokenizer.get("hash")
-    if theirs is not None and ours is not None and theirs != ours:
+    if None not in (theirs, ours) and theirs != ours and not is_tokenizer_of(tokenizer["directory"], [theirs]):
         raise DataError(
             f"{config.data} was tokenised by another tokenizer (sha256 {theirs[:12]}) than the model's ({ours[:12]}). "
             "Generate and score rollouts with this model."

@@ -1,5 +1,6 @@
 """The training loop: a step is micro-batches forward and backward, one update, one line of metrics."""
 
+import dataclasses
 import logging
 import math
 import signal
@@ -25,7 +26,7 @@ from megatron_sppo.objective.loss import find_objective
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import Batches, StepPlan
 from megatron_sppo.training.config import ObjectiveConfig, TrainingConfig
-from megatron_sppo.training.forward_step import objective_terms, run_micro_batches
+from megatron_sppo.training.forward_step import objective_terms, run_micro_batches, start_micro_batches
 from megatron_sppo.training.metrics import MetricsFile, drift_per_token, response_metrics
 from megatron_sppo.training.policy import Policy
 from megatron_sppo.training.telemetry import GpuSampler, flops_metrics, straggler_metrics
@@ -48,10 +49,14 @@ class Progress:
     """What must be the same when the run is resumed."""
     reference: dict[str, Any] = field(default_factory=dict)
     """Fingerprint of the reference log-probabilities that the run trains against."""
+    packs: dict[str, Any] = field(default_factory=dict)
+    """What decided the micro-batches that they were computed in."""
+    ref_drift: dict[str, float] = field(default_factory=dict)
+    """`sppo/ref_drift` of each step that reports it: `reference.drift_by_step`."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what a checkpoint stores beside the step itself."""
-        return {"num_clipped": self.num_clipped, "facts": self.facts, "reference": self.reference}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "step"}
 
     def check_resumes(self, facts: dict[str, Any], save: Path) -> None:
         """Refuse to go on with a run whose data order, targets or optimizer were others.
@@ -68,6 +73,20 @@ class Progress:
             raise ConfigError(
                 f"{save} was trained with other settings: {'; '.join(differing)}. "
                 "Use the same settings to resume, or another --save to start anew."
+            )
+
+    def say_if_packs_changed(self, packs: dict[str, Any]) -> None:
+        """Say that the rest of the run computes log pi_theta in other micro-batches than log pi_t was computed in."""
+        changed = [
+            f"{name} {self.packs[name]} -> {value}"
+            for name, value in packs.items()
+            if self.packs.get(name, value) != value
+        ]
+        if changed:
+            logger.warning(
+                "micro-batches are others than where the reference was computed (%s): log-ratios carry what they make "
+                "of log pi_t, which is rounding, and under FP8 in tensorwise scaling up to 0.05 nats a token",
+                ", ".join(changed),
             )
 
 
@@ -107,18 +126,20 @@ def train(
     for plan in steps:
         started = time.monotonic()
         logs = (progress.step + 1) % config.run.log_interval == 0
-        stopwatch.start(synchronises=logs)
+        stopwatch.start()
         learning_rate = optimizer.param_groups[0]["lr"]
-        metrics, rows = _step(policy, optimizer, plan, config=config, step=progress.step + 1)
+        word = _Word(last_seconds=stopwatch.last_seconds, stops=stop.asked)
+        metrics, rows, words = _step(policy, optimizer, plan, word, config=config, step=progress.step + 1)
         scheduler.step(increment=1)
         progress.step += 1
         progress.num_clipped += 0 < config.optimization.clip_grad < metrics["grad_norm"]
         metrics["lr"] = learning_rate
+        if str(progress.step) in progress.ref_drift:
+            metrics["sppo/ref_drift"] = progress.ref_drift[str(progress.step)]
         metrics["sppo/grad_clip_rate"] = progress.num_clipped / progress.step
         metrics |= _speed(plan, time.monotonic() - started, policy) | sampler.sample()
-        if logs:
-            metrics |= straggler_metrics(parallel.gather_over_world(stopwatch.seconds), warns=parallel.is_rank_zero())
-        stopping = stop.requested()
+        if words.last_seconds:
+            metrics |= straggler_metrics(words.last_seconds, warns=logs and parallel.is_rank_zero())
         if files is not None:
             files.write(progress.step, metrics, rows)
             bar.update()
@@ -127,9 +148,9 @@ def train(
                 logger.info(_line(progress.step, train_iters, metrics))
         last = progress.step == train_iters
         interval = config.run.save_interval
-        if last or stopping or (interval is not None and progress.step % interval == 0):
+        if last or words.stops or (interval is not None and progress.step % interval == 0):
             save()
-        if stopping and not last:
+        if words.stops and not last:
             logger.warning(
                 "stopped by a signal after step %d of %d; the same command goes on", progress.step, train_iters
             )
@@ -141,28 +162,52 @@ def train(
     return progress.step >= train_iters
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Word:
+    """What a rank tells the others in a step."""
+
+    last_seconds: float | None
+    """It computed in the step before; None in a process's first."""
+    stops: bool
+    """It was asked to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Words:
+    """What all ranks told each other."""
+
+    last_seconds: list[float]
+    """By rank; empty in a process's first step."""
+    stops: bool
+
+
 def _step(
-    policy: Policy, optimizer: MegatronOptimizer, plan: StepPlan, *, config: TrainingConfig, step: int
-) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """Do one optimizer step -> (metrics, a line for each response)."""
+    policy: Policy, optimizer: MegatronOptimizer, plan: StepPlan, word: _Word, *, config: TrainingConfig, step: int
+) -> tuple[dict[str, float], list[dict[str, float]], _Words]:
+    """Do one optimizer step -> (metrics, a line for each response, what the ranks told each other).
+
+    The host waits for the device once, where Megatron-Core reads the gradient's norm: all that is read besides has been
+    copied before that. So a loss that is not finite is refused after the update that it spoilt, which nothing saves.
+    """
     for chunk in policy.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     loss = partial(objective_terms, objective=config.objective)
     wide_log_prob_N = _without_fp8(policy, plan) if step == 1 and policy.config.fp8 else None
-    log_prob_N = run_micro_batches(policy, plan, loss=loss, forward_only=False)
-    router_losses = policy.pop_router_losses(num_sequences=len(plan.rows))
+    log_prob_N = start_micro_batches(policy, plan, loss=loss, forward_only=False)
+    tell = _tell(log_prob_N, policy.pop_router_sums(), word)
+    updated, grad_norm, _ = optimizer.step()
+    assert updated, "only loss scaling skips updates, and there is none"
+    log_prob_N, router_sums, words = tell()
     log_ratio_N = log_prob_N - plan.reference_log_prob
     target_N = _target(plan, config.objective)
     # The loss is evaluated again on the whole global batch, so that it is one number in every layout.
-    metrics = {"loss": float(loss(plan, log_prob_N).mean())} | router_losses
+    metrics = {"loss": float(loss(plan, log_prob_N).mean()), "grad_norm": float(grad_norm)}
+    metrics |= policy.router_metrics(router_sums, num_sequences=len(plan.rows))
     metrics |= response_metrics(
         log_ratio_N, log_prob_N, win_rate_N=plan.win_rate, target_N=target_N, eta=_strength(config.objective)
     )
     _refuse_if_not_finite(metrics["loss"], "loss", plan, step)
-    updated, grad_norm, _ = optimizer.step()
-    assert updated, "only loss scaling skips updates, and there is none"
-    metrics["grad_norm"] = float(grad_norm)
     _refuse_if_not_finite(metrics["grad_norm"], "gradient norm", plan, step)
     if step == 1:
         metrics["sppo/ref_drift_step0"] = drift_per_token(log_ratio_N, plan.num_response_tokens)
@@ -176,7 +221,26 @@ def _step(
     if target_N is not None:
         for row, value in zip(rows, target_N.tolist(), strict=True):
             row["target"] = value
-    return metrics, rows
+    return metrics, rows, words
+
+
+def _tell(log_prob_N: Tensor, router_sums: Tensor, word: _Word) -> Callable[[], tuple[Tensor, Tensor, _Words]]:
+    """Add up all that ranks say of a step, by one all-reduce and one copy -> a function that returns the sums, waiting.
+
+    A rank's seconds stand at its place, 0 for none. Collective.
+    """
+    ours = torch.zeros(parallel.world_size() + 1, dtype=torch.float64)
+    ours[parallel.launcher_rank()] = word.last_seconds or 0.0
+    ours[-1] = word.stops
+    parts = [log_prob_N, router_sums, parallel.to_device(ours)]
+    read = parallel.sum_to_host(torch.cat(parts))
+
+    def answer() -> tuple[Tensor, Tensor, _Words]:
+        log_prob_N, router_sums, sums = read().split([len(part) for part in parts])
+        *seconds, stops = sums.tolist()
+        return log_prob_N, router_sums, _Words(last_seconds=seconds if all(seconds) else [], stops=stops > 0)
+
+    return answer
 
 
 @torch.no_grad()
@@ -239,23 +303,42 @@ def _speed(plan: StepPlan, seconds: float, policy: Policy) -> dict[str, float]:
 
 
 class _Stopwatch:
-    """Times a rank's own computation: from the start of a step until it begins to reduce gradients with others."""
+    """Times a rank's own computation: from the start of a step until it begins to reduce gradients with others.
+
+    By the device's clock, which nobody waits for: a step's time is known when the next one begins.
+    """
 
     def __init__(self, policy: Policy) -> None:
-        self.seconds = 0.0
-        self._started, self._synchronises = 0.0, False
+        self.last_seconds: float | None = None
+        """Of the step before the one that was started last."""
+        self._begin: Any = None
+        self._end: Any = None
         self._reduce = policy.config.finalize_model_grads_func
         policy.config.finalize_model_grads_func = self._stop_and_reduce
 
-    def start(self, *, synchronises: bool) -> None:
-        """Begin a step; `synchronises`: wait for the GPU before the time is taken."""
-        self._started, self._synchronises = time.monotonic(), synchronises
+    def start(self) -> None:
+        """Begin a step, whose predecessor the host has waited for."""
+        if self._begin is not None:
+            self.last_seconds = _seconds_between(self._begin, self._end)
+        self._begin = _now()
 
     def _stop_and_reduce(self, *arguments: Any, **settings: Any) -> Any:
-        if self._synchronises and torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds = time.monotonic() - self._started
+        self._end = _now()
         return self._reduce(*arguments, **settings)
+
+
+def _now() -> Any:
+    """Mark a moment on the device's own clock -> an event of CUDA, or seconds."""
+    if not torch.cuda.is_available():
+        return time.monotonic()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds_between(begin: Any, end: Any) -> float:
+    seconds = end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
+    return max(float(seconds), 1e-9)  # 0 means that there is none
 
 
 def _line(step: int, train_iters: int, metrics: dict[str, float]) -> str:
@@ -284,19 +367,14 @@ def _open_files(config: TrainingConfig, *, first_step: int) -> _StepFiles | None
 
 
 class _StopRequest:
-    """SIGTERM, agreed on by all ranks at the end of a step so that all save the same one."""
+    """SIGTERM, told to all ranks with the results of a step so that all save the same one."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self.asked = False
         self._previous = signal.signal(signal.SIGTERM, self._remember)
 
     def _remember(self, _signal: int, _frame: FrameType | None) -> None:
-        self._asked = True
-
-    def requested(self) -> bool:
-        """Ask all ranks -> whether any was signalled. Collective."""
-        asked = torch.tensor([int(self._asked)], device=parallel.device())
-        return bool(parallel.sum_over_world(asked).item())
+        self.asked = True
 
     def restore(self) -> None:
         """Give the signal back to whoever had it."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import megatron.core.optimizer as host
 import torch
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -91,8 +91,11 @@ def build_optimizer(
     values |= parse_overrides(config.optimizer_config, OptimizerConfig, flag="--optimizer-config", taken=values)
     host_config = host_dataclass(OptimizerConfig, values)
     _report_implementation(config.optimizer)
+    if torch.cuda.is_available() and clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":
+        clip_grads.l2_norm_impl = norm_on_the_device
     if layout.use_distributed_optimizer:
         _let_the_distributed_optimizer_load_adamw()
+        _let_the_distributed_optimizer_save_several_buckets()
     with _rmsprop_in_place_of_adam() if config.optimizer == "rmsprop" else contextlib.nullcontext():
         return get_megatron_optimizer(host_config, list(chunks))
 
@@ -126,6 +129,19 @@ def _unrelated_apex() -> str | None:
     return places[0]
 
 
+def norm_on_the_device(
+    _chunk_size: int, _noop: Any, tensor_lists: list[list[torch.Tensor]], *_: Any
+) -> tuple[torch.Tensor, None]:
+    """Compute the Euclidean norm of all tensors together, as amp_C.multi_tensor_l2norm -> ([1] float32, None).
+
+    In place of the host's local_multi_tensor_l2_norm (megatron-core 0.16.1 and 0.19.2, utils.py), which makes the host
+    wait for every parameter. It is taken where neither Transformer Engine nor apex is there, and by 0.19.2 beside a
+    Transformer Engine without multi_tensor_scale_tensor, such as 2.11 (optimizer/clip_grads.py).
+    """
+    (tensors,) = tensor_lists
+    return torch.nn.utils.get_total_norm(tensors).float().reshape(1), None
+
+
 def build_scheduler(
     optimizer: MegatronOptimizer, config: OptimizationConfig, *, train_iters: int
 ) -> OptimizerParamScheduler:
@@ -140,6 +156,8 @@ def build_scheduler(
         warmup = round(config.lr_warmup_fraction * decay)
     if warmup >= decay:
         raise ConfigError(f"warm-up ({warmup} steps) must be shorter than the decay ({decay} steps). Lower it.")
+    if decay < train_iters and config.lr_decay_style != "constant":
+        logger.warning("lr_decay_iters ends the decay at step %d of %d: the rest trains at min_lr", decay, train_iters)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -215,3 +233,35 @@ def _let_the_distributed_optimizer_load_adamw() -> None:
 
     set_states.brings_step = True  # type: ignore[attr-defined]
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+def _let_the_distributed_optimizer_save_several_buckets() -> None:
+    """Lay what it gathers for a save where it looks for it.
+
+    It gathers master weights and moments without the padding at each bucket's end, and cuts them up by the places that
+    parameters have with it (megatron-core 0.16.1 and 0.19.2, optimizer/distrib_optimizer.py, "issue #504" in
+    sharded_param_state_fully_reshardable): behind the first padded bucket a save held each other's values, in silence.
+    """
+    original = DistributedOptimizer.get_parameter_state_dp_zero
+    if getattr(original, "keeps_padding", False):
+        return
+
+    def gathered(self: Any, *arguments: Any, **settings: Any) -> Any:
+        state = original(self, *arguments, **settings)
+        for number, buffer in enumerate(self.buffers if state is not None else ()):
+            for tensors in state[number].values():
+                for name in ("param", "exp_avg", "exp_avg_sq"):
+                    tensors[name] = _with_padding(tensors[name], buffer)
+        return state
+
+    gathered.keeps_padding = True  # type: ignore[attr-defined]
+    DistributedOptimizer.get_parameter_state_dp_zero = gathered
+
+
+def _with_padding(values: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """Spread the buckets' values end to end over the places that they have in the buffer -> [numel of the buffer]."""
+    placed = values.new_zeros(buffer.numel)
+    parts = values.split([bucket.numel_unpadded for bucket in buffer.buckets])
+    for bucket, part in zip(buffer.buckets, parts, strict=True):
+        placed[bucket.offset : bucket.offset + len(part)] = part
+    return placed

@@ -3,6 +3,7 @@
 import datetime
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -305,11 +306,41 @@ def sum_over_world(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def gather_over_world(value: float) -> list[float]:
-    """Gather one number of every rank -> by rank. Collective."""
-    values = torch.zeros(torch.distributed.get_world_size(), dtype=torch.float64, device=device())
-    values[torch.distributed.get_rank()] = value
-    return sum_over_world(values).tolist()
+def sum_to_host(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """All-reduce as `sum_over_world` and copy the sum to the host -> a function that waits for it and returns it.
+
+    Until then nobody waits. Once the host has waited for anything later on the same stream, the answer is there.
+    """
+    sum_over_world(values)
+    host = values.to("cpu", non_blocking=True)  # into page-locked memory
+    if values.device.type == "cpu":
+        return lambda: host
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> torch.Tensor:
+        if not arrived.query():
+            arrived.synchronize()
+        return host
+
+    return read
+
+
+def to_device(values: torch.Tensor) -> torch.Tensor:
+    """Copy a CPU tensor to where this rank computes, without waiting -> tensor."""
+    return values.pin_memory().to(device(), non_blocking=True) if torch.cuda.is_available() else values
+
+
+def total_terms(num_terms: torch.Tensor) -> torch.Tensor:
+    """Add up the loss terms that the last stage's ranks counted, in place -> the same tensor, on every rank.
+
+    Collectives: broadcast from the last of the pipeline stages; sum over data- and context-parallel ranks.
+    """
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    torch.distributed.broadcast(num_terms, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    torch.distributed.all_reduce(num_terms, group=group)
+    return num_terms
 
 
 def _kebab(name: str) -> str:

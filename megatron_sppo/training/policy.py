@@ -38,19 +38,31 @@ class Policy:
     config: TransformerConfig
     chunks: tuple[DistributedDataParallel, ...]
 
-    def pop_router_losses(self, *, num_sequences: int) -> dict[str, float]:
-        """Mean the routers' losses of the last pass over layers and sequences -> {metric: value}, and begin anew.
+    def pop_router_sums(self) -> torch.Tensor:
+        """Add up this rank's losses of routers since the last call -> [2] float64 on the device, by `METRICS`."""
+        sums = torch.zeros(len(METRICS), dtype=torch.float64, device=parallel.device())
+        for losses in (losses for stage in self.stages for losses in stage.router_losses):
+            sums += losses.pop_sums()
+        return sums
 
-        Empty without such losses. Collective over all ranks where there are some.
+    def router_metrics(self, sums: torch.Tensor, *, num_sequences: int) -> dict[str, float]:
+        """Mean the routers' losses, added up over all ranks, over layers and sequences -> {metric: value}.
+
+        Empty without such losses.
         """
-        losses = [losses for stage in self.stages for losses in stage.router_losses]
-        if not losses:
+        if not any(stage.router_losses for stage in self.stages):
             return {}
-        sums = torch.tensor([[float(value) for value in each.sums] for each in losses], dtype=torch.float64).sum(0)
-        for each in losses:
-            each.sums = [0.0, 0.0]
-        means = parallel.sum_over_world(sums.to(parallel.device())) / (num_sequences * self.architecture.num_layers)
+        means = sums / (num_sequences * self.architecture.num_layers)
         return dict(zip(METRICS, means.tolist(), strict=True))
+
+    def gather_weights(self) -> None:
+        """Bring every weight up to date, where gathering waits for the next forward. Collective.
+
+        With overlap_param_gather a rank has new values of its own shard alone between a step and the next.
+        """
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     @property
     def stages(self) -> tuple[PolicyModel, ...]:
@@ -102,14 +114,42 @@ def build_policy(architecture: Architecture, model: ModelConfig, layout: Paralle
     for index, stage in enumerate(_stages(architecture, config, model, layout)):
         stage.to(parallel.device())
         _set_experts_apart(stage)
-        chunks.append(
-            DistributedDataParallel(config=config, ddp_config=ddp_config, module=stage, disable_bucketing=index > 0)
-        )
-    config.finalize_model_grads_func = finalize_model_grads
+        chunk = DistributedDataParallel(config=config, ddp_config=ddp_config, module=stage, disable_bucketing=index > 0)
+        if ddp_config.overlap_param_gather and stage.post_process:
+            _gather_the_head_s_weight_in_time(chunk, stage)
+        chunks.append(chunk)
+    config.finalize_model_grads_func = reduce_gradients
     if ddp_config.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return Policy(architecture=architecture, config=config, chunks=tuple(chunks))
+
+
+def _gather_the_head_s_weight_in_time(chunk: DistributedDataParallel, stage: PolicyModel) -> None:
+    """Wait for the output weight's new values in front of the final norm, the last module to be called.
+
+    With overlap_param_gather the host does so in front of the forward of the module that owns a weight, and the head
+    takes the weight without calling its module.
+    """
+    tied = stage.share_embeddings_and_output_weights
+    weight = stage.shared_embedding_or_output_weight() if tied else stage.output_layer.weight
+
+    def gather(*_: object) -> None:
+        chunk.param_to_bucket_group[weight].finish_param_sync(chunk.ddp_config.align_param_gather)
+
+    stage.decoder.final_layernorm.register_forward_pre_hook(gather)
+
+
+def reduce_gradients(model: Sequence[Any], num_terms: torch.Tensor, **settings: Any) -> None:
+    """Reduce gradients over the ranks and divide them by the terms of the global batch. Collective.
+
+    As the host's finalize_model_grads with `num_terms` for its tokens, but the host does not wait to see whether there
+    are any (`if num_tokens > 0`, megatron-core 0.16.1 distributed/finalize_model_grads.py).
+    """
+    finalize_model_grads(model, None, **settings)
+    scaling = 1.0 / parallel.total_terms(num_terms).clamp(min=1)
+    for chunk in model:
+        chunk.scale_gradients(scaling)
 
 
 def _stages(

@@ -142,6 +142,11 @@ def arrive() -> None:
             target.copy_(values)
 
 
+def under_way() -> bool:
+    """Tell whether copies to the host have yet to arrive."""
+    return bool(_under_way)
+
+
 def is_pinned(tensor: Tensor) -> bool:
     """Tell whether the tensor lies in pinned host memory."""
     return not isinstance(tensor, CudaTensor) and getattr(tensor.untyped_storage(), "is_pinned_by_cudaless", False)

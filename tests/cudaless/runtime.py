@@ -15,7 +15,7 @@ import torch.distributed.distributed_c10d as c10d
 import torch.utils._device
 from torch import Tensor
 
-from tests.cudaless.device import CPU, CUDA, NCCL_GROUPS, CudaTensor, Transfer, host_of, is_foreign, waits
+from tests.cudaless.device import CPU, CUDA, NCCL_GROUPS, CudaTensor, Transfer, host_of, is_foreign, under_way, waits
 
 H100 = SimpleNamespace(
     name="NVIDIA H100 80GB HBM3",
@@ -82,7 +82,7 @@ class Stream:
 
 
 class Event:
-    """An event that has always happened."""
+    """An event that has happened once no copy is under way."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -94,7 +94,7 @@ class Event:
         waits("Event.synchronize")
 
     def query(self) -> bool:
-        return True
+        return not under_way()
 
     def elapsed_time(self, _: Any) -> float:
         return 1.0
@@ -382,6 +382,12 @@ def _stand_in_for_nccl() -> None:
         """NCCL sends a batch as one; gloo has no such thing and would lose track of what to wait for."""
         return [each.op(each.tensor, each.peer, each.group, each.tag) for each in operations]
 
+    plain_coalescing = c10d._coalescing_manager
+
+    def coalesced(group: Any = None, device: Any = None, async_ops: bool = False) -> Any:
+        """NCCL takes its calls together for a device; gloo takes the list of them, as where no device is named."""
+        return plain_coalescing(group, None, async_ops)
+
     answers = {
         "init_process_group": init_process_group,
         "new_group": new_group,
@@ -389,6 +395,7 @@ def _stand_in_for_nccl() -> None:
         "batch_isend_irecv": one_by_one,
         "isend": awaited_again(c10d.isend),
         "irecv": awaited_again(c10d.irecv),
+        "_coalescing_manager": coalesced,
     }
     c10d._get_object_coll_device = object_device
     for name, answer in answers.items():

@@ -125,6 +125,28 @@ def test_ranks_that_share_a_tensor_share_its_scale() -> None:
     assert run_ranks(scale_of_a_rank, 2) == [(pytest.approx(2 / 448), 1.0), (pytest.approx(2 / 448), 2.0)]
 
 
+def gathered_blocks_of_a_rank() -> bool:
+    """Gather a rank's 128 rows in blocks of FP8, as sequence parallelism does -> whether they are the whole's."""
+    from transformer_engine.pytorch.distributed import gather_along_first_dim
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
+
+    dist.init_process_group("nccl")
+    whole = normal(256, 128, seed=0).cuda()
+    mine = whole[dist.get_rank() * 128 :][:128].contiguous()
+    quantizer = Float8BlockQuantizer(DType.kFloat8E4M3, rowwise=True, columnwise=True, block_scaling_dim=1)
+    found, _ = gather_along_first_dim(mine, dist.group.WORLD, quantizer=quantizer)
+    wanted = quantizer(whole)
+    names = "_rowwise_data", "_rowwise_scale_inv", "_columnwise_data", "_columnwise_scale_inv"
+    same = all(torch.equal(getattr(found, name).cpu(), getattr(wanted, name).cpu()) for name in names)
+    dist.destroy_process_group()
+    return same
+
+
+def test_blocks_gathered_over_ranks_are_the_whole_s() -> None:
+    """What Transformer Engine's `_all_gather_fp8_blockwise` (distributed.py, 2.11.0) says that it returns."""
+    assert run_ranks(gathered_blocks_of_a_rank, 2) == [True, True]
+
+
 def waits_of_a_rank() -> list[Any]:
     """Pass a number round the ring by each way and wait for it twice, as NCCL allows -> what came."""
     dist.init_process_group("nccl")

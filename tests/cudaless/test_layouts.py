@@ -18,11 +18,16 @@ from tests.distributed.conftest import write_dataset
 from tests.distributed.test_layouts import CP2, PP2, SHARDED, SP, TP2
 from tests.distributed.truth import Truth
 from tests.gpu.test_hopper import distance, gap_per_token
-from tests.gpu.test_layouts import SIZES
 from tests.models import MIXTURES, tiny_llama
 
 ENGINE = "--params-dtype bfloat16 --transformer-impl transformer_engine --micro-batch-size 4"
-MODELS: dict[str, dict[str, Any]] = {"dense": {}, "mixture": {**MIXTURES["qwen3_moe"], "moe_intermediate_size": 128}}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {"intermediate_size": 512},
+    "mixture": {**MIXTURES["qwen3_moe"], "moe_intermediate_size": 128},
+}
+
+SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "dtype": "bfloat16"}
+"""Every matrix of two tensor-parallel ranks has sides that are multiples of 128, as blockwise FP8 wants."""
 
 # (model, ranks, flags)
 LAYOUTS = {
@@ -44,8 +49,7 @@ def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Truth]
     @cache
     def find(model: str) -> Truth:
         root = tmp_path_factory.mktemp(model)
-        sizes = {**SIZES, "num_key_value_heads": 2, **MODELS[model]}
-        hf = tiny_llama(root / "hf", num_hidden_layers=4, **sizes)
+        hf = tiny_llama(root / "hf", num_hidden_layers=4, **SIZES, **MODELS[model])
         import_checkpoint(hf, root / "megatron")
         return Truth(hf=hf, megatron=root / "megatron", data=write_dataset(root / "data", hf))
 

@@ -50,7 +50,8 @@ def first_step(megatron: str, data: str, reference_GK: np.ndarray, save: str | N
     with torch.no_grad():  # as training/reference.py does
         reference_N = run_micro_batches(policy, plan, loss=lambda _, log_prob: log_prob, forward_only=True)
     log_prob_N = run_micro_batches(policy, plan, loss=loss, forward_only=False)
-    router_losses = policy.pop_router_losses(num_sequences=len(plan.rows))
+    router_sums = parallel.sum_to_host(policy.pop_router_sums())()
+    router_losses = policy.router_metrics(router_sums, num_sequences=len(plan.rows))
     terms = loss(plan, log_prob_N)
     for stage in policy.stages:
         if stage.post_process:  # the head's gradient never went through autograd

@@ -92,11 +92,31 @@ def test_verdicts_that_cannot_be_read_stop_before_anything_is_written(
     assert code == 2 and not (tmp_path / "d").exists()
     for fact in ("18 of 18 pairs are ties", "36 of 36 verdicts are neither A nor B", "--verdict-tokens", "no-signal"):
         assert fact in last
-    asked = len(server.bodies)
     assert score(*arguments, "--output", tmp_path / "d", "--allow-no-signal")[0] == 0
-    assert len(server.bodies) == asked, "the scores were not kept"
     diagnostics = json.loads((tmp_path / "d" / "diagnostics.json").read_text())
     assert (diagnostics["unreadable_rate"], diagnostics["tie_rate"], diagnostics["leaning_answers"]) == (1.0, 1.0, 0)
+
+
+def test_a_judge_that_was_mended_is_asked_anew_by_the_same_command(
+    score: Tool, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the scores nor the cache hold on to verdicts that could not be read."""
+    monkeypatch.setenv("SPPO_ENDPOINT_CACHE", str(tmp_path / "cache"))
+    arguments = ["--rollouts", rollouts_of(tmp_path / "r"), "--judge", f"endpoint:{server.url}#m"]
+    server.answer = NO_VERDICTS["reasons"]
+    assert score(*arguments, "--output", tmp_path / "d")[0] == 2
+    server.answer = longer_wins
+    assert score(*arguments, "--output", tmp_path / "d")[0] == 0
+    assert PreferenceDataset(tmp_path / "d").win_rates(0).argmax() == 2, "the longest answer"
+
+
+def test_scores_that_were_read_are_kept_for_allow_no_signal(score: Tool, server: Server, tmp_path: Path) -> None:
+    server.answer = ALWAYS_A
+    arguments = ["--rollouts", rollouts_of(tmp_path / "r"), "--judge", f"endpoint:{server.url}#m"]
+    assert score(*arguments, "--output", tmp_path / "d")[0] == 2
+    asked = len(server.bodies)
+    assert score(*arguments, "--output", tmp_path / "d", "--allow-no-signal")[0] == 0
+    assert len(server.bodies) == asked
 
 
 def test_a_judge_that_always_says_a_stops_in_both_orders_and_in_one(

@@ -5,6 +5,7 @@ The dry figures are of no meaning and go to a folder that is thrown away.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,7 +28,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(hopper, "LOG", tmp_path / "hopper.log")
     monkeypatch.setattr(hopper, "REPOSITORY", tmp_path)
     monkeypatch.setattr(hopper, "NEEDED", (hopper.Requirement(module="json", install="unknown"),))
-    gpu = {"torch": "2.11", "cuda": "13.0", "name": "NVIDIA H100 80GB HBM3", "capability": [9, 0]}
+    gpu = {"torch": "2.11", "cuda": "13.0", "name": "NVIDIA H100 80GB HBM3", "capability": [9, 0], "fault": None}
+    gpu["head_kernels_lack"] = "a C compiler"
     monkeypatch.setattr(hopper, "find_gpu", lambda: gpu)
     return folder
 
@@ -63,10 +65,12 @@ def test_parts_go_on_after_one_fails_and_the_table_tells(
         "writes": part(machine, FIGURE),
         "breaks": part(machine, "raise RuntimeError('no kernel image')"),
         "hangs": part(machine, "import time; print('in the middle', flush=True); time.sleep(60)"),
-        "peer": part(machine, "", needs=(ABSENT,)),
         "works": part(machine, "print('fine')"),
+        "peer": part(machine, "", needs=(ABSENT,)),
     }
     monkeypatch.setenv("LIMIT", "2")
+    out = machine.parent.parent / "out"
+    monkeypatch.setenv("OUT", str(out))
     assert run_script(monkeypatch, parts, "all") == 1
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     table = lines[lines.index(["part", "outcome", "seconds", "targets", "met", "figures"]) :]
@@ -78,8 +82,30 @@ def test_parts_go_on_after_one_fails_and_the_table_tells(
     assert reasons["breaks"] == "exit code 1: RuntimeError: no kernel image"
     assert reasons["hangs"] == "took more than LIMIT=2 seconds: in the middle"
     assert reasons["peer"] == "missing: no_such_module"
+    assert any("lack a C compiler: g1 and g2 measure torch's own operators" in " ".join(line) for line in lines)
     assert any(line[:2] == ["Send", "back"] and line[2] == "results/h100/*.json" for line in lines)
-    assert "no kernel image" in (machine.parent.parent / "hopper.log").read_text()
+    assert "no kernel image" in (out / "hopper.log").read_text()
+    assert {path.name for path in (out / "results/h100").iterdir()} == {"figure.json", "hopper.json"}
+
+
+def test_an_interrupted_part_ends_the_run_and_the_table_stands(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupts = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    parts = {
+        "works": part(machine, "print('fine')"),
+        "stops": part(machine, interrupts),
+        "never": part(machine, FIGURE),
+    }
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run_script(monkeypatch, parts, "all") == 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    printed = capsys.readouterr().out
+    (_, stopped) = json.loads((machine / "hopper.json").read_text())["parts"]
+    assert (stopped["part"], stopped["outcome"], stopped["reason"]) == ("stops", "failed", "interrupted")
+    assert "interrupted" in printed and "Send back" in printed and not (machine / "figure.json").exists()
 
 
 def test_nothing_runs_while_an_import_is_missing(

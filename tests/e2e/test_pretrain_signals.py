@@ -35,10 +35,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(root: Path, save: Path) -> subprocess.Popen:
+def start(root: Path, save: Path, stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
     script = [sys.executable, str(REPOSITORY / "examples/pretrain_sppo.py")]
     paths = ["--load", str(root / "megatron"), "--data", str(root / "data"), "--save", str(save)]
-    return subprocess.Popen([*script, *paths, *FLAGS], stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+    return subprocess.Popen([*script, *paths, *FLAGS], stderr=stderr, stdin=subprocess.DEVNULL, text=True)
 
 
 def numbers(save: Path) -> list[dict[str, float]]:
@@ -92,3 +92,26 @@ def test_sigterm_saves_and_exits_with_143_and_the_same_command_goes_on(world: Pa
     assert (save / "latest_checkpointed_iteration.txt").read_text() == f"{stopped_at}\n"
     assert start(world, save).wait() == 0
     assert numbers(save) == numbers(world / "whole")
+
+
+def test_a_second_run_on_the_same_save_is_refused_and_the_first_is_untouched(world: Path) -> None:
+    save = world / "shared"
+    first = start(world, save)
+    wait_for_step(save, first, 2)
+    first.send_signal(signal.SIGSTOP)
+    second = start(world, save, stderr=subprocess.PIPE)
+    last_line = second.communicate(timeout=120)[1].splitlines()[-1]
+    first.send_signal(signal.SIGCONT)
+    assert second.returncode == 2
+    assert f"{save} is in use by process {first.pid} on " in last_line and "--save" in last_line
+    assert first.wait(timeout=120) == 0
+    assert numbers(save) == numbers(world / "whole")
+
+
+def test_a_save_directory_that_holds_something_else_is_left_alone(world: Path) -> None:
+    (world / "notes").mkdir()
+    (world / "notes" / "diary.txt").write_text("dear")
+    process = start(world, world / "notes", stderr=subprocess.PIPE)
+    last_line = process.communicate(timeout=120)[1].splitlines()[-1]
+    assert process.returncode == 2 and "holds diary.txt, which this command did not write" in last_line
+    assert [path.name for path in (world / "notes").iterdir()] == ["diary.txt"]

@@ -1,5 +1,6 @@
 """PairRM on a GPU, on a random PairRM of a real width: neighbours, precision."""
 
+import os
 import random
 
 import numpy as np
@@ -13,10 +14,14 @@ from tests.unit.judge.tiny_pairrm import make_tiny_pairrm
 
 pytestmark = [pytest.mark.gpu]
 
+# A real PairRM's width and texts, by which kernels are chosen; small where the GPU is emulated and has none.
+NUM_HEADS, NUM_WORDS = (1, 20) if os.environ.get("CUDALESS") else (16, 200)
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    native, _ = make_tiny_pairrm(tmp_path_factory.mktemp("pairrm"), hidden_size=1024, num_layers=4, num_heads=16)
+    directory = tmp_path_factory.mktemp("pairrm")
+    native, _ = make_tiny_pairrm(directory, hidden_size=64 * NUM_HEADS, num_layers=4, num_heads=NUM_HEADS)
     return str(native)
 
 
@@ -25,12 +30,12 @@ def test_logits_do_not_depend_on_their_neighbours_to_the_last_bit(checkpoint: st
     """A pair's place in its batch and the pairs beside it change; the batch's shape follows from its length alone."""
     judge = PairRMJudge(checkpoint, preset="paper", device="cuda", dtype=dtype)
     rng = random.Random(40)
-    groups = [random_group(rng, number, 5, high=200) for number in range(8)]
+    groups = [random_group(rng, number, 5, high=NUM_WORDS) for number in range(8)]
     whole = judge.judge_logits(groups)
     for seed in range(4):
         rng = random.Random(seed)
         some = rng.sample(range(8), rng.randint(1, 8))
-        strangers = [random_group(rng, 9, 3, high=250) for _ in range(3)]
+        strangers = [random_group(rng, 9, 3, high=NUM_WORDS + NUM_WORDS // 4) for _ in range(3)]
         logits = judge.judge_logits([*strangers, *(groups[number] for number in some)])[3:]
         for number, matrix in zip(some, logits, strict=True):
             np.testing.assert_array_equal(matrix, whole[number])
@@ -38,7 +43,7 @@ def test_logits_do_not_depend_on_their_neighbours_to_the_last_bit(checkpoint: st
 
 def test_float32_logits_are_those_of_the_cpu_and_bfloat16_ones_rank_alike(checkpoint: str) -> None:
     rng = random.Random(41)
-    groups = [random_group(rng, number, 4, high=60) for number in range(3)]
+    groups = [random_group(rng, number, 4, high=NUM_WORDS // 3) for number in range(3)]
     cpu = np.stack(PairRMJudge(checkpoint, preset="paper", device="cpu").judge_logits(groups))
     float32, bfloat16 = (
         np.stack(PairRMJudge(checkpoint, preset="paper", device="cuda", dtype=dtype).judge_logits(groups))

@@ -1,13 +1,19 @@
 """Proves: the statistics of `compare_logits` are the formulas in its docstring, and NaN is never a pass."""
 
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.errors import ConversionError
-from megatron_sppo.verification import THRESHOLDS, _faults, compare_logits, enforce
+from megatron_sppo.verification import THRESHOLDS, _faults, compare_logits, enforce, verify
+from tests.models import tiny_llama
 
 
 def test_equal_logits_differ_by_nothing() -> None:
@@ -61,3 +67,68 @@ def test_the_first_fault_is_in_the_error() -> None:
     with pytest.raises(ConversionError, match=r"logits differ by up to 1 .*1 more: --json"):
         enforce({**bad, "faults": _faults(bad)})
     enforce({**report(), "faults": []})
+
+
+PROJECTION = "model.layers.0.mlp.down_proj.weight"
+
+
+def edit(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def edited(hf: Path) -> None:
+        tensors = load_file(hf / "model.safetensors")
+        change(tensors)
+        save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+
+    return edited
+
+
+def reconfigure(hf: Path) -> None:
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+
+
+def spell_differently(hf: Path) -> None:
+    """Save the tokenizer's files again as other versions would: other order, other white space, the same meaning."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        content = json.loads((hf / name).read_text())
+        (hf / name).write_text(json.dumps(dict(reversed(content.items()))))
+
+
+def lose_a_token(hf: Path) -> None:
+    content = json.loads((hf / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    one, other = [token for token in vocab if len(token) == 1][:2]
+    vocab[one], vocab[other] = vocab[other], vocab[one]
+    (hf / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "verdict"),
+    [
+        (
+            edit(lambda t: t.update({PROJECTION: t[PROJECTION].T.contiguous()})),
+            r"tensors differ, the first is .*down",
+        ),
+        (edit(lambda t: t.pop(PROJECTION)), r"tensors differ, .*The weights in .* are damaged or of another model"),
+        (
+            edit(lambda t: t.update(stray=torch.ones(2))),
+            r"1 tensors of the Hugging Face .* not in it.*stray",
+        ),
+        (edit(lambda t: t[PROJECTION].add_(1e-3)), r"tensors differ, .*Convert again"),
+        (reconfigure, r"layernorm_epsilon is 0\.5 in config.json.*config\.json was changed after the import"),
+        (lose_a_token, r"the tokenizers differ.*put the tokenizer's files right"),
+        (lambda hf: (hf / "tokenizer.json").write_text("{"), r"tokenizer\.json is damaged"),
+        (spell_differently, None),
+    ],
+    ids=["transposed", "missing", "extra", "changed", "config", "tokenizer", "tokenizer damaged", "spelling"],
+)
+def test_every_difference_is_a_verdict_by_name(
+    damage: Callable[[Path], Any], verdict: str | None, tmp_path: Path
+) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+    import_checkpoint(hf, tmp_path / "megatron")
+    damage(hf)
+    if verdict is None:
+        assert verify(hf, tmp_path / "megatron", dtype="float32")["faults"] == []
+        return
+    with pytest.raises(ConversionError, match=verdict):
+        enforce(verify(hf, tmp_path / "megatron", dtype="float32"))

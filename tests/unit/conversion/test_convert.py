@@ -179,7 +179,7 @@ def test_a_template_gives_tokenizer_and_config(tmp_path: Path) -> None:
     assert (out / "chat_template.jinja").read_text() == "other"
     assert (out / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
     wrong = tiny_llama(tmp_path / "wrong", hidden_size=32)
-    with pytest.raises(ConversionError, match=r"shape \[259, 64\].*\[259, 32\]"):
+    with pytest.raises(ConversionError, match=r"wrong is of another model than .*hidden_size is 32 in the tem"):
         export_checkpoint(tmp_path / "megatron", tmp_path / "out2", template=wrong)
     assert not (tmp_path / "out2").exists()
 
@@ -234,6 +234,75 @@ def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="up to iteration 10"):
         import_checkpoint(hf, tmp_path / "megatron", overwrite=True)
     assert (tmp_path / "notes" / "diary.txt").read_text() == "dear"
+
+
+def test_an_import_writes_into_nothing_that_is_somebody_else_s(tmp_path: Path) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+    before = files_of(hf)
+    with pytest.raises(ConfigError, match=r"hf is the input .*hf\. Choose another directory with --megatron"):
+        import_checkpoint(hf, hf)
+    with pytest.raises(ConfigError, match=r"holds the input .*hf\. Choose another directory with --megatron"):
+        import_checkpoint(hf, tmp_path)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("dear")
+    with pytest.raises(ConfigError, match=r"notes holds diary\.txt, which this command did not write"):
+        import_checkpoint(hf, tmp_path / "notes", overwrite=True)
+    assert files_of(hf) == before and files_of(tmp_path / "notes") == {"diary.txt": b"dear"}
+
+
+@pytest.mark.parametrize("text", ["{}", "no JSON", None], ids=["another", "damaged", "gone"])
+def test_model_json_at_the_root_is_held_against_the_iteration_s(tmp_path: Path, text: str | None) -> None:
+    import_checkpoint(tiny_llama(tmp_path / "hf"), tmp_path / "megatron")
+    copy = tmp_path / "megatron" / "model.json"
+    copy.unlink()
+    if text is None:  # the iteration's own is enough
+        export_checkpoint(tmp_path / "megatron", tmp_path / "out")
+        return
+    copy.write_text(text)
+    with pytest.raises(DataError, match=r"megatron/model\.json and .*iter_0000000/model\.json differ.*Check which"):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "out")
+    export_checkpoint(tmp_path / "megatron" / "iter_0000000", tmp_path / "out")  # which asks the root nothing
+
+
+def test_what_is_not_weights_travels_along_or_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A licence goes where the weights go; code, other weights and folders stay, and are named with the reason."""
+    hf = tiny_llama(tmp_path / "hf")
+    for name in ("LICENSE", "preprocessor_config.json", "additional_chat_templates/tool.jinja"):
+        (hf / name).parent.mkdir(exist_ok=True)
+        (hf / name).write_text("{}")
+    for name in ("modeling_own.py", "pytorch_model.bin", "README.md", "original/params.json", ".gitattributes"):
+        (hf / name).parent.mkdir(exist_ok=True)
+        (hf / name).write_text("x")
+    with caplog.at_level("INFO"):
+        import_checkpoint(hf, tmp_path / "megatron")
+    left = {line for line in caplog.text.splitlines() if "left behind" in line}
+    for reason, name in {
+        "code, which is never run": "modeling_own.py",
+        "in another format": "pytorch_model.bin",
+        "not needed by any stage": "README.md",
+        "a folder that no stage reads": "original",
+    }.items():
+        assert [line for line in left if reason in line and name in line], (reason, left)
+    assert len(left) == 4
+    out = export_checkpoint(tmp_path / "megatron", tmp_path / "out")
+    written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    expected = {path.relative_to(hf).as_posix() for path in hf.rglob("*") if path.is_file()}
+    expected -= {"modeling_own.py", "pytorch_model.bin", "README.md", "original/params.json", ".gitattributes"}
+    assert written == expected
+
+
+def test_two_files_that_state_one_fact_differently_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hf = tiny_llama(tmp_path / "hf", vocab_size=250)  # the tokenizer has 256 bytes and three more
+    settings = json.loads((hf / "tokenizer_config.json").read_text())
+    (hf / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": CHAT_TEMPLATE + " "}))
+    import_checkpoint(hf, tmp_path / "one")
+    assert "chat_template.jinja and the chat_template" not in caplog.text
+    assert "tokenizer.json has token 258, and the model embeds 250" in caplog.text
+    (hf / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "{{ messages }}"}))
+    import_checkpoint(hf, tmp_path / "two")
+    assert (
+        "chat_template.jinja and the chat_template of tokenizer_config.json differ: the first is taken" in caplog.text
+    )
 
 
 def edit_config(**changes: Any) -> Callable[[Path], None]:
@@ -296,7 +365,56 @@ MALFORMED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "tensor of whole numbers": (
         edit_tensors(lambda t: t.update({NORM: torch.ones(64, dtype=torch.int64)})),
-        r"type I64",
+        rf"{NORM} is of type I64, which is quantized or no weight",
+    ),
+    "tensor of float8": (
+        edit_tensors(lambda t: t.update({NORM: torch.ones(64).to(torch.float8_e4m3fn)})),
+        rf"{NORM} is of type F8_E4M3, which is quantized or no weight",
+    ),
+    "tensor of booleans": (
+        edit_tensors(lambda t: t.update({NORM: torch.ones(64, dtype=torch.bool)})),
+        rf"{NORM} is of type BOOL, which is quantized or no weight",
+    ),
+    "tokenizer is a pointer": (
+        lambda hf: (hf / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n"),
+        r"tokenizer\.json is a Git LFS pointer, .*git lfs pull",
+    ),
+    "tokenizer is a web page": (
+        lambda hf: (hf / "tokenizer.json").write_text("<!DOCTYPE html><title>401</title>"),
+        r"tokenizer\.json is a web page",
+    ),
+    "tokenizer no JSON": (lambda hf: (hf / "tokenizer.json").write_text("{"), r"tokenizer\.json is damaged"),
+    "tokenizer no tokenizer": (
+        lambda hf: (hf / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "BPE"}}'),
+        r"tokenizer\.json is damaged \(no tokenizer",
+    ),
+    "settings of the tokenizer empty": (
+        lambda hf: (hf / "tokenizer_config.json").write_text(""),
+        r"tokenizer_config\.json is damaged \(no text\)",
+    ),
+    "generation settings a list": (
+        lambda hf: (hf / "generation_config.json").write_text("[]"),
+        r"generation_config\.json is damaged \(no JSON object\)",
+    ),
+    "chat template no Jinja": (
+        lambda hf: (hf / "chat_template.jinja").write_text("{% for m in messages %}"),
+        r"chat_template\.jinja is damaged \(a chat template that is no Jinja: .*line 1\)",
+    ),
+    "chat template no Jinja, in the settings": (
+        lambda hf: (hf / "tokenizer_config.json").write_text('{"chat_template": "{{ messages"}'),
+        r"tokenizer_config\.json is damaged \(a chat template that is no Jinja",
+    ),
+    "SentencePiece model a pointer": (
+        lambda hf: (hf / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        r"tokenizer\.model is a Git LFS pointer",
+    ),
+    "adapter beside the base": (
+        lambda hf: (hf / "adapter_config.json").write_text('{"peft_type": "LORA"}'),
+        r"holds an adapter \(adapter_config\.json\).*Merge it first",
+    ),
+    "adapter's weights beside the base": (
+        lambda hf: save_file({"a": torch.ones(1)}, hf / "adapter_model.safetensors"),
+        r"holds an adapter \(adapter_model\.safetensors\)",
     ),
     "mixed types in one stack": (
         edit_tensors(lambda t: t.update({k: t[k].half() for k in t if "layers.1.mlp.down" in k})),
@@ -319,7 +437,7 @@ MALFORMED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "weights empty": (lambda hf: (hf / "model.safetensors").write_bytes(b""), r"cut short or no safetensors"),
     "weights are text": (
         lambda hf: (hf / "model.safetensors").write_text("version https://git-lfs"),
-        r"cut short or no",
+        r"is a Git LFS pointer, not the file that it stands for\. Fetch the file: git lfs pull",
     ),
     "shard missing": (lose_shard, r"names model-00002-of-00002\.safetensors, which is missing"),
     "tensor in two shards": (repeat_tensor, r"another shard has it too"),

@@ -49,6 +49,13 @@ def test_another_marker_is_another_text() -> None:
     assert reader.read == ["", "b</think>c"]
 
 
+def test_a_marker_that_closes_nothing_opens_nothing() -> None:
+    reader = Reader()
+    group = group_of("why?", ["So it is.", "Hm. Answer: yes"], prompt_text="Question: why?\nAnswer:")
+    ConclusionJudge(reader, "Answer:").judge_logits([group])
+    assert reader.read == ["So it is.", "yes"]
+
+
 def test_scores_of_conclusions_are_those_of_the_conclusions_alone() -> None:
     concluded = group_of("Why is the sky blue?", ["<think>long</think>The sky scatters blue light.", "Because."])
     plain = group_of("Why is the sky blue?", ["The sky scatters blue light.", "Because."])

@@ -177,6 +177,12 @@ def test_bearable_pauses_are_no_attempts_and_unbearable_ones_end_the_run(
         judge_of(server, num_connections=1).judge_logits([group_of("who?", ["a", "bb"])])
 
 
+def test_a_page_in_place_of_an_answer_is_shown_and_the_address_doubted(server: Server) -> None:
+    server.answer = lambda body: (200, "<html>\nlog in</html>", {})
+    with pytest.raises(DataError, match=r"no JSON object but .*log in.*ends in /v1"):
+        judge_of(server).judge_logits([GOOD])
+
+
 def token(text: str, **alternatives: float) -> dict[str, Any]:
     return {"token": text, "top_logprobs": [{"token": name, "logprob": value} for name, value in alternatives.items()]}
 
@@ -184,6 +190,8 @@ def token(text: str, **alternatives: float) -> dict[str, Any]:
 SURE_OF_B = {"A": -3.0, "B": -1.0}
 CUT_REASONING = {"content": [token("<think>", Okay=-9.0)]}
 SPLIT_MARKER = {"content": [token("</", A=0.0), token("think>"), token(" "), token("B", **SURE_OF_B)]}
+NO_NUMBERS = {"content": [token("A", A=float("nan"), B=-1.0), token("B", A=-1.0)]}
+NO_PROBABILITIES = {"content": [token("A", A=1e4, B=-2.0)]}
 REASONED = [
     token("<think>", A=-1.0, B=-3.0),
     token("Hm"),
@@ -198,10 +206,14 @@ REASONED = [
     [
         ({"message": {"content": "<think>A is bad</think>\n\nB"}}, (-VERDICT_LOGIT, "bare_verdicts")),
         ({"message": {"content": "B", "reasoning_content": "A?"}}, (-VERDICT_LOGIT, "bare_verdicts")),
+        ({"message": {"content": "**B**\n\nA is wrong."}}, (-VERDICT_LOGIT, "bare_verdicts")),
+        ({"message": {"content": "A good answer would be B"}}, (0.0, "unreadable_verdicts")),
         ({"message": {"content": "<think>A"}}, (0.0, "unreadable_verdicts")),
         ({"message": {"content": "<think>"}, "logprobs": CUT_REASONING}, (0.0, "unreadable_verdicts")),
         ({"message": {"content": "B"}, "logprobs": {"content": REASONED}}, (-2.0, "logprob_verdicts")),
         ({"message": {"content": "B"}, "logprobs": {"content": REASONED[-1:]}}, (-2.0, "logprob_verdicts")),
+        ({"logprobs": NO_NUMBERS}, (0.0, "logprob_verdicts")),
+        ({"logprobs": NO_PROBABILITIES}, (2.0, "logprob_verdicts")),
         ({"logprobs": SPLIT_MARKER}, (-2.0, "logprob_verdicts")),
     ],
 )  # fmt: skip

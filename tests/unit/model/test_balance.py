@@ -56,13 +56,15 @@ def test_an_even_share_has_a_balance_loss_of_one_and_padding_none() -> None:
 
 
 def test_padding_within_and_after_documents_belongs_to_no_sequence() -> None:
-    found = sequence_of_tokens(CU_SEQLENS, LENGTHS, context_group=ALONE, sequence_group=None)
+    found = sequence_of_tokens(CU_SEQLENS, LENGTHS, num_tokens=16, context_group=ALONE, sequence_group=None)
     assert found.tolist() == WHOLE
 
 
 def test_sequence_parallel_ranks_hold_consecutive_tokens() -> None:
     parts = [
-        sequence_of_tokens(CU_SEQLENS, LENGTHS, context_group=ALONE, sequence_group=Ranks(rank, 4)).tolist()
+        sequence_of_tokens(
+            CU_SEQLENS, LENGTHS, num_tokens=16, context_group=ALONE, sequence_group=Ranks(rank, 4)
+        ).tolist()
         for rank in range(4)
     ]
     assert [sequence for part in parts for sequence in part] == WHOLE
@@ -71,7 +73,9 @@ def test_sequence_parallel_ranks_hold_consecutive_tokens() -> None:
 def test_context_parallel_ranks_hold_both_ends_of_each_document() -> None:
     """Two ranks cut each document in four: the first has its pieces 0 and 3, the second 1 and 2."""
     first, second = (
-        sequence_of_tokens(CU_SEQLENS, LENGTHS, context_group=Ranks(rank, 2), sequence_group=None).tolist()
+        sequence_of_tokens(
+            CU_SEQLENS, LENGTHS, num_tokens=16, context_group=Ranks(rank, 2), sequence_group=None
+        ).tolist()
         for rank in range(2)
     )
     assert first == [0, 2, 1, 1, 1, 2, 2, 2]

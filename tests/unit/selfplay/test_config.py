@@ -128,7 +128,8 @@ def test_a_changed_setting_of_a_begun_run_is_named(tmp_path: Path, flags: tuple,
 
 def test_where_a_run_is_computed_may_change_and_more_iterations_over_all_prompts_may_follow(tmp_path: Path) -> None:
     before = record(read(tmp_path))
-    changed = read(tmp_path, "--training-processes", "4", "--iterations", "5", "--rollout-command", "own sampler")
+    moved = ("--training-processes", "4", "--rollout-command", "own sampler", "--allow-no-signal")
+    changed = read(tmp_path, *moved, "--iterations", "5")
     check_unchanged(before, record(changed), tmp_path / "out")
 
 

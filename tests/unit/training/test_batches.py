@@ -3,6 +3,7 @@
 The number of data-parallel ranks and this one's place are set by hand: the arithmetic of any world runs in one process.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,49 @@ def test_the_order_of_tensors_follows_the_plan(monkeypatch, dataset) -> None:
     expected = {int(row): float(rate) for row, rate in zip(plan.rows, plan.win_rate, strict=True)}
     for batch in plan.micro_batches:
         assert torch.equal(batch.win_rate, torch.tensor([expected[int(row)] for row in batch.rows]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 6),
+        ({"num_epochs": 3}, 18),
+        ({"train_iters": 2}, 2),
+        ({"train_iters": 20}, 20),
+        ({"train_iters": 20, "num_epochs": 2}, 12),
+        ({"train_iters": 7, "num_epochs": 2}, 7),
+    ],
+    ids=str,
+)
+def test_steps_are_those_asked_for_and_the_data_repeats(dataset, settings, expected, caplog) -> None:
+    """24 prompts of 4 responses are 6 steps of 16. With both settings the first ends the run, and it is said which."""
+    with caplog.at_level("INFO"):
+        batches = Batches(dataset, config(micro_batch_size=2, **settings), max_length=64)
+    assert batches.train_iters == expected
+    if len(settings) == 2:
+        ends = "train_iters" if expected == settings["train_iters"] else "num_epochs"
+        assert f"num_epochs 2 is 12 steps: {ends} ends the run" in caplog.text
+
+
+def test_fewer_responses_than_a_global_batch_are_said(dataset, caplog) -> None:
+    settings = dataclasses.replace(config(micro_batch_size=2), batch=BatchConfig(global_batch_size=128))
+    Batches(dataset, settings, max_length=64)
+    assert "a step has all 96 responses that there are, fewer than global_batch_size (128)" in caplog.text
+
+
+def test_each_epoch_reads_its_own_reference_where_there_is_one(monkeypatch, dataset) -> None:
+    """96 responses in steps of 16: six steps an epoch. The number says epoch, prompt and response."""
+    settings = config(num_epochs=2)
+    monkeypatch.setattr(parallel, "data_parallel_size", lambda: 1)
+    monkeypatch.setattr(parallel, "data_parallel_rank", lambda: 0)
+    batches = Batches(dataset, settings, max_length=64)
+    assert (batches.num_epochs, batches.first_step(1)) == (2, 7)
+    one_GK = 10.0 * np.arange(24)[:, None] + np.arange(4)
+    both = np.concatenate([one_GK, 1000 + one_GK]).astype(np.float32)
+    for reference_GK, added in ((one_GK.astype(np.float32), 0), (both, 1000)):
+        for step, plan in enumerate(batches.steps(first=6, last=7, reference_GK=reference_GK), start=6):
+            wanted = 10.0 * plan.group + plan.response + (added if step == 7 else 0)
+            np.testing.assert_array_equal(plan.reference_log_prob.numpy(), wanted)
+            for micro_batch in plan.micro_batches:
+                own = 10.0 * micro_batch.group + micro_batch.response + (added if step == 7 else 0)
+                assert torch.equal(micro_batch.reference_log_prob, own.float())

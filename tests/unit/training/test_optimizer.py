@@ -7,7 +7,7 @@ import torch
 
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.training import optimizer as optimizer_module
-from megatron_sppo.training.optimizer import OptimizationConfig, RMSprop, build_scheduler
+from megatron_sppo.training.optimizer import OptimizationConfig, RMSprop, build_scheduler, norm_on_the_device
 
 
 def test_rmsprop_is_torchs_bit_for_bit() -> None:
@@ -90,3 +90,9 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict) -> None
 def test_a_warm_up_longer_than_the_run_is_refused() -> None:
     with pytest.raises(ConfigError, match="shorter than the decay"):
         build_scheduler(_Groups(), OptimizationConfig(lr=1.0, lr_warmup_iters=5), train_iters=5)
+
+
+def test_the_norm_of_several_tensors_is_that_of_all_their_numbers() -> None:
+    """sqrt(2^2 + 3^2 + 6^2) = 7."""
+    norm, _ = norm_on_the_device(65536, None, [[torch.tensor([2.0, 3.0]), torch.tensor([[6.0]])]], False)
+    assert norm.tolist() == [7.0]
