@@ -224,7 +224,8 @@ def run_part(name: str, folder: Path, *, limit: float, log: IO[str]) -> Result:
             code, last = _stream([sys.executable, *words], limit=limit, log=log)
             if code != 0:
                 over = f"took more than LIMIT={limit:.0f} seconds" if code is None else f"exit code {code}"
-                result.outcome, result.reason = "failed", f"{over}: {last}".replace(str(REPOSITORY), ".")
+                result.outcome = "failed"
+                result.reason = (f"{over}: {last}" if last else over).replace(str(REPOSITORY), ".")
                 break
         if report.exists():
             result.tests = _count_tests(report)

@@ -73,6 +73,7 @@ class RewardJudge:
         self.fingerprint = sha256_of_json({"reward": files, "dtype": dtype})
         self.counts: Counter[str] = Counter()
         self._markers, self._marker_ids = self._find_markers(directory)
+        self._num_embeddings = int(self._model.get_input_embeddings().num_embeddings)
         self._context = int(getattr(self._model.config, "max_position_embeddings", 0) or 2**31)
 
     def _find_markers(self, directory: Path) -> tuple[re.Pattern[str], frozenset[int]]:
@@ -152,10 +153,17 @@ class RewardJudge:
         """Tokenise a rendered conversation -> ids, the template's markers in them and no other ones.
 
         Raises:
-            UnreadableGroup: the tokenizer's normalisation makes a marker of a text, or joins one with a text.
+            UnreadableGroup: the tokenizer's normalisation makes a marker of a text, or joins one with a text; or an id
+                is none of the model's; or there are none.
         """
         ids = list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
         written = [self._tokenizer.convert_tokens_to_ids(marker) for marker in self._markers.findall(rendered)]
         if [token for token in ids if token in self._marker_ids] != [t for t in written if t in self._marker_ids]:
             raise UnreadableGroup("the judge's tokenizer makes a turn marker of its text, or loses one beside it")
+        if not ids:
+            raise UnreadableGroup("the judge's chat template turns it into no tokens")
+        if max(ids) >= self._num_embeddings:
+            raise UnreadableGroup(
+                f"the judge's tokenizer gives it the id {max(ids)}, its model has {self._num_embeddings} embeddings"
+            )
         return ids

@@ -189,6 +189,19 @@ def test_a_text_that_the_tokenizer_joins_with_a_marker_is_set_aside(tmp_path: Pa
     assert good[0, 1] == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_token_that_the_model_has_no_embedding_for_sets_its_row_aside(tmp_path: Path) -> None:
+    """A tokenizer with a token more than the model, as after adding one without resizing."""
+    directory = write_model(tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens([AddedToken("<ul>", special=False, normalized=False)])
+    tokenizer.save_pretrained(directory)
+    judge = load_judge(f"reward:{directory}")
+    good, refused = judge.judge_logits([group_of("why?", ["sky", "b"]), group_of("why?", ["<ul>", "b"])])
+    assert isinstance(refused, Unjudged) and f"the id {BYTE_VOCAB_SIZE}" in refused.reason
+    expected = hugging_faces_score(directory, "sky") - hugging_faces_score(directory, "b")
+    assert good[0, 1] == pytest.approx(expected, abs=1e-5)
+
+
 def test_a_head_that_the_file_does_not_hold_is_refused_by_name(tmp_path: Path) -> None:
     directory = write_model(tmp_path / "m")
     path = directory / "model.safetensors"
