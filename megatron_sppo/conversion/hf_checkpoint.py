@@ -169,8 +169,34 @@ def check_side_files(directory: Path) -> None:
         except (ValueError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200].rstrip(".")
             raise ConversionError(damage(path, f"{path} is damaged ({reason}). Fetch the file again.")) from None
+    _hold_against_each_other(directory)
     for reason, names in _left_behind(directory).items():
         logger.info("left behind, %s: %s", reason, _names(names))
+
+
+def _hold_against_each_other(directory: Path) -> None:
+    """Say where two of the files state one fact differently, and which of them transformers takes."""
+    settings, template = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+    inline = read_json(settings).get("chat_template") if settings.is_file() else None
+    if (
+        isinstance(inline, str)
+        and template.is_file()
+        and inline.strip() != template.read_text(encoding="utf-8").strip()
+    ):
+        logger.warning("%s and the chat_template of %s differ: the first is taken", template, settings.name)
+    tokenizer, config = directory / "tokenizer.json", read_json(directory / CONFIG_FILE)
+    if tokenizer.is_file() and isinstance(size := config.get("vocab_size"), int):
+        content = read_json(tokenizer)
+        vocabulary = content.get("model", {}).get("vocab", {})
+        ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+        ids += [token.get("id", 0) for token in content.get("added_tokens") or []]
+        if (largest := max(ids, default=0)) >= size:
+            logger.warning(
+                "%s has token %d, and the model embeds %d: a text with that token cannot be used",
+                tokenizer,
+                largest,
+                size,
+            )
 
 
 def _check_side_file(path: Path) -> None:

@@ -17,8 +17,8 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.visibility import Row
 
 _COMPILATIONS = 32
-"""Most kernels of a process. A run makes 2 to 6: with and without gradients, and for rows of one block; shapes are
-dynamic. More are made by a process that runs several models."""
+"""Most kernels of a process. A run makes up to 6: for the first row, for rows of any other length and for those of a
+single block, with and without gradients. A process that runs several models makes as many for each."""
 
 
 def flex(
@@ -42,7 +42,7 @@ def flex(
         query,
         key,
         value,
-        score_mod=None if softcap is None else _soft_capping(query.new_tensor(softcap, dtype=torch.float32)),
+        score_mod=None if softcap is None else _soft_capping(query.new_full((), softcap, dtype=torch.float32)),
         block_mask=row.block_mask(window),
         scale=softmax_scale,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -61,11 +61,12 @@ def _soft_capping(softcap: Tensor) -> Callable[..., Tensor]:
 
 @functools.cache
 def _compiled(backend: str = "inductor") -> Callable[..., Any]:
-    """Compile for any number of tokens -> flex_attention as a kernel, or an error.
+    """Compile -> flex_attention as a kernel for any number of tokens, or an error.
 
     `fullgraph` is what makes dynamo raise at its limit; without, it runs the function as it stands, all scores at once.
+    Not `dynamic`: sizes that change become symbols anyway, and with it the scale would, which kernels want as a number.
     """
-    kernel = torch.compile(flex_attention, backend=backend, dynamic=True, fullgraph=True)
+    kernel = torch.compile(flex_attention, backend=backend, fullgraph=True)
 
     def attend(*tensors: Tensor, **settings: Any) -> Any:
         try:

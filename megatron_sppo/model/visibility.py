@@ -171,8 +171,8 @@ def _block_mask(queries: Tokens, keys: Tokens, window: int | None) -> BlockMask:
     What torch's create_block_mask does, over a few blocks of queries at a time: that one holds all pairs at once.
     """
     num_queries, num_keys = len(queries.document), len(keys.document)
-    # A tensor, so that a kernel is compiled for all windows; on the device, where the kernel reads it.
-    limit = queries.document.new_tensor(_UNLIMITED if window is None else window)
+    # A tensor, so that one kernel is compiled for all windows.
+    limit = queries.document.new_full((), _UNLIMITED if window is None else window)
     # Padding sees and is seen by nobody: it belongs to documents that there are not.
     rows = Tokens(*(pad(of, (0, -num_queries % _BLOCK), value=-2) for of in queries))
     columns = Tokens(*(pad(of, (0, -num_keys % _BLOCK), value=-3) for of in keys))
@@ -189,16 +189,16 @@ def _block_mask(queries: Tokens, keys: Tokens, window: int | None) -> BlockMask:
     def mask_mod(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return sees(queries.at(q), keys.at(k), limit)
 
-    return BlockMask.from_kv_blocks(
-        *_listed(partial),
-        *_listed(whole),
-        BLOCK_SIZE=_BLOCK,
-        mask_mod=mask_mod,
-        seq_lengths=(num_queries, num_keys),
-    )
+    # By blocks of queries for the forward pass, by blocks of keys for the backward pass.
+    by_queries, by_keys = (partial, whole), (partial.mT, whole.mT)
+    lists = [part for blocks in (*by_queries, *by_keys) for part in _listed(blocks)]
+    return BlockMask((num_queries, num_keys), *lists, BLOCK_SIZE=(_BLOCK, _BLOCK), mask_mod=mask_mod)
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """List in each row of blocks those that are True, first -> (how many, their numbers), int32."""
+    """List in each row of blocks those that are True, first -> (how many, their numbers), int32.
+
+    Contiguous, as the kernels take for granted: they know the strides of rows, not of a row's elements.
+    """
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32), order.int()
+    return blocks.sum(-1, dtype=torch.int32).contiguous(), order.int().contiguous()

@@ -291,6 +291,20 @@ def test_what_is_not_weights_travels_along_or_is_named(tmp_path: Path, caplog: p
     assert written == expected
 
 
+def test_two_files_that_state_one_fact_differently_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hf = tiny_llama(tmp_path / "hf", vocab_size=250)  # the tokenizer has 256 bytes and three more
+    settings = json.loads((hf / "tokenizer_config.json").read_text())
+    (hf / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": CHAT_TEMPLATE + " "}))
+    import_checkpoint(hf, tmp_path / "one")
+    assert "chat_template.jinja and the chat_template" not in caplog.text
+    assert "tokenizer.json has token 258, and the model embeds 250" in caplog.text
+    (hf / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "{{ messages }}"}))
+    import_checkpoint(hf, tmp_path / "two")
+    assert (
+        "chat_template.jinja and the chat_template of tokenizer_config.json differ: the first is taken" in caplog.text
+    )
+
+
 def edit_config(**changes: Any) -> Callable[[Path], None]:
     def edit(hf: Path) -> None:
         config = json.loads((hf / "config.json").read_text())

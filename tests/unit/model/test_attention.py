@@ -12,8 +12,8 @@ CONFIG = SimpleNamespace(attention_dropout=0.0, context_parallel_size=1)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
-@pytest.mark.parametrize("window", [None, 1, 4, 8, 100])
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("window", [None, 1, 8])
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("tree", [SMALL, SEQUENCES, random_tree(0, num_tokens=600)])
 def test_each_path_attends_by_itself(tree: Tree, groups: int, window: int | None, softcap: float | None) -> None:
     heads = random_heads(tree.num_tokens, heads=4, groups=groups)

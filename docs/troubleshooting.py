@@ -1,0 +1,123 @@
+"""Write docs/troubleshooting.md: every line that the tools can end with or warn by, taken from the code that says it.
+
+python docs/troubleshooting.py            # tests/unit/test_docs.py fails where the page is not what this writes
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGE = REPOSITORY / "docs/troubleshooting.md"
+KINDS = {
+    **dict.fromkeys(("ConfigError", "DataError", "ConversionError", "StageFailed"), "line"),
+    **dict.fromkeys(("UnusablePrompt", "UnusableRow", "UnreadableGroup", "_RowRefused"), "row set aside because"),
+    "warning": "warning",
+}
+"""How a message is given, by the exception or the logger's method that takes it -> heading of its table."""
+ROOMS = {
+    "training": "Training (`examples/pretrain_sppo.py`)",
+    "model": "The model's layers and precision",
+    "conversion": "Conversion and checkpoints (`tools/convert.py`)",
+    "rollout": "Prompts and rollouts (`tools/generate_rollouts.py`, `tools/import_preferences.py`)",
+    "judge": "Judges and scoring (`tools/score_pairrm.py`)",
+    "data": "Datasets",
+    "objective": "The objective",
+    "selfplay": "Self-play, evaluation and the report (`tools/self_play.py`, `tools/evaluate.py`, `tools/report.py`)",
+    "planning": "Planning (`tools/plan.py`)",
+    "tools": "The tools' own settings",
+    "": "All tools: command line, files, locks",
+}
+HEAD = """# Troubleshooting: every message, and what to do
+
+Each tool ends with one line on stderr: `TOOL: error: FACT. REMEDY.` Search this page for a few words of the fact; `...`
+stands for names and numbers. Exit code 2 means that you can mend it; 1 is a fault of the program, with a traceback:
+please report it with the command, `pip list` and the last lines. `--debug` shows where a line comes from.
+
+A *line* ends a command. A *warning* does not: the run goes on, and says so because the result may not be what you want.
+A *row set aside* is named in the manifest's `quarantined` with its reason, and counted; the other rows go on.
+
+This page is written by `docs/troubleshooting.py` from the code itself.
+"""
+
+
+def text_of(node: ast.AST, constants: dict[str, str]) -> str | None:
+    """Read a message -> text with `...` for what is filled in; None where it is no literal.
+
+    Args:
+        constants: texts that the file has under a name.
+    """
+    if isinstance(node, ast.FormattedValue):
+        return text_of(node.value, constants)
+    if isinstance(node, ast.Name):
+        return constants.get(node.id)
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else None
+    if isinstance(node, ast.JoinedStr):
+        return "".join(text_of(part, constants) or "..." for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return (text_of(node.left, constants) or "...") + (text_of(node.right, constants) or "...")
+    if isinstance(node, ast.IfExp):
+        return text_of(node.body, constants)
+    return None
+
+
+def messages(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield what a file can say -> (how, message)."""
+    module = ast.parse(path.read_text(encoding="utf-8"))
+    constants = {
+        target.id: node.value.value
+        for node in module.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(module):
+        if not isinstance(node, ast.Call) or not node.args:
+            continue
+        function = node.func
+        name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
+        if name in KINDS and (text := text_of(node.args[0], constants)):
+            text = re.sub(r"%[.\d]*[a-z]", "...", text) if name == "warning" else text
+            text = re.sub(r"(\.\.\.[,'\"()\[\]:/ ]+){2,}(?=\.\.\.)", "", " ".join(text.split()))
+            if len(re.sub(r"[^a-z]", "", text)) > 8:  # more than what is filled in
+                yield KINDS[name], text
+
+
+OTHERWISE = {
+    "line": "what the line itself says, which depends on the case; else correct what it names",
+    "row set aside because": "correct the row in its source, or leave it out",
+    "warning": "nothing, if it is what you want",
+}
+
+
+def entry(kind: str, text: str) -> str:
+    """Word one message -> a line of the page: the fact, and what to do."""
+    parts = re.split(r"(?<=\S)(?<!\.\.)\. (?=[A-Z`-]|tools/)|(?<=\.\.\.\.) (?=[A-Z`-])", text, maxsplit=1)
+    fact, remedy = parts[0], parts[1] if len(parts) > 1 else OTHERWISE[kind]
+    if fact.endswith(".") and (not fact.endswith("...") or fact.endswith("....")):
+        fact = fact[:-1]
+    return f"| {fact} | {remedy} |".replace("\\n", " ")
+
+
+def page() -> str:
+    """Write the whole page -> Markdown."""
+    found: dict[str, set[tuple[str, str]]] = {room: set() for room in ROOMS}
+    package = REPOSITORY / "megatron_sppo"
+    for path in sorted([*package.rglob("*.py"), *(REPOSITORY / "tools").glob("*.py")]):
+        inside = path.relative_to(package).parts if package in path.parents else ("tools", path.name)
+        found[inside[0] if len(inside) > 1 else ""].update(messages(path))
+    text = [HEAD]
+    for room, title in ROOMS.items():
+        text.append(f"\n## {title}\n")
+        for kind in dict.fromkeys(KINDS.values()):
+            if lines := sorted(
+                {entry(kind, message.replace("|", "\\|")) for how, message in found[room] if how == kind}
+            ):
+                text.append(f"| {kind} | what to do |\n|---|---|\n" + "\n".join(lines) + "\n")
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
