@@ -19,8 +19,8 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.prompts import Prompt
 
-# What a template's expressions raise on messages that it was not written for.
-_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What a template's expressions raise on messages that it was not written for."""
 _OWN_ARGUMENTS = frozenset(
     {
         "messages",
@@ -144,7 +144,7 @@ class ChatTokenizer:
                 f"the chat template of {template.chat_template or model_dir} is no valid Jinja (line {error.lineno}: "
                 f"{error.message}). Mend it, or use --chat-template FILE.jinja."
             ) from None
-        except _TEMPLATE_FAULTS:
+        except TEMPLATE_FAULTS:
             pass  # it may want a system message; each prompt is judged by itself
 
     def _choose_template(self, model_dir: Path, config: TemplateConfig) -> str:
@@ -244,7 +244,7 @@ class ChatTokenizer:
         roles = ("user", "assistant") * 2
         try:
             whole = self._render([{"role": role, "content": text} for role, text in zip(roles, _PROBE, strict=True)])
-        except _TEMPLATE_FAULTS:
+        except TEMPLATE_FAULTS:
             return TurnMarkers()
         if not all(text in whole for text in _PROBE[1:]):
             return TurnMarkers()
@@ -282,7 +282,7 @@ class ChatTokenizer:
     def _rendered(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
         try:
             return self._render(messages, add_generation_prompt=add_generation_prompt)
-        except _TEMPLATE_FAULTS as error:
+        except TEMPLATE_FAULTS as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UnusablePrompt(f"the chat template refuses it: {reason}") from None
 
