@@ -105,7 +105,7 @@ class TurnMarkers:
     token_ids: frozenset[int] = frozenset()
     """Special tokens that open or close turns."""
     texts: tuple[str, ...] = ()
-    """The same, spelled out; in a template without such tokens what begins the next turn's line, behind a newline."""
+    """The same spelled out, and what a template spells where it has no tokens: a word of prose behind a newline."""
 
 
 class ChatTokenizer:
@@ -256,8 +256,16 @@ class ChatTokenizer:
             end = spelled[0]  # <|im_end|> of a template whose tokenizer was never told of it
         around = {token for token in added if token in whole and (token in self._special_texts or token == end)}
         texts = around | ({end} if end is not None else set())
-        if not texts and (line := between.partition("\n")[0].strip()):
-            texts = {f"\n{line}"}
+        spelled_out = between
+        for token in added:
+            spelled_out = spelled_out.replace(token, "\n")
+        for line in filter(None, map(str.strip, spelled_out.split("\n"))):
+            if re.fullmatch(
+                r"<\S+>|\[\S+\]", line
+            ):  # Zephyr's <|user|>, Mistral's [INST]: no tokens, but no prose either
+                texts.add(line)
+            elif line.endswith(":") or not texts:  # USER:, ### Instruction:
+                texts.add(f"\n{line}")
         return TurnMarkers(
             end_of_turn=end,
             end_of_turn_id=added.get(end) if end is not None else None,
