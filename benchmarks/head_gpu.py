@@ -3,6 +3,9 @@
     python -m benchmarks.head_gpu                                                    T = 8192 and 32768
     python -m benchmarks.head_gpu --tokens 64 --hidden 64 --vocab 512 --repeats 2    a dry run on any machine
 
+The roofline is an H100's or H200's: three products at 989 TFLOP/s, and of our head what it multiplies again and the
+bytes of its elementwise kernels besides (megatron_sppo/objective/log_ratio.py has the arithmetic).
+
 Every head goes forward and backward on the same bfloat16 hidden states and weight; log-probabilities and gradients are
 first checked equal. Liger and cut-cross-entropy take part where they are installed; who runs out of memory is named.
 """
@@ -20,9 +23,16 @@ from benchmarks.record import Row, alternate_seconds, describe_machine, figure, 
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
 from megatron_sppo.objective import linear_log_probs
+from megatron_sppo.objective.log_ratio import column_blocks, default_chunk_size, spare_blocks
 
 NAME = "head_gpu.py"
 GIB = 1 << 30
+FLOPS = 989e12
+"""Dense bfloat16 operations per second, of an H100 and of an H200."""
+BANDWIDTHS = {"H200": 4.8e12, "H100": 3.35e12}
+"""Bytes per second of their memories; other machines are held against an H100."""
+KERNEL_BYTES = 6
+"""That our kernels move of each bfloat16 logit: read in forward, read and written in backward (tests/triton)."""
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # T = tokens, H = hidden size, V = vocabulary
@@ -97,6 +107,18 @@ def peak_over_floor(head: Head, tensors: tuple[Tensor, Tensor, Tensor]) -> float
     return (torch.cuda.max_memory_allocated() - before - floor) / GIB
 
 
+def rooflines(config: HeadGpuConfig, num_tokens: int) -> tuple[float, float]:
+    """Work out the least seconds of the three products, and of our head -> (products, ours)."""
+    card = next((name for name in BANDWIDTHS if name in describe_machine().upper()), "H100")
+    chunk_size = default_chunk_size(config.vocab, 2, device_type="cuda")
+    columns, num_kept, size = column_blocks(config.vocab, num_tokens, chunk_size, device_type="cuda")
+    num_kept += spare_blocks(columns, size, num_tokens, hidden_size=config.hidden)
+    again = 1 - sum(block.stop - block.start for block in columns[-num_kept:]) / config.vocab
+    product = 2 * num_tokens * config.hidden * config.vocab / FLOPS
+    passes = KERNEL_BYTES * num_tokens * config.vocab / BANDWIDTHS[card]
+    return 3 * product, (3 + again) * product + passes
+
+
 def check_equal(wanted: list[Tensor], found: list[Tensor], name: str) -> None:
     """Refuse to time what computes something else: 0.05 nats, 2 % of a gradient's norm."""
     error = float((wanted[0] - found[0]).abs().max())
@@ -138,6 +160,11 @@ def compare(config: HeadGpuConfig, num_tokens: int) -> list[Row]:
         target, met = ("<= 1.35", ratio <= 1.35) if name == "its three products" else ("(no target)", None)
         ours, theirs = (statistics.median(seconds[which]) for which in ("ours", name))
         rows.append(_row(f"seconds, {size}", ours, theirs, name, ratio, target, met, spread))
+    products, least = rooflines(config, num_tokens)
+    ours = statistics.median(seconds["ours"])
+    for metric, found in (("seconds by arithmetic", least), ("seconds", ours)):
+        name, ratio = "three products by the roofline", found / products
+        rows.append(_row(f"{metric}, {size}", found, products, name, ratio, "(no target)", None))
     if on_gpu:
         peaks = {name: peak_over_floor(head, tensors) for name, head in running.items()}
         for name, peak in peaks.items():

@@ -4,11 +4,13 @@ Does not prove speed, nor anything on a GPU: see benchmarks/ and tests/gpu.
 """
 
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sppo.objective import linear_log_probs, log_ratio, sequence_sums
 from megatron_sppo.objective.log_ratio import default_chunk_size
@@ -214,8 +216,6 @@ def test_only_hidden_weight_labels_and_two_floats_a_token_are_kept_for_backward(
 
 def test_no_tensor_larger_than_a_chunk_of_logits_is_made():
     """Every operator's output is watched, forward and backward: a chunk's logits or an input's gradient at most."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     largest = []
 
     class Watch(TorchDispatchMode):
@@ -341,3 +341,106 @@ def test_the_cpu_never_looks_for_kernels(monkeypatch):
     monkeypatch.setattr(log_ratio, "find_spec", None)
     passes = log_ratio._choose_passes(torch.zeros(4, 4), num_tokens=1, block_size=4, softcap=None)
     assert type(passes).__name__ == "TorchPasses"
+
+
+ROWS_OF_RANKS = (5, 0, 2)
+"""Of three ranks: one has most rows, one none."""
+
+
+def sequence_parallel(rows_of_ranks):
+    """One rank of three: it brings its own rows, has a third of the vocabulary, and counts what it sends."""
+    dist.init_process_group("gloo")
+    rank, group = dist.get_rank(), dist.group.WORLD
+    hidden, weight, labels, upstream = problem(torch.float32, num_tokens=sum(rows_of_ranks))
+    shard = weight[:63].split(21)[rank]
+    sent = Counter()
+
+    class CountBytes(TorchDispatchMode):
+        """Of every collective's tensor: who sends it, or for whom it is summed; reductions to all."""
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "c10d":
+                tensor = args[0][0]
+                root = args[3] if func.overloadpacket._qualified_op_name == "c10d::reduce_" else args[2]
+                name = func.overloadpacket._qualified_op_name
+                sent[name, root if name != "c10d::allreduce_" else None] += tensor.nbytes
+            return func(*args, **(kwargs or {}))
+
+    with CountBytes():
+        found = ours(
+            hidden.split(rows_of_ranks)[rank],
+            shard,
+            labels,
+            upstream,
+            tp_group=group,
+            chunk_size=8,
+            vocab_size=TRUE_V,
+            rows_of_ranks=rows_of_ranks,
+        )
+    dist.destroy_process_group()
+    return *found, sent
+
+
+def test_sequence_parallel_ranks_send_their_own_rows_alone_and_get_those_rows_gradient():
+    """Values and gradients are the whole weight's. Sent: 4 H bytes a row by its owner, and back to it in float32.
+
+    The rest is the softmax's: maximum (4 bytes a row), sum and label's logit (8).
+    """
+    results = run_ranks(sequence_parallel, len(ROWS_OF_RANKS), ROWS_OF_RANKS)
+    log_prob, grad_hidden, grad_weight = naive(*problem(torch.float32, num_tokens=sum(ROWS_OF_RANKS)))
+    for (mine, grad, _, sent), expected in zip(results, grad_hidden.split(ROWS_OF_RANKS), strict=True):
+        torch.testing.assert_close(mine.double(), log_prob, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(grad.double(), expected, atol=2e-5, rtol=1e-5)
+        assert sent == {
+            **{
+                (f"c10d::{name}_", rank): 4 * H * ROWS_OF_RANKS[rank]
+                for name in ("broadcast", "reduce")
+                for rank in (0, 2)
+            },
+            ("c10d::allreduce_", None): (4 + 8) * sum(ROWS_OF_RANKS),
+        }
+    found = torch.cat([grad_shard for _, _, grad_shard, _ in results])
+    torch.testing.assert_close(found.double(), grad_weight[:63], atol=2e-5, rtol=1e-5)
+
+
+def test_sequence_parallel_ranks_without_rows_send_nothing():
+    for log_prob, grad_hidden, _, sent in run_ranks(sequence_parallel, 3, (0, 0, 0)):
+        assert log_prob.shape == (0,) and grad_hidden.shape == (0, H) and not sent
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_columns", "chunk_size", "num_spare"),
+    [(50, 59, 1, 0), (5, 59, 1, 2), (3, 64, 1, 3), (40, 40, 30, 0)],
+)
+def test_blocks_of_a_gpu_and_logits_in_the_gradient_s_memory_change_no_value(
+    num_tokens, num_columns, chunk_size, num_spare, softcap, monkeypatch
+):
+    """Blocks of 16 columns, the rest first: of 59 columns 11 + 3 x 16, a ring of two.
+
+    The gradient has 16 numbers a row: 688 before the last block's row 43, where 16 logits of 43 tokens fit; 432 before
+    row 27, for two blocks of 13 tokens; 176 before row 11, for three of 3. Backward is taken twice: the second time
+    nothing is kept.
+    """
+    blocks, seen = log_ratio.column_blocks, []
+    monkeypatch.setattr(log_ratio, "_ALIGNMENT", 16)
+    monkeypatch.setattr(log_ratio, "column_blocks", lambda *sizes, device_type: blocks(*sizes, device_type="cuda"))
+    monkeypatch.setattr(log_ratio, "_keeps_logits_in_gradient", lambda weight, sink: True)
+    spare = log_ratio.spare_blocks
+    monkeypatch.setattr(
+        log_ratio, "spare_blocks", lambda *sizes, **hidden: seen.append(spare(*sizes, **hidden)) or seen[-1]
+    )
+    hidden, weight, labels, upstream = problem(num_tokens=num_tokens)
+    labels = labels % num_columns
+    expected = naive(hidden, weight, labels, upstream, vocab_size=num_columns, softcap=softcap)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    log_prob = linear_log_probs(
+        hidden, weight, labels, vocab_size=num_columns, chunk_size=chunk_size, logit_softcap=softcap
+    )
+    first = torch.autograd.grad(log_prob, (hidden, weight), upstream, retain_graph=True)
+    second = torch.autograd.grad(log_prob, (hidden, weight), upstream)
+    assert seen == [num_spare]
+    torch.testing.assert_close(log_prob.detach(), expected[0], atol=1e-12, rtol=1e-12)
+    for gradients in (first, second):
+        for mine, true in zip(gradients, expected[1:], strict=True):
+            torch.testing.assert_close(mine, true, atol=1e-12, rtol=1e-12)

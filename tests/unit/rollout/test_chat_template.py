@@ -13,8 +13,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from megatron_sppo import config as settings
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import ChatTokenizer, TemplateConfig, UnusablePrompt
+from megatron_sppo.rollout.generate import GenerateConfig
 from megatron_sppo.rollout.prompts import Prompt
 from tests.models import CHAT_TEMPLATE, byte_tokenizer
 
@@ -322,3 +324,23 @@ def test_of_named_templates_one_is_chosen(tmp_path: Path) -> None:
     assert chosen.tokenize(asked("Why?")).text == "tool_use: Why?"
     with pytest.raises(ConfigError, match="one chat template, without a name"):
         chat_tokenizer(tmp_path / "one", CHAT_TEMPLATE, chat_template_name="default")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--chat-template-kwargs", '{"enable_thinking": false, "budget": 3}'],
+        ["--chat-template-kwargs", "enable_thinking=false", "budget=3"],
+        ["--config", "settings.yaml"],
+    ],
+)
+def test_arguments_are_given_as_flags_json_or_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("settings.yaml").write_text("chat_template_kwargs:\n  enable_thinking: false\n  budget: 3\n")
+    required = ["--model", "m", "--prompts", "p", "--output", "o", "--num-responses", "2", "--max-tokens", "4"]
+    parsed = settings.parse(GenerateConfig, name="x", description="", argv=[*required, *flags])
+    assert parsed.template.arguments() == {"enable_thinking": False, "budget": 3}
+    again = settings.parse(GenerateConfig, name="x", description="", argv=settings.to_flags(parsed))
+    assert again == parsed
