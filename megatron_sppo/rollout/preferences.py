@@ -102,6 +102,11 @@ def import_preferences(
             while batch := list(itertools.islice(iterator, shard_size)):
                 entries.append(write_shard(temporary, len(entries), batch))
         check_split(rows, split, groups.splits)
+        named = sorted(name for name in groups.splits if name is not None)
+        if split is None and len(named) > 1:
+            logger.warning(
+                "%s: rows of several splits are taken together (%s). --split chooses one.", rows, ", ".join(named)
+            )
         reasons = Counter(row["reason"] for row in groups.quarantined)
         for reason, count in reasons.most_common(3):
             logger.warning("%d rows set aside: %s", count, reason)
@@ -109,7 +114,7 @@ def import_preferences(
             first = f"; the first: {groups.quarantined[0]['reason']}" if groups.quarantined else ""
             raise DataError(
                 f"{rows} has no usable row ({len(groups.quarantined)} set aside{first}). "
-                'Give rows such as {"prompt": "Why?", "chosen": "Because.", "rejected": "No."}.'
+                "Mend the rows, or use the --chat-template that suits them."
             )
         config = read_json(model / "config.json")
         manifest = RolloutManifest(

@@ -144,6 +144,20 @@ def test_delayed_scaling_takes_its_scale_from_before_and_notes_the_largest_value
     assert quantizer.amax.tolist() == [1000.0]
 
 
+@pytest.mark.parametrize("kind", ["current", "blockwise"])
+def test_a_refilled_tensor_keeps_no_copy_that_was_not_asked_for(kind: str) -> None:
+    """As a weight's cached codes are after a forward pass without gradients: their transpose would be of old values."""
+    quantizer = current() if kind == "current" else Float8BlockQuantizer(E4M3, rowwise=True, columnwise=True)
+    tensor, name = source_of(128, 256), "_transpose" if kind == "current" else "_columnwise_data"
+    target = quantizer(tensor)
+    quantizer.set_usage(rowwise=True, columnwise=False)
+    quantizer.update_quantized(tensor * 3, target)
+    assert getattr(target, name) is None
+    quantizer.set_usage(rowwise=True, columnwise=True)
+    quantizer.update_quantized(tensor * 5, target)
+    assert torch.equal(getattr(target, name), getattr(quantizer(tensor * 5), name))
+
+
 def test_copies_are_made_as_asked_and_refilled_in_place() -> None:
     quantizer, tensor = current(), source_of(16, 32)
     quantizer.set_usage(rowwise=False, columnwise=True)

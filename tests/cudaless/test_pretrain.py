@@ -13,7 +13,7 @@ import pytest
 from megatron_sppo.conversion.convert import import_checkpoint
 from tests.distributed.conftest import write_dataset
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_layouts import PP2, SHARDED, SP, TP2
+from tests.distributed.test_layouts import OVERLAP, PP2, SHARDED, SP, TP2
 from tests.distributed.test_pretrain import forget_after, metrics, responses
 from tests.distributed.worlds import pretrain
 from tests.models import tiny_llama
@@ -31,6 +31,7 @@ RUNS = {
     "blockwise": (1, f"{FP8} blockwise"),
     "delayed": (1, f"{FP8} delayed"),
     "tensorwise, sharded optimizer": (2, f"{FP8} tensorwise {SHARDED} --micro-batch-size 2"),
+    "sharded optimizer, gathered late": (2, f"{SHARDED} {OVERLAP} overlap_param_gather=true --micro-batch-size 2"),
     "tensorwise, TP2 SP PP2": (4, f"{FP8} tensorwise {TP2} {SP} {PP2}"),
     "full recomputation": (1, f"{FP8} tensorwise --recompute-granularity full"),
 }

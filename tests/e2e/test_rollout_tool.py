@@ -61,6 +61,30 @@ def test_a_server_run_writes_rollouts_and_reports_as_json(flags: dict[str, Any])
     assert len(server.bodies) == 5
 
 
+def test_answers_that_run_on_and_are_cut_are_said_by_both_tools(flags: dict[str, Any], tmp_path: Path) -> None:
+    """Each answer goes through <|im_end|> and <|im_start|> (ids 2 and 1), as those of a server that does not stop."""
+
+    def running_on(body: dict[str, Any], number: int) -> dict[str, Any]:
+        reply = FakeVllm.good_reply(body)
+        for choice in reply["choices"]:
+            choice |= {"token_ids": [70 + choice["index"], 2, 1, 71], "finish_reason": "length"}
+        return reply
+
+    server = FakeVllm(running_on, max_model_len=512)
+    try:
+        done = run(*spelled(flags), "--server", server.url)
+    finally:
+        server.close()
+    assert done.returncode == 0, done.stderr
+    assert "10 of 10 (100%) answers were cut at max_tokens" in done.stderr
+    assert "10 of 10 (100%) answers hold a turn marker" in done.stderr
+    score = [sys.executable, str(ROOT / "tools/score_pairrm.py"), "--rollouts", str(flags["output"])]
+    score += ["--judge", "rules:concise", "--output", str(tmp_path / "dataset"), "--allow-no-signal"]
+    scored = subprocess.run(score, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert scored.returncode == 0, scored.stderr
+    assert "10 of 10 (100%) answers hold a turn marker" in scored.stderr
+
+
 def test_a_server_of_another_model_is_refused(flags: dict[str, Any]) -> None:
     """Its ids are 1000 and above; the model has 259."""
     assert answer_to([1, 100], 0)[0] >= 259

@@ -169,13 +169,20 @@ def quantized(source: Tensor, quantizer: Any, output: Any = None, *, dtype: torc
 
 
 def _refill(output: Any, fields: dict[str, Any]) -> None:
+    """Write new codes and scales; a copy that is not asked for is dropped, one that is missing made.
+
+    csrc/quantizer.cpp `convert_and_update_tensor` (2.11.0) coerces both: a copy left as it was would be stale.
+    """
     names = {"data_transpose": "_transpose", "fp8_scale_inv": "_scale_inv"}
     for name, value in fields.items():
-        target = getattr(output, names.get(name, f"_{name}"))
+        attribute = names.get(name, f"_{name}")
+        target = getattr(output, attribute)
         if isinstance(value, Tensor) and target is not None:
             target.copy_(value.view(target.shape))
-    if fields.get("data_transpose") is not None:
-        output._transpose_invalid = False
+        elif isinstance(value, Tensor) or value is None:
+            setattr(output, attribute, on_gpu(value))
+    if "data_transpose" in fields:
+        output._transpose_invalid = fields["data_transpose"] is None
 
 
 @kernel

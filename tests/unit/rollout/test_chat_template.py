@@ -13,8 +13,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from megatron_sppo import config as settings
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import ChatTokenizer, TemplateConfig, UnusablePrompt
+from megatron_sppo.rollout.generate import GenerateConfig
 from megatron_sppo.rollout.prompts import Prompt
 from tests.models import CHAT_TEMPLATE, byte_tokenizer
 
@@ -115,6 +117,10 @@ MISTRAL = (
     "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} "
     "{{ m['content'] }}</s>{% endif %}{% endfor %}"
 )
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 GLM = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -151,6 +157,7 @@ def chat_tokenizer(
     return ChatTokenizer(directory, template=TemplateConfig(**config))
 
 
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 ENDS = {
     "chatml": (CHAT_TEMPLATE, (), (), "<|im_end|>", ("<|im_end|>", "<|im_start|>")),
     "llama 3": (
@@ -162,7 +169,8 @@ ENDS = {
     ),
     "gemma": (GEMMA, ("<start_of_turn>", "<end_of_turn>"), (), "<end_of_turn>", ("<end_of_turn>", "<start_of_turn>")),
     "phi 3": (PHI3, ("<|user|>", "<|assistant|>", "<|end|>"), (), "<|end|>", ("<|assistant|>", "<|end|>", "<|user|>")),
-    "mistral": (MISTRAL, ("</s>",), (), "</s>", ("</s>",)),
+    "mistral": (MISTRAL, ("</s>",), (), "</s>", ("</s>", "[INST]")),
+    "zephyr": (ZEPHYR, ("</s>",), (), "</s>", ("</s>", "<|user|>")),
     "an added token that is not special": (GEMMA, (), ("<end_of_turn>",), "<end_of_turn>", ("<end_of_turn>",)),
     "the next turn's token ends it": (
         GLM,
@@ -182,7 +190,11 @@ def test_the_template_says_how_a_turn_ends(tmp_path: Path, name: str) -> None:
     assert markers.end_of_turn == end
     assert tokenizer.token_text(markers.end_of_turn_id) == end
     assert markers.texts == marks
-    assert {tokenizer.token_text(token) for token in markers.token_ids} == set(marks)
+    assert {tokenizer.token_text(token) for token in markers.token_ids} == set(marks) & {
+        *special,
+        *added,
+        *CHATML_TOKENS,
+    }
 
 
 def test_an_end_of_turn_that_is_no_token_is_known_as_text(tmp_path: Path) -> None:
@@ -322,3 +334,23 @@ def test_of_named_templates_one_is_chosen(tmp_path: Path) -> None:
     assert chosen.tokenize(asked("Why?")).text == "tool_use: Why?"
     with pytest.raises(ConfigError, match="one chat template, without a name"):
         chat_tokenizer(tmp_path / "one", CHAT_TEMPLATE, chat_template_name="default")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--chat-template-kwargs", '{"enable_thinking": false, "budget": 3}'],
+        ["--chat-template-kwargs", "enable_thinking=false", "budget=3"],
+        ["--config", "settings.yaml"],
+    ],
+)
+def test_arguments_are_given_as_flags_json_or_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("settings.yaml").write_text("chat_template_kwargs:\n  enable_thinking: false\n  budget: 3\n")
+    required = ["--model", "m", "--prompts", "p", "--output", "o", "--num-responses", "2", "--max-tokens", "4"]
+    parsed = settings.parse(GenerateConfig, name="x", description="", argv=[*required, *flags])
+    assert parsed.template.arguments() == {"enable_thinking": False, "budget": 3}
+    again = settings.parse(GenerateConfig, name="x", description="", argv=settings.to_flags(parsed))
+    assert again == parsed

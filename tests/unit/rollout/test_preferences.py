@@ -306,9 +306,11 @@ def test_template_arguments_are_recorded(tmp_path: Path) -> None:
         imported(tmp_path / "on", [trl()], template, template=TemplateConfig(chat_template_kwargs=("thinking=true",)))
 
 
-def test_a_split_takes_its_rows_alone(tmp_path: Path) -> None:
+def test_a_split_takes_its_rows_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [trl(split="train"), trl(split="test", prompt=[user("how?")]), trl(prompt=[user("who?")])]
     manifest, _ = imported(tmp_path, rows, split="test")
     assert manifest.num_prompts == 1
     with pytest.raises(ConfigError, match="Use --split with one of: test, train"):
         imported(tmp_path / "other", rows, split="dev")
+    assert imported(tmp_path / "all", rows)[0].num_prompts == 3
+    assert any("several splits are taken together (test, train)" in record.getMessage() for record in caplog.records)
