@@ -179,11 +179,9 @@ def missing_imports(requirements: Sequence[Requirement]) -> dict[Requirement, st
 def find_gpu() -> dict[str, Any]:
     """Ask torch for itself and the GPU -> {"torch", "cuda", with a GPU "name", "capability" and what is wrong}."""
     done = _ask(sys.executable, _GPU)  # not of nvidia-smi: containers deny it where CUDA works
-    return (
-        json.loads(_last_line(done.stdout))
-        if done.returncode == 0
-        else {"fault": f"torch cannot look at the GPU: {_last_line(done.stderr)}"}
-    )
+    if done.returncode != 0:
+        return {"fault": f"torch cannot look at the GPU: {_last_line(done.stderr)}"}
+    return json.loads(_last_line(done.stdout))
 
 
 def _ask(interpreter: str, code: str) -> subprocess.CompletedProcess[str]:
@@ -217,7 +215,7 @@ def run_part(name: str, folder: Path, *, limit: float, log: IO[str]) -> Result:
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "pytest.xml")
         for command in PARTS[name].commands:
-            words = command.format_map({**os.environ, "PYTHON": sys.executable}).split()
+            words = [word.format_map({**os.environ, "PYTHON": sys.executable}) for word in command.split()]
             if "pytest" in words:
                 words.append(f"--junitxml={report}")
             print(f"== {name}: python {' '.join(words)}", file=_Both(log), flush=True)

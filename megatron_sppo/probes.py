@@ -9,6 +9,8 @@ import torch
 
 from megatron_sppo.architecture import Architecture, read_architecture
 from megatron_sppo.conversion.megatron_checkpoint import HF_DIRECTORY
+from megatron_sppo.errors import DataError
+from megatron_sppo.rollout.chat_template import TEMPLATE_FAULTS
 from megatron_sppo.rollout.prompts import read_prompts
 from megatron_sppo.tokenizer import TEXT_FILES, is_tokenizer_of, tokenizer_hash
 
@@ -85,7 +87,10 @@ def _chat(tokenizer: Any, text: str) -> str | None:
     if tokenizer.chat_template is None:
         return None
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}, *_USER]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TEMPLATE_FAULTS as error:
+        return f"refused: {error}"
 
 
 def _tokenizer(directory: Path) -> Any:
@@ -105,7 +110,14 @@ def prompt_token_ids(hf: Path, architecture: Architecture, prompts: Path | None)
         lists = [tokenizer(text)["input_ids"] for text in PROMPTS]
     else:
         chosen = read_prompts(prompts, limit=MAX_PROMPTS).prompts
-        lists = [_prompt_ids(tokenizer, prompt.messages) for prompt in chosen]
+        lists = []
+        for prompt in chosen:
+            try:
+                lists.append(_prompt_ids(tokenizer, prompt.messages))
+            except TEMPLATE_FAULTS as error:
+                logger.warning("prompt %s is left out: the chat template refuses it: %s", prompt.prompt_id, error)
+        if not lists:
+            raise DataError(f"the chat template of {hf} refuses every prompt of {prompts}. Leave out --prompts.")
     limit = min(MAX_TOKENS, architecture.max_position_embeddings)
     return [ids[:limit] for ids in lists]
 

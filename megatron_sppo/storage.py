@@ -310,6 +310,25 @@ def read_json(path: Path) -> Any:
         raise DataError(fault) from None
 
 
+def refuse_foreign_file(path: Path, *, ours: str, flag: str) -> None:
+    """Refuse to write a report over a file that is none: its place may have been a typing error.
+
+    Args:
+        ours: a key that every such report has in its first megabyte, as JSON spells it.
+        flag: the command-line flag that named the file, for the error.
+
+    Raises:
+        ConfigError: the file is there and is something else, or is a directory.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory. Give a file with {flag}.")
+    if path.is_file() and path.stat().st_size:
+        with open(path, "rb") as file:
+            if f'"{ours}"'.encode() not in file.read(1 << 20):
+                raise ConfigError(f"{path} is there and is no report of this command. Give another file with {flag}.")
+
+
 def damage(path: Path, otherwise: str) -> str:
     """Say what stands in a file's place and what to do, where that can be told -> "FACT. REMEDY.", else `otherwise`."""
     start = b""

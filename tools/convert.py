@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_sppo import command_line, config
+from megatron_sppo.storage import refuse_foreign_file
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,9 @@ def main() -> None:
             )
         case VerifyConfig():
             from megatron_sppo import verification  # builds both models: heavy
+
+            if settings.json is not None:
+                refuse_foreign_file(settings.json, ours="faults", flag="--json")
 
             report = verification.verify(
                 settings.hf, settings.megatron, prompts=settings.prompts, layerwise=settings.layerwise or None

@@ -47,7 +47,8 @@ class MicroBatch:
     response_rows: Tensor
     """[R] int64."""
     sequence_index: Tensor
-    """[R] int64, the sequence in [0, B) that each response token belongs to; ascending."""
+    """[R] int64, the sequence in [0, B) that each response token belongs to; ascending, or (`in_order_of_ranks`) so for
+    each rank."""
     labels_R: Tensor
     """[R] int64, the response tokens."""
     rows: Tensor
@@ -70,6 +71,8 @@ class MicroBatch:
     """[B] float32."""
     reference_log_prob: Tensor
     """[B] float32, nats; NaN where not computed."""
+    rows_of_ranks: tuple[int, ...] | None = None
+    """Under sequence parallelism: how many of `response_rows` lie on each rank; see `in_order_of_ranks`."""
 
     @property
     def num_sequences(self) -> int:
@@ -263,6 +266,23 @@ def context_parallel_share(batch: MicroBatch, *, rank: int, size: int) -> MicroB
         response_rows=column[here] * num_batch_rows + batch.response_rows[here] % num_batch_rows,
         sequence_index=batch.sequence_index[here],
         labels_R=batch.labels_R[here],
+    )
+
+
+def in_order_of_ranks(batch: MicroBatch, *, size: int) -> MicroBatch:
+    """Order the response tokens by the sequence-parallel rank that holds their hidden states -> MicroBatch.
+
+    Megatron gives each of `size` ranks as many neighbouring positions. The counts are taken here, on the CPU, since the
+    ranks send each other that many rows and the host would wait for a GPU's answer.
+    """
+    rank_R = batch.response_rows // (batch.tokens.numel() // size)
+    order = torch.argsort(rank_R, stable=True)
+    return dataclasses.replace(
+        batch,
+        response_rows=batch.response_rows[order],
+        sequence_index=batch.sequence_index[order],
+        labels_R=batch.labels_R[order],
+        rows_of_ranks=tuple(torch.bincount(rank_R, minlength=size).tolist()),
     )
 
 

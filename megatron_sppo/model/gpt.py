@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
@@ -32,6 +31,8 @@ class ResponseTokens(NamedTuple):
     """int64, rows of the hidden states [S, B, H] flattened to [S * B, H]."""
     labels_R: Tensor
     """int64, the token that the row predicts."""
+    rows_of_ranks: tuple[int, ...] | None = None
+    """Under sequence parallelism, how many of the rows lie on each tensor-parallel rank; `rows_R` are in that order."""
 
 
 class PolicyModel(GPTModel):
@@ -66,12 +67,13 @@ class PolicyModel(GPTModel):
             answer = super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
             capped = self.post_process and self.logit_softcap is not None
             return torch.tanh(answer / self.logit_softcap) * self.logit_softcap if capped else answer
+        rows_R, rows_of_ranks = labels.rows_R, None
         if self.config.sequence_parallel:
-            # The head returns the whole gradient of its rows, so the gather's backward only splits.
-            hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
-            )
-        hidden_RH = hidden_states.flatten(0, 1)[labels.rows_R]
+            # Each rank has S / TP positions: it looks up its own rows, and the head sends those alone.
+            rows_of_ranks, rank = labels.rows_of_ranks, self.pg_collection.tp.rank()
+            assert rows_of_ranks is not None, "sequence parallelism wants its rows in the order of ranks"
+            rows_R = rows_R.split(list(rows_of_ranks))[rank] - rank * hidden_states.shape[0] * hidden_states.shape[1]
+        hidden_RH = hidden_states.flatten(0, 1)[rows_R]
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         return linear_log_probs(
@@ -83,6 +85,7 @@ class PolicyModel(GPTModel):
             vocab_size=self.true_vocab_size,
             logit_softcap=self.logit_softcap,
             weight_gradient=_main_grad(weight),
+            rows_of_ranks=rows_of_ranks,
         )
 
 

@@ -185,5 +185,4 @@ def head_workspace(
         columns = max(1, logits // max(tokens, 1) // NUM_BUFFERS["cpu"])
         blocks += tokens * hidden * narrow + max(tokens, columns) * hidden * (narrow if narrow < FLOAT32 else 0)
     weight = rows * hidden * narrow
-    gathered = shape.num_tokens * hidden * narrow if grid.parallel.sequence_parallel else 0
-    return max(blocks + tokens * hidden * FLOAT32, weight + tokens * hidden * (FLOAT32 + narrow)) + gathered
+    return max(blocks + tokens * hidden * FLOAT32, weight + tokens * hidden * (FLOAT32 + narrow))

@@ -19,8 +19,8 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.prompts import Prompt
 
-# What a template's expressions raise on messages that it was not written for.
-_TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What a template's expressions raise on messages that it was not written for."""
 _OWN_ARGUMENTS = frozenset(
     {
         "messages",
@@ -105,7 +105,7 @@ class TurnMarkers:
     token_ids: frozenset[int] = frozenset()
     """Special tokens that open or close turns."""
     texts: tuple[str, ...] = ()
-    """The same, spelled out; in a template without such tokens what begins the next turn's line, behind a newline."""
+    """The same spelled out, and what a template spells where it has no tokens: a word of prose behind a newline."""
 
 
 class ChatTokenizer:
@@ -144,7 +144,7 @@ class ChatTokenizer:
                 f"the chat template of {template.chat_template or model_dir} is no valid Jinja (line {error.lineno}: "
                 f"{error.message}). Mend it, or use --chat-template FILE.jinja."
             ) from None
-        except _TEMPLATE_FAULTS:
+        except TEMPLATE_FAULTS:
             pass  # it may want a system message; each prompt is judged by itself
 
     def _choose_template(self, model_dir: Path, config: TemplateConfig) -> str:
@@ -244,7 +244,7 @@ class ChatTokenizer:
         roles = ("user", "assistant") * 2
         try:
             whole = self._render([{"role": role, "content": text} for role, text in zip(roles, _PROBE, strict=True)])
-        except _TEMPLATE_FAULTS:
+        except TEMPLATE_FAULTS:
             return TurnMarkers()
         if not all(text in whole for text in _PROBE[1:]):
             return TurnMarkers()
@@ -256,8 +256,16 @@ class ChatTokenizer:
             end = spelled[0]  # <|im_end|> of a template whose tokenizer was never told of it
         around = {token for token in added if token in whole and (token in self._special_texts or token == end)}
         texts = around | ({end} if end is not None else set())
-        if not texts and (line := between.partition("\n")[0].strip()):
-            texts = {f"\n{line}"}
+        spelled_out = between
+        for token in added:
+            spelled_out = spelled_out.replace(token, "\n")
+        for line in filter(None, map(str.strip, spelled_out.split("\n"))):
+            if re.fullmatch(
+                r"<\S+>|\[\S+\]", line
+            ):  # Zephyr's <|user|>, Mistral's [INST]: no tokens, but no prose either
+                texts.add(line)
+            elif line.endswith(":") or not texts:  # USER:, ### Instruction:
+                texts.add(f"\n{line}")
         return TurnMarkers(
             end_of_turn=end,
             end_of_turn_id=added.get(end) if end is not None else None,
@@ -282,7 +290,7 @@ class ChatTokenizer:
     def _rendered(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
         try:
             return self._render(messages, add_generation_prompt=add_generation_prompt)
-        except _TEMPLATE_FAULTS as error:
+        except TEMPLATE_FAULTS as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UnusablePrompt(f"the chat template refuses it: {reason}") from None
 

@@ -158,8 +158,10 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
             logger.info("%s is complete: nothing to do", config.output)
         refused = ledger.refused()
         if refused:
-            fact = "%d prompts are refused by the server and set aside; the first: %s: %s"
-            logger.warning(fact, len(refused), refused[0]["prompt_id"], refused[0]["reason"])
+            logger.warning(
+                "%d prompts are refused by the server and set aside; the first: %s: %s",
+                *(len(refused), refused[0]["prompt_id"], refused[0]["reason"]),
+            )
         manifest = replace(
             manifest,
             num_prompts=len(prompts) - len(refused),

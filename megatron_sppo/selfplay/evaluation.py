@@ -23,7 +23,7 @@ from megatron_sppo.objective import preference_matrix
 from megatron_sppo.objective.diagnostics import TIE_TOLERANCE
 from megatron_sppo.rollout.records import RolloutGroup, read_rollouts
 from megatron_sppo.selfplay.summary import mean_response_tokens
-from megatron_sppo.storage import write_json
+from megatron_sppo.storage import refuse_foreign_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             Or the judge calls every pair of different answers a tie.
         ConfigError: a judge that cannot be loaded.
     """
+    refuse_foreign_file(config.output, ours="win_rate_vs_base", flag="--output")
     judge = load_judge(
         config.judge, preset=config.preset, after=config.judge_after, verdict_tokens=config.verdict_tokens
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_sppo import flops
 from megatron_sppo.data.dataset import PreferenceDataset
-from megatron_sppo.data.microbatch import MicroBatch, collate, context_parallel_share
+from megatron_sppo.data.microbatch import MicroBatch, collate, context_parallel_share, in_order_of_ranks
 from megatron_sppo.data.planning import epoch_rows, packed_tokens, plan_shared_step, plan_step, step_units
 from megatron_sppo.data.selection import RowTargets, TrainingIndex, row_targets, training_index
 from megatron_sppo.errors import ConfigError
@@ -296,7 +296,8 @@ class Batches:
         )
 
     def _micro_batches(self, shares: list[list[np.ndarray]], reference_GK: np.ndarray | None) -> list[MicroBatch]:
-        batch, context_size = self._config.batch, self._config.parallel.context_parallel_size
+        batch, layout = self._config.batch, self._config.parallel
+        context_size = layout.context_parallel_size
         whole = [
             collate(
                 self._dataset,
@@ -318,6 +319,8 @@ class Batches:
         if context_size > 1:
             rank = parallel.context_parallel_rank()
             whole = [context_parallel_share(batch, rank=rank, size=context_size) for batch in whole]
+        if layout.sequence_parallel:
+            whole = [in_order_of_ranks(batch, size=layout.tensor_model_parallel_size) for batch in whole]
         return [batch.pinned() for batch in whole] if torch.cuda.is_available() else whole
 
     def _shapes(self, shares: list[list[np.ndarray]]) -> list[tuple[int | None, int | None]]:

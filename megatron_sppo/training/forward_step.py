@@ -57,7 +57,7 @@ def stage_output(batch: MicroBatch, model: Any) -> Tensor:
         parents=batch.parents,
         max_seqlen=batch.max_seqlen,
         lengths_B=batch.lengths,
-        response=gpt.ResponseTokens(batch.response_rows, batch.labels_R),
+        response=gpt.ResponseTokens(batch.response_rows, batch.labels_R, batch.rows_of_ranks),
     )
 
 

@@ -22,7 +22,7 @@ from megatron_sppo.conversion.megatron_checkpoint import HF_DIRECTORY
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.microbatch import MicroBatch
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.storage import atomic_file
+from megatron_sppo.storage import atomic_file, refuse_foreign_file
 from megatron_sppo.tokenizer import token_texts
 from megatron_sppo.training import checkpoint, inputs, parallel
 from megatron_sppo.training.batches import Batches, StepPlan
@@ -67,6 +67,7 @@ def inspect(config: InspectionConfig) -> dict[str, Any]:
         ConfigError: the two checkpoints hold different models; settings that cannot run.
     """
     # Every response of a prompt counts, whatever the training selected.
+    refuse_foreign_file(config.output, ours="log_ratio", flag="--output")
     batch = dataclasses.replace(config.batch, selection="all")
     config = dataclasses.replace(config, objective=ObjectiveConfig(), batch=batch)
     policy_source, architecture, tokenizer = inputs.open_source(config)

@@ -307,3 +307,17 @@ def test_a_lock_for_the_process_is_taken_once(tmp_path):
     storage.lock_until_exit(tmp_path, flag="--save")
     holder = subprocess.run([sys.executable, "-c", HOLD, str(tmp_path)], capture_output=True, text=True)
     assert f"in use by process {os.getpid()}" in holder.stderr
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "llama"}', "dear diary", "\0\1"])
+def test_a_report_is_not_written_over_another_file(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"config\.json is there and is no report.*another file with --json"):
+        storage.refuse_foreign_file(path, ours="faults", flag="--json")
+    with pytest.raises(ConfigError, match="is a directory"):
+        storage.refuse_foreign_file(tmp_path, ours="faults", flag="--json")
+    for ours in ('{"faults": []}', ""):
+        path.write_text(ours)
+        storage.refuse_foreign_file(path, ours="faults", flag="--json")
+    storage.refuse_foreign_file(tmp_path / "new.json", ours="faults", flag="--json")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_sppo.data.dataset import PreferenceDataset
-from megatron_sppo.data.microbatch import IGNORED_LABEL, collate, packed_attention_mask
+from megatron_sppo.data.microbatch import IGNORED_LABEL, collate, in_order_of_ranks, packed_attention_mask
 from megatron_sppo.data.selection import row_targets, training_index
 from tests.unit.data.make import groups, write
 
@@ -109,6 +109,27 @@ def test_response_rows_pick_the_hidden_states_of_megatrons_layout(dataset):
             before += (prompt + response)[len(prompt) - 1 : -1]
         assert hidden.reshape(-1, 1)[batch.response_rows].flatten().tolist() == before
         assert torch.equal(batch.labels.T.reshape(-1)[batch.response_rows], batch.labels_R)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_response_rows_in_the_order_of_ranks_pick_each_rank_s_own_hidden_states(dataset, packed):
+    """Four ranks with a quarter of the positions each: every label once, in its sequence, from its owner's quarter."""
+    index = training_index(dataset, "all", pairs=False)
+    batch = collate(dataset, index, np.arange(5), packed=packed, multiple=4)
+    ordered = in_order_of_ranks(batch, size=4)
+    quarters = batch.labels.T.reshape(4, -1)
+    assert ordered.rows_of_ranks == tuple((quarters != IGNORED_LABEL).sum(1).tolist())
+    parts = [
+        values.split(list(ordered.rows_of_ranks))
+        for values in (ordered.response_rows, ordered.labels_R, ordered.sequence_index)
+    ]
+    for quarter, (labels, rows, own, sequence) in enumerate(zip(quarters, *parts, strict=True)):
+        assert torch.equal(labels[rows - quarter * len(labels)], own)
+        assert (sequence.diff() >= 0).all()
+    for sequence in range(5):
+        assert torch.equal(
+            ordered.labels_R[ordered.sequence_index == sequence], batch.labels_R[batch.sequence_index == sequence]
+        )
 
 
 def test_packed_and_padded_hold_the_same(dataset):

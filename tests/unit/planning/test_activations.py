@@ -75,7 +75,9 @@ def measured(case: str) -> tuple[int, int, bool, bool, int]:
             boundaries = torch.tensor([0, *SHARED], dtype=torch.int32).cumsum(0, dtype=torch.int32)
             parents, longest = torch.tensor([-1, 0, 0], dtype=torch.int32), SHARED[0] + SHARED[2]
         rows = torch.arange(columns // 2)
-        response = gpt.ResponseTokens(rows, torch.zeros_like(rows))
+        tensor = parallel.tensor_model_parallel_size
+        counts = torch.bincount(rows // (columns // tensor), minlength=tensor).tolist()
+        response = gpt.ResponseTokens(rows, torch.zeros_like(rows), tuple(counts))
         if not stage.pre_process:
             local = columns // (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
             hidden = torch.randn(local, 1, architecture.hidden_size, dtype=model.dtype, requires_grad=True)

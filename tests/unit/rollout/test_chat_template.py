@@ -117,6 +117,10 @@ MISTRAL = (
     "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]{% else %} "
     "{{ m['content'] }}</s>{% endif %}{% endfor %}"
 )
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 GLM = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -153,6 +157,7 @@ def chat_tokenizer(
     return ChatTokenizer(directory, template=TemplateConfig(**config))
 
 
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 ENDS = {
     "chatml": (CHAT_TEMPLATE, (), (), "<|im_end|>", ("<|im_end|>", "<|im_start|>")),
     "llama 3": (
@@ -164,7 +169,8 @@ ENDS = {
     ),
     "gemma": (GEMMA, ("<start_of_turn>", "<end_of_turn>"), (), "<end_of_turn>", ("<end_of_turn>", "<start_of_turn>")),
     "phi 3": (PHI3, ("<|user|>", "<|assistant|>", "<|end|>"), (), "<|end|>", ("<|assistant|>", "<|end|>", "<|user|>")),
-    "mistral": (MISTRAL, ("</s>",), (), "</s>", ("</s>",)),
+    "mistral": (MISTRAL, ("</s>",), (), "</s>", ("</s>", "[INST]")),
+    "zephyr": (ZEPHYR, ("</s>",), (), "</s>", ("</s>", "<|user|>")),
     "an added token that is not special": (GEMMA, (), ("<end_of_turn>",), "<end_of_turn>", ("<end_of_turn>",)),
     "the next turn's token ends it": (
         GLM,
@@ -184,7 +190,11 @@ def test_the_template_says_how_a_turn_ends(tmp_path: Path, name: str) -> None:
     assert markers.end_of_turn == end
     assert tokenizer.token_text(markers.end_of_turn_id) == end
     assert markers.texts == marks
-    assert {tokenizer.token_text(token) for token in markers.token_ids} == set(marks)
+    assert {tokenizer.token_text(token) for token in markers.token_ids} == set(marks) & {
+        *special,
+        *added,
+        *CHATML_TOKENS,
+    }
 
 
 def test_an_end_of_turn_that_is_no_token_is_known_as_text(tmp_path: Path) -> None:
