@@ -16,6 +16,8 @@ KINDS = {
     "warning": "warning",
 }
 """How a message is given, by the exception or the logger's method that takes it -> heading of its table."""
+WARNING_TABLES = frozenset({"_SAID"})
+"""Names of tables whose sentences end shares that a warning says."""
 ROOMS = {
     "training": "Training (`examples/pretrain_sppo.py`)",
     "model": "The model's layers and precision",
@@ -73,6 +75,11 @@ def messages(path: Path) -> Iterator[tuple[str, str]]:
         for target in node.targets
         if isinstance(target, ast.Name)
     }
+    for table in module.body:  # facts with their remedy that a file words elsewhere: their texts are sentences
+        if isinstance(table, ast.Assign) and getattr(table.targets[0], "id", "") in WARNING_TABLES:
+            for node in ast.walk(table.value):
+                if isinstance(text := getattr(node, "value", None), str) and " " in text:
+                    yield "warning", f"... of ... (...%) {text}."
     for node in ast.walk(module):
         if not isinstance(node, ast.Call) or not node.args:
             continue

@@ -73,7 +73,7 @@ class GenerateConfig:
     max_model_len: PositiveInt | None = None
     """Most tokens of prompt and answer together; None takes the model's. Longer prompts are set aside."""
     allow_no_signal: bool = False
-    """Accept rollouts in which no prompt got two different answers."""
+    """Accept rollouts in which no prompt got two different answers, or every answer is empty."""
     template: TemplateConfig = field(default_factory=TemplateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     servers: ServerConfig = field(default_factory=ServerConfig)
@@ -211,6 +211,11 @@ def _refuse_no_signal(config: GenerateConfig, outcomes: Mapping[str, int]) -> No
     for line in outcome_warnings(outcomes):
         logger.warning("%s", line)
     if config.num_responses == 1:
+        if outcomes["empty"] == outcomes["responses"] and not config.allow_no_signal:
+            raise DataError(
+                f"all {outcomes['responses']} answers are empty. Check --model and its chat template; "
+                "--allow-no-signal accepts it."
+            )
         logger.warning(
             "one response a prompt is enough to evaluate, but nothing can be preferred: for training use "
             "--num-responses 2 or more (5 in the paper)."

@@ -35,7 +35,9 @@ def count_outcomes(groups: Iterable[RolloutGroup], holds_marker: Callable[[Respo
     counts: Counter[str] = Counter(groups=0, responses=0, cut=0, empty=0, turn_markers=0, uniform=0)
     for group in groups:
         counts["groups"] += 1
-        counts["uniform"] += len(group.responses) > 1 and len({response.text for response in group.responses}) == 1
+        counts["uniform"] += (
+            len(group.responses) > 1 and len({response.text.strip() for response in group.responses}) == 1
+        )
         for response in group.responses:
             counts["responses"] += 1
             counts["cut"] += response.finish_reason == "length"

@@ -21,6 +21,7 @@ import logging
 import os
 import queue
 import random
+import re
 import threading
 import time
 import urllib.error
@@ -245,8 +246,10 @@ class _Server:
         """Learn the served model's name and check its context length."""
         reply = self._exchange("/v1/models", None, min(self._timeout, _MODELS_TIMEOUT_SECONDS))
         models = reply.get("data")
-        if not isinstance(models, list) or not all(
-            isinstance(m, dict) and isinstance(m.get("id"), str) for m in models
+        if (
+            not isinstance(models, list)
+            or not models
+            or not all(isinstance(m, dict) and isinstance(m.get("id"), str) for m in models)
         ):
             raise ConfigError(
                 f"{self.url} answers /v1/models without model names: it is no OpenAI API. Check --server."
@@ -273,11 +276,11 @@ class _Server:
         if self._model is None:  # it did not answer at the start
             self.find_model(None, 0)
         body = {"model": self._model, **body}
-        limit = body.pop("max_tokens")
+        limit, name = body.pop("max_tokens"), self._limit_name
         try:
-            return self._exchange("/v1/completions", {**body, self._limit_name: limit}, self._timeout)
-        except _RowRefused as refusal:
-            if self._limit_name == _OTHER_LIMIT_NAME or _OTHER_LIMIT_NAME not in str(refusal):
+            return self._exchange("/v1/completions", {**body, name: limit}, self._timeout)
+        except _RowRefused as refusal:  # of requests in flight each learns it by itself
+            if name == _OTHER_LIMIT_NAME or _OTHER_LIMIT_NAME not in str(refusal):
                 raise
         logger.info("%s wants %s in place of max_tokens", self.url, _OTHER_LIMIT_NAME)
         self._limit_name = _OTHER_LIMIT_NAME
@@ -289,6 +292,11 @@ class _Server:
             request.data = json.dumps(body).encode()
             request.add_header("Content-Type", "application/json")
         key = os.environ.get("VLLM_API_KEY")
+        if key and not re.fullmatch(r"[\x21-\x7e]+", key):
+            raise ConfigError(
+                "VLLM_API_KEY holds a space, a line's end or a character beyond ASCII: no HTTP header carries it. "
+                "Use `export VLLM_API_KEY=KEY` with the key alone."
+            )
         if key:
             request.add_header("Authorization", f"Bearer {key}")
         try:
@@ -376,12 +384,17 @@ def _responses(
         echoed, token_ids, text = choice.get("prompt_token_ids"), choice.get("token_ids"), choice.get("text")
         if choice.get("finish_reason") not in ("stop", "length") or not isinstance(text, str):
             raise _RequestFailed(f"response {index} is unfinished (finish_reason {choice.get('finish_reason')!r})")
-        if not isinstance(token_ids, list) or not all(type(token) is int for token in token_ids):
+        is_list = isinstance(token_ids, list) and all(type(token) is int for token in token_ids)
+        if not is_list or (text and not token_ids):
             raise ConfigError(
                 "the server returns no token ids. Use a vLLM server that knows return_token_ids (0.10.2 or later)."
             )
         if echoed is not None and echoed != list(prompt.token_ids):
             raise _RequestFailed("the server answered another prompt than it was sent")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise _RowRefused("an answer to it holds half a surrogate pair") from None
         # vLLM gives sequence k of a request the seed that follows by k.
         child_seed = None if seed is None else seed + index
         responses.append(

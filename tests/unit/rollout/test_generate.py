@@ -426,6 +426,13 @@ def test_rollouts_without_two_different_answers_are_refused(config: GenerateConf
     assert read_manifest(config.output).outcomes["uniform"] == 10
 
 
+def test_one_response_each_that_is_empty_is_refused(config: GenerateConfig) -> None:
+    config = replace(config, num_responses=1)
+    with pytest.raises(DataError, match="all 10 answers are empty.*--allow-no-signal"):
+        generate_rollouts(config, make_sampler=fake_factory(Answering(lambda i, k: answer(" \n", 2))))
+    assert not (config.output / "manifest.json").exists()
+
+
 def test_one_response_is_enough_to_evaluate_only(config: GenerateConfig, caplog: pytest.LogCaptureFixture) -> None:
     run(replace(config, num_responses=1))
     assert any("nothing can be preferred" in record.getMessage() for record in caplog.records)

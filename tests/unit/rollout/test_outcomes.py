@@ -12,7 +12,7 @@ def group(*texts: str, finish_reason: str = "stop") -> RolloutGroup:
 
 
 def test_answers_are_counted_by_what_became_of_them() -> None:
-    groups = [group("a", "a"), group("a", " "), group("b"), group("x!", "y", finish_reason="length")]
+    groups = [group("a", "a\n"), group("a", " "), group("b"), group("x!", "y", finish_reason="length")]
     counts = count_outcomes(groups, lambda response: "!" in response.text)
     assert counts == {"groups": 4, "responses": 7, "cut": 2, "empty": 1, "turn_markers": 1, "uniform": 1}
 

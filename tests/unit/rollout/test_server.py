@@ -380,3 +380,38 @@ def test_the_other_name_of_the_limit_is_used_where_it_is_wanted(serve) -> None:
     server = serve(fault)
     assert_all_answered(sample(sampler_of(server.url, server_concurrency=1)))
     assert [body.get("max_completion_tokens") for body in server.bodies] == [None] + [16] * len(PROMPTS)
+
+
+def test_every_request_in_flight_learns_the_other_name_of_the_limit(serve) -> None:
+    """All requests are sent before the first is refused: none of them is set aside for the old name."""
+    together = threading.Barrier(4)
+
+    def fault(body: dict[str, Any], number: int) -> Any:
+        if "max_tokens" in body:
+            together.wait(timeout=20)
+            return 400, "Use 'max_completion_tokens' instead.", {}
+        return None
+
+    server = serve(fault)
+    answers = sample(sampler_of(server.url, server_concurrency=4), PROMPTS[:4])
+    assert not any(isinstance(answer, Refusal) for answer in answers) and len(server.bodies) == 8
+
+
+@pytest.mark.parametrize("key", ["k\n", "k ey", "k\u20ac"])
+def test_a_key_that_no_header_carries_is_refused(serve, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    with pytest.raises(ConfigError, match="VLLM_API_KEY holds"):
+        sampler_of(serve().url)
+
+
+def test_half_a_surrogate_pair_is_the_rows_fault(serve) -> None:
+    def fault(body: dict[str, Any], number: int) -> Any:
+        choices = [
+            {"index": k, "text": "a\ud800", "finish_reason": "stop", "token_ids": answer_to(body["prompt"], k)}
+            for k in range(3)
+        ]
+        return {"choices": choices} if body["prompt"][1] == 101 else None
+
+    made = sampler_of(serve(fault).url)
+    answers = made.sample(PROMPTS[:3], sampling=SAMPLING, seed=5, on_progress=lambda *_: None)
+    assert [isinstance(answer, Refusal) for answer in answers] == [False, True, False]
