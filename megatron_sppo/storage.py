@@ -90,6 +90,8 @@ def atomic_directory(path: Path, *, replaces: str) -> Iterator[Path]:
         ConfigError: `path` holds something else.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()  # the link stays, and what it leads to is replaced: it may lie on another disk
     refuse_foreign(path, ours=(replaces,))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
