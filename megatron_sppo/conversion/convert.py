@@ -124,6 +124,8 @@ def import_checkpoint(
     pieces = import_pieces(source, bindings, architecture, _dtype(dtype))
     total = sum(piece.nbytes for piece in pieces)
     target = iteration_directory(megatron, IMPORT_ITERATION)
+    if overwrite or not target.exists():
+        _check_space(megatron, total)
     with locked(megatron, flag="--megatron"):
         remove_stale_temporaries(target)
         if _already_imported(target, source, bindings, architecture, _dtype(dtype), overwrite=overwrite):
@@ -131,7 +133,6 @@ def import_checkpoint(
             publish(megatron, IMPORT_ITERATION)
             return target
         begin = time.monotonic()
-        _check_space(megatron, total)
         with atomic_directory(target, replaces=MANIFEST_FILE) as directory, _bar(total, "import") as bar:
             states = _extra_states(architecture)
             written = write_distcp(directory, pieces, objects=states, progress=bar.update, workers=workers)
@@ -196,13 +197,13 @@ def export_checkpoint(
     plan = kept or new_files(tensors, max_shard_bytes=parse_size(max_shard_size or DEFAULT_SHARD_SIZE))
     if overwrite:
         _check_replaced(hf, opened)
+    total = sum(math.prod(shape) * kind.itemsize for kind, shape in tensors.values())
     with locked_place(hf, flag="--hf"):
         remove_stale_temporaries(hf)
         if _already_exported(hf, opened, cast, overwrite=overwrite):
             logger.info("%s holds this model already", hf)
             return hf
         begin = time.monotonic()
-        total = sum(math.prod(shape) * kind.itemsize for kind, shape in tensors.values())
         _check_space(hf, total)
         with atomic_directory(hf, replaces=CONFIG_FILE) as directory, _bar(total, "export") as bar:
             export_tensors(directory, plan, opened, cast=cast, workers=workers, progress=bar.update)
