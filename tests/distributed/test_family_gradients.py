@@ -17,12 +17,14 @@ from tests.families import family_model
 
 TP2 = "--micro-batch-size 4 --tensor-model-parallel-size 2"
 CP2 = "--micro-batch-size 4 --context-parallel-size 2"
+SHARED = "--packed-sequence-size 96 --share-prompts"
 # Three layers over two stages.
 PP2 = "--micro-batch-size 4 --pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 2"
 LAYOUTS = {
     "gemma2": {
         "TP2 SP": (2, f"{TP2} --sequence-parallel"),
         "CP2": (2, CP2),
+        "shared CP2": (2, f"{SHARED} --context-parallel-size 2"),
         "PP2 TP2 SP recompute": (
             4,
             f"{PP2} --tensor-model-parallel-size 2 --sequence-parallel --recompute-granularity selective",
@@ -37,25 +39,33 @@ LAYOUTS = {
             "--decoder-first-pipeline-num-layers 2",
         )
     },
-    "mistral, window": {"CP2 padded": (2, f"{CP2} --no-packing")},
+    "mistral, window": {
+        "CP2 padded": (2, f"{CP2} --no-packing"),
+        "shared TP2 CP2 SP": (
+            4,
+            f"{SHARED} --context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel",
+        ),
+    },
 }
 CASES = [(family, layout) for family, layouts in LAYOUTS.items() for layout in layouts]
 
 
 @pytest.fixture(scope="module")
-def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Truth]:
+def truths(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], Truth]:
+    """By family, without and with shared prompts, whose global batches hold other responses."""
     made = {}
     for family in LAYOUTS:
         root = tmp_path_factory.mktemp("family")
         hf = family_model(root / "hf", family, num_hidden_layers=6 if family == "llama" else 3)
         import_checkpoint(hf, root / "megatron")
-        made[family] = Truth(hf=hf, megatron=root / "megatron", data=write_dataset(root / "data", hf))
+        model = {"hf": hf, "megatron": root / "megatron", "data": write_dataset(root / "data", hf)}
+        made[family, False], made[family, True] = Truth(**model), Truth(**model, one_rank=SHARED)
     return made
 
 
 @pytest.mark.parametrize(("family", "layout"), CASES)
 def test_loss_and_gradient_equal_hugging_faces(
-    family: str, layout: str, truths: dict[str, Truth], tmp_path: Path
+    family: str, layout: str, truths: dict[tuple[str, bool], Truth], tmp_path: Path
 ) -> None:
     world_size, flags = LAYOUTS[family][layout]
-    truths[family].assert_equal_under(world_size, flags, tmp_path)
+    truths[family, SHARED in flags].assert_equal_under(world_size, flags, tmp_path)
