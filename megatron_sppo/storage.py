@@ -172,6 +172,15 @@ def locked(directory: Path, *, flag: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def locked_place(path: Path, *, flag: str) -> Iterator[None]:
+    """As `locked`, for an output that is replaced as a whole: the lock lies beside it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked_file(path.with_name(f".{path.name}{LOCK_NAME}"), path, remedy=f"give another place with {flag}"):
+        yield
+
+
 _held: dict[tuple[int, Path], contextlib.AbstractContextManager[None]] = {}
 
 

@@ -137,15 +137,23 @@ class ChatTokenizer:
                     f"{name!r}: it would change nothing. Check its spelling, or leave it out."
                 )
         self._special_texts = tuple(self._special_tokens())
+        place = template.chat_template or model_dir
         try:
-            self._render([{"role": "user", "content": _PROBE[0]}], add_generation_prompt=True)
+            opened = self._render([_probe_turns()[0]], add_generation_prompt=True)
+            whole = self._render(_probe_turns()[:2])
         except TemplateSyntaxError as error:
             raise DataError(
-                f"the chat template of {template.chat_template or model_dir} is no valid Jinja (line {error.lineno}: "
+                f"the chat template of {place} is no valid Jinja (line {error.lineno}: "
                 f"{error.message}). Mend it, or use --chat-template FILE.jinja."
             ) from None
         except TEMPLATE_FAULTS:
-            pass  # it may want a system message; each prompt is judged by itself
+            return  # it may want a system message; each prompt is judged by itself
+        opening = whole.removeprefix(opened).partition(_PROBE[1])[0] if whole.startswith(opened) else ""
+        if any(opening.lstrip().startswith(token) and token in opened for token in self._special_texts):
+            raise ConfigError(
+                f"the chat template of {place} does not open the assistant's turn ({_shown(opening)}) behind a prompt: "
+                "it ignores add_generation_prompt. Use --chat-template FILE.jinja with one that does not."
+            )
 
     def _choose_template(self, model_dir: Path, config: TemplateConfig) -> str:
         file, name = config.chat_template, config.chat_template_name
@@ -195,6 +203,10 @@ class ChatTokenizer:
         token_ids = self._ids(text)
         if not token_ids:
             raise UnusablePrompt("the chat template turns it into no tokens")
+        for turn in prompt.messages:  # earlier answers may lose their reasoning, and nothing else may be lost
+            said = turn["content"].rpartition("</think>")[2] if turn["role"] == "assistant" else turn["content"]
+            if said.strip() not in text:
+                raise UnusablePrompt(f"the chat template does not render the {turn['role']} message as it is")
         return TokenizedPrompt(prompt=prompt, text=text, token_ids=token_ids)
 
     def tokenize_answer(self, prompt: TokenizedPrompt, text: str) -> tuple[int, ...]:
@@ -215,7 +227,7 @@ class ChatTokenizer:
             raise UnusablePrompt(
                 "the chat template renders the answered conversation otherwise than the prompt with its answer: the "
                 f"prompt goes on with {_shown(prompt.text[same:])} where the conversation has {_shown(whole[same:])}. "
-                "Try --chat-template-kwargs (enable_thinking=false), or a --chat-template for training"
+                "Try --chat-template-kwargs (enable_thinking=false, or true), or a --chat-template for training"
             )
         if text.strip() not in whole[len(prompt.text) :]:
             raise UnusablePrompt("the chat template does not render the answer as it is")
@@ -241,15 +253,12 @@ class ChatTokenizer:
     @functools.cached_property
     def markers(self) -> TurnMarkers:
         """Render a conversation and see what the template puts around its turns -> TurnMarkers."""
-        roles = ("user", "assistant") * 2
-        try:
-            whole = self._render([{"role": role, "content": text} for role, text in zip(roles, _PROBE, strict=True)])
-        except TEMPLATE_FAULTS:
-            return TurnMarkers()
-        if not all(text in whole for text in _PROBE[1:]):
+        whole = self._probe()
+        if whole is None:
             return TurnMarkers()
         between = whole.partition(_PROBE[1])[2].partition(_PROBE[2])[0].lstrip()
-        tail = whole.rpartition(_PROBE[3])[2].lstrip() or between  # some end the last turn with nothing
+        last = _PROBE[3] if _PROBE[3] in whole else _PROBE[1]
+        tail = whole.rpartition(last)[2].lstrip() or between  # some end the last turn with nothing
         added = {token.content: index for index, token in self._tokenizer.added_tokens_decoder.items()}
         end = max((token for token in added if tail.startswith(token)), key=len, default=None)
         if end is None and (spelled := re.match(r"<\|?[\w/]+\|?>", tail)):
@@ -272,6 +281,18 @@ class ChatTokenizer:
             token_ids=frozenset(added[token] for token in around),
             texts=tuple(sorted(texts)),
         )
+
+    def _probe(self) -> str | None:
+        """Render the longest conversation that the template takes, with a system message if it wants one -> text."""
+        turns, system = _probe_turns(), [{"role": "system", "content": "INSTRUCTIONS"}]
+        for number, before in ((4, []), (4, system), (2, []), (2, system)):
+            try:
+                whole = self._render([*before, *turns[:number]])
+            except TEMPLATE_FAULTS:
+                continue
+            if all(text in whole for text in _PROBE[1 if number == 4 else 0 : number]):
+                return whole
+        return None
 
     def holds_marker(self, text: str, token_ids: Sequence[int], *, stop_token_ids: Sequence[int]) -> bool:
         """Tell whether an answer has a turn marker before its end -> bool."""
@@ -316,6 +337,10 @@ class ChatTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Turn response ids into text without special tokens -> str."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def _probe_turns() -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, _PROBE, strict=True)]
 
 
 def _shown(text: str) -> str:

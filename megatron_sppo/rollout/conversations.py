@@ -5,10 +5,11 @@ A prompt is what the first of these columns that a row has asks, with what the o
     messages        a conversation that awaits an answer
     conversations   ShareGPT's, {from, value} or {role, content}; an answer at its end is left out
     instruction     a text (UltraFeedback); Alpaca's `input` follows it on a new line
-    question        a text (Orca)
+    question, input    a text (Orca)
     chosen, rejected    the turns that both share (HH, TRL's implicit prompt)
 `system` or `system_prompt` come before it, `history` (pairs of question and answer) between the two. Two columns that
-say different things of one conversation make the row unusable: neither is preferred.
+say different things of one conversation make the row unusable: neither is preferred (a prompt may have the text of an
+instruction in it, as a rendering does).
 """
 
 import re
@@ -29,6 +30,7 @@ _ROLES = {
     "prompter": "user",
     **dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "model"), "assistant"),
 }
+_TOOL_ROLES = frozenset({"function_call", "function", "observation", "tool_call", "tool_response"})
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -58,12 +60,20 @@ def prompt_messages(row: dict[str, Any], *, answered: Sequence[list[Turn]] | Non
 def _asked(row: dict[str, Any], shared: list[Turn]) -> list[Turn]:
     """Choose among the columns that may hold the prompt, and hold the others against it -> messages."""
     asked: list[Turn] | None = None
-    # A lone `question` may be part of anything; beside what Orca's rows have it is the prompt.
-    names = ("prompt", "instruction", *(("question",) if _ORCA & set(row) else ()))
+    # A lone `question` or `input` may be part of anything; beside what Orca's rows have it is the prompt.
+    names = ["prompt", "instruction", *(("question",) if _ORCA & set(row) else ())]
+    if _ORCA & set(row) and all(row.get(name) is None for name in names):
+        names.append("input")
     for name in names:
-        if asked is None and row.get(name) is not None:
-            text, more = row[name], row.get("input") if name == "instruction" else None
-            asked = read_turns(f"{text}\n{more}" if isinstance(text, str) and more else text, name, role="user")
+        text = row.get(name)
+        if text is None:
+            continue
+        if asked is not None:
+            if isinstance(text, str) and not any(text.strip() in turn["content"] for turn in asked):
+                raise UnusableRow(f"the prompt contradicts the column {name}")
+            continue
+        more = row.get("input") if name == "instruction" else None
+        asked = read_turns(f"{text}\n{more}" if isinstance(text, str) and more else text, name, role="user")
     for name in ("messages", "conversations", "conversation"):
         if row.get(name) is not None:
             turns = read_turns(row[name], name, role="user")
@@ -132,6 +142,8 @@ def shared_turns(conversations: Sequence[list[Turn]]) -> list[Turn]:
     Raises:
         UnusableRow: they differ earlier.
     """
+    if any(turns[-1]["role"] != "assistant" for turns in conversations):
+        raise UnusableRow("a response is not the assistant's message at the end of its conversation")
     first = conversations[0][:-1]
     if any(_stripped(turns[:-1]) != _stripped(first) for turns in conversations):
         raise UnusableRow("the responses do not answer the same messages")
@@ -217,7 +229,9 @@ def _turn(turn: Any) -> Turn:
         raise UnusableRow(f"the {role} message carries tool calls, which a message here cannot")
     refuse_bad_text(role, "role")
     refuse_bad_text(text, f"{role} message")
-    return {"role": _ROLES.get(role, role), "content": text}
+    if role.lower() in _TOOL_ROLES:
+        raise UnusableRow(f"the {role} message is a tool's, which a message here cannot be")
+    return {"role": _ROLES.get(role.lower(), role.lower()), "content": text}
 
 
 def _stripped(turns: Sequence[Turn]) -> list[Turn]:

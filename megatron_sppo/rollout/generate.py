@@ -234,12 +234,14 @@ def _tokenize(
             f"Use --max-model-len {files.context_length}."
         )
     kept: list[TokenizedPrompt] = []
+    num_too_long = 0
     quarantined = list(prompt_set.quarantined)
     for prompt in tqdm(prompt_set.prompts, desc="tokenize", unit="prompt", disable=None, leave=False):
         try:
             tokenized = tokenizer.tokenize(prompt)
             needed = len(tokenized.token_ids) + config.max_tokens
             if needed > room:
+                num_too_long += 1
                 raise UnusablePrompt(
                     f"{len(tokenized.token_ids)} tokens and max_tokens {config.max_tokens} exceed {room}"
                 )
@@ -250,9 +252,10 @@ def _tokenize(
         first = quarantined[0]
         logger.warning("%d prompts set aside; the first: %s: %s", len(quarantined), first["prompt_id"], first["reason"])
     if not kept:
+        remedy = "Use a smaller --max-tokens or" if num_too_long else "Use a --chat-template that takes them or"
         raise DataError(
             f"no prompt of {config.prompts} can be sampled ({len(quarantined)} set aside; the first: "
-            f"{quarantined[0]['prompt_id']}: {quarantined[0]['reason']}). Use a smaller --max-tokens or other prompts."
+            f"{quarantined[0]['prompt_id']}: {quarantined[0]['reason']}). {remedy} other prompts."
         )
     return kept, tuple(quarantined)
 

@@ -10,7 +10,8 @@ Read, in any file that `prompts` reads:
   `rank`. Ratings and ranks order the responses: P_ij is 1, 0 or, where they tie, 1/2. What each of UltraFeedback's
   completions was told (`custom_system_prompt`) differs within a row; one prompt cannot hold it, so that it is counted.
 - TRL preference data, Anthropic HH: `prompt`, `chosen`, `rejected`, plain or conversational, the prompt explicit or the
-  messages that both share. A label is no probability: P(chosen > rejected) is taken as 1.
+  messages that both share. A label is no probability: P(chosen > rejected) is taken as 1, unless the row's own scores
+  (`score_chosen`, `score_rejected`) say otherwise or tie: then it is set aside.
 
 The prompt is all that the responses were given to: system message (or `system` column), earlier turns, question
 (`conversations` has the columns). A row whose columns contradict each other is set aside.
@@ -55,6 +56,12 @@ logger = logging.getLogger(__name__)
 MATRICES_NAME = "matrices.jsonl"
 _RATED = (("completions", "response", "overall_score", 1.0), ("answers", "answer", "rank", -1.0))
 """(column of a list, key of the text, key of a number, its sign): UltraFeedback rates; Nectar ranks, 1 is the best."""
+_PAIR_SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen-rating", "rejected-rating"),
+)
+"""Columns that say what chosen and rejected were chosen by: UltraFeedback in its binarised forms."""
 SUM_TOLERANCE = 1e-3
 """P_ij + P_ji may miss 1 by so much: files hold rounded numbers."""
 
@@ -212,12 +219,10 @@ def preference_row(row: Any) -> PreferenceRow:
     form, conversations, preferences = _answers(row)
     told = _told(row)
     messages = prompt_messages({"system": told.pop(), **row} if len(told) == 1 else row, answered=conversations)
-    if any(turns[-1]["role"] != "assistant" for turns in conversations):
-        raise UnusableRow("a response is not one assistant message behind the shared ones")
     texts = tuple(turns[-1]["content"] for turns in conversations)
     if not all(text.strip() for text in texts):
         raise UnusableRow("a response is empty")
-    if len(set(texts)) == 1:
+    if len(set(map(str.strip, texts))) == 1:
         raise UnusableRow("all responses are the same text: nothing is preferred")
     prompt = make_prompt(messages, row.get("prompt_id"))
     return PreferenceRow(prompt=prompt, responses=texts, preferences=preferences, form=form)
@@ -282,6 +287,11 @@ def _group_preferences(row: dict[str, Any], num_responses: int) -> tuple[str, np
 
 
 def _pair_preferences(row: dict[str, Any]) -> tuple[str, np.ndarray]:
+    for names in _PAIR_SCORES:
+        if all(row.get(name) is not None for name in names):
+            chosen, rejected = (float(_matrix(row[name], name, ())) for name in names)
+            if chosen <= rejected:
+                raise UnusableRow(f"{names[0]} ({chosen:g}) is not above {names[1]} ({rejected:g})")
     if row.get("chosen_probs") is None:
         return "labels", np.array([[0.5, 1.0], [0.0, 0.5]])
     probability = float(_matrix(row["chosen_probs"], "chosen_probs", ()))

@@ -22,6 +22,7 @@ from typing import IO, Any
 import yaml
 
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.storage import damage
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +38,20 @@ _COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 _KNOWN = f"{', '.join(_KINDS)}, plain or with {' or '.join(_COMPRESSED)}"
 _NOT_ROWS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 _SAVED_DICT = "dataset_dict.json"
-_LISTS = ("messages", "conversations", "conversation", "history", "answers", "completions")
+_LISTS = (
+    *("messages", "conversations", "conversation", "history", "answers", "completions"),
+    *("probability", "rm_scores"),
+)
 """Columns that hold a list; a CSV cell spells it as JSON."""
+_MESSAGES_AS_JSON = re.compile(r'\s*(\[\s*)?\{\s*"(role|content|from|value)"')
+_MESSAGES_AS_PYTHON = re.compile(r"\s*(\[\s*)?\{\s*'(role|content|from|value)'")
+"""Messages in a CSV cell; the second is what pandas makes of them."""
 _MOST_CELL_BYTES = 1 << 30
 _SPLIT_WORD = re.compile(
     r"(?<![a-z])(train(ing)?|valid(ation)?|val|dev|test(ing)?|eval(uation)?|held[-_]?out)(?![a-z])", re.IGNORECASE
 )
 """The words by which the hub knows a split in the name of a file or directory, and our own."""
-_SHARD_NUMBER = re.compile(r"([-_.](part|shard))?[-_.]\d+([-_]of[-_]\d+)?(-[0-9a-f]{16})?$")
+_SHARD_NUMBER = re.compile(r"([-_.](part|shard))?[-_.]\d+([-_]of[-_]\d+(-[0-9a-z]+)?)?$")
 
 
 def table_rows(
@@ -82,6 +89,8 @@ def _file_rows(path: Path, columns: frozenset[str] | None, context: frozenset[st
     kind = _kind(path)
     if kind not in _KINDS:
         raise DataError(f"{path}: files that end in {path.suffix!r} are not read. Give one of: {_KNOWN}.")
+    if path.suffix not in _COMPRESSED and (fact := damage(path, "")):
+        raise DataError(fact)
     try:
         if kind in _PARQUET:
             yield from _parquet_rows(path, columns, context)
@@ -95,7 +104,7 @@ def _file_rows(path: Path, columns: frozenset[str] | None, context: frozenset[st
 
 def _kind(path: Path) -> str:
     """Tell what a file holds by its name, compression aside -> suffix, such as ".jsonl"."""
-    return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
+    return (Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix).lower()
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -131,27 +140,54 @@ def _json_list(path: Path, content: bytes) -> Rows:
 
 def _json_line(line: bytes) -> tuple[Any, str | None]:
     try:
-        return json.loads(line.decode("utf-8-sig")), None
+        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object), None
     except UnicodeDecodeError as error:
         return NO_ROW, f"the line is not UTF-8 (byte {error.start})"
+    except _DoubledKey as key:
+        return NO_ROW, f"the line names {key} twice"
     except (ValueError, RecursionError):
         return NO_ROW, "the line is not valid JSON"
+
+
+class _DoubledKey(Exception):
+    """A key that a JSON object has twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object; json itself takes the last of two values without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DoubledKey(next(name for name in names if names.count(name) > 1))
+    return found
 
 
 def _csv_rows(path: Path) -> Rows:
     """Read a table with a header line; an empty cell is None."""
     csv.field_size_limit(_MOST_CELL_BYTES)
     with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        lines = csv.reader(file, delimiter="\t" if _kind(path) == ".tsv" else ",")
-        try:
-            header = next(lines, [])
-            if len(set(header)) < len(header):
-                raise DataError(f"{path} names a column twice ({', '.join(header)}). Rename one.")
-            for cells in lines:
-                if cells:
-                    yield _csv_row(header, cells)
-        except csv.Error as error:
-            raise DataError(f"{path}, line {lines.line_num}: no valid CSV ({error}). Write it again.") from None
+        # strict: a quotation mark that is never closed would take all further rows into its cell
+        lines = csv.reader(file, delimiter="\t" if _kind(path) == ".tsv" else ",", strict=True)
+        header: list[str] | None = None
+        while True:
+            start = lines.line_num + 1
+            try:
+                cells = next(lines)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if header is None or "end of data" in str(error):
+                    raise DataError(
+                        f"{path}, line {start}: no valid CSV ({error}: is a quotation mark closed?). Write it again."
+                    ) from None
+                yield NO_ROW, f"line {start} is no valid CSV ({error})"
+                continue
+            if header is None:
+                header = cells
+                if len(set(header)) < len(header):
+                    raise DataError(f"{path} names a column twice ({', '.join(header)}). Rename one.")
+            elif cells:
+                yield _csv_row(header, cells)
 
 
 def _csv_row(header: list[str], cells: list[str]) -> tuple[Any, str | None]:
@@ -162,7 +198,9 @@ def _csv_row(header: list[str], cells: list[str]) -> tuple[Any, str | None]:
     row: dict[str, Any] = {name: cell or None for name, cell in zip(header, cells, strict=True)}
     for name, cell in row.items():
         # Conversations are spelled as JSON; a text that merely begins with a bracket stays a text.
-        if cell is not None and (name in _LISTS or cell.lstrip().startswith('[{"')):
+        if cell is not None and _MESSAGES_AS_PYTHON.match(cell):
+            return NO_ROW, f"the cell {name} holds messages in Python's spelling, not in JSON's (use json.dumps)"
+        if cell is not None and (name in _LISTS or _MESSAGES_AS_JSON.match(cell)):
             try:
                 row[name] = json.loads(cell)
             except (ValueError, RecursionError):
@@ -202,7 +240,7 @@ def _directory_rows(path: Path, split: str | None, subset: str | None, read: Cal
         if all((child / _SAVED_DICT).is_file() for child in saved.values()):
             return _saved_rows(saved[_choose("subset", path, subset, saved)], split)
         chosen = _choose("split", path, split, saved)
-        return ((_with_split(row, chosen), fault) for row, fault in _saved_rows(saved[chosen], None))
+        return _with_split(_saved_rows(saved[chosen], None), chosen)
     by_subset = _layout(path)
     if not by_subset:
         raise DataError(f"{path} holds no dataset: no state.json and no file of the kinds {_KNOWN}. Check the path.")
@@ -219,8 +257,7 @@ def _directory_rows(path: Path, split: str | None, subset: str | None, read: Cal
         )
     chosen = _choose("split", path, split, by_split)
     _refuse_two_kinds(path, by_split[chosen])
-    rows = itertools.chain.from_iterable(map(read, by_split[chosen]))
-    return ((_with_split(row, chosen), fault) for row, fault in rows)
+    return _with_split(itertools.chain.from_iterable(map(read, by_split[chosen])), chosen)
 
 
 def _choose(what: str, path: Path, wanted: str | None, names: Collection[str]) -> str:
@@ -235,7 +272,7 @@ def _choose(what: str, path: Path, wanted: str | None, names: Collection[str]) -
 
 def _refuse_two_kinds(path: Path, files: Sequence[Path]) -> None:
     """One table is often there in two formats: reading both would double its rows."""
-    by_kind = {_kind(file): file.relative_to(path) for file in files}
+    by_kind = {(_kind(file), file.suffix in _COMPRESSED): file.relative_to(path) for file in files}
     if len(by_kind) > 1:
         raise ConfigError(
             f"{path} has files of several kinds ({', '.join(map(str, by_kind.values()))}). Give one file."
@@ -271,10 +308,9 @@ def _declared_layout(path: Path, files: Sequence[Path]) -> dict[str, dict[str, l
     configs = head.get("configs") if isinstance(head, dict) else None
     found: dict[str, dict[str, list[Path]]] = {}
     for config in configs if isinstance(configs, list) else []:
-        entries = config.get("data_files") if isinstance(config, dict) else None
-        for entry in entries if isinstance(entries, list) else [entries]:
-            if not isinstance(entry, dict):
-                entry = {"split": "train", "path": entry}  # the hub's default
+        if not isinstance(config, dict):
+            continue
+        for entry in _data_files(config):
             patterns = entry.get("path")
             chosen = [
                 file
@@ -286,6 +322,19 @@ def _declared_layout(path: Path, files: Sequence[Path]) -> dict[str, dict[str, l
                 splits = found.setdefault(str(config.get("config_name", "default")), {})
                 splits.setdefault(str(entry.get("split", "train")), []).extend(chosen)
     return found
+
+
+def _data_files(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Read which files a config of a README names, in any of the hub's spellings -> [{split, path}]."""
+    entries, folder = config.get("data_files"), config.get("data_dir")
+    if entries is None and isinstance(folder, str):
+        entries = f"{folder.rstrip('/')}/**"
+    if isinstance(entries, dict) and "path" not in entries:
+        return [{"split": split, "path": path} for split, path in entries.items()]
+    return [
+        entry if isinstance(entry, dict) else {"split": "train", "path": entry}  # the hub's default
+        for entry in (entries if isinstance(entries, list) else [entries])
+    ]
 
 
 def _is_named(place: str, pattern: Any) -> bool:
@@ -330,9 +379,22 @@ def _saved_rows(path: Path, split: str | None) -> Rows:
         raise DataError(f"{path} is no readable dataset ({reason}). Save it again with save_to_disk.") from None
     if isinstance(loaded, datasets.DatasetDict):
         chosen = _choose("split", path, split, loaded)
-        return ((_with_split(row, chosen), None) for row in loaded[chosen])
+        return _with_split(((row, None) for row in loaded[chosen]), chosen)
     return ((row, None) for row in loaded)
 
 
-def _with_split(row: Any, split: str) -> Any:
-    return {**row, "split": split} if isinstance(row, dict) else row
+def _with_split(rows: Rows, split: str) -> Rows:
+    """Name the split of the rows' file in every row; what a row itself calls its split may be another thing."""
+    is_said = False
+    for row, fault in rows:
+        if isinstance(row, dict):
+            own = row.get("split")
+            if isinstance(own, str) and own not in ("", split) and not is_said:
+                is_said = True
+                logger.warning(
+                    "a row of split %s calls its own split %s: taken is where the file lies. To go by the rows, give "
+                    "the file alone.",
+                    *(split, own),
+                )
+            row = {**row, "split": split}
+        yield row, fault

@@ -32,17 +32,17 @@ ENGINE = ["--transformer-impl", "transformer_engine", "--micro-batch-size", "4"]
 FP8 = [*ENGINE, "--fp8", "hybrid", "--fp8-recipe"]
 
 MARGIN = 1.5
-# (gap, distance) under tests/cudaless, torch 2.13
+# (gap, distance) under tests/cudaless, torch 2.13: the larger of megatron-core 0.16.1's and 0.19.2's
 EMULATED = {
-    "Hugging Face": (0.0039, 0.0243),
-    "torch spec": (0.0053, 0.0343),
-    "tensorwise": (0.0548, 0.334),
-    "blockwise": (0.0689, 0.345),
-    "delayed": (0.0528, 0.346),
+    "Hugging Face": (0.0039, 0.0245),
+    "torch spec": (0.0053, 0.0344),
+    "tensorwise": (0.0548, 0.335),
+    "blockwise": (0.0700, 0.346),
+    "delayed": (0.0715, 0.346),
     # Nothing there, where one algorithm serves all; GPU kernels may differ by as much as Hugging Face's sums do.
-    "--no-packing": (0.0039, 0.0243),
-    "selective": (0.0039, 0.0243),
-    "full": (0.0039, 0.0243),
+    "--no-packing": (0.0039, 0.0245),
+    "selective": (0.0039, 0.0245),
+    "full": (0.0039, 0.0245),
 }
 
 

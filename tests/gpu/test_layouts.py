@@ -2,7 +2,7 @@
 
 In float32 with our own layers, within the bounds of the CPU tests; and in bfloat16 with Transformer Engine's, on models
 of sizes that suit it, within what rounding to bfloat16 takes. In every layout the reference pass and the first step
-agree exactly. NOT RUN by us on a GPU so far: none was at hand; with our own layers on a CPU both tests pass.
+agree exactly. Run on the emulated GPU (tests/cudaless), not on a real one so far.
 """
 
 from collections.abc import Callable
@@ -40,10 +40,10 @@ LAYOUTS: dict[str, tuple[str, str]] = {
 }
 SIZES = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "head_dim": 64, "dtype": "bfloat16"}
 OURS = "--transformer-impl torch"
-GAP_BOUND, DISTANCE_BOUND = 0.0125, 0.06
-"""Twice what our own layers are off in bfloat16 on a CPU: 0.0062 nats a token, 0.028 of the gradient's norm."""
-MIXTURE_DISTANCE_BOUND = 0.1
-"""0.037 there: a token whose router nearly ties goes to other experts once rounded."""
+GAP_BOUND, DISTANCE_BOUND = 1.5 * 0.0053, 1.5 * 0.0245
+"""MARGIN times what the emulated GPU (tests/cudaless) finds, nats a token and norm; as in test_hopper.py."""
+MIXTURE_DISTANCE_BOUND = 1.5 * 0.0409
+"""A token whose router nearly ties goes to other experts once rounded."""
 
 
 def in_this_process(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:

@@ -377,6 +377,7 @@ def sequence_parallel(rows_of_ranks):
             vocab_size=TRUE_V,
             rows_of_ranks=rows_of_ranks,
         )
+    dist.barrier()  # the first rank keeps the store, which the others may still be reading
     dist.destroy_process_group()
     return *found, sent
 

@@ -354,3 +354,52 @@ def test_arguments_are_given_as_flags_json_or_yaml(
     assert parsed.template.arguments() == {"enable_thinking": False, "budget": 3}
     again = settings.parse(GenerateConfig, name="x", description="", argv=settings.to_flags(parsed))
     assert again == parsed
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "role"),
+    [
+        (CHAT_TEMPLATE.replace(" in messages", " in messages if message['role'] != 'system'"), "system user", "system"),
+        (CHAT_TEMPLATE.replace("in messages", "in messages[-1:]"), "user assistant user", "user"),
+        (CHAT_TEMPLATE.replace("message['content']", "message['content'] | upper"), "user", "user"),
+    ],
+)
+def test_a_prompt_of_which_the_template_loses_a_message_is_unusable(
+    tmp_path: Path, template: str, messages: str, role: str
+) -> None:
+    turns = tuple({"role": name, "content": f"text {i}"} for i, name in enumerate(messages.split()))
+    with pytest.raises(UnusablePrompt, match=f"does not render the {role} message"):
+        chat_tokenizer(tmp_path, template).tokenize(Prompt(prompt_id="a", messages=turns))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHAT_TEMPLATE.partition("{% if add")[0],
+        LLAMA3.partition("{% if add")[0],
+        GEMMA.partition("{% if add")[0],
+    ],
+)
+def test_a_template_that_never_opens_the_assistants_turn_is_refused(tmp_path: Path, template: str) -> None:
+    special = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>")
+    with pytest.raises(ConfigError, match="does not open the assistant's turn.*--chat-template FILE.jinja"):
+        chat_tokenizer(tmp_path, template, special=special)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    ["messages[0]['role'] != 'system'", "messages | length > 2", "messages | length != 3"],
+)
+def test_the_end_of_turn_is_found_whatever_conversation_the_template_takes(tmp_path: Path, refused: str) -> None:
+    """A system message that it wants, one question at the most, or both."""
+    template = "{% if " + refused + " %}{{ raise_exception('no') }}{% endif %}" + CHAT_TEMPLATE
+    assert chat_tokenizer(tmp_path, template).markers.end_of_turn == "<|im_end|>"
+
+
+def test_an_answer_is_closed_once_where_only_the_last_question_is_rendered(tmp_path: Path) -> None:
+    start = CHAT_TEMPLATE.replace("in messages", "in messages[-1:]")
+    end = CHAT_TEMPLATE.replace("in messages", "in messages[-2:]")
+    template = "{% if add_generation_prompt %}" + start + "{% else %}" + end + "{% endif %}"
+    tokenizer = chat_tokenizer(tmp_path, template)
+    ids = tokenizer.tokenize_answer(tokenizer.tokenize(asked("why?")), "b")
+    assert list(ids).count(2) == 1 and ids[-1] == 2  # <|im_end|>

@@ -336,6 +336,16 @@ CONTRADICTIONS = {
         {"chosen": answered("One?", "a"), "rejected": answered("Two?", "b")},
         "do not answer the same messages",
     ),
+    "prompt and instruction": ({"prompt": "One?", "instruction": "Two?"}, "contradicts the column instruction"),
+    "prompt and question": ({"system": "S", "prompt": "One?", "question": "Two?"}, "contradicts the column question"),
+    "a response of the user's": (
+        {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "rejected": "\n\nHuman: a\n\nAssistant: b"},
+        "a response is not the assistant's",
+    ),
+    "a function's call": (
+        {"conversations": [{"from": "human", "value": "One?"}, {"from": "function_call", "value": "f()"}]},
+        "function_call message is a tool's",
+    ),
     "another history": ({"history": [["a", "b"]], "messages": answered("c", "d", "e")}, "history is not how"),
     "no history": ({"history": "a", "instruction": "b"}, "no list of pairs"),
     "tools": ({"prompt": "Weather?", "tools": [{"name": "weather"}]}, "names tools"),
@@ -360,3 +370,20 @@ def test_a_directory_that_the_hub_converted_gives_one_split(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="several splits. Use --split with one of: test, train"):
         read_prompts(tmp_path)
     assert [prompt.messages for prompt in read_prompts(tmp_path, split="train").prompts] == [user("Train?")]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [{"role": "User", "content": "One?"}]}, "One?"),
+        ({"conversations": [{"from": "HUMAN", "value": "One?"}]}, "One?"),
+        (
+            {"prompt": "### Instruction:\nOne?\n### Response:", "instruction": "One?"},
+            "### Instruction:\nOne?\n### Response:",
+        ),
+        ({"system": "", "input": "One?", "chosen": "a", "rejected": "b"}, "One?"),
+        ({"system": "", "question": "One?", "input": "Two?", "chosen": "a", "rejected": "b"}, "One?"),
+    ],
+)
+def test_other_spellings_of_a_question(tmp_path: Path, row: dict[str, Any], expected: str) -> None:
+    assert read_prompts(write_rows(tmp_path / "rows.jsonl", [row])).prompts[0].messages == user(expected)

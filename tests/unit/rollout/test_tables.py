@@ -88,6 +88,61 @@ def test_csv_faults_are_of_their_row_alone(tmp_path: Path) -> None:
     assert found[4][1] == "the cell messages is no JSON list"
 
 
+@pytest.mark.parametrize(
+    "content", [b'id,prompt\n1,"Why?\n2,How?\n', b'id\tprompt\n1\t"said\n2\tHow?\n', b'"id,prompt\n1,a\n']
+)
+def test_a_quotation_mark_that_is_never_closed_takes_no_rows_with_it(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / ("rows.tsv" if b"\t" in content else "rows.csv")
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="no valid CSV .*is a quotation mark closed"):
+        list(table_rows(path))
+
+
+def test_a_line_that_is_no_csv_leaves_its_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('prompt\n"a"b\nHow?\n')
+    found = list(table_rows(tmp_path / "rows.csv"))
+    assert "line 2 is no valid CSV" in str(found[0][1]) and found[1] == ({"prompt": "How?"}, None)
+
+
+MESSAGE = {"role": "user", "content": "Hi"}
+CELLS = {
+    "a list": (json.dumps([MESSAGE]), [MESSAGE]),
+    "a spaced list": (' [ {"content": "Hi", "role": "user"}]', [MESSAGE]),
+    "one message": ('{"from": "gpt", "value": "Hi"}', {"from": "gpt", "value": "Hi"}),
+    "a list of something else": ('[{"a": 1}]', '[{"a": 1}]'),
+    "a list in Python's spelling": (repr([MESSAGE]), None),
+    "a message in Python's spelling": (repr(MESSAGE), None),
+    "an array of numpy": ("[{'content': 'Hi', 'role': 'user'}\n {'content': 'Ho', 'role': 'assistant'}]", None),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_messages_in_a_cell_are_messages_and_never_a_text(tmp_path: Path, name: str) -> None:
+    cell, expected = CELLS[name]
+    path = write(tmp_path / "rows.csv", [{"prompt": "Why?", "chosen": cell, "probability": "[[0.5, 1], [0, 0.5]]"}])
+    ((row, fault),) = table_rows(path)
+    if expected is None:
+        assert "Python's spelling" in str(fault)
+    else:
+        assert row["chosen"] == expected and row["probability"] == [[0.5, 1], [0, 0.5]]
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"prompt": "a", "prompt": "b"}', b'{"messages": [{"role": "user", "role": "system"}]}']
+)
+def test_a_key_with_two_values_makes_the_row_unreadable(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(line + b"\n" + LINES)
+    found = list(table_rows(tmp_path / "rows.jsonl"))
+    assert "twice" in str(found[0][1]) and [row for row, _ in found[1:]] == ROWS
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
+def test_a_git_lfs_pointer_is_called_one(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(DataError, match="is a Git LFS pointer.*git lfs pull"):
+        list(table_rows(tmp_path / name))
+
+
 def test_a_csv_with_a_column_twice_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("prompt,prompt\na,b\n")
     with pytest.raises(DataError, match="names a column twice"):
@@ -104,6 +159,10 @@ LAYOUTS: dict[str, tuple[dict[str, str], str]] = {
     "own names": ({"x/gen/0000.parquet": "gen", "x/train_sft/0000.parquet": "train_sft"}, "gen, train_sft"),
     "sharded": (
         {"data/train-00000-of-00001.parquet": "train", "data/test-00000-of-00001-1a2b3c4d5e6f7a8b.parquet": "test"},
+        "test, train",
+    ),
+    "sharded with short hashes": (
+        {"train-00000-of-00002-abc.jsonl": "train", "data/test-00000-of-00001-12ef.jsonl": "test"},
         "test, train",
     ),
     "named": ({"train.jsonl": "train", "validation.jsonl": "validation"}, "train, validation"),
@@ -174,11 +233,50 @@ def test_the_readme_of_a_dataset_says_which_file_is_what(tmp_path: Path) -> None
         table_rows(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("said", "splits"),
+    [
+        ("data_files: {train: a.jsonl, test: [b.jsonl]}", {"train": "a", "test": "b"}),
+        ("data_dir: deep", {"train": "c"}),
+        ("data_files: {split: gen, path: b.jsonl}", {"gen": "b"}),
+    ],
+)
+def test_a_readme_may_spell_its_files_otherwise(tmp_path: Path, said: str, splits: dict[str, str]) -> None:
+    for name in ("a", "b", "deep/c"):
+        write(tmp_path / f"{name}.jsonl", one(name[-1]))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: main\n  {said}\n---\n")
+    for split, text in splits.items():
+        assert texts(tmp_path, split) == [text]
+    with pytest.raises(ConfigError, match=f"no split 'other'. Use --split with one of: {', '.join(sorted(splits))};"):
+        table_rows(tmp_path, "other")
+
+
 def test_one_table_in_two_formats_is_not_read_twice(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl")
     write(tmp_path / "train.parquet")
     with pytest.raises(ConfigError, match="several kinds .train.jsonl, train.parquet.. Give one file"):
         table_rows(tmp_path)
+
+
+def test_one_table_plain_and_compressed_is_not_read_twice(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / "train.jsonl.gz")
+    with pytest.raises(ConfigError, match="several kinds .train.jsonl, train.jsonl.gz."):
+        table_rows(tmp_path)
+
+
+def test_a_suffix_may_be_in_capitals(tmp_path: Path) -> None:
+    write(tmp_path / "TRAIN.JSONL")
+    assert texts(tmp_path) == [row["prompt"] for row in ROWS]
+
+
+def test_rows_that_call_their_split_otherwise_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "train.jsonl", [{"prompt": "a", "split": "train"}])
+    assert texts(tmp_path, "train") == ["a"] and not caplog.records
+    write(tmp_path / "train.jsonl", [{"prompt": text, "split": "heldout"} for text in "ab"])
+    assert texts(tmp_path, "train") == ["a", "b"]
+    (line,) = caplog.messages
+    assert "calls its own split heldout" in line
 
 
 def test_files_beside_those_of_a_split_must_be_decided_on(tmp_path: Path) -> None:
