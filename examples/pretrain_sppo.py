@@ -28,9 +28,12 @@ def main() -> None:
     source, architecture, tokenizer = inputs.open_source(config)
     dataset = inputs.open_dataset(config, architecture, tokenizer)
     batches = inputs.list_batches(config, dataset, architecture)
+    facts = loop.run_facts(batches, config)
     resumed = inputs.find_resumable(config)
-    if resumed is not None and checkpoint.step_of(resumed) >= batches.train_iters:
-        logger.info("%s is complete: all %d steps are done", config.save, batches.train_iters)
+    progress = loop.Progress(facts=facts, packs=batches.packs) if resumed is None else checkpoint.read_progress(resumed)
+    progress.check_resumes(facts, config.save)
+    if progress.step >= batches.train_iters:
+        logger.info("%s is complete: %d steps are done, %d asked for", config.save, progress.step, batches.train_iters)
         return
     reference.say_what_it_carries(batches, config)
     inputs.prepare_save_directory(config)
@@ -45,13 +48,10 @@ def main() -> None:
     # log pi_t of every response, once, through the very micro-batches of training: before the first step log pi_theta
     # equals it, and every log-ratio is zero.
     if resumed is None:
-        progress = loop.Progress(facts=loop.run_facts(batches, config), packs=batches.packs)
         progress.reference = reference.fingerprint(policy, dataset, batches, config)
         reference_GK = reference.load_or_compute(policy, dataset, batches, progress.reference, config=config)
         progress.ref_drift = reference.drift_by_step(policy, dataset, batches, reference_GK)
     else:
-        progress = checkpoint.read_progress(resumed)
-        progress.check_resumes(loop.run_facts(batches, config), config.save)
         checkpoint.resume(resumed, policy, optimizer, scheduler)
         progress.say_if_packs_changed(batches.packs)
         reference_GK = reference.read_for_resume(dataset, batches, progress.reference, config=config)

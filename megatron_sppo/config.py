@@ -154,6 +154,14 @@ def write_yaml(config: Any, path: Path) -> None:
         yaml.safe_dump(to_dict(config), file, sort_keys=False, allow_unicode=True)
 
 
+def is_written_of(config: Any, path: Path) -> bool:
+    """Whether a file is one that `write_yaml` wrote of a config of this class, and not somebody's own settings."""
+    try:
+        return list(_read_yaml(path)) == list(to_dict(config))
+    except ConfigError:
+        return False
+
+
 def to_flags(config: Any) -> list[str]:
     """Spell a config as command-line tokens, for a child process that takes the same flags -> list of tokens.
 

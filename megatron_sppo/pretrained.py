@@ -8,12 +8,18 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConversionError
+from megatron_sppo.storage import damage
 
 logger = logging.getLogger(__name__)
 
+UNUSABLE = (KeyError, TypeError, AttributeError, ArithmeticError, ImportError, StrictDataclassError)
+"""What transformers raises, beside OSError and ValueError, on a config.json or a tokenizer's file that makes no sense
+to it, or asks for a package (of a quantisation, say) that is not there."""
 _NAMED = 5
 """Tensors that a message names; the others are counted."""
 
@@ -31,7 +37,8 @@ def load_pretrained(model_class: Any, directory: Path | str | None, *, needed: s
         settings: more for `from_pretrained`.
 
     Raises:
-        ConversionError: a weight is missing, or has another shape than config.json says; names them.
+        ConversionError: a weight is missing, or has another shape than config.json says; names them. Or transformers
+            makes nothing of config.json.
         OSError, ValueError: as transformers, where there is no model.
     """
     theirs = logging.getLogger("transformers")
@@ -48,7 +55,14 @@ def load_pretrained(model_class: Any, directory: Path | str | None, *, needed: s
             **settings,
         )
     except SafetensorError as error:
-        raise ConversionError(f"{directory} has a damaged safetensors file ({error}). Fetch it again.") from None
+        fact = f"{directory} has a damaged safetensors file ({error}). Fetch it again."
+        said = (damage(path, "") for path in sorted(Path(directory or "").glob("*.safetensors")))
+        raise ConversionError(next(filter(None, said), fact)) from None
+    except UNUSABLE as error:
+        raise ConversionError(
+            f"transformers cannot load {directory or 'the checkpoint'} by its config.json "
+            f"({type(error).__name__}: {one_line(error)}). Mend the config, or install what it asks for."
+        ) from error
     finally:
         theirs.setLevel(level)
     missing = sorted(name for name in info["missing_keys"] if name.startswith(needed))

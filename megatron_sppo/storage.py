@@ -90,6 +90,8 @@ def atomic_directory(path: Path, *, replaces: str) -> Iterator[Path]:
         ConfigError: `path` holds something else.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()  # the link stays, and what it leads to is replaced: it may lie on another disk
     refuse_foreign(path, ours=(replaces,))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
@@ -167,6 +169,15 @@ def locked(directory: Path, *, flag: str) -> Iterator[None]:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with _locked_file(directory / LOCK_NAME, directory, remedy=f"give another directory with {flag}"):
+        yield
+
+
+@contextlib.contextmanager
+def locked_place(path: Path, *, flag: str) -> Iterator[None]:
+    """As `locked`, for an output that is replaced as a whole: the lock lies beside it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked_file(path.with_name(f".{path.name}{LOCK_NAME}"), path, remedy=f"give another place with {flag}"):
         yield
 
 

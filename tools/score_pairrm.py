@@ -79,6 +79,10 @@ class Command:
             raise ConfigError(f"--from-dataset judges nothing, but --rollouts or --judge is given. {remedy}")
         if self.selection is not None:
             parse_selection(self.selection)
+        if self.output.name in ("", ".."):
+            raise ConfigError(
+                f"--output {self.output} is replaced as a whole, and needs a name of its own. Use --output DIR/dataset."
+            )
         if self.from_dataset is not None and self.from_dataset.resolve() == self.output.resolve():
             raise ConfigError(f"--from-dataset and --output are both {self.output}. Give --output another directory.")
 
@@ -182,22 +186,37 @@ def score(command: Command, work: WorkList) -> dict[str, Any] | None:
 def rebuild(command: Command, source: Path) -> dict[str, Any]:
     """Rebuild a dataset's targets from its stored logits -> the new one's diagnostics."""
     check_output(command.output)
+    work_dir = command.output.with_name(f".{command.output.name}.scores")
+    lock_until_exit(work_dir, flag="--output")
     remove_stale_temporaries(command.output)
     dataset = PreferenceDataset(source)
-    before = read_json(source / DIAGNOSTICS_NAME) if (source / DIAGNOSTICS_NAME).is_file() else {}
+    before = _diagnostics_of(source)
     signal = signal_counts(dataset.all_judge_logits(), rule=command.preset or dataset.manifest.preset)
-    judged = {name: value for name, value in before.get("counts", {}).items() if isinstance(value, int)}
+    judged = {name: value for name, value in before["counts"].items() if isinstance(value, int)}
     counts = Counter({name: value for name, value in judged.items() if name not in signal}) + signal
     if not command.allow_no_signal:
         check_signal(counts, judge=dataset.manifest.judge, one_order=False)
     manifest = rebuild_dataset(dataset, command.output, preset=command.preset, selection=command.selection)
     identity = {
         "rollouts_sha256": manifest.rollouts_sha256,
-        "judge_fingerprint": before.get("identity", {}).get("judge_fingerprint"),
+        "judge_fingerprint": before["identity"].get("judge_fingerprint"),
         "preset": manifest.preset,
         "selection": manifest.selection,
     }
-    return write_diagnostics(command.output, manifest, identity, counts)
+    rebuilt = write_diagnostics(command.output, manifest, identity, counts)
+    if not any(work_dir.glob("scores-*")):  # of a scoring that was killed, and may go on
+        shutil.rmtree(work_dir, ignore_errors=True)
+    return rebuilt
+
+
+def _diagnostics_of(source: Path) -> dict[str, dict[str, Any]]:
+    """Read what a dataset's judge counted, and its identity -> {"counts", "identity"}, empty where there is no file."""
+    path = source / DIAGNOSTICS_NAME
+    found = read_json(path) if path.is_file() else {}
+    parts = {name: found.get(name, {}) for name in ("counts", "identity")} if isinstance(found, dict) else {}
+    if not parts or not all(isinstance(part, dict) for part in parts.values()):
+        raise DataError(f"{path} holds no counts of a judge. It is damaged: remove it, and rebuild without them.")
+    return parts
 
 
 def write_diagnostics(

@@ -21,8 +21,10 @@ from megatron_sppo.conversion.distcp import COMMON_FILE
 from megatron_sppo.conversion.distcp_writer import write_distcp
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_checkpoint import (
+    INDEX_FILE,
     LAYOUT_FILE,
     SIDE_FILES,
+    WEIGHT_SUFFIXES,
     HFCheckpoint,
     check_side_files,
     check_tensors,
@@ -31,11 +33,13 @@ from megatron_sppo.conversion.hf_checkpoint import (
     new_files,
     open_hf_checkpoint,
     parse_size,
+    side_files,
     write_side_files,
 )
 from megatron_sppo.conversion.hf_config import CONFIG_FILE, architecture_from_hf, hf_from_architecture, read_config
 from megatron_sppo.conversion.megatron_checkpoint import (
     HF_DIRECTORY,
+    ITERATION_PATTERN,
     MANIFEST_FILE,
     TRACKER_FILE,
     iteration_directory,
@@ -47,9 +51,11 @@ from megatron_sppo.conversion.megatron_checkpoint import (
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, open_megatron
 from megatron_sppo.conversion.plan import export_tensors, import_pieces
 from megatron_sppo.conversion.rules import Binding, bind, hf_shapes
-from megatron_sppo.errors import ConversionError, DataError
+from megatron_sppo.errors import ConfigError, ConversionError, DataError
 from megatron_sppo.storage import (
     atomic_directory,
+    locked,
+    locked_place,
     read_json,
     refuse_foreign,
     remove_stale_temporaries,
@@ -101,7 +107,9 @@ def import_checkpoint(
         ConversionError: the model cannot be read or mapped, or `megatron` holds another one. Nothing is written then.
     """
     hf, megatron = Path(hf), Path(megatron)
-    refuse_foreign(megatron, ours=(TRACKER_FILE, "iter_*", ".iter_*"), inputs=(hf,), flag="--megatron")
+    refuse_foreign(
+        megatron, ours=(TRACKER_FILE, ITERATION_PATTERN, f".{ITERATION_PATTERN}"), inputs=(hf,), flag="--megatron"
+    )
     architecture = architecture_from_hf(read_config(hf), place=str(hf / CONFIG_FILE))
     family = family_of(architecture.family, place=str(hf))
     source = open_hf_checkpoint(hf)
@@ -114,27 +122,29 @@ def import_checkpoint(
     bindings = bind(family, architecture)
     left_out = check_tensors(source, hf_shapes(bindings), ignored=family.ignored)
     pieces = import_pieces(source, bindings, architecture, _dtype(dtype))
-    target = iteration_directory(megatron, IMPORT_ITERATION)
-    remove_stale_temporaries(target)
-    if _already_imported(target, source, bindings, architecture, _dtype(dtype), overwrite=overwrite):
-        logger.info("%s holds this model already", target)
-        publish(megatron, IMPORT_ITERATION)
-        return target
-    begin = time.monotonic()
     total = sum(piece.nbytes for piece in pieces)
-    _check_space(megatron, total)
-    with atomic_directory(target, replaces=MANIFEST_FILE) as directory, _bar(total, "import") as bar:
-        states = _extra_states(architecture)
-        written = write_distcp(directory, pieces, objects=states, progress=bar.update, workers=workers)
-        torch.save(_COMMON_STATE, directory / COMMON_FILE)
-        (directory / "metadata.json").write_text(json.dumps(_METADATA_JSON))
-        write_architecture(architecture, directory, tokenizer=_tokenizer_record(hf))
-        (directory / HF_DIRECTORY).mkdir()
-        copy_side_files(hf, directory / HF_DIRECTORY)
-        if not left_out:
-            write_json(directory / HF_DIRECTORY / LAYOUT_FILE, source.layout())
-        write_manifest(directory, known=written)
-    publish(megatron, IMPORT_ITERATION)
+    target = iteration_directory(megatron, IMPORT_ITERATION)
+    if overwrite or not target.exists():
+        _check_space(megatron, total)
+    with locked(megatron, flag="--megatron"):
+        remove_stale_temporaries(target)
+        if _already_imported(target, source, bindings, architecture, _dtype(dtype), overwrite=overwrite):
+            logger.info("%s holds this model already", target)
+            publish(megatron, IMPORT_ITERATION)
+            return target
+        begin = time.monotonic()
+        with atomic_directory(target, replaces=MANIFEST_FILE) as directory, _bar(total, "import") as bar:
+            states = _extra_states(architecture)
+            written = write_distcp(directory, pieces, objects=states, progress=bar.update, workers=workers)
+            torch.save(_COMMON_STATE, directory / COMMON_FILE)
+            (directory / "metadata.json").write_text(json.dumps(_METADATA_JSON))
+            write_architecture(architecture, directory, tokenizer=_tokenizer_record(hf))
+            (directory / HF_DIRECTORY).mkdir()
+            copy_side_files(hf, directory / HF_DIRECTORY)
+            if not left_out:
+                write_json(directory / HF_DIRECTORY / LAYOUT_FILE, source.layout())
+            write_manifest(directory, known=written)
+        publish(megatron, IMPORT_ITERATION)
     logger.info(
         "imported %s to %s: %s parameters, %s", hf, target, f"{architecture.num_parameters():,}", _speed(total, begin)
     )
@@ -185,16 +195,19 @@ def export_checkpoint(
     if max_shard_size is None and layout_path.is_file():
         kept = kept_files(tensors, _read_layout(layout_path))
     plan = kept or new_files(tensors, max_shard_bytes=parse_size(max_shard_size or DEFAULT_SHARD_SIZE))
-    remove_stale_temporaries(hf)
-    if _already_exported(hf, opened, cast, overwrite=overwrite):
-        logger.info("%s holds this model already", hf)
-        return hf
-    begin = time.monotonic()
+    if overwrite:
+        _check_replaced(hf, opened)
     total = sum(math.prod(shape) * kind.itemsize for kind, shape in tensors.values())
-    _check_space(hf, total)
-    with atomic_directory(hf, replaces=CONFIG_FILE) as directory, _bar(total, "export") as bar:
-        export_tensors(directory, plan, opened, cast=cast, workers=workers, progress=bar.update)
-        _write_side_files(opened, directory, dtype=_main_dtype(tensors), types_changed=kept is None)
+    with locked_place(hf, flag="--hf"):
+        remove_stale_temporaries(hf)
+        if _already_exported(hf, opened, cast, overwrite=overwrite):
+            logger.info("%s holds this model already", hf)
+            return hf
+        begin = time.monotonic()
+        _check_space(hf, total)
+        with atomic_directory(hf, replaces=CONFIG_FILE) as directory, _bar(total, "export") as bar:
+            export_tensors(directory, plan, opened, cast=cast, workers=workers, progress=bar.update)
+            _write_side_files(opened, directory, dtype=_main_dtype(tensors), types_changed=kept is None)
     logger.info("exported %s to %s: %d files, %s", opened.directory, hf, len(plan.files), _speed(total, begin))
     return hf
 
@@ -283,6 +296,26 @@ def _already_exported(hf: Path, opened: OpenedMegatron, cast: torch.dtype | None
     return True
 
 
+def _check_replaced(hf: Path, opened: OpenedMegatron) -> None:
+    """Refuse to replace a directory that holds more than a model, for all of it would be gone.
+
+    Raises:
+        ConfigError: names what is there beside the weights and the files that a model of this kind has.
+    """
+    known = {*SIDE_FILES, *(side_files(opened.side_files) if opened.side_files is not None else ()), INDEX_FILE}
+    others = sorted(
+        path.name
+        for path in (hf.iterdir() if hf.is_dir() else ())
+        if not (path.name in known or path.name.startswith((".", "README")) or path.suffix in WEIGHT_SUFFIXES)
+        and not any(name.startswith(f"{path.name}/") for name in known)
+    )
+    if others:
+        raise ConfigError(
+            f"{hf} holds {others[0]}{f' and {len(others) - 1} more' if others[1:] else ''} beside a model, which "
+            "--overwrite would remove. Move that elsewhere, or choose another --hf."
+        )
+
+
 def _same_side_files(one: Path, other: Path, *, but: Sequence[str] = ()) -> bool:
     for name in SIDE_FILES:
         paths = [Path(directory, name) for directory in (one, other)]
@@ -305,8 +338,8 @@ def _write_side_files(opened: OpenedMegatron, directory: Path, *, dtype: str, ty
 
 def _tokenizer_record(hf: Path) -> dict[str, Any]:
     files = [name for name in (*ID_FILES, *TEXT_FILES) if (hf / name).is_file()]
-    if not files:
-        logger.warning("%s has no tokenizer files: exports of this checkpoint will have none", hf)
+    if not set(files) & set(ID_FILES):
+        logger.warning("%s has no tokenizer (none of %s): exports will have none", hf, ", ".join(ID_FILES))
     return {"hash": tokenizer_hash(hf), "files": files}
 
 

@@ -39,8 +39,9 @@ SIDE_FILES = (CONFIG_FILE, GENERATION_FILE, *ID_FILES, *TEXT_FILES)
 LAYOUT_FILE = "layout.json"
 """Beside them: how the tensors lay in the imported files, so that an export writes the same files."""
 _MAX_CARRIED_BYTES = 1 << 20
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
+SPECIAL_TOKENS = ("bos", "eos", "pad", "unk")
 _NAMED = 4  # how many names an error lists before "and N more"
 
 
@@ -92,6 +93,12 @@ def open_hf_checkpoint(directory: Path) -> HFCheckpoint:
         _check_link(directory, name)
     if (directory / SINGLE_FILE).is_file():
         weight_map, files = None, [SINGLE_FILE]
+        others = set(_weight_map(directory).values()) - {SINGLE_FILE} if (directory / INDEX_FILE).is_file() else set()
+        if others:
+            raise ConversionError(
+                f"{directory} holds {SINGLE_FILE} and an {INDEX_FILE} that names {_names(sorted(others))}: "
+                "transformers loads the first, vLLM the others. Remove what is not this model's."
+            )
     elif (directory / INDEX_FILE).is_file():
         weight_map = _weight_map(directory)
         files = sorted(set(weight_map.values()))
@@ -126,9 +133,11 @@ def check_tensors(checkpoint: HFCheckpoint, expected: Mapping[str, Shape], *, ig
         ConversionError: missing, unknown or mis-shaped tensors, named.
     """
     place = checkpoint.directory
+    extra = [name for name in checkpoint.entries if name not in expected]
     if missing := [name for name in expected if name not in checkpoint.entries]:
+        instead = f", and holds {_names(extra)}, which it does not" if extra else ""
         raise ConversionError(
-            f"{place} lacks {_names(missing)}, which its {CONFIG_FILE} promises. Fetch the model again."
+            f"{place} lacks {_names(missing)}, which its {CONFIG_FILE} promises{instead}. Fetch the model again."
         )
     for name, shape in expected.items():
         if checkpoint.entries[name].shape != shape:
@@ -136,10 +145,14 @@ def check_tensors(checkpoint: HFCheckpoint, expected: Mapping[str, Shape], *, ig
                 f"{place} holds {name} of shape {list(checkpoint.entries[name].shape)} where its {CONFIG_FILE} "
                 f"promises {list(shape)}. Weights and config are of two models: fetch both again."
             )
-    extra = [name for name in checkpoint.entries if name not in expected]
     left = [name for name in extra if name.endswith(tuple(ignored))] if ignored else []
     if "lm_head.weight" in extra and _same(checkpoint, "lm_head.weight", "model.embed_tokens.weight"):
         left.append("lm_head.weight")
+    if "lm_head.weight" in extra and "lm_head.weight" not in left:
+        raise ConversionError(
+            f"{place} holds an lm_head.weight other than model.embed_tokens.weight, and its {CONFIG_FILE} says "
+            "tie_word_embeddings: true, which contradict each other. Set it to false if the model was trained so."
+        )
     if unknown := [name for name in extra if name not in left]:
         raise ConversionError(
             f"{place} holds {_names(unknown)}, for which there is no rule. "
@@ -184,23 +197,70 @@ def _hold_against_each_other(directory: Path) -> None:
         and inline.strip() != template.read_text(encoding="utf-8").strip()
     ):
         logger.warning("%s and the chat_template of %s differ: the first is taken", template, settings.name)
-    tokenizer, config = directory / "tokenizer.json", read_json(directory / CONFIG_FILE)
-    if tokenizer.is_file() and isinstance(size := config.get("vocab_size"), int):
-        content = read_json(tokenizer)
-        vocabulary = content.get("model", {}).get("vocab", {})
-        ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
-        ids += [token.get("id", 0) for token in content.get("added_tokens") or []]
-        if (largest := max(ids, default=0)) >= size:
-            logger.warning(
-                "%s has token %d, and the model embeds %d: a text with that token cannot be used",
-                tokenizer,
-                largest,
-                size,
-            )
+    config, size = read_json(directory / CONFIG_FILE), 0
+    if isinstance(config.get("vocab_size"), int):
+        size = config["vocab_size"]
+        _check_special_ids(directory, config, size)
+    tokenizer = directory / "tokenizer.json"
+    if not tokenizer.is_file():
+        return
+    content = read_json(tokenizer)
+    vocabulary = content.get("model", {}).get("vocab", {})
+    ids = dict(vocabulary) if isinstance(vocabulary, dict) else {row[0]: id_ for id_, row in enumerate(vocabulary)}
+    ids |= {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+    if size and (largest := max(ids.values(), default=0)) >= size:
+        logger.warning(
+            "%s has token %d, and the model embeds %d: a text with that token cannot be used", tokenizer, largest, size
+        )
+    for path in (settings, directory / "special_tokens_map.json"):
+        named = read_json(path) if path.is_file() else {}
+        texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+        for key in SPECIAL_TOKENS:
+            if isinstance(text := texts.get(f"{key}_token"), str) and text not in ids:
+                logger.warning(
+                    "%s says %s_token %r, which %s does not know: transformers gives it a new id, which the model has "
+                    "no embedding for",
+                    path,
+                    key,
+                    text,
+                    tokenizer.name,
+                )
+
+
+def _check_special_ids(directory: Path, config: Mapping[str, Any], vocab_size: int) -> None:
+    """Hold the special tokens' ids of config.json and generation_config.json against the model and each other.
+
+    Raises:
+        ConversionError: one of them is no id.
+    """
+    path = directory / GENERATION_FILE
+    read = {directory / CONFIG_FILE: config, **({path: read_json(path)} if path.is_file() else {})}
+    found: dict[str, dict[Path, set[int]]] = {}
+    for file, content in read.items():
+        for key in (f"{name}_token_id" for name in SPECIAL_TOKENS[:3]):
+            if (value := content.get(key)) is None:
+                continue
+            listed = value if isinstance(value, list) else [value]
+            if not all(type(id_) is int for id_ in listed):
+                raise ConversionError(f"{file} says {key}: {json.dumps(value)}, which is no token id. Correct it.")
+            if max(listed, default=0) >= vocab_size:
+                logger.warning("%s says %s %s, and the model has tokens 0 to %d", file, key, value, vocab_size - 1)
+            found.setdefault(key, {})[file] = set(listed)
+    ends = [*found.get("eos_token_id", {}).items()]
+    if len(ends) == 2 and not ends[0][1] <= ends[1][1]:
+        logger.warning(
+            "%s says eos_token_id %s, %s says %s: transformers and vLLM end an answer at the second",
+            ends[0][0],
+            sorted(ends[0][1]),
+            GENERATION_FILE,
+            sorted(ends[1][1]),
+        )
 
 
 def _check_side_file(path: Path) -> None:
     """Raise a ValueError if a file is not what its name says."""
+    if path.name not in SIDE_FILES and path.suffix not in (".json", ".jinja"):
+        return  # a licence in whatever encoding
     if path.suffix == ".model":
         # What it holds is SentencePiece's or tiktoken's own; tokenizer.json decides where it is there.
         if (raw := path.read_bytes()[:64]).startswith((b"version https://git-lfs", b"<")) or not raw:
@@ -219,7 +279,7 @@ def _check_side_file(path: Path) -> None:
         except Exception as error:  # noqa: BLE001 (the library raises Exception itself)
             raise ValueError(f"no tokenizer: {error}") from None
     if path.suffix == ".json":
-        content = json.loads(text)
+        content = json.loads(text, parse_constant=_no_number)
         if not isinstance(content, dict) and path.name in SIDE_FILES:
             raise ValueError("no JSON object")
         template = content.get("chat_template") if isinstance(content, dict) else None
@@ -230,6 +290,10 @@ def _check_side_file(path: Path) -> None:
     for template in templates:
         if isinstance(template, str):
             _check_template(template)
+
+
+def _no_number(constant: str) -> float:
+    raise ValueError(f"{constant} is no number")
 
 
 def _check_template(template: str) -> None:
@@ -245,7 +309,8 @@ def _check_template(template: str) -> None:
             return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
     try:
-        Environment(extensions=[Generation, "jinja2.ext.loopcontrols"], autoescape=False).parse(template)
+        # Compiled, for a filter that does not exist is found then.
+        Environment(extensions=[Generation, "jinja2.ext.loopcontrols"], autoescape=False).compile(template)
     except TemplateSyntaxError as error:
         raise ValueError(f"a chat template that is no Jinja: {error.message}, line {error.lineno}") from None
 
@@ -279,7 +344,7 @@ def _left_behind(directory: Path) -> dict[str, list[str]]:
             reason = "a folder that no stage reads"
         elif path.suffix == ".py":
             reason = "code, which is never run"
-        elif path.suffix in _WEIGHT_SUFFIXES:
+        elif path.suffix in WEIGHT_SUFFIXES:
             reason = "weights that the index does not name, or in another format"
         else:
             reason = "not needed by any stage"

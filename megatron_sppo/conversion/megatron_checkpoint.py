@@ -29,6 +29,8 @@ BACKEND_FILE = "metadata.json"
 HF_DIRECTORY = "hf"
 """Inside an iteration directory: config.json, tokenizer and chat template of the model, for the export."""
 MANIFEST_VERSION = 1
+ITERATION_PATTERN = "iter_" + 7 * "[0-9]" + "*"
+"""Glob of the iteration directories; those of a self-play run (`iter_1`) are others."""
 
 _ITERATION = re.compile(r"iter_(\d{7,})")
 

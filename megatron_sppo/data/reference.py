@@ -104,7 +104,7 @@ def _check_fingerprint(path: Path, *, stored: dict[str, Any], wanted: dict[str, 
     if differing:
         raise DataError(
             f"{path} was computed under other conditions: {'; '.join(differing)}. "
-            "Delete reference.* there to compute it again, or use another --save."
+            "Delete reference.* there to compute it again, or use a copy of that directory if another run needs it yet."
         )
 
 

@@ -171,7 +171,7 @@ class DatasetWriter:
             first = f" (first reason: {self._quarantined[0]['reason']})" if self._quarantined else ""
             raise DataError(
                 f"{self._directory} was not written: no prompt group can be trained on, {self.num_quarantined} were "
-                f"quarantined{first}. Check the rollouts."
+                f"quarantined{first}. Check the rollouts, and the judge."
             )
         self._prompts.close()
         for column in self._columns.values():

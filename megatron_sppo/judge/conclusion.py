@@ -42,6 +42,8 @@ class ConclusionJudge:
         _, marker, conclusion = response.text.partition(self._marker)
         if marker:
             self.counts["concluded_answers"] += 1
+            if not conclusion.strip():
+                self.counts["empty_conclusions"] += 1
         elif is_open or (self._opening is not None and response.text.lstrip().startswith(self._opening)):
             self.counts["unfinished_reasoning"] += 1
         else:

@@ -133,7 +133,7 @@ def check_config(config: DebertaV2Config) -> None:
         value = getattr(config, name, 0 if name == "conv_kernel_size" else None)
         if (set(value or ()) if isinstance(required, set) else value) != required:
             raise ConfigError(f"this PairRM's DeBERTa has {name} {value!r}, not {required!r}. Use a deberta-v3 PairRM.")
-    if config.position_buckets < 1 or config.hidden_size % config.num_attention_heads:
+    if config.position_buckets < 1 or config.num_attention_heads < 1 or config.hidden_size % config.num_attention_heads:
         raise ConfigError(
             f"this PairRM's DeBERTa has {config.position_buckets} position buckets and {config.num_attention_heads} "
             f"heads for a hidden size of {config.hidden_size}. Use a deberta-v3 PairRM."

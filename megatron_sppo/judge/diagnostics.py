@@ -113,6 +113,14 @@ JUDGE_DIAGNOSTICS = (
         remedy="The reasons stand in the dataset's manifest.json under quarantined.",
     ),
     JudgeDiagnostic(
+        name="unjudged", label="prompts left out of a comparison", above=0,
+        remedy="A line above says why, for each of them.",
+    ),
+    JudgeDiagnostic(
+        name="cross_tie_rate", label="pairs of different answers at exactly one half", above=TIED,
+        remedy="They draw the win rate to one half: take a judge that tells these answers apart.",
+    ),
+    JudgeDiagnostic(
         name="truncation_rate", label="answers that the judge saw cut", above=0, short="cut answers",
         remedy="PairRM reads 412 tokens of an answer and not its end, a reward model as much as fits, and not the "
         "beginning of its prompt: lower --max-tokens.",
@@ -144,6 +152,10 @@ JUDGE_DIAGNOSTICS = (
     JudgeDiagnostic(
         name="unreasoned_rate", label="answers without reasoning, judged whole", above=UNREASONED,
         remedy="--judge-after names a text that these answers do not hold: look at them.",
+    ),
+    JudgeDiagnostic(
+        name="empty_conclusions", label="answers with nothing behind their reasoning, judged as empty", above=0,
+        remedy="Look at them: --judge-after may name a text that ends the answer.",
     ),
     JudgeDiagnostic(
         name="missing_matrices", label="prompts without a stored matrix", above=0,
@@ -240,6 +252,11 @@ def _why_nothing_leans(counts: Counter[str], *, pairs: int, ties: int) -> tuple[
     if 2 * counts["order_bound_pairs"] > pairs:
         of_order = f"in {counts['order_bound_pairs']} of {pairs} the same place wins in both orders"
         return f"{fact} ({of_order})", "Take a judge that reads the answers."
+    split = counts["concluded_answers"] + counts["unfinished_reasoning"] + counts["answers_without_reasoning"]
+    empty = counts["unfinished_reasoning"] + counts["empty_conclusions"]
+    if 2 * empty > split:
+        fact = f"{fact} ({empty} of {split} answers hold nothing behind their reasoning)"
+        return fact, "Let it end: sample with a larger --max-tokens, or look at what --judge-after names."
     # Ordered pairs are counted, of answers with the same text.
     if counts["identical_pairs"] > pairs:
         return f"{fact} ({counts['identical_pairs'] // 2} of identical texts)", "Sample hotter: a higher --temperature."

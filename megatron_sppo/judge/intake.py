@@ -119,6 +119,14 @@ def _responses_fault(responses: Any, num_responses: int, vocab_size: int | None)
     return None
 
 
+def text_fault_of_group(group: RolloutGroup) -> str | None:
+    """Say which text of a group no tokenizer takes -> one clause, or None."""
+    texts = [(f"messages[{number}]", turn["content"]) for number, turn in enumerate(group.messages)]
+    texts += [(f"responses[{number}]", response.text) for number, response in enumerate(group.responses)]
+    texts += [("prompt_text", group.prompt_text)] if group.prompt_text is not None else []
+    return next((f"{place} {fault}" for place, text in texts if (fault := _text_fault(text)) is not None), None)
+
+
 def _text_fault(text: Any) -> str | None:
     if not isinstance(text, str):
         return "has no text"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.judge.protocol import Unjudged, Verdict
+from megatron_sppo.judge.protocol import LARGEST_LOGIT, Unjudged, Verdict
 from megatron_sppo.storage import sha256_of_file, sha256_of_json
 
 if TYPE_CHECKING:
@@ -61,7 +61,10 @@ class MatricesJudge:
         if matrix is None or len(matrix) != num_responses:
             self.counts["missing_matrices"] += 1
             found = "no matrix" if matrix is None else f"a matrix of {len(matrix)} responses"
-            return Unjudged(reason=f"the file of matrices has {found} for it, it has {num_responses} responses")
+            return Unjudged(
+                reason=f"the file of matrices has {found} for it, it has {num_responses} responses: give matrices:FILE "
+                "of these very rollouts"
+            )
         texts = np.array([response.text for response in group.responses], dtype=object)
         same = texts[:, None] == texts[None, :]
         self.counts["identical_pairs"] += int(same.sum()) - num_responses
@@ -76,21 +79,39 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], set[str]]:
     kinds: set[str] = set()
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
             try:
-                row = json.loads(line)
-                (kind,) = set(row) & set(KINDS)
-                matrix = as_logits(row[kind], kind)
-                prompt_id = row["prompt_id"]
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                prompt_id, kind, matrix = _matrix_of(json.loads(line))
+            except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise DataError(
                     f"{path}, line {number} is no matrix ({reason}). "
                     'Write {"prompt_id": ..., "judge_logits": [[...]]} a line.'
                 ) from None
-            if matrices.setdefault(str(prompt_id), matrix) is not matrix:
+            if matrices.setdefault(prompt_id, matrix) is not matrix:
                 raise DataError(f"{path}, line {number}: the prompt_id {prompt_id!r} occurs twice. Keep one of them.")
             kinds.add(kind)
+    if not matrices:
+        raise DataError(f"{path} holds no matrix. Write a line for each prompt.")
     return matrices, kinds
+
+
+def _matrix_of(row: Any) -> tuple[str, str, np.ndarray]:
+    """Read a line's object -> (prompt_id, kind, float32 logits).
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    if not isinstance(row, dict):
+        raise ValueError("it is no JSON object")
+    kinds = [kind for kind in KINDS if kind in row]
+    if len(kinds) != 1:
+        raise ValueError(f"it holds {' and '.join(kinds) or 'neither ' + ' nor '.join(KINDS)}, of which one is needed")
+    prompt_id = row.get("prompt_id")
+    if not isinstance(prompt_id, (str, int)) or isinstance(prompt_id, bool):
+        raise ValueError(f"its prompt_id is {prompt_id!r}, no text")
+    return str(prompt_id), kinds[0], as_logits(row[kinds[0]], kinds[0])
 
 
 def as_logits(values: Any, kind: str) -> np.ndarray:
@@ -111,4 +132,6 @@ def as_logits(values: Any, kind: str) -> np.ndarray:
         floor = 1 / (1 + np.exp(CERTAIN_LOGIT))
         matrix = np.clip((matrix + 1 - matrix.T) / 2, floor, 1 - floor)
         matrix = np.log(matrix / (1 - matrix))
+    if np.abs(matrix).max() > LARGEST_LOGIT:
+        raise ValueError(f"a logit lies beyond {LARGEST_LOGIT:.0e} nats")
     return matrix.astype(np.float32)

@@ -22,9 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, DebertaV2Config, DebertaV2Model, PreTrainedTokenizerBase
 
+from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.deberta import MarkerEncoder, check_config
-from megatron_sppo.storage import read_json, sha256_of_file, sha256_of_json
+from megatron_sppo.pretrained import UNUSABLE
+from megatron_sppo.storage import damage, read_json, sha256_of_file, sha256_of_json
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ MARKERS = (SOURCE_MARKER, FIRST_MARKER, SECOND_MARKER, "<|candidate|>")
 """In llm-blender's order: native checkpoints number their embedding rows by it."""
 
 HEAD_ROWS = 64
+_LEAST_TOKENS = 4
+"""[CLS], the marker, [SEP] and a token of text."""
 _DEFAULT_SOURCE_LENGTH, _DEFAULT_CANDIDATE_LENGTH = 1224, 412
 _FILES = ("*.json", "*.safetensors", "spm.model", "tokenizer.model")
 _TOKENIZER_FILES = ("*.json", "spm.model", "tokenizer.model")
@@ -108,10 +112,10 @@ def load_pairrm(name: str, *, dtype: torch.dtype, device: torch.device) -> PairR
         tokenizer.add_tokens(list(MARKERS))
     _check_markers(tokenizer, content, directory, native=native)
     tensors = _load_tensors(directory)
-    config = DebertaV2Config.from_pretrained(base)
+    config = _deberta_config(base)
     check_config(config)
     config.vocab_size = _embedding_rows(tensors, tokenizer, directory)
-    network = PairRMNetwork(config, num_tasks=int(content.get("n_tasks", 1)))
+    network = PairRMNetwork(config, num_tasks=_number(content, "n_tasks", 1, directory))
     _fill(network, tensors, directory)
     network.pretrained_model.to(dtype)
     network.head_layer.float()
@@ -123,10 +127,34 @@ def load_pairrm(name: str, *, dtype: torch.dtype, device: torch.device) -> PairR
         network=network,
         encoder=MarkerEncoder(network.pretrained_model),
         tokenizer=tokenizer,
-        source_length=int(content.get("source_maxlength") or _DEFAULT_SOURCE_LENGTH),
-        candidate_length=int(content.get("candidate_maxlength") or _DEFAULT_CANDIDATE_LENGTH),
+        source_length=_number(content, "source_maxlength", _DEFAULT_SOURCE_LENGTH, directory, low=_LEAST_TOKENS),
+        candidate_length=_number(
+            content, "candidate_maxlength", _DEFAULT_CANDIDATE_LENGTH, directory, low=_LEAST_TOKENS
+        ),
         fingerprint=sha256_of_json(files),
     )
+
+
+def _number(content: dict[str, Any], name: str, default: int, directory: Path, *, low: int = 1) -> int:
+    """Read a number of config.json -> int, the default where it is null or absent."""
+    value = content.get(name)
+    if value is None:
+        return default
+    if type(value) is not int or value < low:
+        raise ConfigError(
+            f"{directory / 'config.json'} says {name} {value!r}, which must be a whole number from {low} on. "
+            f"llm-blender/PairRM has {default}."
+        )
+    return value
+
+
+def _deberta_config(base: Path) -> DebertaV2Config:
+    try:
+        return DebertaV2Config.from_pretrained(base)
+    except (OSError, ValueError, *UNUSABLE) as error:
+        raise ConfigError(
+            f"{base / 'config.json'} is no config of DeBERTa-v2 ({one_line(error)}). Download it again."
+        ) from None
 
 
 def _decides(path: Path) -> bool:
@@ -138,7 +166,21 @@ def _decides_ids(path: Path) -> bool:
 
 
 def local_directory(name: str, patterns: tuple[str, ...], *, spec: str = "pairrm") -> Path:
-    """Find a checkpoint: a directory, else a hub id in the cache or, unless HF_HUB_OFFLINE is set, on the hub."""
+    """Find a checkpoint: a directory, else a hub id in the cache or, unless HF_HUB_OFFLINE is set, on the hub.
+
+    Raises:
+        ConfigError: there is none, or it is an adapter, or has one beside it that may or may not be meant.
+    """
+    directory = _local_directory(name, patterns, spec=spec)
+    if (directory / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{directory} holds adapter_config.json: a LoRA adapter, which is not applied here. Merge it into its base "
+            "(PEFT's merge_and_unload) and give that directory, or remove it if the weights are merged."
+        )
+    return directory
+
+
+def _local_directory(name: str, patterns: tuple[str, ...], *, spec: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
     remedy = f"Give a local directory: --judge {spec}:DIR."
@@ -172,10 +214,8 @@ def _base_directory(content: dict[str, Any], directory: Path) -> Path:
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{directory} holds no tokenizer ({str(error).splitlines()[0]}). Download it again."
-        ) from None
+    except (OSError, ValueError, *UNUSABLE) as error:
+        raise ConfigError(f"{directory} holds no readable tokenizer ({one_line(error)}). Download it again.") from None
 
 
 def _check_markers(
@@ -205,16 +245,21 @@ def _load_tensors(directory: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in paths:
         try:
-            tensors |= load_file(path)
+            found = load_file(path)
         except SafetensorError as error:
-            raise ConfigError(f"{path} is damaged ({error}). Download it again.") from None
+            raise ConfigError(damage(path, f"{path} is damaged ({error}). Download it again.")) from None
+        if twice := sorted(set(found) & set(tensors)):
+            raise ConfigError(f"{path} holds {twice[0]}, which another file beside it holds too. Remove one of them.")
+        tensors |= found
     return {name: tensor for name, tensor in tensors.items() if name not in _IGNORED_TENSORS}
 
 
 def _embedding_rows(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, directory: Path) -> int:
     name = "pretrained_model.embeddings.word_embeddings.weight"
     if name not in tensors:
-        raise ConfigError(f"{directory} has no tensor {name}. It is no PairRM checkpoint.")
+        raise ConfigError(
+            f"{directory} has no tensor {name}, but {_named(sorted(tensors))}. It is no PairRM checkpoint."
+        )
     rows = tensors[name].shape[0]
     if rows < len(tokenizer):
         raise ConfigError(
@@ -224,14 +269,20 @@ def _embedding_rows(tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBa
     return rows
 
 
+def _named(names: list[str]) -> str:
+    """List names -> at most three, then how many more."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}" if names else "none"
+
+
 def _fill(network: PairRMNetwork, tensors: dict[str, Tensor], directory: Path) -> None:
     """Load the weights: every tensor has its place and every place its tensor, or a ConfigError names the odd ones."""
     places = network.state_dict()
     missing, unknown = sorted(set(places) - set(tensors)), sorted(set(tensors) - set(places))
     if missing or unknown:
         raise ConfigError(
-            f"{directory} does not fit PairRM: {len(missing)} tensors are missing {missing[:3]}, "
-            f"{len(unknown)} have no place {unknown[:3]}. Use llm-blender/PairRM as published."
+            f"{directory} does not fit PairRM: missing are {_named(missing)}; without a place are {_named(unknown)}. "
+            "Use llm-blender/PairRM as published."
         )
     for name, place in places.items():
         if place.shape != tensors[name].shape:

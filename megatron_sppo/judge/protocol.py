@@ -17,6 +17,8 @@ from megatron_sppo.errors import ConfigError
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
 
+LARGEST_LOGIT = 1e6
+"""Nats: beyond it a judge is broken, and float32 sums of squares overflow."""
 SPEC_FORMS = "pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, matrices:FILE, rules:concise or rules:cyclic"
 
 
@@ -50,6 +52,32 @@ class Judge(Protocol):
         A fault of one row is its Unjudged, never an exception: others may be worth days of judging.
         """
         ...
+
+
+def judge_groups(judge: Judge, groups: Sequence[RolloutGroup]) -> list[Verdict]:
+    """Ask a judge for verdicts that can be counted with -> one a group, in order.
+
+    A group with a text that is none (half a surrogate pair, NUL) is not shown to the judge; logits that are no numbers
+    are no verdict. Both are Unjudged.
+    """
+    from megatron_sppo.judge.intake import text_fault_of_group
+
+    faults = [text_fault_of_group(group) for group in groups]
+    readable = [group for group, fault in zip(groups, faults, strict=True) if fault is None]
+    given = judge.judge_logits(readable) if readable else []
+    assert len(given) == len(readable), f"{judge.name} answered {len(given)} of {len(readable)} groups"
+    verdicts = iter(given)
+    return [_checked(next(verdicts)) if fault is None else Unjudged(reason=fault) for fault in faults]
+
+
+def _checked(verdict: Verdict) -> Verdict:
+    # NaN is not below the bound either.
+    if isinstance(verdict, Unjudged) or bool((np.abs(verdict) <= LARGEST_LOGIT).all()):
+        return verdict
+    return Unjudged(
+        reason=f"the judge gives it logits that are no numbers, or beyond {LARGEST_LOGIT:.0e} nats: its weights are "
+        "damaged, or its --dtype is too coarse for it"
+    )
 
 
 def load_judge(

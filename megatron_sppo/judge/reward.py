@@ -23,8 +23,8 @@ from megatron_sppo.errors import ConfigError, ConversionError
 from megatron_sppo.judge.pairrm_checkpoint import local_directory
 from megatron_sppo.judge.protocol import Unjudged, Verdict
 from megatron_sppo.judge.source import UnreadableGroup
-from megatron_sppo.pretrained import load_pretrained
-from megatron_sppo.storage import sha256_of_file, sha256_of_json
+from megatron_sppo.pretrained import UNUSABLE, load_pretrained
+from megatron_sppo.storage import damage, sha256_of_file, sha256_of_json
 
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
@@ -32,6 +32,17 @@ if TYPE_CHECKING:
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
 _PLAIN = ("QUESTION", "ANSWER", "QUESTION")
 """Texts that no template knows: what else their rendering holds is the template's own."""
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, *UNUSABLE) as error:
+        path = directory / "tokenizer.json"
+        fact = f"{directory} holds no readable tokenizer ({one_line(error)}). Copy the reward model's there."
+        raise ConfigError(damage(path, fact)) from None
 
 
 class RewardJudge:
@@ -44,21 +55,22 @@ class RewardJudge:
             ConfigError: no such checkpoint, another number of logits, or no chat template.
             ConversionError: a weight is not in the files: transformers would make it up.
         """
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
         directory = local_directory(checkpoint, _FILES, spec="reward")
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or ("float32" if self._device.type == "cpu" else "bfloat16")
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
             self._model: Any = load_pretrained(
                 AutoModelForSequenceClassification, directory, dtype=getattr(torch, dtype)
             )
         except ConversionError:
             raise
-        except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"{directory} is no reward model ({reason}). Give a sequence classifier.") from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{directory} is no reward model ({one_line(error)}). Give a sequence classifier."
+            ) from None
+        self._tokenizer: Any = _load_tokenizer(directory)
         if self._model.config.num_labels != 1:
             raise ConfigError(
                 f"{directory} has {self._model.config.num_labels} labels, a reward model has 1. Give another --judge."
@@ -66,8 +78,6 @@ class RewardJudge:
         if not self._tokenizer.chat_template:
             raise ConfigError(f"{directory} has no chat template. Add the one that it was trained with.")
         self._model.to(self._device).eval().requires_grad_(False)
-        # One conversation a forward: nothing is padded, so that the padding token only has to be absent.
-        self._model.config.pad_token_id = None
         self.name = f"reward:{checkpoint} (Bradley-Terry)"
         files = {path.name: sha256_of_file(path) for path in sorted(directory.iterdir()) if path.is_file()}
         self.fingerprint = sha256_of_json({"reward": files, "dtype": dtype})

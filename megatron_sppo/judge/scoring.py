@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_sppo.judge.intake import Row, read_rows
-from megatron_sppo.judge.protocol import Judge, Unjudged, Verdict
+from megatron_sppo.judge.protocol import Judge, Unjudged, Verdict, judge_groups
 from megatron_sppo.judge.work_list import WorkList
 from megatron_sppo.rollout.records import RolloutGroup, RolloutManifest, ShardEntry, read_manifest
 from megatron_sppo.storage import atomic_file, contained, remove_stale_temporaries
@@ -210,8 +210,7 @@ def _windows(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 
 def _judge_window(judge: Judge, groups: Sequence[RolloutGroup], num_responses: int) -> Sequence[Verdict]:
-    verdicts = judge.judge_logits(groups) if groups else []
-    assert len(verdicts) == len(groups), f"{judge.name} answered {len(verdicts)} of {len(groups)} groups"
+    verdicts = judge_groups(judge, groups)
     for verdict in verdicts:
         if not isinstance(verdict, Unjudged):
             assert verdict.shape == (num_responses, num_responses) and verdict.dtype == np.float32

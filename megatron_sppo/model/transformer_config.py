@@ -192,6 +192,9 @@ def parse_overrides(pairs: Sequence[str], cls: type, *, flag: str, taken: dict[s
         if key in taken and key not in _TUNABLE:
             raise ConfigError(f"{flag} {key} is decided by this software's own settings. Remove it.")
         parsed[key] = yaml.safe_load(text)
+        if isinstance(parsed[key], str):
+            with contextlib.suppress(ValueError):  # YAML 1.1 knows 1.0e-2 for a number, and neither 1e-2 nor nan
+                parsed[key] = float(parsed[key])
         if isinstance(parsed[key], float) and not math.isfinite(parsed[key]):
             raise ConfigError(f"{flag} {key} is {text}, which is no number to compute with. Give a finite one.")
     if parsed.get("deallocate_pipeline_outputs") and not torch.cuda.is_available():

@@ -19,6 +19,9 @@ BASELINES = ("half", "group_mean", "estimate")
 
 Baseline = str | tuple[str, float]
 
+LARGEST_CONSTANT = 1e6
+"""Of constant:C; log Z / eta is between 0 and 1 for win rates."""
+
 SATURATION_NATS = 10.0
 """Above this spread of eta * w the estimated log Z is in effect eta * max w - log K."""
 
@@ -107,9 +110,10 @@ def parse_baseline(text: str) -> Baseline:
         value = float(number) if name == "constant" and colon else math.nan
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    if not abs(value) <= LARGEST_CONSTANT:  # NaN is at most nothing
         raise ConfigError(
-            f"baseline {text!r} is unknown. Use half, group_mean, estimate or constant:C, e.g. constant:0.5."
+            f"baseline {text!r} is unknown. Use half, group_mean, estimate or constant:C with C from "
+            f"-{LARGEST_CONSTANT:.0f} to {LARGEST_CONSTANT:.0f}, e.g. constant:0.5."
         )
     return ("constant", value)
 

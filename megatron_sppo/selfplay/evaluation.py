@@ -18,7 +18,7 @@ from tqdm import tqdm
 from megatron_sppo.config import PositiveInt, Seed, check_ranges
 from megatron_sppo.errors import DataError
 from megatron_sppo.judge.diagnostics import UNREADABLE_REMEDY, share, verdict_shares, warnings
-from megatron_sppo.judge.protocol import Judge, Unjudged, load_judge
+from megatron_sppo.judge.protocol import Judge, Unjudged, judge_groups, load_judge
 from megatron_sppo.objective import preference_matrix
 from megatron_sppo.objective.diagnostics import TIE_TOLERANCE
 from megatron_sppo.rollout.records import RolloutGroup, read_rollouts
@@ -143,8 +143,8 @@ def _shares(counts: Counter[str], policy: Mapping[str, RolloutGroup]) -> dict[st
     return {
         **verdict_shares(counts),
         "order_disagreement": share(counts["order_bound_cross_pairs"], counts["cross_pairs"]),
-        "tie_rate": share(counts["tied_cross_pairs"], counts["cross_pairs"]),
-        "num_quarantined": counts["unjudged"],
+        "cross_tie_rate": share(counts["tied_cross_pairs"], counts["cross_pairs"]),
+        "unjudged": counts["unjudged"],
     }
 
 
@@ -176,7 +176,7 @@ def cross_win_rates(
         for start in range(0, len(shared), _PROMPTS_PER_CALL):
             prompt_ids = shared[start : start + _PROMPTS_PER_CALL]
             joined = [join_groups(policy[prompt_id], opponent[prompt_id]) for prompt_id in prompt_ids]
-            for prompt_id, verdict in zip(prompt_ids, judge.judge_logits(joined), strict=True):
+            for prompt_id, verdict in zip(prompt_ids, judge_groups(judge, joined), strict=True):
                 if isinstance(verdict, Unjudged):
                     judge.counts["unjudged"] += 1
                     logger.warning("prompt %s is left out: %s.", prompt_id, verdict.reason)

@@ -78,7 +78,8 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
         for iteration in range(1, config.run.iterations + 1):
             logger.info("iteration %d of %d", iteration, config.run.iterations)
             has_news |= _run_all(iteration_stages(config, paths, iteration, evaluates=evaluates), machine)
-            if has_news or machine.state["summed_up"] < iteration:
+            is_summed_up = machine.state["summed_up"] >= iteration and (paths.run_dir / summary.SUMMARY_NAME).is_file()
+            if has_news or not is_summed_up:
                 _sum_up(config, machine, paths, iteration)
         machine.update(finished=True, iterations_done=config.run.iterations)
         return summary.read_summary(paths.run_dir)
@@ -108,7 +109,7 @@ def _is_finished(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths)
                 "Restore it, or begin another run with another --output."
             )
     is_complete = machine.state["finished"] and machine.state["iterations_done"] >= config.run.iterations
-    return is_complete and (paths.run_dir / REPORT_NAME).is_file()
+    return is_complete and all((paths.run_dir / name).is_file() for name in (REPORT_NAME, summary.SUMMARY_NAME))
 
 
 def _prepare(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths) -> bool:

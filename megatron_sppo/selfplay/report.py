@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.diagnostics import JUDGE_DIAGNOSTICS
 from megatron_sppo.selfplay import report_plots as plots
 from megatron_sppo.selfplay.plan import REPORT_NAME
@@ -17,6 +18,7 @@ from megatron_sppo.selfplay.report_tokens import token_html
 from megatron_sppo.selfplay.summary import rate_text
 from megatron_sppo.storage import atomic_file
 
+_TITLE = "<title>Self-play: "
 _MAX_TEXT = 4000
 _LONGEST_NUMBER = 40
 """Characters; longer cells of a table are sentences and may break."""
@@ -57,9 +59,12 @@ def write_report(run_dir: Path) -> Path:
 
     Raises:
         DataError: no iteration has ended, or a file of the run is damaged.
+        ConfigError: something else lies in the report's place.
     """
-    page = render(read_run(run_dir))
     path = Path(run_dir, REPORT_NAME)
+    if path.is_dir() or (path.is_file() and _TITLE.encode() not in path.read_bytes()[:4096]):
+        raise ConfigError(f"{path} is there and is no report of this command. Move it elsewhere.")
+    page = render(read_run(run_dir))
     with atomic_file(path) as file:
         file.write(page)
     return path
@@ -98,7 +103,7 @@ def render(run: RunData) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<title>Self-play: {_text(run.run_dir.resolve().name)}</title><style>{_CSS}{TOKEN_CSS}</style></head>"
+        f"{_TITLE}{_text(run.run_dir.resolve().name)}</title><style>{_CSS}{TOKEN_CSS}</style></head>"
         f"<body><main>{''.join(body)}</main></body></html>\n"
     )
 

@@ -186,9 +186,20 @@ def read_state(run_dir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     state = read_json(path)
-    if not isinstance(state, dict) or state.get("schema_version") != SCHEMA_VERSION or "stages" not in state:
+    if not isinstance(state, dict) or state.get("schema_version") != SCHEMA_VERSION or not _has_types(state):
         raise DataError(f"{path} is no state of version {SCHEMA_VERSION}. Give another --output, or remove this one.")
     return state
+
+
+def _has_types(state: dict[str, Any]) -> bool:
+    parts, counts = ("config", "prompts", "versions"), ("iterations_done", "summed_up")
+    stages = state.get("stages")
+    return (
+        isinstance(stages, dict)
+        and all(isinstance(entry, dict) for entry in stages.values())
+        and all(isinstance(state.get(name) or {}, dict) for name in parts)
+        and all(isinstance(state.get(name, 0), int) for name in counts)
+    )
 
 
 def _failure(stage: Stage, returncode: int, log_path: Path) -> StageFailed:

@@ -14,6 +14,8 @@ from megatron_sppo.storage import atomic_directory, atomic_file, read_json, writ
 SUMMARY_NAME = "summary.json"
 METRICS_NAME = "metrics.jsonl"
 EVENTS_NAME = "tensorboard"
+_FIELDS = {"iteration", "judge", "win_rate_vs_base", "win_rate_vs_previous", "mean_response_tokens", "seconds"}
+"""Of each iteration's entry, as `iteration_summary` makes it."""
 
 
 def iteration_summary(paths: RunPaths, iteration: int, *, seconds: dict[str, float], judge: str) -> dict[str, Any]:
@@ -53,8 +55,9 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
             f"{path} does not exist: no iteration has ended. Run tools/self_play.py with --output {run_dir}."
         )
     summary = read_json(path)
-    if not isinstance(summary, dict) or not isinstance(summary.get("iterations"), list):
-        raise DataError(f"{path} is no summary of a run. Run the same self_play.py command again.")
+    entries = summary.get("iterations") if isinstance(summary, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and set(entry) >= _FIELDS for entry in entries):
+        raise DataError(f"{path} is no summary of a run. Remove it and run the same self_play.py command again.")
     return summary
 
 

@@ -171,11 +171,6 @@ def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
     return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
 
 
-def step_of(checkpoint: Path) -> int:
-    """Read the optimizer step off an `iter_*` directory's name -> int."""
-    return int(checkpoint.name.removeprefix("iter_"))
-
-
 def _model_state(stages: Sequence[PolicyModel]) -> dict[str, Any]:
     """Describe the stages to the checkpoint -> by Megatron-LM's names: `model`; `model0`, `model1`, ... interleaved."""
     if len(stages) == 1:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sppo.architecture import Architecture, read_architecture
-from megatron_sppo.config import write_yaml
+from megatron_sppo.config import is_written_of, write_yaml
 from megatron_sppo.conversion import distcp, megatron_checkpoint
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.packing import parity_length
@@ -81,14 +81,16 @@ def list_batches(config: TrainingConfig, dataset: PreferenceDataset, architectur
     """List the steps of a run over the dataset, balanced by what this model makes of their lengths -> Batches.
 
     Raises:
-        ConfigError: a response, or a pair, is longer than a micro-batch may be.
+        ConfigError: a response, or a pair, is longer than a micro-batch may be; the warm-up is not over at the end.
     """
-    return Batches(
+    batches = Batches(
         dataset,
         config,
         max_length=architecture.max_position_embeddings,
         parity_length=parity_length(architecture),
     )
+    config.optimization.warmup_and_decay(batches.train_iters)
+    return batches
 
 
 def find_resumable(config: TrainingConfig) -> Path | None:
@@ -119,6 +121,16 @@ def prepare_save_directory(config: TrainingConfig) -> None:
         ConfigError: it holds something else, or another run is writing there.
     """
     if parallel.is_rank_zero():
-        refuse_foreign(config.save, ours=(RESOLVED_CONFIG_FILE, "iter_*"), inputs=(config.data,), flag="--save")
+        resolved, iterations = Path(config.save, RESOLVED_CONFIG_FILE), megatron_checkpoint.ITERATION_PATTERN
+        refuse_foreign(config.save, ours=(RESOLVED_CONFIG_FILE, iterations), inputs=(config.data,), flag="--save")
+        if (
+            resolved.is_file()
+            and not megatron_checkpoint.iterations(config.save)
+            and not is_written_of(config, resolved)
+        ):
+            raise ConfigError(
+                f"{resolved} was not written by this command, which would write its settings over it. Choose another "
+                "directory with --save."
+            )
         lock_until_exit(config.save, flag="--save")
-        write_yaml(config, Path(config.save, RESOLVED_CONFIG_FILE))
+        write_yaml(config, resolved)

@@ -67,6 +67,23 @@ class OptimizationConfig:
                 "rmsprop runs without weight decay here, as the official SPPO code does. Use --weight-decay 0."
             )
 
+    def warmup_and_decay(self, train_iters: int) -> tuple[int, int]:
+        """Count the steps of the warm-up, and those after which the decay has ended -> (warm-up, decay).
+
+        Raises:
+            ConfigError: the warm-up is as long as the decay, or longer.
+        """
+        decay, flag = self.lr_decay_iters or train_iters, "--lr-warmup-iters"
+        warmup = self.lr_warmup_iters or 0
+        if self.lr_warmup_fraction is not None:
+            warmup, flag = round(self.lr_warmup_fraction * decay), "--lr-warmup-fraction"
+        if warmup >= decay:
+            raise ConfigError(
+                f"the warm-up takes {warmup} steps, and the rate is to have decayed after {decay}"
+                f"{'' if self.lr_decay_iters else ', the whole run'}. Use {flag} 0, or a smaller one than now."
+            )
+        return warmup, decay
+
 
 def build_optimizer(
     chunks: Sequence[Any], config: OptimizationConfig, model: ModelConfig, layout: ParallelConfig
@@ -150,12 +167,7 @@ def build_scheduler(
     Raises:
         ConfigError: the warm-up is as long as the decay, or longer.
     """
-    decay = config.lr_decay_iters or train_iters
-    warmup = config.lr_warmup_iters or 0
-    if config.lr_warmup_fraction is not None:
-        warmup = round(config.lr_warmup_fraction * decay)
-    if warmup >= decay:
-        raise ConfigError(f"warm-up ({warmup} steps) must be shorter than the decay ({decay} steps). Lower it.")
+    warmup, decay = config.warmup_and_decay(train_iters)
     if decay < train_iters and config.lr_decay_style != "constant":
         logger.warning("lr_decay_iters ends the decay at step %d of %d: the rest trains at min_lr", decay, train_iters)
     return OptimizerParamScheduler(

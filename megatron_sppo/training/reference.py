@@ -26,6 +26,9 @@ from megatron_sppo.training.policy import Policy, weights_hash
 
 logger = logging.getLogger(__name__)
 
+MEASURED_EPOCHS = 4
+"""Epochs behind the first whose drift is measured."""
+
 
 def fingerprint(policy: Policy, dataset: PreferenceDataset, batches: Batches, config: TrainingConfig) -> dict[str, Any]:
     """Name all that reference log-probabilities depend on -> JSON dict. Collective.
@@ -156,11 +159,12 @@ def drift_by_step(
     Over the responses of the first step of each epoch but the first: the sum of |log pi_t in this step's micro-batches
     - log pi_t in the first epoch's| by the sum of their tokens; nats a token. pi_t's own weights compute both, before
     the first step: no update is in it. What a run without `reference_per_epoch` carries in its log-ratios, and one with
-    it does not. Reported as `sppo/ref_drift` with that step. Collective.
+    it does not. Reported as `sppo/ref_drift` with that step. Collective. Each costs a forward pass over a step, so only
+    the first MEASURED_EPOCHS of them are measured: a run of many short epochs would spend as long here as in training.
     """
     first_epoch_GK = reference_GK[: dataset.num_groups]
     drift = {}
-    for epoch in range(1, batches.num_epochs):
+    for epoch in range(1, min(batches.num_epochs, 1 + MEASURED_EPOCHS)):
         step = batches.first_step(epoch)
         (plan,) = batches.steps(first=step, last=step, reference_GK=reference_GK)
         per_epoch = len(reference_GK) > dataset.num_groups

@@ -44,7 +44,9 @@ MARGIN = 1.5
 FOUND = {"bfloat16": (0.0024, 0.0155), "tensorwise": (0.0273, 0.219), "blockwise": (0.0273, 0.219)}
 """(gap, distance), the largest here: sums in parts, and FP8 scales of parts, round in another way."""
 UNCUT = ("PP2", "DP2 sharded optimizer")
-"""They cut no matrix and no micro-batch: every number is the same."""
+"""They cut no matrix and no micro-batch: log-probabilities are the same to the bit."""
+REORDERED = 1e-5
+"""Distance of gradients that are summed over micro-batches in another order, in float32 (found: 3e-6, DP2)."""
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +83,5 @@ def test_a_layout_computes_what_one_rank_does(
     assert found["weights"] == wanted["weights"]
     gap, apart = gap_per_token(found, wanted, truth.data), distance(found["gradient"], wanted["gradient"])
     print(f"{layout}, {precision}: gap {gap:.5f} nats/token, gradient {apart:.5f}")
-    margin = 0 if layout in UNCUT else MARGIN
-    assert gap <= margin * FOUND[precision][0]
-    assert apart <= margin * FOUND[precision][1]
+    assert gap <= (0 if layout in UNCUT else MARGIN * FOUND[precision][0])
+    assert apart <= (REORDERED if layout in UNCUT else MARGIN * FOUND[precision][1])

@@ -195,6 +195,29 @@ def test_a_complete_run_says_so_and_changes_nothing(run, tmp_path: Path) -> None
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "save").rglob("*") if path.is_file()} == before
 
 
+def test_what_lies_in_the_save_directory_is_not_written_over(run, untied: Path, tmp_path: Path) -> None:
+    for name, text in {
+        "config.yaml": "lr: 1.0e-6\n",
+        "iter_notes.txt": "mine",
+        "iter_1/state": "a self-play run's",
+    }.items():
+        path = tmp_path / name.replace("/", "-") / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+        assert run(tmp_path / name.replace("/", "-")) == [2]
+        assert [p.read_text() for p in (tmp_path / name.replace("/", "-")).rglob("*") if p.is_file()] == [text]
+
+
+def test_what_a_schedule_or_a_start_checkpoint_cannot_be_leaves_nothing(run, untied: Path, tmp_path: Path) -> None:
+    assert run(tmp_path / "save", "--train-iters 2 --lr-warmup-fraction 0.9") == [2]
+    assert run(tmp_path / "save", "--baseline constant:1e99") == [2]
+    assert not (tmp_path / "save").exists()
+    shutil.copytree(untied, tmp_path / "imported")
+    before = sorted(path.name for path in (tmp_path / "imported").iterdir())
+    assert run(tmp_path / "imported") == [2]
+    assert sorted(path.name for path in (tmp_path / "imported").iterdir()) == before
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(run, tmp_path: Path) -> None:
     """IPO's target 1 / (2 beta) is 5e29 nats, its square beyond float32: the first loss spoils the first update."""
     assert run(tmp_path / "save", "--objective ipo --beta 1e-30 --save-interval 1") == [2]
@@ -223,6 +246,7 @@ def test_a_run_resumes_with_another_learning_rate(run, tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", ["--eta 20", "--seed 5", "--global-batch-size 4", "--optimizer rmsprop"])
 def test_resuming_with_other_settings_is_refused(run, tmp_path: Path, change: str) -> None:
     run(tmp_path / "save", "--save-interval 2")
+    assert run(tmp_path / "save", change) == [2]  # a complete run is not one of other settings
     forget_after(tmp_path / "save", 2)
     before = sorted(path.name for path in (tmp_path / "save").iterdir())
     assert run(tmp_path / "save", f"--save-interval 2 {change}") == [2]

@@ -13,14 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_sppo import command_line
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.judge.diagnostics import ONE_SIDED_PAIRS
 from megatron_sppo.selfplay.report import write_report
+from megatron_sppo.storage import locked
 from tests.unit.judge.groups import group_of
 from tests.unit.judge.judge_server import Server, answers_of, longer_wins, running_server
 from tests.unit.judge.rollout_files import write_rollouts
+from tests.unit.judge.test_reward import write_model
 from tests.unit.selfplay.synthetic import write_run
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -298,7 +301,9 @@ def test_an_evaluation_without_signal_is_no_parity(evaluate: Tool, server: Serve
     assert evaluate(*arguments, "--allow-no-signal")[0] == 0
     result = json.loads((tmp_path / "e" / "result.json").read_text())
     assert result["win_rate_vs_base"]["mean"] == 0.5
-    assert any(text.startswith("pairs at exactly one half: 100.0 %") for text in result["warnings"])
+    assert any(
+        text.startswith("pairs of different answers at exactly one half: 100.0 %") for text in result["warnings"]
+    )
 
 
 def test_equal_policies_are_at_parity_and_no_fault_of_the_judge(evaluate: Tool, server: Server, tmp_path: Path) -> None:
@@ -321,3 +326,40 @@ def test_an_evaluation_leaves_a_refused_prompt_out(
     assert result["win_rate_vs_base"]["num_prompts"] == 1
     assert result["win_rate_vs_base"]["mean"] == pytest.approx(1 / (1 + np.exp(-2)))
     assert "prompt p0 is left out" in caplog.text and "too long" in caplog.text
+
+
+def test_an_evaluation_by_a_broken_judge_is_no_crash(evaluate: Tool, tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    save_file({n: t * float("nan") for n, t in tensors.items()}, directory / "model.safetensors", {"format": "pt"})
+    policy, base = rollouts_of(tmp_path / "p"), rollouts_of(tmp_path / "b", [("q", "r", "s")] * 6)
+    arguments = ["--policy", policy, "--base", base, "--previous", base, "--output", tmp_path / "r.json"]
+    code, last = evaluate(*arguments, "--judge", f"reward:{directory}")
+    assert code == 2 and "could judge none of 6 prompts" in last and not (tmp_path / "r.json").exists()
+
+
+def test_reasoning_that_never_ends_is_named_as_the_cause(score: Tool, tmp_path: Path) -> None:
+    rollouts = rollouts_of(tmp_path / "r", [("<think>a", "<think>b")] * 4)
+    arguments = ["--rollouts", rollouts, "--judge", "rules:concise", "--output", tmp_path / "d"]
+    code, last = score(*arguments, "--judge-after", "</think>")
+    assert code == 2 and "8 of 8 answers hold nothing behind their reasoning" in last and "--max-tokens" in last
+
+
+def test_a_rebuild_waits_for_who_has_the_output_and_wants_a_name(score: Tool, tmp_path: Path) -> None:
+    rollouts = rollouts_of(tmp_path / "r")
+    assert score("--rollouts", rollouts, "--judge", "rules:concise", "--output", tmp_path / "d")[0] == 0
+    with locked(tmp_path / ".e.scores", flag="--output"):
+        code, last = score("--from-dataset", tmp_path / "d", "--output", tmp_path / "e")
+    assert code == 2 and "is in use by" in last and not (tmp_path / "e").exists()
+    assert score("--from-dataset", tmp_path / "d", "--output", ".")[0] == 2
+    (tmp_path / "d" / "diagnostics.json").write_text("[1]")
+    code, last = score("--from-dataset", tmp_path / "d", "--output", tmp_path / "f")
+    assert code == 2 and "diagnostics.json holds no counts" in last
+
+
+def test_an_output_that_is_a_link_is_written_where_it_leads(score: Tool, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "d").symlink_to(tmp_path / "disk")
+    rollouts = rollouts_of(tmp_path / "r")
+    assert score("--rollouts", rollouts, "--judge", "rules:concise", "--output", tmp_path / "d")[0] == 0
+    assert (tmp_path / "d").is_symlink() and (tmp_path / "disk" / "manifest.json").is_file()

@@ -130,12 +130,13 @@ def test_numbers_inside_texts_are_finite_too() -> None:
     class Fields:
         __dataclass_fields__ = TrainingConfig.__dataclass_fields__
 
-    for text in ("constant:nan", "constant:inf", "constant:-inf"):
+    for text in ("constant:nan", "constant:inf", "constant:-inf", "constant:1e99", "constant:-1e7"):
         with pytest.raises(ConfigError, match="baseline"):
             parse_baseline(text)
-    for text in (".nan", ".inf", "-.inf"):
+    for text in (".nan", ".inf", "-.inf", "nan", "inf", "1e999"):
         with pytest.raises(ConfigError, match="save is"):
             parse_overrides([f"save={text}"], Fields, flag="--x", taken={})
+    assert parse_overrides(["save=1e-2"], Fields, flag="--x", taken={}) == {"save": 0.01}  # a text in YAML 1.1
 
 
 def test_the_sampler_s_settings_are_held_where_no_command_line_is() -> None:

@@ -5,6 +5,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from megatron_sppo.conversion.distcp import read_metadata
 from megatron_sppo.conversion.hf_checkpoint import parse_size
 from megatron_sppo.conversion.megatron_checkpoint import verify_checkpoint
 from megatron_sppo.errors import ConfigError, ConversionError, DataError
+from megatron_sppo.storage import locked, locked_place
 from megatron_sppo.tokenizer import tokenizer_hash
 from megatron_sppo.verification import verify
 from tests.models import CHAT_TEMPLATE, MIXTURES, tiny_llama
@@ -197,7 +199,7 @@ def test_buffers_of_old_checkpoints_and_a_tied_copy_are_left_out(tmp_path: Path)
     result = load_file(out / "model.safetensors")
     assert set(result) == set(tensors)
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, hf / "model.safetensors")
-    with pytest.raises(ConversionError, match=r"lm_head\.weight, for which there is no rule"):
+    with pytest.raises(ConversionError, match=r"lm_head\.weight other than .*tie_word_embeddings: true"):
         import_checkpoint(hf, tmp_path / "megatron2")
 
 
@@ -230,10 +232,35 @@ def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
         export_checkpoint(tmp_path / "megatron", tmp_path / "notes", overwrite=True)
     with pytest.raises(ConfigError, match="is a file"):
         export_checkpoint(tmp_path / "megatron", tmp_path / "notes" / "diary.txt")
+    shutil.copytree(hf, tmp_path / "model")
+    (tmp_path / "model" / "runs").mkdir()
+    (tmp_path / "model" / "runs" / "diary.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="model holds runs beside a model, which --overwrite would remove"):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "model", dtype="bfloat16", overwrite=True)
+    assert (tmp_path / "model" / "runs" / "diary.txt").read_text() == "dear"
+    shutil.rmtree(tmp_path / "model" / "runs")
+    (tmp_path / "model" / "README.md").write_text("the older model's card")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "model", dtype="bfloat16", overwrite=True)
+    (tmp_path / "run" / "iter_1").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="run holds iter_1, which this command did not write"):
+        import_checkpoint(hf, tmp_path / "run")
     (tmp_path / "megatron" / "iter_0000010").mkdir()
     with pytest.raises(ConversionError, match="up to iteration 10"):
         import_checkpoint(hf, tmp_path / "megatron", overwrite=True)
     assert (tmp_path / "notes" / "diary.txt").read_text() == "dear"
+
+
+def test_two_conversions_into_one_place_are_refused(tmp_path: Path) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+    with locked(tmp_path / "megatron", flag="--megatron"):
+        other = multiprocessing.get_context("fork").Process(target=import_checkpoint, args=(hf, tmp_path / "megatron"))
+        other.start()
+        other.join(60)
+    assert other.exitcode == 1 and not (tmp_path / "megatron" / "iter_0000000").exists()
+    import_checkpoint(hf, tmp_path / "megatron")
+    with locked_place(tmp_path / "out", flag="--hf"), pytest.raises(ConfigError, match="out is in use by process"):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
 
 
 def test_an_import_writes_into_nothing_that_is_somebody_else_s(tmp_path: Path) -> None:
@@ -303,6 +330,33 @@ def test_two_files_that_state_one_fact_differently_are_said(tmp_path: Path, capl
     assert (
         "chat_template.jinja and the chat_template of tokenizer_config.json differ: the first is taken" in caplog.text
     )
+
+
+def test_a_special_token_that_the_tokenizer_or_the_model_has_not_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+    import_checkpoint(hf, tmp_path / "sound")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    settings = json.loads((hf / "tokenizer_config.json").read_text())
+    (hf / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": "<end>"}))
+    (hf / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "<pad>"}}))
+    (hf / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 259], "pad_token_id": -1}))
+    import_checkpoint(hf, tmp_path / "one")
+    assert "tokenizer_config.json says eos_token '<end>', which tokenizer.json does not know" in caplog.text
+    assert "special_tokens_map.json says pad_token '<pad>'" in caplog.text
+    assert "generation_config.json says eos_token_id [0, 259], and the model has tokens 0 to 258" in caplog.text
+    assert "config.json says eos_token_id [2], generation_config.json says [0, 259]" in caplog.text
+    (hf / "tokenizer.json").unlink()
+    import_checkpoint(hf, tmp_path / "two")
+    assert "has no tokenizer (none of tokenizer.json, " in caplog.text
+
+
+def test_a_licence_in_another_encoding_travels_along(tmp_path: Path) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+    (hf / "LICENSE").write_bytes("\xa9 1999".encode("latin-1"))
+    import_checkpoint(hf, tmp_path / "megatron")
+    assert (export_checkpoint(tmp_path / "megatron", tmp_path / "out") / "LICENSE").read_bytes() == b"\xa9 1999"
 
 
 def edit_config(**changes: Any) -> Callable[[Path], None]:
@@ -407,6 +461,36 @@ MALFORMED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "SentencePiece model a pointer": (
         lambda hf: (hf / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\n"),
         r"tokenizer\.model is a Git LFS pointer",
+    ),
+    "chat template with a filter that does not exist": (
+        lambda hf: (hf / "chat_template.jinja").write_text("{{ messages | as_text }}"),
+        r"chat_template\.jinja is damaged .*as_text",
+    ),
+    "NaN in the generation config": (
+        lambda hf: (hf / "generation_config.json").write_text('{"temperature": NaN}'),
+        r"generation_config\.json is damaged \(NaN is no number\)",
+    ),
+    "end of turn that is no id": (
+        lambda hf: (hf / "generation_config.json").write_text('{"eos_token_id": [2, "</s>"]}'),
+        r"generation_config\.json says eos_token_id: \[2, \"</s>\"\], which is no token id",
+    ),
+    "one file beside shards": (
+        lambda hf: (
+            shutil.copy(hf / "model.safetensors", hf / "copy"),
+            shard(hf, 2),
+            (hf / "copy").rename(hf / "model.safetensors"),
+        ),
+        r"holds model\.safetensors and an model\.safetensors\.index\.json that names model-00001-of-00002",
+    ),
+    "one file beside a stale index": (
+        lambda hf: (hf / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {NORM: "a.safetensors"}})
+        ),
+        r"names a\.safetensors: transformers loads the first",
+    ),
+    "names without their prefix": (
+        edit_tensors(lambda t: t.update({k.removeprefix("model."): t.pop(k) for k in [*t] if k.startswith("model.")})),
+        r"lacks model\.embed_tokens\.weight.*, and holds embed_tokens\.weight",
     ),
     "adapter beside the base": (
         lambda hf: (hf / "adapter_config.json").write_text('{"peft_type": "LORA"}'),
@@ -540,7 +624,8 @@ def test_a_killed_import_leaves_no_checkpoint_and_the_next_one_cleans_up(tmp_pat
         import_checkpoint(hf, tmp_path / "megatron")
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-    assert [path.name for path in (tmp_path / "megatron").iterdir()] == [f".iter_0000000.tmp-{pid}"]
+    left = {path.name for path in (tmp_path / "megatron").iterdir()}
+    assert left == {f".iter_0000000.tmp-{pid}", ".lock"}
     with pytest.raises(DataError, match="no usable Megatron checkpoint"):
         export_checkpoint(tmp_path / "megatron", tmp_path / "out")
     import_checkpoint(hf, tmp_path / "megatron")

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.judge import load_judge
 from megatron_sppo.judge.endpoint import LARGEST_LOGIT, VERDICT_LOGIT, EndpointJudge, verdict_logit
 from tests.unit.judge.groups import group_of
 
@@ -237,3 +238,44 @@ def test_an_address_that_cannot_be_asked_is_refused(spec: str) -> None:
 )  # fmt: skip
 def test_verdicts_are_read_as_they_come(choice: dict[str, Any], expected: tuple[float, str]) -> None:
     assert verdict_logit(choice) == expected
+
+
+def _alternatives(*listed: tuple[str, float]) -> dict[str, Any]:
+    top = [{"token": token, "logprob": logprob} for token, logprob in listed]
+    return {"message": {"content": listed[0][0]}, "logprobs": {"content": [{**top[0], "top_logprobs": top}]}}
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ([("<think>", -0.0001), ("A", -10.0), ("Okay", -11.0)], (0.0, "unreadable_verdicts")),
+        ([("As", -0.01), ("The", -4.0), ("a", -9.0)], (0.0, "unreadable_verdicts")),
+        ([("I", -0.2), ("B", -3.0), ("A", -4.0)], (0.0, "unreadable_verdicts")),
+        ([("The", -0.5), ("A", -1.5), ("B", -2.5)], (1.0, "logprob_verdicts")),
+    ],
+)
+def test_letters_that_the_model_was_not_about_to_say_are_no_verdict(
+    listed: list[tuple[str, float]], expected: tuple[float, str]
+) -> None:
+    """Both letters have e^-10, e^-9, e^-3 + e^-4 = 0.07, and e^-1.5 + e^-2.5 = 0.31 of the probability."""
+    logit, kind = verdict_logit(_alternatives(*listed))
+    assert (pytest.approx(logit), kind) == expected
+
+
+@pytest.mark.parametrize(
+    "address", ["http://[::1/v1", "http://h:port/v1", "http://h:99999/v1", "http://h/v 1", "http://h/\u00fc"]
+)
+def test_an_address_that_is_none_is_refused_at_once(address: str) -> None:
+    with pytest.raises(ConfigError, match="no http address"):
+        load_judge(f"endpoint:{address}#m")
+
+
+def test_a_key_is_cleaned_of_line_ends_and_never_shown(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """http.client names the whole header in its complaint."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\r\n")
+    load_judge(f"endpoint:{server.url}#m").judge_logits([group_of("q", ["a", "bb"])])
+    for broken in ("sk-secret\u2026", "sk-\nsecret"):
+        monkeypatch.setenv("OPENAI_API_KEY", broken)
+        with pytest.raises(ConfigError, match="OPENAI_API_KEY") as refusal:
+            load_judge(f"endpoint:{server.url}#m")
+        assert "secret" not in str(refusal.value)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,3 +78,23 @@ def test_a_faulty_line_is_named(tmp_path: Path, line: object, fact: str) -> None
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
         load_judge(f"matrices:{tmp_path / 'nowhere'}")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt_id": "p", "judge_logits": [[0, 3e38], [-3e38, 0]]}, "beyond 1e"),
+        ({"prompt_id": "p", "judge_logits": [[0, 10**400], [1, 0]]}, "too large"),
+        ({"prompt_id": "p", "judge_logits": [[0]], "preferences": [[0.5]]}, "preferences and judge_logits"),
+        ({"prompt_id": "p", "matrix": [[0]]}, "neither preferences nor judge_logits"),
+        ({"judge_logits": [[0]]}, "prompt_id is None"),
+        ([1], "no JSON object"),
+    ],
+)
+def test_a_line_that_is_no_matrix_says_why(tmp_path: Path, row: Any, reason: str) -> None:
+    (tmp_path / "m.jsonl").write_text("\n" + json.dumps(row))
+    with pytest.raises(DataError, match=f"line 2 .*{reason}"):
+        load_judge(f"matrices:{tmp_path / 'm.jsonl'}")
+    (tmp_path / "m.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="holds no matrix"):
+        load_judge(f"matrices:{tmp_path / 'm.jsonl'}")

@@ -6,6 +6,7 @@ Parity with llm-blender itself is test_pairrm_parity.py's; nothing here says wha
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -239,11 +240,32 @@ def _another_ranker(directory: Path) -> None:
     (directory / "config.json").write_text(json.dumps({**config, "ranker_type": "summareranker"}))
 
 
+def _with_two_of_a_tensor(directory: Path) -> None:
+    shutil.copy(directory / "model.safetensors", directory / "model-00001-of-00002.safetensors")
+
+
+def _with_an_adapter(directory: Path) -> None:
+    (directory / "adapter_config.json").write_text("{}")
+
+
+def _with_setting(name: str, value: object) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps({**config, name: value}))
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("damage", "fact"),
     [
+        (_with_two_of_a_tensor, "another file beside it holds too"),
+        (_with_an_adapter, "LoRA adapter"),
+        (_with_setting("source_maxlength", -5), "source_maxlength -5"),
+        (_with_setting("candidate_maxlength", 3), "candidate_maxlength 3"),
+        (_with_setting("n_tasks", "x"), "n_tasks 'x'"),
         (_without_weights, "no .safetensors"),
-        (_without_a_tensor, "1 tensors are missing"),
+        (_without_a_tensor, "missing are"),
         (_with_few_embeddings, "embedding rows"),
         (_another_ranker, "summareranker"),
     ],

@@ -13,7 +13,7 @@ from transformers import AddedToken, AutoTokenizer, LlamaConfig, LlamaForSequenc
 
 from megatron_sppo.errors import ConfigError, ConversionError
 from megatron_sppo.judge import load_judge
-from megatron_sppo.judge.protocol import Unjudged
+from megatron_sppo.judge.protocol import Unjudged, judge_groups
 from tests.models import BYTE_VOCAB_SIZE, byte_tokenizer
 from tests.unit.judge.groups import group_of
 
@@ -217,3 +217,62 @@ def test_a_template_that_renders_no_exchange_is_refused_when_it_is_loaded(tmp_pa
     (directory / "chat_template.jinja").write_text("{{ raise_exception('tools only') }}")
     with pytest.raises(ConfigError, match="tools only"):
         load_judge(f"reward:{directory}")
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_attention_heads": 0}, {"hidden_size": "32"}, {"quantization_config": {"quant_method": "awq", "bits": 4}}],
+)
+def test_a_config_that_transformers_makes_nothing_of_is_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+    directory = write_model(tmp_path / "m")
+    edit_json(directory / "config.json", **changes)
+    with pytest.raises(ConversionError, match=r"cannot load .* by its config\.json"):
+        load_judge(f"reward:{directory}")
+
+
+def test_an_adapter_is_refused_beside_weights_and_alone(tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "m")
+    (directory / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="Merge it"):
+        load_judge(f"reward:{directory}")
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="Merge it"):
+        load_judge(f"reward:{directory}")
+
+
+def test_a_pointer_in_place_of_a_file_is_said(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "tokenizer.json"):
+        directory = write_model(tmp_path / name)
+        (directory / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+        with pytest.raises((ConfigError, ConversionError), match=f"{name} is a Git LFS pointer"):
+            load_judge(f"reward:{directory}")
+
+
+def test_the_token_that_is_scored_is_transformers_own(tmp_path: Path) -> None:
+    """Models trained with an end of turn that is their padding token too score the last token before it."""
+    directory = write_model(tmp_path / "m")
+    template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    (directory / "chat_template.jinja").write_text(template)
+    edit_json(directory / "config.json", pad_token_id=2)
+    (logits,) = load_judge(f"reward:{directory}").judge_logits([group_of("why?", ["sky", "water"])])
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = LlamaForSequenceClassification.from_pretrained(directory).eval()
+    rows = [f"<|im_start|>why?<|im_end|><|im_start|>{text}<|im_end|>" for text in ("sky", "water")]
+    with torch.no_grad():
+        scores = [model(**tokenizer(row, return_tensors="pt")).logits.item() for row in rows]
+    assert logits[0, 1] == pytest.approx(scores[0] - scores[1], abs=1e-5) and abs(logits[0, 1]) > 1e-3
+
+
+def test_scores_that_are_no_numbers_set_the_row_aside(tmp_path: Path) -> None:
+    directory = write_model(tmp_path / "m")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["score.weight"] = tensors["score.weight"] * float("nan")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    groups = [group_of("why?", ["sky", "water"]), group_of("why?", ["sky", "half \ud800"])]
+    broken, unread = judge_groups(load_judge(f"reward:{directory}"), groups)
+    assert isinstance(broken, Unjudged) and "weights are damaged" in broken.reason
+    assert isinstance(unread, Unjudged) and "responses[1] holds half a surrogate pair" in unread.reason

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from megatron_sppo.errors import DataError
+from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.selfplay.plan import RunPaths
 from megatron_sppo.selfplay.report import write_report
 from megatron_sppo.selfplay.report_data import IterationData, read_run
@@ -137,6 +137,36 @@ def test_a_run_without_evaluation_and_without_training_files_is_still_reported(t
 def test_a_run_that_has_not_ended_an_iteration_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no iteration has ended"):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("state.json", {"config": "x"}),
+        ("state.json", {"prompts": "x"}),
+        ("state.json", {"stages": None}),
+        ("state.json", {"iterations_done": "x"}),
+        ("summary.json", {"iterations": [{}]}),
+        ("summary.json", {"iterations": [3]}),
+    ],
+)
+def test_a_run_s_file_with_something_else_inside_is_named(tmp_path: Path, name: str, change: dict) -> None:
+    run_dir = write_run(tmp_path)
+    path = run_dir / name
+    before = json.loads(path.read_text()) if path.is_file() else {"schema_version": 1, "stages": {}}
+    path.write_text(json.dumps({**before, **change}))
+    with pytest.raises(DataError, match=rf"{name} is no (state|summary) of"):
+        write_report(run_dir)
+
+
+def test_a_report_is_written_over_a_report_alone(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path)
+    (run_dir / "report.html").write_text("<title>mine</title>")
+    with pytest.raises(ConfigError, match=r"report\.html is there and is no report of this command"):
+        write_report(run_dir)
+    assert (run_dir / "report.html").read_text() == "<title>mine</title>"
+    (run_dir / "report.html").unlink()
+    assert write_report(run_dir).read_bytes() == write_report(run_dir).read_bytes()
 
 
 def test_a_response_seen_twice_counts_by_its_last_visit(tmp_path: Path) -> None:
