@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
+import logging
 import math
 import os
 import re
@@ -27,6 +29,7 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.storage import atomic_file
 
 ConfigT = TypeVar("ConfigT")
+logger = logging.getLogger(__name__)
 
 _BUILT_IN = ("config", "debug", "help")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
@@ -111,11 +114,26 @@ def parse(config_class: type[ConfigT], *, name: str, description: str, argv: Seq
         tokens = _check_flags(tokens, leaves)
         file = _config_file(tokens)
         from_file = _tokens_of_file(file, leaves, config_class) if file is not None else {}
+        _say_what_is_replaced(tokens, from_file, file)
         _check_required(leaves, given=set(from_file) | _keys(tokens))
         return _construct(
             config_class, name, description, [t for group in from_file.values() for t in group], tokens, file
         )
     return _construct(config_class, name, description, [], ["--help"], None)
+
+
+def _say_what_is_replaced(tokens: Sequence[str], from_file: Mapping[str, list[str]], file: Path | None) -> None:
+    """Warn where a typed list takes the place of the file's, and names settings of it no more.
+
+    `--training lr=1e-7` is the whole section `training` then: what else the file has there is not set.
+    """
+    for flag, *values in from_file.values():
+        if flag not in tokens or not values:
+            continue
+        typed = itertools.takewhile(lambda token: not token.startswith("--"), tokens[tokens.index(flag) + 1 :])
+        names = {value.partition("=")[0] for value in typed}
+        if lost := [value.partition("=")[0] for value in values if value.partition("=")[0] not in names]:
+            logger.warning("%s replaces what %s sets there: %s no longer set", flag, file, ", ".join(lost))
 
 
 def parse_command(

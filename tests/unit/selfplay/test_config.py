@@ -42,6 +42,15 @@ def test_training_settings_arrive_as_they_were_written(tmp_path: Path) -> None:
     }
 
 
+def test_a_typed_section_replaces_the_file_s_and_says_what_is_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = read(tmp_path, "--training", "lr=1e-7", "eta=5")
+    assert named_values(config.training, place="training") == {"lr": "1e-7", "eta": "5"}
+    assert "--training replaces what" in caplog.text
+    assert "optimizer, optimization, transformer_config, train_iters no longer set" in caplog.text
+
+
 def test_options_become_flags_of_the_tool(tmp_path: Path) -> None:
     flags = option_flags(read(tmp_path).rollout.rollout_options, place="rollout_options")
     assert flags == ["--max-model-len=512", "--enforce-eager"]
