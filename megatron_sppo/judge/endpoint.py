@@ -17,8 +17,6 @@ logged); SPPO_ENDPOINT_CACHE names the directory of answers, so that nothing is 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import email.utils
 import http.client
 import itertools
 import json
@@ -43,6 +41,7 @@ import numpy as np
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.judge.protocol import Unjudged, Verdict
 from megatron_sppo.judge.source import UnreadableGroup, conversation_text
+from megatron_sppo.rollout.retry_after import retry_after_seconds
 from megatron_sppo.storage import atomic_file, sha256_of_json
 
 if TYPE_CHECKING:
@@ -352,7 +351,7 @@ class EndpointJudge:
                     continue
                 if error.code not in _RETRIED_STATUSES:
                     raise self._refusal(route, status, fault) from None
-                pause = _retry_after(error)
+                pause = retry_after_seconds(error.headers.get("Retry-After")) or 0.0
                 if pause > LONGEST_WAIT_SECONDS:
                     raise DataError(
                         f"{self._url}{route} asks to be left alone for {pause:.0f} s ({fault}). Run the same command "
@@ -449,20 +448,6 @@ def _cache_directory() -> Path | None:
         return Path(named) if named else None
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root, "megatron_sppo", "endpoint")
-
-
-def _retry_after(error: urllib.error.HTTPError) -> float:
-    """Seconds that a busy server asks to be left alone, given as a number or a date; 0 where it does not say."""
-    value = (error.headers.get("Retry-After") or "").strip()
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            date = email.utils.parsedate_to_datetime(value)
-        except ValueError:
-            return 0.0
-        seconds = (date - datetime.datetime.now(date.tzinfo)).total_seconds()
-    return max(0.0, seconds) if math.isfinite(seconds) else 0.0
 
 
 def verdict_logit(choice: dict[str, Any]) -> tuple[float, str]:

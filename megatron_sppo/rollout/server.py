@@ -11,8 +11,6 @@ The server's weights cannot be checked from here; that it speaks the same token 
 seeds (the default) a GPU server repeats a response as far as its batching allows, which is not to the bit.
 """
 
-import datetime
-import email.utils
 import hashlib
 import http.client
 import ipaddress
@@ -35,6 +33,7 @@ from megatron_sppo.config import NonNegativeInt, PositiveFloat, PositiveInt, che
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
 from megatron_sppo.rollout.records import Response
+from megatron_sppo.rollout.retry_after import retry_after_seconds
 from megatron_sppo.rollout.sampler import Refusal, Sampling
 
 logger = logging.getLogger(__name__)
@@ -305,7 +304,9 @@ class _Server:
         except urllib.error.HTTPError as error:
             fact = f"HTTP {error.code} {_reason(error)}"
             if error.code >= 500 or error.code in _TRY_LATER:
-                raise _RequestFailed(fact, retry_after=_retry_after(error.headers.get("Retry-After"))) from None
+                asked = retry_after_seconds(error.headers.get("Retry-After"))
+                retry_after = None if asked is None else min(asked, _LONGEST_RETRY_AFTER_SECONDS)
+                raise _RequestFailed(fact, retry_after=retry_after) from None
             if error.code in (401, 403):
                 is_set = "the key in VLLM_API_KEY is not its own" if key else "VLLM_API_KEY is not set"
                 raise ConfigError(
@@ -401,21 +402,6 @@ def _responses(
             Response(text=text, token_ids=tuple(token_ids), finish_reason=choice["finish_reason"], seed=child_seed)
         )
     return tuple(responses)
-
-
-def _retry_after(header: str | None) -> float | None:
-    """Read a Retry-After header, seconds or a date (RFC 9110, 10.2.3) -> seconds, at most two minutes; None: none."""
-    if header is None:
-        return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            moment = email.utils.parsedate_to_datetime(header)
-        except ValueError:
-            return None
-        seconds = (moment - datetime.datetime.now(datetime.UTC)).total_seconds() if moment.tzinfo else 0.0
-    return min(max(seconds, 0.0), _LONGEST_RETRY_AFTER_SECONDS) if seconds == seconds else None
 
 
 def _prompt_seed(shard_seed: int, prompt_id: str) -> int:

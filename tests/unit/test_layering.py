@@ -15,7 +15,7 @@ PACKAGE = REPOSITORY / "megatron_sppo"
 # Layer by layer, lowest first. A module may import its own layer's own folder and everything below.
 LAYERS = (
     ("errors", "storage", "tokenizer", "architecture", "config", "command_line", "pretrained"),
-    ("objective", "rollout.records", "data.schema", "conversion.rules", "zigzag", "flops"),
+    ("objective", "rollout.records", "rollout.retry_after", "data.schema", "conversion.rules", "zigzag", "flops"),
     ("rollout", "judge", "data", "model", "conversion"),
     ("training",),
     ("layerwise", "probes"),
