@@ -79,8 +79,8 @@ class OptimizationConfig:
             warmup, flag = round(self.lr_warmup_fraction * decay), "--lr-warmup-fraction"
         if warmup >= decay:
             raise ConfigError(
-                f"the warm-up takes {warmup} steps, and the rate is to have decayed after {decay}"
-                f"{'' if self.lr_decay_iters else ', the whole run'}. Use {flag} 0, or a smaller one than now."
+                f"the warm-up ({warmup} steps) must be shorter than the decay ({decay} steps"
+                f"{'' if self.lr_decay_iters else ', the whole run'}). Use {flag} 0, or a smaller one than now."
             )
         return warmup, decay
 

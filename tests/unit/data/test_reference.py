@@ -40,7 +40,7 @@ def test_another_fingerprint_is_refused_with_every_differing_field(tmp_path):
     assert "model_hash 'abc' there, 'abd' here" in message
     assert "precision 'bf16' there, '(absent)' here" in message and "fp8 '(absent)' there, None here" in message
     assert "packing" not in message and "layers" not in message
-    assert "Delete" in message and "--save" in message and "\n" not in message
+    assert "Delete" in message and "a copy of that directory" in message and "\n" not in message
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST_NAME])
