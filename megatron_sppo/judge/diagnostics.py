@@ -28,8 +28,8 @@ CUT = 0.1
 """A few answers never end; where every tenth does not, it is --max-tokens that ends them."""
 UNREASONED = 0.5
 """Most answers do not hold what --judge-after names."""
-ONE_SIDED_PAIRS = 10
-"""In one order, so many pairs that the same place wins are no chance: a coin falls so twice in a thousand times."""
+ONE_SIDED_PAIRS = 15
+"""In one order, so many pairs that the same place wins are no chance: a coin falls so once in 16,000 times."""
 UNREADABLE_REMEDY = (
     "Let the judge answer with one letter: turn its reasoning off on the server, or give it room, "
     "--verdict-tokens 1024."
