@@ -24,11 +24,12 @@ import psutil
 import torch
 
 from benchmarks.record import Row, describe_cpu, peak_in_child, peak_of, ratio_of_medians, write_results
+from megatron_sppo.checkpoints.hf_checkpoint import read_config
+from megatron_sppo.checkpoints.safetensors_file import new_header, write_header, write_tensor
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.conversion.families import family_of
-from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture, read_config
-from megatron_sppo.conversion.rules import bind, hf_shapes
-from megatron_sppo.conversion.safetensors_file import new_header, write_header, write_tensor
+from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture
+from megatron_sppo.conversion.mapping import bind, hf_shapes
 
 LLAMA3_8B = {
     "attention_bias": False,

@@ -18,7 +18,8 @@ from benchmarks.record import Row, describe_cpu, write_results
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
 from megatron_sppo.data.packing import assign_to_ranks, document_cost, pack
-from megatron_sppo.data.planning import (
+from megatron_sppo.data.selection import TrainingIndex
+from megatron_sppo.data.steps import (
     Units,
     epoch_rows,
     packed_tokens,
@@ -27,7 +28,6 @@ from megatron_sppo.data.planning import (
     shared_prompt_units,
     step_units,
 )
-from megatron_sppo.data.selection import TrainingIndex
 
 NAME = "packing.py"
 

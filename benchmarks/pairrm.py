@@ -28,7 +28,7 @@ from benchmarks.record import Row, describe_cpu, describe_machine, ratio_of_medi
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.judge.pairrm import PairRMJudge
+from megatron_sppo.judge.pairrm.judge import PairRMJudge
 from megatron_sppo.rollout.records import RolloutGroup
 from tests.unit.judge.groups import group_of, random_text
 from tests.unit.judge.tiny_pairrm import make_tiny_pairrm

@@ -39,7 +39,7 @@ from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
 from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.conversion.hf_config import hf_from_architecture
-from megatron_sppo.data.planning import epoch_order
+from megatron_sppo.data.steps import epoch_order
 from megatron_sppo.data.writer import DatasetWriter
 
 NAME = "train_throughput.py"

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.record import Row, describe_machine, write_results
+from benchmarks.simulation import simulated_rank
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
 from megatron_sppo.data.dataset import PreferenceDataset
@@ -25,7 +26,6 @@ from megatron_sppo.data.writer import DatasetWriter
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import build_stage
 from megatron_sppo.planning.architectures import PUBLISHED
-from megatron_sppo.planning.simulation import simulated_rank
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import BatchConfig, TrainingConfig

@@ -21,14 +21,17 @@ WARNING_TABLES = frozenset({"_SAID"})
 ROOMS = {
     "training": "Training (`examples/pretrain_sppo.py`)",
     "model": "The model's layers and precision",
-    "conversion": "Conversion and checkpoints (`tools/convert.py`)",
+    "conversion": "Conversion (`tools/convert.py`)",
+    "checkpoints": "Models' files: Hugging Face directories, Megatron checkpoints, tokenizers",
+    "verification": "Verification (`tools/convert.py verify`)",
     "rollout": "Prompts and rollouts (`tools/generate_rollouts.py`, `tools/import_preferences.py`)",
     "judge": "Judges and scoring (`tools/score_pairrm.py`)",
     "data": "Datasets",
     "objective": "The objective",
     "selfplay": "Self-play, evaluation and the report (`tools/self_play.py`, `tools/evaluate.py`, `tools/report.py`)",
     "planning": "Planning (`tools/plan.py`)",
-    "tools": "The tools' own settings",
+    "report": "The report (`tools/report.py`)",
+    "commands": "The commands' own settings",
     "": "All tools: command line, files, locks",
 }
 HEAD = """# Troubleshooting: every message, and what to do
@@ -112,8 +115,8 @@ def page() -> str:
     """Write the whole page -> Markdown."""
     found: dict[str, set[tuple[str, str]]] = {room: set() for room in ROOMS}
     package = REPOSITORY / "megatron_sppo"
-    for path in sorted([*package.rglob("*.py"), *(REPOSITORY / "tools").glob("*.py")]):
-        inside = path.relative_to(package).parts if package in path.parents else ("tools", path.name)
+    for path in sorted(package.rglob("*.py")):
+        inside = path.relative_to(package).parts
         found[inside[0] if len(inside) > 1 else ""].update(messages(path))
     text = [HEAD]
     for room, title in ROOMS.items():

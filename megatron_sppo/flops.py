@@ -60,3 +60,18 @@ def training_flops(
         architecture, num_tokens=num_tokens, num_pairs=num_pairs, num_response_tokens=num_response_tokens
     )
     return (1 + BACKWARD_FACTOR) * forward
+
+
+def parity_length(architecture: Architecture) -> float:
+    """Say how many tokens a document has whose attention takes as long as all else of a layer -> tokens.
+
+    Causal attention of a layer takes about 2 * n * d FLOPs a token forward (d = heads x head size) and its matrices
+    take 2 * (weights of a layer that a token meets): they are equal at n = weights / d, 53,000 tokens for Llama-3-8B.
+    """
+    query_rows = architecture.num_attention_heads * architecture.kv_channels
+    key_rows = architecture.num_query_groups * architecture.kv_channels
+    channels = architecture.ffn_hidden_size
+    if architecture.num_moe_experts is not None:
+        channels = (architecture.moe_router_topk or 0) * (architecture.moe_ffn_hidden_size or 0)
+    weights = architecture.hidden_size * (2 * query_rows + 2 * key_rows + 3 * channels)
+    return weights / query_rows

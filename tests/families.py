@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_sppo.pretrained import load_pretrained
+from megatron_sppo.checkpoints.pretrained import load_pretrained
 from tests.models import byte_tokenizer
 
 NUM_LAYERS = 3

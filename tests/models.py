@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from megatron_sppo.tokenizer import ID_FILES, TEXT_FILES
+from megatron_sppo.checkpoints.tokenizer import ID_FILES, TEXT_FILES
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (

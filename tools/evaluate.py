@@ -1,36 +1,8 @@
 #!/usr/bin/env python3
-"""Compare a policy's answers with the base's and the previous policy's, by a judge."""
-
-import json
-from dataclasses import dataclass
+"""Compare a policy's answers with the base's and the previous policy's. The same as `megatron-sppo evaluate`."""
 
 from megatron_sppo.command_line import run
-from megatron_sppo.config import parse
-from megatron_sppo.selfplay.evaluation import EvaluateConfig, evaluate
-from megatron_sppo.selfplay.summary import rate_text
-
-NAME = "evaluate.py"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Command(EvaluateConfig):
-    """The comparison, and how to report it."""
-
-    json: bool = False
-    """Print the result, without its prompts, as one JSON object."""
-
-
-def main() -> None:
-    """Evaluate and print both win rates."""
-    config = parse(Command, name=NAME, description=str(__doc__))
-    result = evaluate(config)
-    if config.json:
-        print(json.dumps({name: value for name, value in result.items() if name != "prompts"}))
-        return
-    for name in ("base", "previous"):
-        rate = result[f"win_rate_vs_{name}"]
-        print(f"win rate against {name:8}  {rate_text(rate)}  on {rate['num_prompts']} prompts, by {result['judge']}")
-
+from megatron_sppo.commands.evaluate import main
 
 if __name__ == "__main__":
-    run(main, name=NAME)
+    run(main, name="evaluate.py")

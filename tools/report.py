@@ -1,29 +1,8 @@
 #!/usr/bin/env python3
-"""Write one self-contained report.html of a self-play run, from its directory alone."""
+"""Write the report of a self-play run. The same as `megatron-sppo report`."""
 
-from dataclasses import dataclass
-from pathlib import Path
-
-from megatron_sppo.command_line import run as run_tool
-from megatron_sppo.config import parse
-from megatron_sppo.selfplay.report import write_report
-
-NAME = "report.py"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """What to report on."""
-
-    run: Path
-    """Run directory of tools/self_play.py."""
-
-
-def main() -> None:
-    """Write the report and say where it is."""
-    config = parse(ReportConfig, name=NAME, description=str(__doc__))
-    print(write_report(config.run))
-
+from megatron_sppo.command_line import run
+from megatron_sppo.commands.report import main
 
 if __name__ == "__main__":
-    run_tool(main, name=NAME)
+    run(main, name="report.py")

@@ -1,49 +1,8 @@
 #!/usr/bin/env python3
-"""Align a model by self-play: rollouts, preferences, training and evaluation, iteration by iteration.
-
-The same command again goes on where the last one stopped.
-"""
-
-import json
-import sys
-from dataclasses import dataclass
+"""Align a model by self-play. The same as `megatron-sppo self-play`."""
 
 from megatron_sppo.command_line import run
-from megatron_sppo.config import parse
-from megatron_sppo.selfplay.config import SelfPlayConfig
-from megatron_sppo.selfplay.loop import self_play
-from megatron_sppo.selfplay.plan import REPORT_NAME
-from megatron_sppo.selfplay.process import Interrupted
-from megatron_sppo.selfplay.stages import StageFailed
-from megatron_sppo.selfplay.summary import result_table
-
-NAME = "self_play.py"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Command(SelfPlayConfig):
-    """The run, and how to report it."""
-
-    json: bool = False
-    """Print summary.json's content in place of the table."""
-
-
-def main() -> None:
-    """Run all iterations and print the table."""
-    config = parse(Command, name=NAME, description=str(__doc__))
-    try:
-        summary = self_play(config)
-    except StageFailed as failure:
-        print(f"{NAME}: error: {failure}", file=sys.stderr)
-        sys.exit(failure.exit_code)
-    except Interrupted as interruption:
-        print(f"{NAME}: stopped by {interruption}. The same command goes on from here.", file=sys.stderr)
-        sys.exit(interruption.exit_code)
-    if config.json:
-        print(json.dumps(summary))
-        return
-    print(f"{result_table(summary)}\n\nreport: {config.run.output / REPORT_NAME}")
-
+from megatron_sppo.commands.self_play import main
 
 if __name__ == "__main__":
-    run(main, name=NAME)
+    run(main, name="self_play.py")

@@ -36,11 +36,11 @@ from megatron.training.datasets.data_samplers import build_pretraining_data_load
 from torch import Tensor
 
 from megatron_sppo.command_line import run
-from megatron_sppo.data import reference as sidecar
+from megatron_sppo.data import reference_file as sidecar
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.microbatch import IGNORED_LABEL, collate
-from megatron_sppo.data.planning import epoch_rows
 from megatron_sppo.data.selection import TrainingIndex, row_targets, training_index
+from megatron_sppo.data.steps import epoch_rows
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.objective import linear_log_probs, sequence_sums, sppo_loss
 from megatron_sppo.storage import read_json

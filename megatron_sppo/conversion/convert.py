@@ -17,10 +17,10 @@ import torch
 from tqdm import tqdm
 
 from megatron_sppo.architecture import Architecture, write_architecture
-from megatron_sppo.conversion.distcp import COMMON_FILE
-from megatron_sppo.conversion.distcp_writer import write_distcp
-from megatron_sppo.conversion.families import family_of
-from megatron_sppo.conversion.hf_checkpoint import (
+from megatron_sppo.checkpoints.distcp import COMMON_FILE
+from megatron_sppo.checkpoints.distcp_writer import write_distcp
+from megatron_sppo.checkpoints.hf_checkpoint import (
+    CONFIG_FILE,
     INDEX_FILE,
     LAYOUT_FILE,
     SIDE_FILES,
@@ -33,11 +33,11 @@ from megatron_sppo.conversion.hf_checkpoint import (
     new_files,
     open_hf_checkpoint,
     parse_size,
+    read_config,
     side_files,
     write_side_files,
 )
-from megatron_sppo.conversion.hf_config import CONFIG_FILE, architecture_from_hf, hf_from_architecture, read_config
-from megatron_sppo.conversion.megatron_checkpoint import (
+from megatron_sppo.checkpoints.megatron_checkpoint import (
     HF_DIRECTORY,
     ITERATION_PATTERN,
     MANIFEST_FILE,
@@ -48,9 +48,12 @@ from megatron_sppo.conversion.megatron_checkpoint import (
     verify_checkpoint,
     write_manifest,
 )
+from megatron_sppo.checkpoints.tokenizer import ID_FILES, TEXT_FILES, tokenizer_hash
+from megatron_sppo.conversion.families import family_of
+from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture
+from megatron_sppo.conversion.mapping import Binding, bind, hf_shapes
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, open_megatron
 from megatron_sppo.conversion.plan import export_tensors, import_pieces
-from megatron_sppo.conversion.rules import Binding, bind, hf_shapes
 from megatron_sppo.errors import ConfigError, ConversionError, DataError
 from megatron_sppo.storage import (
     atomic_directory,
@@ -61,7 +64,6 @@ from megatron_sppo.storage import (
     remove_stale_temporaries,
     write_json,
 )
-from megatron_sppo.tokenizer import ID_FILES, TEXT_FILES, tokenizer_hash
 
 logger = logging.getLogger(__name__)
 

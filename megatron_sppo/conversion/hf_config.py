@@ -4,42 +4,21 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from megatron_sppo.architecture import Architecture, Llama3RopeScaling
+from megatron_sppo.checkpoints.hf_checkpoint import CONFIG_FILE
 from megatron_sppo.conversion.families import family_of
-from megatron_sppo.conversion.rules import Family
-from megatron_sppo.errors import ConversionError, DataError
-from megatron_sppo.storage import read_json
+from megatron_sppo.conversion.mapping import Family
+from megatron_sppo.errors import ConversionError
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.json"
 MAX_LAYERS = 10_000
 """More than any model has."""
 
 # mcore 0.16.1 and 0.19.2, rotary_pos_embedding.py: of Llama 3's scaling only the factor can be set.
 MCORE_LOW_FREQUENCY, MCORE_HIGH_FREQUENCY, MCORE_ORIGINAL_LENGTH = 1.0, 4.0, 8192
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """Read config.json of a Hugging Face directory.
-
-    Raises:
-        ConversionError: there is none, or it is no JSON object; the message says what the directory is instead.
-    """
-    path = Path(directory, CONFIG_FILE)
-    if not path.is_file():
-        kind = "is no directory" if not Path(directory).is_dir() else f"has no {CONFIG_FILE}"
-        raise ConversionError(f"{directory} {kind}, so it is no Hugging Face model. Check the path.")
-    try:
-        config = read_json(path)
-    except DataError as error:
-        raise ConversionError(str(error)) from None
-    if not isinstance(config, dict):
-        raise ConversionError(f"{path} holds no JSON object. It is damaged: fetch the model again.")
-    return config
 
 
 def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE) -> Architecture:

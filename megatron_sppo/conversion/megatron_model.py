@@ -11,11 +11,9 @@ from torch import Tensor
 
 from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
 from megatron_sppo.architecture import Architecture, read_architecture
-from megatron_sppo.conversion.distcp import METADATA_FILE, DistcpReader
-from megatron_sppo.conversion.families import family_of
-from megatron_sppo.conversion.hf_checkpoint import HFCheckpoint
-from megatron_sppo.conversion.hf_config import CONFIG_FILE, architecture_from_hf, read_config
-from megatron_sppo.conversion.megatron_checkpoint import (
+from megatron_sppo.checkpoints.distcp import METADATA_FILE, DistcpReader
+from megatron_sppo.checkpoints.hf_checkpoint import CONFIG_FILE, HFCheckpoint, read_config
+from megatron_sppo.checkpoints.megatron_checkpoint import (
     HF_DIRECTORY,
     MANIFEST_FILE,
     check_backend,
@@ -24,8 +22,10 @@ from megatron_sppo.conversion.megatron_checkpoint import (
     resolve_checkpoint,
     verify_checkpoint,
 )
-from megatron_sppo.conversion.rules import Binding, bind, megatron_shapes
-from megatron_sppo.conversion.transfer import Span
+from megatron_sppo.checkpoints.transfer import Span
+from megatron_sppo.conversion.families import family_of
+from megatron_sppo.conversion.hf_config import architecture_from_hf
+from megatron_sppo.conversion.mapping import Binding, bind, megatron_shapes
 from megatron_sppo.errors import ConversionError
 
 logger = logging.getLogger(__name__)

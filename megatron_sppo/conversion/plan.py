@@ -5,19 +5,29 @@ import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_sppo.architecture import Architecture
-from megatron_sppo.conversion.distcp_writer import Piece
-from megatron_sppo.conversion.hf_checkpoint import HFCheckpoint, PlannedFiles, opened_files
-from megatron_sppo.conversion.megatron_checkpoint import check_digest
+from megatron_sppo.checkpoints.distcp_writer import Piece
+from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, PlannedFiles, opened_files
+from megatron_sppo.checkpoints.megatron_checkpoint import check_digest
+from megatron_sppo.checkpoints.safetensors_file import Entry, write_tensor
+from megatron_sppo.checkpoints.transfer import MAKING, Move, Span, Transfer
+from megatron_sppo.conversion.mapping import (
+    Binding,
+    Copy,
+    FusedQKV,
+    GateUp,
+    PackedQKV,
+    Rule,
+    VocabRows,
+    dimension,
+    megatron_shapes,
+)
 from megatron_sppo.conversion.megatron_model import OpenedMegatron
-from megatron_sppo.conversion.rules import Binding, megatron_shapes
-from megatron_sppo.conversion.safetensors_file import Entry, write_tensor
-from megatron_sppo.conversion.segments import segments
-from megatron_sppo.conversion.transfer import MAKING, Move, Span, Transfer
 from megatron_sppo.errors import ConversionError
 
 
@@ -181,3 +191,46 @@ def _compute(
 
 def _row_bytes(entry: Entry) -> int:
     return entry.nbytes // entry.shape[0] if entry.shape[0] else 0
+
+
+class Segment(NamedTuple):
+    """Consecutive rows of one Hugging Face tensor."""
+
+    part: int
+    """Which of the rule's parts."""
+    start: int
+    rows: int
+
+
+def segments(rule: Rule, architecture: Architecture) -> list[Segment] | None:
+    """List the runs of rows that the Megatron tensor is made of, in its order -> segments, or None: it is computed."""
+    runs = _RUNS.get(type(rule))
+    return None if runs is None else runs([shape[0] for shape in rule.part_shapes(architecture)], architecture)
+
+
+def _in_turn(rows: list[int], architecture: Architecture) -> list[Segment]:
+    return [Segment(part, 0, count) for part, count in enumerate(rows)]
+
+
+def _by_group(rows: list[int], architecture: Architecture) -> list[Segment]:
+    groups = architecture.num_query_groups
+    return [
+        Segment(part, group * (count // groups), count // groups)
+        for group in range(groups)
+        for part, count in enumerate(rows)
+    ]
+
+
+def _packed_by_group(rows: list[int], architecture: Architecture) -> list[Segment]:
+    counts = [dimension(architecture, name) for name in ("query", "key", "key")]
+    starts = [0, counts[0], counts[0] + counts[1]]
+    return [Segment(0, starts[run.part] + run.start, run.rows) for run in _by_group(counts, architecture)]
+
+
+_RUNS: dict[type[Rule], Callable[[list[int], Architecture], list[Segment]]] = {
+    Copy: _in_turn,
+    VocabRows: _in_turn,
+    GateUp: _in_turn,
+    FusedQKV: _by_group,
+    PackedQKV: _packed_by_group,
+}

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.selection import RowTargets, TrainingIndex
-from megatron_sppo.zigzag import zigzag_positions
 
 IGNORED_LABEL = -100
 
@@ -241,32 +240,6 @@ def _lay_out(
         "response_rows": torch.from_numpy(_joined(response_rows)),
         "labels_R": torch.from_numpy(_joined(labels_R)),
     }
-
-
-def context_parallel_share(batch: MicroBatch, *, rank: int, size: int) -> MicroBatch:
-    """Keep one context-parallel rank's tokens of a micro-batch (zigzag) -> MicroBatch with S / size columns.
-
-    A row of shared prompts is cut as one document: a response sees a prompt wherever ranks hold the two.
-    `cu_seqlens` and `max_seqlen` still describe the whole row, as Transformer Engine wants them. A response token goes
-    to the rank that holds the position before it, so every rank has partial sums of every sequence.
-    """
-    num_columns, num_batch_rows = batch.tokens.shape[1], batch.tokens.shape[0]
-    undivided = batch.cu_seqlens is None or batch.parents is not None
-    boundaries = torch.tensor([0, num_columns]) if undivided else batch.cu_seqlens
-    position = zigzag_positions(boundaries, rank=rank, size=size)
-    column_of = torch.full((num_columns,), -1, dtype=torch.int64)
-    column_of[position] = torch.arange(len(position))
-    column = column_of[batch.response_rows // num_batch_rows]
-    here = column >= 0
-    return dataclasses.replace(
-        batch,
-        tokens=batch.tokens[:, position],
-        position_ids=batch.position_ids[:, position],
-        labels=batch.labels[:, position],
-        response_rows=column[here] * num_batch_rows + batch.response_rows[here] % num_batch_rows,
-        sequence_index=batch.sequence_index[here],
-        labels_R=batch.labels_R[here],
-    )
 
 
 def in_order_of_ranks(batch: MicroBatch, *, size: int) -> MicroBatch:

@@ -77,7 +77,7 @@ class DatasetManifest:
     num_responses: int
     """K, the same for every prompt."""
     tokenizer_hash: str | None
-    """megatron_sppo.tokenizer.tokenizer_hash of the policy; None when the producer did not know it."""
+    """megatron_sppo.checkpoints.tokenizer.tokenizer_hash of the policy; None when the producer did not know it."""
     vocab_size: int | None
     judge: str
     preset: str

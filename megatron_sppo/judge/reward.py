@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from megatron_sppo.checkpoints.pretrained import UNUSABLE, load_pretrained
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError, ConversionError
-from megatron_sppo.judge.pairrm_checkpoint import local_directory
+from megatron_sppo.judge.pairrm.checkpoint import local_directory
 from megatron_sppo.judge.protocol import Unjudged, Verdict
 from megatron_sppo.judge.source import UnreadableGroup
-from megatron_sppo.pretrained import UNUSABLE, load_pretrained
 from megatron_sppo.storage import damage, sha256_of_file, sha256_of_json
 
 if TYPE_CHECKING:

@@ -22,10 +22,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from megatron_sppo.judge.intake import Row, read_rows
 from megatron_sppo.judge.protocol import Judge, Unjudged, Verdict, judge_groups
 from megatron_sppo.judge.work_list import WorkList
-from megatron_sppo.rollout.records import RolloutGroup, RolloutManifest, ShardEntry, read_manifest
+from megatron_sppo.rollout.records import RolloutGroup, RolloutManifest, Row, ShardEntry, read_manifest, read_rows
 from megatron_sppo.storage import atomic_file, contained, remove_stale_temporaries
 
 logger = logging.getLogger(__name__)

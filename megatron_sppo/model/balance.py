@@ -25,7 +25,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
 from megatron_sppo.model.visibility import PackedRow
-from megatron_sppo.zigzag import zigzag_positions
+from megatron_sppo.model.zigzag import zigzag_positions
 
 METRICS = ("moe/load_balancing_loss", "moe/z_loss")
 

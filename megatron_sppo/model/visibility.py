@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 
-from megatron_sppo.zigzag import zigzag_shares
+from megatron_sppo.model.zigzag import zigzag_shares
 
 _BLOCK = 128
 """Tokens that FlexAttention's kernels take, or skip, at once: its default."""

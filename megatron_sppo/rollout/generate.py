@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from megatron_sppo.checkpoints.model_files import ModelFiles, read_model_files
 from megatron_sppo.config import NonNegativeInt, PositiveInt, Seed, check_ranges
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import ChatTokenizer, TemplateConfig, TokenizedPrompt, UnusablePrompt
 from megatron_sppo.rollout.ledger import FinishedShard, ShardLedger, open_ledger
-from megatron_sppo.rollout.model_files import ModelFiles, read_model_files
 from megatron_sppo.rollout.outcomes import count_outcomes, outcome_warnings
 from megatron_sppo.rollout.prompts import PromptSet, prompts_hash, read_prompts
 from megatron_sppo.rollout.records import (

@@ -34,6 +34,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
 from megatron_sppo.errors import DataError
 from megatron_sppo.rollout.chat_template import ChatTokenizer, TemplateConfig, UnusablePrompt
 from megatron_sppo.rollout.conversations import Turn, UnusableRow, prompt_messages, read_turns
@@ -49,7 +50,6 @@ from megatron_sppo.rollout.records import (
 )
 from megatron_sppo.rollout.tables import NO_ROW, table_rows
 from megatron_sppo.storage import atomic_directory, read_json
-from megatron_sppo.tokenizer import tokenizer_hash
 
 logger = logging.getLogger(__name__)
 

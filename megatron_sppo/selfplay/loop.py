@@ -20,8 +20,7 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.rollout.records import read_rollouts
 from megatron_sppo.selfplay import config as settings
 from megatron_sppo.selfplay import summary
-from megatron_sppo.selfplay.config import SelfPlayConfig
-from megatron_sppo.selfplay.plan import (
+from megatron_sppo.selfplay.commands import (
     REPORT_NAME,
     RunPaths,
     check_rollouts_and_judges,
@@ -31,6 +30,7 @@ from megatron_sppo.selfplay.plan import (
     report_command,
     start_stages,
 )
+from megatron_sppo.selfplay.config import SelfPlayConfig
 from megatron_sppo.selfplay.process import interruptible
 from megatron_sppo.selfplay.prompt_parts import divide_prompts, write_prompts
 from megatron_sppo.selfplay.stages import STATE_NAME, Stage, StageMachine, read_state

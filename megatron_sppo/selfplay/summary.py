@@ -1,14 +1,12 @@
 """What a run has come to: summary.json, metrics.jsonl, TensorBoard events and the table at the end."""
 
 import json
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_sppo.errors import DataError
-from megatron_sppo.rollout.records import RolloutGroup
-from megatron_sppo.selfplay.plan import RunPaths
+from megatron_sppo.selfplay.commands import RunPaths
 from megatron_sppo.storage import atomic_directory, atomic_file, read_json, write_json
 
 SUMMARY_NAME = "summary.json"
@@ -59,12 +57,6 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and set(entry) >= _FIELDS for entry in entries):
         raise DataError(f"{path} is no summary of a run. Remove it and run the same self_play.py command again.")
     return summary
-
-
-def mean_response_tokens(groups: Iterable[RolloutGroup]) -> float:
-    """Average the lengths of all answers -> tokens."""
-    lengths = [len(response.token_ids) for group in groups for response in group.responses]
-    return statistics.fmean(lengths) if lengths else 0.0
 
 
 def gather_metrics(paths: RunPaths, num_iterations: int) -> None:

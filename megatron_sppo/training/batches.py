@@ -16,15 +16,16 @@ from torch import Tensor
 
 from megatron_sppo import flops
 from megatron_sppo.data.dataset import PreferenceDataset
-from megatron_sppo.data.microbatch import MicroBatch, collate, context_parallel_share, in_order_of_ranks
-from megatron_sppo.data.planning import epoch_rows, packed_tokens, plan_shared_step, plan_step, step_units
+from megatron_sppo.data.microbatch import MicroBatch, collate, in_order_of_ranks
 from megatron_sppo.data.selection import RowTargets, TrainingIndex, row_targets, training_index
+from megatron_sppo.data.steps import epoch_rows, packed_tokens, plan_shared_step, plan_step, step_units
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import token_multiple
 from megatron_sppo.objective.loss import OBJECTIVES
 from megatron_sppo.objective.win_rate import estimated_baseline_over_eta, parse_baseline
 from megatron_sppo.training import parallel
 from megatron_sppo.training.config import TrainingConfig
+from megatron_sppo.training.context_parallel import context_parallel_share
 
 logger = logging.getLogger(__name__)
 

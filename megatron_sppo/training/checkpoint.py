@@ -24,13 +24,13 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sppo.conversion import megatron_checkpoint
+from megatron_sppo.checkpoints import megatron_checkpoint
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.model.gpt import PolicyModel
 from megatron_sppo.storage import explain_os_error, publish_directory
 from megatron_sppo.training import parallel
-from megatron_sppo.training.loop import Progress
 from megatron_sppo.training.policy import Policy, zero_padded_vocabulary
+from megatron_sppo.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 

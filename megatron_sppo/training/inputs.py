@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sppo.architecture import Architecture, read_architecture
+from megatron_sppo.checkpoints import distcp, megatron_checkpoint
+from megatron_sppo.checkpoints.tokenizer import is_tokenizer_of
 from megatron_sppo.config import is_written_of, write_yaml
-from megatron_sppo.conversion import distcp, megatron_checkpoint
 from megatron_sppo.data.dataset import PreferenceDataset
-from megatron_sppo.data.packing import parity_length
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.flops import parity_length
 from megatron_sppo.model.config import check_divisibility, check_machine
 from megatron_sppo.storage import lock_until_exit, refuse_foreign
-from megatron_sppo.tokenizer import is_tokenizer_of
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import TrainingConfig

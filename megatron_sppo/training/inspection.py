@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_sppo.checkpoints.megatron_checkpoint import HF_DIRECTORY
+from megatron_sppo.checkpoints.tokenizer import token_texts
 from megatron_sppo.config import PositiveInt, check_ranges
-from megatron_sppo.conversion.megatron_checkpoint import HF_DIRECTORY
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.microbatch import MicroBatch
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.storage import atomic_file, refuse_foreign_file
-from megatron_sppo.tokenizer import token_texts
 from megatron_sppo.training import checkpoint, inputs, parallel
 from megatron_sppo.training.batches import Batches, StepPlan
 from megatron_sppo.training.config import ObjectiveConfig, TrainingConfig

@@ -1,14 +1,12 @@
 """The training loop: a step is micro-batches forward and backward, one update, one line of metrics."""
 
-import dataclasses
 import logging
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,84 +17,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_sppo import flops
-from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.errors import DataError
 from megatron_sppo.model.transformer_config import bfloat16_products
 from megatron_sppo.objective import regression_target
 from megatron_sppo.objective.loss import find_objective
 from megatron_sppo.training import parallel
-from megatron_sppo.training.batches import Batches, StepPlan
+from megatron_sppo.training.batches import StepPlan
 from megatron_sppo.training.config import ObjectiveConfig, TrainingConfig
 from megatron_sppo.training.forward_step import objective_terms, run_micro_batches, start_micro_batches
 from megatron_sppo.training.metrics import MetricsFile, drift_per_token, response_metrics
 from megatron_sppo.training.policy import Policy
+from megatron_sppo.training.progress import Progress
 from megatron_sppo.training.telemetry import GpuSampler, flops_metrics, straggler_metrics
 
 logger = logging.getLogger(__name__)
 
 SIGTERM_EXIT_CODE = 143
 """What a run that was asked to stop exits with, after it saved a checkpoint (128 + SIGTERM)."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved with each checkpoint."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    num_clipped: int = 0
-    """Steps whose gradient was clipped."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What must be the same when the run is resumed."""
-    reference: dict[str, Any] = field(default_factory=dict)
-    """Fingerprint of the reference log-probabilities that the run trains against."""
-    packs: dict[str, Any] = field(default_factory=dict)
-    """What decided the micro-batches that they were computed in."""
-    ref_drift: dict[str, float] = field(default_factory=dict)
-    """`sppo/ref_drift` of each step that reports it: `reference.drift_by_step`."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what a checkpoint stores beside the step itself."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "step"}
-
-    def check_resumes(self, facts: dict[str, Any], save: Path) -> None:
-        """Refuse to go on with a run whose data order, targets or optimizer were others.
-
-        Raises:
-            ConfigError: names each differing setting with both values.
-        """
-        differing = [
-            f"{name} was {self.facts.get(name)!r}, is {value!r}"
-            for name, value in facts.items()
-            if self.facts.get(name) != value
-        ]
-        if differing:
-            raise ConfigError(
-                f"{save} was trained with other settings: {'; '.join(differing)}. "
-                "Use the same settings to resume, or another --save to start anew."
-            )
-
-    def say_if_packs_changed(self, packs: dict[str, Any]) -> None:
-        """Say that the rest of the run computes log pi_theta in other micro-batches than log pi_t was computed in."""
-        changed = [
-            f"{name} {self.packs[name]} -> {value}"
-            for name, value in packs.items()
-            if self.packs.get(name, value) != value
-        ]
-        if changed:
-            logger.warning(
-                "micro-batches are others than where the reference was computed (%s): log-ratios carry what they make "
-                "of log pi_t, which is rounding, and under FP8 in tensorwise scaling up to 0.05 nats a token",
-                ", ".join(changed),
-            )
-
-
-def run_facts(batches: Batches, config: TrainingConfig) -> dict[str, Any]:
-    """Name what a resumed run must share with its beginning -> JSON dict. The layout may differ."""
-    return batches.facts | {
-        "optimizer": config.optimization.optimizer,
-        "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
-        "params_dtype": config.model.params_dtype,
-    }
 
 
 def train(

@@ -14,7 +14,7 @@ import torch
 import torch.distributed
 from tqdm import tqdm
 
-from megatron_sppo.data import reference as sidecar
+from megatron_sppo.data import reference_file as sidecar
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.training import parallel

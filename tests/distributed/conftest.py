@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
 from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.data.writer import DatasetWriter
-from megatron_sppo.tokenizer import tokenizer_hash
 from tests.models import BYTE_VOCAB_SIZE, tiny_llama
 
 NUM_PROMPTS = 8

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
-from megatron_sppo.verification import verify
+from megatron_sppo.verification.verify import verify
 from tests.distributed.harness import run_ranks
 from tests.families import FAMILIES, MIXTURES, family_model, hugging_face_logits, token_ids
 
@@ -85,10 +85,10 @@ def _logits(checkpoint: Path, layout: Any, tokens_BS: torch.Tensor) -> Answer | 
     from megatron_sppo.architecture import read_architecture
     from megatron_sppo.model import gpt
     from megatron_sppo.model.config import ModelConfig
+    from megatron_sppo.model.zigzag import zigzag_positions
     from megatron_sppo.training import parallel
     from megatron_sppo.training.checkpoint import load_weights
     from megatron_sppo.training.policy import build_policy
-    from megatron_sppo.zigzag import zigzag_positions
 
     architecture, _ = read_architecture(checkpoint)
     parallel.check_layout(layout, architecture, world_size=WORLD_SIZE)

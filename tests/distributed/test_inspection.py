@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_sppo.checkpoints.pretrained import load_pretrained
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.indexed import Column
-from megatron_sppo.pretrained import load_pretrained
 from tests.distributed.conftest import NUM_PROMPTS, NUM_RESPONSES, write_dataset
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_layouts import CP2, PADDED, PP2, SP, TP2, VPP2

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
 from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.data.writer import DatasetWriter
 from megatron_sppo.planning.config import read_plan
 from megatron_sppo.planning.memory import StageMemory, stage_memory
 from megatron_sppo.planning.parameters import Grid
 from megatron_sppo.planning.plan import largest_micro_batch
-from megatron_sppo.tokenizer import tokenizer_hash
 from tests.distributed.harness import run_ranks
 from tests.distributed.worlds import pretrain
 from tests.models import BYTE_VOCAB_SIZE, tiny_llama

@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_sppo.checkpoints.pretrained import load_pretrained
 from megatron_sppo.conversion.convert import export_checkpoint
 from megatron_sppo.data.dataset import PreferenceDataset
-from megatron_sppo.pretrained import load_pretrained
 from tests.distributed.harness import run_ranks
 from tests.distributed.worlds import first_step
 

@@ -81,8 +81,8 @@ def step_by_step(
     """
     from megatron_sppo.training import checkpoint, parallel
     from megatron_sppo.training.forward_step import objective_terms, run_micro_batches
-    from megatron_sppo.training.loop import Progress
     from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
+    from megatron_sppo.training.progress import Progress
 
     config, source, batches, policy = _begin(["--load", megatron, "--data", data, "--save", save, *argv])
     if first == 1:
@@ -127,7 +127,7 @@ def _begin(argv: list[str]) -> tuple[Any, Path, Any, Any]:
 def _save_gradient(policy: Any, source: Path, root: Path) -> None:
     from megatron.core import dist_checkpointing
 
-    from megatron_sppo.conversion import megatron_checkpoint
+    from megatron_sppo.checkpoints import megatron_checkpoint
     from megatron_sppo.training import checkpoint, parallel
 
     for chunk in policy.chunks:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
 from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.rollout.records import (
     SCHEMA_VERSION,
@@ -23,7 +24,6 @@ from megatron_sppo.rollout.records import (
     write_manifest,
     write_shard,
 )
-from megatron_sppo.tokenizer import tokenizer_hash
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = "examples/pretrain_sppo.py --load {megatron} --data {dataset} --save {new} --lr 1e-6 --params-dtype float32"

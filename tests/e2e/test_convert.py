@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sppo import layerwise, verification
 from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.conversion.megatron_model import open_megatron
 from megatron_sppo.errors import ConversionError
-from megatron_sppo.probes import prompt_token_ids
+from megatron_sppo.verification import layerwise
+from megatron_sppo.verification import verify as verification
+from megatron_sppo.verification.probes import prompt_token_ids
 from tests.families import FAMILIES, family_model
 from tests.models import tiny_llama
 

@@ -2,7 +2,7 @@
 file is at fault: exit codes, the last line, what is on disk. Verdicts are made up by a server on the loopback.
 """
 
-import importlib.util
+import importlib
 import json
 import logging
 import shutil
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from megatron_sppo import command_line
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.judge.diagnostics import ONE_SIDED_PAIRS
-from megatron_sppo.selfplay.report import write_report
+from megatron_sppo.report.page import write_report
 from megatron_sppo.storage import locked
 from tests.unit.judge.groups import group_of
 from tests.unit.judge.judge_server import Server, answers_of, longer_wins, running_server
@@ -26,7 +26,6 @@ from tests.unit.judge.rollout_files import write_rollouts
 from tests.unit.judge.test_reward import write_model
 from tests.unit.selfplay.synthetic import write_run
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TEXTS = [("a long answer", "short", "neither of both"), ("one", "other one", "yet another one"), ("x", "yy", "zzz")] * 2
 
 
@@ -34,9 +33,7 @@ class Tool:
     """A tool in this process."""
 
     def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-        spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-        self._module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self._module)
+        self._module = importlib.import_module(f"megatron_sppo.commands.{name}")
         self._monkeypatch, self._capsys = monkeypatch, capsys
 
     def __call__(self, *arguments: object) -> tuple[int, str]:
@@ -50,7 +47,7 @@ class Tool:
 
 @pytest.fixture
 def score(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Tool:
-    return Tool("score_pairrm", monkeypatch, capsys)
+    return Tool("score", monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sppo.conversion import distcp_writer
+from megatron_sppo.checkpoints import distcp_writer
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.errors import ConversionError, DataError
 from tests.models import tiny_llama

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sppo import command_line
+from megatron_sppo.checkpoints.distcp import read_metadata
+from megatron_sppo.checkpoints.megatron_checkpoint import write_manifest
 from megatron_sppo.conversion.convert import import_checkpoint
-from megatron_sppo.conversion.distcp import read_metadata
-from megatron_sppo.conversion.megatron_checkpoint import write_manifest
 from tests.models import tiny_llama
 from tools import convert as tool
 

@@ -3,7 +3,6 @@
 PairRM is the tiny random one, so nothing here says what the published weights prefer.
 """
 
-import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -21,9 +20,11 @@ import pytest
 from torch.distributed import FileStore
 
 from megatron_sppo import command_line
+from megatron_sppo.commands import score as command
 from megatron_sppo.data.dataset import PreferenceDataset
+from megatron_sppo.judge import score as stage
 from megatron_sppo.judge.work_list import WorkList
-from megatron_sppo.selfplay.report import write_report
+from megatron_sppo.report.page import write_report
 from tests.models import byte_tokenizer
 from tests.unit.judge.rollout_files import encoded, random_rollouts, raw_row, write_raw_rollouts
 from tests.unit.judge.tiny_pairrm import make_tiny_pairrm
@@ -85,22 +86,13 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def module():
-    """The tool as a module."""
-    spec = importlib.util.spec_from_file_location("score_pairrm", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def tool(module):
+def tool():
     """The tool in this process: for what needs no process of its own."""
 
     def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
         monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
         with pytest.raises(SystemExit) as left:
-            command_line.run(module.main, name=module.NAME)
+            command_line.run(command.main, name=command.NAME)
         return left.value.code
 
     return call
@@ -154,7 +146,7 @@ EVENTS = ("fsync", "replace", "rename", "rmdir")
 """Calls of `os` at which a run is killed, besides the judge's own."""
 
 
-def rank_main(module, arguments: dict, rank: int, world_size: int, store: Path, last_event: int | None) -> None:
+def rank_main(arguments: dict, rank: int, world_size: int, store: Path, last_event: int | None) -> None:
     """One rank of the tool: killed at event `last_event`, or leaves the number of its events beside the store."""
     events = itertools.count(1)
 
@@ -171,30 +163,26 @@ def rank_main(module, arguments: dict, rank: int, world_size: int, store: Path, 
 
     for name in EVENTS:
         setattr(os, name, counted(getattr(os, name)))
-    load = module.load_judge
+    load = stage.load_judge
 
     def load_judge(*positional, **named):
         judge = load(*positional, **named)
         judge.judge_logits = counted(judge.judge_logits)
         return judge
 
-    module.load_judge = load_judge
+    stage.load_judge = load_judge
     work = WorkList(rank=rank, world_size=world_size, store=FileStore(str(store), world_size))
-    module.score(module.Command(**arguments), work)
+    stage.score(stage.Command(**arguments), work)
 
 
-def run_ranks(
-    module, arguments: dict, world_size: int, store: Path, victim: tuple[int, int] | None = None
-) -> list[int]:
+def run_ranks(arguments: dict, world_size: int, store: Path, victim: tuple[int, int] | None = None) -> list[int]:
     """Fork the ranks, the victim = (rank, event) to be killed; then kill the others, as torchrun does -> exit codes."""
     store.unlink(missing_ok=True)
     context = multiprocessing.get_context("fork")
     processes = []
     for rank in range(world_size):
         last_event = victim[1] if victim and victim[0] == rank else (None if victim is None else 0)
-        processes.append(
-            context.Process(target=rank_main, args=(module, arguments, rank, world_size, store, last_event))
-        )
+        processes.append(context.Process(target=rank_main, args=(arguments, rank, world_size, store, last_event)))
         processes[-1].start()
     while any(process.is_alive() for process in processes):
         if any(process.exitcode for process in processes):
@@ -206,13 +194,13 @@ def run_ranks(
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_killed_at_random_points_of_judging_merging_and_publishing_the_bytes_are_the_same(
-    module, tmp_path: Path, world_size: int
+    tmp_path: Path, world_size: int
 ) -> None:
     """Every file of the directory, manifest and diagnostics too. A last run of the same command always completes."""
     rollouts = random_rollouts(tmp_path / "rollouts", num_prompts=12, num_responses=3, rows_per_shard=2)
     arguments = {"rollouts": rollouts, "judge": "rules:cyclic", "selection": "extremes"}
     undisturbed = {**arguments, "output": tmp_path / "undisturbed"}
-    assert run_ranks(module, undisturbed, 1, tmp_path / "store") == [0]
+    assert run_ranks(undisturbed, 1, tmp_path / "store") == [0]
     num_events = int((tmp_path / "events-0").read_text())
     assert num_events > 40, "six shards, five atomic files, one directory and a manifest"
     rng, victims = random.Random(world_size), []
@@ -221,12 +209,12 @@ def test_killed_at_random_points_of_judging_merging_and_publishing_the_bytes_are
         # The other ranks have but their share of the shards, and never write the dataset.
         rank = rng.choice([0, rng.randrange(world_size)])
         victim = (rank, rng.randint(1, num_events if rank == 0 else num_events // (8 * (world_size - 1))))
-        exit_codes = run_ranks(module, {**arguments, "output": output}, world_size, tmp_path / "store", victim)
+        exit_codes = run_ranks({**arguments, "output": output}, world_size, tmp_path / "store", victim)
         if exit_codes[rank] == -signal.SIGKILL:
             victims.append(victim)
             if (output / "manifest.json").is_file():
                 PreferenceDataset(output)  # what is there is whole
-            again = run_ranks(module, {**arguments, "output": output}, world_size, tmp_path / "store")
+            again = run_ranks({**arguments, "output": output}, world_size, tmp_path / "store")
             assert again == [0] * world_size
         assert contents(output) == contents(tmp_path / "undisturbed"), f"victim: {victim}"
         shutil.rmtree(output)

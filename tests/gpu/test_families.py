@@ -11,7 +11,7 @@ import pytest
 
 from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.model.config import ModelConfig, resolve_transformer_impl
-from megatron_sppo.verification import verify
+from megatron_sppo.verification.verify import verify
 from tests.families import FAMILIES, MIXTURES, family_model
 
 pytestmark = [pytest.mark.gpu]

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("sentencepiece", reason="PairRM's tokenizer: pip install 'megatron-sppo[judge]'")
 
-from megatron_sppo.judge.pairrm import PairRMJudge
+from megatron_sppo.judge.pairrm.judge import PairRMJudge
 from tests.unit.judge.groups import random_group
 from tests.unit.judge.tiny_pairrm import make_tiny_pairrm
 

@@ -12,22 +12,23 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "megatron_sppo"
 
-# Layer by layer, lowest first. A module may import its own layer's own folder and everything below.
-LAYERS = (
-    ("errors", "storage", "tokenizer", "architecture", "config", "command_line", "pretrained"),
-    ("objective", "rollout.records", "rollout.retry_after", "data.schema", "conversion.rules", "zigzag", "flops"),
-    ("rollout", "judge", "data", "model", "conversion"),
-    ("training",),
-    ("layerwise", "probes"),
-    ("verification", "selfplay", "planning"),
+# The ground: files at the package's root import nothing of it but each other. All else lives in a folder, floor by
+# floor, lowest first; a module may import its own folder, the floors below and the ground.
+GROUND = ("errors", "storage", "command_line", "config", "architecture", "flops")
+FLOORS = (
+    GROUND,
+    ("objective", "checkpoints"),
+    ("rollout", "data", "model", "conversion"),
+    ("judge", "training"),
+    ("verification", "planning", "selfplay"),
+    ("report",),
+    ("commands",),
     ("tools", "examples", "benchmarks"),
 )
-# Neighbours on one layer that the design joins on purpose.
-NEIGHBOURS: set[tuple[str, str]] = set()
 
 BANS = {
     "rollout": {"megatron"},
-    "judge": {"megatron"},
+    "judge": {"megatron", "megatron_sppo.model", "megatron_sppo.conversion"},
     "training": {"vllm", "transformers"},
     "model": {"vllm", "transformers"},
     "data": {"vllm", "transformers"},
@@ -35,7 +36,7 @@ BANS = {
     "planning": {"vllm", "transformers"},
     "objective": {"megatron", "vllm", "transformers", "megatron_sppo.training", "megatron_sppo.model"},
 }
-BASE_MAY_NOT = {"torch", "megatron", "vllm", "transformers", "transformer_engine"}
+GROUND_MAY_NOT = {"torch", "megatron", "vllm", "transformers", "transformer_engine"}
 
 
 def source_files() -> list[Path]:
@@ -59,42 +60,56 @@ def imports(source: str, module: str) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def layer_of(module: str) -> tuple[int, str]:
-    """Find the layer whose entry is the longest prefix -> (layer number, entry)."""
-    found = [
-        (len(entry), number, entry)
-        for number, layer in enumerate(LAYERS)
-        for entry in layer
-        if module == entry or module.startswith(entry + ".")
-    ]
-    assert found, f"{module} belongs to no layer: add it to LAYERS, if it must exist"
-    _, number, entry = max(found)
-    return number, entry
+def floor_of(room: str) -> int:
+    """Find the floor of a folder, or of a file of the ground -> its number, 0 the lowest."""
+    found = [number for number, rooms in enumerate(FLOORS) if room in rooms]
+    assert found, f"{room} is on no floor: add it to FLOORS, if it must exist"
+    return found[0]
 
 
 def violations(module: str, source: str) -> list[str]:
     """Apply every rule to one module -> what it breaks, in words."""
     if not module:
         return []
-    number, entry = layer_of(module)
+    room = module.split(".")[0]
+    floor = floor_of(room)
     broken = []
     for imported in imports(source, module):
-        for banned in BASE_MAY_NOT if number == 0 else BANS.get(module.split(".")[0], set()):
+        for banned in GROUND_MAY_NOT if floor == 0 else BANS.get(room, set()):
             if imported == banned or imported.startswith(banned + "."):
                 broken.append(f"{module} imports {imported}: banned there")
-        if not imported.startswith("megatron_sppo."):
+        if not imported.startswith("megatron_sppo.") or imported == "megatron_sppo.__version__":
             continue
-        other_number, other = (
-            layer_of(imported.removeprefix("megatron_sppo.")) if imported != "megatron_sppo.__version__" else (0, "")
-        )
-        same_folder = other.split(".")[0] == entry.split(".")[0]
-        if number == 0 or same_folder:
-            allowed = other_number <= number or (same_folder and number > 0 and entry.count(".") == 0)
-        else:
-            allowed = other_number < number or (entry, other) in NEIGHBOURS
-        if not allowed:
-            broken.append(f"{module} (layer {number}) imports {imported} (layer {other_number})")
+        other = imported.split(".")[1]
+        if (other != room and floor_of(other) >= floor > 0) or (floor == 0 and other not in GROUND):
+            broken.append(f"{module} (floor {floor}) imports {imported} (floor {floor_of(other)})")
     return broken
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Find modules that import each other, however far round -> each circle's modules, sorted."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            for other in graph.get(waiting.pop(), set()) - seen:
+                seen.add(other)
+                waiting.append(other)
+        return seen
+
+    reach = {module: reached(module) for module in graph}
+    return sorted({tuple(sorted(b for b in reach[a] if a in reach.get(b, ()))) for a in graph if a in reach[a]})
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    sources = {dotted(path): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    graph: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        names = {name.removeprefix("megatron_sppo.") for name in imports(source, module)}
+        graph[module] = {name if name in sources else name.rpartition(".")[0] for name in names} & set(sources)
+    assert circles(graph) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [("a", "b", "c")]
 
 
 @pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(REPOSITORY)))
@@ -109,7 +124,8 @@ def test_imports_go_upwards_only(path):
         ("storage", "from megatron_sppo.objective import loss"),
         ("objective.loss", "from megatron_sppo.rollout.records import RolloutGroup"),
         ("objective.loss", "import megatron.core"),
-        ("rollout.records", "from megatron_sppo.rollout.samplers import sample"),
+        ("errors", "from megatron_sppo.checkpoints import tokenizer"),
+        ("data.writer", "from megatron_sppo.rollout.records import RolloutGroup"),
         ("rollout.samplers", "def f():\n    import megatron.core.datasets"),
         ("rollout.samplers", "from megatron_sppo.data.writer import DatasetWriter"),
         ("judge.pairrm", "from megatron_sppo.model import policy"),

@@ -3,8 +3,6 @@
 The table is made from the dataclasses: a number that is added without a range fails here.
 """
 
-import importlib.util
-import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,37 +11,28 @@ from typing import Any, Literal
 import pytest
 
 from megatron_sppo import config
+from megatron_sppo.commands import convert, import_preferences
 from megatron_sppo.config import Range, _leaves
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.judge import score
+from megatron_sppo.judge.evaluation import EvaluateConfig
 from megatron_sppo.model.transformer_config import parse_overrides
 from megatron_sppo.objective.win_rate import parse_baseline
 from megatron_sppo.planning.config import PlanConfig
 from megatron_sppo.rollout.generate import GenerateConfig
 from megatron_sppo.rollout.sampler import Sampling
 from megatron_sppo.selfplay.config import SelfPlayConfig
-from megatron_sppo.selfplay.evaluation import EvaluateConfig
 from megatron_sppo.training.config import TrainingConfig
 from megatron_sppo.training.inspection import InspectionConfig
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
-
-def tool(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # tyro reads the fields' docstrings from the source
-    spec.loader.exec_module(module)
-    return module
-
 
 COMMANDS: dict[str, type] = {
     **{
         kind.__name__: kind
         for kind in (TrainingConfig, InspectionConfig, PlanConfig, SelfPlayConfig, GenerateConfig, EvaluateConfig)
     },
-    **tool("convert").COMMANDS,
-    "score": tool("score_pairrm").Command,
-    "import_preferences": tool("import_preferences").Command,
+    **convert.COMMANDS,
+    "score": score.Command,
+    "import_preferences": import_preferences.Command,
 }
 
 

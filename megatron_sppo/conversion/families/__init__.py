@@ -1,7 +1,7 @@
 """One table per model family; FAMILIES lists them by `model_type`."""
 
 from megatron_sppo.conversion.families import gemma2, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe
-from megatron_sppo.conversion.rules import Family
+from megatron_sppo.conversion.mapping import Family
 from megatron_sppo.errors import ConversionError
 
 FAMILIES = {

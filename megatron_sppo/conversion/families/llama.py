@@ -1,6 +1,6 @@
 """Llama 2, 3 and 3.1, SmolLM2, and what else says `model_type: llama`."""
 
-from megatron_sppo.conversion.rules import Copy, Family, FusedQKV, GateUp, VocabRows
+from megatron_sppo.conversion.mapping import Copy, Family, FusedQKV, GateUp, VocabRows
 
 RULES = (
     VocabRows("embedding.word_embeddings.weight", "model.embed_tokens.weight"),

@@ -1,7 +1,7 @@
 """OLMo-2: norms behind attention and feed-forward unit, none before; norms over all heads of queries and of keys."""
 
 from megatron_sppo.conversion.families import gemma2, llama, qwen3
-from megatron_sppo.conversion.rules import Copy, Family
+from megatron_sppo.conversion.mapping import Copy, Family
 
 RULES = (
     *(rule for rule in llama.RULES if not rule.megatron.endswith(".layer_norm_weight")),

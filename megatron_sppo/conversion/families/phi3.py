@@ -1,7 +1,7 @@
 """Phi-3 (4k contexts) and Phi-4: Llama's model, with query, key and value, and gate and up, in one tensor each."""
 
 from megatron_sppo.conversion.families import llama
-from megatron_sppo.conversion.rules import Copy, Family, FusedQKV, GateUp, PackedQKV, WindowKeys
+from megatron_sppo.conversion.mapping import Copy, Family, FusedQKV, GateUp, PackedQKV, WindowKeys
 
 ATTENTION, MLP = "decoder.layers.{layer}.self_attention", "decoder.layers.{layer}.mlp"
 

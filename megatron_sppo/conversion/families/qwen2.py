@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5: Llama's tensors, biases of query, key and value; a window of tokens that may be switched on."""
 
 from megatron_sppo.conversion.families import llama
-from megatron_sppo.conversion.rules import Family, FusedQKV, WindowKeys
+from megatron_sppo.conversion.mapping import Family, FusedQKV, WindowKeys
 
 RULES = (
     *llama.RULES,

@@ -1,7 +1,7 @@
 """Qwen3-MoE: Qwen3's attention, and in every layer a mixture of experts without shared ones."""
 
 from megatron_sppo.conversion.families import llama, qwen3
-from megatron_sppo.conversion.rules import Copy, ExpertKeys, Family, GateUp
+from megatron_sppo.conversion.mapping import Copy, ExpertKeys, Family, GateUp
 
 MLP, HF_MLP = "decoder.layers.{layer}.mlp", "model.layers.{layer}.mlp"
 

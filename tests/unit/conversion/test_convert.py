@@ -18,15 +18,16 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 
 from megatron_sppo.architecture import read_architecture
-from megatron_sppo.conversion import convert, distcp_writer, transfer
+from megatron_sppo.checkpoints import distcp_writer, transfer
+from megatron_sppo.checkpoints.distcp import read_metadata
+from megatron_sppo.checkpoints.hf_checkpoint import parse_size
+from megatron_sppo.checkpoints.megatron_checkpoint import verify_checkpoint
+from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
+from megatron_sppo.conversion import convert
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
-from megatron_sppo.conversion.distcp import read_metadata
-from megatron_sppo.conversion.hf_checkpoint import parse_size
-from megatron_sppo.conversion.megatron_checkpoint import verify_checkpoint
 from megatron_sppo.errors import ConfigError, ConversionError, DataError
 from megatron_sppo.storage import locked, locked_place
-from megatron_sppo.tokenizer import tokenizer_hash
-from megatron_sppo.verification import verify
+from megatron_sppo.verification.verify import verify
 from tests.models import CHAT_TEMPLATE, MIXTURES, tiny_llama
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -643,7 +644,7 @@ def test_few_tensors_are_in_memory_at_a_time(
     """Counts what an import itself holds: read tensors that are still alive when the next one is asked for."""
     import weakref
 
-    from megatron_sppo.conversion import hf_checkpoint
+    from megatron_sppo.checkpoints import hf_checkpoint
 
     hf = tiny_llama(tmp_path / "hf", num_hidden_layers=6)
     alive: list[int] = []

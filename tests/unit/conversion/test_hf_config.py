@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from megatron_sppo.architecture import Llama3RopeScaling
-from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture, read_config
+from megatron_sppo.checkpoints.hf_checkpoint import read_config
+from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture
 from megatron_sppo.errors import ConversionError
 from tests.models import MIXTURES, llama_config
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_sppo.checkpoints.hf_checkpoint import read_config
 from megatron_sppo.conversion.families import family_of
-from megatron_sppo.conversion.hf_config import architecture_from_hf, read_config
-from megatron_sppo.conversion.rules import Copy, bind
-from megatron_sppo.conversion.segments import segments
+from megatron_sppo.conversion.hf_config import architecture_from_hf
+from megatron_sppo.conversion.mapping import Copy, bind
+from megatron_sppo.conversion.plan import segments
 from tests.families import FAMILIES, family_model
 from tests.models import llama_config
 

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sppo.architecture import Architecture
-from megatron_sppo.data.packing import assign_to_ranks, balance, document_cost, pack, parity_length
+from megatron_sppo.data.packing import assign_to_ranks, balance, document_cost, pack
 from megatron_sppo.errors import DataError
+from megatron_sppo.flops import parity_length
 
 BUDGET = 40
 lengths_within_budget = st.lists(st.integers(1, BUDGET), max_size=120)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sppo.judge.pairrm import PairRMJudge
+from megatron_sppo.judge.pairrm.judge import PairRMJudge
 from tests.unit.judge.groups import group_of, random_text
 from tests.unit.judge.tiny_pairrm import make_tiny_pairrm
 

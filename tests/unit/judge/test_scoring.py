@@ -18,7 +18,7 @@ from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.writer import DatasetWriter
 from megatron_sppo.errors import DataError
 from megatron_sppo.judge import load_judge
-from megatron_sppo.judge.merge import dataset_diagnostics, merge_scores
+from megatron_sppo.judge.score import dataset_diagnostics, merge_scores
 from megatron_sppo.judge.scoring import _Shards, read_scores, score_rollouts, scores_path
 from megatron_sppo.judge.work_list import WorkList
 from megatron_sppo.rollout.records import read_manifest, read_rollouts

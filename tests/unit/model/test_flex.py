@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model import flex as module
 from megatron_sppo.model.flex import flex
-from megatron_sppo.zigzag import zigzag_shares
+from megatron_sppo.model.zigzag import zigzag_shares
 from tests.unit.model.trees import SEQUENCES, SMALL, Tree, random_heads, random_tree
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.simulation import simulated_rank
 from megatron_sppo.model import gpt
 from megatron_sppo.model.config import ModelConfig
-from megatron_sppo.planning.simulation import simulated_rank
 from megatron_sppo.training.parallel import ParallelConfig
 from megatron_sppo.training.policy import build_policy
 from tests.unit.planning.models import TINY

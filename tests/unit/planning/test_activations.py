@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.simulation import simulated_rank
 from megatron_sppo.conversion.families import gemma2
 from megatron_sppo.model import gpt
 from megatron_sppo.model.config import ModelConfig
@@ -18,7 +19,6 @@ from megatron_sppo.planning.activations import Activations, MicroBatchShape, act
 from megatron_sppo.planning.architectures import PUBLISHED
 from megatron_sppo.planning.memory import chunks_in_flight
 from megatron_sppo.planning.parameters import Grid
-from megatron_sppo.planning.simulation import simulated_rank
 from megatron_sppo.training.parallel import ParallelConfig
 from megatron_sppo.training.policy import build_policy
 from tests.memory import LiveBytes, saved_bytes

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.simulation import simulated_rank
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.planning.activations import MicroBatchShape
 from megatron_sppo.planning.architectures import PUBLISHED, find_architecture
 from megatron_sppo.planning.memory import stage_memory
 from megatron_sppo.planning.parameters import Grid, buffer_elements, count, stage_shards, total_parameters
-from megatron_sppo.planning.simulation import simulated_rank
 from megatron_sppo.training.optimizer import OptimizationConfig, build_optimizer
 from megatron_sppo.training.parallel import ParallelConfig
 from megatron_sppo.training.policy import build_policy

@@ -17,13 +17,13 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from megatron_sppo.checkpoints.model_files import model_hash
+from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import TemplateConfig
 from megatron_sppo.rollout.generate import GenerateConfig, generate_rollouts, shard_seed
-from megatron_sppo.rollout.model_files import model_hash
 from megatron_sppo.rollout.records import Response, read_manifest, read_rollouts
 from megatron_sppo.rollout.sampler import Refusal
-from megatron_sppo.tokenizer import tokenizer_hash
 from tests.unit.rollout.fake_sampler import FakeSampler, fake_factory
 
 NUM_PROMPTS = 10

@@ -7,8 +7,13 @@ import yaml
 
 from megatron_sppo.config import parse
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.selfplay.commands import (
+    RunPaths,
+    check_rollouts_and_judges,
+    check_training_settings,
+    iteration_stages,
+)
 from megatron_sppo.selfplay.config import SelfPlayConfig, check_unchanged, named_values, option_flags, record
-from megatron_sppo.selfplay.plan import RunPaths, check_rollouts_and_judges, check_training_settings, iteration_stages
 
 YAML = """
 run: {iterations: 2, prompts_per_iteration: all}

@@ -1,0 +1,1 @@
+"""A model's files in both worlds: safetensors, Hugging Face directories, tokenizer identity, torch_dist."""

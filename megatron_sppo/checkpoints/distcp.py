@@ -1,0 +1,366 @@
+"""The files of torch.distributed.checkpoint (DCP), which Megatron-Core's `torch_dist` format is made of.
+
+A checkpoint is `.metadata` (a pickle of DCP's own metadata classes) and `*.distcp` files, each a row of `torch.save`
+streams. Here they are read without Megatron, without a process group and without trusting the pickle: only the
+metadata classes may appear in it, and tensors are loaded with weights_only. `distcp_writer` writes them.
+"""
+
+import functools
+import io
+import math
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem, planner
+from torch.distributed.checkpoint import metadata as dcp
+from torch.serialization import _get_layout
+
+from megatron_sppo.checkpoints.transfer import Span
+from megatron_sppo.errors import ConversionError, DataError
+from megatron_sppo.storage import contained
+
+METADATA_FILE = ".metadata"
+COMMON_FILE = "common.pt"
+
+_CLASSES: dict[tuple[str, str], Any] = {
+    (found.__module__, found.__qualname__): found
+    for found in (
+        *(dcp.Metadata, dcp.MetadataIndex, dcp.StorageMeta, dcp.TensorProperties, dcp._MEM_FORMAT_ENCODING),
+        *(dcp.TensorStorageMetadata, dcp.BytesStorageMetadata, dcp.ChunkStorageMetadata, filesystem._StorageInfo),
+        # Megatron-Core stores its save plans beside the metadata.
+        *(
+            planner.SavePlan,
+            planner.WriteItem,
+            planner.WriteItemType,
+            planner.TensorWriteData,
+            planner.BytesIOWriteData,
+        ),
+    )
+} | {("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): _get_layout}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickle DCP's metadata classes and nothing else: no other name is ever looked up, so no code can run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "Path", "PurePosixPath"):
+            return Path
+        if (module, name) not in _CLASSES:
+            raise ConversionError(
+                f"{METADATA_FILE} asks for {module}.{name}, which no checkpoint needs. Do not use this checkpoint."
+            )
+        return _CLASSES[module, name]
+
+
+def read_metadata(directory: Path) -> Any:
+    """Read `.metadata` -> torch.distributed.checkpoint's Metadata.
+
+    Raises:
+        ConversionError: missing, damaged, or a pickle that names anything but DCP's metadata classes.
+    """
+    path = Path(directory, METADATA_FILE)
+    try:
+        with open(path, "rb") as file:
+            content = _MetadataUnpickler(file).load()
+    except FileNotFoundError:
+        raise ConversionError(
+            f"{directory} has no {METADATA_FILE}: it is no torch_dist checkpoint, or never finished. Check the path."
+        ) from None
+    except ConversionError as error:
+        raise ConversionError(f"{directory}: {error}") from None
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        RuntimeError,
+    ) as error:
+        raise ConversionError(f"{path} is damaged ({type(error).__name__}). Use another checkpoint.") from None
+    if not isinstance(content, dcp.Metadata) or not isinstance(getattr(content, "storage_data", None), dict):
+        raise ConversionError(f"{path} is damaged (no metadata inside). Use another checkpoint.")
+    return content
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistcpReader:
+    """Global tensors of a checkpoint, by key; nothing is read before `read`."""
+
+    directory: Path
+    metadata: Any
+
+    @classmethod
+    def open(cls, directory: Path) -> "DistcpReader":
+        """Open a checkpoint directory (one iteration).
+
+        Raises:
+            ConversionError: as `read_metadata`, or a tensor is described in a way that cannot be.
+        """
+        reader = cls(directory=Path(directory), metadata=read_metadata(directory))
+        for key in reader.shapes():
+            if not _is_possible(reader.metadata.state_dict_metadata[key]):
+                raise ConversionError(
+                    f"{Path(directory, METADATA_FILE)} describes {key} in a way that cannot be (its pieces lie outside "
+                    "of it). It is damaged: use another checkpoint."
+                )
+        for index, info in reader.metadata.storage_data.items():
+            if not _are_counts((info.offset, info.length)) or not isinstance(info.relative_path, str):
+                raise ConversionError(
+                    f"{Path(directory, METADATA_FILE)} says no possible place for {index.fqn}. Use another checkpoint."
+                )
+        return reader
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """List the tensors -> {key: global shape}; objects are not listed."""
+        tensors = self.metadata.state_dict_metadata
+        return {
+            key: tuple(entry.size) for key, entry in tensors.items() if isinstance(entry, dcp.TensorStorageMetadata)
+        }
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Give a tensor's dtype."""
+        return self.metadata.state_dict_metadata[key].properties.dtype
+
+    def files(self, keys: Sequence[str]) -> list[str]:
+        """Name the files that hold these tensors -> names relative to the directory."""
+        wanted = set(keys)
+        return sorted({info.relative_path for index, info in self.metadata.storage_data.items() if index.fqn in wanted})
+
+    def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """Read a box of a global tensor, whatever layout it was saved in -> [*sizes].
+
+        Raises:
+            ConversionError: a chunk is missing or damaged, or the chunks do not cover the box.
+        """
+        result: Tensor | None = None
+        covered = 0
+        for chunk in self._chunks(key, offsets, sizes):
+            low = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
+            if any(end <= start for start, end in zip(low, high, strict=True)):
+                continue
+            tensor = self._read_chunk(key, chunk)
+            part = tensor[tuple(slice(a - b, c - b) for a, b, c in zip(low, chunk.offsets, high, strict=True))]
+            covered += part.numel()
+            if list(part.shape) == list(sizes):
+                result = part
+                continue
+            if result is None:
+                result = torch.empty(tuple(sizes), dtype=tensor.dtype)
+            result[tuple(slice(a - b, c - b) for a, b, c in zip(low, offsets, high, strict=True))] = part
+        if result is None or covered != math.prod(sizes):
+            raise ConversionError(
+                f"{self.directory} holds {covered} of {math.prod(sizes)} values of {key}. The checkpoint is incomplete."
+            )
+        return result
+
+    def spans(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[Span] | None:
+        """Find a box of a global tensor as runs of bytes in files, in the box's order -> spans, to be joined.
+
+        None where it is no such row of runs (a cut across columns, say), or is not whole: `read` then makes the tensor
+        of it, or says what is wrong.
+        """
+        found: list[tuple[int, int, Span]] = []
+        for chunk in self._chunks(key, offsets, sizes):
+            run = _run_of_rows(chunk, offsets, sizes)
+            if run is None:
+                return None
+            if run.rows:
+                place = self._payload(key, chunk)
+                if place is None:
+                    return None
+                item = self.dtype(key).itemsize
+                found.append(
+                    (run.start, run.rows, Span(place.path, place.offset + run.first * item, run.values * item))
+                )
+        found.sort(key=lambda entry: entry[0])
+        rows = 0
+        for start, count, _ in found:
+            if start != rows:
+                return None
+            rows += count
+        return [span for _, _, span in found] if rows == sizes[row_axis(sizes)] else None
+
+    def _payload(self, key: str, chunk: Any) -> Span | None:
+        """Find a chunk's values in its file -> span, or None where they are not stored plainly, one after another."""
+        info = self.metadata.storage_data.get(dcp.MetadataIndex(key, chunk.offsets))
+        path = None if info is None else contained(self.directory, info.relative_path)
+        if info is None or path is None or not path.is_file() or path.stat().st_size < info.offset + info.length:
+            return None
+        described = self._read_chunk(key, chunk, values=False)
+        start = getattr(described.untyped_storage(), "_checkpoint_offset", None)
+        if start is None or not described.is_contiguous():
+            return None
+        start += described.storage_offset() * described.itemsize
+        if start + described.nbytes > info.length:
+            return None
+        return Span(path, info.offset + start, described.nbytes)
+
+    def _chunks(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[Any]:
+        """List the chunks that may hold values of a box."""
+        if sizes[0] != 1:
+            return self.metadata.state_dict_metadata[key].chunks
+        thin, thick = self._by_first_index[key]
+        return [*thin.get(offsets[0], ()), *thick]
+
+    @functools.cached_property
+    def _by_first_index(self) -> dict[str, tuple[dict[int, list[Any]], list[Any]]]:
+        """Chunks of each key: those of one index of the first axis (layers) by that index, and the others.
+
+        A mixture of experts has thousands of chunks a key; without this each read would look at all of them.
+        """
+        sorted_chunks: dict[str, tuple[dict[int, list[Any]], list[Any]]] = {}
+        for key in self.shapes():
+            thin: dict[int, list[Any]] = {}
+            thick: list[Any] = []
+            for chunk in self.metadata.state_dict_metadata[key].chunks:
+                is_thin = len(chunk.sizes) > 0 and chunk.sizes[0] == 1
+                (thin.setdefault(chunk.offsets[0], []) if is_thin else thick).append(chunk)
+            sorted_chunks[key] = thin, thick
+        return sorted_chunks
+
+    def _read_chunk(self, key: str, chunk: Any, *, values: bool = True) -> Tensor:
+        """Load a chunk -> [*chunk.sizes]; without `values` only described, on the meta device."""
+        place = f"{self.directory}: {key} at {list(chunk.offsets)}"
+        info = self.metadata.storage_data.get(dcp.MetadataIndex(key, chunk.offsets))
+        if info is None:
+            raise ConversionError(f"{place} is in no file. The checkpoint is incomplete.")
+        path, device = contained(self.directory, info.relative_path), "cpu" if values else "meta"
+        try:
+            with open(path, "rb") as file:
+                if info.offset + info.length > os.fstat(file.fileno()).st_size:
+                    raise EOFError("it lies beyond the end")
+                tensor = torch.load(_Section(file, info.offset, info.length), map_location=device, weights_only=True)
+        except FileNotFoundError:
+            raise ConversionError(
+                f"{place} is in {info.relative_path}, which is missing. Use another checkpoint."
+            ) from None
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConversionError(
+                f"{place} in {info.relative_path} is damaged ({reason}). Use another checkpoint."
+            ) from None
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != tuple(chunk.sizes):
+            raise ConversionError(
+                f"{place} in {info.relative_path} is not of shape {list(chunk.sizes)}. Use another checkpoint."
+            )
+        if tensor.dtype != self.dtype(key):
+            raise ConversionError(
+                f"{place} in {info.relative_path} is {tensor.dtype}, and {METADATA_FILE} says {self.dtype(key)}. "
+                "Use another checkpoint."
+            )
+        return tensor
+
+
+class _Run(NamedTuple):
+    """What one chunk has of a box, where that lies in the chunk in one piece."""
+
+    start: int
+    """First row in the box."""
+    rows: int
+    first: int
+    """First value in the chunk."""
+    values: int
+
+
+def row_axis(sizes: Sequence[int]) -> int:
+    """Choose the axis along which a box may be cut into pieces that follow each other: the first that is not 1."""
+    return next((axis for axis, size in enumerate(sizes) if size != 1), len(sizes) - 1)
+
+
+def _run_of_rows(chunk: Any, offsets: Sequence[int], sizes: Sequence[int]) -> _Run | None:
+    """Cut a box with a chunk -> the run of rows that they share (none: 0 rows), or None where it is no run."""
+    low = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
+    high = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
+    if any(end <= start for start, end in zip(low, high, strict=True)):
+        return _Run(0, 0, 0, 0)
+    axis = row_axis(sizes)
+    if list(sizes[axis + 1 :]) != list(chunk.sizes[axis + 1 :]) or low[axis + 1 :] != list(chunk.offsets[axis + 1 :]):
+        return None
+    inner = math.prod(sizes[axis + 1 :])
+    first, stride = 0, inner
+    for i in range(axis, -1, -1):
+        first += (low[i] - chunk.offsets[i]) * stride
+        stride *= chunk.sizes[i]
+    rows = high[axis] - low[axis]
+    return _Run(low[axis] - offsets[axis], rows, first, rows * inner)
+
+
+def _is_possible(described: Any) -> bool:
+    """Whether a tensor's description has chunks of its own rank that lie within it."""
+    shape = getattr(described, "size", None)
+    dtype = getattr(getattr(described, "properties", None), "dtype", None)
+    if not _are_counts(shape) or not isinstance(dtype, torch.dtype) or not isinstance(described.chunks, list):
+        return False
+    return all(
+        _are_counts(getattr(chunk, "offsets", None))
+        and _are_counts(getattr(chunk, "sizes", None))
+        and len(chunk.offsets) == len(chunk.sizes) == len(shape)
+        and all(a + n <= whole for a, n, whole in zip(chunk.offsets, chunk.sizes, shape, strict=True))
+        for chunk in described.chunks
+    )
+
+
+def _are_counts(numbers: Any) -> bool:
+    return isinstance(numbers, tuple) and all(isinstance(number, int) and number >= 0 for number in numbers)
+
+
+class _Section(io.RawIOBase):
+    """A read-only window on an open file: torch.load takes it for a whole one."""
+
+    def __init__(self, file: io.BufferedIOBase, offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._position = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self._length - self._position)]
+        self._file.seek(self._offset + self._position)
+        count = self._file.readinto(view)
+        self._position += count
+        return count
+
+
+def check_metadata(directory: Path) -> None:
+    """Check that the pickles of a checkpoint hold data only and that all files that `.metadata` names exist.
+
+    For those who hand the directory to a reader that trusts it, such as Megatron-Core's.
+
+    Raises:
+        DataError: a file that it names is missing or lies outside, or common.pt holds more than data.
+        ConversionError: as `read_metadata`.
+    """
+    for info in read_metadata(directory).storage_data.values():
+        if not contained(directory, info.relative_path).is_file():
+            raise DataError(
+                f"{directory} lacks {info.relative_path}, which its {METADATA_FILE} names. Use another checkpoint."
+            )
+    common = Path(directory, COMMON_FILE)
+    if not common.is_file():  # megatron-core 0.19 keeps that state among the tensors
+        return
+    try:
+        torch.load(common, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{common} is damaged or holds more than data ({reason}). Use another checkpoint.") from None

@@ -1,0 +1,229 @@
+"""Megatron-LM's checkpoint layout on disk: a root with a tracker, and one directory per iteration.
+
+    ROOT/latest_checkpointed_iteration.txt    "0"
+    ROOT/model.json
+    ROOT/iter_0000000/{.metadata, *.distcp, common.pt, metadata.json, model.json, hf/*, manifest.json}
+
+The manifest holds sha256 and size of every other file of its directory and is written last; an iteration directory
+appears by a rename, and the tracker after it. Training shares these functions.
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
+from megatron_sppo.checkpoints.distcp import METADATA_FILE
+from megatron_sppo.checkpoints.transfer import default_workers
+from megatron_sppo.errors import DataError
+from megatron_sppo.storage import atomic_file, contained, read_json, sha256_of_file, write_json
+
+logger = logging.getLogger(__name__)
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+MANIFEST_FILE = "manifest.json"
+BACKEND_FILE = "metadata.json"
+HF_DIRECTORY = "hf"
+"""Inside an iteration directory: config.json, tokenizer and chat template of the model, for the export."""
+MANIFEST_VERSION = 1
+ITERATION_PATTERN = "iter_" + 7 * "[0-9]" + "*"
+"""Glob of the iteration directories; those of a self-play run (`iter_1`) are others."""
+
+_ITERATION = re.compile(r"iter_(\d{7,})")
+
+
+def iteration_directory(root: Path, iteration: int) -> Path:
+    """Name an iteration's directory, as Megatron-LM does."""
+    return Path(root, f"iter_{iteration:07d}")
+
+
+def iterations(root: Path) -> list[int]:
+    """List the iterations that have a directory under `root`, finished or not -> ascending."""
+    found = (_ITERATION.fullmatch(path.name) for path in Path(root).glob("iter_*") if path.is_dir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """Find the iteration directory that `path` means: the directory itself, or the one that a root's tracker names.
+
+    Where the tracker is empty, garbage or ahead of what is on disk, the newest directory whose checksums hold is taken,
+    with a warning.
+
+    Raises:
+        DataError: nothing usable there; the message says what is.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError(f"{path} is no directory. Check the path of the Megatron checkpoint.")
+    if (path / METADATA_FILE).is_file():
+        return path
+    if _ITERATION.fullmatch(path.name):
+        raise DataError(
+            f"{path} has no {METADATA_FILE}: it was never finished. Use its root {path.parent}, or another iteration."
+        )
+    named, fault = _tracked(path)
+    if named is not None:
+        return named
+    for iteration in reversed(iterations(path)):
+        directory = iteration_directory(path, iteration)
+        try:
+            verify_checkpoint(directory)
+        except DataError as error:
+            logger.warning("passed over: %s", error)
+            continue
+        logger.warning(
+            "%s %s; taking %s, the newest checkpoint whose checksums hold", path / TRACKER_FILE, fault, directory.name
+        )
+        return directory
+    if (path / "config.json").is_file():
+        raise DataError(
+            f"{path} is a Hugging Face model, no Megatron checkpoint. "
+            f"tools/convert.py import --hf {path} --megatron NEW_DIR"
+        )
+    raise DataError(
+        f"{path} holds no usable Megatron checkpoint ({TRACKER_FILE} {fault}). "
+        f"tools/convert.py import --hf HF_DIR --megatron {path}"
+    )
+
+
+def _tracked(root: Path) -> tuple[Path | None, str]:
+    """Follow the tracker -> (the directory, "") or (None, what is wrong with the tracker)."""
+    tracker = root / TRACKER_FILE
+    if not tracker.is_file():
+        return None, "is missing"
+    text = tracker.read_bytes().decode("utf-8", errors="replace").strip()
+    if text == "release":
+        directory = root / "release"
+    elif text.isascii() and text.isdigit():
+        directory = iteration_directory(root, int(text))
+    else:
+        return None, f"says {text[:20]!r}, which is no iteration" if text else "is empty"
+    if not (directory / METADATA_FILE).is_file():
+        return None, f"says {text}, but {directory.name} is missing or was never finished"
+    return directory, ""
+
+
+def write_manifest(directory: Path, *, known: Mapping[str, tuple[str, int]] | None = None) -> None:
+    """Write the manifest over all files of an iteration directory; the last file to be written.
+
+    Args:
+        known: {relative name: (sha256, bytes)} of files that were hashed while they were written.
+    """
+    files = {}
+    for path in sorted(Path(directory).rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name != MANIFEST_FILE:
+            digest, size = (known or {}).get(name) or (sha256_of_file(path), path.stat().st_size)
+            files[name] = {"sha256": digest, "bytes": size}
+    write_json(Path(directory, MANIFEST_FILE), {"schema_version": MANIFEST_VERSION, "files": files})
+
+
+def verify_checkpoint(directory: Path, *, names: Sequence[str] | None = None) -> None:
+    """Check an iteration directory against its manifest: every file, or those named, by size and sha256.
+
+    Raises:
+        DataError: no manifest, or a file that is missing, changed or not in it.
+    """
+    expected = listed_digests(directory, names=names)
+    with ThreadPoolExecutor(max_workers=default_workers()) as pool:  # hashing releases the GIL
+        paths = [Path(directory, name) for name in expected]
+        for path, found, wanted in zip(paths, pool.map(sha256_of_file, paths), expected.values(), strict=True):
+            check_digest(path, found, wanted)
+
+
+def listed_digests(directory: Path, *, names: Sequence[str] | None = None) -> dict[str, str]:
+    """Check files against the manifest by size alone -> {name: the sha256 that each must have}.
+
+    Raises:
+        DataError: as `verify_checkpoint`, but for a wrong sha256.
+    """
+    directory = Path(directory)
+    manifest = read_json(directory / MANIFEST_FILE)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or manifest.get("schema_version") != MANIFEST_VERSION:
+        raise DataError(f"{directory / MANIFEST_FILE} lists no files. It is damaged: use another checkpoint.")
+    if METADATA_FILE not in files:
+        raise DataError(
+            f"{directory / MANIFEST_FILE} does not list {METADATA_FILE}. It is damaged: use another checkpoint."
+        )
+    expected = {}
+    for name in files if names is None else names:
+        path, entry = contained(directory, name), files.get(name)
+        if not isinstance(entry, dict):
+            raise DataError(f"{path} is not in {MANIFEST_FILE}: it was added or renamed later. Use another checkpoint.")
+        if not path.is_file():
+            raise DataError(f"{path} is missing. The checkpoint is damaged: use another one.")
+        if path.stat().st_size != entry.get("bytes"):
+            raise DataError(
+                f"{path} has {path.stat().st_size} bytes, not {entry.get('bytes')}. "
+                "The checkpoint is damaged: use another one."
+            )
+        expected[name] = entry.get("sha256")
+    return expected
+
+
+def check_backend(directory: Path) -> None:
+    """Refuse what `metadata.json` does not call torch_dist, such as Megatron-LM's older zarr checkpoints.
+
+    Raises:
+        DataError: it names another format, or is damaged.
+    """
+    path = Path(directory, BACKEND_FILE)
+    if not path.is_file():
+        return
+    described = read_json(path)
+    backend = described.get("sharded_backend") if isinstance(described, dict) else None
+    if backend != "torch_dist":
+        raise DataError(
+            f"{path} says sharded_backend {backend!r}, which is not read. "
+            "Save it again by Megatron-LM with --ckpt-format torch_dist."
+        )
+
+
+def check_digest(path: Path, found: str | None, expected: str) -> None:
+    """Compare a file's sha256 with its manifest's.
+
+    Raises:
+        DataError: they differ.
+    """
+    if found != expected:
+        raise DataError(f"{path} is not what was written (sha256 differs). The checkpoint is damaged: use another one.")
+
+
+def publish(root: Path, iteration: int) -> None:
+    """Make `iteration` the one that a root means: its model.json, then the tracker, each atomically."""
+    directory = iteration_directory(root, iteration)
+    assert (directory / MANIFEST_FILE).is_file(), f"{directory} is not finished"
+    if (directory / MODEL_FILE).is_file():
+        with atomic_file(Path(root, MODEL_FILE), "wb") as file:
+            file.write((directory / MODEL_FILE).read_bytes())
+    with atomic_file(Path(root, TRACKER_FILE)) as file:
+        file.write(f"{iteration}\n")
+
+
+def check_copy(path: Path, directory: Path) -> None:
+    """Hold a root's model.json against that of the iteration which it was resolved to: one is a copy of the other.
+
+    Args:
+        path: what was resolved; an iteration directory itself asks its root nothing.
+
+    Raises:
+        DataError: they differ.
+    """
+    copies = [Path(place, MODEL_FILE) for place in (path, directory)]
+    if all(copy.is_file() for copy in copies) and copies[0].read_bytes() != copies[1].read_bytes():
+        raise DataError(
+            f"{copies[0]} and {copies[1]} differ, and should be one. Check which describes the model; if it is the "
+            f"second: cp {copies[1]} {copies[0]}"
+        )
+
+
+def carry_model_files(source: Path, target: Path) -> None:
+    """Copy model.json and hf/ of an iteration directory into a new one that is being written."""
+    if Path(source, MODEL_FILE).is_file():
+        shutil.copyfile(Path(source, MODEL_FILE), Path(target, MODEL_FILE))
+    if Path(source, HF_DIRECTORY).is_dir():
+        shutil.copytree(Path(source, HF_DIRECTORY), Path(target, HF_DIRECTORY), dirs_exist_ok=True)

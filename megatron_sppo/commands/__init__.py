@@ -1,0 +1,1 @@
+"""What `megatron-sppo COMMAND` and the scripts in tools/ and examples/ run."""

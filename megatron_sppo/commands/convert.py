@@ -1,0 +1,121 @@
+"""Convert a model between Hugging Face and Megatron-Core, and prove that both are the same model.
+
+python tools/convert.py import --hf DIR --megatron DIR [--dtype bfloat16] [--workers 8]
+python tools/convert.py export --megatron DIR --hf DIR [--template HF_DIR] [--max-shard-size 5GB] [--workers 8]
+python tools/convert.py verify --hf DIR --megatron DIR [--prompts FILE] [--json FILE] [--layerwise]
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_sppo import config
+from megatron_sppo.storage import refuse_foreign_file
+
+logger = logging.getLogger(__name__)
+
+DType = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Write a Megatron-Core checkpoint from a Hugging Face directory."""
+
+    hf: Path
+    """Hugging Face directory: config.json, safetensors, tokenizer. A snapshot of the hub's cache will do."""
+    megatron: Path
+    """Root of the Megatron checkpoint to write (iteration 0)."""
+    dtype: DType | None = None
+    """Cast the weights; without it each keeps its type."""
+    overwrite: bool = False
+    """Replace another model that is there."""
+    workers: config.PositiveInt | None = None
+    """Threads; without it the cores that there are, at most 16. The files are the same by any number."""
+
+    def __post_init__(self) -> None:
+        config.check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a Hugging Face directory from a Megatron-Core checkpoint."""
+
+    megatron: Path
+    """Root of the checkpoint (its tracker decides), or one iter_* directory."""
+    hf: Path
+    """Hugging Face directory to write."""
+    template: Path | None = None
+    """Hugging Face directory whose config, tokenizer and chat template to take; else those of the import."""
+    dtype: DType | None = None
+    """Cast the weights; without it they are written as trained."""
+    max_shard_size: str | None = None
+    """Size of a safetensors file, such as 5GB; without it the files are cut as in the imported model (or at 5GB)."""
+    overwrite: bool = False
+    """Replace another model that is there."""
+    workers: config.PositiveInt | None = None
+    """Threads; without it the cores that there are, at most 16. The files are the same by any number."""
+
+    def __post_init__(self) -> None:
+        config.check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Compare both: tensors byte for byte, logits on prompts, tokenizer and chat template. Exit 2 if they differ."""
+
+    hf: Path
+    """Hugging Face directory."""
+    megatron: Path
+    """Root of the Megatron checkpoint, or one iter_* directory."""
+    prompts: Path | None = None
+    """Text file with a prompt per line, or JSONL with `prompt`; without it eight built-in prompts."""
+    json: Path | None = None
+    """File to write the report to."""
+    layerwise: bool = False
+    """Hold one layer in memory, not a model. Done anyway where a model takes more than half of the free memory."""
+
+
+COMMANDS = {"import": ImportConfig, "export": ExportConfig, "verify": VerifyConfig}
+
+
+def main() -> None:
+    """Do what the command says."""
+    settings = config.parse_command(
+        COMMANDS, name="convert.py", description="Convert between Hugging Face and Megatron-Core."
+    )
+    from megatron_sppo.conversion import convert  # brings torch, which --help need not wait for
+
+    match settings:
+        case ImportConfig():
+            convert.import_checkpoint(
+                settings.hf,
+                settings.megatron,
+                dtype=settings.dtype,
+                overwrite=settings.overwrite,
+                workers=settings.workers,
+            )
+        case ExportConfig():
+            convert.export_checkpoint(
+                settings.megatron,
+                settings.hf,
+                template=settings.template,
+                dtype=settings.dtype,
+                max_shard_size=settings.max_shard_size,
+                overwrite=settings.overwrite,
+                workers=settings.workers,
+            )
+        case VerifyConfig():
+            from megatron_sppo.verification import verify as verification  # builds both models: heavy
+
+            if settings.json is not None:
+                refuse_foreign_file(settings.json, ours="faults", flag="--json")
+
+            report = verification.verify(
+                settings.hf, settings.megatron, prompts=settings.prompts, layerwise=settings.layerwise or None
+            )
+            if settings.json is not None:
+                verification.write_report(report, settings.json)
+            for line in verification.summary(report):
+                logger.info("%s", line)
+            verification.enforce(report)

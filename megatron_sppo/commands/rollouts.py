@@ -1,0 +1,44 @@
+"""Sample K responses for each prompt with vLLM: prompts in, a rollout directory out. The same command resumes."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_sppo import config
+from megatron_sppo.conversion.complete import check_complete
+from megatron_sppo.rollout.generate import GenerateConfig, generate_rollouts
+
+NAME = "generate_rollouts.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(GenerateConfig):
+    """The rollout job, and how to report it."""
+
+    json: bool = False
+    """Print the outcome as one JSON object."""
+
+
+def main() -> None:
+    """Parse the command line, sample, report."""
+    command = config.parse(Command, name=NAME, description=__doc__ or "")
+    if not command.servers.server:
+        check_complete(Path(command.model))
+    manifest = generate_rollouts(command)
+    outcome = {
+        "output": str(command.output),
+        "num_prompts": manifest.num_prompts,
+        "num_responses": manifest.sampling["num_responses"],
+        "num_shards": len(manifest.shards),
+        "num_quarantined": len(manifest.quarantined),
+        "outcomes": manifest.outcomes,
+    }
+    if command.json:
+        print(json.dumps(outcome))
+    else:
+        print(
+            f"{command.output}: {manifest.num_prompts} prompts x {outcome['num_responses']} responses in "
+            f"{len(manifest.shards)} shards, {len(manifest.quarantined)} prompts set aside"
+        )
+    sys.stdout.flush()

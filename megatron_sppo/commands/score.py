@@ -1,0 +1,46 @@
+"""Judge rollouts pair by pair: a rollout directory in, a preference dataset out. The same command resumes.
+
+Under torchrun the ranks take shards from one list. With --from-dataset nothing is judged: the targets are rebuilt
+from the stored logits under another --preset or --selection.
+"""
+
+import json
+import logging
+import os
+import sys
+
+from megatron_sppo import config
+from megatron_sppo.judge.score import Command, rebuild, score
+from megatron_sppo.judge.work_list import open_work_list
+
+logger = logging.getLogger(__name__)
+
+NAME = "score_pairrm.py"
+
+
+def main() -> None:
+    """Parse the command line, judge or rebuild, report."""
+    command = config.parse(Command, name=NAME, description=__doc__ or "")
+    if command.from_dataset is not None:
+        is_first = os.environ.get("RANK", "0") == "0"
+        diagnostics = rebuild(command, command.from_dataset) if is_first else None
+    else:
+        diagnostics = score(command, open_work_list())
+    if diagnostics is None:
+        return
+    for warning in diagnostics.get("warnings", ()):
+        logger.warning("%s", warning)
+    for reason, number in diagnostics.get("quarantine_reasons", {}).items():
+        logger.warning("%d set aside: %s", number, reason)
+    if command.json:
+        print(json.dumps({"output": str(command.output), **diagnostics}))
+    else:
+        print(
+            f"{command.output}: {diagnostics['num_prompts']} prompts x {diagnostics['num_responses']} responses judged "
+            f"by {diagnostics['judge']}, {diagnostics['num_quarantined']} set aside"
+        )
+        if diagnostics.get("one_order_agreement") is not None:
+            print(
+                f"one order names the winner of both in {100 * diagnostics['one_order_agreement']:.1f} % of the pairs"
+            )
+    sys.stdout.flush()

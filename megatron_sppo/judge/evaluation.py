@@ -1,0 +1,245 @@
+"""Held-out evaluation: how often a judge prefers one policy's answers to another's, on prompts that training never saw.
+
+M = answers per prompt and policy, N = prompts both policies answered, R = resamples
+"""
+
+import logging
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_sppo.config import PositiveInt, Seed, check_ranges
+from megatron_sppo.errors import DataError
+from megatron_sppo.judge.diagnostics import UNREADABLE_REMEDY, share, verdict_shares, warnings
+from megatron_sppo.judge.load import load_judge
+from megatron_sppo.judge.protocol import Judge, Unjudged, judge_groups
+from megatron_sppo.objective import preference_matrix
+from megatron_sppo.objective.diagnostics import TIE_TOLERANCE
+from megatron_sppo.rollout.records import RolloutGroup, read_rollouts
+from megatron_sppo.storage import refuse_foreign_file, write_json
+
+logger = logging.getLogger(__name__)
+
+RESULT_NAME = "result.json"
+_PROMPTS_PER_CALL = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class WinRate:
+    """A mean over prompts with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+    num_prompts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Compare a policy's held-out answers with the base's and the previous policy's."""
+
+    policy: Path
+    """Rollouts of the policy that is judged."""
+    base: Path
+    """Rollouts of pi_1 on the same prompts."""
+    previous: Path
+    """Rollouts of the previous policy on the same prompts; --base itself in the first iteration."""
+    judge: str
+    """pairrm:HUB_ID_OR_DIR, rules:concise, rules:cyclic or endpoint:URL."""
+    output: Path
+    """JSON file with the result."""
+    preset: Literal["paper", "official"] = "paper"
+    """What the judge reads as the prompt. Preferences are those of the paper's rule in either case."""
+    judge_after: str | None = None
+    """Judge only what follows this text in an answer, such as "</think>"; default: whole answers."""
+    verdict_tokens: PositiveInt = 1
+    """Tokens that an endpoint may answer with: 1 for one letter, more for a judge that reasons before it."""
+    allow_no_signal: bool = False
+    """Report a win rate even where the judge has called every pair of different answers a tie."""
+    bootstrap_resamples: PositiveInt = 2000
+    """Resamples of the interval."""
+    seed: Seed = 0
+    """Seed of the resampling."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Judge the policy against the base and the previous policy and write the result -> its content.
+
+    Raises:
+        DataError: rollouts that cannot be read, or no prompt that both policies answered.
+            Or the judge calls every pair of different answers a tie.
+        ConfigError: a judge that cannot be loaded.
+    """
+    refuse_foreign_file(config.output, ours="win_rate_vs_base", flag="--output")
+    judge = load_judge(
+        config.judge, preset=config.preset, after=config.judge_after, verdict_tokens=config.verdict_tokens
+    )
+    policy = groups_by_prompt(config.policy)
+    rates: dict[str, dict[str, float]] = {}
+    for name, directory in (("base", config.base), ("previous", config.previous)):
+        if name == "previous" and config.previous == config.base:
+            rates[name] = rates["base"]  # the first iteration: pi_1 is both
+        else:
+            rates[name] = cross_win_rates(judge, policy, groups_by_prompt(directory), against=name)
+    if not config.allow_no_signal:
+        check_signal(judge.counts, judge=judge.name)
+    intervals = {
+        name: bootstrap(list(of_prompt.values()), resamples=config.bootstrap_resamples, seed=config.seed)
+        for name, of_prompt in rates.items()
+    }
+    result = {
+        "judge": judge.name,
+        "win_rate_vs_base": asdict(intervals["base"]),
+        "win_rate_vs_previous": asdict(intervals["previous"]),
+        "mean_response_tokens": mean_response_tokens(policy.values()),
+        "bootstrap_resamples": config.bootstrap_resamples,
+        "warnings": warnings(_shares(judge.counts, policy)),
+        "prompts": [
+            {
+                "prompt_id": prompt_id,
+                "vs_base": rates["base"].get(prompt_id),
+                "vs_previous": rates["previous"].get(prompt_id),
+            }
+            for prompt_id in policy
+        ],
+    }
+    for warning in result["warnings"]:
+        logger.warning("%s", warning)
+    write_json(config.output, result)
+    return result
+
+
+def check_signal(counts: Counter[str], *, judge: str) -> None:
+    """Refuse verdicts that say nothing about the policies: their win rate would be one half, and look like parity.
+
+    Raises:
+        DataError: every pair of different answers is a tie.
+    """
+    different, unreadable = counts["cross_pairs"], counts["unreadable_verdicts"]
+    if not different or counts["tied_cross_pairs"] < different:
+        return
+    words = f", {unreadable} verdicts being neither A nor B" if unreadable else ""
+    remedy = UNREADABLE_REMEDY if unreadable else "Take a judge that tells these answers apart."
+    raise DataError(
+        f"{judge} gives no signal: all {different} pairs of different answers are ties{words}. {remedy} "
+        "Or go on with --allow-no-signal."
+    )
+
+
+def _shares(counts: Counter[str], policy: Mapping[str, RolloutGroup]) -> dict[str, float | None]:
+    """Gather what is remarkable of an evaluation -> by the names of JUDGE_DIAGNOSTICS."""
+    reasons = [response.finish_reason for group in policy.values() for response in group.responses]
+    counts = counts + Counter(answers=len(reasons), cut_answers=reasons.count("length"))
+    return {
+        **verdict_shares(counts),
+        "order_disagreement": share(counts["order_bound_cross_pairs"], counts["cross_pairs"]),
+        "cross_tie_rate": share(counts["tied_cross_pairs"], counts["cross_pairs"]),
+        "unjudged": counts["unjudged"],
+    }
+
+
+def groups_by_prompt(directory: Path) -> dict[str, RolloutGroup]:
+    """Read rollouts -> {prompt_id: group}, in their order."""
+    return {group.prompt_id: group for group in read_rollouts(directory)}
+
+
+def cross_win_rates(
+    judge: Judge, policy: Mapping[str, RolloutGroup], opponent: Mapping[str, RolloutGroup], *, against: str
+) -> dict[str, float]:
+    """Judge every answer of the policy against every one of the opponent -> {prompt_id: mean P(policy's > opponent's)}.
+
+    P is the paper's: sigmoid((L_ij - L_ji) / 2), both orders asked. A prompt that one side lacks is left out
+    and counted.
+
+    A prompt that the judge cannot judge is left out as well. What the verdicts are is counted in the judge's `counts`.
+
+    Raises:
+        DataError: no prompt has answers of both, or none could be judged.
+    """
+    shared = [prompt_id for prompt_id in policy if prompt_id in opponent]
+    if not shared:
+        raise DataError(f"policy and {against} answered no common prompt. Sample both on the same held-out prompts.")
+    if left_out := len(policy) + len(opponent) - 2 * len(shared):
+        logger.warning("%d held-out answers have no counterpart against %s and are left out.", left_out, against)
+    rates: dict[str, float] = {}
+    with tqdm(total=len(shared), desc=f"judging against {against}", unit="prompt", disable=None) as bar:
+        for start in range(0, len(shared), _PROMPTS_PER_CALL):
+            prompt_ids = shared[start : start + _PROMPTS_PER_CALL]
+            joined = [join_groups(policy[prompt_id], opponent[prompt_id]) for prompt_id in prompt_ids]
+            for prompt_id, verdict in zip(prompt_ids, judge_groups(judge, joined), strict=True):
+                if isinstance(verdict, Unjudged):
+                    judge.counts["unjudged"] += 1
+                    logger.warning("prompt %s is left out: %s.", prompt_id, verdict.reason)
+                    continue
+                num_policy = len(policy[prompt_id].responses)
+                logits = torch.as_tensor(verdict, dtype=torch.float64)
+                preferences = preference_matrix(logits)[:num_policy, num_policy:]
+                rates[prompt_id] = preferences.mean().item()
+                _count(judge.counts, logits, preferences, policy[prompt_id], opponent[prompt_id])
+            bar.update(len(prompt_ids))
+    if not rates:
+        raise DataError(f"{judge.name} could judge none of {len(shared)} prompts. The warnings above say why.")
+    return rates
+
+
+def _count(
+    counts: Counter[str], logits: Tensor, preferences: Tensor, policy: RolloutGroup, opponent: RolloutGroup
+) -> None:
+    """Count the pairs of different answers, those that are tied, and those in which the same place wins both times."""
+    num_policy = len(policy.responses)
+    there, back = logits[:num_policy, num_policy:], logits[num_policy:, :num_policy].T
+    theirs = [response.text for response in opponent.responses]
+    different = torch.tensor([[response.text != text for text in theirs] for response in policy.responses])
+    tied = (preferences - 0.5).abs() <= TIE_TOLERANCE
+    counts["cross_pairs"] += int(different.sum())
+    counts["tied_cross_pairs"] += int((different & tied).sum())
+    counts["order_bound_cross_pairs"] += int((different & (torch.sign(there) * torch.sign(back) > 0)).sum())
+
+
+def join_groups(first: RolloutGroup, second: RolloutGroup) -> RolloutGroup:
+    """Put two policies' answers to one prompt into one group, the first's first -> RolloutGroup.
+
+    Raises:
+        DataError: the prompts are not the same.
+    """
+    if first.messages != second.messages:
+        raise DataError(
+            f"prompt {first.prompt_id!r} has other messages in one of the rollouts. Sample both from the same prompts."
+        )
+    return RolloutGroup(
+        prompt_id=first.prompt_id,
+        messages=first.messages,
+        prompt_token_ids=first.prompt_token_ids,
+        responses=(*first.responses, *second.responses),
+        prompt_text=first.prompt_text,
+    )
+
+
+def bootstrap(values: Sequence[float], *, resamples: int, seed: int) -> WinRate:
+    """Estimate the mean of per-prompt win rates and its 95 % percentile interval -> WinRate.
+
+    Prompts are resampled, not answers: answers of one prompt are not independent.
+    """
+    sample_N = np.asarray(values, dtype=np.float64)
+    assert sample_N.size > 0, "no values to resample"
+    generator = np.random.default_rng(seed)
+    means_R = np.array([generator.choice(sample_N, size=sample_N.size).mean() for _ in range(resamples)])
+    low, high = np.quantile(means_R, [0.025, 0.975])
+    return WinRate(mean=float(sample_N.mean()), low=float(low), high=float(high), num_prompts=sample_N.size)
+
+
+def mean_response_tokens(groups: Iterable[RolloutGroup]) -> float:
+    """Average the lengths of all answers -> tokens."""
+    lengths = [len(response.token_ids) for group in groups for response in group.responses]
+    return statistics.fmean(lengths) if lengths else 0.0

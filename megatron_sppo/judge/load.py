@@ -1,0 +1,83 @@
+"""How a SPEC such as `pairrm:DIR`, `rules:concise` or `endpoint:URL` becomes a judge."""
+
+from __future__ import annotations
+
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.judge.protocol import Judge
+
+SPEC_FORMS = "pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, matrices:FILE, rules:concise or rules:cyclic"
+
+
+def load_judge(
+    spec: str,
+    *,
+    preset: str = "paper",
+    one_order: bool = False,
+    dtype: str | None = None,
+    max_requests: int | None = None,
+    verdict_tokens: int = 1,
+    after: str | None = None,
+) -> Judge:
+    """Load the judge that a SPEC names -> Judge. Each kind takes the settings that concern it.
+
+    Args:
+        preset: "paper" or "official": what PairRM reads, the plain user message or the templated prompt.
+        one_order: ask each pair in one order only and take L_ji = -L_ij: an approximation, half the cost, position
+            bias kept. PairRM and endpoints only.
+        dtype: precision of a local model, "float32" or "bfloat16"; None: float32 on the CPU, bfloat16 on a GPU.
+        max_requests: most requests of this process to an endpoint; None: no limit.
+        verdict_tokens: tokens that an endpoint may answer with; more than 1 for one that reasons first.
+        after: judge only what follows this text in an answer, such as "</think>"; None: whole answers.
+
+    Raises:
+        ConfigError: unknown SPEC or setting, or a judge that cannot be loaded.
+        ConversionError: a weight of the judge is not in its files.
+    """
+    judge = _load(
+        spec,
+        preset=preset,
+        one_order=one_order,
+        dtype=dtype,
+        max_requests=max_requests,
+        verdict_tokens=verdict_tokens,
+    )
+    if after is None:
+        return judge
+    if not after.strip():
+        raise ConfigError('--judge-after is empty. Use --judge-after "</think>", or leave it out.')
+    from megatron_sppo.judge.conclusion import ConclusionJudge
+
+    return ConclusionJudge(judge, after)
+
+
+def _load(
+    spec: str, *, preset: str, one_order: bool, dtype: str | None, max_requests: int | None, verdict_tokens: int
+) -> Judge:
+    if preset not in ("paper", "official"):
+        raise ConfigError(f"--preset {preset!r} is unknown. Use --preset paper or --preset official.")
+    kind, _, rest = spec.partition(":")
+    if not rest:
+        raise ConfigError(f"--judge {spec!r} is not a judge. Use {SPEC_FORMS}.")
+    if kind == "rules":
+        from megatron_sppo.judge.rules import load_rules
+
+        return load_rules(rest)
+    if kind == "matrices":
+        from megatron_sppo.judge.matrices import MatricesJudge
+
+        return MatricesJudge(rest, preset=preset)
+    if kind == "pairrm":
+        from megatron_sppo.judge.pairrm.judge import PairRMJudge
+
+        return PairRMJudge(rest, preset=preset, one_order=one_order, dtype=dtype)
+    if kind == "reward":
+        from megatron_sppo.judge.reward import RewardJudge
+
+        return RewardJudge(rest, dtype=dtype)
+    if kind == "endpoint":
+        from megatron_sppo.judge.endpoint import EndpointJudge
+
+        return EndpointJudge(
+            rest, preset=preset, one_order=one_order, max_requests=max_requests, verdict_tokens=verdict_tokens
+        )
+    raise ConfigError(f"--judge {spec!r} is not a judge. Use {SPEC_FORMS}.")

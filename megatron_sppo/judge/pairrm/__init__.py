@@ -1,0 +1,1 @@
+"""PairRM: its checkpoint, its input texts, its network, and the judge around them."""

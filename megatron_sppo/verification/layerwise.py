@@ -1,0 +1,257 @@
+"""Both sides of a verification with one layer in memory: each module's weights come when it is called, and go after it.
+
+Hugging Face's model and the Megatron stage are built whole on the meta device, so that every layer has its own settings
+(sliding windows, say) and the models' own forward passes do the rest: masks, rotary embeddings, scales, caps. Hooks
+bring the weights: Hugging Face's through `from_pretrained` of a model of one layer, with its renaming and fusing of
+experts; Megatron's at the keys and offsets of the host's own `sharded_state_dict`.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories, apply_factory_merges
+from torch import Tensor
+
+from megatron_sppo.checkpoints.distcp import DistcpReader
+from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
+from megatron_sppo.checkpoints.pretrained import load_pretrained
+from megatron_sppo.conversion.megatron_model import OpenedMegatron
+from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.model.gpt import build_stage, forward
+from megatron_sppo.training import parallel
+from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.policy import host_config
+
+# B = prompts, S = tokens, padded at the end, V = vocabulary
+
+_BATCH_TOKENS = 1024
+"""Of a batch, padding included: its logits and activations are small beside a layer of a large model."""
+_ROWS = 8
+"""Vocabulary of the models of no or one layer, whose embeddings are never used."""
+
+Logits = Callable[[Tensor], Tensor]
+"""Tokens [B, S] -> float32 logits [B, S, V] on the CPU."""
+
+
+def batches(token_ids: Sequence[list[int]]) -> Iterator[list[list[int]]]:
+    """Cut prompts into runs of at most 1024 tokens, padding counted -> lists of token lists, in order."""
+    batch: list[list[int]] = []
+    for ids in token_ids:
+        longest = max(len(ids), *(len(other) for other in batch)) if batch else len(ids)
+        if batch and longest * (len(batch) + 1) > _BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(ids)
+    if batch:
+        yield batch
+
+
+def padded(batch: Sequence[list[int]]) -> Tensor:
+    """Pad at the end, where causal attention never looks -> int64 [B, S]."""
+    longest = max(len(ids) for ids in batch)
+    return torch.tensor([ids + [0] * (longest - len(ids)) for ids in batch])
+
+
+def hf_logits(hf: Path, dtype: torch.dtype, *, on_layer: Callable[[], object], attention: str | None = None) -> Logits:
+    """Open a Hugging Face model to be run layer by layer.
+
+    Args:
+        on_layer: called after each layer.
+        attention: transformers' name of an implementation; None: its default.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, device = open_hf_checkpoint(hf), parallel.device()
+    config = AutoConfig.from_pretrained(
+        hf, attn_implementation=attention, local_files_only=True, trust_remote_code=False
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    # A model of no layers and few rows gives all that is no layer: norms, rotary frequencies, the embedding's scale.
+    small = AutoModelForCausalLM.from_config(_cut(config, []), dtype=dtype).to(device).eval()
+    decoder = model.get_decoder()
+    for target, donor in ((model, small), (decoder, small.get_decoder())):
+        for name, child in donor.named_children():
+            if child is not small.get_decoder() and child is not small.get_decoder().layers:
+                setattr(target, name, child)
+    names = {module: name for name, module in model.named_modules()}
+    layers_name = names[decoder.layers]
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    for name, parameter in model.named_parameters():
+        if not name.startswith((f"{layers_name}.", f"{names[embedding]}.", f"{names[output]}.")):
+            parameter.data = source.read(name).to(device, dtype)
+    for module in (embedding, output):
+        name = f"{names[module]}.weight"
+        name = name if name in source.entries else f"{names[embedding]}.weight"  # tied
+        _lend(module, _weight_loader(source, name, device, dtype))
+    for index, layer in enumerate(decoder.layers):
+        _lend(
+            layer,
+            _hf_layer_loader(type(model), source, config, index, f"{layers_name}.", device, dtype),
+            after=on_layer,
+        )
+
+    def logits(tokens_BS: Tensor) -> Tensor:
+        return model(input_ids=tokens_BS.to(device), use_cache=False).logits.float().cpu()
+
+    return logits
+
+
+@contextlib.contextmanager
+def megatron_logits(opened: OpenedMegatron, dtype: str, *, on_layer: Callable[[], object]) -> Iterator[Logits]:
+    """Open a Megatron checkpoint to be run layer by layer; `on_layer` is called after each."""
+    layout = ParallelConfig()
+    config = ModelConfig(
+        params_dtype="bfloat16" if dtype == "bfloat16" else "float32",
+        transformer_impl="torch",  # Transformer Engine's modules do not know the meta device
+    )
+    parallel.initialize(layout, seed=0)
+    try:
+        transformer_config = host_config(opened.architecture, config, layout)
+        transformer_config.use_cpu_initialization, transformer_config.perform_initialization = True, False
+        with torch.device("meta"):
+            stage = build_stage(opened.architecture, transformer_config, config, pre_process=True, post_process=True)
+        stage.eval()
+        device = parallel.device()
+        lent = [(layer, f"decoder.layers.{index}.") for index, layer in enumerate(stage.decoder.layers)]
+        for module, prefix in lent:
+            _lend(module, _host_loader(opened, stage, prefix, device), after=on_layer)
+        apart = [(stage.embedding, "embedding."), (stage.output_layer, "output_layer.")]
+        if opened.architecture.share_embeddings_and_output_weights:
+            apart = []  # the output layer borrows the embedding's weight, which therefore stays
+        for module, prefix in apart:
+            _lend(module, _host_loader(opened, stage, prefix, device))
+        _load_the_rest(opened, stage, tuple(prefix for _, prefix in (*lent, *apart)), device)
+
+        def logits(tokens_BS: Tensor) -> Tensor:
+            tokens_BS = tokens_BS.to(device)
+            positions_BS = torch.arange(tokens_BS.shape[1], device=device).expand_as(tokens_BS)
+            return forward(stage, tokens_BS, positions_BS)[..., : opened.architecture.vocab_size].float().cpu()
+
+        yield logits
+    finally:
+        parallel.shut_down()
+
+
+def _lend(module: Any, load: Callable[[Any], None], *, after: Callable[[], object] = lambda: None) -> None:
+    """Give a module its weights before each call of it, and take them away after."""
+
+    def take_back(*_: object) -> None:
+        _drop_parameters(module)
+        after()
+
+    _drop_parameters(module)
+    module.register_forward_pre_hook(lambda *_: load(module))
+    module.register_forward_hook(take_back)
+
+
+def _drop_parameters(module: torch.nn.Module) -> None:
+    """Leave the shapes of a module's parameters; its buffers (scales of embeddings, say) stay."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+
+
+def _weight_loader(
+    source: HFCheckpoint, name: str, device: torch.device, dtype: torch.dtype
+) -> Callable[[torch.nn.Module], None]:
+    def load(module: torch.nn.Module) -> None:
+        module.weight = torch.nn.Parameter(source.read(name).to(device, dtype), requires_grad=False)
+
+    return load
+
+
+def _hf_layer_loader(
+    kind: Any, source: HFCheckpoint, config: Any, index: int, prefix: str, device: torch.device, dtype: torch.dtype
+) -> Callable[[torch.nn.Module], None]:
+    from transformers.utils import logging as transformers_logging
+
+    own = f"{prefix}{index}."
+
+    def load(layer: torch.nn.Module) -> None:
+        state = {
+            f"{prefix}0.{name.removeprefix(own)}": source.read(name) for name in source.entries if name.startswith(own)
+        }
+        shows_bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        try:
+            # The rest of the model is not there on purpose.
+            one = load_pretrained(
+                kind, None, needed=f"{prefix}0.", config=_cut(config, [index]), state_dict=state, dtype=dtype
+            )
+        finally:
+            if shows_bars:
+                transformers_logging.enable_progress_bar()
+        loaded = one.get_decoder().layers[0].state_dict()
+        layer.load_state_dict({name: tensor.to(device) for name, tensor in loaded.items()}, assign=True)
+
+    return load
+
+
+def _cut(config: Any, layers: Sequence[int]) -> Any:
+    """Describe a model of some of the layers, with a vocabulary of next to nothing -> config."""
+    cut = copy.deepcopy(config)
+    if getattr(cut, "layer_types", None) is not None:
+        cut.layer_types = [config.layer_types[index] for index in layers]
+    cut.num_hidden_layers, cut.vocab_size, cut.pad_token_id = len(layers), _ROWS, None
+    return cut
+
+
+def _host_loader(
+    opened: OpenedMegatron, stage: Any, prefix: str, device: torch.device
+) -> Callable[[torch.nn.Module], None]:
+    def load(module: torch.nn.Module) -> None:
+        loaded = _host_load(opened, stage, (prefix,), device)
+        module.load_state_dict({name.removeprefix(prefix): value for name, value in loaded.items()}, assign=True)
+
+    return load
+
+
+def _load_the_rest(opened: OpenedMegatron, stage: Any, lent: tuple[str, ...], device: torch.device) -> None:
+    """Load what is not lent: the final norm, and a tied embedding."""
+    prefixes = tuple(name for name in stage.sharded_state_dict() if not name.startswith(lent))
+    stage.load_state_dict(_host_load(opened, stage, prefixes, device), strict=False, assign=True)
+
+
+def _host_load(opened: OpenedMegatron, stage: Any, prefixes: tuple[str, ...], device: torch.device) -> dict[str, Any]:
+    """Read some of a stage's tensors at the keys and offsets that the host gives them -> {name: tensor}.
+
+    The host's own load wants all layers of a key at once.
+    """
+    state = {name: value for name, value in stage.sharded_state_dict().items() if name.startswith(prefixes)}
+    factories = {name: value for name, value in state.items() if isinstance(value, ShardedTensorFactory)}
+    apply_factories(state)
+    loaded = apply_factory_merges(_read_all(opened.reader, state), factories)
+    kinds = stage.state_dict()
+    return {
+        name: value.to(device, kinds[name].dtype) if isinstance(value, Tensor) else value
+        for name, value in loaded.items()
+    }
+
+
+def _read_all(reader: DistcpReader, state: Any) -> Any:
+    """Read what a (nested) sharded state dict describes; layers' extra states, which are empty here, become None."""
+    if isinstance(state, dict):
+        return {name: _read_all(reader, value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [_read_all(reader, value) for value in state]
+    return _read_sharded(reader, state) if isinstance(state, ShardedTensor) else None
+
+
+def _read_sharded(reader: DistcpReader, tensor: Any) -> Tensor:
+    """Read one tensor; rows that pad the vocabulary and are not in the checkpoint are zero -> [*local_shape]."""
+    stacked = tensor.prepend_axis_num
+    sizes = (*(1,) * stacked, *tensor.local_shape)
+    limits = zip(sizes, reader.shapes()[tensor.key], tensor.global_offset, strict=True)
+    held = tuple(min(size, whole - offset) for size, whole, offset in limits)
+    values = reader.read(tensor.key, tensor.global_offset, held).reshape(held[stacked:])
+    if held == sizes:
+        return values
+    result = torch.zeros(tensor.local_shape, dtype=values.dtype)
+    result[tuple(slice(0, size) for size in held[stacked:])] = values
+    return result

@@ -1,0 +1,129 @@
+"""What a verification puts to both sides: prompts for the logits, and texts that tell tokenizers apart."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sppo.architecture import Architecture, read_architecture
+from megatron_sppo.checkpoints.megatron_checkpoint import HF_DIRECTORY
+from megatron_sppo.checkpoints.tokenizer import TEXT_FILES, is_tokenizer_of, tokenizer_hash
+from megatron_sppo.errors import DataError
+from megatron_sppo.rollout.chat_template import TEMPLATE_FAULTS
+from megatron_sppo.rollout.prompts import read_prompts
+
+logger = logging.getLogger(__name__)
+
+MAX_PROMPTS = 64
+MAX_TOKENS = 512
+
+PROMPTS = (
+    "The capital of France is Paris, and the capital of Japan is",
+    "Once upon a time, in a village between two rivers, there lived a clockmaker who",
+    "def binary_search(values, target):\n    low, high = 0, len(values) - 1\n    while low <= high:\n",
+    "1 + 1 = 2, 2 + 2 = 4, 4 + 4 = 8, 8 + 8 = 16, 16 + 16 =",
+    "Die Wissenschaft fängt eigentlich erst da an interessant zu werden, wo sie aufhört.",
+    '{"name": "Ada", "born": 1815, "fields": ["mathematics", "computing"], "quote": "',
+    "Question: Why is the sky blue?\nAnswer: Sunlight is scattered by the molecules of the air, and",
+    "水は摂氏百度で沸騰し、零度で凍る。 Вода кипит при ста градусах. 🙂🙂",
+)
+"""Prose, code, arithmetic, JSON and other scripts, so that many rows of the embedding take part."""
+PROBES = (
+    *PROMPTS,
+    "",
+    " leading, trailing ",
+    "a\n\n\tb\r\n",
+    "1234567890",
+    "<|im_start|>user</s>",
+    "e\u0301 \u00e9 \ufb01",
+)
+"""The prompts, and what tokenizers differ in: white space, digits, special tokens as text, composed characters."""
+_USER = ({"role": "user", "content": "?"},)
+
+
+def compare_tokenizers(hf: Path, directory: Path) -> dict[str, Any]:
+    """Compare the files that decide ids by the hash in model.json, the others by their bytes, and both by what they do.
+
+    Bytes may differ where nothing else does (a tokenizer saved again by another version); ids may differ where the
+    files that we know are the same (a setting in a file that we do not know).
+    """
+    carried = directory / HF_DIRECTORY
+    recorded = read_architecture(directory)[1].get("hash") if (directory / "model.json").is_file() else None
+    texts: dict[str, bool] = {}
+    for name in TEXT_FILES:
+        pair = [path.read_bytes() if path.is_file() else None for path in (hf / name, carried / name)]
+        if pair != [None, None]:
+            texts[name] = pair[0] == pair[1]
+    found = tokenizer_hash(hf)
+    probes: list[str] | None = None
+    if found is not None and tokenizer_hash(carried) is not None:
+        probes = _different_probes(_tokenizer(hf), _tokenizer(carried))
+    return {
+        "hf_hash": found,
+        "megatron_hash": recorded,
+        "ids_same": found == recorded or (found is not None and is_tokenizer_of(hf, [recorded])),
+        "texts": texts,
+        "texts_same": all(texts.values()),
+        "probes": len(PROBES) if probes is not None else 0,
+        "different_probes": probes or [],
+    }
+
+
+def _different_probes(one: Any, other: Any) -> list[str]:
+    """Encode, decode and put into the chat template -> the probe texts that the two tokenizers treat differently."""
+    different = []
+    for text in PROBES:
+        ids = [tokenizer(text)["input_ids"] for tokenizer in (one, other)]
+        back = [tokenizer.decode(ids[0]) for tokenizer in (one, other)]
+        chats = [_chat(tokenizer, text) for tokenizer in (one, other)]
+        if any(pair[0] != pair[1] for pair in (ids, back, chats)):
+            different.append(text)
+    return different
+
+
+def _chat(tokenizer: Any, text: str) -> str | None:
+    if tokenizer.chat_template is None:
+        return None
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}, *_USER]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TEMPLATE_FAULTS as error:
+        return f"refused: {error}"
+
+
+def _tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+
+
+def prompt_token_ids(hf: Path, architecture: Architecture, prompts: Path | None) -> list[list[int]]:
+    """Tokenize the prompts by Hugging Face's tokenizer -> one list of ids a prompt."""
+    if tokenizer_hash(hf) is None:
+        logger.warning("%s has no tokenizer: the logits are compared on random tokens", hf)
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randint(architecture.vocab_size, (32,), generator=generator).tolist() for _ in PROMPTS]
+    tokenizer = _tokenizer(hf)
+    if prompts is None:
+        lists = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    else:
+        chosen = read_prompts(prompts, limit=MAX_PROMPTS).prompts
+        lists = []
+        for prompt in chosen:
+            try:
+                lists.append(_prompt_ids(tokenizer, prompt.messages))
+            except TEMPLATE_FAULTS as error:
+                logger.warning("prompt %s is left out: the chat template refuses it: %s", prompt.prompt_id, error)
+        if not lists:
+            raise DataError(f"the chat template of {hf} refuses every prompt of {prompts}. Leave out --prompts.")
+    limit = min(MAX_TOKENS, architecture.max_position_embeddings)
+    return [ids[:limit] for ids in lists]
+
+
+def _prompt_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    if tokenizer.chat_template is None:
+        return tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

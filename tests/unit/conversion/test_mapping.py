@@ -1,0 +1,173 @@
+"""Proves: each rule lays rows as Megatron-Core's modules read them (written out row by row), and undoes itself."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_sppo.architecture import Architecture
+from megatron_sppo.conversion.families import FAMILIES, family_of, llama
+from megatron_sppo.conversion.mapping import (
+    Copy,
+    FusedQKV,
+    GateUp,
+    PackedQKV,
+    VocabRows,
+    bind,
+    hf_shapes,
+    megatron_shapes,
+)
+from megatron_sppo.errors import ConversionError
+
+
+def architecture(**changes: object) -> Architecture:
+    values: dict[str, object] = {
+        "family": "llama",
+        "num_layers": 2,
+        "hidden_size": 6,
+        "ffn_hidden_size": 5,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 2,
+        "vocab_size": 7,
+        "max_position_embeddings": 16,
+        "layernorm_epsilon": 1e-5,
+        "rotary_base": 10000.0,
+        "share_embeddings_and_output_weights": False,
+    }
+    return Architecture(**{**values, **changes})  # type: ignore[arg-type]
+
+
+EXPERTS = {"num_moe_experts": 3, "moe_router_topk": 2, "moe_ffn_hidden_size": 4}
+
+
+def test_qkv_rows_lie_group_by_group_queries_first() -> None:
+    """4 heads over 2 groups, head dimension 2: group 0 has heads 0 and 1, so q rows 0-3, k rows 0-1, v rows 0-1."""
+    rows = {name: [f"{name}{i}" for i in range(n)] for name, n in (("q", 8), ("k", 4), ("v", 4))}
+    order = [*rows["q"][0:4], *rows["k"][0:2], *rows["v"][0:2], *rows["q"][4:8], *rows["k"][2:4], *rows["v"][2:4]]
+    code = {name: float(i) for i, name in enumerate(order)}
+    tensors = [torch.tensor([[code[row]] * 6 for row in rows[name]]) for name in "qkv"]
+    fused = FusedQKV("m.{layer}.qkv", "h.{layer}.{qkv}").to_megatron(tensors, architecture())
+    assert fused[:, 0].tolist() == [float(i) for i in range(16)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    groups=st.integers(1, 4),
+    heads_per_group=st.integers(1, 4),
+    head=st.integers(1, 5),
+    hidden=st.integers(1, 5),
+    bias=st.booleans(),
+)
+def test_qkv_and_gate_up_undo_themselves(groups: int, heads_per_group: int, head: int, hidden: int, bias: bool) -> None:
+    shape = architecture(
+        num_query_groups=groups, num_attention_heads=groups * heads_per_group, kv_channels=head, hidden_size=hidden
+    )
+    for rule in (FusedQKV("m", "h.{qkv}", columns=() if bias else ("hidden",)), GateUp("m", "h.{gate_up}")):
+        tensors = [torch.randn(size) for size in rule.part_shapes(shape)]
+        fused = rule.to_megatron(tensors, shape)
+        assert tuple(fused.shape) == rule.megatron_shape(shape)
+        back = rule.to_hf(fused, shape)
+        assert all(torch.equal(one, other) for one, other in zip(tensors, back, strict=True))
+
+
+def test_gate_rows_come_before_up_rows() -> None:
+    gate, up = torch.zeros(5, 6), torch.ones(5, 6)
+    fused = GateUp("m", "h.{gate_up}").to_megatron([gate, up], architecture())
+    assert fused[:, 0].tolist() == [0.0] * 5 + [1.0] * 5
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.experts is None])
+def test_names_and_shapes_are_those_of_transformers_model(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(
+        name, vocab_size=7, hidden_size=8, intermediate_size=5, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=2, tie_word_embeddings=False, pad_token_id=0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    ours = architecture(family=name, hidden_size=8, **FAMILIES[name].traits)
+    assert hf_shapes(bind(FAMILIES[name], ours)) == theirs
+
+
+def test_packed_rows_are_all_queries_then_all_keys_then_all_values() -> None:
+    """Phi-3's qkv_proj holds the rows that FusedQKV takes from three tensors, one after the other."""
+    shape = architecture()
+    tensors = [torch.randn(size) for size in FusedQKV("m", "h.{qkv}").part_shapes(shape)]
+    packed = PackedQKV("m", "h")
+    assert packed.part_shapes(shape) == ((16, 6),)
+    fused = packed.to_megatron([torch.cat(tensors)], shape)
+    assert torch.equal(fused, FusedQKV("m", "h.{qkv}").to_megatron(tensors, shape))
+    assert torch.equal(*packed.to_hf(fused, shape), torch.cat(tensors))
+
+
+def test_megatron_keys_stack_the_layers_first() -> None:
+    shapes = megatron_shapes(bind(FAMILIES["llama"], architecture()), architecture())
+    assert shapes["decoder.layers.self_attention.linear_qkv.weight"] == (2, 16, 6)
+    assert shapes["decoder.layers.mlp.linear_fc1.weight"] == (2, 10, 6)
+    assert shapes["decoder.final_layernorm.weight"] == (6,)
+    assert shapes["output_layer.weight"] == shapes["embedding.word_embeddings.weight"] == (7, 6)
+    assert len(shapes) == 9
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_megatron_keys_stack_the_experts_after_the_layers(family: str) -> None:
+    """The keys and axes that megatron-core's SequentialMLP and TEGroupedMLP give (transformer/moe/experts.py)."""
+    model = architecture(family=family, qk_layernorm=family == "qwen3_moe", **EXPERTS)
+    shapes = megatron_shapes(bind(FAMILIES[family], model), model)
+    assert shapes["decoder.layers.mlp.experts.experts.linear_fc1.weight"] == (2, 3, 8, 6)
+    assert shapes["decoder.layers.mlp.experts.experts.linear_fc2.weight"] == (2, 3, 6, 4)
+    assert shapes["decoder.layers.mlp.router.weight"] == (2, 3, 6)
+    assert shapes["decoder.layers.pre_mlp_layernorm.weight"] == (2, 6)
+    assert not any("mlp.linear_fc" in key for key in shapes)
+
+
+def test_an_experts_place_is_its_layer_and_its_number() -> None:
+    model = architecture(family="mixtral", **EXPERTS)
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    (binding,) = [binding for binding in bind(FAMILIES["mixtral"], model) if name in binding.hf_shapes]
+    assert binding.index == (1, 2)
+    assert binding.hf_shapes == {name.replace("w3", "w1"): (4, 6), name: (4, 6)}
+    assert binding.megatron_name == "decoder.layers.1.mlp.experts.experts.2.linear_fc1.weight"
+
+
+def test_a_tied_model_has_no_output_layer() -> None:
+    tied = architecture(share_embeddings_and_output_weights=True)
+    bindings = bind(FAMILIES["llama"], tied)
+    assert "output_layer.weight" not in megatron_shapes(bindings, tied)
+    assert "lm_head.weight" not in hf_shapes(bindings)
+
+
+@pytest.mark.parametrize("families", FAMILIES)
+def test_the_number_of_values_is_the_architectures(families: str) -> None:
+    family = FAMILIES[families]
+    model = architecture(
+        family=families,
+        **family.traits,
+        **(EXPERTS if family.experts else {}),
+    )
+    bindings = bind(family, model)
+    expected = model.num_parameters()
+    assert sum(torch.Size(shape).numel() for shape in hf_shapes(bindings).values()) == expected
+    assert sum(torch.Size(shape).numel() for shape in megatron_shapes(bindings, model).values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("extra", "name"),
+    [
+        (VocabRows("other.weight", "lm_head.weight"), "lm_head.weight"),
+        (Copy("decoder.final_layernorm.weight", "model.other.weight", ("hidden",)), "decoder.final_layernorm.weight"),
+    ],
+)
+def test_a_tensor_that_two_rules_claim_is_named(extra: Copy, name: str) -> None:
+    family = dataclasses.replace(llama.FAMILY, rules=(*llama.RULES, extra))
+    with pytest.raises(ConversionError, match=name):
+        bind(family, architecture())
+
+
+def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConversionError, match=r"'gpt2'.*llama"):
+        family_of("gpt2", place="config.json")

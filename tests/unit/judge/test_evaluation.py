@@ -1,0 +1,122 @@
+"""Proves the arithmetic of the evaluation: which block of the preference matrix counts, and the bootstrap's interval.
+
+Not proved here: that a judge is any good.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_sppo.errors import DataError
+from megatron_sppo.judge.evaluation import EvaluateConfig, bootstrap, cross_win_rates, evaluate, join_groups
+from megatron_sppo.rollout.records import RolloutGroup
+from tests.unit.selfplay.synthetic import group, write_rollouts
+
+
+class TableJudge:
+    """Gives every ordered pair the logit that a table of texts holds, and remembers what it was asked."""
+
+    name, fingerprint = "table", "table"
+
+    def __init__(self, logits: dict[tuple[str, str], float]) -> None:
+        self.logits, self.asked = logits, []
+        self.counts: Counter[str] = Counter()
+
+    def judge_logits(self, groups: Sequence[RolloutGroup]) -> list[np.ndarray]:
+        matrices = []
+        for asked in groups:
+            texts = [response.text for response in asked.responses]
+            self.asked.append(texts)
+            matrices.append(np.array([[self.logits.get((a, b), 0.0) for b in texts] for a in texts], dtype=np.float32))
+        return matrices
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def test_the_win_rate_is_the_mean_over_cross_pairs_of_both_orders() -> None:
+    """Policy a, b against c, d: mean of sigmoid((L_ij - L_ji) / 2) over ac, ad, bc, bd; pairs within a policy, which
+    have logits of 50 here, must not enter."""
+    logits = {("a", "c"): 1.0, ("c", "a"): -3.0, ("a", "d"): 0.5, ("d", "b"): 2.0, ("a", "b"): 50.0, ("d", "c"): 50.0}
+    judge = TableJudge(logits)
+    rates = cross_win_rates(judge, {"p": group("p", ["a", "b"])}, {"p": group("p", ["c", "d"])}, against="base")
+    expected = (sigmoid((1 + 3) / 2) + sigmoid(0.25) + sigmoid(0) + sigmoid(-1)) / 4
+    assert rates == {"p": pytest.approx(expected, abs=1e-12)}
+    assert judge.asked == [["a", "b", "c", "d"]]
+
+
+def test_numbers_of_answers_may_differ_between_policies() -> None:
+    judge = TableJudge({("a", "x"): 4.0})
+    rates = cross_win_rates(judge, {"p": group("p", ["a"])}, {"p": group("p", ["x", "y", "z"])}, against="base")
+    assert rates["p"] == pytest.approx((sigmoid(2) + 0.5 + 0.5) / 3)
+
+
+def test_prompts_that_one_side_lacks_are_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    ours = {name: group(name, ["a"]) for name in ("p", "q")}
+    theirs = {name: group(name, ["b"]) for name in ("q", "r")}
+    assert list(cross_win_rates(TableJudge({}), ours, theirs, against="base")) == ["q"]
+    assert "2 held-out answers have no counterpart" in caplog.text
+
+
+def test_no_common_prompt_is_an_error() -> None:
+    with pytest.raises(DataError, match="no common prompt"):
+        cross_win_rates(TableJudge({}), {"p": group("p", ["a"])}, {"q": group("q", ["b"])}, against="base")
+
+
+def test_the_same_id_with_another_text_is_refused() -> None:
+    with pytest.raises(DataError, match="other messages"):
+        join_groups(group("p", ["a"], prompt="One?"), group("p", ["b"], prompt="Two?"))
+
+
+def test_the_bootstrap_of_a_constant_has_no_width() -> None:
+    rate = bootstrap([0.25] * 7, resamples=2000, seed=3)
+    assert (rate.mean, rate.low, rate.high, rate.num_prompts) == (0.25, 0.25, 0.25, 7)
+
+
+def test_the_bootstrap_of_coin_flips_has_the_binomial_interval() -> None:
+    """A resample of n = 400 zeros and ones, half of each, has binomial counts: mean 1/2, standard error
+    sqrt(0.25 / 400) = 0.025, so that 95 % lie within 1.96 * 0.025 = 0.049."""
+    rate = bootstrap([0.0, 1.0] * 200, resamples=20000, seed=0)
+    assert rate.mean == 0.5
+    assert rate.low == pytest.approx(0.5 - 0.049, abs=0.003)
+    assert rate.high == pytest.approx(0.5 + 0.049, abs=0.003)
+
+
+def test_the_bootstrap_is_the_same_for_the_same_seed() -> None:
+    values = list(np.random.default_rng(1).uniform(size=30))
+    assert bootstrap(values, resamples=2000, seed=5) == bootstrap(values, resamples=2000, seed=5)
+    assert bootstrap(values, resamples=2000, seed=5) != bootstrap(values, resamples=2000, seed=6)
+
+
+def evaluate_config(tmp_path: Path, **changes: object) -> EvaluateConfig:
+    paths = {"policy": tmp_path / "policy", "base": tmp_path / "base", "previous": tmp_path / "base"}
+    return EvaluateConfig(**{**paths, "judge": "rules:concise", "output": tmp_path / "result.json", **changes})
+
+
+def test_a_policy_against_its_own_answers_wins_exactly_half(tmp_path: Path) -> None:
+    groups = [
+        group(f"p{number}", [f"One answer {number}.", "Another, rather longer answer here."]) for number in range(6)
+    ]
+    write_rollouts(tmp_path / "policy", groups)
+    write_rollouts(tmp_path / "base", groups)
+    result = evaluate(evaluate_config(tmp_path))
+    assert result["win_rate_vs_base"] == {"mean": 0.5, "low": 0.5, "high": 0.5, "num_prompts": 6}
+
+
+def test_better_answers_win_and_the_first_iteration_s_previous_policy_is_the_base(tmp_path: Path) -> None:
+    good = "Cats purr because their throat muscles move quickly while they breathe in and out."
+    bad = "the the the the the the the and and and and"
+    prompt = "Why do cats purr?"
+    write_rollouts(tmp_path / "policy", [group(f"p{n}", [good, good], prompt=prompt) for n in range(4)])
+    write_rollouts(tmp_path / "base", [group(f"p{n}", [bad, bad], prompt=prompt) for n in range(4)])
+    result = evaluate(evaluate_config(tmp_path))
+    assert result["win_rate_vs_base"]["low"] > 0.7
+    assert result["win_rate_vs_previous"] == result["win_rate_vs_base"]
+    assert result["mean_response_tokens"] == len(good)  # a token is a character in these rollouts
+    assert json.loads((tmp_path / "result.json").read_text()) == result

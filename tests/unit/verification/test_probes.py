@@ -1,0 +1,44 @@
+"""Proves that a prompt which the chat template refuses costs a verification that prompt and nothing else."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from megatron_sppo.conversion.hf_config import architecture_from_hf
+from megatron_sppo.errors import DataError
+from megatron_sppo.verification.probes import prompt_token_ids
+from tests.models import CHAT_TEMPLATE, byte_tokenizer, llama_config
+
+STRICT = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + CHAT_TEMPLATE
+ARCHITECTURE = architecture_from_hf(llama_config())
+TEXT = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    byte_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(STRICT)
+    return tmp_path
+
+
+def written(path: Path, *systems: str) -> Path:
+    rows = [{"system": system, "prompt": "Why?"} for system in systems]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_prompt_that_the_template_refuses_is_left_out_and_named(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The byte tokenizer's ids: one for each byte and each of the three special tokens of the text."""
+    (ids,) = prompt_token_ids(model, ARCHITECTURE, written(model / "rows.jsonl", "", "Be brief."))
+    assert len(ids) == len(TEXT) - 2 * len("<|im_start|>") - len("<|im_end|>") + 3
+    assert any("no system turns" in record.getMessage() for record in caplog.records)
+
+
+def test_where_every_prompt_is_refused_the_verification_says_so(model: Path) -> None:
+    with pytest.raises(DataError, match="refuses every prompt"):
+        prompt_token_ids(model, ARCHITECTURE, written(model / "rows.jsonl", "Be brief."))
