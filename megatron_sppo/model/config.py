@@ -9,7 +9,7 @@ import torch
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.config import NonNegativeFloat, PositiveInt, check_ranges
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.model.engine import transformer_engine_fault
+from megatron_sppo.model.transformer_engine import transformer_engine_fault
 
 logger = logging.getLogger(__name__)
 

@@ -31,8 +31,8 @@ def sppo_forward_step(
     The number of terms is the schedule's "token" count: with `calculate_per_token_loss` the gradient becomes the exact
     mean over the sequences of the global batch, however unevenly micro-batches and ranks share them.
     """
-    on_host = next(micro_batches)
-    batch = on_host.to(parallel.device())
+    on_cpu = next(micro_batches)
+    batch = on_cpu.to(parallel.device())
     output = stage_output(batch, model)
 
     def loss_sum(token_log_prob_R: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -43,7 +43,7 @@ def sppo_forward_step(
         counted = terms.numel() if parallel.context_parallel_rank() == 0 else 0
         count = torch.full((), counted, dtype=torch.int, device=terms.device)
         # The schedule divides the loss in place (megatron-core 0.16.1, schedules.py): report copies only.
-        return terms.sum(), count, {"rows": on_host.rows, "log_prob": log_prob_B.detach().clone()}
+        return terms.sum(), count, {"rows": on_cpu.rows, "log_prob": log_prob_B.detach().clone()}
 
     return output, loss_sum
 

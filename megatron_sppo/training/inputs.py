@@ -104,7 +104,7 @@ def find_resumable(config: TrainingConfig) -> Path | None:
 
 
 def _verify(checkpoint: Path) -> None:
-    """Check every file's hash, and that the pickles which the host will load hold data only. Rank 0 answers for all.
+    """Check every file's hash, and that the pickles which mcore will load hold data only. Rank 0 answers for all.
 
     Raises:
         DataError: a file is damaged or missing, or a pickle names code.

@@ -121,7 +121,7 @@ def _step(
 ) -> tuple[dict[str, float], list[dict[str, float]], _Words]:
     """Do one optimizer step -> (metrics, a line for each response, what the ranks told each other).
 
-    The host waits for the device once, where Megatron-Core reads the gradient's norm: all that is read besides has been
+    The CPU waits for the device once, where Megatron-Core reads the gradient's norm: all that is read besides has been
     copied before that. So a loss that is not finite is refused after the update that it spoilt, which nothing saves.
     """
     wide_log_prob_N = None
@@ -245,7 +245,7 @@ class _Stopwatch:
         policy.config.finalize_model_grads_func = self._stop_and_reduce
 
     def start(self) -> None:
-        """Begin a step, whose predecessor the host has waited for."""
+        """Begin a step, whose predecessor the CPU has waited for."""
         if self._begin is not None:
             self.last_seconds = _seconds_between(self._begin, self._end)
         self._begin = _now()

@@ -130,7 +130,7 @@ def _save_gradient(policy: Any, source: Path, root: Path) -> None:
     if parallel.is_rank_zero():
         target.mkdir(parents=True)
     torch.distributed.barrier()
-    checkpoint._host_save(checkpoint._model_state(policy.stages), target)
+    checkpoint._mcore_save(checkpoint._model_state(policy.stages), target)
     assert dist_checkpointing.check_is_distributed_checkpoint(str(target))
     if parallel.is_rank_zero():
         megatron_checkpoint.carry_model_files(source, target)
