@@ -33,13 +33,11 @@ class TrainingIndex:
     response_lengths: np.ndarray
     """[N] int64, tokens."""
     pairs: bool
-    max_prompt_length: int | None
-    """Longer prompts keep this many tokens from their end; None: no prompt is cut."""
-    num_dropped_ties: int
+    num_dropped_ties: int = 0
     """Prompt groups left out because all their win rates are tied."""
-    num_tied_pairs: int
+    num_tied_pairs: int = 0
     """Pairs left out, in groups that are not all tied, because their two win rates are."""
-    num_too_long: int
+    num_too_long: int = 0
     """Rows left out because prompt and response exceed the sequence length; with pairs, the partner's row too."""
 
     @property
@@ -48,8 +46,8 @@ class TrainingIndex:
         return len(self.group)
 
     @property
-    def unit_size(self) -> int:
-        """Rows that belong together: 2 with pairs, else 1."""
+    def rows_per_pair(self) -> int:
+        """Rows that follow each other in every order: 2, winner and loser; 1 without pairs."""
         return 2 if self.pairs else 1
 
     @property
@@ -140,7 +138,6 @@ def training_index(
         prompt_lengths=prompt_lengths[fits].reshape(-1),
         response_lengths=response_lengths[fits].reshape(-1),
         pairs=pairs,
-        max_prompt_length=max_prompt_length,
         num_dropped_ties=num_dropped_ties,
         num_tied_pairs=num_tied_pairs,
         num_too_long=int((~fits).sum()) * units.shape[1],

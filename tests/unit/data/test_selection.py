@@ -27,7 +27,7 @@ def test_rows_of_one_prompt(tmp_path, selection, pairs, expected):
     dataset = with_win_rates(tmp_path / "d", [[0.6, 0.1, 0.5, 0.9, 0.4]])
     index = training_index(dataset, selection, pairs=pairs)
     assert index.response.tolist() == expected
-    assert index.unit_size == (2 if pairs else 1) and index.num_rows == len(expected)
+    assert index.rows_per_pair == (2 if pairs else 1) and index.num_rows == len(expected)
 
 
 def test_ties_go_to_the_lowest_index_and_no_response_is_at_both_ends(tmp_path):
