@@ -60,7 +60,7 @@ def main() -> None:
         "output": str(command.output),
         "judge": f"matrices:{command.output / MATRICES_NAME}",
         "num_prompts": manifest.num_prompts,
-        "num_responses": manifest.sampling["num_responses"],
+        "num_responses": manifest.num_responses,
         "num_quarantined": len(manifest.quarantined),
         "counts": dict(sorted(counts.items())),
     }

@@ -31,7 +31,7 @@ def main() -> None:
     outcome = {
         "output": str(command.output),
         "num_prompts": manifest.num_prompts,
-        "num_responses": manifest.sampling["num_responses"],
+        "num_responses": manifest.num_responses,
         "num_shards": len(manifest.shards),
         "num_quarantined": len(manifest.quarantined),
         "outcomes": manifest.outcomes,

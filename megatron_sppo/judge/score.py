@@ -15,7 +15,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ def score(command: ScoreConfig, work: WorkList) -> dict[str, Any] | None:
         remove_stale_temporaries(command.output)
         writer = DatasetWriter(
             command.output,
-            num_responses=manifest.sampling["num_responses"],
+            num_responses=manifest.num_responses,
             tokenizer_hash=manifest.tokenizer_hash,
             vocab_size=manifest.vocab_size,
             judge=judge.name,
@@ -217,28 +217,8 @@ _PLAIN_COUNTS = (
 )  # fmt: skip
 
 
-class GroupWriter(Protocol):
-    """What is needed of data.writer.DatasetWriter."""
-
-    def append(
-        self,
-        prompt_token_ids: Sequence[int],
-        response_token_ids: Sequence[Sequence[int]],
-        judge_logits: np.ndarray,
-        *,
-        prompt_id: str | None = None,
-        info: dict[str, Any] | None = None,
-    ) -> bool:
-        """Add one prompt group, or quarantine it -> whether it was added."""
-        ...
-
-    def quarantine(self, prompt_id: str, reason: str) -> None:
-        """Leave a prompt group out and say why."""
-        ...
-
-
 def merge_scores(
-    rollouts: Path, manifest: RolloutManifest, judge: Judge, work_dir: Path, writer: GroupWriter, *, rule: str
+    rollouts: Path, manifest: RolloutManifest, judge: Judge, work_dir: Path, writer: DatasetWriter, *, rule: str
 ) -> Counter[str]:
     """Append every scored group to the writer, shard after shard -> counts over all shards.
 
@@ -251,7 +231,7 @@ def merge_scores(
         writer.quarantine(row["prompt_id"], row["reason"])
     counts: Counter[str] = Counter()
     seen: set[str] = set()
-    num_responses = manifest.sampling["num_responses"]
+    num_responses = manifest.num_responses
     for number, entry in enumerate(manifest.shards):
         scores = read_scores(work_dir, number, entry, judge)
         if scores is None:
@@ -260,8 +240,8 @@ def merge_scores(
         places = itertools.count()
         added: list[np.ndarray] = []
         for row in read_rows(rollouts, entry, num_responses=num_responses, vocab_size=manifest.vocab_size):
-            if row.group is None:
-                writer.quarantine(row.prompt_id, row.reason or "")
+            if not isinstance(row, RolloutGroup):
+                writer.quarantine(**row)
                 continue
             place = next(places)
             if row.prompt_id in seen:
@@ -272,15 +252,15 @@ def merge_scores(
                 writer.quarantine(row.prompt_id, scores.reasons[place])
                 continue
             if writer.append(
-                row.group.prompt_token_ids,
-                [response.token_ids for response in row.group.responses],
+                row.prompt_token_ids,
+                [response.token_ids for response in row.responses],
                 scores.judge_logits[place],
                 prompt_id=row.prompt_id,
-                info=_info(row.group),
+                info=_info(row),
             ):
                 added.append(scores.judge_logits[place])
                 counts["answers"] += num_responses
-                counts["cut_answers"] += sum(response.finish_reason == "length" for response in row.group.responses)
+                counts["cut_answers"] += sum(response.finish_reason == "length" for response in row.responses)
         if added:
             counts += signal_counts(np.stack(added), rule=rule)
     return counts

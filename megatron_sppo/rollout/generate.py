@@ -15,11 +15,8 @@ from tqdm import tqdm
 from megatron_sppo.checkpoints.model_files import ModelFiles, read_model_files
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import ChatTokenizer, TokenizedPrompt, UnusablePrompt
-from megatron_sppo.rollout.config import (
-    GenerateConfig,
-    Sampling,
-)
-from megatron_sppo.rollout.ledger import FinishedShard, ShardLedger, open_ledger
+from megatron_sppo.rollout.config import GenerateConfig, Sampling
+from megatron_sppo.rollout.finished_shards import FinishedShard, FinishedShards, open_finished_shards
 from megatron_sppo.rollout.outcomes import count_outcomes, outcome_warnings
 from megatron_sppo.rollout.prompts import PromptSet, prompts_hash, read_prompts
 from megatron_sppo.rollout.records import (
@@ -87,13 +84,13 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
         shards=(),
         quarantined=quarantined,
     )
-    with open_ledger(config.output, request, num_shards=len(shards)) as ledger:
-        if not ledger.is_complete(len(shards)):
+    with open_finished_shards(config.output, request, num_shards=len(shards)) as finished:
+        if not finished.is_complete(len(shards)):
             sampler = functools.partial(make_sampler or _start_sampler, config)
-            _sample_missing(shards, ledger, sampler, tokenizer, config.output, sampling, vocab_size=files.vocab_size)
+            _sample_missing(shards, finished, sampler, tokenizer, config.output, sampling, vocab_size=files.vocab_size)
         else:
             logger.info("%s is complete: nothing to do", config.output)
-        refused = ledger.refused()
+        refused = finished.refused()
         if refused:
             logger.warning(
                 "%d prompts are refused by the server and set aside; the first: %s: %s",
@@ -102,11 +99,11 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
         manifest = replace(
             manifest,
             num_prompts=len(prompts) - len(refused),
-            shards=tuple(entry for entry in ledger.entries() if entry.rows),
+            shards=tuple(entry for entry in finished.entries() if entry.rows),
             quarantined=(*quarantined, *refused),
-            outcomes=ledger.outcomes(),
+            outcomes=finished.outcomes(),
         )
-        _refuse_no_signal(config, ledger.outcomes())
+        _refuse_no_signal(config, finished.outcomes())
         write_manifest(config.output, manifest)
     return manifest
 
@@ -204,7 +201,7 @@ def _tokenize(
 
 def _sample_missing(
     shards: Sequence[Sequence[TokenizedPrompt]],
-    ledger: ShardLedger,
+    finished: FinishedShards,
     make_sampler: Callable[[int], Sampler],
     tokenizer: ChatTokenizer,
     output: Path,
@@ -212,10 +209,10 @@ def _sample_missing(
     *,
     vocab_size: int,
 ) -> None:
-    missing = [index for index in range(len(shards)) if index not in ledger]
+    missing = [index for index in range(len(shards)) if index not in finished]
     if not missing:
         return
-    done = sum(entry.rows for entry in ledger.entries())
+    done = sum(entry.rows for entry in finished.entries())
     total = sum(map(len, shards))
     logger.info("%d of %d prompts to sample, %d responses each", total - done, total, sampling.num_responses)
     longest = max(len(prompt.token_ids) for prompt in itertools.chain.from_iterable(shards))
@@ -236,7 +233,7 @@ def _sample_missing(
                 groups, refused = _groups(prompts, answers)
                 outcomes = count_outcomes(groups, holds_marker)
                 entry = write_shard(output, index, groups)
-                ledger.enter(index, FinishedShard(entry=entry, outcomes=outcomes, refused=refused))
+                finished.enter(index, FinishedShard(entry=entry, outcomes=outcomes, refused=tuple(refused)))
                 if index == missing[0] and len(missing) > 1:  # early, while there is something to save
                     for line in outcome_warnings(outcomes):
                         logger.warning("the first shard: %s", line)

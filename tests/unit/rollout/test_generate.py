@@ -411,7 +411,7 @@ def test_useless_answers_are_counted_and_said(
     assert outcomes == expected
     assert any(record.getMessage().startswith(said) for record in caplog.records)
     caplog.clear()
-    generate_rollouts(config, make_sampler=fake_factory(FakeSampler()))  # complete: said again, from the ledger
+    generate_rollouts(config, make_sampler=fake_factory(FakeSampler()))  # complete: said again, from request.json
     assert read_manifest(config.output).outcomes == expected
     assert any(record.getMessage().startswith(said) for record in caplog.records)
 
