@@ -19,7 +19,6 @@ import random
 import re
 import threading
 import time
-import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
 
