@@ -10,7 +10,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_sppo.architecture import Architecture
-from megatron_sppo.model.config import ModelConfig, resolve_transformer_impl
+from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.layer_spec import layer_spec
 from megatron_sppo.model.router_losses import (
     PackedDocuments,
@@ -18,6 +18,7 @@ from megatron_sppo.model.router_losses import (
     attach_router_losses,
     sequence_of_tokens,
 )
+from megatron_sppo.model.transformer_engine import resolve_transformer_impl
 from megatron_sppo.model.visibility import PackedRow, Row
 from megatron_sppo.objective import linear_log_probs
 

@@ -17,7 +17,7 @@ from torch.distributed import FileStore
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.writer import DatasetWriter
 from megatron_sppo.errors import DataError
-from megatron_sppo.judge import load_judge
+from megatron_sppo.judge.load import load_judge
 from megatron_sppo.judge.score import dataset_diagnostics, merge_scores
 from megatron_sppo.judge.scoring import _Shards, read_scores, score_rollouts, scores_path
 from megatron_sppo.judge.work_list import WorkList
