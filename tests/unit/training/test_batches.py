@@ -16,9 +16,13 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import Batches, StepPlan
-from megatron_sppo.training.config import BatchConfig, ObjectiveConfig, TrainingConfig
-from megatron_sppo.training.optimizer import OptimizationConfig
-from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.config import (
+    BatchConfig,
+    ObjectiveConfig,
+    OptimizationConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
 from tests.unit.data.make import groups, write
 
 PATHS = {"load": Path("pi_t"), "data": Path("data"), "save": Path("save")}
@@ -48,7 +52,7 @@ def plans(monkeypatch, dataset, settings: TrainingConfig, *, num_ranks: int) -> 
     ranks = []
     for rank in range(num_ranks):
         monkeypatch.setattr(parallel, "data_parallel_rank", lambda rank=rank: rank)
-        batches = Batches(dataset, settings, max_length=64, parity_length=100.0)
+        batches = Batches(dataset, settings, max_length=64, crossover_length=100.0)
         ranks.append(list(batches.steps(first=1, last=batches.steps_per_epoch)))
     return [list(step) for step in zip(*ranks, strict=True)]
 
