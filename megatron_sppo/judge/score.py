@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -267,28 +267,8 @@ _PLAIN_COUNTS = (
 )  # fmt: skip
 
 
-class GroupWriter(Protocol):
-    """What is needed of data.writer.DatasetWriter."""
-
-    def append(
-        self,
-        prompt_token_ids: Sequence[int],
-        response_token_ids: Sequence[Sequence[int]],
-        judge_logits: np.ndarray,
-        *,
-        prompt_id: str | None = None,
-        info: dict[str, Any] | None = None,
-    ) -> bool:
-        """Add one prompt group, or quarantine it -> whether it was added."""
-        ...
-
-    def quarantine(self, prompt_id: str, reason: str) -> None:
-        """Leave a prompt group out and say why."""
-        ...
-
-
 def merge_scores(
-    rollouts: Path, manifest: RolloutManifest, judge: Judge, work_dir: Path, writer: GroupWriter, *, rule: str
+    rollouts: Path, manifest: RolloutManifest, judge: Judge, work_dir: Path, writer: DatasetWriter, *, rule: str
 ) -> Counter[str]:
     """Append every scored group to the writer, shard after shard -> counts over all shards.
 
