@@ -24,9 +24,8 @@ def _imports(tree: ast.AST) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # importlib.import_module("megatron.core")
-            if re.fullmatch(r"megatron(\.\w+)+", node.value):
-                yield node.value
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"megatron(\.\w+)+", str(node.value)):
+            yield str(node.value)  # importlib.import_module("megatron.core")
 
 
 def source_of(name: str, root: Path = REPOSITORY) -> Path | None:
