@@ -87,7 +87,7 @@ def check_ranges(config: Any) -> None:
         value = getattr(config, field.name)
         for number in value if isinstance(value, (tuple, list)) else (value,):
             if number is not None and number not in found:
-                default, flag = _default_of(field), "--" + _kebab(field.name)
+                default, flag = _default_of(field), flag_of(field.name)
                 has_one = isinstance(default, (int, float))
                 remedy = f"Use for example {flag} {default:.10g}" if has_one else f"Give {flag} such a number"
                 raise ConfigError(f"{field.name} is {number}; it must be a number in {found}. {remedy}.")
@@ -270,7 +270,7 @@ def _leaves(
             found = {field.name: _Leaf(path=here, annotation=annotation, default=value, is_layout=free)}
         for key, leaf in found.items():
             assert key not in _BUILT_IN, f"{'.'.join(leaf.path)}: --{key} belongs to every tool; choose another name"
-            assert key not in leaves, f"--{_kebab(key)} would be both {leaf.path} and {leaves[key].path}; rename one"
+            assert key not in leaves, f"{flag_of(key)} would be both {leaf.path} and {leaves[key].path}; rename one"
             leaves[key] = leaf
     return leaves
 
@@ -301,15 +301,15 @@ def _check_flags(tokens: list[str], leaves: Mapping[str, _Leaf]) -> list[str]:
         if not known:
             raise ConfigError(f"unknown flag {flag}. {_nearest(flag, _all_flags(leaves))}Run with --help for the list.")
         if equals and (key == "debug" or (switch in leaves and leaves[switch].is_switch)):
-            raise ConfigError(f"{token}: {flag} takes no value. Use --{_kebab(switch)} or --no-{_kebab(switch)}.")
-        checked.append("--" + _kebab(key) + equals + value)
+            raise ConfigError(f"{token}: {flag} takes no value. Use {flag_of(switch)} or {flag_of('no_' + switch)}.")
+        checked.append(flag_of(key) + equals + value)
     return checked
 
 
 def _check_required(leaves: Mapping[str, _Leaf], *, given: set[str]) -> None:
     missing = [key for key, leaf in leaves.items() if leaf.required and key not in given]
     if missing:
-        flags = ", ".join("--" + _kebab(key) for key in missing)
+        flags = ", ".join(flag_of(key) for key in missing)
         verb, pronoun = ("is", "it") if len(missing) == 1 else ("are", "them")
         raise ConfigError(f"{flags} {verb} missing. Give {pronoun} on the command line or in the --config file.")
 
@@ -407,7 +407,7 @@ def _settings(
 
 def _tokens_of_value(key: str, leaf: _Leaf, value: Any, *, place: str) -> list[str]:
     """Spell one value (text, None, list or mapping of texts) as the tokens that a user would type."""
-    flag = "--" + _kebab(key)
+    flag = flag_of(key)
     if isinstance(value, dict):
         if not leaf.takes_many:
             raise ConfigError(f"{place}{key!r} takes one value, not a mapping. Write `{key}: VALUE`.")
@@ -426,7 +426,7 @@ def _tokens_of_value(key: str, leaf: _Leaf, value: Any, *, place: str) -> list[s
         )
     if leaf.takes(bool) and value.lower() in (*_TRUE, *_FALSE):
         true = value.lower() in _TRUE
-        return [(flag if true else "--no-" + _kebab(key)) if leaf.is_switch else f"{flag}={true}"]
+        return [(flag if true else flag_of("no_" + key)) if leaf.is_switch else f"{flag}={true}"]
     if leaf.is_switch:
         raise ConfigError(f"{place}{key!r} is {value!r}; it must be true or false.")
     return [flag, value] if leaf.takes_many else [f"{flag}={value}"]
@@ -535,8 +535,8 @@ def _keys(tokens: Sequence[str]) -> set[str]:
 
 
 def _all_flags(leaves: Mapping[str, _Leaf]) -> list[str]:
-    flags = ["--" + _kebab(key) for key in (*leaves, *_BUILT_IN)]
-    return flags + ["--no-" + _kebab(key) for key, leaf in leaves.items() if leaf.is_switch]
+    flags = [flag_of(key) for key in (*leaves, *_BUILT_IN)]
+    return flags + [flag_of("no_" + key) for key, leaf in leaves.items() if leaf.is_switch]
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -544,8 +544,9 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"Did you mean {close[0]}? " if close else ""
 
 
-def _kebab(key: str) -> str:
-    return key.replace("_", "-")
+def flag_of(name: str) -> str:
+    """Spell a setting's name as the user types it: global_batch_size -> "--global-batch-size"."""
+    return "--" + name.replace("_", "-")
 
 
 def _snake(flag: str) -> str:

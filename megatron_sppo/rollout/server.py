@@ -26,15 +26,14 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from megatron_sppo.config import NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
+from megatron_sppo.rollout.config import Sampling, ServerConfig
 from megatron_sppo.rollout.records import Response
 from megatron_sppo.rollout.retry_after import retry_after_seconds
-from megatron_sppo.rollout.sampler import Refusal, Sampling
+from megatron_sppo.rollout.sampler import Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -51,31 +50,6 @@ _OF_THE_ROW = (400, 413, 422)
 
 
 _Answer = tuple[Response, ...] | Refusal
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """Where the servers are, and how patient to be."""
-
-    server: tuple[str, ...] = ()
-    """URLs of running vLLM servers with this model, such as http://node1:8000; without any, vLLM runs here."""
-    server_model: str | None = None
-    """Name of the model on the servers; None takes the one that they serve."""
-    server_concurrency: PositiveInt = 64
-    """Requests in flight per server; each is one prompt with its K responses."""
-    server_timeout: PositiveFloat = 600.0
-    """Seconds for one request."""
-    server_retries: NonNegativeInt = 5
-    """Times that a failed request is sent again."""
-    server_seeds: bool = True
-    """Send a seed with each request. vLLM servers on CPU crash on seeds: use --no-server-seeds there."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        for url in self.server:
-            parts = urllib.parse.urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ConfigError(f"{url!r} is no server URL. Use --server http://HOST:PORT.")
 
 
 class ServerSampler:

@@ -17,11 +17,12 @@ import pytest
 
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
+from megatron_sppo.rollout.config import Sampling, ServerConfig
 from megatron_sppo.rollout.prompts import Prompt
 from megatron_sppo.rollout.records import Response
 from megatron_sppo.rollout.retry_after import retry_after_seconds
-from megatron_sppo.rollout.sampler import Refusal, Sampling
-from megatron_sppo.rollout.server import ServerConfig, ServerSampler
+from megatron_sppo.rollout.sampler import Refusal
+from megatron_sppo.rollout.server import ServerSampler
 
 SAMPLING = Sampling(num_responses=3, temperature=0.7, top_p=0.9, max_tokens=16, seed=0, stop_token_ids=(2, 7))
 PROMPTS = [
