@@ -26,6 +26,7 @@ setup(
         "msgspec>=0.19",
         "numpy>=1.26",
         "nvidia-ml-py>=12.560",
+        "openai>=2",
         # megatron-core 0.19 imports it when it saves a checkpoint and does not declare it.
         "psutil>=5.9",
         "pyyaml>=6.0",
