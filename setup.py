@@ -29,6 +29,7 @@ setup(
         "msgspec>=0.19",
         "numpy>=1.26",
         "nvidia-ml-py>=12.560",
+        "openai>=2",
         # megatron-core 0.19 imports it when it saves a checkpoint and does not declare it.
         "psutil>=5.9",
         "pyyaml>=6.0",
@@ -61,6 +62,7 @@ setup(
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Operating System :: POSIX :: Linux",
     ],
 )
