@@ -22,9 +22,11 @@ from tqdm import tqdm
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.distcp import COMMON_FILE, check_metadata
-from megatron_sppo.checkpoints.hf_checkpoint import check_side_files, open_hf_checkpoint, read_config
+from megatron_sppo.checkpoints.hf_checkpoint import open_hf_checkpoint
+from megatron_sppo.checkpoints.hf_files import read_config
 from megatron_sppo.checkpoints.megatron_checkpoint import MANIFEST_FILE, resolve_checkpoint, verify_checkpoint
 from megatron_sppo.checkpoints.pretrained import load_pretrained
+from megatron_sppo.checkpoints.side_files import check_side_files
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, different_fields, open_megatron

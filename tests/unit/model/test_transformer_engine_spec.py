@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints import megatron_checkpoint
-from megatron_sppo.checkpoints.hf_checkpoint import read_config
+from megatron_sppo.checkpoints.hf_files import read_config
 from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.model.config import ModelConfig
