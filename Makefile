@@ -43,7 +43,7 @@ ENGINE := .cache/transformer-engine-2.11.0
 TRITON := .cache/triton-3.5.1-python$(VERSION)
 EMULATED := CUDALESS=1 PYTHONPATH=$(CURDIR)/tests/cudaless/startup:$(CURDIR)/$(ENGINE):$(CURDIR) $(PYTEST) -p tests.cudaless.plugin
 
-.PHONY: help interpreter install demo test lint test-unit test-distributed test-triton test-cudaless test-gpu-emulated test-e2e clean
+.PHONY: help interpreter install demo test lint test-unit test-distributed test-triton test-cudaless test-gpu-emulated test-e2e docs clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -123,6 +123,12 @@ test-cudaless: install $(ENGINE)/.unpacked
 
 test-gpu-emulated: install $(ENGINE)/.unpacked
 	$(EMULATED) tests/cudaless tests/gpu
+
+# Pages made from code are written again first; a page that is not what the code says fails tests/unit/test_docs.py.
+docs: install
+	@for page in troubleshooting commands benchmarks; do $(BIN)/python docs/$$page.py; done
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
+	@echo "site/index.html"
 
 # vLLM holds some GiB: these run alone and last.
 test-e2e: install
