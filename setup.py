@@ -23,8 +23,10 @@ setup(
         # Python 3.11 resolves 0.16.1, Python 3.12 and later 0.19.x: both are tested.
         "megatron-core>=0.16.1,<0.20",
         "matplotlib>=3.8",
+        "msgspec>=0.19",
         "numpy>=1.26",
         "nvidia-ml-py>=12.560",
+        "openai>=2",
         # megatron-core 0.19 imports it when it saves a checkpoint and does not declare it.
         "psutil>=5.9",
         "pyyaml>=6.0",

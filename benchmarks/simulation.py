@@ -11,7 +11,7 @@ import torch.distributed
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_sppo.training import parallel
-from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.config import ParallelConfig
 
 
 @contextlib.contextmanager

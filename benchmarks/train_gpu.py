@@ -31,14 +31,14 @@ from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.writer import DatasetWriter
-from megatron_sppo.model.config import ModelConfig, check_machine
+from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.model.engine import check_machine
 from megatron_sppo.planning.architectures import PUBLISHED
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import Batches, StepPlan
-from megatron_sppo.training.config import BatchConfig, TrainingConfig
+from megatron_sppo.training.config import BatchConfig, OptimizationConfig, ParallelConfig, TrainingConfig
 from megatron_sppo.training.forward_step import objective_terms, run_micro_batches
-from megatron_sppo.training.optimizer import OptimizationConfig, build_optimizer
-from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.optimizer import build_optimizer
 from megatron_sppo.training.policy import Policy, build_policy
 
 NAME = "train_gpu.py"

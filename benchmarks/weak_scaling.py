@@ -28,9 +28,7 @@ from megatron_sppo.model.gpt import build_stage
 from megatron_sppo.planning.architectures import PUBLISHED
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import Batches
-from megatron_sppo.training.config import BatchConfig, TrainingConfig
-from megatron_sppo.training.optimizer import OptimizationConfig
-from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.config import BatchConfig, OptimizationConfig, ParallelConfig, TrainingConfig
 from megatron_sppo.training.policy import host_config
 
 NAME = "weak_scaling.py"

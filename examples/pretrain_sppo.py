@@ -13,16 +13,18 @@ import sys
 
 from megatron_sppo import config as configuration
 from megatron_sppo.command_line import run
-from megatron_sppo.training import checkpoint, inputs, loop, parallel, reference
 from megatron_sppo.training.config import TrainingConfig
-from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
-from megatron_sppo.training.policy import build_policy
 
 logger = logging.getLogger(__name__)
 
 
 def main() -> None:
     config = configuration.parse(TrainingConfig, name="pretrain_sppo.py", description=__doc__ or "")
+
+    # torch and Megatron-Core take seconds to import, which neither --help nor a refused setting needs.
+    from megatron_sppo.training import checkpoint, inputs, loop, parallel, reference
+    from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
+    from megatron_sppo.training.policy import build_policy
 
     # What can be refused is refused here, before the first second of compute.
     source, architecture, tokenizer = inputs.open_source(config)

@@ -4,11 +4,13 @@ A config is a frozen dataclass whose fields may be dataclasses ("sections"). Eve
 kebab-case. `--config FILE.yaml` holds the same names in snake_case, grouped by section or flat. A YAML value becomes
 the tokens that a user would have typed, put before the user's own: one path validates both, and the later one wins.
 A number's annotation says what it may be (`PositiveInt`, `Annotated[float, Range(0, 1)]`), and `check_ranges` holds it.
+`Annotated[PositiveInt, LAYOUT]` marks what a resumed run may change; `deciding` lists what it may not.
 """
 
 import contextlib
 import dataclasses
 import difflib
+import enum
 import io
 import itertools
 import logging
@@ -64,6 +66,17 @@ NonNegativeFloat = Annotated[float, Range(0, 1e12)]
 Fraction = Annotated[float, Range(0, 1)]
 
 
+class Mark(enum.Enum):
+    """What a field's annotation says of it beside its type and range."""
+
+    LAYOUT = "layout"
+
+
+LAYOUT = Mark.LAYOUT
+"""Marks a field (or a section) that decides where or how a run is computed, not what comes of it: a run that is resumed
+may have another value there. What is not marked decides, and must be the same."""
+
+
 def check_ranges(config: Any) -> None:
     """Refuse a number outside the range that its field's annotation names; called by each config's `__post_init__`.
 
@@ -74,7 +87,7 @@ def check_ranges(config: Any) -> None:
         value = getattr(config, field.name)
         for number in value if isinstance(value, (tuple, list)) else (value,):
             if number is not None and number not in found:
-                default, flag = _default_of(field), "--" + _kebab(field.name)
+                default, flag = _default_of(field), flag_of(field.name)
                 has_one = isinstance(default, (int, float))
                 remedy = f"Use for example {flag} {default:.10g}" if has_one else f"Give {flag} such a number"
                 raise ConfigError(f"{field.name} is {number}; it must be a number in {found}. {remedy}.")
@@ -89,10 +102,10 @@ def _ranges(config_class: type[Any]) -> tuple[tuple[dataclasses.Field[Any], Rang
 
 
 def _ranges_in(annotation: Any) -> Iterator[Range]:
-    if typing.get_origin(annotation) is Annotated:
-        yield from (item for item in typing.get_args(annotation) if isinstance(item, Range))
-    else:
-        for member in typing.get_args(annotation):
+    for member in typing.get_args(annotation):
+        if isinstance(member, Range):
+            yield member
+        else:
             yield from _ranges_in(member)
 
 
@@ -166,6 +179,15 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
+def deciding(config: Any) -> dict[str, Any]:
+    """List what must be the same when a run is resumed: every setting not marked LAYOUT -> {dotted path: plain value}.
+
+    Paths are sections and name, such as "optimization.lr"; values as `to_dict` spells them.
+    """
+    leaves = _leaves(type(config)).values()
+    return {".".join(leaf.path): _plain(_value_of(config, leaf)) for leaf in leaves if not leaf.is_layout}
+
+
 def write_yaml(config: Any, path: Path) -> None:
     """Write the resolved config, atomically. `--config PATH` of the same tool reads an equal config back."""
     with atomic_file(Path(path)) as file:
@@ -187,9 +209,7 @@ def to_flags(config: Any) -> list[str]:
     """
     flags: list[str] = []
     for key, leaf in _leaves(type(config)).items():
-        value = config
-        for name in leaf.path:
-            value = getattr(value, name)
+        value = _value_of(config, leaf)
         if leaf.required or value != leaf.default:
             flags += _tokens_of_value(key, leaf, _plain_text(value), place="")
     return flags
@@ -202,6 +222,8 @@ class _Leaf:
     path: tuple[str, ...]
     annotation: Any
     default: Any
+    is_layout: bool = False
+    """Marked LAYOUT, or within a section that is."""
 
     @property
     def required(self) -> bool:
@@ -224,28 +246,39 @@ class _Leaf:
 
 
 def _leaves(
-    config_class: type[Any], path: tuple[str, ...] = (), default: Any = dataclasses.MISSING
+    config_class: type[Any],
+    path: tuple[str, ...] = (),
+    default: Any = dataclasses.MISSING,
+    *,
+    is_layout: bool = False,
 ) -> dict[str, _Leaf]:
     """List every leaf field by its name, sections opened -> {snake_case name: leaf}."""
     assert dataclasses.is_dataclass(config_class), f"{config_class} is no dataclass"
     hints = typing.get_type_hints(config_class, include_extras=True)
     leaves: dict[str, _Leaf] = {}
     for field in dataclasses.fields(config_class):
-        annotation = hints[field.name]
+        annotation, marks = hints[field.name], list[Any]()
         if typing.get_origin(annotation) is Annotated:
-            annotation = typing.get_args(annotation)[0]
+            annotation, *marks = typing.get_args(annotation)
+        free = is_layout or LAYOUT in marks
         value = _default_of(field) if default is dataclasses.MISSING else getattr(default, field.name)
         here = (*path, field.name)
         if dataclasses.is_dataclass(annotation):
             assert isinstance(annotation, type)
-            found = _leaves(annotation, here, value)
+            found = _leaves(annotation, here, value, is_layout=free)
         else:
-            found = {field.name: _Leaf(path=here, annotation=annotation, default=value)}
+            found = {field.name: _Leaf(path=here, annotation=annotation, default=value, is_layout=free)}
         for key, leaf in found.items():
             assert key not in _BUILT_IN, f"{'.'.join(leaf.path)}: --{key} belongs to every tool; choose another name"
-            assert key not in leaves, f"--{_kebab(key)} would be both {leaf.path} and {leaves[key].path}; rename one"
+            assert key not in leaves, f"{flag_of(key)} would be both {leaf.path} and {leaves[key].path}; rename one"
             leaves[key] = leaf
     return leaves
+
+
+def _value_of(config: Any, leaf: _Leaf) -> Any:
+    for name in leaf.path:
+        config = getattr(config, name)
+    return config
 
 
 def _default_of(field: dataclasses.Field[Any]) -> Any:
@@ -268,15 +301,15 @@ def _check_flags(tokens: list[str], leaves: Mapping[str, _Leaf]) -> list[str]:
         if not known:
             raise ConfigError(f"unknown flag {flag}. {_nearest(flag, _all_flags(leaves))}Run with --help for the list.")
         if equals and (key == "debug" or (switch in leaves and leaves[switch].is_switch)):
-            raise ConfigError(f"{token}: {flag} takes no value. Use --{_kebab(switch)} or --no-{_kebab(switch)}.")
-        checked.append("--" + _kebab(key) + equals + value)
+            raise ConfigError(f"{token}: {flag} takes no value. Use {flag_of(switch)} or {flag_of('no_' + switch)}.")
+        checked.append(flag_of(key) + equals + value)
     return checked
 
 
 def _check_required(leaves: Mapping[str, _Leaf], *, given: set[str]) -> None:
     missing = [key for key, leaf in leaves.items() if leaf.required and key not in given]
     if missing:
-        flags = ", ".join("--" + _kebab(key) for key in missing)
+        flags = ", ".join(flag_of(key) for key in missing)
         verb, pronoun = ("is", "it") if len(missing) == 1 else ("are", "them")
         raise ConfigError(f"{flags} {verb} missing. Give {pronoun} on the command line or in the --config file.")
 
@@ -374,7 +407,7 @@ def _settings(
 
 def _tokens_of_value(key: str, leaf: _Leaf, value: Any, *, place: str) -> list[str]:
     """Spell one value (text, None, list or mapping of texts) as the tokens that a user would type."""
-    flag = "--" + _kebab(key)
+    flag = flag_of(key)
     if isinstance(value, dict):
         if not leaf.takes_many:
             raise ConfigError(f"{place}{key!r} takes one value, not a mapping. Write `{key}: VALUE`.")
@@ -393,7 +426,7 @@ def _tokens_of_value(key: str, leaf: _Leaf, value: Any, *, place: str) -> list[s
         )
     if leaf.takes(bool) and value.lower() in (*_TRUE, *_FALSE):
         true = value.lower() in _TRUE
-        return [(flag if true else "--no-" + _kebab(key)) if leaf.is_switch else f"{flag}={true}"]
+        return [(flag if true else flag_of("no_" + key)) if leaf.is_switch else f"{flag}={true}"]
     if leaf.is_switch:
         raise ConfigError(f"{place}{key!r} is {value!r}; it must be true or false.")
     return [flag, value] if leaf.takes_many else [f"{flag}={value}"]
@@ -439,7 +472,7 @@ def _raise_config_error(exit_: SystemExit, boxed: str, flags_of_file: set[str], 
             raise cause from None
         cause = cause.__context__
     message = " ".join(_boxed_text(boxed)).rstrip(".")
-    message = re.sub(r"typing\.Annotated\[(\w+), Range\([^)]*\)\]", r"\1", message)
+    message = re.sub(r"typing\.Annotated\[(\w+), [^\]]*\]", r"\1", message)
     origin = f"{file}: " if file is not None and any(flag in message for flag in flags_of_file) else ""
     raise ConfigError(f"{origin}{message}. Run with --help for what each flag takes.") from None
 
@@ -502,8 +535,8 @@ def _keys(tokens: Sequence[str]) -> set[str]:
 
 
 def _all_flags(leaves: Mapping[str, _Leaf]) -> list[str]:
-    flags = ["--" + _kebab(key) for key in (*leaves, *_BUILT_IN)]
-    return flags + ["--no-" + _kebab(key) for key, leaf in leaves.items() if leaf.is_switch]
+    flags = [flag_of(key) for key in (*leaves, *_BUILT_IN)]
+    return flags + [flag_of("no_" + key) for key, leaf in leaves.items() if leaf.is_switch]
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -511,8 +544,9 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"Did you mean {close[0]}? " if close else ""
 
 
-def _kebab(key: str) -> str:
-    return key.replace("_", "-")
+def flag_of(name: str) -> str:
+    """Spell a setting's name as the user types it: global_batch_size -> "--global-batch-size"."""
+    return "--" + name.replace("_", "-")
 
 
 def _snake(flag: str) -> str:

@@ -18,11 +18,15 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
+
+import msgspec
 
 from megatron_sppo.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LOCK_NAME = ".lock"
 LOCK_BEAT_SECONDS = 15.0
@@ -319,6 +323,23 @@ def read_json(path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         fault = damage(path, f"{path} is not valid JSON ({error}). It is damaged: write it again.")
         raise DataError(fault) from None
+
+
+def read_json_as(path: Path, of: type[T], *, remedy: str, str_keys: bool = False) -> T:
+    """Read a JSON file whose content a type describes (a dataclass, a TypedDict, `msgspec.Meta` bounds) -> an instance.
+
+    Args:
+        remedy: what to do about a file that holds something else.
+        str_keys: keys may be numbers that JSON spells as texts.
+
+    Raises:
+        DataError: as `read_json`; or the content is not of the type, the place named (`$.shards[0].rows`).
+    """
+    value = read_json(path)
+    try:
+        return msgspec.convert(value, of, str_keys=str_keys)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}. {remedy}") from None
 
 
 def refuse_foreign_file(path: Path, *, ours: str, flag: str) -> None:

@@ -5,8 +5,7 @@ import json
 from dataclasses import dataclass
 
 from megatron_sppo.config import parse
-from megatron_sppo.judge.evaluation import EvaluateConfig, evaluate
-from megatron_sppo.selfplay.summary import rate_text
+from megatron_sppo.judge.config import EvaluateConfig
 
 NAME = "evaluate.py"
 
@@ -22,6 +21,9 @@ class Command(EvaluateConfig):
 def main() -> None:
     """Evaluate and print both win rates."""
     config = parse(Command, name=NAME, description=str(__doc__))
+    from megatron_sppo.judge.evaluation import evaluate  # brings torch, which --help need not wait for
+    from megatron_sppo.selfplay.summary import rate_text
+
     result = evaluate(config)
     if config.json:
         print(json.dumps({name: value for name, value in result.items() if name != "prompts"}))

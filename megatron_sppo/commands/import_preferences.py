@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_sppo import config
-from megatron_sppo.rollout.chat_template import TemplateConfig
-from megatron_sppo.rollout.preferences import MATRICES_NAME, import_preferences
+from megatron_sppo.rollout.config import TemplateConfig
 
 NAME = "import_preferences.py"
 
@@ -46,6 +45,8 @@ class Command:
 def main() -> None:
     """Parse the command line, import, report."""
     command = config.parse(Command, name=NAME, description=__doc__ or "")
+    from megatron_sppo.rollout.preferences import MATRICES_NAME, import_preferences  # --help need not wait for it
+
     manifest, counts = import_preferences(
         command.rows,
         model=command.model,
@@ -59,7 +60,7 @@ def main() -> None:
         "output": str(command.output),
         "judge": f"matrices:{command.output / MATRICES_NAME}",
         "num_prompts": manifest.num_prompts,
-        "num_responses": manifest.sampling["num_responses"],
+        "num_responses": manifest.num_responses,
         "num_quarantined": len(manifest.quarantined),
         "counts": dict(sorted(counts.items())),
     }

@@ -11,8 +11,7 @@ import json
 from dataclasses import dataclass
 
 from megatron_sppo.config import parse
-from megatron_sppo.training import parallel
-from megatron_sppo.training.inspection import InspectionConfig, inspect
+from megatron_sppo.training.config import InspectionConfig
 
 NAME = "inspect_log_ratio.py"
 
@@ -28,6 +27,9 @@ class Command(InspectionConfig):
 def main() -> None:
     """Write the log-ratios, and say on rank 0 what was written."""
     config = parse(Command, name=NAME, description=str(__doc__))
+    from megatron_sppo.training import parallel  # brings torch, which --help need not wait for
+    from megatron_sppo.training.inspection import inspect
+
     summary = inspect(config)
     if not parallel.is_rank_zero():
         return

@@ -8,8 +8,6 @@ import json
 import sys
 
 from megatron_sppo.planning.config import read_plan
-from megatron_sppo.planning.plan import make_report
-from megatron_sppo.planning.text import render
 
 NAME = "plan.py"
 
@@ -17,5 +15,8 @@ NAME = "plan.py"
 def main() -> None:
     """Plan and print."""
     config, file = read_plan(sys.argv[1:], name=NAME, description=str(__doc__))
+    from megatron_sppo.planning.plan import make_report  # brings torch, which --help need not wait for
+    from megatron_sppo.planning.text import render
+
     report = make_report(config, config_file=file)
     print(json.dumps(report.to_json(), indent=2) if config.plan.json else render(report))

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sppo.config import parse
-from megatron_sppo.report.page import write_report
 
 NAME = "report.py"
 
@@ -21,4 +20,6 @@ class ReportConfig:
 def main() -> None:
     """Write the report and say where it is."""
     config = parse(ReportConfig, name=NAME, description=str(__doc__))
+    from megatron_sppo.report.page import write_report  # brings torch and matplotlib: --help need not wait for them
+
     print(write_report(config.run))

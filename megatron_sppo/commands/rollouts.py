@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sppo import config
-from megatron_sppo.conversion.complete import check_complete
-from megatron_sppo.rollout.generate import GenerateConfig, generate_rollouts
+from megatron_sppo.rollout.config import GenerateConfig
 
 NAME = "generate_rollouts.py"
 
@@ -23,13 +22,16 @@ class Command(GenerateConfig):
 def main() -> None:
     """Parse the command line, sample, report."""
     command = config.parse(Command, name=NAME, description=__doc__ or "")
+    from megatron_sppo.conversion.complete import check_complete  # brings torch, which --help need not wait for
+    from megatron_sppo.rollout.generate import generate_rollouts
+
     if not command.servers.server:
         check_complete(Path(command.model))
     manifest = generate_rollouts(command)
     outcome = {
         "output": str(command.output),
         "num_prompts": manifest.num_prompts,
-        "num_responses": manifest.sampling["num_responses"],
+        "num_responses": manifest.num_responses,
         "num_shards": len(manifest.shards),
         "num_quarantined": len(manifest.quarantined),
         "outcomes": manifest.outcomes,

@@ -8,19 +8,30 @@ import json
 import logging
 import os
 import sys
+from dataclasses import dataclass
 
 from megatron_sppo import config
-from megatron_sppo.judge.score import Command, rebuild, score
-from megatron_sppo.judge.work_list import open_work_list
+from megatron_sppo.judge.config import ScoreConfig
 
 logger = logging.getLogger(__name__)
 
 NAME = "score_pairrm.py"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Command(ScoreConfig):
+    """The scoring, and how to report it."""
+
+    json: bool = False
+    """Print the outcome as one JSON object."""
+
+
 def main() -> None:
     """Parse the command line, judge or rebuild, report."""
     command = config.parse(Command, name=NAME, description=__doc__ or "")
+    from megatron_sppo.judge.score import rebuild, score  # brings torch, which --help need not wait for
+    from megatron_sppo.judge.work_list import open_work_list
+
     if command.from_dataset is not None:
         is_first = os.environ.get("RANK", "0") == "0"
         diagnostics = rebuild(command, command.from_dataset) if is_first else None

@@ -9,12 +9,7 @@ import sys
 from dataclasses import dataclass
 
 from megatron_sppo.config import parse
-from megatron_sppo.selfplay.commands import REPORT_NAME
 from megatron_sppo.selfplay.config import SelfPlayConfig
-from megatron_sppo.selfplay.loop import self_play
-from megatron_sppo.selfplay.process import Interrupted
-from megatron_sppo.selfplay.stages import StageFailed
-from megatron_sppo.selfplay.summary import result_table
 
 NAME = "self_play.py"
 
@@ -30,6 +25,12 @@ class Command(SelfPlayConfig):
 def main() -> None:
     """Run all iterations and print the table."""
     config = parse(Command, name=NAME, description=str(__doc__))
+    from megatron_sppo.selfplay.commands import REPORT_NAME  # --help need not wait for it
+    from megatron_sppo.selfplay.loop import self_play
+    from megatron_sppo.selfplay.process import Interrupted
+    from megatron_sppo.selfplay.stages import StageFailed
+    from megatron_sppo.selfplay.summary import result_table
+
     try:
         summary = self_play(config)
     except StageFailed as failure:

@@ -1,43 +1,64 @@
-"""Megatron's indexed dataset, checked: its own reader asserts, or trusts, where a user needs one line.
+"""Megatron's indexed dataset, written and read: .bin has the values end to end, .idx says where each sequence lies.
 
-A flipped bit loads silently in mcore (no checksum), so that every file is listed with its sha256 in a manifest.
+The format is Megatron-Core's (0.16.1 to 0.19.2, megatron/core/datasets/indexed_dataset.py), to the byte, in both
+directions. It has no checksum, so that every file is listed with its sha256 in a manifest.
 """
 
-import logging
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+import numpy.typing as npt
 
 from megatron_sppo.data.schema import FileEntry
 from megatron_sppo.errors import DataError
 from megatron_sppo.storage import sha256_of_file
 
-# mcore 0.16.1 indexed_dataset.py logs six lines at INFO for every file opened.
-logging.getLogger("megatron.core.datasets.indexed_dataset").setLevel(logging.WARNING)
+_MAGIC, _VERSION = b"MMIDIDX\x00\x00", 1
+_HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, dtype code, numbers of sequences and of document bounds; 34 bytes. Then the sequences' lengths
+(int32) and byte offsets (int64), and the bounds: 0, and after each document how many sequences there are (int64)."""
+_DTYPES = dict(enumerate(("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"), start=1))
+"""Megatron's code of each numpy dtype."""
 
 
 class ColumnWriter:
     """One indexed dataset being written: a document per prompt group."""
 
-    def __init__(self, prefix: Path, dtype: type[np.number]) -> None:
-        self._prefix = prefix
-        self._dtype = dtype
-        self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
+        self._prefix, self._dtype = prefix, np.dtype(dtype)
+        self._file = open(f"{prefix}.bin", "wb")
+        self._lengths: list[int] = []
+        self._boundaries = [0]
 
-    def append(self, sequences: list[np.ndarray]) -> None:
+    def append(self, sequences: Sequence[npt.ArrayLike]) -> None:
         """Add one document of one or more sequences."""
-        document = np.concatenate([np.asarray(sequence, dtype=self._dtype).reshape(-1) for sequence in sequences])
-        self._builder.add_document(document, [sequence.size for sequence in sequences])
+        for sequence in sequences:
+            values = np.asarray(sequence, dtype=self._dtype)
+            self._file.write(values.tobytes())
+            self._lengths.append(values.size)
+        self._boundaries.append(len(self._lengths))
 
     def finish(self) -> None:
         """Flush the .bin file and write the .idx file."""
-        self._builder.finalize(f"{self._prefix}.idx")
+        self._file.close()
+        code = next(code for code, name in _DTYPES.items() if name == self._dtype.name)
+        lengths = np.array(self._lengths, dtype=np.int32)
+        with open(f"{self._prefix}.idx", "wb") as file:
+            file.write(_HEADER.pack(_MAGIC, _VERSION, code, len(lengths), len(self._boundaries)))
+            file.write(lengths.tobytes())
+            file.write(_offsets(lengths, self._dtype)[:-1].tobytes())
+            file.write(np.array(self._boundaries, dtype=np.int64).tobytes())
 
     def abandon(self) -> None:
         """Close the .bin file of a dataset that will not be kept."""
-        self._builder.data_file.close()
+        self._file.close()
+
+
+def _offsets(lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Byte at which each sequence begins, and after them where the last one ends -> [sequences + 1] int64."""
+    return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))) * dtype.itemsize
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -61,70 +82,58 @@ def verify_file(path: Path, entry: FileEntry, *, checksum: bool, remedy: str) ->
 
 
 class Column:
-    """One indexed dataset opened for reading, memory-mapped, with its sequence lengths as one array.
+    """One indexed dataset opened for reading, memory-mapped. What it hands out are copies, to keep and to write to."""
 
-    Everything is handed out as a copy: mcore's readers unmap their file when they are collected, and a view that
-    outlives them is a segmentation fault (mcore 0.16.1 and 0.19.2 indexed_dataset.py, `__del__`).
-    """
+    def __init__(self, prefix: Path, dtype: npt.DTypeLike, *, remedy: str) -> None:
+        """Open `prefix`.bin and `prefix`.idx.
 
-    def __init__(self, prefix: Path, dtype: type[np.number], *, remedy: str) -> None:
-        _check_index(prefix, dtype, remedy=remedy)
-        self._dataset = IndexedDataset(str(prefix))
-        index = self._dataset.index
-        self.lengths: np.ndarray = index.sequence_lengths.copy()
-        self.document_indices: np.ndarray = index.document_indices.copy()
-        self._pointers: np.ndarray = index.sequence_pointers.copy()
-        itemsize = np.dtype(dtype).itemsize
-        expected = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64))) * itemsize
-        if (self.lengths < 0).any() or not np.array_equal(self._pointers, expected[:-1]):
+        Raises:
+            DataError: no index of this dtype, or one that contradicts itself or the .bin file; ends in `remedy`.
+        """
+        wanted = np.dtype(dtype)
+        self.lengths, pointers, self.document_indices = _read_index(Path(f"{prefix}.idx"), wanted, remedy=remedy)
+        offsets = _offsets(self.lengths, wanted)
+        if (self.lengths < 0).any() or not np.array_equal(pointers, offsets[:-1]):
             raise DataError(f"{prefix}.idx has pointers that do not follow from its lengths. {remedy}")
-        size = Path(f"{prefix}.bin").stat().st_size
-        if size != expected[-1]:
-            raise DataError(f"{prefix}.bin has {size} bytes, its index says {expected[-1]}. {remedy}")
-        self._dtype = dtype
+        path = Path(f"{prefix}.bin")
+        size = path.stat().st_size
+        if size != offsets[-1]:
+            raise DataError(f"{path} has {size} bytes, its index says {offsets[-1]}. {remedy}")
+        if not size:
+            raise DataError(f"{path} is empty. {remedy}")
+        self._values = np.memmap(path, dtype=wanted, mode="r").view(np.ndarray)
+        self._starts = offsets // wanted.itemsize
 
     def sequence(self, index: int) -> np.ndarray:
-        """Read one sequence -> [lengths[index]], a copy."""
-        return self._read(int(self.lengths[index]), int(self._pointers[index])).copy()
+        """Read one sequence -> [lengths[index]]."""
+        return self._values[self._starts[index] : self._starts[index + 1]].copy()
 
     def everything(self) -> np.ndarray:
-        """Read all sequences end to end -> [sum of lengths], a copy."""
-        return self._whole().copy()
+        """Read all sequences end to end -> [sum of lengths]."""
+        return self._values.copy()
 
     def value_range(self) -> tuple[float, float]:
         """Find the smallest and the largest value without copying -> NaN for both where any value is NaN."""
-        return self._whole().min().item(), self._whole().max().item()
-
-    def _whole(self) -> np.ndarray:
-        return self._read(int(self.lengths.sum(dtype=np.int64)), 0)
-
-    def _read(self, count: int, offset: int) -> np.ndarray:
-        return self._dataset.bin_reader.read(dtype=self._dtype, count=count, offset=offset)
+        return self._values.min().item(), self._values.max().item()
 
 
-_HEADER = struct.Struct("<9sQBQQ")
-"""Magic, version, dtype code, number of sequences, number of document boundaries; unpadded."""
-
-
-def _check_index(prefix: Path, dtype: type[np.number], *, remedy: str) -> None:
-    """Refuse an index that mcore's reader would fail on: that leaves half-built objects with noisy finalisers.
-
-    Raises:
-        DataError: the header, the size or the last document boundary is wrong, or the .bin file is empty.
-    """
-    path = Path(f"{prefix}.idx")
-    contents = np.fromfile(path, dtype=np.uint8)
+def _read_index(path: Path, dtype: np.dtype, *, remedy: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read an .idx file -> lengths [sequences] int32, pointers [sequences] int64, boundaries [documents + 1] int64."""
+    contents = path.read_bytes()
     if len(contents) < _HEADER.size:
         raise DataError(f"{path} is no Megatron index ({len(contents)} bytes). {remedy}")
-    magic, version, code, num_sequences, num_boundaries = _HEADER.unpack(contents[: _HEADER.size].tobytes())
-    if magic != b"MMIDIDX\x00\x00" or version != 1 or code not in {member.value for member in DType}:
+    magic, version, code, num_sequences, num_boundaries = _HEADER.unpack_from(contents)
+    if magic != _MAGIC or version != _VERSION or code not in _DTYPES:
         raise DataError(f"{path} is no Megatron index (magic {magic!r}, version {version}, dtype {code}). {remedy}")
-    if DType.dtype_from_code(code) is not dtype:
-        raise DataError(f"{path} says {DType.dtype_from_code(code).__name__}, expected {dtype.__name__}. {remedy}")
+    if _DTYPES[code] != dtype.name:
+        raise DataError(f"{path} says {_DTYPES[code]}, expected {dtype.name}. {remedy}")
     expected = _HEADER.size + num_sequences * (4 + 8) + num_boundaries * 8
     if len(contents) != expected or not num_boundaries:
         raise DataError(f"{path} has {len(contents)} bytes, its header says {expected}. {remedy}")
-    if contents[-8:].view(np.int64)[0] != num_sequences:
+    arrays, offset = [], _HEADER.size
+    for kind, count in ((np.int32, num_sequences), (np.int64, num_sequences), (np.int64, num_boundaries)):
+        arrays.append(np.frombuffer(contents, kind, count, offset).copy())
+        offset += arrays[-1].nbytes
+    if arrays[2][-1] != num_sequences:
         raise DataError(f"{path} has documents that do not cover its {num_sequences} sequences. {remedy}")
-    if not Path(f"{prefix}.bin").stat().st_size:
-        raise DataError(f"{prefix}.bin is empty. {remedy}")
+    return arrays[0], arrays[1], arrays[2]

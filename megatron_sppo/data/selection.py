@@ -12,7 +12,7 @@ from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.schema import Selection, parse_selection
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.objective import log_partition, preference_matrix, win_rates
-from megatron_sppo.objective.win_rate import Baseline
+from megatron_sppo.objective.names import Baseline
 
 TIE_DECIMALS = 6
 """Win rates that agree to this many decimals are tied: the rounding of float32 means must not pick a winner."""

@@ -129,9 +129,7 @@ class DatasetWriter:
             self.quarantine(prompt_id, reason)
             return False
         preferences = preference_matrix(torch.from_numpy(logits), rule=self._preset)
-        self._columns["tokens"].append(
-            [np.asarray(ids, dtype=np.int32) for ids in (prompt_token_ids, *response_token_ids)]
-        )
+        self._columns["tokens"].append([prompt_token_ids, *response_token_ids])
         self._columns["win_rates"].append([win_rates(preferences).numpy()])
         self._columns["preferences"].append([preferences.numpy()])
         self._columns["judge_logits"].append([logits])

@@ -2,7 +2,7 @@
 
 The model answers "A" or "B", after its reasoning where `verdict_tokens` leaves room for one. Where the server gives
 log-probabilities the logit is log p(A) - log p(B) of that token; else the bare verdict counts as +-VERDICT_LOGIT. What
-each was is counted. Standard library only.
+each was is counted.
 
 A refusal is held against a question that no server refuses: is that one answered, the row is at fault, and its group is
 set aside with the server's words; is it refused too, the setting is at fault, and the run ends with them.
@@ -17,7 +17,6 @@ logged); SPPO_ENDPOINT_CACHE names the directory of answers, so that nothing is 
 from __future__ import annotations
 
 import contextlib
-import http.client
 import itertools
 import json
 import logging
@@ -26,9 +25,7 @@ import os
 import re
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +38,7 @@ import numpy as np
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.judge.protocol import Unjudged, Verdict
 from megatron_sppo.judge.source import UnreadableGroup, conversation_text
-from megatron_sppo.rollout.retry_after import retry_after_seconds
+from megatron_sppo.rollout.openai_server import HttpError, NoReply, OpenAIServer, ReplyIsNotJson, ServerFault
 from megatron_sppo.storage import atomic_file, sha256_of_json
 
 if TYPE_CHECKING:
@@ -71,8 +68,11 @@ _UNREADABLE_STATUSES = frozenset({400, 413, 414, 422})
 _ROW_STATUSES = _UNREADABLE_STATUSES | {403, 451, 500}
 """What a server may answer because of a text: too long, moderated, or one that it fails on."""
 _TOP_LOGPROBS = 5
-_SERVER_TEXT_CHARACTERS = 300
-_START = "Start the server, then run the same command again: finished shards are kept."
+_REMEDIES: dict[type[ServerFault], str] = {
+    NoReply: "Start the server, then run the same command again: finished shards are kept.",
+    ReplyIsNotJson: "Check the address: on most servers it ends in /v1.",
+    HttpError: "Run the same command again when it has room: finished shards are kept.",
+}
 _SMALL_QUESTION = ("What is 1 + 1?", "2", "3")
 _NOT_SUPPORTED = re.compile(r"(?i)unsupported|not support|unrecogni[sz]ed|unknown|unexpected|not permitted|not allowed")
 _CONCESSIONS = {
@@ -140,8 +140,9 @@ class EndpointJudge:
             )
         self._cache_dir = _cache_directory()
         self._requests_left, self._lock = max_requests, threading.Lock()
-        self._timeout_seconds, self._max_attempts = timeout_seconds, max_attempts
-        self._first_wait_seconds, self._num_connections = first_wait_seconds, num_connections
+        self._server = OpenAIServer(self._url, key=self._key, timeout_seconds=timeout_seconds)
+        self._max_attempts, self._first_wait_seconds = max_attempts, first_wait_seconds
+        self._num_connections = num_connections
         self._one_order, self._verdict_tokens = one_order, verdict_tokens
         self._quiet_until = 0.0
         self._conceded: set[str] = set()
@@ -276,7 +277,7 @@ class EndpointJudge:
         choices = content.get("choices")
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
             raise _Refused(
-                f"{self._url} answered without choices: {self._quoted(json.dumps(content))}. "
+                f"{self._url} answered without choices: {self._server.shown(json.dumps(content))}. "
                 "Check that it serves /chat/completions.",
                 status=None,
                 words="an answer without choices",
@@ -320,41 +321,28 @@ class EndpointJudge:
             _Refused: the server does not want this question.
             DataError: it stays silent through all attempts, or asks for a longer pause than is made.
         """
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-        fault, status, asked_to_wait = "", None, 0.0
-        remedy = _START
-        attempt, wait_seconds = 0, 0.0
+        fault: ServerFault | None = None
+        asked_to_wait, wait_seconds, attempt = 0.0, 0.0, 0
         while attempt < self._max_attempts:
             time.sleep(max(wait_seconds, self._quiet_until - time.monotonic(), 0.0))
             wait_seconds = self._first_wait_seconds * 2**attempt
             if body is not None:
                 self._spend_request()
             conceded = frozenset(self._conceded)
-            data = None if body is None else json.dumps(_without(body, conceded)).encode()
-            request = urllib.request.Request(self._url + route, data=data, headers=headers)
             attempt += 1
             try:
-                with urllib.request.urlopen(request, timeout=self._timeout_seconds) as response:
-                    text = response.read().decode("utf-8", "replace")
-                with contextlib.suppress(ValueError, RecursionError):
-                    content = json.loads(text)
-                    if isinstance(content, dict):
-                        return content
-                status, fault = None, f"no JSON object but {self._quoted(text)!r}"
-                remedy = "Check the address: on most servers it ends in /v1."
-            except urllib.error.HTTPError as error:
-                words = self._server_text(error)
-                status, fault = error.code, f"HTTP {error.code}{words}"
-                remedy = "Run the same command again when it has room: finished shards are kept."
-                if body is not None and error.code in (400, 422) and self._concede(conceded, words):
+                return self._server.exchange(route, None if body is None else _without(body, conceded))
+            except HttpError as error:
+                fault = error
+                if body is not None and error.status in (400, 422) and self._concede(conceded, error.words):
                     attempt, wait_seconds = 0, 0.0
                     continue
-                if error.code not in _RETRIED_STATUSES:
-                    raise self._refusal(route, status, fault) from None
-                pause = retry_after_seconds(error.headers.get("Retry-After")) or 0.0
+                if error.status not in _RETRIED_STATUSES:
+                    raise self._refusal(route, error.status, str(error)) from None
+                pause = error.retry_after or 0.0
                 if pause > LONGEST_WAIT_SECONDS:
                     raise DataError(
-                        f"{self._url}{route} asks to be left alone for {pause:.0f} s ({fault}). Run the same command "
+                        f"{self._url}{route} asks to be left alone for {pause:.0f} s ({error}). Run the same command "
                         "again then: finished shards and cached answers are kept."
                     ) from None
                 # All connections keep the pause, and it is no attempt as long as such pauses stay bearable.
@@ -362,13 +350,15 @@ class EndpointJudge:
                 asked_to_wait += pause
                 if 0 < asked_to_wait <= LONGEST_WAIT_SECONDS:
                     attempt -= 1
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                status, fault = None, f"{type(error).__name__}: {error}"
-                remedy = _START
+            except ServerFault as error:
+                fault = error
             logger.debug("%s%s, attempt %d: %s", self._url, route, attempt, fault)
-        if status == 500:
-            raise self._refusal(route, status, f"{fault} in {self._max_attempts} attempts")
-        raise DataError(f"{self._url}{route} did not answer in {self._max_attempts} attempts ({fault}). {remedy}")
+        assert fault is not None
+        if isinstance(fault, HttpError) and fault.status == 500:
+            raise self._refusal(route, fault.status, f"{fault} in {self._max_attempts} attempts")
+        raise DataError(
+            f"{self._url}{route} did not answer in {self._max_attempts} attempts ({fault}). {_REMEDIES[type(fault)]}"
+        )
 
     def _concede(self, conceded: frozenset[str], words: str) -> bool:
         """See whether the server refuses by name a parameter that was sent, and do without it -> whether to ask again.
@@ -394,27 +384,6 @@ class EndpointJudge:
                 "" if os.environ.get("SPPO_ENDPOINT_KEY_NAME") else " SPPO_ENDPOINT_KEY_NAME names another variable."
             )
         return _Refused(f"{self._url}{route} refuses with {fault.rstrip('.')}. {remedy}", status=status, words=fault)
-
-    def _server_text(self, error: urllib.error.HTTPError) -> str:
-        """Read what the server says about a refusal -> ": its words", empty where it says nothing."""
-        try:
-            text = error.read(1 << 16).decode("utf-8", "replace")
-        except (OSError, http.client.HTTPException):
-            return ""
-        with contextlib.suppress(ValueError, RecursionError):
-            content = json.loads(text)
-            if isinstance(content, dict):
-                inner = content.get("error", content)
-                named = inner if isinstance(inner, str) else None
-                if isinstance(inner, dict):
-                    named = next((inner[key] for key in ("message", "detail") if inner.get(key)), None)
-                text = named if isinstance(named, str) else text
-        return f": {self._quoted(text)}" if text.strip() else ""
-
-    def _quoted(self, text: str) -> str:
-        """Shorten a server's words to one line without the key, which some servers repeat."""
-        line = " ".join((text.replace(self._key, "***") if self._key else text).split())
-        return line if len(line) <= _SERVER_TEXT_CHARACTERS else f"{line[:_SERVER_TEXT_CHARACTERS]}..."
 
 
 class _Refused(Exception):

@@ -9,15 +9,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_sppo.config import PositiveInt, Seed, check_ranges
 from megatron_sppo.errors import DataError
+from megatron_sppo.judge.config import EvaluateConfig
 from megatron_sppo.judge.diagnostics import UNREADABLE_REMEDY, share, verdict_shares, warnings
 from megatron_sppo.judge.load import load_judge
 from megatron_sppo.judge.protocol import Judge, Unjudged, judge_groups
@@ -40,37 +40,6 @@ class WinRate:
     low: float
     high: float
     num_prompts: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Compare a policy's held-out answers with the base's and the previous policy's."""
-
-    policy: Path
-    """Rollouts of the policy that is judged."""
-    base: Path
-    """Rollouts of pi_1 on the same prompts."""
-    previous: Path
-    """Rollouts of the previous policy on the same prompts; --base itself in the first iteration."""
-    judge: str
-    """pairrm:HUB_ID_OR_DIR, rules:concise, rules:cyclic or endpoint:URL."""
-    output: Path
-    """JSON file with the result."""
-    preset: Literal["paper", "official"] = "paper"
-    """What the judge reads as the prompt. Preferences are those of the paper's rule in either case."""
-    judge_after: str | None = None
-    """Judge only what follows this text in an answer, such as "</think>"; default: whole answers."""
-    verdict_tokens: PositiveInt = 1
-    """Tokens that an endpoint may answer with: 1 for one letter, more for a judge that reasons before it."""
-    allow_no_signal: bool = False
-    """Report a win rate even where the judge has called every pair of different answers a tie."""
-    bootstrap_resamples: PositiveInt = 2000
-    """Resamples of the interval."""
-    seed: Seed = 0
-    """Seed of the resampling."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:

@@ -14,20 +14,19 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_sppo import config
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.schema import DatasetManifest, file_names, parse_selection
 from megatron_sppo.data.writer import DatasetWriter, rebuild_dataset
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.judge import load_judge
+from megatron_sppo.judge.config import ScoreConfig
 from megatron_sppo.judge.diagnostics import check_signal, share, signal_counts, verdict_shares, warnings
+from megatron_sppo.judge.load import load_judge
 from megatron_sppo.judge.protocol import Judge
 from megatron_sppo.judge.scoring import read_scores, score_rollouts
 from megatron_sppo.judge.work_list import WorkList
@@ -47,56 +46,7 @@ NAMED_REASONS = 3
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """What to judge, by whom, and what to keep of it."""
-
-    output: Path
-    """Directory of the dataset."""
-    rollouts: Path | None = None
-    """Directory that tools/generate_rollouts.py wrote."""
-    judge: str | None = None
-    """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, matrices:FILE, rules:concise or rules:cyclic."""
-    from_dataset: Path | None = None
-    """Rebuild this dataset's targets from its stored logits, in place of --rollouts and --judge."""
-    preset: Literal["paper", "official"] | None = None
-    """How logits become preferences, and what the judge reads. Default: paper, or as in --from-dataset."""
-    selection: str | None = None
-    """Responses to train on: all, extremes or top-bottom:M. Default: all, or as in --from-dataset."""
-    one_order: bool = False
-    """Ask each pair in one order only: half the cost, an approximation that keeps the judge's position bias. How often
-    it names the same winner as both orders is measured on one prompt of 256 and reported."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Precision of PairRM or a reward model. Default: float32 on the CPU, bfloat16 on a GPU."""
-    judge_after: str | None = None
-    """Judge only what follows this text in an answer, such as "</think>"; default: whole answers."""
-    verdict_tokens: config.PositiveInt = 1
-    """Tokens that an endpoint may answer with: 1 for one letter, more for a judge that reasons before it."""
-    allow_no_signal: bool = False
-    """Write the dataset even where no answer is preferred to another, so that training on it would change nothing."""
-    max_requests: config.PositiveInt | None = None
-    """Most requests to an endpoint, of each rank; cached answers cost none. Finished shards are kept."""
-    json: bool = False
-    """Print the outcome as one JSON object."""
-
-    def __post_init__(self) -> None:
-        config.check_ranges(self)
-        remedy = "Use --rollouts DIR --judge SPEC, or --from-dataset DIR alone."
-        if self.from_dataset is None and (self.rollouts is None or self.judge is None):
-            raise ConfigError(f"--{'judge' if self.judge is None else 'rollouts'} is missing. {remedy}")
-        if self.from_dataset is not None and (self.rollouts is not None or self.judge is not None):
-            raise ConfigError(f"--from-dataset judges nothing, but --rollouts or --judge is given. {remedy}")
-        if self.selection is not None:
-            parse_selection(self.selection)
-        if self.output.name in ("", ".."):
-            raise ConfigError(
-                f"--output {self.output} is replaced as a whole, and needs a name of its own. Use --output DIR/dataset."
-            )
-        if self.from_dataset is not None and self.from_dataset.resolve() == self.output.resolve():
-            raise ConfigError(f"--from-dataset and --output are both {self.output}. Give --output another directory.")
-
-
-def score(command: Command, work: WorkList) -> dict[str, Any] | None:
+def score(command: ScoreConfig, work: WorkList) -> dict[str, Any] | None:
     """Judge shards; the first rank then writes the dataset -> its diagnostics, None on the other ranks."""
     assert command.rollouts is not None and command.judge is not None
     preset, selection = command.preset or "paper", command.selection or "all"
@@ -137,7 +87,7 @@ def score(command: Command, work: WorkList) -> dict[str, Any] | None:
         remove_stale_temporaries(command.output)
         writer = DatasetWriter(
             command.output,
-            num_responses=manifest.sampling["num_responses"],
+            num_responses=manifest.num_responses,
             tokenizer_hash=manifest.tokenizer_hash,
             vocab_size=manifest.vocab_size,
             judge=judge.name,
@@ -164,7 +114,7 @@ def score(command: Command, work: WorkList) -> dict[str, Any] | None:
     return done
 
 
-def rebuild(command: Command, source: Path) -> dict[str, Any]:
+def rebuild(command: ScoreConfig, source: Path) -> dict[str, Any]:
     """Rebuild a dataset's targets from its stored logits -> the new one's diagnostics."""
     check_output(command.output)
     work_dir = command.output.with_name(f".{command.output.name}.scores")
@@ -267,28 +217,8 @@ _PLAIN_COUNTS = (
 )  # fmt: skip
 
 
-class GroupWriter(Protocol):
-    """What is needed of data.writer.DatasetWriter."""
-
-    def append(
-        self,
-        prompt_token_ids: Sequence[int],
-        response_token_ids: Sequence[Sequence[int]],
-        judge_logits: np.ndarray,
-        *,
-        prompt_id: str | None = None,
-        info: dict[str, Any] | None = None,
-    ) -> bool:
-        """Add one prompt group, or quarantine it -> whether it was added."""
-        ...
-
-    def quarantine(self, prompt_id: str, reason: str) -> None:
-        """Leave a prompt group out and say why."""
-        ...
-
-
 def merge_scores(
-    rollouts: Path, manifest: RolloutManifest, judge: Judge, work_dir: Path, writer: GroupWriter, *, rule: str
+    rollouts: Path, manifest: RolloutManifest, judge: Judge, work_dir: Path, writer: DatasetWriter, *, rule: str
 ) -> Counter[str]:
     """Append every scored group to the writer, shard after shard -> counts over all shards.
 
@@ -301,7 +231,7 @@ def merge_scores(
         writer.quarantine(row["prompt_id"], row["reason"])
     counts: Counter[str] = Counter()
     seen: set[str] = set()
-    num_responses = manifest.sampling["num_responses"]
+    num_responses = manifest.num_responses
     for number, entry in enumerate(manifest.shards):
         scores = read_scores(work_dir, number, entry, judge)
         if scores is None:
@@ -310,8 +240,8 @@ def merge_scores(
         places = itertools.count()
         added: list[np.ndarray] = []
         for row in read_rows(rollouts, entry, num_responses=num_responses, vocab_size=manifest.vocab_size):
-            if row.group is None:
-                writer.quarantine(row.prompt_id, row.reason or "")
+            if not isinstance(row, RolloutGroup):
+                writer.quarantine(**row)
                 continue
             place = next(places)
             if row.prompt_id in seen:
@@ -322,15 +252,15 @@ def merge_scores(
                 writer.quarantine(row.prompt_id, scores.reasons[place])
                 continue
             if writer.append(
-                row.group.prompt_token_ids,
-                [response.token_ids for response in row.group.responses],
+                row.prompt_token_ids,
+                [response.token_ids for response in row.responses],
                 scores.judge_logits[place],
                 prompt_id=row.prompt_id,
-                info=_info(row.group),
+                info=_info(row),
             ):
                 added.append(scores.judge_logits[place])
                 counts["answers"] += num_responses
-                counts["cut_answers"] += sum(response.finish_reason == "length" for response in row.group.responses)
+                counts["cut_answers"] += sum(response.finish_reason == "length" for response in row.responses)
         if added:
             counts += signal_counts(np.stack(added), rule=rule)
     return counts

@@ -24,12 +24,19 @@ from tqdm import tqdm
 
 from megatron_sppo.judge.protocol import Judge, Unjudged, Verdict, judge_groups
 from megatron_sppo.judge.work_list import WorkList
-from megatron_sppo.rollout.records import RolloutGroup, RolloutManifest, Row, ShardEntry, read_manifest, read_rows
+from megatron_sppo.rollout.records import (
+    RolloutGroup,
+    RolloutManifest,
+    SetAside,
+    ShardEntry,
+    read_manifest,
+    read_rows,
+)
 from megatron_sppo.storage import atomic_file, contained, remove_stale_temporaries
 
 logger = logging.getLogger(__name__)
 
-SCORES_VERSION = 3
+SCORES_VERSION = 4
 GROUPS_PER_WINDOW = 256
 """Groups judged at once: bounds the memory, whatever the size of a shard."""
 PATIENCE_SECONDS = 1800.0
@@ -66,7 +73,7 @@ def score_rollouts(
     work, manifest = work or WorkList(), read_manifest(rollouts)
     shards = _Shards(rollouts, manifest, judge, work_dir)
     pending = shards.unfinished(range(len(manifest.shards)))
-    num_responses = manifest.sampling["num_responses"]
+    num_responses = manifest.num_responses
     rows = sum(manifest.shards[number].rows for number in pending)
     total = work.num_pairs + rows * num_responses * (num_responses - 1)
     start, num_pairs = time.monotonic(), 0
@@ -185,12 +192,12 @@ def _key(entry: ShardEntry, judge: Judge) -> list[object]:
 def _score_shard(
     rollouts: Path, entry: ShardEntry, manifest: RolloutManifest, judge: Judge, report: Callable[[int], None]
 ) -> ShardScores:
-    num_responses = manifest.sampling["num_responses"]
+    num_responses = manifest.num_responses
     before = Counter(judge.counts)
     verdicts: list[Verdict] = []
     rows = read_rows(rollouts, entry, num_responses=num_responses, vocab_size=manifest.vocab_size)
     for window in _windows(rows):
-        groups = [row.group for row in window if row.group is not None]
+        groups = [row for row in window if isinstance(row, RolloutGroup)]
         verdicts += _judge_window(judge, groups, num_responses)
         report(len(window) * num_responses * (num_responses - 1))
     logits = np.full((len(verdicts), num_responses, num_responses), np.nan, dtype=np.float32)
@@ -203,7 +210,7 @@ def _score_shard(
     return ShardScores(judge_logits=logits, reasons=reasons, counts=judge.counts - before)
 
 
-def _windows(rows: Iterator[Row]) -> Iterator[list[Row]]:
+def _windows(rows: Iterator[RolloutGroup | SetAside]) -> Iterator[list[RolloutGroup | SetAside]]:
     while window := list(islice(rows, GROUPS_PER_WINDOW)):
         yield window
 

@@ -1,19 +1,16 @@
 """How the model is computed: precision, layer implementation, recomputation. What it is lies in `architecture.py`."""
 
-import logging
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.config import NonNegativeFloat, PositiveInt, check_ranges
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.model.engine import transformer_engine_fault
 
-logger = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
 
 _BLACKWELL_RECIPES = ("mxfp8", "nvfp4")
 
@@ -73,40 +70,10 @@ class ModelConfig:
     @property
     def dtype(self) -> torch.dtype:
         """The torch type of `params_dtype`."""
-        return DTYPES[self.params_dtype]
+        import torch  # a command's --help reads this class, and need not wait for torch
 
-
-def resolve_transformer_impl(config: ModelConfig) -> str:
-    """Decide between the layer implementations -> "transformer_engine" or "torch".
-
-    Raises:
-        ConfigError: Transformer Engine is asked for and cannot be used; the message says what is missing.
-    """
-    if config.transformer_impl == "torch":
-        return "torch"
-    fault = transformer_engine_fault()
-    if fault is None:
-        return "transformer_engine"
-    if config.transformer_impl == "transformer_engine":
-        raise ConfigError(
-            f"transformer_impl is transformer_engine, but {fault}. Mend that, or use --transformer-impl torch."
-        )
-    return "torch"
-
-
-def check_machine(config: ModelConfig) -> None:
-    """Refuse what this machine cannot compute, and say what it lacks; a config for another can still be read.
-
-    Raises:
-        ConfigError: FP8 or Transformer Engine is asked for and cannot be used.
-    """
-    if resolve_transformer_impl(config) == "transformer_engine":
-        return
-    fault = transformer_engine_fault() or "transformer_impl is torch"
-    if config.fp8 != "none":
-        raise ConfigError(f"fp8 needs Transformer Engine, and {fault}. Mend that, or use --fp8 none.")
-    if config.transformer_impl == "auto" and torch.cuda.is_available():
-        logger.warning("the layers are torch's, several times slower than Transformer Engine's: %s", fault)
+        dtype: torch.dtype = getattr(torch, self.params_dtype)
+        return dtype
 
 
 def token_multiple(config: ModelConfig, *, tensor_model_parallel_size: int, sequence_parallel: bool) -> int:

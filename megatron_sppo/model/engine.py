@@ -3,10 +3,16 @@
 import functools
 import importlib
 import importlib.util
+import logging
 import os
 from importlib.metadata import version
 
 import torch
+
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.model.config import ModelConfig
+
+logger = logging.getLogger(__name__)
 
 _BUILD = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
 _REBUILD = "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps transformer-engine-torch"
@@ -22,6 +28,39 @@ def transformer_engine_fault() -> str | None:
     if not torch.cuda.is_available():
         return "there is no CUDA device (torch.cuda.is_available() is False)"
     return _import_fault()
+
+
+def resolve_transformer_impl(config: ModelConfig) -> str:
+    """Decide between the layer implementations -> "transformer_engine" or "torch".
+
+    Raises:
+        ConfigError: Transformer Engine is asked for and cannot be used; the message says what is missing.
+    """
+    if config.transformer_impl == "torch":
+        return "torch"
+    fault = transformer_engine_fault()
+    if fault is None:
+        return "transformer_engine"
+    if config.transformer_impl == "transformer_engine":
+        raise ConfigError(
+            f"transformer_impl is transformer_engine, but {fault}. Mend that, or use --transformer-impl torch."
+        )
+    return "torch"
+
+
+def check_machine(config: ModelConfig) -> None:
+    """Refuse what this machine cannot compute, and say what it lacks; a config for another can still be read.
+
+    Raises:
+        ConfigError: FP8 or Transformer Engine is asked for and cannot be used.
+    """
+    if resolve_transformer_impl(config) == "transformer_engine":
+        return
+    fault = transformer_engine_fault() or "transformer_impl is torch"
+    if config.fp8 != "none":
+        raise ConfigError(f"fp8 needs Transformer Engine, and {fault}. Mend that, or use --fp8 none.")
+    if config.transformer_impl == "auto" and torch.cuda.is_available():
+        logger.warning("the layers are torch's, several times slower than Transformer Engine's: %s", fault)
 
 
 @functools.cache

@@ -16,7 +16,8 @@ from megatron_sppo.model.balance import (
     attach_router_losses,
     sequence_of_tokens,
 )
-from megatron_sppo.model.config import ModelConfig, resolve_transformer_impl
+from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.model.engine import resolve_transformer_impl
 from megatron_sppo.model.layer_spec import layer_spec
 from megatron_sppo.model.visibility import PackedRow, Row
 from megatron_sppo.objective import linear_log_probs

@@ -13,7 +13,8 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.model.config import ModelConfig, resolve_transformer_impl
+from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.model.engine import resolve_transformer_impl
 
 T = TypeVar("T")
 

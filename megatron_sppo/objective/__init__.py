@@ -1,9 +1,14 @@
 """The paper, and nothing else, in pure torch: win rates, targets, losses, the head, games and diagnostics."""
 
-from megatron_sppo.objective.game import duality_gap
-from megatron_sppo.objective.log_ratio import linear_log_probs, sequence_sums
-from megatron_sppo.objective.loss import OBJECTIVES, dpo_loss, ipo_loss, objective_loss, regression_target, sppo_loss
-from megatron_sppo.objective.win_rate import log_partition, preference_matrix, win_rates
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_sppo.objective.game import duality_gap
+    from megatron_sppo.objective.log_ratio import linear_log_probs, sequence_sums
+    from megatron_sppo.objective.loss import dpo_loss, ipo_loss, objective_loss, regression_target, sppo_loss
+    from megatron_sppo.objective.names import OBJECTIVES
+    from megatron_sppo.objective.win_rate import log_partition, preference_matrix, win_rates
 
 __all__ = [
     "OBJECTIVES",
@@ -19,3 +24,14 @@ __all__ = [
     "sppo_loss",
     "win_rates",
 ]
+
+_MODULES = ("names", "win_rate", "loss", "log_ratio", "game")
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: `names` alone, which command lines read, needs no torch."""
+    if name in __all__:
+        for module in (importlib.import_module(f"{__name__}.{module}") for module in _MODULES):
+            if name in vars(module):
+                return vars(module)[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

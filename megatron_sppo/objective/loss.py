@@ -4,53 +4,12 @@ B = responses (sequences), P = pairs. Ratios are log pi_theta(y|x) - log pi_t(y|
 uclaml/SPPO and TRL call 1/eta `beta`.
 """
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.objective.names import find_objective
 from megatron_sppo.objective.win_rate import at_least_float32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """What an objective asks of the data and of the batching."""
-
-    name: str
-    needs_pairs: bool
-    """Trains on (winner, loser) pairs of a prompt, not on any number of its responses."""
-    coupled: bool
-    """One loss value joins the two responses of a pair, so that both must lie in one micro-batch."""
-    strength: str
-    """The setting that scales it: "eta" or "beta"."""
-    target: str | None
-    """What the regression target is made from: "win_rate", "preference" or "label"; None where there is no target."""
-    weight: float = 1.0
-    """Factor on each response's square; see `objective_loss`."""
-
-
-OBJECTIVES: dict[str, Objective] = {
-    objective.name: objective
-    for objective in (
-        Objective(name="sppo", needs_pairs=False, coupled=False, strength="eta", target="win_rate"),
-        Objective(name="sppo_single", needs_pairs=True, coupled=False, strength="eta", target="preference"),
-        Objective(name="sppo_hard", needs_pairs=True, coupled=False, strength="eta", target="label", weight=2.0),
-        Objective(name="dpo", needs_pairs=True, coupled=True, strength="beta", target=None),
-        Objective(name="ipo", needs_pairs=True, coupled=True, strength="beta", target=None),
-    )
-}
-
-
-def find_objective(name: str) -> Objective:
-    """Look an objective up -> its row of the table. There is no fall-back.
-
-    Raises:
-        ConfigError: the name is unknown.
-    """
-    if name not in OBJECTIVES:
-        raise ConfigError(f"objective {name!r} is unknown. Use --objective with one of: {', '.join(OBJECTIVES)}.")
-    return OBJECTIVES[name]
 
 
 def sppo_loss(log_ratio: Tensor, win_rate: Tensor, *, eta: float, log_z: Tensor | float | None = None) -> Tensor:

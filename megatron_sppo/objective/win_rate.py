@@ -10,17 +10,9 @@ import torch
 from torch import Tensor
 
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.objective.names import PREFERENCE_RULES, Baseline
 
 logger = logging.getLogger(__name__)
-
-PREFERENCE_RULES = ("paper", "official")
-BASELINES = ("half", "group_mean", "estimate")
-"""The named baselines; the fourth is the tuple ("constant", c)."""
-
-Baseline = str | tuple[str, float]
-
-LARGEST_CONSTANT = 1e6
-"""Of constant:C; log Z / eta is between 0 and 1 for win rates."""
 
 SATURATION_NATS = 10.0
 """Above this spread of eta * w the estimated log Z is in effect eta * max w - log K."""
@@ -95,27 +87,6 @@ def log_partition(win_rate: Tensor, *, eta: float, baseline: Baseline) -> Tensor
     raise ConfigError(
         f"baseline {baseline!r} is unknown. Use half, group_mean, estimate or constant:C with a number C."
     )
-
-
-def parse_baseline(text: str) -> Baseline:
-    """Read "half", "group_mean", "estimate" or "constant:C" -> the name, or ("constant", C).
-
-    Raises:
-        ConfigError: anything else.
-    """
-    if text in BASELINES:
-        return text
-    name, colon, number = text.partition(":")
-    try:
-        value = float(number) if name == "constant" and colon else math.nan
-    except ValueError:
-        value = math.nan
-    if not abs(value) <= LARGEST_CONSTANT:  # NaN is at most nothing
-        raise ConfigError(
-            f"baseline {text!r} is unknown. Use half, group_mean, estimate or constant:C with C from "
-            f"-{LARGEST_CONSTANT:.0f} to {LARGEST_CONSTANT:.0f}, e.g. constant:0.5."
-        )
-    return ("constant", value)
 
 
 def estimated_baseline_over_eta(win_rate_GK: Tensor, *, eta: float) -> float:

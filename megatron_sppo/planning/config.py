@@ -12,9 +12,7 @@ from megatron_sppo import config as configuration
 from megatron_sppo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range, check_ranges
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
-from megatron_sppo.training.config import BatchConfig, ObjectiveConfig, RunConfig
-from megatron_sppo.training.optimizer import OptimizationConfig
-from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.config import BatchConfig, ObjectiveConfig, OptimizationConfig, ParallelConfig, RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)

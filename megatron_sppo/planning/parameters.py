@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.model.gpt import padded_vocab_size
-from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.config import ParallelConfig
 
 _START_MULTIPLE = 64
 _BUCKET_MULTIPLE = 128

@@ -6,7 +6,7 @@ from megatron_sppo import flops
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.data.schema import parse_selection
 from megatron_sppo.model.config import ModelConfig
-from megatron_sppo.objective.loss import OBJECTIVES
+from megatron_sppo.objective.names import OBJECTIVES
 from megatron_sppo.planning.communication import Traffic, step_traffic
 from megatron_sppo.planning.config import MachineConfig, PlanConfig
 from megatron_sppo.planning.parameters import Grid, total_parameters

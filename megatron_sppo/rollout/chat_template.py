@@ -7,7 +7,6 @@ ends: that token stops sampling, whatever config.json calls EOS, and closes answ
 
 import functools
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,72 +16,16 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.rollout.config import TemplateConfig
 from megatron_sppo.rollout.prompts import Prompt
 
 TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What a template's expressions raise on messages that it was not written for."""
-_OWN_ARGUMENTS = frozenset(
-    {
-        "messages",
-        "conversation",
-        "chat_template",
-        "add_generation_prompt",
-        "tokenize",
-        "continue_final_message",
-        "tools",
-    }
-)
 _PROBE = ("FIRST QUESTION", "FIRST ANSWER", "SECOND QUESTION", "SECOND ANSWER")
 
 
 class UnusablePrompt(Exception):
     """Why one prompt is set aside, as a clause."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TemplateConfig:
-    """Which chat template renders prompts, and with which arguments."""
-
-    chat_template: Path | None = None
-    """Jinja file in place of the model's chat template."""
-    chat_template_name: str | None = None
-    """Which of the model's named chat templates; None takes the one called default."""
-    chat_template_kwargs: tuple[str, ...] = ()
-    """Arguments of the chat template: NAME=VALUE such as enable_thinking=false, or a JSON object."""
-
-    def __post_init__(self) -> None:
-        self.arguments()
-
-    def arguments(self) -> dict[str, Any]:
-        """Read the arguments -> {name: value}; a value that is no JSON is a text.
-
-        Raises:
-            ConfigError: what is neither NAME=VALUE nor a JSON object, or an argument that rendering itself decides.
-        """
-        found: dict[str, Any] = {}
-        for item in self.chat_template_kwargs:
-            name, equals, value = item.partition("=")
-            try:
-                more = json.loads(item) if item.lstrip().startswith("{") else {name: _value(value)} if equals else None
-            except ValueError:
-                more = None
-            if not isinstance(more, dict) or not all(key.isidentifier() for key in more):
-                raise ConfigError(
-                    f"chat_template_kwargs: {item!r} is neither NAME=VALUE nor a JSON object. "
-                    "Use --chat-template-kwargs enable_thinking=false."
-                )
-            found |= more
-        for name in found:
-            if name in _OWN_ARGUMENTS:
-                raise ConfigError(f"chat_template_kwargs: {name} is decided by rendering itself. Leave it out.")
-        return found
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text.lower() if text in ("True", "False") else text)
-    except ValueError:
-        return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +54,7 @@ class TurnMarkers:
 class ChatTokenizer:
     """The tokenizer of a Hugging Face directory with its chat template. transformers is imported here, not before."""
 
-    def __init__(self, model_dir: Path, *, template: TemplateConfig = TemplateConfig()) -> None:
+    def __init__(self, model_dir: Path, *, template: TemplateConfig | None = None) -> None:
         """Load the tokenizer.
 
         Raises:
@@ -120,6 +63,8 @@ class ChatTokenizer:
             DataError: no readable tokenizer, or no readable or valid template file.
         """
         from transformers import AutoTokenizer
+
+        template = template or TemplateConfig()
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(model_dir), trust_remote_code=False)

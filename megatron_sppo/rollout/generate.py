@@ -6,17 +6,17 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
 from megatron_sppo.checkpoints.model_files import ModelFiles, read_model_files
-from megatron_sppo.config import NonNegativeInt, PositiveInt, Seed, check_ranges
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.rollout.chat_template import ChatTokenizer, TemplateConfig, TokenizedPrompt, UnusablePrompt
-from megatron_sppo.rollout.ledger import FinishedShard, ShardLedger, open_ledger
+from megatron_sppo.rollout.chat_template import ChatTokenizer, TokenizedPrompt, UnusablePrompt
+from megatron_sppo.rollout.config import GenerateConfig, Sampling
+from megatron_sppo.rollout.finished_shards import FinishedShard, FinishedShards, open_finished_shards
 from megatron_sppo.rollout.outcomes import count_outcomes, outcome_warnings
 from megatron_sppo.rollout.prompts import PromptSet, prompts_hash, read_prompts
 from megatron_sppo.rollout.records import (
@@ -27,77 +27,11 @@ from megatron_sppo.rollout.records import (
     write_manifest,
     write_shard,
 )
-from megatron_sppo.rollout.sampler import Refusal, Sampler, Sampling, Temperature, TopP, check_responses
-from megatron_sppo.rollout.server import ServerConfig, ServerSampler
-from megatron_sppo.rollout.vllm_engine import EngineConfig, VllmSampler
+from megatron_sppo.rollout.sampler import Refusal, Sampler, check_responses
+from megatron_sppo.rollout.server import ServerSampler
+from megatron_sppo.rollout.vllm_engine import VllmSampler
 
 logger = logging.getLogger(__name__)
-
-PRESETS = {"paper": {"temperature": 1.0, "top_p": 1.0}, "official": {"temperature": 0.7, "top_p": 0.9}}
-"""Sampling of the paper, and of the authors' published scripts."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
-    """One rollout job."""
-
-    model: Path
-    """Hugging Face directory of the policy; its tokenizer and chat template make the prompts' token ids."""
-    prompts: Path
-    """File (.jsonl, .json, .csv, .tsv, .parquet, plain or .gz, .zst) or dataset directory: rows with `prompt` or
-    `messages`, or in the columns of ShareGPT, UltraFeedback, HH, Nectar, Alpaca or Orca."""
-    output: Path
-    """Directory for the rollouts; the same command again resumes there."""
-    num_responses: PositiveInt
-    """K, answers per prompt; the paper uses 5."""
-    max_tokens: PositiveInt
-    """Most tokens of an answer."""
-    preset: Literal["paper", "official"] = "paper"
-    """paper: temperature 1.0, top-p 1.0; official: 0.7 and 0.9."""
-    temperature: Temperature | None = None
-    """None takes the preset's."""
-    top_p: TopP | None = None
-    """None takes the preset's."""
-    seed: Seed = 0
-    """Every shard's seed follows from it."""
-    split: str | None = None
-    """Keep the rows of this split only, such as train or heldout."""
-    subset: str | None = None
-    """The subset of a dataset directory that holds several."""
-    offset: NonNegativeInt = 0
-    """Prompts to skip."""
-    limit: PositiveInt | None = None
-    """Most prompts to take."""
-    shard_size: PositiveInt = 64
-    """Prompts per shard: what a kill can cost. Larger shards keep big GPUs fuller."""
-    max_model_len: PositiveInt | None = None
-    """Most tokens of prompt and answer together; None takes the model's. Longer prompts are set aside."""
-    allow_no_signal: bool = False
-    """Accept rollouts in which no prompt got two different answers, or every answer is empty."""
-    template: TemplateConfig = field(default_factory=TemplateConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    servers: ServerConfig = field(default_factory=ServerConfig)
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        if self.max_model_len is not None and self.max_model_len <= self.max_tokens:
-            raise ConfigError(
-                f"max_model_len ({self.max_model_len}) leaves no room for a prompt beside max_tokens "
-                f"({self.max_tokens}). Use --max-model-len {self.max_tokens + 512}."
-            )
-        self.sampling()
-
-    def sampling(self) -> Sampling:
-        """Resolve preset and explicit settings; the explicit ones win -> Sampling."""
-        preset = PRESETS[self.preset]
-        return Sampling(
-            num_responses=self.num_responses,
-            temperature=preset["temperature"] if self.temperature is None else self.temperature,
-            top_p=preset["top_p"] if self.top_p is None else self.top_p,
-            max_tokens=self.max_tokens,
-            seed=self.seed,
-        )
-
 
 SamplerFactory = Callable[[GenerateConfig, int], Sampler]
 """(config, tokens of the longest prompt with its answer) -> Sampler."""
@@ -150,13 +84,13 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
         shards=(),
         quarantined=quarantined,
     )
-    with open_ledger(config.output, request, num_shards=len(shards)) as ledger:
-        if not ledger.is_complete(len(shards)):
+    with open_finished_shards(config.output, request, num_shards=len(shards)) as finished:
+        if not finished.is_complete(len(shards)):
             sampler = functools.partial(make_sampler or _start_sampler, config)
-            _sample_missing(shards, ledger, sampler, tokenizer, config.output, sampling, vocab_size=files.vocab_size)
+            _sample_missing(shards, finished, sampler, tokenizer, config.output, sampling, vocab_size=files.vocab_size)
         else:
             logger.info("%s is complete: nothing to do", config.output)
-        refused = ledger.refused()
+        refused = finished.refused()
         if refused:
             logger.warning(
                 "%d prompts are refused by the server and set aside; the first: %s: %s",
@@ -165,11 +99,11 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
         manifest = replace(
             manifest,
             num_prompts=len(prompts) - len(refused),
-            shards=tuple(entry for entry in ledger.entries() if entry.rows),
+            shards=tuple(entry for entry in finished.entries() if entry.rows),
             quarantined=(*quarantined, *refused),
-            outcomes=ledger.outcomes(),
+            outcomes=finished.outcomes(),
         )
-        _refuse_no_signal(config, ledger.outcomes())
+        _refuse_no_signal(config, finished.outcomes())
         write_manifest(config.output, manifest)
     return manifest
 
@@ -267,7 +201,7 @@ def _tokenize(
 
 def _sample_missing(
     shards: Sequence[Sequence[TokenizedPrompt]],
-    ledger: ShardLedger,
+    finished: FinishedShards,
     make_sampler: Callable[[int], Sampler],
     tokenizer: ChatTokenizer,
     output: Path,
@@ -275,10 +209,10 @@ def _sample_missing(
     *,
     vocab_size: int,
 ) -> None:
-    missing = [index for index in range(len(shards)) if index not in ledger]
+    missing = [index for index in range(len(shards)) if index not in finished]
     if not missing:
         return
-    done = sum(entry.rows for entry in ledger.entries())
+    done = sum(entry.rows for entry in finished.entries())
     total = sum(map(len, shards))
     logger.info("%d of %d prompts to sample, %d responses each", total - done, total, sampling.num_responses)
     longest = max(len(prompt.token_ids) for prompt in itertools.chain.from_iterable(shards))
@@ -299,7 +233,7 @@ def _sample_missing(
                 groups, refused = _groups(prompts, answers)
                 outcomes = count_outcomes(groups, holds_marker)
                 entry = write_shard(output, index, groups)
-                ledger.enter(index, FinishedShard(entry=entry, outcomes=outcomes, refused=refused))
+                finished.enter(index, FinishedShard(entry=entry, outcomes=outcomes, refused=tuple(refused)))
                 if index == missing[0] and len(missing) > 1:  # early, while there is something to save
                     for line in outcome_warnings(outcomes):
                         logger.warning("the first shard: %s", line)

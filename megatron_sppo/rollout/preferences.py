@@ -36,7 +36,8 @@ import numpy as np
 
 from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
 from megatron_sppo.errors import DataError
-from megatron_sppo.rollout.chat_template import ChatTokenizer, TemplateConfig, UnusablePrompt
+from megatron_sppo.rollout.chat_template import ChatTokenizer, UnusablePrompt
+from megatron_sppo.rollout.config import TemplateConfig
 from megatron_sppo.rollout.conversations import Turn, UnusableRow, prompt_messages, read_turns
 from megatron_sppo.rollout.prompts import Prompt, check_split, make_prompt
 from megatron_sppo.rollout.records import (

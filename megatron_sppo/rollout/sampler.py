@@ -1,42 +1,13 @@
 """What a sampler is: K independent answers to each prompt, with the token ids as they were emitted."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
-from megatron_sppo.config import NonNegativeInt, PositiveInt, Range, Seed, check_ranges
-from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.errors import DataError
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
+from megatron_sppo.rollout.config import Sampling
 from megatron_sppo.rollout.records import Response
-
-Temperature = Annotated[float, Range(0, 100)]
-"""Published runs sample at 0.7 and 1; at 100 every token is nearly as likely as any other."""
-TopP = Annotated[float, Range(0, 1, above=True)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """The distribution that responses are drawn from: the policy pi_t of the objective."""
-
-    num_responses: PositiveInt
-    temperature: Temperature
-    top_p: TopP
-    max_tokens: PositiveInt
-    seed: Seed
-    stop_token_ids: tuple[NonNegativeInt, ...] = ()
-    """Tokens that end an answer, beside what an engine knows by itself."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        if self.temperature == 0 and self.num_responses > 1:
-            raise ConfigError(
-                f"temperature is 0: all {self.num_responses} responses would be the same. "
-                "Use --temperature above 0, or --num-responses 1."
-            )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Spell the settings as the manifest holds them."""
-        return {**asdict(self), "stop_token_ids": list(self.stop_token_ids)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,6 @@ seeds (the default) a GPU server repeats a response as far as its batching allow
 """
 
 import hashlib
-import http.client
-import ipaddress
-import json
 import logging
 import os
 import queue
@@ -22,19 +19,15 @@ import random
 import re
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from megatron_sppo.config import NonNegativeInt, PositiveFloat, PositiveInt, check_ranges
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
+from megatron_sppo.rollout.config import Sampling, ServerConfig
+from megatron_sppo.rollout.openai_server import HttpError, OpenAIServer, ServerFault
 from megatron_sppo.rollout.records import Response
-from megatron_sppo.rollout.retry_after import retry_after_seconds
-from megatron_sppo.rollout.sampler import Refusal, Sampling
+from megatron_sppo.rollout.sampler import Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +36,6 @@ _DEAD_SECONDS = 30.0
 _LONGEST_PAUSE_SECONDS = 30.0
 _MODELS_TIMEOUT_SECONDS = 10.0
 _OTHER_LIMIT_NAME = "max_completion_tokens"
-_MAX_REPLY_BYTES = 1 << 28
 _LONGEST_RETRY_AFTER_SECONDS = 120.0
 _TRY_LATER = (408, 425, 429)
 _OF_THE_ROW = (400, 413, 422)
@@ -51,31 +43,6 @@ _OF_THE_ROW = (400, 413, 422)
 
 
 _Answer = tuple[Response, ...] | Refusal
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """Where the servers are, and how patient to be."""
-
-    server: tuple[str, ...] = ()
-    """URLs of running vLLM servers with this model, such as http://node1:8000; without any, vLLM runs here."""
-    server_model: str | None = None
-    """Name of the model on the servers; None takes the one that they serve."""
-    server_concurrency: PositiveInt = 64
-    """Requests in flight per server; each is one prompt with its K responses."""
-    server_timeout: PositiveFloat = 600.0
-    """Seconds for one request."""
-    server_retries: NonNegativeInt = 5
-    """Times that a failed request is sent again."""
-    server_seeds: bool = True
-    """Send a seed with each request. vLLM servers on CPU crash on seeds: use --no-server-seeds there."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        for url in self.server:
-            parts = urllib.parse.urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ConfigError(f"{url!r} is no server URL. Use --server http://HOST:PORT.")
 
 
 class ServerSampler:
@@ -237,9 +204,13 @@ class _Server:
         self._timeout = config.server_timeout
         self._model: str | None = config.server_model
         self._limit_name = "max_tokens"
-        loopback = _is_loopback(urllib.parse.urlsplit(url).hostname or "")
-        handlers = [urllib.request.ProxyHandler({})] if loopback else []  # a proxy cannot reach our own loopback
-        self._opener = urllib.request.build_opener(*handlers)
+        self._key = os.environ.get("VLLM_API_KEY") or ""
+        if self._key and not re.fullmatch(r"[\x21-\x7e]+", self._key):
+            raise ConfigError(
+                "VLLM_API_KEY holds a space, a line's end or a character beyond ASCII: no HTTP header carries it. "
+                "Use `export VLLM_API_KEY=KEY` with the key alone."
+            )
+        self._api = OpenAIServer(self.url, key=self._key, timeout_seconds=self._timeout)
 
     def find_model(self, name: str | None, max_model_len: int) -> None:
         """Learn the served model's name and check its context length."""
@@ -286,45 +257,25 @@ class _Server:
         return self._exchange("/v1/completions", {**body, self._limit_name: limit}, self._timeout)
 
     def _exchange(self, path: str, body: dict[str, Any] | None, timeout: float) -> dict[str, Any]:
-        request = urllib.request.Request(self.url + path)
-        if body is not None:
-            request.data = json.dumps(body).encode()
-            request.add_header("Content-Type", "application/json")
-        key = os.environ.get("VLLM_API_KEY")
-        if key and not re.fullmatch(r"[\x21-\x7e]+", key):
-            raise ConfigError(
-                "VLLM_API_KEY holds a space, a line's end or a character beyond ASCII: no HTTP header carries it. "
-                "Use `export VLLM_API_KEY=KEY` with the key alone."
-            )
-        if key:
-            request.add_header("Authorization", f"Bearer {key}")
         try:
-            with self._opener.open(request, timeout=timeout) as reply:
-                content = reply.read(_MAX_REPLY_BYTES)
-        except urllib.error.HTTPError as error:
-            fact = f"HTTP {error.code} {_reason(error)}"
-            if error.code >= 500 or error.code in _TRY_LATER:
-                asked = retry_after_seconds(error.headers.get("Retry-After"))
+            return self._api.exchange(path, body, timeout_seconds=timeout)
+        except HttpError as error:
+            fact = f"HTTP {error.status} {error.words}".strip()
+            if error.status >= 500 or error.status in _TRY_LATER:
+                asked = error.retry_after
                 retry_after = None if asked is None else min(asked, _LONGEST_RETRY_AFTER_SECONDS)
                 raise _RequestFailed(fact, retry_after=retry_after) from None
-            if error.code in (401, 403):
-                is_set = "the key in VLLM_API_KEY is not its own" if key else "VLLM_API_KEY is not set"
+            if error.status in (401, 403):
+                is_set = "the key in VLLM_API_KEY is not its own" if self._key else "VLLM_API_KEY is not set"
                 raise ConfigError(
                     f"{self.url} wants a key: {fact}, and {is_set}. Use `export VLLM_API_KEY=KEY` with the KEY of its "
                     "--api-key."
                 ) from None
-            if body is not None and error.code in _OF_THE_ROW:
+            if body is not None and error.status in _OF_THE_ROW:
                 raise _RowRefused(f"{self.url} refuses it: {fact}") from None
             raise ConfigError(f"{self.url} refuses the request: {fact}. Check --server and its log.") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise _RequestFailed(f"{type(error).__name__}: {error}") from None
-        try:
-            value = json.loads(content)
-        except ValueError:
-            raise _RequestFailed("the reply is not valid JSON") from None
-        if not isinstance(value, dict):
-            raise _RequestFailed("the reply is no JSON object")
-        return value
+        except ServerFault as error:
+            raise _RequestFailed(str(error)) from None
 
 
 class _Pool:
@@ -406,25 +357,3 @@ def _responses(
 
 def _prompt_seed(shard_seed: int, prompt_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{shard_seed}:{prompt_id}".encode()).digest()[:6])
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
-    try:
-        text = error.read(2000).decode("utf-8", "replace")
-    except (OSError, http.client.HTTPException):
-        return str(error.reason)
-    try:
-        value = json.loads(text)
-        message = value.get("message") or value["error"]["message"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        message = text or error.reason
-    return " ".join(str(message).split())[:300]

@@ -11,38 +11,17 @@ Per-request seeds are not used: they crash the CPU engine (vLLM 0.32: "CPU Gener
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from megatron_sppo.config import PositiveInt, Range, check_ranges
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
+from megatron_sppo.rollout.config import EngineConfig, Sampling
 from megatron_sppo.rollout.records import Response
-from megatron_sppo.rollout.sampler import Sampling
 
 _SEEDER = "megatron_sppo.rollout.vllm_seeder.Seeder"
 _CPU_KV_CACHE_BYTES = 2 * 2**30
 _CPU_MAX_NUM_SEQS = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """How vLLM runs the model."""
-
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Weights and activations while sampling; auto takes the checkpoint's."""
-    tensor_parallel_size: PositiveInt = 1
-    """GPUs that share the model."""
-    gpu_memory_utilization: Annotated[float, Range(0, 1, above=True)] = 0.9
-    """Fraction of each GPU's memory that vLLM may take. Without a GPU it has no effect."""
-    max_num_seqs: PositiveInt | None = None
-    """Responses computed at once. None: vLLM's choice on GPUs, 256 on CPU."""
-    enforce_eager: bool | None = None
-    """Do not compile the model. None: compiled on GPUs, not on CPU, where a minute of compiling gains about a tenth."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 class VllmSampler:

@@ -10,7 +10,7 @@ from megatron_sppo import config as config_files
 from megatron_sppo.data.schema import parse_selection
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.load import load_judge
-from megatron_sppo.rollout.sampler import Sampling
+from megatron_sppo.rollout.config import Sampling
 from megatron_sppo.selfplay.config import SelfPlayConfig, named_values, option_flags
 from megatron_sppo.selfplay.stages import Stage
 

@@ -10,7 +10,7 @@ import yaml
 from megatron_sppo import config as config_files
 from megatron_sppo.config import NonNegativeInt, PositiveInt, Seed, check_ranges
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.rollout.sampler import Temperature, TopP
+from megatron_sppo.rollout.config import Temperature, TopP
 
 MIN_RESAMPLES = 2000
 

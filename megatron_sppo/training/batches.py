@@ -21,8 +21,8 @@ from megatron_sppo.data.selection import RowTargets, TrainingIndex, row_targets,
 from megatron_sppo.data.steps import epoch_rows, packed_tokens, plan_shared_step, plan_step, step_units
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import token_multiple
-from megatron_sppo.objective.loss import OBJECTIVES
-from megatron_sppo.objective.win_rate import estimated_baseline_over_eta, parse_baseline
+from megatron_sppo.objective.names import OBJECTIVES, parse_baseline
+from megatron_sppo.objective.win_rate import estimated_baseline_over_eta
 from megatron_sppo.training import parallel
 from megatron_sppo.training.config import TrainingConfig
 from megatron_sppo.training.context_parallel import context_parallel_share

@@ -2,15 +2,22 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from megatron_sppo.config import PositiveFloat, PositiveInt, Range, Seed, check_ranges
+from megatron_sppo.config import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Seed,
+    check_ranges,
+    flag_of,
+)
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
-from megatron_sppo.objective.loss import OBJECTIVES, find_objective
-from megatron_sppo.objective.win_rate import parse_baseline
-from megatron_sppo.training.optimizer import OptimizationConfig
-from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.objective.names import OBJECTIVES, find_objective, parse_baseline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,131 @@ class ObjectiveConfig:
     def unit_size(self) -> int:
         """Responses that must stay together in a micro-batch: 2 where the loss couples a pair, otherwise 1."""
         return 2 if OBJECTIVES[self.objective].coupled else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    """Optimizer and schedule, by Megatron-LM's names."""
+
+    lr: Annotated[float, Range(0, 100, above=True)]
+    """Highest learning rate. Published runs use 5e-7."""
+    optimizer: Literal["adam", "rmsprop"] = "adam"
+    """adam (decoupled weight decay) or rmsprop (the official SPPO code: alpha 0.99, eps 1e-8, no momentum)."""
+    min_lr: NonNegativeFloat = 0.0
+    """Lowest learning rate, reached at the end of the decay."""
+    lr_decay_style: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the decay."""
+    lr_decay_iters: PositiveInt | None = None
+    """Steps over which the rate decays; unset: the whole run."""
+    lr_warmup_iters: NonNegativeInt | None = None
+    """Steps of linear warm-up."""
+    lr_warmup_fraction: Annotated[float, Range(0, 1, below=True)] | None = None
+    """Warm-up as a fraction of lr_decay_iters, instead of lr_warmup_iters. Published runs use 0.1."""
+    adam_beta1: Annotated[float, Range(0, 1, below=True)] = 0.9
+    """First-moment decay of Adam."""
+    adam_beta2: Annotated[float, Range(0, 1, below=True)] = 0.999
+    """Second-moment decay of Adam."""
+    adam_eps: Annotated[float, Range(0, 1, above=True)] = 1e-8
+    """Added to the root of the second moment."""
+    rmsprop_alpha: Annotated[float, Range(0, 1, below=True)] = 0.99
+    """Second-moment decay of RMSprop."""
+    weight_decay: Fraction = 0.0
+    """Decoupled weight decay; one-dimensional parameters and biases are spared."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    optimizer_config: tuple[str, ...] = ()
+    """Further KEY=VALUE fields of Megatron-Core's OptimizerConfig."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.min_lr > self.lr:
+            raise ConfigError(f"min_lr ({self.min_lr}) is above lr ({self.lr}). Use --min-lr 0, or a larger --lr.")
+        if self.lr_warmup_iters is not None and self.lr_warmup_fraction is not None:
+            raise ConfigError("lr_warmup_iters and lr_warmup_fraction are both set. Leave one out.")
+        if self.optimizer == "rmsprop" and self.weight_decay:
+            raise ConfigError(
+                "rmsprop runs without weight decay here, as the official SPPO code does. Use --weight-decay 0."
+            )
+
+    def warmup_and_decay(self, train_iters: int) -> tuple[int, int]:
+        """Count the steps of the warm-up, and those after which the decay has ended -> (warm-up, decay).
+
+        Raises:
+            ConfigError: the warm-up is as long as the decay, or longer.
+        """
+        decay, flag = self.lr_decay_iters or train_iters, "--lr-warmup-iters"
+        warmup = self.lr_warmup_iters or 0
+        if self.lr_warmup_fraction is not None:
+            warmup, flag = round(self.lr_warmup_fraction * decay), "--lr-warmup-fraction"
+        if warmup >= decay:
+            raise ConfigError(
+                f"the warm-up ({warmup} steps) must be shorter than the decay ({decay} steps"
+                f"{'' if self.lr_decay_iters else ', the whole run'}). Use {flag} 0, or a smaller one than now."
+            )
+        return warmup, decay
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """The layout, by Megatron-Core's names. Data parallelism is what remains of the world size."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that split each weight matrix."""
+    pipeline_model_parallel_size: PositiveInt = 1
+    """Stages that the layers are divided into."""
+    decoder_first_pipeline_num_layers: PositiveInt | None = None
+    """Layers of the first stage, where they are not the even share: 61 layers are 13 + 16 + 16 + 16."""
+    decoder_last_pipeline_num_layers: PositiveInt | None = None
+    """Layers of the last stage, likewise."""
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    """Model chunks per pipeline stage (interleaved schedule)."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that split each sequence."""
+    expert_model_parallel_size: PositiveInt = 1
+    """Ranks that the experts of each layer are divided over. They may be data-, tensor- and context-parallel ranks."""
+    sequence_parallel: bool = False
+    """Split the activations of norms along the sequence over the tensor-parallel ranks."""
+    use_distributed_optimizer: bool = False
+    """Shard optimizer state and master weights over the data-parallel ranks."""
+    ddp_config: tuple[str, ...] = ()
+    """Further KEY=VALUE fields of Megatron-Core's DistributedDataParallelConfig, such as overlap_grad_reduce=true."""
+    distributed_timeout_minutes: PositiveInt = 30
+    """Give up on a collective after this long."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
+            value = getattr(self, name)
+            if value is not None and self.pipeline_model_parallel_size < 2:
+                raise ConfigError(
+                    f"{name} is {value} with {self.pipeline_model_parallel_size} pipeline stage(s); it is the layers "
+                    f"of one of several stages. Leave {flag_of(name)} out."
+                )
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ConfigError(
+                "sequence_parallel splits activations over tensor-parallel ranks, and there is one. "
+                "Use --no-sequence-parallel, or --tensor-model-parallel-size 2 or more."
+            )
+        chunks = self.virtual_pipeline_model_parallel_size
+        if chunks is not None and (chunks < 2 or self.pipeline_model_parallel_size < 2):
+            raise ConfigError(
+                f"virtual_pipeline_model_parallel_size {chunks} with {self.pipeline_model_parallel_size} stage(s) "
+                "interleaves nothing: both must be at least 2. Leave --virtual-pipeline-model-parallel-size out."
+            )
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def expert_tensor_parallel_size(self) -> int:
+        """Ranks that split each expert's matrices.
+
+        Experts that are divided over ranks stay whole: small matrices are not worth splitting. Undivided, they are
+        split like all else, as Megatron-Core reduces their gradients over the dense layers' groups then.
+        """
+        return 1 if self.expert_model_parallel_size > 1 else self.tensor_model_parallel_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,3 +293,24 @@ class TrainingConfig:
                 f"({self.batch.micro_batch_size}) x {data_parallel_size} data-parallel ranks. "
                 f"Use --global-batch-size {fitting}."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectionConfig(TrainingConfig):
+    """Two checkpoints and a dataset. Takes every setting of pretrain_sppo.py, so `--config SAVE/config.yaml` fits."""
+
+    load: Path
+    """Megatron checkpoint of the policy, such as the --save of a training: a root or one iter_* directory."""
+    reference: Path
+    """Megatron checkpoint that it is compared with: pi_t, the --load of that training."""
+    output: Path
+    """JSONL file to write, a line for each response."""
+    num_prompts: PositiveInt = 4
+    """Prompts whose responses are inspected, taken evenly from the most to the least decided by the judge."""
+    save: Path = Path()
+    """Not used here: nothing is trained. Nor are the settings of the optimizer and the objective."""
+    optimization: OptimizationConfig = field(default_factory=lambda: OptimizationConfig(lr=1.0))
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        super().__post_init__()

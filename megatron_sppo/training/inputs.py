@@ -11,7 +11,8 @@ from megatron_sppo.config import is_written_of, write_yaml
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.flops import parity_length
-from megatron_sppo.model.config import check_divisibility, check_machine
+from megatron_sppo.model.config import check_divisibility
+from megatron_sppo.model.engine import check_machine
 from megatron_sppo.storage import lock_until_exit, refuse_foreign
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import Batches

@@ -8,9 +8,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,42 +17,19 @@ from torch import Tensor
 
 from megatron_sppo.checkpoints.megatron_checkpoint import HF_DIRECTORY
 from megatron_sppo.checkpoints.tokenizer import token_texts
-from megatron_sppo.config import PositiveInt, check_ranges
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.microbatch import MicroBatch
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.storage import atomic_file, refuse_foreign_file
 from megatron_sppo.training import checkpoint, inputs, parallel
 from megatron_sppo.training.batches import Batches, StepPlan
-from megatron_sppo.training.config import ObjectiveConfig, TrainingConfig
+from megatron_sppo.training.config import InspectionConfig, ObjectiveConfig
 from megatron_sppo.training.forward_step import run_schedule, stage_output
-from megatron_sppo.training.optimizer import OptimizationConfig
 from megatron_sppo.training.policy import Policy, build_policy
 
 logger = logging.getLogger(__name__)
 
 # N = responses of a pass, R = response tokens of a micro-batch, T = response tokens of a response
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectionConfig(TrainingConfig):
-    """Two checkpoints and a dataset. Takes every setting of pretrain_sppo.py, so `--config SAVE/config.yaml` fits."""
-
-    load: Path
-    """Megatron checkpoint of the policy, such as the --save of a training: a root or one iter_* directory."""
-    reference: Path
-    """Megatron checkpoint that it is compared with: pi_t, the --load of that training."""
-    output: Path
-    """JSONL file to write, a line for each response."""
-    num_prompts: PositiveInt = 4
-    """Prompts whose responses are inspected, taken evenly from the most to the least decided by the judge."""
-    save: Path = Path()
-    """Not used here: nothing is trained. Nor are the settings of the optimizer and the objective."""
-    optimization: OptimizationConfig = field(default_factory=lambda: OptimizationConfig(lr=1.0))
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        super().__post_init__()
 
 
 def inspect(config: InspectionConfig) -> dict[str, Any]:

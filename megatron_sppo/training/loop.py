@@ -20,7 +20,7 @@ from megatron_sppo import flops
 from megatron_sppo.errors import DataError
 from megatron_sppo.model.transformer_config import bfloat16_products
 from megatron_sppo.objective import regression_target
-from megatron_sppo.objective.loss import find_objective
+from megatron_sppo.objective.names import find_objective
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import StepPlan
 from megatron_sppo.training.config import ObjectiveConfig, TrainingConfig

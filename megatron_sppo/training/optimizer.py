@@ -4,9 +4,8 @@ import contextlib
 import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import megatron.core.optimizer as host
 import torch
@@ -14,75 +13,11 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, clip_gra
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_sppo.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, Range, check_ranges
-from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.transformer_config import host_dataclass, parse_overrides
-from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.config import OptimizationConfig, ParallelConfig
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizationConfig:
-    """Optimizer and schedule, by Megatron-LM's names."""
-
-    lr: Annotated[float, Range(0, 100, above=True)]
-    """Highest learning rate. Published runs use 5e-7."""
-    optimizer: Literal["adam", "rmsprop"] = "adam"
-    """adam (decoupled weight decay) or rmsprop (the official SPPO code: alpha 0.99, eps 1e-8, no momentum)."""
-    min_lr: NonNegativeFloat = 0.0
-    """Lowest learning rate, reached at the end of the decay."""
-    lr_decay_style: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape of the decay."""
-    lr_decay_iters: PositiveInt | None = None
-    """Steps over which the rate decays; unset: the whole run."""
-    lr_warmup_iters: NonNegativeInt | None = None
-    """Steps of linear warm-up."""
-    lr_warmup_fraction: Annotated[float, Range(0, 1, below=True)] | None = None
-    """Warm-up as a fraction of lr_decay_iters, instead of lr_warmup_iters. Published runs use 0.1."""
-    adam_beta1: Annotated[float, Range(0, 1, below=True)] = 0.9
-    """First-moment decay of Adam."""
-    adam_beta2: Annotated[float, Range(0, 1, below=True)] = 0.999
-    """Second-moment decay of Adam."""
-    adam_eps: Annotated[float, Range(0, 1, above=True)] = 1e-8
-    """Added to the root of the second moment."""
-    rmsprop_alpha: Annotated[float, Range(0, 1, below=True)] = 0.99
-    """Second-moment decay of RMSprop."""
-    weight_decay: Fraction = 0.0
-    """Decoupled weight decay; one-dimensional parameters and biases are spared."""
-    clip_grad: NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
-    optimizer_config: tuple[str, ...] = ()
-    """Further KEY=VALUE fields of Megatron-Core's OptimizerConfig."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        if self.min_lr > self.lr:
-            raise ConfigError(f"min_lr ({self.min_lr}) is above lr ({self.lr}). Use --min-lr 0, or a larger --lr.")
-        if self.lr_warmup_iters is not None and self.lr_warmup_fraction is not None:
-            raise ConfigError("lr_warmup_iters and lr_warmup_fraction are both set. Leave one out.")
-        if self.optimizer == "rmsprop" and self.weight_decay:
-            raise ConfigError(
-                "rmsprop runs without weight decay here, as the official SPPO code does. Use --weight-decay 0."
-            )
-
-    def warmup_and_decay(self, train_iters: int) -> tuple[int, int]:
-        """Count the steps of the warm-up, and those after which the decay has ended -> (warm-up, decay).
-
-        Raises:
-            ConfigError: the warm-up is as long as the decay, or longer.
-        """
-        decay, flag = self.lr_decay_iters or train_iters, "--lr-warmup-iters"
-        warmup = self.lr_warmup_iters or 0
-        if self.lr_warmup_fraction is not None:
-            warmup, flag = round(self.lr_warmup_fraction * decay), "--lr-warmup-fraction"
-        if warmup >= decay:
-            raise ConfigError(
-                f"the warm-up ({warmup} steps) must be shorter than the decay ({decay} steps"
-                f"{'' if self.lr_decay_iters else ', the whole run'}). Use {flag} 0, or a smaller one than now."
-            )
-        return warmup, decay
 
 
 def build_optimizer(

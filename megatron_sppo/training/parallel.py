@@ -4,81 +4,17 @@ import datetime
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.distributed
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_sppo.architecture import Architecture
-from megatron_sppo.config import PositiveInt, check_ranges
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.training import cpu
+from megatron_sppo.training.config import ParallelConfig
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """The layout, by Megatron-Core's names. Data parallelism is what remains of the world size."""
-
-    tensor_model_parallel_size: PositiveInt = 1
-    """Ranks that split each weight matrix."""
-    pipeline_model_parallel_size: PositiveInt = 1
-    """Stages that the layers are divided into."""
-    decoder_first_pipeline_num_layers: PositiveInt | None = None
-    """Layers of the first stage, where they are not the even share: 61 layers are 13 + 16 + 16 + 16."""
-    decoder_last_pipeline_num_layers: PositiveInt | None = None
-    """Layers of the last stage, likewise."""
-    virtual_pipeline_model_parallel_size: PositiveInt | None = None
-    """Model chunks per pipeline stage (interleaved schedule)."""
-    context_parallel_size: PositiveInt = 1
-    """Ranks that split each sequence."""
-    expert_model_parallel_size: PositiveInt = 1
-    """Ranks that the experts of each layer are divided over. They may be data-, tensor- and context-parallel ranks."""
-    sequence_parallel: bool = False
-    """Split the activations of norms along the sequence over the tensor-parallel ranks."""
-    use_distributed_optimizer: bool = False
-    """Shard optimizer state and master weights over the data-parallel ranks."""
-    ddp_config: tuple[str, ...] = ()
-    """Further KEY=VALUE fields of Megatron-Core's DistributedDataParallelConfig, such as overlap_grad_reduce=true."""
-    distributed_timeout_minutes: PositiveInt = 30
-    """Give up on a collective after this long."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"):
-            value = getattr(self, name)
-            if value is not None and self.pipeline_model_parallel_size < 2:
-                raise ConfigError(
-                    f"{name} is {value} with {self.pipeline_model_parallel_size} pipeline stage(s); it is the layers "
-                    f"of one of several stages. Leave --{_kebab(name)} out."
-                )
-        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
-            raise ConfigError(
-                "sequence_parallel splits activations over tensor-parallel ranks, and there is one. "
-                "Use --no-sequence-parallel, or --tensor-model-parallel-size 2 or more."
-            )
-        chunks = self.virtual_pipeline_model_parallel_size
-        if chunks is not None and (chunks < 2 or self.pipeline_model_parallel_size < 2):
-            raise ConfigError(
-                f"virtual_pipeline_model_parallel_size {chunks} with {self.pipeline_model_parallel_size} stage(s) "
-                "interleaves nothing: both must be at least 2. Leave --virtual-pipeline-model-parallel-size out."
-            )
-
-    @property
-    def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
-
-    @property
-    def expert_tensor_parallel_size(self) -> int:
-        """Ranks that split each expert's matrices.
-
-        Experts that are divided over ranks stay whole: small matrices are not worth splitting. Undivided, they are
-        split like all else, as Megatron-Core reduces their gradients over the dense layers' groups then.
-        """
-        return 1 if self.expert_model_parallel_size > 1 else self.tensor_model_parallel_size
 
 
 def check_layout(config: ParallelConfig, architecture: Architecture, *, world_size: int) -> None:
@@ -341,7 +277,3 @@ def total_terms(num_terms: torch.Tensor) -> torch.Tensor:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     torch.distributed.all_reduce(num_terms, group=group)
     return num_terms
-
-
-def _kebab(name: str) -> str:
-    return name.replace("_", "-")

@@ -16,7 +16,7 @@ from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import PolicyModel, build_stage
 from megatron_sppo.model.transformer_config import host_dataclass, parse_overrides, transformer_config
 from megatron_sppo.training import parallel
-from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.config import ParallelConfig
 
 _HASH_BITS = 48
 """Partial sums of 48 bits leave room to add 32768 ranks in an int64 without overflow."""

@@ -24,7 +24,7 @@ from megatron_sppo.conversion.megatron_model import OpenedMegatron
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import build_stage, forward
 from megatron_sppo.training import parallel
-from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.config import ParallelConfig
 from megatron_sppo.training.policy import host_config
 
 # B = prompts, S = tokens, padded at the end, V = vocabulary

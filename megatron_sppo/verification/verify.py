@@ -34,7 +34,7 @@ from megatron_sppo.model.gpt import build_stage, forward
 from megatron_sppo.storage import write_json
 from megatron_sppo.training import parallel
 from megatron_sppo.training.checkpoint import load_stages
-from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.config import ParallelConfig
 from megatron_sppo.training.policy import host_config
 from megatron_sppo.verification import layerwise as by_layer
 from megatron_sppo.verification.probes import compare_tokenizers, prompt_token_ids

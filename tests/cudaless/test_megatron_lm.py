@@ -195,7 +195,7 @@ def three_calls(script: str) -> tuple[list[float], list[float]]:
     from megatron.core.transformer import TransformerConfig
 
     from megatron_sppo.training import parallel
-    from megatron_sppo.training.parallel import ParallelConfig
+    from megatron_sppo.training.config import ParallelConfig
 
     parallel.initialize(ParallelConfig(), seed=1)
     config = TransformerConfig(

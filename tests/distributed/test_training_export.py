@@ -128,7 +128,7 @@ def save_as_megatron_lm(source: str, target: str, tensor: int, pipeline: int) ->
 
     from megatron_sppo.model.config import ModelConfig
     from megatron_sppo.training import checkpoint, parallel
-    from megatron_sppo.training.parallel import ParallelConfig
+    from megatron_sppo.training.config import ParallelConfig
     from megatron_sppo.training.policy import build_policy
 
     architecture, _ = read_architecture(Path(source))

@@ -1,7 +1,8 @@
 """Stands in for tools/generate_rollouts.py in tests: the same command line and files, a sampler without a model."""
 
 from megatron_sppo import command_line, config
-from megatron_sppo.rollout.generate import GenerateConfig, generate_rollouts
+from megatron_sppo.rollout.config import GenerateConfig
+from megatron_sppo.rollout.generate import generate_rollouts
 from tests.unit.rollout.fake_sampler import FakeSampler, fake_factory
 
 NAME = "fake_rollouts.py"

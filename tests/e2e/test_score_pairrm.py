@@ -23,6 +23,7 @@ from megatron_sppo import command_line
 from megatron_sppo.commands import score as command
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.judge import score as stage
+from megatron_sppo.judge.config import ScoreConfig
 from megatron_sppo.judge.work_list import WorkList
 from megatron_sppo.report.page import write_report
 from tests.models import byte_tokenizer
@@ -172,7 +173,7 @@ def rank_main(arguments: dict, rank: int, world_size: int, store: Path, last_eve
 
     stage.load_judge = load_judge
     work = WorkList(rank=rank, world_size=world_size, store=FileStore(str(store), world_size))
-    stage.score(stage.Command(**arguments), work)
+    stage.score(ScoreConfig(**arguments), work)
 
 
 def run_ranks(arguments: dict, world_size: int, store: Path, victim: tuple[int, int] | None = None) -> list[int]:

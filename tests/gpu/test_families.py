@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sppo.conversion.convert import import_checkpoint
-from megatron_sppo.model.config import ModelConfig, resolve_transformer_impl
+from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.model.engine import resolve_transformer_impl
 from megatron_sppo.verification.verify import verify
 from tests.families import FAMILIES, MIXTURES, family_model
 

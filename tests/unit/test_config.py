@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 import yaml
@@ -307,3 +307,42 @@ def test_two_sections_with_one_flag_are_a_programmers_mistake():
 
     with pytest.raises(AssertionError, match="--lr"):
         config.parse(Clash, name="x", description="", argv=[])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    ranks: Annotated[config.PositiveInt | None, config.LAYOUT] = 1
+    micro: Annotated[config.PositiveInt, config.LAYOUT] = 2
+    eps: Annotated[float, config.Range(0, 1), config.LAYOUT] = 0.5
+
+    def __post_init__(self) -> None:
+        config.check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SectionOfLogs:
+    log_dir: str = "logs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Marked:
+    steps: int = 3
+    layout: Layout = Layout()
+    optimizer: OptimizerSection = OptimizerSection()
+    whole: Annotated[SectionOfLogs, config.LAYOUT] = SectionOfLogs()
+
+
+def test_what_is_not_marked_layout_decides():
+    before = config.deciding(Marked())
+    assert before == {"steps": 3, "optimizer.lr": 5e-7, "optimizer.optimizer": "adam", "optimizer.betas": [0.9, 0.95]}
+    assert config.deciding(Marked(layout=Layout(ranks=8), whole=SectionOfLogs(log_dir="x"))) == before
+    assert config.deciding(Marked(steps=4)) == {**before, "steps": 4}
+
+
+@pytest.mark.parametrize("name", ["ranks", "micro", "eps"])
+def test_a_marked_number_keeps_its_range(name):
+    with pytest.raises(ConfigError, match=f"{name} is -1; it must be a number in"):
+        Layout(**{name: -1})
+    with pytest.raises(ConfigError, match=f"--{name}") as caught:
+        config.parse(Layout, name="x", description="", argv=[f"--{name}", "many"])
+    assert "Annotated" not in str(caught.value) and "LAYOUT" not in str(caught.value)

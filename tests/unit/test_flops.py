@@ -11,7 +11,7 @@ from megatron_sppo import flops
 from megatron_sppo.model import gpt
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.planning.architectures import PUBLISHED
-from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.config import ParallelConfig
 from megatron_sppo.training.policy import build_policy
 from tests.unit.planning.models import MIXTURE, TINY
 

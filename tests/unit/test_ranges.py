@@ -14,16 +14,13 @@ from megatron_sppo import config
 from megatron_sppo.commands import convert, import_preferences
 from megatron_sppo.config import Range, _leaves
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.judge import score
-from megatron_sppo.judge.evaluation import EvaluateConfig
+from megatron_sppo.judge.config import EvaluateConfig, ScoreConfig
 from megatron_sppo.model.transformer_config import parse_overrides
-from megatron_sppo.objective.win_rate import parse_baseline
+from megatron_sppo.objective.names import parse_baseline
 from megatron_sppo.planning.config import PlanConfig
-from megatron_sppo.rollout.generate import GenerateConfig
-from megatron_sppo.rollout.sampler import Sampling
+from megatron_sppo.rollout.config import GenerateConfig, Sampling
 from megatron_sppo.selfplay.config import SelfPlayConfig
-from megatron_sppo.training.config import TrainingConfig
-from megatron_sppo.training.inspection import InspectionConfig
+from megatron_sppo.training.config import InspectionConfig, TrainingConfig
 
 COMMANDS: dict[str, type] = {
     **{
@@ -31,7 +28,7 @@ COMMANDS: dict[str, type] = {
         for kind in (TrainingConfig, InspectionConfig, PlanConfig, SelfPlayConfig, GenerateConfig, EvaluateConfig)
     },
     **convert.COMMANDS,
-    "score": score.Command,
+    "score": ScoreConfig,
     "import_preferences": import_preferences.Command,
 }
 

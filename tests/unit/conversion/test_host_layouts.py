@@ -25,7 +25,7 @@ def load_and_save(source: str, target: str, tensor: int, pipeline: int, with_opt
 
     from megatron_sppo.model.config import ModelConfig
     from megatron_sppo.training import parallel
-    from megatron_sppo.training.parallel import ParallelConfig
+    from megatron_sppo.training.config import ParallelConfig
     from megatron_sppo.training.policy import build_policy
 
     architecture, _ = read_architecture(Path(source))

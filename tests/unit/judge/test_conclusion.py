@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.judge import load_judge
 from megatron_sppo.judge.conclusion import ConclusionJudge
+from megatron_sppo.judge.load import load_judge
 from tests.unit.judge.groups import group_of
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.judge import load_judge
 from megatron_sppo.judge.endpoint import LARGEST_LOGIT, VERDICT_LOGIT, EndpointJudge, verdict_logit
+from megatron_sppo.judge.load import load_judge
 from tests.unit.judge.groups import group_of
 
 KEY = "sk-a-secret-of-the-user"

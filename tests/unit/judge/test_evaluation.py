@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from megatron_sppo.errors import DataError
-from megatron_sppo.judge.evaluation import EvaluateConfig, bootstrap, cross_win_rates, evaluate, join_groups
+from megatron_sppo.judge.config import EvaluateConfig
+from megatron_sppo.judge.evaluation import bootstrap, cross_win_rates, evaluate, join_groups
 from megatron_sppo.rollout.records import RolloutGroup
 from tests.unit.selfplay.synthetic import group, write_rollouts
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.judge import load_judge
+from megatron_sppo.judge.load import load_judge
 from megatron_sppo.objective import preference_matrix
 from tests.unit.judge.groups import group_of
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AddedToken, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from megatron_sppo.errors import ConfigError, ConversionError
-from megatron_sppo.judge import load_judge
+from megatron_sppo.judge.load import load_judge
 from megatron_sppo.judge.protocol import Unjudged, judge_groups
 from tests.models import BYTE_VOCAB_SIZE, byte_tokenizer
 from tests.unit.judge.groups import group_of

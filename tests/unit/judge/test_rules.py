@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.judge import load_judge
+from megatron_sppo.judge.load import load_judge
 from megatron_sppo.judge.rules import CYCLE_CHARACTERS, CYCLIC_STRENGTH, concise_score
 from megatron_sppo.rollout.records import Response
 from tests.unit.judge.groups import group_of, random_group

@@ -12,7 +12,8 @@ import pytest
 
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model import engine
-from megatron_sppo.model.config import ModelConfig, check_machine, resolve_transformer_impl
+from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.model.engine import check_machine, resolve_transformer_impl
 
 INIT = "try:\n    from . import pytorch\nexcept (ImportError, FileNotFoundError):\n    pass\n"
 BUILD = "pip install --no-build-isolation 'transformer-engine[pytorch]'"

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.simulation import simulated_rank
 from megatron_sppo.model import gpt
 from megatron_sppo.model.config import ModelConfig
-from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.config import ParallelConfig
 from megatron_sppo.training.policy import build_policy
 from tests.unit.planning.models import TINY
 

@@ -28,7 +28,7 @@ from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import PolicyModel, build_stage
 from megatron_sppo.model.transformer_config import transformer_config
 from megatron_sppo.training import checkpoint, parallel
-from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.config import ParallelConfig
 from megatron_sppo.training.policy import weights_hash
 from tests.families import FAMILIES, family_model
 from tests.unit.planning.models import MIXTURE, TINY

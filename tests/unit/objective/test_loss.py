@@ -10,7 +10,6 @@ import torch
 
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.objective import (
-    OBJECTIVES,
     dpo_loss,
     ipo_loss,
     log_partition,
@@ -20,6 +19,7 @@ from megatron_sppo.objective import (
     sppo_loss,
     win_rates,
 )
+from megatron_sppo.objective.names import OBJECTIVES
 
 ETA = 1000.0
 

@@ -11,7 +11,8 @@ import torch
 
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.objective import log_partition, preference_matrix, win_rates
-from megatron_sppo.objective.win_rate import estimated_baseline_over_eta, parse_baseline
+from megatron_sppo.objective.names import parse_baseline
+from megatron_sppo.objective.win_rate import estimated_baseline_over_eta
 
 
 def naive_paper(logits):

@@ -19,7 +19,7 @@ from megatron_sppo.planning.activations import Activations, MicroBatchShape, act
 from megatron_sppo.planning.architectures import PUBLISHED
 from megatron_sppo.planning.memory import chunks_in_flight
 from megatron_sppo.planning.parameters import Grid
-from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.config import ParallelConfig
 from megatron_sppo.training.policy import build_policy
 from tests.memory import LiveBytes, saved_bytes
 from tests.unit.planning.models import MIXTURE, TINY

@@ -16,8 +16,8 @@ from megatron_sppo.planning.activations import MicroBatchShape
 from megatron_sppo.planning.architectures import PUBLISHED, find_architecture
 from megatron_sppo.planning.memory import stage_memory
 from megatron_sppo.planning.parameters import Grid, buffer_elements, count, stage_shards, total_parameters
-from megatron_sppo.training.optimizer import OptimizationConfig, build_optimizer
-from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.config import OptimizationConfig, ParallelConfig
+from megatron_sppo.training.optimizer import build_optimizer
 from megatron_sppo.training.policy import build_policy
 from tests.unit.planning.models import MIXTURE, TINY
 

@@ -13,8 +13,7 @@ from megatron_sppo.planning.config import MachineConfig, PlanConfig, SubjectConf
 from megatron_sppo.planning.parameters import Grid
 from megatron_sppo.planning.plan import make_plan, make_report
 from megatron_sppo.planning.timing import step_time, workload
-from megatron_sppo.training.config import BatchConfig, ObjectiveConfig
-from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.config import BatchConfig, ObjectiveConfig, ParallelConfig
 
 LLAMA_8B = PUBLISHED["llama3-8b"]
 

@@ -5,9 +5,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
-from megatron_sppo.rollout.generate import GenerateConfig
+from megatron_sppo.rollout.config import GenerateConfig, Sampling
 from megatron_sppo.rollout.records import Response
-from megatron_sppo.rollout.sampler import Sampling
 
 END_OF_TURN = 2
 

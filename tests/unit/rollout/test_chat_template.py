@@ -15,8 +15,8 @@ pytest.importorskip("transformers")
 
 from megatron_sppo import config as settings
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.rollout.chat_template import ChatTokenizer, TemplateConfig, UnusablePrompt
-from megatron_sppo.rollout.generate import GenerateConfig
+from megatron_sppo.rollout.chat_template import ChatTokenizer, UnusablePrompt
+from megatron_sppo.rollout.config import GenerateConfig, TemplateConfig
 from megatron_sppo.rollout.prompts import Prompt
 from tests.models import CHAT_TEMPLATE, byte_tokenizer
 

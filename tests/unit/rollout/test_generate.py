@@ -20,8 +20,8 @@ pytest.importorskip("transformers")
 from megatron_sppo.checkpoints.model_files import model_hash
 from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.rollout.chat_template import TemplateConfig
-from megatron_sppo.rollout.generate import GenerateConfig, generate_rollouts, shard_seed
+from megatron_sppo.rollout.config import GenerateConfig, TemplateConfig
+from megatron_sppo.rollout.generate import generate_rollouts, shard_seed
 from megatron_sppo.rollout.records import Response, read_manifest, read_rollouts
 from megatron_sppo.rollout.sampler import Refusal
 from tests.unit.rollout.fake_sampler import FakeSampler, fake_factory
@@ -411,7 +411,7 @@ def test_useless_answers_are_counted_and_said(
     assert outcomes == expected
     assert any(record.getMessage().startswith(said) for record in caplog.records)
     caplog.clear()
-    generate_rollouts(config, make_sampler=fake_factory(FakeSampler()))  # complete: said again, from the ledger
+    generate_rollouts(config, make_sampler=fake_factory(FakeSampler()))  # complete: said again, from request.json
     assert read_manifest(config.output).outcomes == expected
     assert any(record.getMessage().startswith(said) for record in caplog.records)
 

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.rollout.chat_template import TemplateConfig
+from megatron_sppo.rollout.config import TemplateConfig
 from megatron_sppo.rollout.conversations import UnusableRow
 from megatron_sppo.rollout.preferences import import_preferences, preference_row
 from megatron_sppo.rollout.records import read_rollouts

@@ -174,7 +174,7 @@ def test_a_manifest_that_lacks_a_key_names_it(rollouts: Path, key: str) -> None:
     manifest = json.loads((rollouts / "manifest.json").read_text())
     del manifest[key]
     (rollouts / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match=f"lacks {key}"):
+    with pytest.raises(DataError, match=f"missing required field `{key}`"):
         read_manifest(rollouts)
 
 
@@ -182,7 +182,7 @@ def test_rollouts_without_a_manifest_are_unfinished(tmp_path: Path) -> None:
     write_shard(tmp_path, 0, [group("a")])
     with pytest.raises(DataError, match="unfinished"):
         read_manifest(tmp_path)
-    with pytest.raises(DataError, match="no directory of rollouts"):
+    with pytest.raises(DataError, match="not a directory of rollouts"):
         read_manifest(tmp_path / "nowhere")
 
 

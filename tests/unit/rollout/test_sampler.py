@@ -7,9 +7,10 @@ import pytest
 
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
+from megatron_sppo.rollout.config import Sampling
 from megatron_sppo.rollout.prompts import Prompt
 from megatron_sppo.rollout.records import Response
-from megatron_sppo.rollout.sampler import Sampling, check_responses
+from megatron_sppo.rollout.sampler import check_responses
 
 SAMPLING = Sampling(num_responses=2, temperature=1.0, top_p=1.0, max_tokens=3, seed=0)
 PROMPT = TokenizedPrompt(prompt=Prompt(prompt_id="p", messages=()), text="", token_ids=(1,))

@@ -17,11 +17,11 @@ import pytest
 
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
+from megatron_sppo.rollout.config import Sampling, ServerConfig
 from megatron_sppo.rollout.prompts import Prompt
 from megatron_sppo.rollout.records import Response
-from megatron_sppo.rollout.retry_after import retry_after_seconds
-from megatron_sppo.rollout.sampler import Refusal, Sampling
-from megatron_sppo.rollout.server import ServerConfig, ServerSampler
+from megatron_sppo.rollout.sampler import Refusal
+from megatron_sppo.rollout.server import ServerSampler
 
 SAMPLING = Sampling(num_responses=3, temperature=0.7, top_p=0.9, max_tokens=16, seed=0, stop_token_ids=(2, 7))
 PROMPTS = [
@@ -324,25 +324,6 @@ def test_while_one_server_asks_for_time_another_answers(serve) -> None:
     assert time.monotonic() - start < 10
     assert len(busy.bodies) <= 2
     assert len(idle.bodies) == len(PROMPTS)
-
-
-@pytest.mark.parametrize(
-    ("header", "expected"),
-    [
-        (None, None),
-        ("3", 3.0),
-        ("0", 0.0),
-        ("-5", 0.0),
-        ("100000", 100000.0),
-        ("", None),
-        ("nan", None),
-        ("soon", None),
-        ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),
-        ("Thu, 01 Jan 2150 00:00:00 GMT", pytest.approx(5680281600 - time.time(), abs=600)),
-    ],
-)
-def test_retry_after_is_seconds_or_a_date(header: str | None, expected: float | None) -> None:
-    assert retry_after_seconds(header) == expected
 
 
 @pytest.mark.parametrize(("key", "said"), [(None, "VLLM_API_KEY is not set"), ("k", "the key in VLLM_API_KEY is not")])

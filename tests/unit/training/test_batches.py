@@ -16,9 +16,13 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import Batches, StepPlan
-from megatron_sppo.training.config import BatchConfig, ObjectiveConfig, TrainingConfig
-from megatron_sppo.training.optimizer import OptimizationConfig
-from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.config import (
+    BatchConfig,
+    ObjectiveConfig,
+    OptimizationConfig,
+    ParallelConfig,
+    TrainingConfig,
+)
 from tests.unit.data.make import groups, write
 
 PATHS = {"load": Path("pi_t"), "data": Path("data"), "save": Path("save")}

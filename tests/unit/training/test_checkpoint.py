@@ -19,7 +19,7 @@ from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import PolicyModel, build_stage
 from megatron_sppo.model.normalization import RMSNorm
 from megatron_sppo.training import checkpoint, parallel
-from megatron_sppo.training.parallel import ParallelConfig
+from megatron_sppo.training.config import ParallelConfig
 from megatron_sppo.training.policy import host_config, weights_hash
 from megatron_sppo.verification.verify import verify
 from tests.families import family_model

@@ -7,7 +7,8 @@ import torch
 
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.training import optimizer as optimizer_module
-from megatron_sppo.training.optimizer import OptimizationConfig, RMSprop, build_scheduler, norm_on_the_device
+from megatron_sppo.training.config import OptimizationConfig
+from megatron_sppo.training.optimizer import RMSprop, build_scheduler, norm_on_the_device
 
 
 def test_rmsprop_is_torchs_bit_for_bit() -> None:

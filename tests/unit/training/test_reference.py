@@ -12,8 +12,7 @@ import pytest
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.training.batches import Batches
-from megatron_sppo.training.config import BatchConfig, TrainingConfig
-from megatron_sppo.training.optimizer import OptimizationConfig
+from megatron_sppo.training.config import BatchConfig, OptimizationConfig, TrainingConfig
 from megatron_sppo.training.reference import say_what_it_carries
 from tests.unit.data.make import groups, write
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.judge import load_judge
+from megatron_sppo.judge.load import load_judge
 from megatron_sppo.judge.pairrm.judge import PairRMJudge
 from megatron_sppo.rollout.records import RolloutGroup
 from tests.unit.judge.groups import group_of, random_group, random_text

@@ -7,16 +7,16 @@ first and entered second, so a kill costs at most the shard at work; one whose b
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.rollout.records import MANIFEST_NAME, ShardEntry, shard_name
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.rollout.records import MANIFEST_NAME, Count, SetAside, ShardEntry, shard_name
 from megatron_sppo.storage import (
     locked,
-    read_json,
+    read_json_as,
     refuse_foreign,
     remove_stale_temporaries,
     sha256_of_file,
@@ -33,14 +33,22 @@ class FinishedShard:
     """One shard that is in place, and what became of its prompts."""
 
     entry: ShardEntry
-    outcomes: Mapping[str, int]
+    outcomes: dict[str, Count]
     """`outcomes.count_outcomes` of its answers."""
-    refused: Sequence[dict[str, str]] = ()
-    """Prompts that no answer could be had to, each {"prompt_id", "reason"}."""
+    refused: tuple[SetAside, ...] = ()
+    """Prompts that no answer could be had to."""
 
 
-class ShardLedger:
-    """The finished shards of one output directory. Open it with `open_ledger`."""
+@dataclass(frozen=True, kw_only=True)
+class _RequestFile:
+    """What request.json holds."""
+
+    request: dict[str, Any]
+    shards: dict[int, FinishedShard]
+
+
+class FinishedShards:
+    """The finished shards of one output directory. Open them with `open_finished_shards`."""
 
     def __init__(self, directory: Path, request: dict[str, Any], finished: dict[int, FinishedShard]) -> None:
         self._directory = directory
@@ -62,8 +70,8 @@ class ShardLedger:
             total.update(shard.outcomes)
         return dict(total)
 
-    def refused(self) -> tuple[dict[str, str], ...]:
-        """List the prompts of the finished shards that no answer could be had to -> {"prompt_id", "reason"} each."""
+    def refused(self) -> tuple[SetAside, ...]:
+        """List the prompts of the finished shards that no answer could be had to."""
         return tuple(row for shard in self._in_order() for row in shard.refused)
 
     def enter(self, index: int, shard: FinishedShard) -> None:
@@ -88,8 +96,8 @@ class ShardLedger:
 
 
 @contextlib.contextmanager
-def open_ledger(directory: Path, request: dict[str, Any], *, num_shards: int) -> Iterator[ShardLedger]:
-    """Open or create the output directory for one request, alone -> ShardLedger of the shards that hold.
+def open_finished_shards(directory: Path, request: dict[str, Any], *, num_shards: int) -> Iterator[FinishedShards]:
+    """Open or create the output directory for one request, alone -> FinishedShards, those whose files hold.
 
     Raises:
         ConfigError: the directory belongs to another request (the first differing setting is named), holds something
@@ -102,11 +110,11 @@ def open_ledger(directory: Path, request: dict[str, Any], *, num_shards: int) ->
         names = [MANIFEST_NAME, REQUEST_NAME, *(shard_name(index) for index in range(num_shards))]
         for name in names:
             remove_stale_temporaries(directory / name)
-        ledger = ShardLedger(directory, request, _finished_shards(directory, request, num_shards))
-        if not ledger.is_complete(num_shards):
-            ledger.withdraw_manifest()
-        ledger._save()
-        yield ledger
+        finished = FinishedShards(directory, request, _finished_shards(directory, request, num_shards))
+        if not finished.is_complete(num_shards):
+            finished.withdraw_manifest()
+        finished._save()
+        yield finished
 
 
 def _finished_shards(directory: Path, request: dict[str, Any], num_shards: int) -> dict[int, FinishedShard]:
@@ -114,24 +122,15 @@ def _finished_shards(directory: Path, request: dict[str, Any], num_shards: int) 
     path = directory / REQUEST_NAME
     if not path.is_file():
         return {}
-    value = read_json(path)
-    damaged = f"{path} is damaged. Remove {directory} and run the command again."
-    if not isinstance(value, dict) or not isinstance(value.get("request"), dict):
-        raise DataError(damaged)
-    difference = _first_difference(value["request"], request)
+    damaged = f"{path.name} is damaged. Remove {directory} and run the command again."
+    content = read_json_as(path, _RequestFile, remedy=damaged, str_keys=True)
+    difference = _first_difference(content.request, request)
     if difference is not None:
         raise ConfigError(
             f"{directory} holds rollouts of another request: {difference}. Use another --output, or remove it."
         )
-    try:
-        entered = {
-            int(index): FinishedShard(**{**shard, "entry": ShardEntry(**shard["entry"])})
-            for index, shard in value["shards"].items()
-        }
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise DataError(damaged) from None
     finished = {}
-    for index, shard in entered.items():
+    for index, shard in content.shards.items():
         file, entry = directory / shard_name(index), shard.entry
         if index < num_shards and entry.file == file.name and file.is_file() and sha256_of_file(file) == entry.sha256:
             finished[index] = shard

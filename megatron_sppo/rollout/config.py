@@ -1,0 +1,206 @@
+"""Settings of the rollout stage: the job, its chat template, its engine or servers."""
+
+import json
+import urllib.parse
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from megatron_sppo.config import NonNegativeInt, PositiveFloat, PositiveInt, Range, Seed, check_ranges
+from megatron_sppo.errors import ConfigError
+
+Temperature = Annotated[float, Range(0, 100)]
+"""Published runs sample at 0.7 and 1; at 100 every token is nearly as likely as any other."""
+TopP = Annotated[float, Range(0, 1, above=True)]
+
+PRESETS = {"paper": {"temperature": 1.0, "top_p": 1.0}, "official": {"temperature": 0.7, "top_p": 0.9}}
+"""Sampling of the paper, and of the authors' published scripts."""
+
+_OWN_ARGUMENTS = frozenset(
+    {
+        "messages",
+        "conversation",
+        "chat_template",
+        "add_generation_prompt",
+        "tokenize",
+        "continue_final_message",
+        "tools",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The distribution that responses are drawn from: the policy pi_t of the objective."""
+
+    num_responses: PositiveInt
+    temperature: Temperature
+    top_p: TopP
+    max_tokens: PositiveInt
+    seed: Seed
+    stop_token_ids: tuple[NonNegativeInt, ...] = ()
+    """Tokens that end an answer, beside what an engine knows by itself."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.temperature == 0 and self.num_responses > 1:
+            raise ConfigError(
+                f"temperature is 0: all {self.num_responses} responses would be the same. "
+                "Use --temperature above 0, or --num-responses 1."
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Spell the settings as the manifest holds them."""
+        return {**asdict(self), "stop_token_ids": list(self.stop_token_ids)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateConfig:
+    """Which chat template renders prompts, and with which arguments."""
+
+    chat_template: Path | None = None
+    """Jinja file in place of the model's chat template."""
+    chat_template_name: str | None = None
+    """Which of the model's named chat templates; None takes the one called default."""
+    chat_template_kwargs: tuple[str, ...] = ()
+    """Arguments of the chat template: NAME=VALUE such as enable_thinking=false, or a JSON object."""
+
+    def __post_init__(self) -> None:
+        self.arguments()
+
+    def arguments(self) -> dict[str, Any]:
+        """Read the arguments -> {name: value}; a value that is no JSON is a text.
+
+        Raises:
+            ConfigError: what is neither NAME=VALUE nor a JSON object, or an argument that rendering itself decides.
+        """
+        found: dict[str, Any] = {}
+        for item in self.chat_template_kwargs:
+            name, equals, value = item.partition("=")
+            try:
+                more = json.loads(item) if item.lstrip().startswith("{") else {name: _value(value)} if equals else None
+            except ValueError:
+                more = None
+            if not isinstance(more, dict) or not all(key.isidentifier() for key in more):
+                raise ConfigError(
+                    f"chat_template_kwargs: {item!r} is neither NAME=VALUE nor a JSON object. "
+                    "Use --chat-template-kwargs enable_thinking=false."
+                )
+            found |= more
+        for name in found:
+            if name in _OWN_ARGUMENTS:
+                raise ConfigError(f"chat_template_kwargs: {name} is decided by rendering itself. Leave it out.")
+        return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text.lower() if text in ("True", "False") else text)
+    except ValueError:
+        return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How vLLM runs the model."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Weights and activations while sampling; auto takes the checkpoint's."""
+    tensor_parallel_size: PositiveInt = 1
+    """GPUs that share the model."""
+    gpu_memory_utilization: Annotated[float, Range(0, 1, above=True)] = 0.9
+    """Fraction of each GPU's memory that vLLM may take. Without a GPU it has no effect."""
+    max_num_seqs: PositiveInt | None = None
+    """Responses computed at once. None: vLLM's choice on GPUs, 256 on CPU."""
+    enforce_eager: bool | None = None
+    """Do not compile the model. None: compiled on GPUs, not on CPU, where a minute of compiling gains about a tenth."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Where the servers are, and how patient to be."""
+
+    server: tuple[str, ...] = ()
+    """URLs of running vLLM servers with this model, such as http://node1:8000; without any, vLLM runs here."""
+    server_model: str | None = None
+    """Name of the model on the servers; None takes the one that they serve."""
+    server_concurrency: PositiveInt = 64
+    """Requests in flight per server; each is one prompt with its K responses."""
+    server_timeout: PositiveFloat = 600.0
+    """Seconds for one request."""
+    server_retries: NonNegativeInt = 5
+    """Times that a failed request is sent again."""
+    server_seeds: bool = True
+    """Send a seed with each request. vLLM servers on CPU crash on seeds: use --no-server-seeds there."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        for url in self.server:
+            parts = urllib.parse.urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ConfigError(f"{url!r} is no server URL. Use --server http://HOST:PORT.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """One rollout job."""
+
+    model: Path
+    """Hugging Face directory of the policy; its tokenizer and chat template make the prompts' token ids."""
+    prompts: Path
+    """File (.jsonl, .json, .csv, .tsv, .parquet, plain or .gz, .zst) or dataset directory: rows with `prompt` or
+    `messages`, or in the columns of ShareGPT, UltraFeedback, HH, Nectar, Alpaca or Orca."""
+    output: Path
+    """Directory for the rollouts; the same command again resumes there."""
+    num_responses: PositiveInt
+    """K, answers per prompt; the paper uses 5."""
+    max_tokens: PositiveInt
+    """Most tokens of an answer."""
+    preset: Literal["paper", "official"] = "paper"
+    """paper: temperature 1.0, top-p 1.0; official: 0.7 and 0.9."""
+    temperature: Temperature | None = None
+    """None takes the preset's."""
+    top_p: TopP | None = None
+    """None takes the preset's."""
+    seed: Seed = 0
+    """Every shard's seed follows from it."""
+    split: str | None = None
+    """Keep the rows of this split only, such as train or heldout."""
+    subset: str | None = None
+    """The subset of a dataset directory that holds several."""
+    offset: NonNegativeInt = 0
+    """Prompts to skip."""
+    limit: PositiveInt | None = None
+    """Most prompts to take."""
+    shard_size: PositiveInt = 64
+    """Prompts per shard: what a kill can cost. Larger shards keep big GPUs fuller."""
+    max_model_len: PositiveInt | None = None
+    """Most tokens of prompt and answer together; None takes the model's. Longer prompts are set aside."""
+    allow_no_signal: bool = False
+    """Accept rollouts in which no prompt got two different answers, or every answer is empty."""
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    servers: ServerConfig = field(default_factory=ServerConfig)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.max_model_len is not None and self.max_model_len <= self.max_tokens:
+            raise ConfigError(
+                f"max_model_len ({self.max_model_len}) leaves no room for a prompt beside max_tokens "
+                f"({self.max_tokens}). Use --max-model-len {self.max_tokens + 512}."
+            )
+        self.sampling()
+
+    def sampling(self) -> Sampling:
+        """Resolve preset and explicit settings; the explicit ones win -> Sampling."""
+        preset = PRESETS[self.preset]
+        return Sampling(
+            num_responses=self.num_responses,
+            temperature=preset["temperature"] if self.temperature is None else self.temperature,
+            top_p=preset["top_p"] if self.top_p is None else self.top_p,
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+        )

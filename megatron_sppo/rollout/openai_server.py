@@ -1,0 +1,128 @@
+"""One OpenAI-compatible server, asked through the `openai` client: for the sampler's pool and for the judge.
+
+Trying again is the callers': the client's own retries would stay with a server that fails where the pool has others,
+count a pause that the server asks for as an attempt, give up on pauses above two minutes that the judge makes, and send
+requests past the judge's --max-requests. So they are off, and the time that a server asks for is handed on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import email.utils
+import ipaddress
+import json
+import math
+from typing import Any
+from urllib.parse import urlsplit
+
+_SHOWN_CHARACTERS = 300
+
+
+class ServerFault(Exception):
+    """A request that came to nothing; the words are of one line, and never hold the key."""
+
+
+class NoReply(ServerFault):
+    """No connection, or a reply that did not come in time or whole."""
+
+
+class ReplyIsNotJson(ServerFault):
+    """Something else than a JSON object came back: perhaps not an API's address."""
+
+
+class HttpError(ServerFault):
+    """The server refuses."""
+
+    def __init__(self, status: int, words: str, *, retry_after: float | None) -> None:
+        super().__init__(f"HTTP {status}{f': {words}' if words else ''}")
+        self.status, self.words = status, words
+        self.retry_after = retry_after
+        """Seconds that the server asks to be left alone; None: it asks for nothing."""
+
+
+class OpenAIServer:
+    """One base URL and its key. Threads may share it."""
+
+    def __init__(self, url: str, *, key: str, timeout_seconds: float) -> None:
+        import openai  # a second of CPU time
+
+        self._openai, self._key = openai, key
+        # Spelled out, or the client would send what OpenAI's own environment variables hold to any server.
+        self._headers: dict[str, Any] = {
+            "Authorization": f"Bearer {key}" if key else openai.Omit(),
+            "OpenAI-Organization": openai.Omit(),
+            "OpenAI-Project": openai.Omit(),
+        }
+        self._client = openai.OpenAI(
+            base_url=url,
+            api_key=key or "none",
+            timeout=timeout_seconds,
+            max_retries=0,
+            # A proxy cannot reach our own loopback.
+            http_client=openai.DefaultHttpxClient(trust_env=not _is_loopback(urlsplit(url).hostname or "")),
+        )
+
+    def exchange(
+        self, route: str, body: dict[str, Any] | None = None, *, timeout_seconds: float | None = None
+    ) -> dict[str, Any]:
+        """Send a request, GET where there is no body -> the JSON object that came back.
+
+        Raises:
+            NoReply, ReplyIsNotJson, HttpError: it came to nothing.
+        """
+        options: Any = {"headers": self._headers} | ({"timeout": timeout_seconds} if timeout_seconds else {})
+        try:
+            if body is None:
+                text = self._client.get(route, cast_to=str, options=options)
+            else:
+                text = self._client.post(route, cast_to=str, body=body, options=options)
+        except self._openai.APIStatusError as error:
+            asked = retry_after_seconds(error.response.headers.get("Retry-After"))
+            raise HttpError(error.status_code, self._words(error.response.text), retry_after=asked) from None
+        except self._openai.OpenAIError as error:
+            cause = error.__cause__ or error
+            raise NoReply(self.shown(f"{type(cause).__name__}: {cause}")) from None
+        with contextlib.suppress(ValueError, RecursionError):
+            content = json.loads(text)
+            if isinstance(content, dict):
+                return content
+        raise ReplyIsNotJson(f"no JSON object but {self.shown(text)!r}")
+
+    def shown(self, text: str) -> str:
+        """Shorten a server's words to one line without the key, which some servers repeat -> str."""
+        line = " ".join((text.replace(self._key, "***") if self._key else text).split())
+        return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}..."
+
+    def _words(self, text: str) -> str:
+        """Find what the server says about a refusal -> its words, empty where it says nothing."""
+        with contextlib.suppress(ValueError, RecursionError):
+            content = json.loads(text)
+            if isinstance(content, dict):
+                inner = content.get("error", content)
+                named = inner if isinstance(inner, str) else None
+                if isinstance(inner, dict):
+                    named = next((inner[key] for key in ("message", "detail") if inner.get(key)), None)
+                text = named if isinstance(named, str) else text
+        return self.shown(text)
+
+
+def retry_after_seconds(header: str | None) -> float | None:
+    """Read a Retry-After header, seconds or a date (RFC 9110, 10.2.3) -> seconds from now, 0 or more; None: no wish."""
+    value = (header or "").strip()
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            moment = email.utils.parsedate_to_datetime(value)
+        except ValueError:
+            return None
+        seconds = (moment - datetime.datetime.now(moment.tzinfo)).total_seconds()
+    return max(seconds, 0.0) if math.isfinite(seconds) else None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,121 @@
+"""Proves what is sent to a server and what is read of its refusals, against real HTTP on the loopback."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from megatron_sppo.rollout.openai_server import HttpError, NoReply, OpenAIServer, ReplyIsNotJson, retry_after_seconds
+
+
+class Server(ThreadingHTTPServer):
+    """Answers every request with what `reply` holds."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.headers: list[dict[str, str]] = []
+        self.reply: tuple[int, bytes] = (200, b"{}")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
+        status, content = self.server.reply
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as running:
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+@pytest.mark.parametrize("key", ["", "sk-ours"])
+def test_only_the_key_that_is_given_is_sent_and_no_proxy_is_asked(
+    server: Server, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):
+        monkeypatch.setenv(name, "of-another-server")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer of-another-server")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9/")
+    assert OpenAIServer(server.url, key=key, timeout_seconds=5).exchange("/models") == {}
+    assert OpenAIServer(server.url, key=key, timeout_seconds=5).exchange("/completions", {"prompt": [1]}) == {}
+    for headers in server.headers:
+        assert headers.get("authorization") == (f"Bearer {key}" if key else None)
+        assert not any("of-another-server" in value for value in headers.values())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"error": {"message": "too long\nfor sk-ours"}}, "too long for ***"),
+        ({"object": "error", "message": "too long"}, "too long"),
+        ({"detail": "too long"}, "too long"),
+        ({"error": "busy"}, "busy"),
+        ("<html>", '"<html>"'),
+        ({"error": {"message": "x" * 999}}, "x" * 300 + "..."),
+    ],
+)
+def test_a_refusal_carries_the_servers_words_in_one_line_without_the_key(
+    server: Server, content: Any, words: str
+) -> None:
+    server.reply = (422, json.dumps(content).encode())
+    with pytest.raises(HttpError) as caught:
+        OpenAIServer(server.url, key="sk-ours", timeout_seconds=5).exchange("/completions", {})
+    assert (caught.value.status, caught.value.words) == (422, words)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"7", b"<html>", b"", b"[" * 100_000, b"\xff"])
+def test_what_is_no_json_object_is_shown(server: Server, content: bytes) -> None:
+    server.reply = (200, content)
+    with pytest.raises(ReplyIsNotJson, match="no JSON object but"):
+        OpenAIServer(server.url, key="", timeout_seconds=5).exchange("/models")
+
+
+def test_a_closed_port_is_no_reply(server: Server) -> None:
+    server.server_close()
+    with pytest.raises(NoReply, match="refused"):
+        OpenAIServer(server.url, key="", timeout_seconds=5).exchange("/models")
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        (None, None),
+        ("3", 3.0),
+        ("0", 0.0),
+        ("-5", 0.0),
+        ("100000", 100000.0),
+        ("", None),
+        ("nan", None),
+        ("soon", None),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0),
+        ("Thu, 01 Jan 2150 00:00:00 GMT", pytest.approx(5680281600 - time.time(), abs=600)),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(header: str | None, expected: float | None) -> None:
+    assert retry_after_seconds(header) == expected
