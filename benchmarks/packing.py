@@ -21,10 +21,10 @@ from megatron_sppo.data.packing import assign_to_ranks, document_cost, pack
 from megatron_sppo.data.selection import TrainingIndex
 from megatron_sppo.data.steps import (
     Units,
+    divide_shared_step,
+    divide_step,
     epoch_rows,
     packed_tokens,
-    plan_shared_step,
-    plan_step,
     shared_prompt_units,
     step_units,
 )
@@ -53,7 +53,7 @@ class PackingConfig:
     """Steps of each size."""
     num_responses: int = 5
     """Responses of a prompt that is computed once."""
-    parity_length: float = 53_000.0
+    crossover_length: float = 53_000.0
     """Tokens at which attention costs as much as the matrices; Llama-3-8B's."""
     repeats: int = 5
     machine: str | None = None
@@ -76,19 +76,15 @@ def draw_prompts(num_prompts: int, *, num_responses: int, budget: int) -> Traini
         prompt_lengths=prompt,
         response_lengths=np.minimum(response, budget // 2 - prompt),
         pairs=False,
-        max_prompt_length=None,
-        num_dropped_ties=0,
-        num_tied_pairs=0,
-        num_too_long=0,
     )
 
 
-def next_fit(lengths: np.ndarray, *, budget: int, unit_size: int = 1) -> list[np.ndarray]:
+def next_fit(lengths: np.ndarray, *, budget: int, rows_per_loss: int = 1) -> list[np.ndarray]:
     """Fill one pack at a time, in the order given -> the rows of each pack."""
     bounds, load = [], 0
-    for unit, size in enumerate(lengths.reshape(-1, unit_size).sum(axis=1).tolist()):
+    for unit, size in enumerate(lengths.reshape(-1, rows_per_loss).sum(axis=1).tolist()):
         if load + size > budget:
-            bounds.append(unit * unit_size)
+            bounds.append(unit * rows_per_loss)
             load = 0
         load += size
     return np.split(np.arange(len(lengths)), bounds)
@@ -127,15 +123,17 @@ def timed(function: Callable[[], list[np.ndarray]], *, repeats: int) -> tuple[li
     return found, seconds
 
 
-def compare(config: PackingConfig, *, unit_size: int) -> list[Row]:
+def compare(config: PackingConfig, *, rows_per_loss: int) -> list[Row]:
     """Rows of fill, balance and time for units of one row or of pairs."""
     lengths = draw_prompts(config.sequences // 2, num_responses=2, budget=config.budget).lengths
     generator = np.random.default_rng(2)
-    lengths = lengths.reshape(-1, unit_size)[generator.permutation(len(lengths) // unit_size)].reshape(-1)
-    what = f"{len(lengths)} sequences, {'pairs together, ' if unit_size == 2 else ''}budget {config.budget}"
-    packs, seconds = timed(lambda: pack(lengths, budget=config.budget, unit_size=unit_size), repeats=config.repeats)
+    lengths = lengths.reshape(-1, rows_per_loss)[generator.permutation(len(lengths) // rows_per_loss)].reshape(-1)
+    what = f"{len(lengths)} sequences, {'pairs together, ' if rows_per_loss == 2 else ''}budget {config.budget}"
+    packs, seconds = timed(
+        lambda: pack(lengths, budget=config.budget, rows_per_loss=rows_per_loss), repeats=config.repeats
+    )
     peer, peer_seconds = timed(
-        lambda: next_fit(lengths, budget=config.budget, unit_size=unit_size), repeats=config.repeats
+        lambda: next_fit(lengths, budget=config.budget, rows_per_loss=rows_per_loss), repeats=config.repeats
     )
     full, peer_full = (fill(lengths, found, budget=config.budget) for found in (packs, peer))
     rows = [
@@ -151,7 +149,7 @@ def compare(config: PackingConfig, *, unit_size: int) -> list[Row]:
     ]
     cost = pack_cost(lengths, packs, config)
     peer_cost = pack_cost(lengths, peer, config)
-    ranks = f"{config.ranks} ranks, parity length {config.parity_length:g}"
+    ranks = f"{config.ranks} ranks, parity length {config.crossover_length:g}"
     begin = time.perf_counter()
     even = max_over_mean(cost, num_ranks=config.ranks, deal=False)
     assigning = time.perf_counter() - begin
@@ -167,7 +165,10 @@ def compare(config: PackingConfig, *, unit_size: int) -> list[Row]:
     ours, theirs = (
         float(
             lengths.sum()
-            / (config.budget * sum(len(fit(window, budget=config.budget, unit_size=unit_size)) for window in windows))
+            / (
+                config.budget
+                * sum(len(fit(window, budget=config.budget, rows_per_loss=rows_per_loss)) for window in windows)
+            )
         )
         for fit in (pack, next_fit)
     )
@@ -178,16 +179,18 @@ def compare(config: PackingConfig, *, unit_size: int) -> list[Row]:
 def units_of(index: TrainingIndex, rows: np.ndarray, config: PackingConfig, *, shared: bool) -> Units:
     """Make units of single rows, or of whole prompts computed once."""
     if shared:
-        return shared_prompt_units(index, rows, unit_size=1, capacity=config.budget, parity_length=config.parity_length)
-    return step_units(rows, index.lengths, unit_size=1, parity_length=config.parity_length)
+        return shared_prompt_units(
+            index, rows, rows_per_loss=1, capacity=config.budget, crossover_length=config.crossover_length
+        )
+    return step_units(rows, index.lengths, rows_per_loss=1, crossover_length=config.crossover_length)
 
 
 def plan_ours(index: TrainingIndex, rows: np.ndarray, config: PackingConfig, *, shared: bool) -> list[list[np.ndarray]]:
     """Plan a step as training does -> rows of each rank's micro-batches."""
     sizes = {"data_parallel_size": config.step_ranks, "packed_sequence_size": config.budget}
     if shared:
-        return plan_shared_step(index, rows, unit_size=1, parity_length=config.parity_length, **sizes)
-    return plan_step(units_of(index, rows, config, shared=False), **sizes)
+        return divide_shared_step(index, rows, rows_per_loss=1, crossover_length=config.crossover_length, **sizes)
+    return divide_step(units_of(index, rows, config, shared=False), **sizes)
 
 
 def plan_peer(index: TrainingIndex, rows: np.ndarray, config: PackingConfig, *, shared: bool) -> list[list[np.ndarray]]:
@@ -252,7 +255,7 @@ def training_steps(config: PackingConfig, *, size: int) -> list[Row]:
 
 def pack_cost(lengths: np.ndarray, packs: list[np.ndarray], config: PackingConfig) -> np.ndarray:
     """Estimate each pack's time -> [P]."""
-    cost = document_cost(lengths, parity_length=config.parity_length)
+    cost = document_cost(lengths, crossover_length=config.crossover_length)
     return np.array([cost[rows].sum() for rows in packs])
 
 
@@ -281,7 +284,7 @@ def row(
 def main() -> None:
     """Measure and write benchmarks/results/<machine>/packing.json."""
     config = parse(PackingConfig, name=NAME, description=str(__doc__))
-    rows = compare(config, unit_size=1) + compare(config, unit_size=2)
+    rows = compare(config, rows_per_loss=1) + compare(config, rows_per_loss=2)
     for size in config.global_batches:
         rows += training_steps(config, size=size)
     write_results("packing", rows, machine=config.machine or describe_cpu(), packages=["numpy"])

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.games import self_play, von_neumann_winner
 from benchmarks.record import Row, write_results
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
 from megatron_sppo.objective import duality_gap, preference_matrix, sppo_loss, win_rates
-from megatron_sppo.objective.game import self_play, von_neumann_winner
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

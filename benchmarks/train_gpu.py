@@ -160,7 +160,7 @@ class Bench:
         return flops.training_flops(
             self.policy.architecture,
             num_tokens=self.plan.num_tokens,
-            num_pairs=self.plan.num_pairs,
+            attended_positions=self.plan.attended_positions,
             num_response_tokens=int(self.plan.num_response_tokens.sum()),
         )
 

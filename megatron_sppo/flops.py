@@ -11,8 +11,8 @@ BACKWARD_FACTOR = 2
 """A product's backward pass takes two of its size: one for its input, one for its weight."""
 
 
-def attended_pairs(num_tokens: int) -> int:
-    """Count the pairs (query, key) of a causal document -> n (n + 1) / 2."""
+def attended_positions(num_tokens: int) -> int:
+    """Count the positions that all positions of a causal document see, themselves included -> n (n + 1) / 2."""
     return num_tokens * (num_tokens + 1) // 2
 
 
@@ -28,7 +28,7 @@ def layer_flops_per_token(architecture: Architecture) -> int:
     return 2 * weights
 
 
-def attention_flops_per_pair(architecture: Architecture) -> int:
+def attention_flops_per_position(architecture: Architecture) -> int:
     """Count scores and weighted values of one layer for one pair of positions, forward."""
     return 4 * architecture.num_attention_heads * architecture.kv_channels
 
@@ -39,30 +39,36 @@ def head_flops_per_token(architecture: Architecture) -> int:
 
 
 def forward_flops(
-    architecture: Architecture, *, num_tokens: float, num_pairs: float, num_response_tokens: float
+    architecture: Architecture, *, num_tokens: float, attended_positions: float, num_response_tokens: float
 ) -> float:
     """Count a forward pass of the whole model -> FLOPs.
 
     Args:
         num_tokens: real tokens, prompts included.
-        num_pairs: `attended_pairs` summed over the documents.
+        attended_positions: the function of that name, summed over the documents.
         num_response_tokens: rows that reach the vocabulary.
     """
-    layer = layer_flops_per_token(architecture) * num_tokens + attention_flops_per_pair(architecture) * num_pairs
+    layer = (
+        layer_flops_per_token(architecture) * num_tokens
+        + attention_flops_per_position(architecture) * attended_positions
+    )
     return architecture.num_layers * layer + head_flops_per_token(architecture) * num_response_tokens
 
 
 def training_flops(
-    architecture: Architecture, *, num_tokens: float, num_pairs: float, num_response_tokens: float
+    architecture: Architecture, *, num_tokens: float, attended_positions: float, num_response_tokens: float
 ) -> float:
     """Count forward and backward of a training step, what is computed again left out (model FLOPs) -> FLOPs."""
     forward = forward_flops(
-        architecture, num_tokens=num_tokens, num_pairs=num_pairs, num_response_tokens=num_response_tokens
+        architecture,
+        num_tokens=num_tokens,
+        attended_positions=attended_positions,
+        num_response_tokens=num_response_tokens,
     )
     return (1 + BACKWARD_FACTOR) * forward
 
 
-def parity_length(architecture: Architecture) -> float:
+def crossover_length(architecture: Architecture) -> float:
     """Say how many tokens a document has whose attention takes as long as all else of a layer -> tokens.
 
     Causal attention of a layer takes about 2 * n * d FLOPs a token forward (d = heads x head size) and its matrices

@@ -16,6 +16,9 @@ from megatron_sppo.errors import DataError
 
 _REMEDY = "Score the rollouts again with tools/score_pairrm.py."
 
+_WIN_RATE_TOLERANCE = 1e-5
+"""Of a mean of up to thousands of float32 preferences, added up in another order."""
+
 
 class PreferenceDataset:
     """Prompts, K responses each, and what the judge made of them.
@@ -92,15 +95,15 @@ class PreferenceDataset:
 
     def all_win_rates(self) -> np.ndarray:
         """Win rates of every group -> [G, K] float32."""
-        return self._columns["win_rates"].everything().reshape(self.num_groups, self.num_responses)
+        return self._columns["win_rates"].values.copy().reshape(self.num_groups, self.num_responses)
 
     def all_preferences(self) -> np.ndarray:
         """Preferences of every group -> [G, K, K] float32."""
-        return self._columns["preferences"].everything().reshape(self.num_groups, self.num_responses, -1)
+        return self._columns["preferences"].values.copy().reshape(self.num_groups, self.num_responses, -1)
 
     def all_judge_logits(self) -> np.ndarray:
         """Judge logits of every group -> [G, K, K] float32."""
-        return self._columns["judge_logits"].everything().reshape(self.num_groups, self.num_responses, -1)
+        return self._columns["judge_logits"].values.copy().reshape(self.num_groups, self.num_responses, -1)
 
     def _check_shapes(self) -> None:
         """Compare every column's counts with the manifest's."""
@@ -136,3 +139,10 @@ class PreferenceDataset:
             # Written so that a NaN fails too.
             if not (low >= 0 and high <= 1):
                 raise DataError(f"{self.directory / name}.bin holds a value outside [0, 1]. {_REMEDY}")
+        mean_GK = self._columns["preferences"].values.reshape(self.num_groups, self.num_responses, -1).mean(axis=-1)
+        worst = float(np.abs(self.all_win_rates() - mean_GK).max())
+        if worst > _WIN_RATE_TOLERANCE:
+            raise DataError(
+                f"{self.directory / 'win_rates.bin'} differs by {worst:.3g} from the mean preferences of "
+                f"{self.directory / 'preferences.bin'}. {_REMEDY}"
+            )

@@ -82,7 +82,7 @@ def verify_file(path: Path, entry: FileEntry, *, checksum: bool, remedy: str) ->
 
 
 class Column:
-    """One indexed dataset opened for reading, memory-mapped. What it hands out are copies, to keep and to write to."""
+    """One indexed dataset opened for reading, memory-mapped."""
 
     def __init__(self, prefix: Path, dtype: npt.DTypeLike, *, remedy: str) -> None:
         """Open `prefix`.bin and `prefix`.idx.
@@ -101,20 +101,17 @@ class Column:
             raise DataError(f"{path} has {size} bytes, its index says {offsets[-1]}. {remedy}")
         if not size:
             raise DataError(f"{path} is empty. {remedy}")
-        self._values = np.memmap(path, dtype=wanted, mode="r").view(np.ndarray)
+        self.values: np.ndarray = np.memmap(path, dtype=wanted, mode="r").view(np.ndarray)
+        """All sequences end to end, read-only, from the disk as they are asked for -> [sum of lengths]."""
         self._starts = offsets // wanted.itemsize
 
     def sequence(self, index: int) -> np.ndarray:
-        """Read one sequence -> [lengths[index]]."""
-        return self._values[self._starts[index] : self._starts[index + 1]].copy()
-
-    def everything(self) -> np.ndarray:
-        """Read all sequences end to end -> [sum of lengths]."""
-        return self._values.copy()
+        """Read one sequence -> [lengths[index]], a copy."""
+        return self.values[self._starts[index] : self._starts[index + 1]].copy()
 
     def value_range(self) -> tuple[float, float]:
         """Find the smallest and the largest value without copying -> NaN for both where any value is NaN."""
-        return self._values.min().item(), self._values.max().item()
+        return self.values.min().item(), self.values.max().item()
 
 
 def _read_index(path: Path, dtype: np.dtype, *, remedy: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

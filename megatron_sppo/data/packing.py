@@ -2,7 +2,7 @@
 
 N = rows, U = units (a row, or the rows of a pair), I = items (units or packs). No randomness: the same lengths give the
 same packs. Nothing here looks at the order of an epoch: what is packed together is trained on together, so the caller
-shuffles the units first and packs as many at a time as may share a step (`planning.plan_step`).
+shuffles the units first and packs as many at a time as may share a step (`steps.divide_step`).
 """
 
 import heapq
@@ -13,7 +13,7 @@ import numpy as np
 from megatron_sppo.errors import DataError
 
 
-def pack(lengths_N: np.ndarray, *, budget: int, unit_size: int = 1) -> list[np.ndarray]:
+def pack(lengths_N: np.ndarray, *, budget: int, rows_per_loss: int = 1) -> list[np.ndarray]:
     """Fill packs of at most `budget` tokens by best-fit decreasing -> the rows of each pack, units side by side.
 
     Longest units first, each into the fullest pack that has room. Units of one length are placed together: packs wait
@@ -23,24 +23,26 @@ def pack(lengths_N: np.ndarray, *, budget: int, unit_size: int = 1) -> list[np.n
     Args:
         lengths_N: [N], tokens of every row, padding of the document included.
         budget: tokens a pack holds.
-        unit_size: consecutive rows that stay in one pack; 2 for pairs.
+        rows_per_loss: consecutive rows that stay in one pack; 2 where a loss couples pairs.
 
     Raises:
         DataError: a unit is longer than the budget, or has no tokens.
     """
     lengths = np.asarray(lengths_N, dtype=np.int64)
-    assert lengths.ndim == 1 and unit_size > 0 and len(lengths) % unit_size == 0, f"{lengths.shape} by {unit_size}"
+    assert lengths.ndim == 1 and rows_per_loss > 0 and len(lengths) % rows_per_loss == 0, (
+        f"{lengths.shape} by {rows_per_loss}"
+    )
     if not len(lengths):
         return []
-    units = lengths.reshape(-1, unit_size)
-    pack_of_unit = _best_fit_decreasing(_unit_sizes(units, budget=budget), budget=budget)
+    units = lengths.reshape(-1, rows_per_loss)
+    pack_of_unit = _best_fit_decreasing(_rows_per_losss(units, budget=budget), budget=budget)
     order = np.argsort(pack_of_unit, kind="stable")
-    rows = (order[:, None] * unit_size + np.arange(unit_size)).reshape(-1)
-    bounds = np.cumsum(np.bincount(pack_of_unit))[:-1] * unit_size
+    rows = (order[:, None] * rows_per_loss + np.arange(rows_per_loss)).reshape(-1)
+    bounds = np.cumsum(np.bincount(pack_of_unit))[:-1] * rows_per_loss
     return np.split(rows, bounds)
 
 
-def _unit_sizes(units: np.ndarray, *, budget: int) -> np.ndarray:
+def _rows_per_losss(units: np.ndarray, *, budget: int) -> np.ndarray:
     """Add up each unit's tokens -> [U], every one in [1, budget]."""
     size: np.ndarray = units.sum(axis=1)
     if units.min() < 1:
@@ -91,16 +93,16 @@ def _best_fit_decreasing(size_U: np.ndarray, *, budget: int) -> np.ndarray:
     return pack_of_unit
 
 
-def document_cost(lengths_N: np.ndarray, *, parity_length: float, context_N: np.ndarray | int = 0) -> np.ndarray:
-    """Estimate each document's time, in tokens of linear work: n * (1 + (n + 2c) / parity_length) -> [N] float64.
+def document_cost(lengths_N: np.ndarray, *, crossover_length: float, context_N: np.ndarray | int = 0) -> np.ndarray:
+    """Estimate each document's time, in tokens of linear work: n * (1 + (n + 2c) / crossover_length) -> [N] float64.
 
     Args:
         lengths_N: [N], tokens that are computed.
-        parity_length: tokens of a document at which attention takes as long as all else.
+        crossover_length: tokens of a document at which attention takes as long as all else.
         context_N: tokens before them that they see and that are computed once for several documents (c above).
     """
     lengths = np.asarray(lengths_N, dtype=np.float64)
-    cost: np.ndarray = lengths * (1 + (lengths + 2 * np.asarray(context_N)) / parity_length)
+    cost: np.ndarray = lengths * (1 + (lengths + 2 * np.asarray(context_N)) / crossover_length)
     return cost
 
 
@@ -110,12 +112,12 @@ def assign_to_ranks(cost_P: np.ndarray, *, num_ranks: int) -> list[np.ndarray]:
     Room for ceil(P / num_ranks) packs a rank: the ranks of a data-parallel step run equally many micro-batches, so a
     multiple of `num_ranks` packs wastes none.
     """
-    ranks = balance(cost_P, num_bins=num_ranks, capacity=-(-len(cost_P) // num_ranks))
+    ranks = spread_by_cost(cost_P, num_bins=num_ranks, capacity=-(-len(cost_P) // num_ranks))
     assert ranks is not None
     return ranks
 
 
-def balance(
+def spread_by_cost(
     cost_I: np.ndarray, *, num_bins: int, capacity: int, size_I: np.ndarray | None = None
 ) -> list[np.ndarray] | None:
     """Share items out, costliest first, each to the least loaded bin with room -> items of each bin, costliest first.

@@ -91,7 +91,7 @@ def read_reference(directory: Path, fingerprint: Mapping[str, Any]) -> np.ndarra
     shape = (fields["num_prompts"], fields["num_responses"])
     if len(column.lengths) != shape[0] or (column.lengths != shape[1]).any():
         raise DataError(f"{directory / 'reference.idx'} does not hold {shape[0]} x {shape[1]} values. {_REMEDY}")
-    return column.everything().reshape(shape)
+    return column.values.copy().reshape(shape)
 
 
 def _check_fingerprint(path: Path, *, stored: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.schema import Selection, parse_selection
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.objective import log_partition, preference_matrix, win_rates
+from megatron_sppo.objective import log_partition
 from megatron_sppo.objective.names import Baseline
 
 TIE_DECIMALS = 6
@@ -33,13 +33,11 @@ class TrainingIndex:
     response_lengths: np.ndarray
     """[N] int64, tokens."""
     pairs: bool
-    max_prompt_length: int | None
-    """Longer prompts keep this many tokens from their end; None: no prompt is cut."""
-    num_dropped_ties: int
+    num_dropped_ties: int = 0
     """Prompt groups left out because all their win rates are tied."""
-    num_tied_pairs: int
+    num_tied_pairs: int = 0
     """Pairs left out, in groups that are not all tied, because their two win rates are."""
-    num_too_long: int
+    num_too_long: int = 0
     """Rows left out because prompt and response exceed the sequence length; with pairs, the partner's row too."""
 
     @property
@@ -48,8 +46,8 @@ class TrainingIndex:
         return len(self.group)
 
     @property
-    def unit_size(self) -> int:
-        """Rows that belong together: 2 with pairs, else 1."""
+    def rows_per_pair(self) -> int:
+        """Rows that follow each other in every order: 2, winner and loser; 1 without pairs."""
         return 2 if self.pairs else 1
 
     @property
@@ -140,7 +138,6 @@ def training_index(
         prompt_lengths=prompt_lengths[fits].reshape(-1),
         response_lengths=response_lengths[fits].reshape(-1),
         pairs=pairs,
-        max_prompt_length=max_prompt_length,
         num_dropped_ties=num_dropped_ties,
         num_tied_pairs=num_tied_pairs,
         num_too_long=int((~fits).sum()) * units.shape[1],
@@ -168,31 +165,20 @@ def _units(rate_GK: np.ndarray, selection: Selection, *, pairs: bool) -> np.ndar
 
 
 def row_targets(
-    dataset: PreferenceDataset,
-    index: TrainingIndex,
-    *,
-    eta: float,
-    baseline: Baseline = "half",
-    rule: str | None = None,
+    dataset: PreferenceDataset, index: TrainingIndex, *, eta: float, baseline: Baseline = "half"
 ) -> RowTargets:
     """Gather each row's win rate, baseline and preference over its partner -> RowTargets.
 
     Args:
         eta: nats per unit of preference.
         baseline: see `objective.log_partition`; taken over all K responses of the row's prompt.
-        rule: None uses the preferences as stored; "paper" or "official" makes them again from the judge's logits.
     """
-    preferences = torch.from_numpy(dataset.all_preferences())
-    if rule is not None and rule != dataset.manifest.preset:
-        preferences = preference_matrix(torch.from_numpy(dataset.all_judge_logits()), rule=rule)
-    rate_GK = win_rates(preferences)
-    log_z_G = log_partition(rate_GK, eta=eta, baseline=baseline)
+    rate_GK = dataset.all_win_rates()
+    log_z_G = log_partition(torch.from_numpy(rate_GK), eta=eta, baseline=baseline)
     preference = np.full(index.num_rows, np.nan, dtype=np.float32)
     if index.pairs:
         partner = index.response.reshape(-1, 2)[:, ::-1].reshape(-1)
-        preference = preferences.numpy()[index.group, index.response, partner].astype(np.float32)
+        preference = dataset.all_preferences()[index.group, index.response, partner]
     return RowTargets(
-        win_rate=rate_GK.numpy()[index.group, index.response].astype(np.float32),
-        log_z=log_z_G.numpy()[index.group].astype(np.float32),
-        preference=preference,
+        win_rate=rate_GK[index.group, index.response], log_z=log_z_G.numpy()[index.group], preference=preference
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sppo.data.packing import assign_to_ranks, balance, document_cost, pack
+from megatron_sppo.data.packing import assign_to_ranks, document_cost, pack, spread_by_cost
 from megatron_sppo.data.selection import TrainingIndex
 
 _EVEN = 1.005
@@ -24,11 +24,6 @@ def epoch_order(num_units: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(words, kind="stable")
 
 
-def rows_of_units(units: np.ndarray, *, unit_size: int) -> np.ndarray:
-    """Expand unit indices to row indices -> [len(units) * unit_size], the rows of a unit side by side."""
-    return (np.asarray(units)[:, None] * unit_size + np.arange(unit_size)).reshape(-1)
-
-
 def epoch_rows(index: TrainingIndex, *, seed: int, epoch: int, by_prompt: bool) -> np.ndarray:
     """List an epoch's rows in the order in which they are trained on -> [N] int64, pairs side by side.
 
@@ -36,8 +31,9 @@ def epoch_rows(index: TrainingIndex, *, seed: int, epoch: int, by_prompt: bool) 
         by_prompt: shuffle prompts and keep all rows of one side by side, for them to fall into one global batch.
     """
     if not by_prompt:
-        order = epoch_order(index.num_rows // index.unit_size, seed=seed, epoch=epoch)
-        return rows_of_units(order, unit_size=index.unit_size)
+        together = index.rows_per_pair
+        order = epoch_order(index.num_rows // together, seed=seed, epoch=epoch)
+        return (order[:, None] * together + np.arange(together)).reshape(-1)
     starts = np.flatnonzero(np.diff(index.group, prepend=-1))
     sizes = np.diff(starts, append=index.num_rows)
     order = epoch_order(len(starts), seed=seed, epoch=epoch)
@@ -66,25 +62,25 @@ def step_units(
     rows: np.ndarray,
     lengths_N: np.ndarray,
     *,
-    unit_size: int,
+    rows_per_loss: int,
     document_multiple: int = 1,
-    parity_length: float = np.inf,
+    crossover_length: float = np.inf,
 ) -> Units:
     """Make units of single rows, or of pairs -> Units, in the order of the rows.
 
     Args:
         rows: the rows of the global batch, the rows of a unit side by side.
         lengths_N: tokens of every row of the training index, looked up by row.
-        unit_size: 1, or 2 where a pair must share a micro-batch.
+        rows_per_loss: 1, or 2 where a pair must share a micro-batch.
         document_multiple: each document's length is rounded up to it.
-        parity_length: see `document_cost`; infinite: tokens are the cost.
+        crossover_length: see `document_cost`; infinite: tokens are the cost.
     """
-    units = np.asarray(rows).reshape(-1, unit_size)
+    units = np.asarray(rows).reshape(-1, rows_per_loss)
     lengths = -(-np.asarray(lengths_N)[units] // document_multiple) * document_multiple
     return Units(
         rows=list(units),
         num_tokens=lengths.sum(axis=1),
-        cost=document_cost(lengths, parity_length=parity_length).sum(axis=1),
+        cost=document_cost(lengths, crossover_length=crossover_length).sum(axis=1),
     )
 
 
@@ -92,9 +88,9 @@ def shared_prompt_units(
     index: TrainingIndex,
     rows: np.ndarray,
     *,
-    unit_size: int,
+    rows_per_loss: int,
     capacity: int,
-    parity_length: float,
+    crossover_length: float,
     num_split: int = 0,
 ) -> Units:
     """Make units of neighbouring rows of one prompt, as many as a micro-batch holds behind one copy of it -> Units.
@@ -108,22 +104,22 @@ def shared_prompt_units(
     split = set(np.argsort(length, kind="stable")[:num_split].tolist())
     found: list[np.ndarray] = []
     for number, members in enumerate(prompts):
-        parts = list(np.arange(len(members)).reshape(-1, unit_size))
+        parts = list(np.arange(len(members)).reshape(-1, rows_per_loss))
         budget = capacity - int(length[number])
         if number not in split and index.response_lengths[members].sum() <= budget:
             parts = [np.arange(len(members))]
         elif number not in split:
-            parts = pack(index.response_lengths[members], budget=budget, unit_size=unit_size)
+            parts = pack(index.response_lengths[members], budget=budget, rows_per_loss=rows_per_loss)
         found += [members[np.sort(part)] for part in parts]
     ordered = np.concatenate(found)
     first = np.cumsum([0, *(len(members) for members in found[:-1])])
     prompt_N, response_N = index.prompt_lengths[ordered], index.response_lengths[ordered]
     prompt_U = prompt_N[first]
-    behind_N = document_cost(response_N, parity_length=parity_length, context_N=prompt_N)
+    behind_N = document_cost(response_N, crossover_length=crossover_length, context_N=prompt_N)
     return Units(
         rows=found,
         num_tokens=prompt_U + np.add.reduceat(response_N, first),
-        cost=document_cost(prompt_U, parity_length=parity_length) + np.add.reduceat(behind_N, first),
+        cost=document_cost(prompt_U, crossover_length=crossover_length) + np.add.reduceat(behind_N, first),
     )
 
 
@@ -143,7 +139,7 @@ def packed_tokens(
     return int(index.response_lengths[rows].sum() + sum(prompts))
 
 
-def plan_step(
+def divide_step(
     units: Units,
     *,
     data_parallel_size: int,
@@ -172,23 +168,23 @@ def plan_step(
         size_U, capacity = np.array([len(rows) for rows in units.rows]), int(micro_batch_size or 0)
     else:
         size_U, capacity = units.num_tokens, packed_sequence_size
-    plan = _plan_units(
+    shares = _divide_units(
         units.cost, size_U, capacity=capacity, num_ranks=data_parallel_size, count_multiple=count_multiple
     )
-    return _rows_of(units, plan)
+    return _rows_of(units, shares)
 
 
-def plan_shared_step(
+def divide_shared_step(
     index: TrainingIndex,
     rows: np.ndarray,
     *,
     data_parallel_size: int,
     packed_sequence_size: int,
-    unit_size: int,
-    parity_length: float,
+    rows_per_loss: int,
+    crossover_length: float,
     count_multiple: int = 1,
 ) -> list[list[np.ndarray]]:
-    """Share a step out as `plan_step` does, prompts computed once for their rows -> row arrays per data-parallel rank.
+    """Share a step out as `divide_step`, prompts computed once for their rows -> row arrays per data-parallel rank.
 
     Whole prompts are few and large, and uneven ranks wait for the busiest. So some of them, the shortest, are split:
     none, half as many as there are ranks, as many, twice, ... or all; until the busiest rank has hardly more to do than
@@ -200,21 +196,21 @@ def plan_shared_step(
         units = shared_prompt_units(
             index,
             rows,
-            unit_size=unit_size,
+            rows_per_loss=rows_per_loss,
             capacity=packed_sequence_size,
-            parity_length=parity_length,
+            crossover_length=crossover_length,
             num_split=num_split,
         )
-        plan = _plan_units(
+        shares = _divide_units(
             units.cost,
             units.num_tokens,
             capacity=packed_sequence_size,
             num_ranks=data_parallel_size,
             count_multiple=count_multiple,
         )
-        busiest = max(float(units.cost[np.concatenate(rank)].sum()) for rank in plan)
+        busiest = max(float(units.cost[np.concatenate(rank)].sum()) for rank in shares)
         if busiest < least:
-            least, best = busiest, _rows_of(units, plan)
+            least, best = busiest, _rows_of(units, shares)
         if busiest * data_parallel_size <= _EVEN * units.cost.sum():
             break
         following = max(2 * num_split, -(-data_parallel_size // 2))
@@ -223,14 +219,14 @@ def plan_shared_step(
     return [[part[np.argsort(index.group[part], kind="stable")] for part in rank] for rank in best]
 
 
-def _plan_units(
+def _divide_units(
     cost_U: np.ndarray, size_U: np.ndarray, *, capacity: int, num_ranks: int, count_multiple: int
 ) -> list[list[np.ndarray]]:
-    """Share units out as `plan_step` says -> for each rank, the units of its micro-batches."""
+    """Share units out as `divide_step` says -> for each rank, the units of its micro-batches."""
     packs = pack(size_U, budget=capacity)
     num_micro_batches = -(-len(packs) // (num_ranks * count_multiple)) * count_multiple
     num_packs = num_micro_batches * num_ranks
-    even = balance(cost_U, num_bins=num_packs, capacity=capacity, size_I=size_U)
+    even = spread_by_cost(cost_U, num_bins=num_packs, capacity=capacity, size_I=size_U)
     if even is not None:
         packs = even
     packs += [np.empty(0, dtype=np.int64)] * (num_packs - len(packs))
@@ -238,7 +234,7 @@ def _plan_units(
     return [[packs[item] for item in rank] for rank in assign_to_ranks(pack_cost, num_ranks=num_ranks)]
 
 
-def _rows_of(units: Units, plan: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
+def _rows_of(units: Units, shares: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
     """Put the rows in the units' places."""
     nothing = np.empty(0, dtype=np.int64)
-    return [[np.concatenate([nothing, *(units.rows[unit] for unit in part)]) for part in rank] for rank in plan]
+    return [[np.concatenate([nothing, *(units.rows[unit] for unit in part)]) for part in rank] for rank in shares]

@@ -93,8 +93,12 @@ def step_time(architecture: Architecture, config: PlanConfig, grid: Grid) -> Ste
     parallel, response = grid.parallel, config.workload.mean_response_tokens
     num = num_micro_batches(config, grid, work)
     tokens = work.rows_per_step * work.mean_tokens
-    pairs = work.rows_per_step * work.mean_tokens * (work.mean_tokens + 1) / 2
-    counts = {"num_tokens": tokens, "num_pairs": pairs, "num_response_tokens": work.rows_per_step * response}
+    attended = work.rows_per_step * work.mean_tokens * (work.mean_tokens + 1) / 2
+    counts = {
+        "num_tokens": tokens,
+        "attended_positions": attended,
+        "num_response_tokens": work.rows_per_step * response,
+    }
     forward, again = _stage_seconds(architecture, model, machine, grid, counts)
     compute = (1 + flops.BACKWARD_FACTOR) * forward + again
     ranks = grid.data_parallel_size * parallel.context_parallel_size
@@ -133,7 +137,7 @@ def _stage_seconds(
     rate = machine.bf16_tflops * _TERA * ranks
     layers = grid.most_layers(architecture.num_layers)
     products = layers * flops.layer_flops_per_token(architecture) * counts["num_tokens"] / product_rate
-    attention = layers * flops.attention_flops_per_pair(architecture) * counts["num_pairs"] / rate
+    attention = layers * flops.attention_flops_per_position(architecture) * counts["attended_positions"] / rate
     head = flops.head_flops_per_token(architecture) * counts["num_response_tokens"] / rate
     again = {"none": 0.0, "selective": attention, "full": products + attention}[model.recompute_granularity]
     return products + attention + head, again + head

@@ -1,6 +1,5 @@
 """Everything a report shows, gathered from a run directory alone. What a run does not have is empty, not an error."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,8 +174,3 @@ def _evenly(count: int, wanted: int) -> list[int]:
     if count <= wanted:
         return list(range(count))
     return [round(step * (count - 1) / (wanted - 1)) for step in range(wanted)]
-
-
-def as_json(value: Any) -> str:
-    """Spell a JSON value for people -> indented text."""
-    return json.dumps(value, indent=2, ensure_ascii=False)

@@ -10,6 +10,9 @@ from megatron_sppo.judge.diagnostics import JUDGE_DIAGNOSTICS, JudgeDiagnostic
 from megatron_sppo.report import plots
 from megatron_sppo.report.data import IterationData
 
+_LEAST = 0.1
+"""A panel reaches at least so far above and below 0: rounding is drawn as the nothing that it is."""
+
 
 def judge_figure(iterations: Sequence[IterationData]) -> str | None:
     """Draw the judge's diagnostics over the iterations, shares and nats apart -> data URI, or None without any."""
@@ -25,7 +28,7 @@ def judge_figure(iterations: Sequence[IterationData]) -> str | None:
     shares = [diagnostic for diagnostic in drawn if diagnostic not in in_nats]
     panels = [(series, unit) for series, unit in ((shares, "share, or correlation"), (in_nats, "nats")) if series]
     with matplotlib.rc_context(plots.STYLE):
-        figure, axes = plots.new_figure(len(panels), width=4.6)
+        figure, axes = plots.new_figure(len(panels), width=5.9, height=3.2)
         for one, (series, unit) in zip(axes, panels, strict=True):
             _lines(one, described, series)
             one.set(xlabel="iteration", ylabel=unit)
@@ -44,4 +47,6 @@ def _lines(axes: Axes, described: Sequence[IterationData], series: Sequence[Judg
     axes.axhline(0, color="#7b8794", linewidth=0.8)
     axes.set_xticks([data.iteration for data in described])
     axes.margins(x=0.15, y=0.15)
-    axes.legend(loc="best", fontsize=8)
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(min(bottom, -_LEAST), max(top, _LEAST))
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))  # beside the panel: nine lines leave no room within

@@ -32,15 +32,15 @@ main { max-width: 1180px; margin: 0 auto; padding: 28px 20px 60px; }
 h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 0 0 10px; }
 .muted { color: var(--muted); font-size: 13.5px; } p { margin: 0 0 10px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px; margin: 20px 0; }
-.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(460px, 1fr)); gap: 16px; margin-top: 16px; }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 16px; margin-top: 16px; }
 .card, section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px; }
 section { margin-top: 16px; min-width: 0; } .panels section { margin-top: 0; } .panels + section { margin-top: 16px; }
 .card b { display: block; font-size: 25px; line-height: 1.25; } .card.good b { color: var(--good); }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 7px 12px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--muted); font-weight: 600; font-size: 13px; white-space: nowrap; } td + td { white-space: nowrap; }
-td.prose { white-space: normal; }
+th { color: var(--muted); font-weight: 600; font-size: 13px; }
+td:not(:first-child):not(:last-child) span { white-space: nowrap; } td:last-child { overflow-wrap: anywhere; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; margin: 6px 0 18px; }
 .answer { border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; min-width: 0; }
 .answer h4 { margin: 0 0 4px; font-size: 12.5px; color: var(--muted); }
@@ -48,7 +48,12 @@ td.prose { white-space: normal; }
 .prompt { font-weight: 600; white-space: pre-wrap; overflow-wrap: anywhere; }
 pre { margin: 0; font-size: 12.5px; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
 details summary { cursor: pointer; font-weight: 600; } details pre { margin-top: 10px; }
-@media (max-width: 640px) { .pair { grid-template-columns: 1fr; } .panels { grid-template-columns: 1fr; } }
+@media (max-width: 640px) {
+  main { padding: 18px 10px 40px; } .card, section { padding: 12px; }
+  .pair, .panels { grid-template-columns: minmax(0, 1fr); } .cards { grid-template-columns: 1fr 1fr; }
+  .wide img { max-width: none; }
+  table { font-size: 12.5px; } th { font-size: 11px; } th, td { padding-right: 5px; }
+}
 """
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -78,7 +83,6 @@ def render(run: RunData) -> str:
         _figure("Win rate on held-out prompts", plots.win_rate_figure(iterations), _WIN_RATE_NOTE),
         _figure("Loss", plots.loss_figure(run.metrics), _LOSS_NOTE),
         _figure("Answer length", plots.length_figure(iterations, base_tokens), _LENGTH_NOTE),
-        _figure("How the judge judges", judge_figure(run.iterations), _JUDGE_FIGURE_NOTE),
     ]
     preferences = run.iterations[-1].preferences if run.iterations else ()
     body = [
@@ -87,12 +91,17 @@ def render(run: RunData) -> str:
         _cards(iterations),
         _section("Results", _results_table(run), _RESULTS_NOTE),
         f'<div class="panels">{"".join(figures)}</div>',
+        _figure("How the judge judges", judge_figure(run.iterations), _JUDGE_FIGURE_NOTE, is_wide=True),
         _section("The judge", _diagnostics_table(run), _JUDGE_NOTE),
-        _figure("Log-ratio against target", plots.log_ratio_figure(run.iterations), _SCATTER_NOTE),
+        _figure("Log-ratio against target", plots.log_ratio_figure(run.iterations), _SCATTER_NOTE, is_wide=True),
         _figure(
-            "Preferences of the last iteration, four prompts", plots.preference_figure(preferences), _HEAT_MAP_NOTE
+            "Preferences of the last iteration, four prompts",
+            plots.preference_figure(preferences),
+            _HEAT_MAP_NOTE,
+            is_wide=True,
         ),
-        _figure("The machine while training", plots.machine_figure(run.metrics), _MACHINE_NOTE),
+        _figure("The machine while training", plots.machine_figure(run.metrics), _MACHINE_NOTE, is_wide=True),
+        _section("Time", _seconds_table(iterations), _TIME_NOTE),
         _section("Training answers, token by token", _token_answers(run), _TOKENS_NOTE),
         _section("Answers before and after", _answers(run.answers, iterations), _ANSWERS_NOTE),
         _details("Settings", yaml.safe_dump(run.state.get("config", {}), sort_keys=False, allow_unicode=True)),
@@ -116,6 +125,7 @@ _LOSS_NOTE = "Mean squared residual a response, before each optimizer step."
 _JUDGE_NOTE = "Measured on each iteration's training answers, from the matrices of diagnostics.json."
 _JUDGE_FIGURE_NOTE = "Measured on each iteration's training answers; the table below says what to do about each."
 _LENGTH_NOTE = "A judge that likes length shows here first."
+_TIME_NOTE = "Wall-clock time of each stage, all attempts together."
 _RESULTS_NOTE = "Win rates in per cent with bootstrap 95 % intervals; tokens is the mean length of held-out answers."
 _SCATTER_NOTE = (
     "Each point is a training response. SPPO regresses the log-ratio log pi(y|x) - log pi_t(y|x) onto the target; the "
@@ -176,21 +186,24 @@ def _cards(iterations: Sequence[dict[str, Any]]) -> str:
 
 
 def _results_table(run: RunData) -> str:
-    iterations = run.summary["iterations"]
-    stages = list(dict.fromkeys(stage for entry in iterations for stage in entry["seconds"]))
-    header = ["iteration", "win rate vs base", "vs previous", "tokens", *(f"{stage}, s" for stage in stages), "judge"]
     rows = [
         [
             str(entry["iteration"]),
             rate_text(entry["win_rate_vs_base"]),
             rate_text(entry["win_rate_vs_previous"]),
             _number(entry["mean_response_tokens"]),
-            *(_number(entry["seconds"].get(stage)) for stage in stages),
+            _duration(sum(entry["seconds"].values())),
             entry["judge"],
         ]
-        for entry in iterations
+        for entry in run.summary["iterations"]
     ]
-    return _table(header, rows)
+    return _table(["iteration", "win rate vs base", "vs previous", "tokens", "time", "judge"], rows)
+
+
+def _seconds_table(iterations: Sequence[dict[str, Any]]) -> str:
+    stages = dict.fromkeys(stage for entry in iterations for stage in entry["seconds"])
+    rows = [[f"{stage}, s", *(_number(entry["seconds"].get(stage)) for entry in iterations)] for stage in stages]
+    return _table(["stage", *(f"iteration {entry['iteration']}" for entry in iterations)], rows) if rows else ""
 
 
 def _diagnostics_table(run: RunData) -> str:
@@ -241,16 +254,19 @@ def _commands(run: RunData) -> Iterable[str]:
         yield f"# {name}\n{' '.join(entry['command'])}"
 
 
-def _section(title: str, content: str, note: str = "") -> str:
+def _section(title: str, content: str, note: str = "", *, is_wide: bool = False) -> str:
     """Frame a part of the page -> HTML; nothing where there is no content."""
     if not content:
         return ""
     lead = f'<p class="muted">{_text(note)}</p>' if note else ""
-    return f'<section><h2>{_text(title)}</h2>{lead}<div class="scroll">{content}</div></section>'
+    kind = "scroll wide" if is_wide else "scroll"
+    return f'<section><h2>{_text(title)}</h2>{lead}<div class="{kind}">{content}</div></section>'
 
 
-def _figure(title: str, data_uri: str | None, note: str) -> str:
-    return _section(title, f'<img src="{data_uri}" alt="{_text(title)}">' if data_uri else "", note)
+def _figure(title: str, data_uri: str | None, note: str, *, is_wide: bool = False) -> str:
+    """Frame a figure -> HTML. A wide one, of several panels, is scrolled on a phone: it would be too small to read."""
+    image = f'<img src="{data_uri}" alt="{_text(title)}">' if data_uri else ""
+    return _section(title, image, note, is_wide=is_wide)
 
 
 def _details(title: str, content: str) -> str:
@@ -267,8 +283,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    prose = ' class="prose"' if len(text) > _LONGEST_NUMBER else ""
-    return f"<td{prose}>{_text(text)}</td>"
+    """Frame a cell -> HTML. A number is not broken; an interval may stand below its mean."""
+    if len(text) > _LONGEST_NUMBER:
+        return f"<td>{_text(text)}</td>"
+    return f"<td><span>{_text(text).replace(' [', '</span> <span>[')}</span></td>"
 
 
 def _number(value: Any, *, digits: int = 1) -> str:

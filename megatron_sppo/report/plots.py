@@ -64,7 +64,7 @@ def win_rate_figure(iterations: Sequence[dict[str, Any]]) -> str | None:
         axes[0].set_xticks([entry["iteration"] for entry in iterations])
         axes[0].set_xlim(iterations[0]["iteration"] - 0.5, iterations[-1]["iteration"] + 0.5)
         axes[0].set(xlabel="iteration", ylabel="win rate, %")
-        axes[0].legend(loc="best")
+        figure.legend(loc="outside upper center", ncols=2)
         return data_uri(figure)
 
 
@@ -204,7 +204,7 @@ def _scatter(axes: Axes, data: IterationData) -> PathCollection:
     return points
 
 
-def new_figure(num_panels: int, *, width: float = 5.8, height: float = 3.3) -> tuple[Figure, list[Axes]]:
+def new_figure(num_panels: int, *, width: float = 4.4, height: float = 3.2) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(max(width * num_panels, 4.2), height), layout="constrained")
     panels = figure.subplots(1, num_panels, squeeze=False)
     return figure, list(panels[0])

@@ -18,7 +18,7 @@ from megatron_sppo import flops
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.microbatch import MicroBatch, collate, in_order_of_ranks
 from megatron_sppo.data.selection import RowTargets, TrainingIndex, row_targets, training_index
-from megatron_sppo.data.steps import epoch_rows, packed_tokens, plan_shared_step, plan_step, step_units
+from megatron_sppo.data.steps import divide_shared_step, divide_step, epoch_rows, packed_tokens, step_units
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import token_multiple
 from megatron_sppo.objective.names import OBJECTIVES, parse_baseline
@@ -58,7 +58,7 @@ class StepPlan:
     """Real tokens of the global batch: each response with its prompt."""
     num_computed_tokens: int
     """Those that pass through the model: fewer where responses share a prompt."""
-    num_pairs: int
+    attended_positions: int
     """Pairs of positions that see each other, n (n + 1) / 2 of n tokens, for FLOPs; of a shared prompt once."""
     micro_batches: list[MicroBatch]
     """This data-parallel rank's share."""
@@ -70,13 +70,13 @@ class Batches:
     """All steps of a run over one dataset."""
 
     def __init__(
-        self, dataset: PreferenceDataset, config: TrainingConfig, *, max_length: int, parity_length: float = math.inf
+        self, dataset: PreferenceDataset, config: TrainingConfig, *, max_length: int, crossover_length: float = math.inf
     ) -> None:
         """List the rows of an epoch and their targets.
 
         Args:
             max_length: positions of the model, in tokens; holds where the config sets no smaller seq_length.
-            parity_length: tokens of a document whose attention takes as long as all else (`data.packing`), for
+            crossover_length: tokens of a document whose attention takes as long as all else (`data.packing`), for
                 micro-batches and ranks of like cost; infinite: balance tokens.
 
         Raises:
@@ -98,7 +98,7 @@ class Batches:
         )
         self._dataset = dataset
         self._config = config
-        self._parity_length = parity_length
+        self._crossover_length = crossover_length
         self._last_order: tuple[int, np.ndarray] | None = None
         self._document_multiple, self._multiple = _token_multiples(config)
         self._check_budget()
@@ -114,17 +114,17 @@ class Batches:
         """Refuse a pack that does not hold the longest response, or the longest pair where the loss couples pairs."""
         if self._budget is None:
             return
-        index, unit_size = self.index, self._config.objective.unit_size
+        index, rows_per_loss = self.index, self._config.objective.rows_per_loss
         lengths = -(-index.lengths // self._document_multiple) * self._document_multiple
-        lengths = lengths.reshape(-1, unit_size).sum(axis=1)
+        lengths = lengths.reshape(-1, rows_per_loss).sum(axis=1)
         if self._config.batch.share_prompts:
-            lengths = lengths - (unit_size - 1) * index.prompt_lengths[::unit_size]
+            lengths = lengths - (rows_per_loss - 1) * index.prompt_lengths[::rows_per_loss]
         longest = int(lengths.max())
         if longest > self._budget:
             fitting = -(-longest // self._multiple) * self._multiple
             raise ConfigError(
                 f"packed_sequence_size ({self._config.batch.packed_sequence_size} tokens) does not hold the longest "
-                f"{'pair' if unit_size == 2 else 'prompt and response'}, {longest} tokens in multiples of "
+                f"{'pair' if rows_per_loss == 2 else 'prompt and response'}, {longest} tokens in multiples of "
                 f"{self._multiple}. Use --packed-sequence-size {fitting}, or a smaller --seq-length."
             )
 
@@ -250,7 +250,7 @@ class Batches:
             num_computed_tokens=sum(
                 packed_tokens(index, part, share_prompts=share_prompts) for share in shares for part in share
             ),
-            num_pairs=sum(self._attended_pairs(part) for share in shares for part in share),
+            attended_positions=sum(self._attended_positions(part) for share in shares for part in share),
             micro_batches=micro_batches,
             padding_fraction=1 - real / (computed * self._config.parallel.context_parallel_size),
         )
@@ -266,29 +266,29 @@ class Batches:
     def _shares(self, rows: np.ndarray) -> list[list[np.ndarray]]:
         """Divide a global batch -> for each data-parallel rank, the rows of its micro-batches."""
         batch, budget, num_ranks = self._config.batch, self._budget, parallel.data_parallel_size()
-        layout, unit_size = self._config.parallel, self._config.objective.unit_size
+        layout, rows_per_loss = self._config.parallel, self._config.objective.rows_per_loss
         interleaved = layout.virtual_pipeline_model_parallel_size is not None
         # The interleaved schedule takes micro-batches in groups of as many as there are stages (mcore 0.16.1, 0.19.2).
         count_multiple = layout.pipeline_model_parallel_size if interleaved else 1
         if batch.share_prompts:
             assert budget is not None
-            return plan_shared_step(
+            return divide_shared_step(
                 self.index,
                 rows,
                 data_parallel_size=num_ranks,
                 count_multiple=count_multiple,
                 packed_sequence_size=budget,
-                unit_size=unit_size,
-                parity_length=self._parity_length,
+                rows_per_loss=rows_per_loss,
+                crossover_length=self._crossover_length,
             )
         units = step_units(
             rows,
             self.index.lengths,
-            unit_size=unit_size,
+            rows_per_loss=rows_per_loss,
             document_multiple=self._document_multiple,
-            parity_length=self._parity_length,
+            crossover_length=self._crossover_length,
         )
-        return plan_step(
+        return divide_step(
             units,
             data_parallel_size=num_ranks,
             count_multiple=count_multiple,
@@ -344,13 +344,13 @@ class Batches:
             shapes.append((-(-longest // self._multiple) * self._multiple, num_batch_rows))
         return shapes
 
-    def _attended_pairs(self, rows: np.ndarray) -> int:
+    def _attended_positions(self, rows: np.ndarray) -> int:
         """Count the pairs of positions of a micro-batch that see each other."""
-        pairs = sum(flops.attended_pairs(int(length)) for length in self.index.lengths[rows])
+        pairs = sum(flops.attended_positions(int(length)) for length in self.index.lengths[rows])
         if self._config.batch.share_prompts:
             group = self.index.group[rows]
             again = rows[1:][group[1:] == group[:-1]]  # behind the prompt of the row before
-            pairs -= sum(flops.attended_pairs(int(length)) for length in self.index.prompt_lengths[again])
+            pairs -= sum(flops.attended_positions(int(length)) for length in self.index.prompt_lengths[again])
         return pairs
 
     def _num_columns(self, rows: np.ndarray) -> int:

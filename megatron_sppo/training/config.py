@@ -43,7 +43,7 @@ class ObjectiveConfig:
             )
 
     @property
-    def unit_size(self) -> int:
+    def rows_per_loss(self) -> int:
         """Responses that must stay together in a micro-batch: 2 where the loss couples a pair, otherwise 1."""
         return 2 if OBJECTIVES[self.objective].coupled else 1
 
@@ -266,7 +266,7 @@ class TrainingConfig:
                 "moe_aux_loss_coeff and moe_z_loss_coeff are computed of packed micro-batches alone, each response "
                 "behind a prompt of its own. Use --packing and --no-share-prompts."
             )
-        if batch.packed_sequence_size is None and batch.micro_batch_size % self.objective.unit_size:
+        if batch.packed_sequence_size is None and batch.micro_batch_size % self.objective.rows_per_loss:
             raise ConfigError(
                 f"objective {name} couples pairs, so micro_batch_size ({batch.micro_batch_size}) must be even. "
                 f"Use --micro-batch-size {batch.micro_batch_size + 1}."

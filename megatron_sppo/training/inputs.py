@@ -10,7 +10,7 @@ from megatron_sppo.checkpoints.tokenizer import is_tokenizer_of
 from megatron_sppo.config import is_written_of, write_yaml
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.flops import parity_length
+from megatron_sppo.flops import crossover_length
 from megatron_sppo.model.config import check_divisibility
 from megatron_sppo.model.engine import check_machine
 from megatron_sppo.storage import lock_until_exit, refuse_foreign
@@ -88,7 +88,7 @@ def list_batches(config: TrainingConfig, dataset: PreferenceDataset, architectur
         dataset,
         config,
         max_length=architecture.max_position_embeddings,
-        parity_length=parity_length(architecture),
+        crossover_length=crossover_length(architecture),
     )
     config.optimization.warmup_and_decay(batches.train_iters)
     return batches

@@ -219,7 +219,7 @@ def _speed(plan: StepPlan, seconds: float, policy: Policy) -> dict[str, float]:
     model_flops = flops.training_flops(
         policy.architecture,
         num_tokens=plan.num_computed_tokens,
-        num_pairs=plan.num_pairs,
+        attended_positions=plan.attended_positions,
         num_response_tokens=int(plan.num_response_tokens.sum()),
     )
     on_gpu = torch.cuda.is_available()

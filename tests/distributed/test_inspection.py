@@ -74,7 +74,7 @@ def test_every_token_is_hugging_faces_and_sums_are_those_of_training(
         for token in line["tokens"]:
             assert token["log_ratio"] == pytest.approx(token["log_prob"] - token["reference_log_prob"], abs=1e-12)
 
-    sidecar = Column(trained / "data" / "reference", np.float32, remedy="").everything()
+    sidecar = Column(trained / "data" / "reference", np.float32, remedy="").values
     found = {(line["group"], line["response"]): line for line in lines}
     for (group, k), line in found.items():
         log_prob = sum(token["reference_log_prob"] for token in line["tokens"])

@@ -138,7 +138,7 @@ def test_a_step_is_shared_out_once_and_evenly(dataset: PreferenceDataset, monkey
         here = np.concatenate([batch.rows.numpy() for batch in plan.micro_batches])
         rows.append(here)
         tokens.append(int(batches.index.lengths[here].sum()))
-        assert plan.num_pairs == sum(n * (n + 1) // 2 for n in batches.index.lengths[plan.rows].tolist())
+        assert plan.attended_positions == sum(n * (n + 1) // 2 for n in batches.index.lengths[plan.rows].tolist())
     np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.sort(plan.rows))
     assert max(tokens) <= 1.05 * sum(tokens) / 64
 
@@ -167,6 +167,6 @@ def test_packs_are_dealt_evenly_to_a_thousand_ranks() -> None:
     lengths = np.clip(generator.lognormal(np.log(400), 0.6, 4 * 1024 * 16), 20, 2048).astype(np.int64)
     packs = pack(lengths, budget=8192)
     packs = packs[: len(packs) // 1024 * 1024]
-    cost = np.array([document_cost(lengths[rows], parity_length=53_000).sum() for rows in packs])
+    cost = np.array([document_cost(lengths[rows], crossover_length=53_000).sum() for rows in packs])
     load = np.array([cost[members].sum() for members in assign_to_ranks(cost, num_ranks=1024)])
     assert load.max() <= 1.02 * load.mean()

@@ -198,6 +198,7 @@ def patch_index(offset, contents):
     (swap("preferences", "tokens"), {}, r"preferences\.idx says int32, expected float32"),
     (put_float("win_rates.bin", np.nan), {}, r"win_rates\.bin holds a value outside"),
     (put_float("win_rates.bin", 1.5), {}, r"win_rates\.bin holds a value outside"),
+    (put_float("win_rates.bin", 1.0), {}, r"win_rates\.bin differs by 0\..* from the mean preferences"),
     (put_float("preferences.bin", -0.1), {}, r"preferences\.bin holds a value outside"),
     (put_token(-1), {}, r"tokens\.bin holds token ids -1"),
     (put_token(VOCAB_SIZE), {}, r"tokens\.bin holds token ids 0\.\.97"),

@@ -11,10 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sppo.architecture import Architecture
-from megatron_sppo.data.packing import assign_to_ranks, balance, document_cost, pack
+from megatron_sppo.data.packing import assign_to_ranks, document_cost, pack, spread_by_cost
 from megatron_sppo.errors import DataError
-from megatron_sppo.flops import parity_length
 
 BUDGET = 40
 lengths_within_budget = st.lists(st.integers(1, BUDGET), max_size=120)
@@ -46,7 +44,7 @@ def test_every_row_once_no_pack_over_budget_and_loads_as_the_naive_loop(lengths)
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, BUDGET // 2), st.integers(1, BUDGET // 2)), max_size=60))
 def test_pairs_share_a_pack_side_by_side_winner_first(pairs):
-    packs = pack(np.array(pairs, dtype=np.int64).reshape(-1), budget=BUDGET, unit_size=2)
+    packs = pack(np.array(pairs, dtype=np.int64).reshape(-1), budget=BUDGET, rows_per_loss=2)
     for rows in packs:
         assert (rows[0::2] % 2 == 0).all() and (rows[1::2] == rows[0::2] + 1).all()
     assert sorted(row for rows in packs for row in rows.tolist()) == list(range(2 * len(pairs)))
@@ -76,44 +74,23 @@ def test_what_fits_no_pack_is_refused():
     with pytest.raises(DataError, match=r"row 1 has 9 tokens and a pack holds 8\. Use --seq-length 9\."):
         pack(np.array([3, 9, 4]), budget=8)
     with pytest.raises(DataError, match="rows 2 to 3 have 9 tokens"):
-        pack(np.array([3, 5, 4, 5]), budget=8, unit_size=2)
+        pack(np.array([3, 5, 4, 5]), budget=8, rows_per_loss=2)
     with pytest.raises(DataError, match="row 1 has 0 tokens"):
         pack(np.array([3, 0]), budget=8)
 
 
 def test_cost_of_a_document_is_linear_work_and_attention():
-    """At the parity length the two are equal: 2 n. At half of it attention is half: 1.5 n."""
-    assert document_cost(np.array([100, 50]), parity_length=100).tolist() == [200.0, 75.0]
+    """At the crossover length the two are equal: 2 n. At half of it attention is half: 1.5 n."""
+    assert document_cost(np.array([100, 50]), crossover_length=100).tolist() == [200.0, 75.0]
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_attention_of_a_document_costs_the_same_cut_in_two(prompt, response):
     """What a prompt and a response behind it cost together is what they cost in one piece."""
-    whole = document_cost(np.array([prompt + response]), parity_length=70)
-    cut = document_cost(np.array([prompt, response]), parity_length=70, context_N=np.array([0, prompt])).sum()
+    whole = document_cost(np.array([prompt + response]), crossover_length=70)
+    cut = document_cost(np.array([prompt, response]), crossover_length=70, context_N=np.array([0, prompt])).sum()
     assert cut == pytest.approx(float(whole[0]))
-
-
-def test_parity_length_of_a_published_model_and_of_a_mixture():
-    """Llama-3-8B: 4096 (2 x 4096 + 2 x 1024 + 3 x 14336) / 4096 = 53,248. Of a mixture's experts two in each token."""
-    shape = {
-        "family": "llama",
-        "num_layers": 32,
-        "hidden_size": 4096,
-        "ffn_hidden_size": 14336,
-        "num_attention_heads": 32,
-        "num_query_groups": 8,
-        "kv_channels": 128,
-        "vocab_size": 128256,
-        "max_position_embeddings": 8192,
-        "layernorm_epsilon": 1e-5,
-        "rotary_base": 5e5,
-        "share_embeddings_and_output_weights": False,
-    }
-    assert parity_length(Architecture(**shape)) == 53248
-    experts = {"num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 14336}
-    assert parity_length(Architecture(**shape, **experts)) == 53248 + 3 * 14336
 
 
 @settings(max_examples=200, deadline=None)
@@ -143,7 +120,7 @@ def naive_longest_first(cost, sizes, num_bins, capacity):
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20)), max_size=40), st.integers(1, 6), st.integers(20, 90))
 def test_items_of_unlike_size_go_where_the_naive_loop_puts_them(items, num_bins, capacity):
     cost, sizes = [cost for cost, _ in items], [size for _, size in items]
-    found = balance(np.array(cost), num_bins=num_bins, capacity=capacity, size_I=np.array(sizes, dtype=np.int64))
+    found = spread_by_cost(np.array(cost), num_bins=num_bins, capacity=capacity, size_I=np.array(sizes, dtype=np.int64))
     assert (None if found is None else [members.tolist() for members in found]) == naive_longest_first(
         cost, sizes, num_bins, capacity
     )

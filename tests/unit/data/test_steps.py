@@ -1,4 +1,4 @@
-"""Proves the plan's properties on random batches: nothing lost or doubled, the budget held, units whole, equal counts.
+"""Proves of divided steps on random batches: nothing lost or doubled, the budget held, units whole, equal counts.
 
 How full and how even micro-batches come out at scale is measured in benchmarks/packing.py.
 """
@@ -13,17 +13,16 @@ from megatron_sppo.data.packing import pack
 from megatron_sppo.data.selection import TrainingIndex
 from megatron_sppo.data.steps import (
     Units,
+    divide_shared_step,
+    divide_step,
     epoch_order,
     epoch_rows,
     packed_tokens,
-    plan_shared_step,
-    plan_step,
-    rows_of_units,
     shared_prompt_units,
     step_units,
 )
 
-PARITY_LENGTH = 3000.0
+CROSSOVER_LENGTH = 3000.0
 
 
 def training_index(prompt_lengths: list[int], response_lengths: list[list[int]], *, pairs: bool = False):
@@ -37,10 +36,6 @@ def training_index(prompt_lengths: list[int], response_lengths: list[list[int]],
         prompt_lengths=np.array(prompt_lengths, dtype=np.int64)[group],
         response_lengths=lengths,
         pairs=pairs,
-        max_prompt_length=None,
-        num_dropped_ties=0,
-        num_tied_pairs=0,
-        num_too_long=0,
     )
 
 
@@ -59,11 +54,6 @@ def test_epoch_order_is_that_of_the_raw_generator():
     assert epoch_order(20, seed=7, epoch=3).tolist() == sorted(range(20), key=words.__getitem__)
 
 
-def test_units_expand_to_neighbouring_rows():
-    assert rows_of_units(np.array([3, 0]), unit_size=2).tolist() == [6, 7, 0, 1]
-    assert rows_of_units(np.array([3, 0]), unit_size=1).tolist() == [3, 0]
-
-
 def test_an_epoch_by_prompts_keeps_the_rows_of_each_side_by_side():
     """Prompts of 2, 4 and 2 rows: the shuffled order of three prompts, each with its rows in file order."""
     index = training_index([5, 5, 5], [[1] * 2, [1] * 4, [1] * 2], pairs=True)
@@ -76,49 +66,50 @@ def test_an_epoch_by_prompts_keeps_the_rows_of_each_side_by_side():
 
 @st.composite
 def steps(draw):
-    """A global batch as units: rows, pairs, or prompts' shares; and the sizes that a plan is asked for."""
-    unit_size = draw(st.sampled_from([1, 2]))
+    """A global batch as units: rows, pairs, or prompts' shares; and the sizes that it is divided by for."""
+    rows_per_loss = draw(st.sampled_from([1, 2]))
     shared = draw(st.booleans())
     num_prompts = draw(st.integers(1, 20))
     rows_of_prompt = draw(st.lists(st.integers(1, 3), min_size=num_prompts, max_size=num_prompts))
     prompts = draw(st.lists(st.integers(1, 300), min_size=num_prompts, max_size=num_prompts))
     responses = [
-        draw(st.lists(st.integers(1, 500), min_size=n * unit_size, max_size=n * unit_size)) for n in rows_of_prompt
+        draw(st.lists(st.integers(1, 500), min_size=n * rows_per_loss, max_size=n * rows_per_loss))
+        for n in rows_of_prompt
     ]
-    index = training_index(prompts, responses, pairs=unit_size == 2)
+    index = training_index(prompts, responses, pairs=rows_per_loss == 2)
     by_tokens = shared or draw(st.booleans())
     sizes = {"data_parallel_size": draw(st.integers(1, 8)), "count_multiple": draw(st.sampled_from([1, 1, 4]))}
     multiple = 1 if shared else draw(st.sampled_from([1, 4]))
     if by_tokens:
         sizes["packed_sequence_size"] = draw(st.integers(1608, 4000))
     else:
-        sizes["micro_batch_size"] = unit_size * draw(st.integers(1, 5))
+        sizes["micro_batch_size"] = rows_per_loss * draw(st.integers(1, 5))
     rows = epoch_rows(index, seed=draw(st.integers(0, 9)), epoch=0, by_prompt=shared)
-    return index, rows, {"unit_size": unit_size, "parity_length": PARITY_LENGTH}, multiple, shared, sizes
+    return index, rows, {"rows_per_loss": rows_per_loss, "crossover_length": CROSSOVER_LENGTH}, multiple, shared, sizes
 
 
-def make_plan(index, rows, settings, multiple, shared, sizes):
+def divide(index, rows, settings, multiple, shared, sizes):
     if shared:
-        return plan_shared_step(index, rows, **settings, **sizes)
-    return plan_step(step_units(rows, index.lengths, document_multiple=multiple, **settings), **sizes)
+        return divide_shared_step(index, rows, **settings, **sizes)
+    return divide_step(step_units(rows, index.lengths, document_multiple=multiple, **settings), **sizes)
 
 
 @hypothesis_settings(max_examples=200, deadline=None)
 @given(steps())
-def test_a_plan_holds_every_row_once_in_bounded_equal_and_whole_micro_batches(step):
+def test_a_divided_step_holds_every_row_once_in_bounded_equal_and_whole_micro_batches(step):
     index, rows, settings, multiple, shared, sizes = step
-    plan = make_plan(*step)
+    shares = divide(*step)
 
     def rounded_up(count: int) -> int:
         return -(-count // sizes["count_multiple"]) * sizes["count_multiple"]
 
-    num_ranks, (num_micro_batches,) = sizes["data_parallel_size"], {len(rank) for rank in plan}
-    flat = [micro_batch for rank in plan for micro_batch in rank]
-    assert len(plan) == num_ranks and sorted(np.concatenate(flat).tolist()) == sorted(rows.tolist())
+    num_ranks, (num_micro_batches,) = sizes["data_parallel_size"], {len(rank) for rank in shares}
+    flat = [micro_batch for rank in shares for micro_batch in rank]
+    assert len(shares) == num_ranks and sorted(np.concatenate(flat).tolist()) == sorted(rows.tolist())
     if "micro_batch_size" in sizes:
         assert num_micro_batches == rounded_up(-(-len(rows) // (num_ranks * sizes["micro_batch_size"])))
         assert all(len(micro_batch) <= sizes["micro_batch_size"] for micro_batch in flat)
-        if len(rows) // settings["unit_size"] >= len(flat):
+        if len(rows) // settings["rows_per_loss"] >= len(flat):
             assert all(len(micro_batch) for micro_batch in flat)
     else:
         budget = sizes["packed_sequence_size"]
@@ -127,7 +118,7 @@ def test_a_plan_holds_every_row_once_in_bounded_equal_and_whole_micro_batches(st
         if not shared:
             units = step_units(rows, index.lengths, document_multiple=multiple, **settings)
             assert num_micro_batches == rounded_up(-(-len(pack(units.num_tokens, budget=budget)) // num_ranks))
-    if settings["unit_size"] == 2:
+    if settings["rows_per_loss"] == 2:
         for micro_batch in flat:
             assert (micro_batch[0::2] % 2 == 0).all() and (micro_batch[1::2] == micro_batch[0::2] + 1).all()
     if shared:  # no micro-batch holds a prompt twice
@@ -136,7 +127,7 @@ def test_a_plan_holds_every_row_once_in_bounded_equal_and_whole_micro_batches(st
             assert changes == len(set(index.group[micro_batch].tolist()))
     assert all(
         np.array_equal(a, b)
-        for one, two in zip(plan, make_plan(*step), strict=True)
+        for one, two in zip(shares, divide(*step), strict=True)
         for a, b in zip(one, two, strict=True)
     )
 
@@ -157,10 +148,10 @@ def test_a_prompts_rows_stay_together_unless_a_micro_batch_cannot_hold_them(step
         length = int(index.prompt_lengths[members[0]])
         assert num_tokens == length + index.response_lengths[members].sum() <= capacity
         of_prompt = index.group == prompt
-        if len(members) == of_prompt.sum() > settings["unit_size"]:
+        if len(members) == of_prompt.sum() > settings["rows_per_loss"]:
             whole.append(length)
         elif length + index.response_lengths[of_prompt].sum() <= capacity and len(members) < of_prompt.sum():
-            assert len(members) == settings["unit_size"]
+            assert len(members) == settings["rows_per_loss"]
             split.append(length)
     assert num_split or not split
     assert not whole or not split or max(split) <= min(whole)
@@ -172,16 +163,16 @@ def test_prompts_are_split_where_that_evens_the_ranks():
     """
     index = training_index([10] * 3, [[20] * 4] * 3)
     sizes = {"data_parallel_size": 2, "packed_sequence_size": 1000}
-    plan = plan_shared_step(index, np.arange(12), unit_size=1, parity_length=np.inf, **sizes)
-    assert [packed_tokens(index, rank[0], share_prompts=True) for rank in plan] == [140, 140]
+    shares = divide_shared_step(index, np.arange(12), rows_per_loss=1, crossover_length=np.inf, **sizes)
+    assert [packed_tokens(index, rank[0], share_prompts=True) for rank in shares] == [140, 140]
 
 
 def test_prompts_fewer_than_the_ranks_are_not_left_whole():
     """Two prompts on four ranks: a response of each on every rank, 60, in place of 90 on two ranks and none on two."""
     index = training_index([10] * 2, [[20] * 4] * 2)
     sizes = {"data_parallel_size": 4, "packed_sequence_size": 1000}
-    plan = plan_shared_step(index, np.arange(8), unit_size=1, parity_length=np.inf, **sizes)
-    assert [packed_tokens(index, rank[0], share_prompts=True) for rank in plan] == [60] * 4
+    shares = divide_shared_step(index, np.arange(8), rows_per_loss=1, crossover_length=np.inf, **sizes)
+    assert [packed_tokens(index, rank[0], share_prompts=True) for rank in shares] == [60] * 4
 
 
 def test_tokens_of_a_row_of_documents():
@@ -195,9 +186,9 @@ def test_tokens_of_a_row_of_documents():
 
 
 def test_cost_of_shared_prompts_is_what_is_computed_once():
-    """Prompt 10, responses 4 and 6, parity 100: 10 (1 + .10) + 4 (1 + .04 + .20) + 6 (1 + .06 + .20) = 23.52."""
+    """Prompt 10, responses 4 and 6, crossover at 100: 10 (1 + .10) + 4 (1 + .04 + .20) + 6 (1 + .06 + .20) = 23.52."""
     index = training_index([10], [[4, 6]])
-    units = shared_prompt_units(index, np.array([0, 1]), unit_size=1, capacity=100, parity_length=100)
+    units = shared_prompt_units(index, np.array([0, 1]), rows_per_loss=1, capacity=100, crossover_length=100)
     assert units.cost.tolist() == pytest.approx([11 + 4.96 + 7.56])
     assert units.num_tokens.tolist() == [20]
 
@@ -205,9 +196,9 @@ def test_cost_of_shared_prompts_is_what_is_computed_once():
 def test_tokens_are_balanced_over_ranks():
     """Log-normal lengths, 512 rows over 8 ranks x 8 micro-batches: the busiest rank within 2 % of the mean (C5)."""
     lengths = np.random.default_rng(0).lognormal(5, 0.8, 512).astype(np.int64) + 1
-    units = step_units(np.arange(512), lengths, unit_size=1)
-    plan = plan_step(units, data_parallel_size=8, micro_batch_size=8)
-    tokens = np.array([sum(lengths[rows].sum() for rows in rank) for rank in plan])
+    units = step_units(np.arange(512), lengths, rows_per_loss=1)
+    shares = divide_step(units, data_parallel_size=8, micro_batch_size=8)
+    tokens = np.array([sum(lengths[rows].sum() for rows in rank) for rank in shares])
     assert tokens.max() / tokens.mean() < 1.02
     in_order = lengths.reshape(8, 64).sum(axis=1)
     assert in_order.max() / in_order.mean() > 1.1
@@ -216,11 +207,11 @@ def test_tokens_are_balanced_over_ranks():
 def test_ranks_are_even_though_packs_are_few():
     """Nine packs for eight ranks: two micro-batches each, and not one rank with two full ones beside seven with one."""
     lengths = np.full(36, 250)
-    units = step_units(np.arange(36), lengths, unit_size=1, parity_length=1e5)
+    units = step_units(np.arange(36), lengths, rows_per_loss=1, crossover_length=1e5)
     assert len(pack(lengths, budget=1000)) == 9
-    plan = plan_step(units, data_parallel_size=8, packed_sequence_size=1000)
-    assert {len(rank) for rank in plan} == {2}
-    tokens = [sum(lengths[rows].sum() for rows in rank) for rank in plan]
+    shares = divide_step(units, data_parallel_size=8, packed_sequence_size=1000)
+    assert {len(rank) for rank in shares} == {2}
+    tokens = [sum(lengths[rows].sum() for rows in rank) for rank in shares]
     assert max(tokens) == 1250  # 36 rows of 250 over eight ranks: four with five rows, four with four
 
 
@@ -233,12 +224,12 @@ def test_full_packs_stay_as_best_fit_decreasing_left_them():
             num_tokens=np.array(lengths),
             cost=np.array(lengths, dtype=float),
         )
-        plan = plan_step(units, data_parallel_size=2, packed_sequence_size=10)
-        assert sorted(sorted(rank[0].tolist()) for rank in plan) == expected
+        shares = divide_step(units, data_parallel_size=2, packed_sequence_size=10)
+        assert sorted(sorted(rank[0].tolist()) for rank in shares) == expected
 
 
 def test_an_epochs_tail_smaller_than_the_ranks_marks_empty_micro_batches():
-    units = step_units(np.array([4, 9]), np.full(10, 5), unit_size=1)
+    units = step_units(np.array([4, 9]), np.full(10, 5), rows_per_loss=1)
     for sizes in {"micro_batch_size": 2}, {"packed_sequence_size": 100}:
-        plan = plan_step(units, data_parallel_size=4, **sizes)
-        assert sorted(len(rank[0]) for rank in plan) == [0, 0, 1, 1]
+        shares = divide_step(units, data_parallel_size=4, **sizes)
+        assert sorted(len(rank[0]) for rank in shares) == [0, 0, 1, 1]

@@ -7,8 +7,8 @@ Does not prove it for a language model: tests/e2e trains those.
 
 import torch
 
+from benchmarks.games import multiplicative_weights_step, von_neumann_winner
 from megatron_sppo.objective import duality_gap, objective_loss, preference_matrix, win_rates
-from megatron_sppo.objective.game import multiplicative_weights_step, von_neumann_winner
 
 # Paper beats rock narrowly, rock beats scissors clearly, scissors beats paper surely: the winner is not uniform.
 PAYOFF = torch.tensor([[0.5, 0.6, 0.2], [0.4, 0.5, 0.95], [0.8, 0.05, 0.5]], dtype=torch.float64)

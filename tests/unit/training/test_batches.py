@@ -52,7 +52,7 @@ def plans(monkeypatch, dataset, settings: TrainingConfig, *, num_ranks: int) -> 
     ranks = []
     for rank in range(num_ranks):
         monkeypatch.setattr(parallel, "data_parallel_rank", lambda rank=rank: rank)
-        batches = Batches(dataset, settings, max_length=64, parity_length=100.0)
+        batches = Batches(dataset, settings, max_length=64, crossover_length=100.0)
         ranks.append(list(batches.steps(first=1, last=batches.steps_per_epoch)))
     return [list(step) for step in zip(*ranks, strict=True)]
 

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
+from benchmarks.games import multiplicative_weights_step, self_play, von_neumann_winner
 from megatron_sppo.errors import DataError
 from megatron_sppo.objective import duality_gap
-from megatron_sppo.objective.game import multiplicative_weights_step, self_play, von_neumann_winner
 
 ROCK_PAPER_SCISSORS = torch.tensor([[0.5, 0.0, 1.0], [1.0, 0.5, 0.0], [0.0, 1.0, 0.5]], dtype=torch.float64)
 BIASED = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
