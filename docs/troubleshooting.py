@@ -1,4 +1,4 @@
-"""Write docs/troubleshooting.md: every line that the commands can end with or warn by, taken from the code that says it.
+"""Write docs/troubleshooting.md: every line that a command can end with or warn by, taken from the code that says it.
 
 python docs/troubleshooting.py            # tests/unit/test_docs.py fails where the page is not what this writes
 """
@@ -36,9 +36,10 @@ ROOMS = {
 }
 HEAD = """# Troubleshooting: every message, and what to do
 
-Each command ends with one line on stderr: `COMMAND: error: FACT. REMEDY.` Search this page for a few words of the fact; `...`
-stands for names and numbers. Exit code 2 means that you can fix it; 1 is a fault of the program, with a traceback:
-please report it with the command, `megatron-sppo --version` and the last line. `--debug` shows where a line comes from.
+Each command ends with one line on stderr: `COMMAND: error: FACT. REMEDY.` Search this page for a few words of the
+fact; `...` stands for names and numbers. Exit code 2 means that you can fix it; 1 is a fault of the program, with a
+traceback: please report it with the command, `megatron-sppo --version` and the last line. `--debug` shows where a line
+comes from.
 
 A *line* ends a command. A *warning* does not: the run goes on, and says so because the result may not be what you want.
 A *row set aside* is named in the manifest's `quarantined` with its reason, and counted; the other rows go on.
