@@ -37,7 +37,7 @@ from megatron_sppo.storage import write_json
 from megatron_sppo.training import parallel
 from megatron_sppo.training.checkpoint import load_stages
 from megatron_sppo.training.config import ParallelConfig
-from megatron_sppo.training.policy import host_config
+from megatron_sppo.training.policy import mcore_config
 from megatron_sppo.verification import layerwise as by_layer
 from megatron_sppo.verification.probes import compare_tokenizers, prompt_token_ids
 
@@ -323,7 +323,7 @@ def _megatron_logits(opened: OpenedMegatron, token_ids: list[list[int]], dtype: 
     layout, config = ParallelConfig(), ModelConfig(params_dtype="bfloat16" if dtype == "bfloat16" else "float32")
     parallel.initialize(layout, seed=0)
     try:
-        transformer_config = host_config(opened.architecture, config, layout)
+        transformer_config = mcore_config(opened.architecture, config, layout)
         stage = build_stage(opened.architecture, transformer_config, config, pre_process=True, post_process=True)
         device = parallel.device()
         stage = stage.to(device).eval()
