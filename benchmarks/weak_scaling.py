@@ -29,7 +29,7 @@ from megatron_sppo.planning.architectures import PUBLISHED
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import BatchConfig, OptimizationConfig, ParallelConfig, TrainingConfig
-from megatron_sppo.training.policy import host_config
+from megatron_sppo.training.policy import mcore_config
 
 NAME = "weak_scaling.py"
 _GROWING = {
@@ -73,7 +73,7 @@ def start_seconds(world_size: int) -> tuple[float, float]:
         groups = time.process_time() - begin
         begin = time.process_time()
         with torch.device("meta"):
-            config = host_config(architecture, model, _LAYOUT)
+            config = mcore_config(architecture, model, _LAYOUT)
             build_stage(
                 architecture,
                 config,
