@@ -28,7 +28,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     from megatron_sppo.training import checkpoint, inputs, loop, parallel, reference
     from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
     from megatron_sppo.training.policy import build_policy
-from megatron_sppo.training.progress import Progress, run_facts
+    from megatron_sppo.training.progress import Progress, run_facts
 
     # What can be refused is refused here, before the first second of compute.
     source, architecture, tokenizer = inputs.open_source(config)
