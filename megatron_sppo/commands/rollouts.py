@@ -2,13 +2,13 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_sppo import config
 from megatron_sppo.rollout.config import GenerateConfig
-
-NAME = "generate_rollouts.py"
+from megatron_sppo.storage import own_or_packaged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,15 +19,15 @@ class Command(GenerateConfig):
     """Print the outcome as one JSON object."""
 
 
-def main() -> None:
+def main(name: str, argv: Sequence[str] | None = None) -> None:
     """Parse the command line, sample, report."""
-    command = config.parse(Command, name=NAME, description=__doc__ or "")
+    command = config.parse(Command, name=name, argv=argv, description=__doc__ or "")
     from megatron_sppo.conversion.complete import check_complete  # brings torch, which --help need not wait for
     from megatron_sppo.rollout.generate import generate_rollouts
 
     if not command.servers.server:
         check_complete(Path(command.model))
-    manifest = generate_rollouts(command)
+    manifest = generate_rollouts(replace(command, prompts=own_or_packaged(command.prompts)))
     outcome = {
         "output": str(command.output),
         "num_prompts": manifest.num_prompts,

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Align a model by self-play: rollouts, preferences, training and evaluation, iteration by iteration.
 
 The same command again goes on where the last one stopped.
@@ -6,12 +5,12 @@ The same command again goes on where the last one stopped.
 
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from megatron_sppo.config import parse
 from megatron_sppo.selfplay.config import SelfPlayConfig
-
-NAME = "self_play.py"
+from megatron_sppo.storage import own_or_packaged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,22 +21,23 @@ class Command(SelfPlayConfig):
     """Print summary.json's content in place of the table."""
 
 
-def main() -> None:
+def main(name: str, argv: Sequence[str] | None = None) -> None:
     """Run all iterations and print the table."""
-    config = parse(Command, name=NAME, description=str(__doc__))
+    config = parse(Command, name=name, argv=argv, description=__doc__ or "")
     from megatron_sppo.selfplay.commands import REPORT_NAME  # --help need not wait for it
     from megatron_sppo.selfplay.loop import self_play
     from megatron_sppo.selfplay.process import Interrupted
     from megatron_sppo.selfplay.stages import StageFailed
     from megatron_sppo.selfplay.summary import result_table
 
+    run = replace(config.run, prompts=own_or_packaged(config.run.prompts))
     try:
-        summary = self_play(config)
+        summary = self_play(replace(config, run=run))
     except StageFailed as failure:
-        print(f"{NAME}: error: {failure}", file=sys.stderr)
+        print(f"{name}: error: {failure}", file=sys.stderr)
         sys.exit(failure.exit_code)
     except Interrupted as interruption:
-        print(f"{NAME}: stopped by {interruption}. The same command goes on from here.", file=sys.stderr)
+        print(f"{name}: stopped by {interruption}. The same command goes on from here.", file=sys.stderr)
         sys.exit(interruption.exit_code)
     if config.json:
         print(json.dumps(summary))
