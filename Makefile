@@ -49,7 +49,7 @@ TRITON := .cache/triton-3.5.1-python$(VERSION)
 EMULATED := CUDALESS=1 PYTHONPATH=$(CURDIR)/tests/cudaless/startup:$(CURDIR)/$(ENGINE):$(CURDIR) $(PYTEST) -p tests.cudaless.plugin
 
 .PHONY: help interpreter install demo test test-full test-megatron lint test-unit test-distributed test-triton \
-  test-cudaless test-gpu-emulated test-e2e full-run-is-due clean
+  test-cudaless test-gpu-emulated test-e2e full-run-is-due docs clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -144,6 +144,12 @@ test-cudaless: $(ENGINE)/.unpacked
 
 test-gpu-emulated: $(ENGINE)/.unpacked
 	$(EMULATED) tests/cudaless tests/gpu
+
+# Pages made from code are written again first; a page that is not what the code says fails tests/unit/test_docs.py.
+docs: install
+	@for page in troubleshooting commands benchmarks; do $(BIN)/python docs/$$page.py; done
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
+	@echo "site/index.html"
 
 # vLLM holds some GiB: of tests that start it only one runs at a time (tests/e2e/conftest.py).
 test-e2e: install

@@ -51,6 +51,10 @@ setup(
         "dev": [
             "gguf>=0.10",
             "hypothesis>=6.100",
+            # The pages: make docs.
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.5,<10",
+            "mkdocstrings[python]>=0.26,<2",
             "mypy>=2.0",
             "pre-commit>=4.0",
             "pytest>=8.3",

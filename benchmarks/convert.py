@@ -245,7 +245,7 @@ def bandwidth_rows(costs: dict[str, list[tuple[float, float, int]]], nbytes: int
                     peer=_median(series["cp"]),
                     peer_name="cp",
                     ratio=ratio,
-                    target=f">= {TARGET}" if is_ours and judged else "beside it",
+                    target=f">= {TARGET}" if is_ours and judged else None,
                     met=ratio >= TARGET if is_ours and judged else None,
                     spread=spread,
                 )
@@ -297,7 +297,7 @@ def planned_rows(costs: dict[str, list[tuple[float, float, int]]], nbytes: int) 
             peer=_median([cost[0] for cost in costs["cp"]]) * size / nbytes / 60,
             peer_name="cp",
             ratio=None,
-            target="beside it",
+            target=None,
             met=None,
         )
         for name in ("import", "export")

@@ -304,6 +304,7 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
     from megatron_sppo.training.config import TrainingConfig
     from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
     from megatron_sppo.training.policy import build_policy
+    from megatron_sppo.training.progress import Progress, run_facts
 
     share = 2 * settings["pairs_per_rank"]
     argv = (
@@ -323,7 +324,7 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
     checkpoint.load_weights(policy, source)
     optimizer = build_optimizer(policy.chunks, config.optimization, config.model, config.parallel)
     scheduler = build_scheduler(optimizer, config.optimization, train_iters=batches.train_iters)
-    progress = loop.Progress(facts=loop.run_facts(batches, config))
+    progress = Progress(facts=run_facts(batches, config))
     progress.reference = reference.fingerprint(policy, dataset, batches, config)
     begin = clock()
     reference_GK = reference.load_or_compute(policy, dataset, batches, progress.reference, config=config)
@@ -480,7 +481,7 @@ def _row(setup: Setup, name: str, metric: str, theirs: list[float], ours: list[f
 def _memory_row(setup: Setup, name: str, runs: dict[str, list[dict[str, Any]]]) -> Row:
     ours, theirs = (max(run["peak"] for run in runs[trainer]) / 2**30 for trainer in (OURS, name))
     metric = "peak of allocated memory in the same runs, GiB"
-    return figure(setup.figure, metric, ours, theirs, name, ours / theirs, "(no target)", None)
+    return figure(setup.figure, metric, ours, theirs, name, ours / theirs, None, None)
 
 
 def _peers() -> Path:

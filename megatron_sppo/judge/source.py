@@ -24,17 +24,18 @@ def last_user_message(messages: Sequence[dict[str, str]]) -> str:
     return ""
 
 
-def pairrm_texts(group: RolloutGroup, *, preset: str) -> tuple[str, list[str]]:
+def pairrm_texts(group: RolloutGroup, *, reads: str) -> tuple[str, list[str]]:
     """Write a prompt and its responses as PairRM wants to read them -> (source, one candidate a response).
 
-    Preset "official": the templated prompt, as uclaml/SPPO does. Preset "paper": the plain user message; several turns
-    take llm-blender's own conversation form, in which earlier assistant turns stand before each candidate.
+    Args:
+        reads: "template", the templated prompt, as uclaml/SPPO does; "message", the plain user message, where several
+            turns take llm-blender's own form of a conversation: earlier assistant turns stand before each candidate.
 
     Raises:
-        UnreadableGroup: the official preset, but the group holds no templated prompt.
+        UnreadableGroup: the template is to be read, but the group holds no templated prompt.
     """
     texts = [response.text for response in group.responses]
-    if preset == "official":
+    if reads == "template":
         if group.prompt_text is None:
             raise UnreadableGroup(
                 "it has no prompt_text, which the official preset judges by: use --preset paper, or write the rollouts "

@@ -27,7 +27,7 @@ from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import PolicyModel, build_stage, forward
 from megatron_sppo.training import parallel
 from megatron_sppo.training.config import ParallelConfig
-from megatron_sppo.training.policy import host_config
+from megatron_sppo.training.policy import mcore_config
 
 # B = prompts, S = tokens, padded at the end, V = vocabulary
 
@@ -123,7 +123,7 @@ def built_stage(opened: OpenedMegatron, dtype: str, *, on_meta: bool) -> Iterato
         config = dataclasses.replace(config, transformer_impl="torch")
     parallel.initialize(layout, seed=0)
     try:
-        settings = host_config(opened.architecture, config, layout)
+        settings = mcore_config(opened.architecture, config, layout)
         if on_meta:
             settings.use_cpu_initialization, settings.perform_initialization = True, False
         with torch.device("meta") if on_meta else contextlib.nullcontext():

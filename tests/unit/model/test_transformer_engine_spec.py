@@ -113,7 +113,7 @@ def test_a_converted_checkpoint_loads_into_both_specs_and_a_trained_one_into_the
     for giver, taker in (("torch", "transformer_engine"), ("transformer_engine", "torch")):
         saved = tmp_path / f"by_{giver}"
         saved.mkdir()
-        checkpoint._host_save(checkpoint._model_state((models[giver],)), saved)
+        checkpoint._mcore_save(checkpoint._model_state((models[giver],)), saved)
         fresh = build(architecture, taker)
         checkpoint.load_stages((fresh,), saved)
         assert_equal_weights({giver: models[giver], taker: fresh})
