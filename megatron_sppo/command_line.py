@@ -51,13 +51,32 @@ def run(main: Callable[[], None], *, name: str) -> NoReturn:
     sys.exit(0)
 
 
+def is_launched() -> bool:
+    """Say whether torchrun, or a launcher that sets the same variables, started this process."""
+    return "RANK" in os.environ
+
+
+def launcher_rank() -> int:
+    """Say which rank the launcher made this process -> int; 0 without."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Say which of its machine's ranks the launcher made this process -> int; 0 without."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Say how many ranks the launcher started -> int; 1 without."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def set_up_logging(*, debug: bool) -> None:
     """Send log records to stderr: INFO (DEBUG with `debug`) on rank 0, warnings alone on the other ranks."""
-    rank = os.environ.get("RANK", "0")
     level = logging.DEBUG if debug else logging.INFO
-    if rank != "0":
+    if launcher_rank() != 0:
         level = max(level, logging.WARNING)
-    origin = "" if "RANK" not in os.environ else f"[rank {rank}] "
+    origin = f"[rank {launcher_rank()}] " if is_launched() else ""
     logging.basicConfig(
         level=logging.WARNING,
         format=f"%(asctime)s {origin}%(levelname)s %(message)s",

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_sppo import flops
+from megatron_sppo.command_line import launcher_rank, world_size
 from megatron_sppo.errors import DataError
 from megatron_sppo.model.transformer_config import bfloat16_products
 from megatron_sppo.objective import regression_target
@@ -154,8 +155,8 @@ def _tell(log_prob_N: Tensor, router_sums: Tensor, told: _Told) -> Callable[[], 
 
     A rank's seconds stand at its place, 0 for none. Collective.
     """
-    ours = torch.zeros(parallel.world_size() + 1, dtype=torch.float64)
-    ours[parallel.launcher_rank()], ours[-1] = told.seconds[0], told.stops
+    ours = torch.zeros(world_size() + 1, dtype=torch.float64)
+    ours[launcher_rank()], ours[-1] = told.seconds[0], told.stops
     parts = [log_prob_N, router_sums, parallel.to_device(ours)]
     read = parallel.sum_to_cpu(torch.cat(parts))
 
@@ -210,7 +211,7 @@ def _speed(plan: StepPlan, seconds: float, policy: Policy) -> dict[str, float]:
         **flops_metrics(
             model_flops,
             seconds=seconds,
-            world_size=parallel.world_size(),
+            world_size=world_size(),
             device_name=torch.cuda.get_device_name() if on_gpu else None,
         ),
     }

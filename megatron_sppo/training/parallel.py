@@ -1,8 +1,7 @@
-"""Process groups: which rank holds what. The only reader of the launcher's environment and of `parallel_state`."""
+"""Process groups: which rank holds what. The only reader in training of `parallel_state`."""
 
 import datetime
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.command_line import is_launched, launcher_rank, local_rank
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.training import cpu
 from megatron_sppo.training.config import ParallelConfig
@@ -118,16 +118,6 @@ def _divisors(counts: dict[str, int]) -> list[int]:
     return [size for size in range(1, min(counts.values()) + 1) if not any(n % size for n in counts.values())]
 
 
-def world_size() -> int:
-    """Say how many ranks the launcher started -> int; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def launcher_rank() -> int:
-    """Say which rank the launcher made this process -> int; usable before any process group exists."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def initialize(config: ParallelConfig, *, seed: int) -> None:
     """Start torch.distributed and all of Megatron-Core's process groups, and seed the model-parallel RNG.
 
@@ -136,11 +126,11 @@ def initialize(config: ParallelConfig, *, seed: int) -> None:
     cpu.install()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(local_rank())
     if not torch.distributed.is_initialized():
         # A single process needs no launcher: a store in its own memory takes the place of torchrun's.
         alone: dict[str, Any] = {}
-        if "RANK" not in os.environ:
+        if not is_launched():
             alone = {"store": HashStore(), "rank": 0, "world_size": 1}
         timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, **alone)
