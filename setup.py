@@ -17,7 +17,10 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
+    # megatron_sppo/examples is a link to examples/: a wheel gets a copy.
     packages=find_packages(include=["megatron_sppo", "megatron_sppo.*"]),
+    package_data={"megatron_sppo.examples": ["configs/*.yaml", "data/*", "slurm/*", "megatron_lm/*"]},
+    entry_points={"console_scripts": ["megatron-sppo = megatron_sppo.__main__:main"]},
     install_requires=[
         "datasets>=3.0",
         # Python 3.11 resolves 0.16.1, Python 3.12 and later 0.19.x: both are tested.
@@ -48,6 +51,10 @@ setup(
         "dev": [
             "gguf>=0.10",
             "hypothesis>=6.100",
+            # The pages: make docs.
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.5,<10",
+            "mkdocstrings[python]>=0.26,<2",
             "mypy>=2.0",
             "pre-commit>=4.0",
             "pytest>=8.3",
@@ -59,6 +66,7 @@ setup(
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Operating System :: POSIX :: Linux",
     ],
 )

@@ -24,8 +24,9 @@ import psutil
 import torch
 
 from benchmarks.record import Row, describe_cpu, peak_in_child, peak_of, ratio_of_medians, write_results
-from megatron_sppo.checkpoints.hf_checkpoint import read_config
-from megatron_sppo.checkpoints.safetensors_file import new_header, write_header, write_tensor
+from megatron_sppo.checkpoints.hf_files import read_config
+from megatron_sppo.checkpoints.hf_writer import write_tensor
+from megatron_sppo.checkpoints.safetensors_file import new_header, write_header
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture
@@ -122,7 +123,7 @@ def load_all_import(source: Path, target: Path) -> None:
     held = load_file(source / "model.safetensors")
     bindings = bind(family_of("llama", place="here"), architecture)
     state = {
-        binding.megatron_name: binding.rule.to_megatron([held[name] for name in binding.hf_shapes], architecture)
+        binding.megatron_name: binding.mapping.to_megatron([held[name] for name in binding.hf_shapes], architecture)
         for binding in bindings
     }
     checkpoint.save(state, checkpoint_id=target, no_dist=True)
@@ -140,7 +141,7 @@ def load_all_export(source: Path, target: Path) -> None:
     checkpoint.load(state, checkpoint_id=source, no_dist=True)
     tensors = {}
     for binding in bind(family_of("llama", place="here"), architecture):
-        parts = binding.rule.to_hf(state[binding.megatron_name], architecture)
+        parts = binding.mapping.to_hf(state[binding.megatron_name], architecture)
         tensors |= {name: part.contiguous() for name, part in zip(binding.hf_shapes, parts, strict=True)}
     target.mkdir()
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
@@ -244,7 +245,7 @@ def bandwidth_rows(costs: dict[str, list[tuple[float, float, int]]], nbytes: int
                     peer=_median(series["cp"]),
                     peer_name="cp",
                     ratio=ratio,
-                    target=f">= {TARGET}" if is_ours and judged else "beside it",
+                    target=f">= {TARGET}" if is_ours and judged else None,
                     met=ratio >= TARGET if is_ours and judged else None,
                     spread=spread,
                 )
@@ -296,7 +297,7 @@ def planned_rows(costs: dict[str, list[tuple[float, float, int]]], nbytes: int) 
             peer=_median([cost[0] for cost in costs["cp"]]) * size / nbytes / 60,
             peer_name="cp",
             ratio=None,
-            target="beside it",
+            target=None,
             met=None,
         )
         for name in ("import", "export")

@@ -133,7 +133,7 @@ PARTS = {
 }
 _GPU = """
 import json, torch
-from megatron_sppo.model.engine import transformer_engine_fault
+from megatron_sppo.model.transformer_engine import transformer_engine_fault
 from megatron_sppo.objective.log_ratio import _kernels_lack
 answer = {"torch": torch.__version__, "cuda": torch.version.cuda}
 if torch.cuda.is_available():

@@ -33,11 +33,15 @@ class Row:
     peer_name: str
     ratio: float | None
     """The number that the target speaks of."""
-    target: str
+    target: str | None
+    """None for a row that stands beside others and has no target of its own."""
     met: bool | None
-    """None where the target does not apply to this row."""
+    """None exactly where `target` is."""
     spread: list[float] | None = None
     """Least and greatest ratio over the repeats."""
+
+    def __post_init__(self) -> None:
+        assert (self.met is None) == (self.target is None), f"{self.metric}: target {self.target}, met {self.met}"
 
 
 def figure(
@@ -47,7 +51,7 @@ def figure(
     peer: float | None,
     peer_name: str,
     ratio: float | None,
-    target: str,
+    target: str | None,
     met: bool | None,
     spread: list[float] | None = None,
 ) -> Row:
@@ -88,7 +92,8 @@ def write_results(name: str, rows: Sequence[Row], *, machine: str, packages: Seq
         spread = "" if row.spread is None else f" [{row.spread[0]:.3g}, {row.spread[1]:.3g}]"
         verdict = {True: "met", False: "MISSED", None: ""}[row.met]
         ours, peer, ratio = ("-" if x is None else f"{x:.4g}" for x in (row.ours, row.peer, row.ratio))
-        print(f"{row.id:3} {row.metric}: ours {ours}, {row.peer_name} {peer}; {ratio}{spread} ({row.target}) {verdict}")
+        target = "" if row.target is None else f" ({row.target})"
+        print(f"{row.id:3} {row.metric}: ours {ours}, {row.peer_name} {peer}; {ratio}{spread}{target} {verdict}")
     print(path)
     return path
 

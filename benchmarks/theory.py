@@ -8,12 +8,13 @@
    winner is not uniform. Each iteration draws K answers a prompt from the policy itself and descends eq. 3.6; what
    differs is P(i beats j): per pair (paper), or from mean scores (uclaml/SPPO), which is Bradley-Terry within the K.
 
-Writes benchmarks/results/theory.json and theory.png.
+Writes benchmarks/results/theory.json and docs/images/theory-*.png.
 """
 
 import math
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.games import self_play, von_neumann_winner
-from benchmarks.record import RESULTS, Row, write_results
+from benchmarks.record import Row, write_results
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
 from megatron_sppo.objective import duality_gap, preference_matrix, sppo_loss, win_rates
@@ -32,6 +33,8 @@ from matplotlib import pyplot
 # A = actions (answers), G = prompts, K = responses a prompt.
 NAME = "theory.py"
 RULES = ("paper", "official")
+COLORS = ("tab:blue", "tab:orange")
+IMAGES = Path(__file__).resolve().parents[1] / "docs/images"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +180,7 @@ def theorem_rows(config: TheoryConfig) -> tuple[list[Row], dict[str, tuple[list[
                 peer=-0.5,
                 peer_name="slope of the bound",
                 ratio=found,
-                target="(none)",
+                target=None,
                 met=None,
             )
         )
@@ -206,7 +209,7 @@ def training_rows(config: TheoryConfig) -> tuple[list[Row], dict[str, Trained]]:
             away,
             "paper's below official's",
         ),
-        (f"gap of the last policy, {what}", last, "(the theorem says nothing)"),
+        (f"gap of the last policy, of which the theorem says nothing, {what}", last, None),
     ):
         ours, peer = (statistics.median(values[rule]) for rule in RULES)
         rows.append(
@@ -229,29 +232,35 @@ def training_rows(config: TheoryConfig) -> tuple[list[Row], dict[str, Trained]]:
 
 
 def plot(curves: dict[str, tuple[list[int], list[float], list[float]]], runs: dict[str, Trained]) -> None:
-    """Write benchmarks/results/theory.png: gaps against T, gaps against iterations, and the path in the simplex."""
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    """Write docs/images/theory-*.png: gaps against T, gaps against iterations, and the paths in the simplex."""
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.8), layout="constrained")
     for name, (horizons, gaps, bounds) in curves.items():
-        (line,) = left.loglog(horizons, gaps, marker="o", markersize=3, label=name)
-        left.loglog(horizons, bounds, linestyle=":", color=line.get_color())
-    left.set(xlabel="T", ylabel="duality gap of the averaged policy", title="exact update (3.1); dotted: bound")
-    left.legend(fontsize=7)
-    winner = von_neumann_winner(weighted_circle(), tolerance=1e-8)
-    for rule, run in runs.items():
-        middle.loglog(np.arange(1, len(run.gaps) + 1), run.gaps, label=f"{rule} rule")
-        x, y = (run.average @ torch.tensor([[0, 0], [1, 0], [0.5, 3**0.5 / 2]], dtype=torch.float64)).T
-        right.plot(x, y, label=f"average, {rule} rule", linewidth=2)
-        x, y = (run.policies @ torch.tensor([[0, 0], [1, 0], [0.5, 3**0.5 / 2]], dtype=torch.float64)).T
-        right.plot(x, y, linewidth=0.5, alpha=0.6)
-    middle.set(xlabel="iteration", ylabel="duality gap of the averaged policy", title="trained by (3.6)")
-    middle.legend()
-    right.plot([0, 1, 0.5, 0], [0, 0, 3**0.5 / 2, 0], color="black", linewidth=0.8)
-    x, y = (winner @ torch.tensor([[0, 0], [1, 0], [0.5, 3**0.5 / 2]], dtype=torch.float64)).tolist()
-    right.plot([x], [y], marker="*", markersize=14, color="black", linestyle="", label="von Neumann winner")
-    right.set(title="policies over three answers", aspect="equal")
-    right.axis("off")
-    right.legend(fontsize=8)
-    figure.savefig(RESULTS / "theory.png", dpi=110)
+        (line,) = axes.loglog(horizons, gaps, marker="o", markersize=3, label=name)
+        axes.loglog(horizons, bounds, linestyle=":", color=line.get_color())
+    axes.set(xlabel="T", ylabel="duality gap of the averaged policy", title="exact update (3.1); dotted: bound")
+    axes.set_ylim(bottom=5e-6)  # room for the legend below the lines
+    axes.legend(fontsize=9, loc="lower left")
+    figure.savefig(IMAGES / "theory-exact.png", dpi=110)
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.8), layout="constrained")
+    for color, (rule, run) in zip(COLORS, runs.items(), strict=True):
+        axes.loglog(np.arange(1, len(run.gaps) + 1), run.gaps, color=color, label=f"{rule} rule")
+    axes.set(xlabel="iteration", ylabel="duality gap of the averaged policy", title="trained by (3.6), K=5")
+    axes.legend()
+    figure.savefig(IMAGES / "theory-trained.png", dpi=110)
+
+    corners = torch.tensor([[0, 0], [1, 0], [0.5, 3**0.5 / 2]], dtype=torch.float64)
+    figure, axes = pyplot.subplots(figsize=(6.4, 5.2), layout="constrained")
+    axes.plot([0, 1, 0.5, 0], [0, 0, 3**0.5 / 2, 0], color="black", linewidth=0.8)
+    for color, (rule, run) in zip(COLORS, runs.items(), strict=True):
+        axes.plot(*(run.policies @ corners).T, color=color, linewidth=0.5, alpha=0.5)
+        axes.plot(*(run.average @ corners).T, color=color, linewidth=2, label=f"averaged policy, {rule} rule")
+    x, y = (von_neumann_winner(weighted_circle(), tolerance=1e-8) @ corners).tolist()
+    axes.plot([x], [y], marker="*", markersize=14, color="black", linestyle="", label="von Neumann winner")
+    axes.set(title="policies over three answers; thin: each iteration's", aspect="equal")
+    axes.axis("off")
+    axes.legend(fontsize=9, loc="upper right")
+    figure.savefig(IMAGES / "theory-simplex.png", dpi=110)
 
 
 def main() -> None:

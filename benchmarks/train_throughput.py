@@ -480,7 +480,7 @@ def _row(setup: Setup, name: str, metric: str, theirs: list[float], ours: list[f
 def _memory_row(setup: Setup, name: str, runs: dict[str, list[dict[str, Any]]]) -> Row:
     ours, theirs = (max(run["peak"] for run in runs[trainer]) / 2**30 for trainer in (OURS, name))
     metric = "peak of allocated memory in the same runs, GiB"
-    return figure(setup.figure, metric, ours, theirs, name, ours / theirs, "(no target)", None)
+    return figure(setup.figure, metric, ours, theirs, name, ours / theirs, None, None)
 
 
 def _peers() -> Path:

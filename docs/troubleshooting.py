@@ -1,4 +1,4 @@
-"""Write docs/troubleshooting.md: every line that the tools can end with or warn by, taken from the code that says it.
+"""Write docs/troubleshooting.md: every line that a command can end with or warn by, taken from the code that says it.
 
 python docs/troubleshooting.py            # tests/unit/test_docs.py fails where the page is not what this writes
 """
@@ -19,26 +19,27 @@ KINDS = {
 WARNING_TABLES = frozenset({"_SAID"})
 """Names of tables whose sentences end shares that a warning says."""
 ROOMS = {
-    "training": "Training (`examples/pretrain_sppo.py`)",
+    "training": "Training (`megatron-sppo train`)",
     "model": "The model's layers and precision",
-    "conversion": "Conversion (`tools/convert.py`)",
+    "conversion": "Conversion (`megatron-sppo convert`)",
     "checkpoints": "Models' files: Hugging Face directories, Megatron checkpoints, tokenizers",
-    "verification": "Verification (`tools/convert.py verify`)",
-    "rollout": "Prompts and rollouts (`tools/generate_rollouts.py`, `tools/import_preferences.py`)",
-    "judge": "Judges and scoring (`tools/score_pairrm.py`)",
+    "verification": "Verification (`megatron-sppo convert verify`)",
+    "rollout": "Prompts and rollouts (`megatron-sppo rollouts`, `import-preferences`)",
+    "judge": "Judges and scoring (`megatron-sppo score`, `evaluate`)",
     "data": "Datasets",
     "objective": "The objective",
-    "selfplay": "Self-play, evaluation and the report (`tools/self_play.py`, `tools/evaluate.py`, `tools/report.py`)",
-    "planning": "Planning (`tools/plan.py`)",
-    "report": "The report (`tools/report.py`)",
+    "selfplay": "Self-play (`megatron-sppo self-play`)",
+    "planning": "Planning (`megatron-sppo plan`)",
+    "report": "The report (`megatron-sppo report`)",
     "commands": "The commands' own settings",
-    "": "All tools: command line, files, locks",
+    "": "All commands: command line, files, locks",
 }
 HEAD = """# Troubleshooting: every message, and what to do
 
-Each tool ends with one line on stderr: `TOOL: error: FACT. REMEDY.` Search this page for a few words of the fact; `...`
-stands for names and numbers. Exit code 2 means that you can mend it; 1 is a fault of the program, with a traceback:
-please report it with the command, `pip list` and the last lines. `--debug` shows where a line comes from.
+Each command ends with one line on stderr: `COMMAND: error: FACT. REMEDY.` Search this page for a few words of the
+fact; `...` stands for names and numbers. Exit code 2 means that you can fix it; 1 is a fault of the program, with a
+traceback: please report it with the command, `megatron-sppo --version` and the last line. `--debug` shows where a line
+comes from.
 
 A *line* ends a command. A *warning* does not: the run goes on, and says so because the result may not be what you want.
 A *row set aside* is named in the manifest's `quarantined` with its reason, and counted; the other rows go on.

@@ -8,18 +8,21 @@ The same command again resumes, in another layout too. One process needs no torc
 that you can mend (one line on stderr), 143 stopped by SIGTERM after a checkpoint, 1 a crash.
 """
 
+import functools
 import logging
 import sys
+from collections.abc import Sequence
 
 from megatron_sppo import config as configuration
 from megatron_sppo.command_line import run
 from megatron_sppo.training.config import TrainingConfig
 
+NAME = "pretrain_sppo.py"
 logger = logging.getLogger(__name__)
 
 
-def main() -> None:
-    config = configuration.parse(TrainingConfig, name="pretrain_sppo.py", description=__doc__ or "")
+def main(name: str, argv: Sequence[str] | None = None) -> None:
+    config = configuration.parse(TrainingConfig, name=name, description=__doc__ or "", argv=argv)
 
     # torch and Megatron-Core take seconds to import, which neither --help nor a refused setting needs.
     from megatron_sppo.training import checkpoint, inputs, loop, parallel, reference
@@ -75,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, name="pretrain_sppo.py")
+    run(functools.partial(main, NAME), name=NAME)

@@ -157,20 +157,34 @@ def parse_command(
     Raises:
         ConfigError: no command or an unknown one; and as `parse`.
     """
+    summaries = {command: _summary(config_class) for command, config_class in commands.items()}
+    chosen, rest = take_command(summaries, name=name, description=description, argv=argv)
+    return parse(commands[chosen], name=f"{name} {chosen}", description=summaries[chosen], argv=rest)
+
+
+def take_command(
+    summaries: Mapping[str, str], *, name: str, description: str, argv: Sequence[str] | None = None
+) -> tuple[str, list[str]]:
+    """Take the command off the front of a command line -> (command, the tokens behind it); --help lists them all.
+
+    Raises:
+        ConfigError: no command or an unknown one.
+    """
     tokens = list(sys.argv[1:] if argv is None else argv)
     while tokens and tokens[0] == "--debug":
         tokens = [*tokens[1:], "--debug"]
-    chosen = tokens[0] if tokens else None
-    if chosen in ("-h", "--help"):
-        _print_commands(commands, name, description)
-        raise SystemExit(0)
-    if chosen is None or chosen not in commands:
-        fact = f"no command {chosen!r}" if chosen else "a command is missing"
-        raise ConfigError(
-            f"{fact}. Use one of: {', '.join(f'{name} {command}' for command in commands)} (each has --help)."
-        )
-    config_class = commands[chosen]
-    return parse(config_class, name=f"{name} {chosen}", description=_summary(config_class), argv=tokens[1:])
+    if not tokens or tokens[0] not in (*summaries, "-h", "--help"):
+        near = _nearest(tokens[0], list(summaries)) if tokens else ""
+        fact = f"no command {tokens[0]!r}. {near}" if tokens else "a command is missing. "
+        known = ", ".join(f"{name} {command}" for command in summaries)
+        raise ConfigError(f"{fact}Use one of: {known} (each has --help).")
+    if tokens[0] in summaries:
+        return tokens[0], tokens[1:]
+    width = max(map(len, summaries))
+    lines = "".join(f"  {command:{width}}  {summary}\n" for command, summary in summaries.items())
+    sys.stdout.write(f"usage: {name} COMMAND [OPTIONS]\n\n{description}\n\ncommands:\n{lines}\n")
+    sys.stdout.write(f"`{name} COMMAND --help` lists the options of one.\n")
+    raise SystemExit(0)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -502,13 +516,6 @@ def _wide_console() -> Iterator[None]:
             del os.environ["COLUMNS"]
         else:
             os.environ["COLUMNS"] = before
-
-
-def _print_commands(commands: Mapping[str, type[Any]], name: str, description: str) -> None:
-    width = max(map(len, commands))
-    lines = [f"  {command:{width}}  {_summary(config_class)}" for command, config_class in commands.items()]
-    sys.stdout.write(f"usage: {name} COMMAND [OPTIONS]\n\n{description}\n\ncommands:\n" + "\n".join(lines) + "\n\n")
-    sys.stdout.write(f"`{name} COMMAND --help` lists the options of one.\n")
 
 
 def _summary(config_class: type[Any]) -> str:

@@ -1,7 +1,9 @@
-"""What a user can mend: each class is one kind of fault, its message one line (fact, place, remedy).
+"""What a user can fix: each class is one kind of fault, its message one line (fact, place, remedy).
 
 Programmers' mistakes are `assert`; these are for people. The tools print the message and exit with code 2.
 """
+
+from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
@@ -14,3 +16,9 @@ class DataError(ValueError):
 
 class ConversionError(ValueError):
     """A checkpoint that cannot be read, mapped or written."""
+
+
+def some_of(names: Sequence[str], *, most: int = 4) -> str:
+    """Name the first few of a list for a message -> "a, b, c, d and 3 more"."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

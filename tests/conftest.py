@@ -15,6 +15,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 
+from tests.imports import imports_megatron
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -46,8 +48,21 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("models") / "tiny_llama")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is none, by name."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-layouts", action="store_true", help="run the tests marked all_layouts too")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses by the mark
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what stands on Megatron-Core, leave `all_layouts` for --all-layouts, skip `gpu` where there is none."""
+    for item in items:
+        if imports_megatron(item.path):
+            item.add_marker(pytest.mark.megatron)
+    if not config.getoption("--all-layouts"):
+        kept = [item for item in items if not item.get_closest_marker("all_layouts")]
+        if len(kept) < len(items):
+            config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("all_layouts")])
+        items[:] = kept
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch

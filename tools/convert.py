@@ -4,8 +4,13 @@
 The same as `megatron-sppo convert`.
 """
 
+from functools import partial
+
 from megatron_sppo.command_line import run
-from megatron_sppo.commands.convert import main
+from megatron_sppo.commands import convert
+
+NAME = "convert.py"
+main = partial(convert.main, NAME)
 
 if __name__ == "__main__":
-    run(main, name="convert.py")
+    run(main, name=NAME)

@@ -13,7 +13,7 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import filesystem, planner
 from torch.distributed.checkpoint import metadata as dcp
 from torch.serialization import _get_layout
 
-from megatron_sppo.checkpoints.transfer import Span
+from megatron_sppo.checkpoints.safetensors_file import Span
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.storage import contained
 
@@ -240,7 +240,8 @@ class DistcpReader:
             with open(path, "rb") as file:
                 if info.offset + info.length > os.fstat(file.fileno()).st_size:
                     raise EOFError("it lies beyond the end")
-                tensor = torch.load(_Section(file, info.offset, info.length), map_location=device, weights_only=True)
+                section: Any = _Section(file, info.offset, info.length)
+                tensor = torch.load(section, map_location=device, weights_only=True)
         except FileNotFoundError:
             raise ConversionError(
                 f"{place} is in {info.relative_path}, which is missing. Use another checkpoint."
@@ -311,7 +312,7 @@ def _is_possible(described: Any) -> bool:
     )
 
 
-def _are_counts(numbers: Any) -> bool:
+def _are_counts(numbers: Any) -> TypeGuard[tuple[int, ...]]:
     return isinstance(numbers, tuple) and all(isinstance(number, int) and number >= 0 for number in numbers)
 
 

@@ -23,7 +23,8 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 
 from megatron_sppo.checkpoints.distcp import METADATA_FILE, row_axis
-from megatron_sppo.checkpoints.transfer import MAKING, Made, Span, Transfer, part_of
+from megatron_sppo.checkpoints.safetensors_file import Span
+from megatron_sppo.checkpoints.transfer import MAKING, Made, Transfer, part_of
 
 _DCP_VERSION = "1.0.0"
 _MAX_FILE_BYTES = 256 << 20
@@ -139,7 +140,7 @@ class _Layout:
 def _frame(dtype: torch.dtype, sizes: tuple[int, ...]) -> tuple[bytes, bytes]:
     """Find what torch.save writes around a tensor's values -> (bytes before, bytes after)."""
     tensor = torch.empty(sizes, dtype=dtype)
-    stream = _Recorder(tensor.data_ptr())
+    stream: Any = _Recorder(tensor.data_ptr())
     checksums = torch.serialization.get_crc32_options()
     # The zip format's own checksums would cost a pass over the values. torch.load does not look at them; the manifest
     # has sha256.

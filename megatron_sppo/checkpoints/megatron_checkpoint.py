@@ -57,7 +57,7 @@ def resolve_checkpoint(path: Path) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
-        raise DataError(f"{path} is no directory. Check the path of the Megatron checkpoint.")
+        raise DataError(f"{path} is not a directory. Check the path of the Megatron checkpoint.")
     if (path / METADATA_FILE).is_file():
         return path
     if _ITERATION.fullmatch(path.name):
@@ -161,7 +161,7 @@ def listed_digests(directory: Path, *, names: Sequence[str] | None = None) -> di
                 f"{path} has {path.stat().st_size} bytes, not {entry.get('bytes')}. "
                 "The checkpoint is damaged: use another one."
             )
-        expected[name] = entry.get("sha256")
+        expected[name] = str(entry.get("sha256"))
     return expected
 
 

@@ -1,16 +1,14 @@
 """Which model sampled: hashes of a Hugging Face directory's files, and the few config values that sampling needs."""
 
-import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, read_config, weight_map
+from megatron_sppo.checkpoints.safetensors_file import read_header
 from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
-from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.errors import ConfigError, ConversionError, DataError
 from megatron_sppo.storage import contained, read_json, sha256_of_file, sha256_of_json
-
-_MAX_HEADER_BYTES = 100 * 2**20  # the format's own limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,24 +29,23 @@ def model_hash(directory: Path) -> str:
     """Hash the weights of a Hugging Face directory: every safetensors file that its index names -> 64 hex digits.
 
     Raises:
-        DataError: no safetensors file, or one that the index names is missing.
+        ConversionError: no safetensors file, one that the index names is missing, or one is cut short.
     """
     directory = Path(directory)
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        value = read_json(index)
-        weight_map = value.get("weight_map") if isinstance(value, dict) else None
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise DataError(f"{index} has no weight_map of file names. Download the model again.")
-        files = [contained(directory, name) for name in sorted(set(weight_map.values()))]
+    if (directory / INDEX_FILE).is_file():
+        files = [contained(directory, name) for name in sorted(set(weight_map(directory).values()))]
     else:
         files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise DataError(
+        raise ConversionError(
             f"{directory} has no *.safetensors weights. Convert or download the model in safetensors format."
         )
-    for file in files:
-        _check_whole(file)
+    for file in files:  # before an engine loads it
+        if not file.is_file():
+            raise ConversionError(
+                f"{file} does not exist, but {directory / INDEX_FILE} names it. Fetch the model again."
+            )
+        read_header(file, quantized=True)
     return sha256_of_json({file.name: sha256_of_file(file) for file in files})
 
 
@@ -57,17 +54,15 @@ def read_model_files(directory: Path) -> ModelFiles:
 
     Raises:
         ConfigError: no such directory.
-        DataError: config, weights or tokenizer are missing or cannot be used.
+        ConversionError, DataError: config, weights or tokenizer are missing or cannot be used.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise ConfigError(
-            f"--model {directory} is no directory. Download the model first "
+            f"--model {directory} is not a directory. Download the model first "
             f"(`hf download {directory} --local-dir DIR`) and use --model DIR."
         )
-    config = read_json(directory / "config.json")
-    if not isinstance(config, dict):
-        raise DataError(f"{directory / 'config.json'} is no JSON object. Download the model again.")
+    config = read_config(directory)
     tokenizer = tokenizer_hash(directory)
     if tokenizer is None:
         raise DataError(
@@ -84,15 +79,15 @@ def read_model_files(directory: Path) -> ModelFiles:
 
 
 def _eos_token_ids(directory: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    path = directory / "generation_config.json"
+    path = directory / GENERATION_FILE
     generation = read_json(path) if path.is_file() else {}
     nested = config.get("text_config")
     found: set[int] = set()
-    for file, values in (("config.json", config), ("config.json", nested), (path.name, generation)):
+    for file, values in ((CONFIG_FILE, config), (CONFIG_FILE, nested), (path.name, generation)):
         named = values.get("eos_token_id") if isinstance(values, dict) else None
         ids = named if isinstance(named, list) else [] if named is None else [named]
         if not all(type(token) is int and token >= 0 for token in ids):
-            raise DataError(f"{directory / file}: eos_token_id is {named!r}, not token ids. Mend the file.")
+            raise DataError(f"{directory / file}: eos_token_id is {named!r}, not token ids. Correct the file.")
         found.update(ids)
     return tuple(sorted(found))
 
@@ -102,23 +97,5 @@ def _positive(config: dict[str, Any], name: str, directory: Path) -> int:
     if value is None and isinstance(config.get("text_config"), dict):
         value = config["text_config"].get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise DataError(f"{directory / 'config.json'}: {name} is {value!r}, not a positive integer. Mend the config.")
+        raise DataError(f"{directory / CONFIG_FILE}: {name} is {value!r}, not a positive integer. Correct the config.")
     return value
-
-
-def _check_whole(file: Path) -> None:
-    """Refuse a safetensors file that is missing or not as long as its header says, before an engine loads it."""
-    if not file.is_file():
-        raise DataError(f"{file} does not exist, but the model's index names it. Download the model again.")
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER_BYTES + 1
-        header = stream.read(length) if length <= _MAX_HEADER_BYTES else b""
-    try:
-        entries = json.loads(header)
-        needed = 8 + length + max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-        raise DataError(f"{file} is no safetensors file ({size} bytes). Download the model again.") from None
-    if size != needed:
-        raise DataError(f"{file} has {size} bytes, its header says {needed}. Download the model again.")

@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from megatron_sppo.command_line import one_line
-from megatron_sppo.errors import ConversionError
+from megatron_sppo.errors import ConversionError, some_of
 from megatron_sppo.storage import damage
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def load_pretrained(model_class: Any, directory: Path | str | None, *, needed: s
     except UNUSABLE as error:
         raise ConversionError(
             f"transformers cannot load {directory or 'the checkpoint'} by its config.json "
-            f"({type(error).__name__}: {one_line(error)}). Mend the config, or install what it asks for."
+            f"({type(error).__name__}: {one_line(error)}). Correct the config, or install what it asks for."
         ) from error
     finally:
         theirs.setLevel(level)
@@ -73,26 +73,23 @@ def load_pretrained(model_class: Any, directory: Path | str | None, *, needed: s
     )
     unexpected = sorted(info["unexpected_keys"])
     faults = [
-        *([f"lacks {_listed(missing)}"] if missing else []),
-        *([f"holds in another shape {_listed(mismatched)}"] if mismatched else []),
+        *([f"lacks {some_of(missing, most=_NAMED)}"] if missing else []),
+        *([f"holds in another shape {some_of(mismatched, most=_NAMED)}"] if mismatched else []),
         *(f"does not load: {' '.join(str(text).split())}" for text in info["error_msgs"]),
     ]
     if faults:
-        foreign = f" It holds {_listed(unexpected)} instead." if unexpected and missing else ""
+        foreign = f" It holds {some_of(unexpected, most=_NAMED)} instead." if unexpected and missing else ""
         kind = type(model).__name__
         raise ConversionError(
             f"{directory or 'the checkpoint'} {'; it '.join(faults)}, which a {kind} needs: transformers would fill in "
             f"random numbers.{foreign} Give a checkpoint that was saved as {kind}."
         )
     if unexpected and directory is not None:
-        logger.warning("%s holds %s, which a %s does not use.", directory, _listed(unexpected), type(model).__name__)
+        logger.warning(
+            "%s holds %s, which a %s does not use.", directory, some_of(unexpected, most=_NAMED), type(model).__name__
+        )
     return model
 
 
 def _shape(shape: Any) -> str:
     return "x".join(str(size) for size in shape)
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{', '.join(names[:_NAMED])}{more}"

@@ -1,31 +1,45 @@
-"""One safetensors file: header checked in full, tensors read and written one at a time by plain file I/O.
+"""One safetensors file: its header checked in full, its tensors read one at a time by plain file I/O.
 
 The format: 8 bytes of header length (little-endian), a JSON header {name: {dtype, shape, data_offsets}}, then the
 bytes. Reading with pread instead of mapping keeps resident memory to the tensor at hand, and a file that is cut short
-while we read it gives an error, not SIGBUS.
+while we read it gives an error, not SIGBUS. Headers alone need no torch.
 """
+
+from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from megatron_sppo.checkpoints.transfer import bytes_of, write_at
 from megatron_sppo.errors import ConversionError
 from megatron_sppo.storage import damage
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""What a weight may be. Integers and float8 are quantized weights, which the Megatron side does not hold."""
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+if TYPE_CHECKING:
+    import torch
 
-_LENGTH_BYTES = 8
+WEIGHTS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""What a weight may be, and torch's name of it. Integers and float8 are quantized weights, which the Megatron side does
+not hold."""
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+LENGTH_BYTES = 8
+"""Before the header."""
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _ALIGNMENT = 8
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes of a file."""
+
+    path: Path
+    offset: int
+    nbytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +47,30 @@ class Entry:
     """A tensor's place in a file."""
 
     file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    kind: str
+    """Its type, as safetensors spells it."""
+    shape: Shape
     offset: int
     """Bytes from the start of the file."""
     nbytes: int
 
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
 
-def read_header(path: Path) -> tuple[bytes, dict[str, Entry]]:
+        return getattr(torch, WEIGHTS[self.kind])
+
+    def rows(self, start: int, count: int) -> Span:
+        """Find some of its rows -> span."""
+        row = self.nbytes // self.shape[0] if self.shape[0] else 0
+        return Span(self.file, self.offset + start * row, count * row)
+
+
+def read_header(path: Path, *, quantized: bool = False) -> tuple[bytes, dict[str, Entry]]:
     """Read and check a file's header -> (its bytes as they are, {name: entry} in the header's order).
+
+    Args:
+        quantized: let tensors pass that are no weights, or of quantized ones; they cannot be read.
 
     Raises:
         ConversionError: not a safetensors file, cut short, overlapping tensors, or a dtype that is no weight.
@@ -49,24 +78,22 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Entry]]:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-            if size < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
+            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            if size < LENGTH_BYTES or length > min(size - LENGTH_BYTES, _MAX_HEADER_BYTES):
                 fault = f"{path} ({size} bytes) is cut short or no safetensors file. Fetch it again."
                 raise ConversionError(damage(path, fault))
             raw = file.read(length)
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({error.strerror}). Fetch it again.") from None
     try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        entries = {name: _entry(path, name, fields, _LENGTH_BYTES + length) for name, fields in header.items()}
+        entries = entries_of_header(path, raw, quantized=quantized)
     except ConversionError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConversionError(
             f"{path} has a damaged header ({type(error).__name__}: {error}). Fetch it again."
         ) from None
-    end = _LENGTH_BYTES + length
+    end = LENGTH_BYTES + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset != end:
             raise ConversionError(f"{path} has a damaged header (a gap or an overlap before {name}). Fetch it again.")
@@ -78,12 +105,56 @@ def read_header(path: Path) -> tuple[bytes, dict[str, Entry]]:
     return raw, entries
 
 
-def read_tensor(entry: Entry) -> Tensor:
+def entries_of_header(path: Path, raw: bytes, *, quantized: bool = False) -> dict[str, Entry]:
+    """Read a header's entries -> {name: entry}; of what is damaged Python's own exceptions come out."""
+    header = json.loads(raw)
+    header.pop("__metadata__", None)
+    data_start = LENGTH_BYTES + len(raw)
+    return {name: _entry(path, name, fields, data_start, quantized=quantized) for name, fields in header.items()}
+
+
+def _entry(path: Path, name: str, fields: Mapping[str, Any], data_start: int, *, quantized: bool) -> Entry:
+    kind, shape, (start, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+    if kind not in WEIGHTS and not quantized:
+        raise ConversionError(
+            f"{path}: {name} is of type {kind}, which is quantized or no weight; read are {', '.join(WEIGHTS)}. "
+            "Use the unquantized model."
+        )
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
+        raise ValueError("a shape or an offset is no whole number")
+    if kind in WEIGHTS and end - start != math.prod(shape) * _ITEM_BYTES[kind]:
+        raise ValueError(f"{name} has {end - start} bytes for {kind} of shape {list(shape)}")
+    return Entry(file=path, kind=kind, shape=shape, offset=data_start + start, nbytes=end - start)
+
+
+def new_header(path: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]]) -> tuple[bytes, dict[str, Entry]]:
+    """Lay out a new file, tensors in the order given -> (header bytes, entries)."""
+    kinds = {name: kind for kind, name in WEIGHTS.items()}
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, (dtype, shape) in tensors.items():
+        end = start + math.prod(shape) * dtype.itemsize
+        kind = kinds[str(dtype).removeprefix("torch.")]
+        fields[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    raw = json.dumps(fields, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % _ALIGNMENT)
+    return raw, entries_of_header(path, raw)
+
+
+def write_header(path: Path, raw: bytes, entries: Mapping[str, Entry]) -> None:
+    """Create a file with its header and room for its tensors."""
+    with open(path, "wb") as file:
+        file.write(len(raw).to_bytes(LENGTH_BYTES, "little") + raw)
+        file.truncate(max([LENGTH_BYTES + len(raw), *(entry.offset + entry.nbytes for entry in entries.values())]))
+
+
+def read_tensor(entry: Entry) -> torch.Tensor:
     """Read one tensor into fresh memory -> [*entry.shape]."""
+    import torch
+
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
-    if entry.nbytes == 0:
-        return tensor
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    view = tensor.reshape(-1).view(torch.uint8).numpy().data
     with open(entry.file, "rb", buffering=0) as file:
         file.seek(entry.offset)
         while len(view):
@@ -94,58 +165,3 @@ def read_tensor(entry: Entry) -> Tensor:
                 )
             view = view[count:]
     return tensor
-
-
-def write_header(path: Path, raw: bytes, entries: Mapping[str, Entry]) -> None:
-    """Create a file with its header and room for its tensors."""
-    with open(path, "wb") as file:
-        file.write(len(raw).to_bytes(_LENGTH_BYTES, "little") + raw)
-        file.truncate(max([_LENGTH_BYTES + len(raw), *(entry.offset + entry.nbytes for entry in entries.values())]))
-
-
-def write_tensor(descriptor: int, entry: Entry, tensor: Tensor) -> None:
-    """Write one tensor at its place in an open file."""
-    assert tensor.dtype == entry.dtype and tuple(tensor.shape) == entry.shape, (
-        f"{entry} is to hold {tensor.dtype} {tensor.shape}"
-    )
-    write_at(descriptor, bytes_of(tensor), entry.offset)
-
-
-def new_header(
-    path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-) -> tuple[bytes, dict[str, Entry]]:
-    """Lay out a new file, tensors in the order given -> (header bytes, entries)."""
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, (dtype, shape) in tensors.items():
-        end = start + math.prod(shape) * dtype.itemsize
-        fields[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        start = end
-    raw = json.dumps(fields, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % _ALIGNMENT)
-    del fields["__metadata__"]
-    return raw, {name: _entry(path, name, field, _LENGTH_BYTES + len(raw)) for name, field in fields.items()}
-
-
-def entries_of_header(path: Path, raw: bytes) -> dict[str, Entry]:
-    """Read the entries of a header that was kept apart from its file."""
-    fields = json.loads(raw)
-    fields.pop("__metadata__", None)
-    return {name: _entry(path, name, field, _LENGTH_BYTES + len(raw)) for name, field in fields.items()}
-
-
-def _entry(path: Path, name: str, fields: Mapping[str, Any], data_start: int) -> Entry:
-    kind, shape, (start, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
-    if kind not in DTYPES:
-        raise ConversionError(
-            f"{path}: {name} is of type {kind}, which is quantized or no weight; read are {', '.join(DTYPES)}. "
-            "Use the unquantized model."
-        )
-    if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
-        raise ValueError("a shape or an offset is no whole number")
-    if end - start != math.prod(shape) * DTYPES[kind].itemsize:
-        raise ValueError(f"{name} has {end - start} bytes for {kind} of shape {list(shape)}")
-    return Entry(file=path, dtype=DTYPES[kind], shape=shape, offset=data_start + start, nbytes=end - start)
-
-
-Shape = tuple[int, ...]

@@ -5,14 +5,20 @@ not over a file's spelling: a tokenizer that another version saved again is the 
 special-token settings change texts, not ids; they are hashed apart (`chat_template_hash` in the rollout manifest).
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_sppo.storage import sha256_of_file, sha256_of_json
 
-ID_FILES = ("tokenizer.json", "tokenizer.model", "spm.model", "vocab.json", "merges.txt")
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TOKENIZER_FILE = "tokenizer.json"
+ID_FILES = (TOKENIZER_FILE, "tokenizer.model", "spm.model", "vocab.json", "merges.txt")
 """Files that decide which ids a text becomes."""
 
 TEXT_FILES = (
@@ -30,8 +36,21 @@ def tokenizer_hash(directory: Path) -> str | None:
 
     tokenizer.json alone decides where it is there and can be read, as in transformers; otherwise the files' bytes.
     """
-    meaning = _meaning(Path(directory, "tokenizer.json"))
-    return file_hash(directory) if meaning is None else sha256_of_json(meaning)
+    tokenizer = _open(directory)
+    return file_hash(directory) if tokenizer is None else hash_of(tokenizer)
+
+
+def hash_of(tokenizer: Tokenizer) -> str:
+    """Hash what decides ids in an opened tokenizer.json, free of its spelling -> 64 hex digits.
+
+    The library spells all fields out, defaults too; what it adds in a later version is null or false for older files,
+    and left out here.
+    """
+    spelled = json.loads(tokenizer.to_str())
+    decides = ("model", "normalizer", "pre_tokenizer", "post_processor", "added_tokens")
+    meaning = {key: _without_absent(spelled[key]) for key in decides}
+    meaning["added_tokens"] = sorted(meaning["added_tokens"] or [], key=lambda token: token.get("id", 0))
+    return sha256_of_json(meaning)
 
 
 def file_hash(directory: Path) -> str | None:
@@ -45,24 +64,27 @@ def is_tokenizer_of(directory: Path, recorded: Iterable[str | None]) -> bool:
     return not {tokenizer_hash(directory), file_hash(directory)}.isdisjoint(recorded)
 
 
-def _meaning(path: Path) -> dict[str, Any] | None:
-    """Read what decides ids out of a tokenizer.json -> JSON value free of its spelling; None where it is not readable.
+def parse_tokenizer(text: str) -> Tokenizer:
+    """Parse a tokenizer.json by the library itself.
 
-    The library spells all fields out, defaults too; what it adds in a later version is null or false for older files,
-    and left out here.
+    Raises:
+        ValueError: it is no tokenizer.
     """
-    if not path.is_file():
-        return None
     from tokenizers import Tokenizer
 
     try:
-        spelled = json.loads(Tokenizer.from_file(str(path)).to_str())
-    except Exception:  # noqa: BLE001 (the library raises Exception itself; check_side_files says why it did)
+        return Tokenizer.from_str(text)
+    except Exception as error:  # noqa: BLE001 (the library raises Exception itself)
+        raise ValueError(f"no tokenizer: {error}") from None
+
+
+def _open(directory: Path) -> Tokenizer | None:
+    """Open a directory's tokenizer.json; None where there is none, or it is damaged (`check_side_files` says so)."""
+    path = Path(directory, TOKENIZER_FILE)
+    try:
+        return parse_tokenizer(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError:
         return None
-    decides = ("model", "normalizer", "pre_tokenizer", "post_processor", "added_tokens")
-    meaning = {key: _without_absent(spelled[key]) for key in decides}
-    meaning["added_tokens"] = sorted(meaning["added_tokens"] or [], key=lambda token: token.get("id", 0))
-    return meaning
 
 
 def _without_absent(value: Any) -> Any:
@@ -77,12 +99,9 @@ def token_texts(directory: Path) -> Callable[[Sequence[int]], list[str]] | None:
     The parts join to the whole text. Of tokens that share a character the last one gets it, the others are empty.
     None where there is no tokenizer.json.
     """
-    path = Path(directory, "tokenizer.json")
-    if not path.is_file():
+    tokenizer = _open(directory)
+    if tokenizer is None:
         return None
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(path))
 
     def texts(token_ids: Sequence[int]) -> list[str]:
         parts: list[str] = []

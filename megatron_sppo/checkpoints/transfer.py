@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sppo.checkpoints.safetensors_file import Span
 from megatron_sppo.errors import ConversionError
 
 BLOCK_BYTES = 4 << 20
@@ -27,15 +28,6 @@ BUDGET_BYTES = 256 << 20
 MAKING = 3
 """Memory that making a tensor takes, in tensors: what it is made of, the result, and a cast of it."""
 _MOST_WORKERS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Bytes of a file."""
-
-    path: Path
-    offset: int
-    nbytes: int
 
 
 def part_of(spans: Sequence[Span], start: int, nbytes: int) -> tuple[Span, ...]:
@@ -226,7 +218,7 @@ def default_workers() -> int:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """View a tensor's values as they lie in a file; copied only where it is not contiguous."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def write_at(descriptor: int, view: bytes | memoryview, offset: int) -> None:

@@ -1,11 +1,12 @@
 """Convert a model between Hugging Face and Megatron-Core, and prove that both are the same model.
 
-python tools/convert.py import --hf DIR --megatron DIR [--dtype bfloat16] [--workers 8]
-python tools/convert.py export --megatron DIR --hf DIR [--template HF_DIR] [--max-shard-size 5GB] [--workers 8]
-python tools/convert.py verify --hf DIR --megatron DIR [--prompts FILE] [--json FILE] [--layerwise]
+megatron-sppo convert import --hf DIR --megatron DIR [--dtype bfloat16] [--workers 8]
+megatron-sppo convert export --megatron DIR --hf DIR [--template HF_DIR] [--max-shard-size 5GB] [--workers 8]
+megatron-sppo convert verify --hf DIR --megatron DIR [--prompts FILE] [--json FILE] [--layerwise]
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -79,10 +80,10 @@ class VerifyConfig:
 COMMANDS = {"import": ImportConfig, "export": ExportConfig, "verify": VerifyConfig}
 
 
-def main() -> None:
+def main(name: str, argv: Sequence[str] | None = None) -> None:
     """Do what the command says."""
     settings = config.parse_command(
-        COMMANDS, name="convert.py", description="Convert between Hugging Face and Megatron-Core."
+        COMMANDS, name=name, description="Convert between Hugging Face and Megatron-Core.", argv=argv
     )
     from megatron_sppo.conversion import convert  # brings torch, which --help need not wait for
 

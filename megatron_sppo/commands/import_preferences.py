@@ -9,13 +9,12 @@ Then: tools/score_pairrm.py --rollouts OUTPUT --judge matrices:OUTPUT/matrices.j
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_sppo import config
 from megatron_sppo.rollout.config import TemplateConfig
-
-NAME = "import_preferences.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +41,9 @@ class Command:
         config.check_ranges(self)
 
 
-def main() -> None:
+def main(name: str, argv: Sequence[str] | None = None) -> None:
     """Parse the command line, import, report."""
-    command = config.parse(Command, name=NAME, description=__doc__ or "")
+    command = config.parse(Command, name=name, argv=argv, description=__doc__ or "")
     from megatron_sppo.rollout.preferences import MATRICES_NAME, import_preferences  # --help need not wait for it
 
     manifest, counts = import_preferences(

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Show, token by token, how a policy differs from the one that it was trained from: log pi_theta/pi_t (equation 3.11).
 
     tools/inspect_log_ratio.py --load SAVE --reference PI_T --data DATASET --output token_log_ratios.jsonl
@@ -8,12 +7,11 @@ and packing; under torchrun also its layout.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sppo.config import parse
 from megatron_sppo.training.config import InspectionConfig
-
-NAME = "inspect_log_ratio.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +22,9 @@ class Command(InspectionConfig):
     """Print the summary as one JSON object."""
 
 
-def main() -> None:
+def main(name: str, argv: Sequence[str] | None = None) -> None:
     """Write the log-ratios, and say on rank 0 what was written."""
-    config = parse(Command, name=NAME, description=str(__doc__))
+    config = parse(Command, name=name, argv=argv, description=__doc__ or "")
     from megatron_sppo.training import parallel  # brings torch, which --help need not wait for
     from megatron_sppo.training.inspection import inspect
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Plan a run before it is started: memory of each rank, FLOPs, time and traffic, and whether it fits. Needs no GPU.
 
 python tools/plan.py --config examples/configs/llama3_70b_h100.yaml --world-size 32 64 512
@@ -6,15 +5,14 @@ python tools/plan.py --config examples/configs/llama3_70b_h100.yaml --world-size
 
 import json
 import sys
+from collections.abc import Sequence
 
 from megatron_sppo.planning.config import read_plan
 
-NAME = "plan.py"
 
-
-def main() -> None:
+def main(name: str, argv: Sequence[str] | None = None) -> None:
     """Plan and print."""
-    config, file = read_plan(sys.argv[1:], name=NAME, description=str(__doc__))
+    config, file = read_plan(sys.argv[1:] if argv is None else argv, name=name, description=__doc__ or "")
     from megatron_sppo.planning.plan import make_report  # brings torch, which --help need not wait for
     from megatron_sppo.planning.text import render
 

@@ -2,13 +2,12 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sppo import config
 from megatron_sppo.rollout.config import GenerateConfig
-
-NAME = "generate_rollouts.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +18,9 @@ class Command(GenerateConfig):
     """Print the outcome as one JSON object."""
 
 
-def main() -> None:
+def main(name: str, argv: Sequence[str] | None = None) -> None:
     """Parse the command line, sample, report."""
-    command = config.parse(Command, name=NAME, description=__doc__ or "")
+    command = config.parse(Command, name=name, argv=argv, description=__doc__ or "")
     from megatron_sppo.conversion.complete import check_complete  # brings torch, which --help need not wait for
     from megatron_sppo.rollout.generate import generate_rollouts
 

@@ -1,6 +1,7 @@
 """Judge rollouts pair by pair: a rollout directory in, a preference dataset out. The same command resumes.
 
 Under torchrun the ranks take shards from one list. With --from-dataset nothing is judged: the targets are rebuilt
+from collections.abc import Sequence
 from the stored logits under another --preset or --selection.
 """
 
@@ -8,14 +9,13 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sppo import config
 from megatron_sppo.judge.config import ScoreConfig
 
 logger = logging.getLogger(__name__)
-
-NAME = "score_pairrm.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,9 @@ class Command(ScoreConfig):
     """Print the outcome as one JSON object."""
 
 
-def main() -> None:
+def main(name: str, argv: Sequence[str] | None = None) -> None:
     """Parse the command line, judge or rebuild, report."""
-    command = config.parse(Command, name=NAME, description=__doc__ or "")
+    command = config.parse(Command, name=name, argv=argv, description=__doc__ or "")
     from megatron_sppo.judge.score import rebuild, score  # brings torch, which --help need not wait for
     from megatron_sppo.judge.work_list import open_work_list
 

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Align a model by self-play: rollouts, preferences, training and evaluation, iteration by iteration.
 
 The same command again goes on where the last one stopped.
@@ -6,12 +5,11 @@ The same command again goes on where the last one stopped.
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sppo.config import parse
 from megatron_sppo.selfplay.config import SelfPlayConfig
-
-NAME = "self_play.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +20,9 @@ class Command(SelfPlayConfig):
     """Print summary.json's content in place of the table."""
 
 
-def main() -> None:
+def main(name: str, argv: Sequence[str] | None = None) -> None:
     """Run all iterations and print the table."""
-    config = parse(Command, name=NAME, description=str(__doc__))
+    config = parse(Command, name=name, argv=argv, description=__doc__ or "")
     from megatron_sppo.selfplay.commands import REPORT_NAME  # --help need not wait for it
     from megatron_sppo.selfplay.loop import self_play
     from megatron_sppo.selfplay.process import Interrupted
@@ -34,10 +32,10 @@ def main() -> None:
     try:
         summary = self_play(config)
     except StageFailed as failure:
-        print(f"{NAME}: error: {failure}", file=sys.stderr)
+        print(f"{name}: error: {failure}", file=sys.stderr)
         sys.exit(failure.exit_code)
     except Interrupted as interruption:
-        print(f"{NAME}: stopped by {interruption}. The same command goes on from here.", file=sys.stderr)
+        print(f"{name}: stopped by {interruption}. The same command goes on from here.", file=sys.stderr)
         sys.exit(interruption.exit_code)
     if config.json:
         print(json.dumps(summary))

@@ -19,24 +19,16 @@ from tqdm import tqdm
 from megatron_sppo.architecture import Architecture, write_architecture
 from megatron_sppo.checkpoints.distcp import COMMON_FILE
 from megatron_sppo.checkpoints.distcp_writer import write_distcp
-from megatron_sppo.checkpoints.hf_checkpoint import (
+from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, check_tensors, open_hf_checkpoint
+from megatron_sppo.checkpoints.hf_files import (
     CONFIG_FILE,
     INDEX_FILE,
     LAYOUT_FILE,
     SIDE_FILES,
     WEIGHT_SUFFIXES,
-    HFCheckpoint,
-    check_side_files,
-    check_tensors,
-    copy_side_files,
-    kept_files,
-    new_files,
-    open_hf_checkpoint,
-    parse_size,
     read_config,
-    side_files,
-    write_side_files,
 )
+from megatron_sppo.checkpoints.hf_writer import kept_files, new_files, parse_size, write_tensors
 from megatron_sppo.checkpoints.megatron_checkpoint import (
     HF_DIRECTORY,
     ITERATION_PATTERN,
@@ -48,12 +40,13 @@ from megatron_sppo.checkpoints.megatron_checkpoint import (
     verify_checkpoint,
     write_manifest,
 )
-from megatron_sppo.checkpoints.tokenizer import ID_FILES, TEXT_FILES, tokenizer_hash
+from megatron_sppo.checkpoints.side_files import check_side_files, copy_side_files, side_files, write_side_files
+from megatron_sppo.checkpoints.tokenizer import ID_FILES, TEXT_FILES
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture
 from megatron_sppo.conversion.mapping import Binding, bind, hf_shapes
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, open_megatron
-from megatron_sppo.conversion.plan import export_tensors, import_pieces
+from megatron_sppo.conversion.moves import export_tensors, import_pieces
 from megatron_sppo.errors import ConfigError, ConversionError, DataError
 from megatron_sppo.storage import (
     atomic_directory,
@@ -115,7 +108,7 @@ def import_checkpoint(
     architecture = architecture_from_hf(read_config(hf), place=str(hf / CONFIG_FILE))
     family = family_of(architecture.family, place=str(hf))
     source = open_hf_checkpoint(hf)
-    check_side_files(hf)
+    tokenizer = check_side_files(hf)
     if architecture.num_layers * (architecture.num_moe_experts or 1) > len(source.entries):
         raise ConversionError(
             f"{hf} holds {len(source.entries)} tensors, too few for the {architecture.num_layers} layers that its "
@@ -140,7 +133,7 @@ def import_checkpoint(
             written = write_distcp(directory, pieces, objects=states, progress=bar.update, workers=workers)
             torch.save(_COMMON_STATE, directory / COMMON_FILE)
             (directory / "metadata.json").write_text(json.dumps(_METADATA_JSON))
-            write_architecture(architecture, directory, tokenizer=_tokenizer_record(hf))
+            write_architecture(architecture, directory, tokenizer=_tokenizer_record(hf, tokenizer))
             (directory / HF_DIRECTORY).mkdir()
             copy_side_files(hf, directory / HF_DIRECTORY)
             if not left_out:
@@ -196,7 +189,7 @@ def export_checkpoint(
     kept = None
     if max_shard_size is None and layout_path.is_file():
         kept = kept_files(tensors, _read_layout(layout_path))
-    plan = kept or new_files(tensors, max_shard_bytes=parse_size(max_shard_size or DEFAULT_SHARD_SIZE))
+    layout = kept or new_files(tensors, max_shard_bytes=parse_size(max_shard_size or DEFAULT_SHARD_SIZE))
     if overwrite:
         _check_replaced(hf, opened)
     total = sum(math.prod(shape) * kind.itemsize for kind, shape in tensors.values())
@@ -208,9 +201,16 @@ def export_checkpoint(
         begin = time.monotonic()
         _check_space(hf, total)
         with atomic_directory(hf, replaces=CONFIG_FILE) as directory, _bar(total, "export") as bar:
-            export_tensors(directory, plan, opened, cast=cast, workers=workers, progress=bar.update)
+            write_tensors(
+                directory,
+                layout,
+                export_tensors(opened, cast),
+                digests={opened.directory / name: digest for name, digest in opened.unchecked.items()},
+                progress=bar.update,
+                workers=workers,
+            )
             _write_side_files(opened, directory, dtype=_main_dtype(tensors), types_changed=kept is None)
-    logger.info("exported %s to %s: %d files, %s", opened.directory, hf, len(plan.files), _speed(total, begin))
+    logger.info("exported %s to %s: %d files, %s", opened.directory, hf, len(layout.files), _speed(total, begin))
     return hf
 
 
@@ -257,7 +257,7 @@ def _already_imported(
     except (DataError, ConversionError) as error:
         raise ConversionError(f"{target} is there, and damaged ({error}) Add --overwrite to import again.") from None
     wanted_dtypes = {
-        binding.rule.key: cast or source.entries[next(iter(binding.hf_shapes))].dtype for binding in bindings
+        binding.mapping.key: cast or source.entries[next(iter(binding.hf_shapes))].dtype for binding in bindings
     }
     same = opened.architecture == architecture and all(
         opened.reader.dtype(key) == kind for key, kind in wanted_dtypes.items()
@@ -338,11 +338,11 @@ def _write_side_files(opened: OpenedMegatron, directory: Path, *, dtype: str, ty
     )
 
 
-def _tokenizer_record(hf: Path) -> dict[str, Any]:
+def _tokenizer_record(hf: Path, digest: str | None) -> dict[str, Any]:
     files = [name for name in (*ID_FILES, *TEXT_FILES) if (hf / name).is_file()]
-    if not set(files) & set(ID_FILES):
+    if digest is None:
         logger.warning("%s has no tokenizer (none of %s): exports will have none", hf, ", ".join(ID_FILES))
-    return {"hash": tokenizer_hash(hf), "files": files}
+    return {"hash": digest, "files": files}
 
 
 def _read_layout(path: Path) -> dict[str, Any]:

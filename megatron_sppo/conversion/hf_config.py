@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_sppo.architecture import Architecture, Llama3RopeScaling
-from megatron_sppo.checkpoints.hf_checkpoint import CONFIG_FILE
+from megatron_sppo.checkpoints.hf_files import CONFIG_FILE
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.mapping import Family
 from megatron_sppo.errors import ConversionError
@@ -145,13 +145,11 @@ def _numbers(config: Mapping[str, Any], family: Family, place: str) -> dict[str,
 
 def _windows(config: Mapping[str, Any], family: Family, place: str, *, num_layers: int) -> dict[str, Any]:
     """Read which layers see a window of tokens only -> Architecture's fields; none where no layer does."""
-    keys, first = family.windows, 0
-    has_window = keys is not None and config.get("sliding_window") is not None
-    if has_window and keys.switch is not None:
-        has_window = bool(config.get(keys.switch, False))
-    if has_window and keys.first_layer is not None:
-        first = _whole(config, keys.first_layer, place, least=0)
-    windowed = [has_window and layer >= first and (layer - first) % keys.every == 0 for layer in range(num_layers)]
+    keys, windowed, has_window = family.windows, [False] * num_layers, False
+    if keys is not None and config.get("sliding_window") is not None:
+        has_window = keys.switch is None or bool(config.get(keys.switch, False))
+        first = _whole(config, keys.first_layer, place, least=0) if has_window and keys.first_layer else 0
+        windowed = [has_window and layer >= first and (layer - first) % keys.every == 0 for layer in range(num_layers)]
     listed = config.get("layer_types")
     if listed is not None:
         kinds = ("full_attention", "sliding_attention")

@@ -1,4 +1,4 @@
-"""The rules that tie a Megatron-Core tensor to the Hugging Face tensors it is made of. Each owns both directions.
+"""Which rows of which Hugging Face tensors a Megatron-Core tensor is made of; one description serves both directions.
 
 A family's table (families/<family>.py) is a tuple of these. A Megatron name with "{layer}" is one slice of a tensor
 that Megatron-Core's distributed checkpoint stacks over layers: "decoder.layers.{layer}.mlp.linear_fc2.weight" is
@@ -6,22 +6,23 @@ that Megatron-Core's distributed checkpoint stacks over layers: "decoder.layers.
 are the second axis.
 """
 
-# G = key/value heads, R = query heads per key/value head, d = head dimension, F = feed-forward, H = hidden, V = rows
+from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.safetensors_file import Shape
 from megatron_sppo.errors import ConversionError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def dimension(architecture: Architecture, name: str) -> int:
-    """Give the size of a named dimension.
+    """Return the size of a named dimension.
 
     "hidden", "ffn", "gate_up" (two "ffn"), "query" (all heads), "key" (all key/value heads), "head", "vocab",
     "experts", "expert_ffn" (one).
@@ -39,8 +40,17 @@ def dimension(architecture: Architecture, name: str) -> int:
     }[name]
 
 
+class Run(NamedTuple):
+    """Consecutive rows of one Hugging Face tensor."""
+
+    part: int
+    """Which of the mapping's parts."""
+    start: int
+    rows: int
+
+
 @dataclass(frozen=True)
-class Rule:
+class TensorMapping:
     """One Megatron tensor and its Hugging Face tensors."""
 
     megatron: str
@@ -71,44 +81,50 @@ class Rule:
         return True
 
     def parts(self) -> tuple[str, ...]:
-        """Hugging Face's names, layer and expert not yet filled in, in the order of `to_megatron`."""
+        """Hugging Face's names, layer and expert not yet filled in."""
         return (self.hf,)
 
     def part_shapes(self, architecture: Architecture) -> tuple[Shape, ...]:
         """Shapes of the Hugging Face tensors, in the order of `parts`."""
         raise NotImplementedError
 
+    def runs(self, architecture: Architecture) -> list[Run]:
+        """The Megatron tensor's rows, in its order; together all rows of all parts. Here: one part after the other."""
+        return [Run(part, 0, shape[0]) for part, shape in enumerate(self.part_shapes(architecture))]
+
     def megatron_shape(self, architecture: Architecture) -> Shape:
         """Shape of the Megatron tensor, without the axes of layers and experts."""
-        raise NotImplementedError
+        shapes = self.part_shapes(architecture)
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def to_megatron(self, tensors: Sequence[Tensor], architecture: Architecture) -> Tensor:
-        """Make the Megatron tensor -> [*megatron_shape]."""
-        raise NotImplementedError
+        """Make the Megatron tensor of the parts -> [*megatron_shape]."""
+        return _joined([tensors[part][start : start + rows] for part, start, rows in self.runs(architecture)])
 
     def to_hf(self, tensor: Tensor, architecture: Architecture) -> tuple[Tensor, ...]:
         """Undo `to_megatron` -> tensors of `part_shapes`."""
-        raise NotImplementedError
+        runs = self.runs(architecture)
+        starts = itertools.accumulate((run.rows for run in runs), initial=0)
+        placed = sorted(zip(runs, starts, strict=False))
+        parts = itertools.groupby(placed, key=lambda pair: pair[0].part)
+        return tuple(_joined([tensor[start : start + run.rows] for run, start in part]) for _, part in parts)
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    import torch  # here: the tables alone need no torch
+
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
 @dataclass(frozen=True)
-class Copy(Rule):
+class Copy(TensorMapping):
     """The same tensor under another name."""
 
     shape: tuple[str, ...]
     """Names of its dimensions, as `dimension` knows them."""
 
     def part_shapes(self, architecture: Architecture) -> tuple[Shape, ...]:
-        return (self.megatron_shape(architecture),)
-
-    def megatron_shape(self, architecture: Architecture) -> Shape:
-        return tuple(dimension(architecture, name) for name in self.shape)
-
-    def to_megatron(self, tensors: Sequence[Tensor], architecture: Architecture) -> Tensor:
-        return tensors[0]
-
-    def to_hf(self, tensor: Tensor, architecture: Architecture) -> tuple[Tensor, ...]:
-        return (tensor,)
+        return (tuple(dimension(architecture, name) for name in self.shape),)
 
 
 @dataclass(frozen=True)
@@ -124,7 +140,7 @@ class VocabRows(Copy):
 
 
 @dataclass(frozen=True)
-class FusedQKV(Rule):
+class FusedQKV(TensorMapping):
     """Query, key and value projections in one, [q_1 .. q_R; k; v] for each key/value head; weights or biases."""
 
     columns: tuple[str, ...] = ("hidden",)
@@ -134,24 +150,13 @@ class FusedQKV(Rule):
         return tuple(self.hf.replace("{qkv}", letter) for letter in "qkv")
 
     def part_shapes(self, architecture: Architecture) -> tuple[Shape, ...]:
-        columns = tuple(dimension(architecture, name) for name in self.columns)
+        columns = [dimension(architecture, name) for name in self.columns]
         return tuple((dimension(architecture, rows), *columns) for rows in ("query", "key", "key"))
 
-    def megatron_shape(self, architecture: Architecture) -> Shape:
-        columns = tuple(dimension(architecture, name) for name in self.columns)
-        return (dimension(architecture, "query") + 2 * dimension(architecture, "key"), *columns)
-
-    def to_megatron(self, tensors: Sequence[Tensor], architecture: Architecture) -> Tensor:
+    def runs(self, architecture: Architecture) -> list[Run]:
         groups = architecture.num_query_groups
-        grouped = [tensor.reshape(groups, -1, *tensor.shape[1:]) for tensor in tensors]  # [G, R*d | d | d, H]
-        return torch.cat(grouped, dim=1).reshape(self.megatron_shape(architecture))
-
-    def to_hf(self, tensor: Tensor, architecture: Architecture) -> tuple[Tensor, ...]:
-        groups, head = architecture.num_query_groups, architecture.kv_channels
-        queries = architecture.num_attention_heads // groups * head
-        grouped = tensor.reshape(groups, queries + 2 * head, *tensor.shape[1:])
-        split = torch.split(grouped, [queries, head, head], dim=1)
-        return tuple(part.reshape(-1, *tensor.shape[1:]) for part in split)
+        counts = [dimension(architecture, rows) // groups for rows in ("query", "key", "key")]
+        return [Run(part, group * count, count) for group in range(groups) for part, count in enumerate(counts)]
 
 
 @dataclass(frozen=True)
@@ -162,18 +167,17 @@ class PackedQKV(FusedQKV):
         return (self.hf,)
 
     def part_shapes(self, architecture: Architecture) -> tuple[Shape, ...]:
-        return (self.megatron_shape(architecture),)
+        shapes = super().part_shapes(architecture)
+        return ((sum(shape[0] for shape in shapes), *shapes[0][1:]),)
 
-    def to_megatron(self, tensors: Sequence[Tensor], architecture: Architecture) -> Tensor:
-        rows = [dimension(architecture, name) for name in ("query", "key", "key")]
-        return super().to_megatron(torch.split(tensors[0], rows), architecture)
-
-    def to_hf(self, tensor: Tensor, architecture: Architecture) -> tuple[Tensor, ...]:
-        return (torch.cat(super().to_hf(tensor, architecture)),)
+    def runs(self, architecture: Architecture) -> list[Run]:
+        query, key = dimension(architecture, "query"), dimension(architecture, "key")
+        first = (0, query, query + key)
+        return [Run(0, first[part] + start, rows) for part, start, rows in super().runs(architecture)]
 
 
 @dataclass(frozen=True)
-class GateUp(Rule):
+class GateUp(TensorMapping):
     """The two input projections of a gated feed-forward unit in one: [gate; up] rows."""
 
     width: str = "ffn"
@@ -186,15 +190,6 @@ class GateUp(Rule):
 
     def part_shapes(self, architecture: Architecture) -> tuple[Shape, ...]:
         return ((dimension(architecture, self.width), architecture.hidden_size),) * 2
-
-    def megatron_shape(self, architecture: Architecture) -> Shape:
-        return (2 * dimension(architecture, self.width), architecture.hidden_size)
-
-    def to_megatron(self, tensors: Sequence[Tensor], architecture: Architecture) -> Tensor:
-        return torch.cat(list(tensors))
-
-    def to_hf(self, tensor: Tensor, architecture: Architecture) -> tuple[Tensor, ...]:
-        return torch.split(tensor, dimension(architecture, self.width))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,13 +222,13 @@ class WindowKeys:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A model family: what its config.json must say, and its rules."""
+    """A model family: what its config.json must say, and its table."""
 
     model_type: str
     """`model_type` of config.json, and the name of the table."""
     architecture_class: str
     """`architectures[0]` of config.json."""
-    rules: tuple[Rule, ...]
+    mappings: tuple[TensorMapping, ...]
     fixed: Mapping[str, tuple[Any, ...]]
     """Keys of config.json that change the computation, and the values this table stands for (None: absent or null)."""
     required: tuple[str, ...] = ()
@@ -256,22 +251,17 @@ class Family:
 
 @dataclass(frozen=True, kw_only=True)
 class Binding:
-    """A rule at its place in one model: names and shapes filled in."""
+    """A mapping at its place in one model: names and shapes filled in."""
 
-    rule: Rule
-    layer: int | None
-    expert: int | None
+    mapping: TensorMapping
+    index: tuple[int, ...]
+    """The tensor's place on the stacked axes of its key: (), (layer,) or (layer, expert)."""
     hf_shapes: Mapping[str, Shape] = field(hash=False)
-    """Hugging Face's names and shapes, in the order that the rule takes them."""
+    """Hugging Face's names and shapes, in the order of the mapping's parts."""
 
     @property
     def megatron_name(self) -> str:
-        return self.rule.megatron.replace("{layer}", str(self.layer)).replace("{expert}", str(self.expert))
-
-    @property
-    def index(self) -> tuple[int, ...]:
-        """The tensor's place on the stacked axes of its key."""
-        return tuple(i for i in (self.layer, self.expert) if i is not None)
+        return _filled_in(self.mapping.megatron, self.index)
 
 
 def bind(family: Family, architecture: Architecture) -> tuple[Binding, ...]:
@@ -280,23 +270,22 @@ def bind(family: Family, architecture: Architecture) -> tuple[Binding, ...]:
     In the order of embedding, layers, the rest.
 
     Raises:
-        ConversionError: two rules claim one Hugging Face tensor or one Megatron key.
+        ConversionError: two mappings claim one Hugging Face tensor or one Megatron key.
     """
-    bindings: list[Binding] = []
-    rules = [rule for rule in family.rules if rule.applies(architecture)]
-    first_layer_rule = next(i for i, rule in enumerate(rules) if rule.per_layer)
-    before = rules[:first_layer_rule]
-    after = [rule for rule in rules[first_layer_rule:] if not rule.per_layer]
-    bindings += [_binding(rule, architecture, None, None) for rule in before]
+    table = [mapping for mapping in family.mappings if mapping.applies(architecture)]
+    layers = [mapping for mapping in table if mapping.per_layer]
+    before = list(itertools.takewhile(lambda mapping: not mapping.per_layer, table))
+    after = [mapping for mapping in table[len(before) :] if not mapping.per_layer]
+    bindings = [_binding(mapping, architecture, ()) for mapping in before]
+    places: Sequence[tuple[int, ...]]
     for layer in range(architecture.num_layers):
-        for rule in rules:
-            if rule.per_expert:
-                experts = range(dimension(architecture, "experts"))
-                bindings += [_binding(rule, architecture, layer, expert) for expert in experts]
-            elif rule.per_layer:
-                bindings.append(_binding(rule, architecture, layer, None))
-    bindings += [_binding(rule, architecture, None, None) for rule in after]
-    _check_no_double(bindings, family)
+        for mapping in layers:
+            experts = range(dimension(architecture, "experts"))
+            places = [(layer, expert) for expert in experts] if mapping.per_expert else [(layer,)]
+            bindings += [_binding(mapping, architecture, place) for place in places]
+    bindings += [_binding(mapping, architecture, ()) for mapping in after]
+    _check_no_double((name for binding in bindings for name in binding.hf_shapes), family)
+    _check_no_double((binding.megatron_name for binding in bindings), family)
     return tuple(bindings)
 
 
@@ -307,28 +296,30 @@ def hf_shapes(bindings: Sequence[Binding]) -> dict[str, Shape]:
 
 def megatron_shapes(bindings: Sequence[Binding], architecture: Architecture) -> dict[str, Shape]:
     """List the keys of the distributed checkpoint -> {key: global shape}, layers as the first axis, then experts."""
-    rules = dict.fromkeys(binding.rule for binding in bindings)
-    return {rule.key: (*rule.stacked(architecture), *rule.megatron_shape(architecture)) for rule in rules}
+    mappings = dict.fromkeys(binding.mapping for binding in bindings)
+    return {
+        mapping.key: (*mapping.stacked(architecture), *mapping.megatron_shape(architecture)) for mapping in mappings
+    }
 
 
-def _binding(rule: Rule, architecture: Architecture, layer: int | None, expert: int | None) -> Binding:
-    names = [name.replace("{layer}", str(layer)).replace("{expert}", str(expert)) for name in rule.parts()]
-    shapes = dict(zip(names, rule.part_shapes(architecture), strict=True))
-    return Binding(rule=rule, layer=layer, expert=expert, hf_shapes=shapes)
+def _binding(mapping: TensorMapping, architecture: Architecture, index: tuple[int, ...]) -> Binding:
+    names = [_filled_in(name, index) for name in mapping.parts()]
+    shapes = dict(zip(names, mapping.part_shapes(architecture), strict=True))
+    return Binding(mapping=mapping, index=index, hf_shapes=shapes)
 
 
-def _check_no_double(bindings: Sequence[Binding], family: Family) -> None:
-    for names in (list(_all_hf_names(bindings)), [binding.megatron_name for binding in bindings]):
-        seen: set[str] = set()
-        for name in names:
-            if name in seen:
-                raise ConversionError(
-                    f"two rules of the family {family.model_type!r} claim {name!r}. "
-                    f"Mend megatron_sppo/conversion/families/{family.model_type}.py."
-                )
-            seen.add(name)
+def _filled_in(name: str, index: tuple[int, ...]) -> str:
+    for place, number in zip(("{layer}", "{expert}"), index, strict=False):
+        name = name.replace(place, str(number))
+    return name
 
 
-def _all_hf_names(bindings: Sequence[Binding]) -> Iterator[str]:
-    for binding in bindings:
-        yield from binding.hf_shapes
+def _check_no_double(names: Iterable[str], family: Family) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ConversionError(
+                f"two mappings of the family {family.model_type!r} claim {name!r}. "
+                f"Correct megatron_sppo/conversion/families/{family.model_type}.py."
+            )
+        seen.add(name)

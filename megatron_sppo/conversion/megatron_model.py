@@ -12,7 +12,8 @@ from torch import Tensor
 from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
 from megatron_sppo.architecture import Architecture, read_architecture
 from megatron_sppo.checkpoints.distcp import METADATA_FILE, DistcpReader
-from megatron_sppo.checkpoints.hf_checkpoint import CONFIG_FILE, HFCheckpoint, read_config
+from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
+from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
 from megatron_sppo.checkpoints.megatron_checkpoint import (
     HF_DIRECTORY,
     MANIFEST_FILE,
@@ -22,11 +23,11 @@ from megatron_sppo.checkpoints.megatron_checkpoint import (
     resolve_checkpoint,
     verify_checkpoint,
 )
-from megatron_sppo.checkpoints.transfer import Span
+from megatron_sppo.checkpoints.safetensors_file import Span
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf
-from megatron_sppo.conversion.mapping import Binding, bind, megatron_shapes
-from megatron_sppo.errors import ConversionError
+from megatron_sppo.conversion.mapping import Binding, VocabRows, bind, megatron_shapes
+from megatron_sppo.errors import ConversionError, some_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class OpenedMegatron:
     def key_of(self, binding: Binding) -> str:
         """Key in the checkpoint: stacked over layers, or one of its own (mcore's non-homogeneous layers)."""
         stored = self.reader.metadata.state_dict_metadata
-        return binding.rule.key if binding.rule.key in stored else binding.megatron_name
+        return binding.mapping.key if binding.mapping.key in stored else binding.megatron_name
 
     def dtype(self, binding: Binding) -> torch.dtype:
         return self.reader.dtype(self.key_of(binding))
@@ -58,11 +59,11 @@ class OpenedMegatron:
     def read(self, binding: Binding) -> dict[str, Tensor]:
         """Read one Megatron tensor and make the Hugging Face tensors of it -> {name: tensor}."""
         tensor = self.read_megatron(binding)
-        return dict(zip(binding.hf_shapes, binding.rule.to_hf(tensor, self.architecture), strict=True))
+        return dict(zip(binding.hf_shapes, binding.mapping.to_hf(tensor, self.architecture), strict=True))
 
     def read_megatron(self, binding: Binding) -> Tensor:
         """Read one Megatron tensor -> [*megatron_shape]."""
-        return self.reader.read(*self._box(binding)).reshape(binding.rule.megatron_shape(self.architecture))
+        return self.reader.read(*self._box(binding)).reshape(binding.mapping.megatron_shape(self.architecture))
 
     def spans(self, binding: Binding) -> list[Span] | None:
         """Find one Megatron tensor's bytes in the files, in its order; None where it has to be read."""
@@ -70,9 +71,9 @@ class OpenedMegatron:
 
     def _box(self, binding: Binding) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """Place a Megatron tensor in the checkpoint -> (key, offsets, sizes)."""
-        shape = binding.rule.megatron_shape(self.architecture)
+        shape = binding.mapping.megatron_shape(self.architecture)
         key, offsets = self.key_of(binding), (0,) * len(shape)
-        if key != binding.rule.key:
+        if key != binding.mapping.key:
             return key, offsets, shape
         return key, (*binding.index, *offsets), (*(1,) * len(binding.index), *shape)
 
@@ -231,23 +232,20 @@ def _check_keys(opened: OpenedMegatron, template: Path | None) -> None:
     for binding in opened.bindings:
         key = opened.key_of(binding)
         known.add(key)
-        wanted = stacked[key] if key in stacked else binding.rule.megatron_shape(opened.architecture)
+        wanted = stacked[key] if key in stacked else binding.mapping.megatron_shape(opened.architecture)
         if key not in stored:
             raise ConversionError(
-                f"{opened.directory} lacks {binding.rule.key}. {blame}, or the checkpoint is of no GPTModel."
+                f"{opened.directory} lacks {binding.mapping.key}. {blame}, or the checkpoint is of no GPTModel."
             )
         found = stored[key]
-        rows_may_exceed = _is_vocab(binding) and found[0] >= wanted[0]  # Megatron pads the vocabulary
+        # Megatron pads the vocabulary.
+        rows_may_exceed = isinstance(binding.mapping, VocabRows) and found[0] >= wanted[0]
         if found != wanted and not (rows_may_exceed and found[1:] == wanted[1:]):
             raise ConversionError(
                 f"{opened.directory} holds {key} of shape {list(found)} where {where} has {list(wanted)}. {blame}."
             )
     if unknown := sorted(key for key in stored if key.startswith(_MODEL_ROOTS) and key not in known):
         raise ConversionError(
-            f"{opened.directory} holds {', '.join(unknown[:4])}, for which the family "
+            f"{opened.directory} holds {some_of(unknown)}, for which the family "
             f"{opened.architecture.family!r} has no rule. {blame}."
         )
-
-
-def _is_vocab(binding: Binding) -> bool:
-    return getattr(binding.rule, "shape", ())[:1] == ("vocab",)

@@ -1,7 +1,7 @@
 """Core attention of our own: causal within each document and, where prompts are shared, over what it continues.
 
 Megatron-Core's own local attention refuses packed sequences and context parallelism, and Transformer Engine's knows no
-shared prompts, no soft-capped scores, and no windows across context-parallel ranks. Shapes follow the host's
+shared prompts, no soft-capped scores, and no windows across context-parallel ranks. Shapes follow mcore's
 SelfAttention: T = tokens of a packed micro-batch, S = tokens, B = sequences, D = head size. Under context parallelism
 queries are this rank's share of the tokens; keys and values of all are gathered, and their gradients reduce-scattered.
 """
@@ -136,7 +136,7 @@ def gather_row(tensor: Tensor, row: Row, *, size: int) -> Tensor:
 
 
 def with_shared_prompts(core_attention: type, *, windows: Sequence[int | None]) -> type:
-    """Teach the host's Transformer Engine attention, which knows no shared prompts, rows of such -> a subclass.
+    """Teach Megatron-Core's Transformer Engine attention, which knows no shared prompts, rows of such -> a subclass.
 
     Args:
         windows: for each layer of the model, how many tokens a query sees, its own included; None is all.

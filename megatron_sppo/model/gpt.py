@@ -10,15 +10,15 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_sppo.architecture import Architecture
-from megatron_sppo.model.balance import (
+from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.model.layer_spec import layer_spec
+from megatron_sppo.model.router_losses import (
     PackedDocuments,
     RouterLosses,
     attach_router_losses,
     sequence_of_tokens,
 )
-from megatron_sppo.model.config import ModelConfig
-from megatron_sppo.model.engine import resolve_transformer_impl
-from megatron_sppo.model.layer_spec import layer_spec
+from megatron_sppo.model.transformer_engine import resolve_transformer_impl
 from megatron_sppo.model.visibility import PackedRow, Row
 from megatron_sppo.objective import linear_log_probs
 
@@ -37,7 +37,7 @@ class ResponseTokens(NamedTuple):
 
 
 class PolicyModel(GPTModel):
-    """GPTModel with the parameter-free log-probability head. Without `labels` it returns logits, as the host does."""
+    """GPTModel with the parameter-free log-probability head. Without `labels` it returns logits, as GPTModel does."""
 
     true_vocab_size: int
     head_chunk_size: int | None
@@ -45,10 +45,11 @@ class PolicyModel(GPTModel):
     router_losses: tuple[RouterLosses, ...] = ()
 
     def _preprocess(self, *, position_ids: Tensor, packed_seq_params: Any = None, **kwargs: Any) -> tuple[Any, ...]:
-        """Embed, and look up the rotary table -> the host's tuple, with a line of the table for each token of a tree.
+        """Embed, and look up the rotary table -> GPTModel's tuple, with a line of the table for each token of a tree.
 
-        Overrides GPTModel._preprocess, which both supported hosts call with keywords, the table second in its answer.
-        The host counts positions from 0 in each document of `cu_seqlens`, and a response goes on from its prompt's end.
+        Overrides GPTModel._preprocess, which both supported versions call with keywords, the table second in what it
+        returns. Megatron-Core counts positions from 0 in each document of `cu_seqlens`, and a response goes on from its
+        prompt's end.
         Given as many lines as the row has tokens, it takes them as they are (rope_utils.py, _apply_rotary_pos_emb_thd).
         """
         embedded, rotary, *rest = super()._preprocess(
@@ -61,7 +62,7 @@ class PolicyModel(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *, labels: ResponseTokens | None = None, **kwargs: Any) -> Tensor:
         """Compute log pi of the response tokens -> [R] float32 on the last stage, hidden states elsewhere.
 
-        Overrides GPTModel._postprocess, which both supported hosts (megatron-core 0.16.1 and 0.19.2, gpt_model.py)
+        Overrides GPTModel._postprocess, which both supported versions (megatron-core 0.16.1 and 0.19.2, gpt_model.py)
         call with keywords and which passes `labels` through untouched.
         """
         if labels is None or not self.post_process:

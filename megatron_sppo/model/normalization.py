@@ -1,4 +1,4 @@
-"""RMSNorm for the torch layer spec: Hugging Face's rounding, and sequence parallelism, which the host's refuses.
+"""RMSNorm for the torch layer spec: Hugging Face's rounding, and sequence parallelism, which Megatron-Core's refuses.
 
 Also the norms that neither layer spec of Megatron-Core has: behind a linear layer, and over all heads at once.
 """

@@ -14,7 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
-from megatron_sppo.model.engine import resolve_transformer_impl
+from megatron_sppo.model.transformer_engine import resolve_transformer_impl
 
 T = TypeVar("T")
 
@@ -79,7 +79,7 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
     values |= parse_overrides(config.transformer_config, TransformerConfig, flag="--transformer-config", taken=values)
     if config.has_router_losses:
         _check_router_losses(architecture, values)
-    return host_dataclass(TransformerConfig, values)
+    return mcore_dataclass(TransformerConfig, values)
 
 
 def _attention(architecture: Architecture) -> dict[str, Any]:
@@ -100,8 +100,8 @@ def _attention(architecture: Architecture) -> dict[str, Any]:
 def _experts(architecture: Architecture, *, fused: bool) -> dict[str, Any]:
     """Describe the mixture of experts; nothing for a dense model.
 
-    The host's auxiliary losses stay off: balance.py has ours. No capacity: no token is dropped, so tokens of padding go
-    through the router without touching the others.
+    Megatron-Core's auxiliary losses stay off: router_losses.py has ours. No capacity: no token is dropped, so tokens of
+    padding go through the router without touching the others.
     """
     if architecture.num_moe_experts is None:
         return {}
@@ -136,7 +136,7 @@ def _check_router_losses(architecture: Architecture, values: dict[str, Any]) -> 
 
 def _precision(config: ModelConfig) -> dict[str, Any]:
     if config.fp8 == "none":
-        return {"fp8": None}  # lest it be set as a further field, with the host's default recipe: delayed
+        return {"fp8": None}  # lest it be set as a further field, with Megatron-Core's default recipe: delayed
     return {
         "fp8": config.fp8,
         "fp8_recipe": config.fp8_recipe,
@@ -165,7 +165,7 @@ def _recomputation(config: ModelConfig, architecture: Architecture) -> dict[str,
     return {}
 
 
-def host_dataclass(cls: type[T], values: dict[str, Any]) -> T:
+def mcore_dataclass(cls: type[T], values: dict[str, Any]) -> T:
     """Build a dataclass of Megatron-Core from our values, its own refusals as ConfigErrors -> instance."""
     try:
         return cls(**values)
@@ -175,7 +175,7 @@ def host_dataclass(cls: type[T], values: dict[str, Any]) -> T:
 
 
 def parse_overrides(pairs: Sequence[str], cls: type, *, flag: str, taken: dict[str, Any]) -> dict[str, Any]:
-    """Parse KEY=VALUE settings of a host dataclass, values as YAML scalars -> dict.
+    """Parse KEY=VALUE settings of a Megatron-Core dataclass, values as YAML scalars -> dict.
 
     Raises:
         ConfigError: no `=`, a field that the class has not, or one that our own settings decide (`taken`).
@@ -236,7 +236,7 @@ _REFUSED = {
     "fp4": "it needs a Blackwell GPU (compute capability 10.0); this is for Hopper",
     "tp_comm_overlap": _USER_BUFFERS,
 }
-"""Fields of the host that are never the user's, and why."""
+"""Fields of Megatron-Core that are never the user's, and why."""
 
 
 _TUNABLE = frozenset(

@@ -144,11 +144,11 @@ class Row:
 
 @dataclass
 class PackedRow(PackedSeqParams):
-    """The host's description of a packed row, with ours.
+    """Megatron-Core's description of a packed row, with ours.
 
-    To the host a row of shared prompts is ONE sequence (`cu_seqlens_q` = [0, T]) whose rotary table has a line for each
-    token, as `gpt.PolicyModel` makes it: all that megatron-core does with the boundaries, apart from handing them on to
-    core attention, is to apply that table to this rank's zigzag share of the sequence.
+    To Megatron-Core a row of shared prompts is ONE sequence (`cu_seqlens_q` = [0, T]) whose rotary table has a line for
+    each token, as `gpt.PolicyModel` makes it: all that it does with the boundaries, apart from handing them on to core
+    attention, is to apply that table to this rank's zigzag share of the sequence.
     """
 
     row: Row | None = None

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sppo.architecture import Architecture
-from megatron_sppo.checkpoints.hf_checkpoint import read_config
+from megatron_sppo.checkpoints.hf_files import read_config
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.errors import ConfigError

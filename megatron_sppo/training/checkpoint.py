@@ -38,7 +38,7 @@ _OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 """The sharding that resumes in another layout; `dp_reshardable` restores a wrong Adam step on torch's AdamW."""
 _NEARLY_FULL_BYTES = 64 << 20
 _MISFITS = (dist_checkpointing.core.CheckpointingException, KeyError, ValueError)
-"""What the host raises where keys or shapes differ; torch wraps it in a CheckpointException of all ranks' failures."""
+"""What mcore raises where keys or shapes differ; torch wraps it in a CheckpointException of all ranks' failures."""
 
 
 def load_weights(policy: Policy, checkpoint: Path) -> None:
@@ -88,7 +88,7 @@ def save(
         "rng": torch.get_rng_state(),
     }
     with _disk_errors_explained(partial):
-        _host_save(state, partial)
+        _mcore_save(state, partial)
     torch.distributed.barrier()
     if parallel.is_rank_zero():
         megatron_checkpoint.carry_model_files(source, partial)
@@ -203,7 +203,7 @@ def _set_absent_states_apart(state: Mapping[str, Any], checkpoint: Path) -> dict
     """Take out of the models' parts the states of modules that the checkpoint has none of -> {part: their keys}.
 
     Transformer Engine's norms save an empty state where they stand alone, and ours for the torch spec none: what one
-    spec saved, the other is to load. Weights are never let off: the host names what is missing.
+    spec saved, the other is to load. Weights are never let off: Megatron-Core names what is missing.
     """
     stored = dist_checkpointing.serialization.load_sharded_metadata(str(checkpoint))
     absent: dict[str, set[str]] = {}
@@ -216,8 +216,8 @@ def _set_absent_states_apart(state: Mapping[str, Any], checkpoint: Path) -> dict
     return absent
 
 
-def _host_save(state: dict[str, Any], directory: Path) -> None:
-    """Call the host's save synchronously; 0.19.2's default strategy needs a package that 0.16.1 does not know of."""
+def _mcore_save(state: dict[str, Any], directory: Path) -> None:
+    """Call mcore's save synchronously; 0.19.2's default strategy needs a package that 0.16.1 does not know of."""
     settings = (
         {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
     )
@@ -229,8 +229,8 @@ def _host_save(state: dict[str, Any], directory: Path) -> None:
 def _tie_children_to_this_process() -> None:
     """Let the kernel end forked children when this process dies, however it dies.
 
-    The host writes by forked processes (strategies/filesystem_async.py); one whose parent was killed in a save waits
-    for it for ever, holding a copy of its memory.
+    Megatron-Core writes by forked processes (strategies/filesystem_async.py); one whose parent was killed in a save
+    waits for it for ever, holding a copy of its memory.
     """
     prctl, set_death_signal = ctypes.CDLL(None, use_errno=True).prctl, 1
     os.register_at_fork(after_in_child=lambda: prctl(set_death_signal, signal.SIGKILL))
@@ -238,7 +238,7 @@ def _tie_children_to_this_process() -> None:
 
 @contextlib.contextmanager
 def _disk_errors_explained(partial: Path) -> Iterator[None]:
-    """The host wraps a writer's OSError; unwrap it, remove the half-written directory, and say it in one line."""
+    """Megatron-Core wraps a writer's OSError; unwrap it, remove the half-written directory, and say it in one line."""
     try:
         yield
     except (OSError, RuntimeError, CheckpointException, dist_checkpointing.core.CheckpointingException) as error:

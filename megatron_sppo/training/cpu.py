@@ -1,4 +1,4 @@
-"""Megatron-Core on CPU ranks over gloo: the only place that replaces parts of the host, and only without CUDA.
+"""Megatron-Core on CPU ranks over gloo: the only place that replaces parts of Megatron-Core, and only without CUDA.
 
 Megatron-Core (0.16.1, 0.19.2) asks for "cuda" by name in a few modules. Each replacement below says where. With a GPU
 `install` does nothing.
@@ -27,7 +27,7 @@ _FACTORIES = frozenset({"tensor", "zeros", "ones", "empty", "empty_like", "arang
 
 
 class _TorchOnCpu:
-    """Stands for the name `torch` inside one module of the host: tensors asked for on "cuda" are made on the CPU."""
+    """Stands for the name `torch` inside one module of mcore: tensors asked for on "cuda" are made on the CPU."""
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(torch, name)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -30,8 +31,8 @@ def sppo_forward_step(
     The number of terms is the schedule's "token" count: with `calculate_per_token_loss` the gradient becomes the exact
     mean over the sequences of the global batch, however unevenly micro-batches and ranks share them.
     """
-    on_host = next(micro_batches)
-    batch = on_host.to(parallel.device())
+    on_cpu = next(micro_batches)
+    batch = on_cpu.to(parallel.device())
     output = stage_output(batch, model)
 
     def loss_sum(token_log_prob_R: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -42,7 +43,7 @@ def sppo_forward_step(
         counted = terms.numel() if parallel.context_parallel_rank() == 0 else 0
         count = torch.full((), counted, dtype=torch.int, device=terms.device)
         # The schedule divides the loss in place (megatron-core 0.16.1, schedules.py): report copies only.
-        return terms.sum(), count, {"rows": on_host.rows, "log_prob": log_prob_B.detach().clone()}
+        return terms.sum(), count, {"rows": on_cpu.rows, "log_prob": log_prob_B.detach().clone()}
 
     return output, loss_sum
 
@@ -66,21 +67,32 @@ def objective_terms(rows: MicroBatch | StepPlan, log_prob_B: Tensor, *, objectiv
     return objective.row.loss(log_prob_B - rows.targets.reference_log_prob, rows.targets)
 
 
-def run_micro_batches(policy: Policy, plan: StepPlan, *, loss: Loss, forward_only: bool) -> Tensor:
-    """Run a step's micro-batches and wait for them -> log pi of the global batch's responses, [N] float64 on the CPU.
+def gradient_step(
+    policy: Policy, optimizer: MegatronOptimizer, plan: StepPlan, *, objective: ObjectiveConfig
+) -> Tensor:
+    """Compute the gradient of a step's mean objective -> log pi of this rank's responses, [N] float64, 0 for others'.
 
-    As `start_micro_batches`.
+    The gradient lies in the DDP buffers, averaged over sequences and reduced (`reduce_gradients`), for
+    `optimizer.step()`. The CPU waits for nothing: the ranks' sum of the result, on the device, is the whole global
+    batch's. Collective over all ranks; every data-parallel rank brings the same number of micro-batches.
     """
-    return parallel.sum_to_host(start_micro_batches(policy, plan, loss=loss, forward_only=forward_only))()
+    for chunk in policy.chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    return _run_micro_batches(policy, plan, loss=partial(objective_terms, objective=objective), forward_only=False)
 
 
-def start_micro_batches(policy: Policy, plan: StepPlan, *, loss: Loss, forward_only: bool) -> Tensor:
-    """Run Megatron's schedule over this rank's micro-batches -> log pi of its responses, [N] float64, 0 for others'.
+@torch.no_grad()
+def log_probs(policy: Policy, plan: StepPlan) -> Tensor:
+    """Run a step's micro-batches forward -> log pi of the global batch's responses, [N] float64 on the CPU. Collective.
 
-    The host asks the device nothing, and the result lies on the device: the ranks' sum is the whole global batch.
-    Afterwards the gradients lie in the DDP buffers, averaged over sequences and reduced (`reduce_gradients`).
-    Collective over all ranks; every data-parallel rank brings the same number of micro-batches.
+    In the very micro-batches of `gradient_step`, so that the same weights give the same bits.
     """
+    return parallel.sum_to_cpu(_run_micro_batches(policy, plan, loss=lambda _, log_prob: log_prob, forward_only=True))()
+
+
+def _run_micro_batches(policy: Policy, plan: StepPlan, *, loss: Loss, forward_only: bool) -> Tensor:
+    """Run Megatron's schedule over this rank's micro-batches -> log pi as `gradient_step`. Collective."""
     reports = run_schedule(policy, plan.micro_batches, partial(sppo_forward_step, loss=loss), forward_only=forward_only)
     log_prob_N = torch.zeros(len(plan.rows), dtype=torch.float64, device=parallel.device())
     if parallel.reports_results():

@@ -12,7 +12,7 @@ from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.flops import crossover_length
 from megatron_sppo.model.config import check_divisibility
-from megatron_sppo.model.engine import check_machine
+from megatron_sppo.model.transformer_engine import check_machine
 from megatron_sppo.storage import lock_until_exit, refuse_foreign
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import Batches
@@ -105,7 +105,7 @@ def find_resumable(config: TrainingConfig) -> Path | None:
 
 
 def _verify(checkpoint: Path) -> None:
-    """Check every file's hash, and that the pickles which the host will load hold data only. Rank 0 answers for all.
+    """Check every file's hash, and that the pickles which mcore will load hold data only. Rank 0 answers for all.
 
     Raises:
         DataError: a file is damaged or missing, or a pickle names code.

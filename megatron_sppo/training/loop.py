@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -22,7 +21,7 @@ from megatron_sppo.model.transformer_config import bfloat16_products
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import StepPlan
 from megatron_sppo.training.config import TrainingConfig
-from megatron_sppo.training.forward_step import objective_terms, run_micro_batches, start_micro_batches
+from megatron_sppo.training.forward_step import gradient_step, log_probs, objective_terms
 from megatron_sppo.training.metrics import MetricsFile, drift_per_token, response_metrics
 from megatron_sppo.training.policy import Policy
 from megatron_sppo.training.progress import Progress
@@ -52,7 +51,6 @@ def train(
     """
     stop = _StopRequest()
     sampler = GpuSampler()
-    policy.config.grad_scale_func = optimizer.scale_loss
     stopwatch = _Stopwatch(policy)
     files = _open_files(config, first_step=progress.step + 1)
     bar = tqdm(
@@ -121,15 +119,14 @@ def _step(
 ) -> tuple[dict[str, float], list[dict[str, float]], _Words]:
     """Do one optimizer step -> (metrics, a line for each response, what the ranks told each other).
 
-    The host waits for the device once, where Megatron-Core reads the gradient's norm: all that is read besides has been
+    The CPU waits for the device once, where Megatron-Core reads the gradient's norm: all that is read besides has been
     copied before that. So a loss that is not finite is refused after the update that it spoilt, which nothing saves.
     """
-    for chunk in policy.chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    loss = partial(objective_terms, objective=config.objective)
-    wide_log_prob_N = _without_fp8(policy, plan) if step == 1 and policy.config.fp8 else None
-    log_prob_N = start_micro_batches(policy, plan, loss=loss, forward_only=False)
+    wide_log_prob_N = None
+    if step == 1 and policy.config.fp8:
+        with bfloat16_products(policy.config):
+            wide_log_prob_N = log_probs(policy, plan)
+    log_prob_N = gradient_step(policy, optimizer, plan, objective=config.objective)
     tell = _tell(log_prob_N, policy.pop_router_sums(), word)
     updated, grad_norm, _ = optimizer.step()
     assert updated, "only loss scaling skips updates, and there is none"
@@ -138,7 +135,8 @@ def _step(
     log_ratio_N = log_prob_N - plan.targets.reference_log_prob
     target_N = objective.target(plan.targets)
     # The loss is evaluated again on the whole global batch, so that it is one number in every layout.
-    metrics = {"loss": float(loss(plan, log_prob_N).mean()), "grad_norm": float(grad_norm)}
+    loss = float(objective_terms(plan, log_prob_N, objective=config.objective).mean())
+    metrics = {"loss": loss, "grad_norm": float(grad_norm)}
     metrics |= policy.router_metrics(router_sums, num_sequences=len(plan.rows))
     metrics |= response_metrics(
         log_ratio_N, log_prob_N, win_rate_N=plan.targets.win_rate, target_N=target_N, eta=objective.nats_per_reward
@@ -169,7 +167,7 @@ def _tell(log_prob_N: Tensor, router_sums: Tensor, word: _Word) -> Callable[[], 
     ours[parallel.launcher_rank()] = word.last_seconds or 0.0
     ours[-1] = word.stops
     parts = [log_prob_N, router_sums, parallel.to_device(ours)]
-    read = parallel.sum_to_host(torch.cat(parts))
+    read = parallel.sum_to_cpu(torch.cat(parts))
 
     def answer() -> tuple[Tensor, Tensor, _Words]:
         log_prob_N, router_sums, sums = read().split([len(part) for part in parts])
@@ -177,13 +175,6 @@ def _tell(log_prob_N: Tensor, router_sums: Tensor, word: _Word) -> Callable[[], 
         return log_prob_N, router_sums, _Words(last_seconds=seconds if all(seconds) else [], stops=stops > 0)
 
     return answer
-
-
-@torch.no_grad()
-def _without_fp8(policy: Policy, plan: StepPlan) -> Tensor:
-    """Run a step's micro-batches forward in bfloat16, the weights and all else as they are -> log pi, [N] float64."""
-    with bfloat16_products(policy.config):
-        return run_micro_batches(policy, plan, loss=lambda _, log_prob: log_prob, forward_only=True)
 
 
 def _refuse_if_not_finite(value: float, what: str, plan: StepPlan, step: int) -> None:
@@ -235,7 +226,7 @@ class _Stopwatch:
         policy.config.finalize_model_grads_func = self._stop_and_reduce
 
     def start(self) -> None:
-        """Begin a step, whose predecessor the host has waited for."""
+        """Begin a step, whose predecessor the CPU has waited for."""
         if self._begin is not None:
             self.last_seconds = _seconds_between(self._begin, self._end)
         self._begin = _now()

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import megatron.core.optimizer as host
+import megatron.core.optimizer as mcore_optimizer
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sppo.model.config import ModelConfig
-from megatron_sppo.model.transformer_config import host_dataclass, parse_overrides
+from megatron_sppo.model.transformer_config import mcore_dataclass, parse_overrides
 from megatron_sppo.training.config import OptimizationConfig, ParallelConfig
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def build_optimizer(
         "use_distributed_optimizer": layout.use_distributed_optimizer,
     }
     values |= parse_overrides(config.optimizer_config, OptimizerConfig, flag="--optimizer-config", taken=values)
-    host_config = host_dataclass(OptimizerConfig, values)
+    mcore_config = mcore_dataclass(OptimizerConfig, values)
     _report_implementation(config.optimizer)
     if torch.cuda.is_available() and clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":
         clip_grads.l2_norm_impl = norm_on_the_device
@@ -49,7 +49,7 @@ def build_optimizer(
         _let_the_distributed_optimizer_load_adamw()
         _let_the_distributed_optimizer_save_several_buckets()
     with _rmsprop_in_place_of_adam() if config.optimizer == "rmsprop" else contextlib.nullcontext():
-        return get_megatron_optimizer(host_config, list(chunks))
+        return get_megatron_optimizer(mcore_config, list(chunks))
 
 
 def _report_implementation(name: str) -> None:
@@ -57,10 +57,10 @@ def _report_implementation(name: str) -> None:
     if name == "rmsprop":
         logger.info("optimizer: RMSprop in torch")
         return
-    module = host.Adam.__module__
+    module = mcore_optimizer.Adam.__module__
     implementations = {"transformer_engine": "Transformer Engine's FusedAdam", "apex": "NVIDIA apex's FusedAdam"}
     fused = implementations.get(module.partition(".")[0])
-    logger.info("optimizer: %s", fused or f"{host.Adam.__name__} of {module}, not fused")
+    logger.info("optimizer: %s", fused or f"{mcore_optimizer.Adam.__name__} of {module}, not fused")
     if unrelated := _unrelated_apex():
         logger.warning(
             "the package `apex` in %s is not NVIDIA's (it has no apex.optimizers). Use: pip uninstall apex", unrelated
@@ -86,8 +86,8 @@ def norm_on_the_device(
 ) -> tuple[torch.Tensor, None]:
     """Compute the Euclidean norm of all tensors together, as amp_C.multi_tensor_l2norm -> ([1] float32, None).
 
-    In place of the host's local_multi_tensor_l2_norm (megatron-core 0.16.1 and 0.19.2, utils.py), which makes the host
-    wait for every parameter. It is taken where neither Transformer Engine nor apex is there, and by 0.19.2 beside a
+    In place of local_multi_tensor_l2_norm (megatron-core 0.16.1 and 0.19.2, utils.py), which makes the CPU wait
+    for every parameter. It is taken where neither Transformer Engine nor apex is there, and by 0.19.2 beside a
     Transformer Engine without multi_tensor_scale_tensor, such as 2.11 (optimizer/clip_grads.py).
     """
     (tensors,) = tensor_lists
@@ -124,7 +124,7 @@ def build_scheduler(
 
 
 class RMSprop(torch.optim.AdamW):
-    """RMSprop in AdamW's state layout, so that the host shards and saves it as its own optimizer.
+    """RMSprop in AdamW's state layout, so that Megatron-Core shards and saves it as its own optimizer.
 
     v <- alpha v + (1 - alpha) g^2;  p <- p - lr g / (sqrt(v) + eps), the arithmetic of torch.optim.RMSprop without
     momentum, centring or weight decay, bit for bit in float32. `betas[1]` is alpha; `exp_avg` stays empty of meaning.
@@ -154,17 +154,17 @@ class RMSprop(torch.optim.AdamW):
 
 @contextlib.contextmanager
 def _rmsprop_in_place_of_adam() -> Iterator[None]:
-    """Neither host version has RMSprop; both take the class from these two names (optimizer/__init__.py)."""
-    saved = host.Adam, host.USING_PYTORCH_OPTIMIZER
-    host.Adam, host.USING_PYTORCH_OPTIMIZER = RMSprop, False
+    """Neither supported version has RMSprop; both take the class from these two names (optimizer/__init__.py)."""
+    saved = mcore_optimizer.Adam, mcore_optimizer.USING_PYTORCH_OPTIMIZER
+    mcore_optimizer.Adam, mcore_optimizer.USING_PYTORCH_OPTIMIZER = RMSprop, False
     try:
         yield
     finally:
-        host.Adam, host.USING_PYTORCH_OPTIMIZER = saved
+        mcore_optimizer.Adam, mcore_optimizer.USING_PYTORCH_OPTIMIZER = saved
 
 
 def _let_the_distributed_optimizer_load_adamw() -> None:
-    """Complete what the host copies on load with the `step` that torch's AdamW (and RMSprop above) keeps in its state.
+    """Complete what mcore copies on load with the `step` that torch's AdamW (and RMSprop above) keeps in its state.
 
     It asks for every entry of the state and leaves `step` out of what it brings (megatron-core 0.16.1 and 0.19.2,
     optimizer/distrib_optimizer.py); TE's and apex's FusedAdam keep the step elsewhere and are not touched.

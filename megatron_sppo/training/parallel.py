@@ -242,22 +242,22 @@ def sum_over_world(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def sum_to_host(values: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """All-reduce as `sum_over_world` and copy the sum to the host -> a function that waits for it and returns it.
+def sum_to_cpu(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """All-reduce as `sum_over_world` and copy the sum to the CPU -> a function that waits for it and returns it.
 
-    Until then nobody waits. Once the host has waited for anything later on the same stream, the answer is there.
+    Until then nobody waits. Once the CPU has waited for anything later on the same stream, the answer is there.
     """
     sum_over_world(values)
-    host = values.to("cpu", non_blocking=True)  # into page-locked memory
+    on_cpu = values.to("cpu", non_blocking=True)  # into page-locked memory
     if values.device.type == "cpu":
-        return lambda: host
+        return lambda: on_cpu
     arrived = torch.cuda.Event()
     arrived.record()
 
     def read() -> torch.Tensor:
         if not arrived.query():
             arrived.synchronize()
-        return host
+        return on_cpu
 
     return read
 

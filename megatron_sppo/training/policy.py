@@ -11,10 +11,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer import TransformerConfig
 
 from megatron_sppo.architecture import Architecture
-from megatron_sppo.model.balance import METRICS
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import PolicyModel, build_stage
-from megatron_sppo.model.transformer_config import host_dataclass, parse_overrides, transformer_config
+from megatron_sppo.model.router_losses import METRICS
+from megatron_sppo.model.transformer_config import mcore_dataclass, parse_overrides, transformer_config
 from megatron_sppo.training import parallel
 from megatron_sppo.training.config import ParallelConfig
 
@@ -70,7 +70,7 @@ class Policy:
         return tuple(chunk.module for chunk in self.chunks)
 
 
-def host_config(architecture: Architecture, model: ModelConfig, layout: ParallelConfig) -> TransformerConfig:
+def mcore_config(architecture: Architecture, model: ModelConfig, layout: ParallelConfig) -> TransformerConfig:
     """Describe model and layout to Megatron-Core -> TransformerConfig, with what its schedules and DDP need."""
     interleaved = layout.virtual_pipeline_model_parallel_size is not None
     config = transformer_config(
@@ -99,7 +99,7 @@ def build_policy(architecture: Architecture, model: ModelConfig, layout: Paralle
 
     Gradients are accumulated and reduced in float32 whatever the weights' type.
     """
-    config = host_config(architecture, model, layout)
+    config = mcore_config(architecture, model, layout)
     ddp_values: dict[str, Any] = {
         "grad_reduce_in_fp32": True,
         "use_distributed_optimizer": layout.use_distributed_optimizer,
@@ -109,7 +109,7 @@ def build_policy(architecture: Architecture, model: ModelConfig, layout: Paralle
     ddp_values |= parse_overrides(
         layout.ddp_config, DistributedDataParallelConfig, flag="--ddp-config", taken=ddp_values
     )
-    ddp_config = host_dataclass(DistributedDataParallelConfig, ddp_values)
+    ddp_config = mcore_dataclass(DistributedDataParallelConfig, ddp_values)
     chunks = []
     for index, stage in enumerate(_stages(architecture, config, model, layout)):
         stage.to(parallel.device())
@@ -128,7 +128,7 @@ def build_policy(architecture: Architecture, model: ModelConfig, layout: Paralle
 def _gather_the_head_s_weight_in_time(chunk: DistributedDataParallel, stage: PolicyModel) -> None:
     """Wait for the output weight's new values in front of the final norm, the last module to be called.
 
-    With overlap_param_gather the host does so in front of the forward of the module that owns a weight, and the head
+    With overlap_param_gather Megatron does so in front of the forward of the module that owns a weight, and the head
     takes the weight without calling its module.
     """
     tied = stage.share_embeddings_and_output_weights
@@ -143,7 +143,7 @@ def _gather_the_head_s_weight_in_time(chunk: DistributedDataParallel, stage: Pol
 def reduce_gradients(model: Sequence[Any], num_terms: torch.Tensor, **settings: Any) -> None:
     """Reduce gradients over the ranks and divide them by the terms of the global batch. Collective.
 
-    As the host's finalize_model_grads with `num_terms` for its tokens, but the host does not wait to see whether there
+    As Megatron's finalize_model_grads with `num_terms` for its tokens, but the CPU does not wait to see whether there
     are any (`if num_tokens > 0`, megatron-core 0.16.1 distributed/finalize_model_grads.py).
     """
     finalize_model_grads(model, None, **settings)

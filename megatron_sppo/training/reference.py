@@ -18,9 +18,9 @@ from megatron_sppo.data import reference_file as sidecar
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.training import parallel
-from megatron_sppo.training.batches import Batches, StepPlan
+from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import TrainingConfig
-from megatron_sppo.training.forward_step import run_micro_batches
+from megatron_sppo.training.forward_step import log_probs
 from megatron_sppo.training.metrics import drift_per_token
 from megatron_sppo.training.policy import Policy, weights_hash
 
@@ -147,7 +147,7 @@ def compute(policy: Policy, dataset: PreferenceDataset, batches: Batches, *, epo
     quiet = None if parallel.is_rank_zero() else True
     steps = batches.steps(first=first, last=last)
     for plan in tqdm(steps, total=last - first + 1, desc="reference", unit="step", disable=quiet):
-        values[plan.group, plan.response] = _log_probs(policy, plan)
+        values[plan.group, plan.response] = log_probs(policy, plan).float().numpy()
     return values
 
 
@@ -168,17 +168,10 @@ def drift_by_step(
         step = batches.first_step(epoch)
         (plan,) = batches.steps(first=step, last=step, reference_GK=reference_GK)
         per_epoch = len(reference_GK) > dataset.num_groups
-        log_prob_N = plan.targets.reference_log_prob.numpy() if per_epoch else _log_probs(policy, plan)
+        log_prob_N = (plan.targets.reference_log_prob if per_epoch else log_probs(policy, plan).float()).numpy()
         difference = torch.from_numpy(log_prob_N - first_epoch_GK[plan.group, plan.response])
         drift[str(step)] = drift_per_token(difference, plan.num_response_tokens)
     return drift
-
-
-@torch.no_grad()
-def _log_probs(policy: Policy, plan: StepPlan) -> np.ndarray:
-    """Run a step's micro-batches forward -> log pi of its responses, [N] float32, nats. Collective."""
-    log_prob_N = run_micro_batches(policy, plan, loss=lambda _, log_prob: log_prob, forward_only=True)
-    return log_prob_N.float().numpy()
 
 
 def _directory(dataset: PreferenceDataset, config: TrainingConfig) -> Path:

@@ -25,7 +25,7 @@ from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import build_stage, forward
 from megatron_sppo.training import parallel
 from megatron_sppo.training.config import ParallelConfig
-from megatron_sppo.training.policy import host_config
+from megatron_sppo.training.policy import mcore_config
 
 # B = prompts, S = tokens, padded at the end, V = vocabulary
 
@@ -112,7 +112,7 @@ def megatron_logits(opened: OpenedMegatron, dtype: str, *, on_layer: Callable[[]
     )
     parallel.initialize(layout, seed=0)
     try:
-        transformer_config = host_config(opened.architecture, config, layout)
+        transformer_config = mcore_config(opened.architecture, config, layout)
         transformer_config.use_cpu_initialization, transformer_config.perform_initialization = True, False
         with torch.device("meta"):
             stage = build_stage(opened.architecture, transformer_config, config, pre_process=True, post_process=True)

@@ -22,9 +22,11 @@ from tqdm import tqdm
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.distcp import COMMON_FILE, check_metadata
-from megatron_sppo.checkpoints.hf_checkpoint import check_side_files, open_hf_checkpoint, read_config
+from megatron_sppo.checkpoints.hf_checkpoint import open_hf_checkpoint
+from megatron_sppo.checkpoints.hf_files import read_config
 from megatron_sppo.checkpoints.megatron_checkpoint import MANIFEST_FILE, resolve_checkpoint, verify_checkpoint
 from megatron_sppo.checkpoints.pretrained import load_pretrained
+from megatron_sppo.checkpoints.side_files import check_side_files
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, different_fields, open_megatron
@@ -35,7 +37,7 @@ from megatron_sppo.storage import write_json
 from megatron_sppo.training import parallel
 from megatron_sppo.training.checkpoint import load_stages
 from megatron_sppo.training.config import ParallelConfig
-from megatron_sppo.training.policy import host_config
+from megatron_sppo.training.policy import mcore_config
 from megatron_sppo.verification import layerwise as by_layer
 from megatron_sppo.verification.probes import compare_tokenizers, prompt_token_ids
 
@@ -321,7 +323,7 @@ def _megatron_logits(opened: OpenedMegatron, token_ids: list[list[int]], dtype: 
     layout, config = ParallelConfig(), ModelConfig(params_dtype="bfloat16" if dtype == "bfloat16" else "float32")
     parallel.initialize(layout, seed=0)
     try:
-        transformer_config = host_config(opened.architecture, config, layout)
+        transformer_config = mcore_config(opened.architecture, config, layout)
         stage = build_stage(opened.architecture, transformer_config, config, pre_process=True, post_process=True)
         device = parallel.device()
         stage = stage.to(device).eval()

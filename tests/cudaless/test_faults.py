@@ -147,15 +147,15 @@ def nccl_is_given_a_cpu_tensor(patch: pytest.MonkeyPatch) -> None:
 
 
 def the_host_waits_for_every_micro_batch(patch: pytest.MonkeyPatch) -> None:
-    from megatron_sppo.training import loop
+    from megatron_sppo.training import forward_step
 
-    plain = loop.objective_terms
+    plain = forward_step.objective_terms
 
     def waiting(rows: Any, log_prob_B: Tensor, **kwargs: Any) -> Tensor:
         assert bool(log_prob_B.isfinite().all())
         return plain(rows, log_prob_B, **kwargs)
 
-    patch.setattr(loop, "objective_terms", waiting)
+    patch.setattr(forward_step, "objective_terms", waiting)
 
 
 def the_head_s_weight_is_stale(patch: pytest.MonkeyPatch) -> None:

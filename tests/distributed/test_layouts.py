@@ -3,6 +3,7 @@
 Truth is Hugging Face's model under autograd and our own model on one rank; truth.py has the bounds and their reasons.
 Each layout's gradient is saved in the weights' place, exported by the converter and compared by Hugging Face's names,
 so the head, every collective, finalize_model_grads and the converter stand or fall together. Real gloo ranks.
+A change is tested under `COVER` (layouts.py); `--all-layouts` adds those that were chosen by hand.
 Not shown here: CUDA, Transformer Engine, FP8; mixtures of experts are in test_moe_layouts.py.
 """
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_sppo.conversion.convert import import_checkpoint
+from tests.distributed import layouts
 from tests.distributed.conftest import write_dataset
 from tests.distributed.truth import Truth
 from tests.models import tiny_llama
@@ -33,6 +35,8 @@ SHARDED = "--use-distributed-optimizer"
 OVERLAP = "--ddp-config overlap_grad_reduce=true bucket_size=4096"
 PADDED = "--no-packing"
 SELECTIVE, FULL = "--recompute-granularity selective", "--recompute-granularity full"
+
+COVER = {layouts.name(layout): layout for layout in layouts.pairwise_cover(layouts.DENSE, layouts.dense_can_be)}
 
 # (model, ranks, responses of a micro-batch, flags)
 LAYOUTS = {
@@ -106,6 +110,16 @@ def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Truth]
     return find
 
 
+@pytest.mark.parametrize("layout", COVER)
+def test_every_pair_of_choices_gives_the_loss_and_gradient_of_one_rank_and_of_hugging_face(
+    layout: str, truth_of: Callable[[str], Truth], tmp_path: Path
+) -> None:
+    chosen = COVER[layout]
+    truth = truth_of(chosen["model"])
+    truth.assert_equal_under(layouts.world_size(chosen), layouts.flags(chosen), tmp_path)
+
+
+@pytest.mark.all_layouts
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loss_gradient_and_first_log_ratio_are_those_of_one_rank_and_of_hugging_face(
     layout: str, truth_of: Callable[[str], Truth], tmp_path: Path

@@ -15,12 +15,18 @@ import torch
 from torch import Tensor
 
 from megatron_sppo.conversion.convert import import_checkpoint
+from tests.distributed import layouts
 from tests.distributed.conftest import write_dataset
 from tests.distributed.test_layouts import CP2, FULL, OVERLAP, PADDED, PP2, SELECTIVE, SHARDED, SP, TP2, VPP2
 from tests.distributed.truth import Truth
 from tests.models import MIXTURES, tiny_llama
 
 EP2, EP4 = "--expert-model-parallel-size 2", "--expert-model-parallel-size 4"
+
+COVER = {
+    layouts.name(layout): layout
+    for layout in layouts.pairwise_cover(layouts.MIXTURE, layouts.mixture_can_be, of=layouts.OF_MIXTURES)
+}
 
 # (family, ranks, responses of a micro-batch, flags)
 LAYOUTS = {
@@ -113,14 +119,28 @@ def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Truth]:
     return find
 
 
+def assert_experts_learn(exported: dict[str, Tensor]) -> None:
+    assert sum(".experts." in name and bool(exported[name].any()) for name in exported) > 24  # of 4 x 4 x 3
+
+
+@pytest.mark.parametrize("layout", COVER)
+def test_every_pair_of_choices_gives_the_loss_and_gradient_of_one_rank_and_of_hugging_face(
+    layout: str, truth_of: Callable[..., Truth], tmp_path: Path
+) -> None:
+    chosen = COVER[layout]
+    truth = truth_of(chosen["model"])
+    assert_experts_learn(truth.assert_equal_under(layouts.world_size(chosen), layouts.flags(chosen), tmp_path))
+
+
+@pytest.mark.all_layouts
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_loss_gradient_and_first_log_ratio_are_those_of_one_rank_and_of_hugging_face(
     layout: str, truth_of: Callable[..., Truth], tmp_path: Path
 ) -> None:
     family, world_size, micro_batch_size, flags = LAYOUTS[layout]
     truth = truth_of(family)
-    exported = truth.assert_equal_under(world_size, f"--micro-batch-size {micro_batch_size} {flags}", tmp_path)
-    assert sum(".experts." in name and bool(exported[name].any()) for name in exported) > 24  # of 4 x 4 x 3
+    flags = f"--micro-batch-size {micro_batch_size} {flags}"
+    assert_experts_learn(truth.assert_equal_under(world_size, flags, tmp_path))
 
 
 @pytest.mark.parametrize(

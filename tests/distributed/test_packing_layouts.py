@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_sppo.conversion.convert import import_checkpoint
 from tests.distributed.conftest import write_dataset
@@ -118,7 +117,7 @@ def log_probs_by_flex_attention(megatron: str, data: str, argv: list[str]) -> tu
     from megatron_sppo.model.attention import DocumentAttention, with_shared_prompts
     from megatron_sppo.training import checkpoint, inputs, parallel
     from megatron_sppo.training.config import TrainingConfig
-    from megatron_sppo.training.forward_step import run_micro_batches
+    from megatron_sppo.training.forward_step import log_probs
     from megatron_sppo.training.policy import build_policy
 
     # As the Transformer Engine spec has it.
@@ -131,8 +130,7 @@ def log_probs_by_flex_attention(megatron: str, data: str, argv: list[str]) -> tu
     policy = build_policy(architecture, config.model, config.parallel)
     checkpoint.load_weights(policy, source)
     plan = next(batches.steps(first=1, last=1))
-    with torch.no_grad():
-        log_prob_N = run_micro_batches(policy, plan, loss=lambda _, log_prob: log_prob, forward_only=True)
+    log_prob_N = log_probs(policy, plan)
     parallel.shut_down()
     order = np.argsort(plan.rows)
     return plan.rows[order], log_prob_N.numpy()[order]

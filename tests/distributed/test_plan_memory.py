@@ -86,7 +86,7 @@ def two_steps(architecture: Architecture, data: str, argv: list[str]) -> tuple[i
     from megatron_sppo.training import parallel
     from megatron_sppo.training.batches import Batches
     from megatron_sppo.training.config import TrainingConfig
-    from megatron_sppo.training.forward_step import objective_terms, run_micro_batches
+    from megatron_sppo.training.forward_step import gradient_step
     from megatron_sppo.training.optimizer import build_optimizer
     from megatron_sppo.training.policy import build_policy
     from tests.memory import LiveBytes
@@ -101,16 +101,9 @@ def two_steps(architecture: Architecture, data: str, argv: list[str]) -> tuple[i
         policy = build_policy(architecture, config.model, config.parallel)
         optimizer = build_optimizer(policy.chunks, config.optimization, config.model, config.parallel)
         for plan in batches.steps(first=1, last=2, reference_GK=reference):
-            for chunk in policy.chunks:
-                chunk.zero_grad_buffer()
             optimizer.zero_grad()
             between, live.peak = live.current, live.current
-            run_micro_batches(
-                policy,
-                plan,
-                loss=lambda batch, log_prob: objective_terms(batch, log_prob, objective=config.objective),
-                forward_only=False,
-            )
+            gradient_step(policy, optimizer, plan, objective=config.objective)
             optimizer.step()
     parallel.shut_down()
     return between, live.peak

@@ -2,7 +2,6 @@
 
 import runpy
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +33,20 @@ def first_step(megatron: str, data: str, reference_GK: np.ndarray, save: str | N
     `log_ratio` is the largest |log pi_theta - log pi_t| where the reference pass is our own.
     """
     from megatron_sppo.training import checkpoint, parallel
-    from megatron_sppo.training.forward_step import objective_terms, run_micro_batches
+    from megatron_sppo.training.forward_step import gradient_step, log_probs, objective_terms
+    from megatron_sppo.training.optimizer import build_optimizer
     from megatron_sppo.training.policy import weights_hash
 
     config, source, batches, policy = _begin(["--load", megatron, "--data", data, "--save", save or "nowhere", *argv])
     checkpoint.load_weights(policy, source)
     weights = weights_hash(policy.stages)
+    optimizer = build_optimizer(policy.chunks, config.optimization, config.model, config.parallel)
     plan = next(batches.steps(first=1, last=1, reference_GK=reference_GK))
-    for chunk in policy.chunks:
-        chunk.zero_grad_buffer()
-
-    def loss(batch: Any, log_prob: Any) -> Any:
-        return objective_terms(batch, log_prob, objective=config.objective)
-
-    with torch.no_grad():  # as training/reference.py does
-        reference_N = run_micro_batches(policy, plan, loss=lambda _, log_prob: log_prob, forward_only=True)
-    log_prob_N = run_micro_batches(policy, plan, loss=loss, forward_only=False)
-    router_sums = parallel.sum_to_host(policy.pop_router_sums())()
+    reference_N = log_probs(policy, plan)
+    log_prob_N = parallel.sum_to_cpu(gradient_step(policy, optimizer, plan, objective=config.objective))()
+    router_sums = parallel.sum_to_cpu(policy.pop_router_sums())()
     router_losses = policy.router_metrics(router_sums, num_sequences=len(plan.rows))
-    terms = loss(plan, log_prob_N)
+    terms = objective_terms(plan, log_prob_N, objective=config.objective)
     for stage in policy.stages:
         if stage.post_process:  # the head's gradient never went through autograd
             tied = stage.share_embeddings_and_output_weights
@@ -80,7 +74,7 @@ def step_by_step(
     `SAVE` gets the last step's checkpoint, `SAVE/gradient_STEP` what each step's optimizer was given.
     """
     from megatron_sppo.training import checkpoint, parallel
-    from megatron_sppo.training.forward_step import objective_terms, run_micro_batches
+    from megatron_sppo.training.forward_step import gradient_step
     from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
     from megatron_sppo.training.progress import Progress
 
@@ -92,11 +86,7 @@ def step_by_step(
     if first > 1:
         checkpoint.resume(Path(save, f"iter_{first - 1:07d}"), policy, optimizer, scheduler)
     for step, plan in enumerate(batches.steps(first=first, last=last, reference_GK=reference_GK), start=first):
-        for chunk in policy.chunks:
-            chunk.zero_grad_buffer()
-        optimizer.zero_grad()
-        terms = partial(objective_terms, objective=config.objective)
-        run_micro_batches(policy, plan, loss=terms, forward_only=False)
+        gradient_step(policy, optimizer, plan, objective=config.objective)
         kept = [parameter.detach().clone() for chunk in policy.chunks for parameter in chunk.parameters()]
         _save_gradient(policy, source, Path(save, f"gradient_{step}"))
         with torch.no_grad():
@@ -140,7 +130,7 @@ def _save_gradient(policy: Any, source: Path, root: Path) -> None:
     if parallel.is_rank_zero():
         target.mkdir(parents=True)
     torch.distributed.barrier()
-    checkpoint._host_save(checkpoint._model_state(policy.stages), target)
+    checkpoint._mcore_save(checkpoint._model_state(policy.stages), target)
     assert dist_checkpointing.check_is_distributed_checkpoint(str(target))
     if parallel.is_rank_zero():
         megatron_checkpoint.carry_model_files(source, target)

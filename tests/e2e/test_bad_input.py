@@ -1,13 +1,12 @@
 """Proves that what users really get wrong costs one line: exit code 2, the line last on stderr, nothing left behind.
 
-Every case runs the real tool as a process. The line must name the fault and hold a remedy; which words is in the table.
+Every case runs the real tool: one of each as a process, the others in this one. The line must name the fault and hold
+a remedy; which words is in the table.
 """
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +23,8 @@ from megatron_sppo.rollout.records import (
     write_manifest,
     write_shard,
 )
+from tests.commands import run_here, run_process
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = "examples/pretrain_sppo.py --load {megatron} --data {dataset} --save {new} --lr 1e-6 --params-dtype float32"
 GENERATE = "tools/generate_rollouts.py --model {hf} --output {new} --num-responses 2 --max-tokens 8"
 SCORE = "tools/score_pairrm.py --output {new}"
@@ -74,7 +73,7 @@ def world(tmp_path_factory, tiny_llama_dir) -> dict[str, Path]:
     ]
     places["prompts"].write_text("".join(json.dumps(row) + "\n" for row in rows))
     score = f"tools/score_pairrm.py --rollouts {places['rollouts']} --judge rules:concise --output {places['dataset']}"
-    subprocess.run([sys.executable, *score.split()], cwd=REPOSITORY, check=True, timeout=300)
+    assert run_here(*score.split()).returncode == 0
     return places
 
 
@@ -241,17 +240,19 @@ def snapshot(directory: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
-def run(command: str, places: dict[str, Path], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    arguments = [part.format(**places) for part in command.split()]
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+PROCESSES = {
+    "import: no such directory",
+    "generate: no prompts file",
+    "score: one flipped bit",  # whose lock goes with the process
+    "train: no learning rate",
+    "self-play: no such model",
+    "report: no such run",
+}
+"""One of each tool, as a user runs it."""
+
+
+def arguments(command: str, places: dict[str, Path]) -> list[str]:
+    return [part.format(**places) for part in command.split()]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -261,7 +262,8 @@ def test_bad_input_is_one_line_and_exit_code_2(name, world, tmp_path):
     if case.bad is not None:
         places["bad"] = case.bad(tmp_path, world)
     before = snapshot(tmp_path)
-    done = run(case.command, places, case.environment)
+    run = run_process if name in PROCESSES else run_here
+    done = run(*arguments(case.command, places), environment=case.environment)
     last = done.stderr.splitlines()[-1] if done.stderr else ""
     assert done.returncode == 2, done.stderr[-3000:]
     assert ": error: " in last, done.stderr[-3000:]
@@ -289,7 +291,7 @@ def small_disk(tmp_path):
     ],
 )
 def test_a_full_disk_is_one_line_and_leaves_no_temporaries(command, world, small_disk):
-    done = run(command, {**world, "new": small_disk / "new"}, {})
+    done = run_process(*arguments(command, {**world, "new": small_disk / "new"}))
     assert done.returncode == 2, done.stderr[-3000:]
     last = done.stderr.splitlines()[-1]
     assert ": error: " in last and "Free some space" in last, done.stderr[-3000:]
@@ -298,6 +300,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_temporaries(command, world, small
 
 def test_a_read_only_place_is_one_line(world, small_disk):
     subprocess.run(["mount", "-o", "remount,ro,size=64m", str(small_disk)], check=True)
-    done = run("tools/convert.py import --hf {hf} --megatron {new}", {**world, "new": small_disk / "new"}, {})
+    command = "tools/convert.py import --hf {hf} --megatron {new}"
+    done = run_process(*arguments(command, {**world, "new": small_disk / "new"}))
     assert done.returncode == 2, done.stderr[-3000:]
     assert "Read-only file system" in done.stderr.splitlines()[-1]

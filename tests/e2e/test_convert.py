@@ -190,12 +190,12 @@ def test_import_export_verify_from_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["import", "--hf", "absent", "--megatron", "m"], "absent is no directory"),
+        (["import", "--hf", "absent", "--megatron", "m"], "absent is not a directory"),
         (["import", "--hf", "hf"], "--megatron"),
         (["import", "--hf", "hf", "--megatron", "m", "--dtype", "int8"], "dtype"),
         (["export", "--megatron", "hf", "--hf", "out"], "is a Hugging Face model"),
-        (["export", "--megatron", "absent", "--hf", "out"], "absent is no directory"),
-        (["verify", "--hf", "hf", "--megatron", "absent"], "absent is no directory"),
+        (["export", "--megatron", "absent", "--hf", "out"], "absent is not a directory"),
+        (["verify", "--hf", "hf", "--megatron", "absent"], "absent is not a directory"),
         (["transmogrify"], "transmogrify"),
         ([], "command is missing"),
     ],

@@ -141,7 +141,7 @@ def test_a_killed_import_is_old_new_or_nothing(models: Path, tmp_path: Path, mon
         try:
             seen = files_of(export_checkpoint(megatron, tmp_path / "seen"))
         except (DataError, ConversionError) as error:
-            assert re.search("no usable Megatron checkpoint|is no directory", str(error)), (point, error)
+            assert re.search("no usable Megatron checkpoint|is not a directory", str(error)), (point, error)
         else:
             assert seen == new or (point.replaces and seen == old), point
             shutil.rmtree(tmp_path / "seen")

@@ -376,7 +376,7 @@ UNSIGNED: dict[str, tuple[Damage, str]] = {
 MEGATRON: dict[str, tuple[Damage, str]] = {
     **UNSIGNED,
     "an empty root": (lambda d: (shutil.rmtree(d), d.mkdir()), r"no usable Megatron checkpoint"),
-    "a file for a root": (lambda d: (shutil.rmtree(d), d.write_text("x")), r"is no directory"),
+    "a file for a root": (lambda d: (shutil.rmtree(d), d.write_text("x")), r"is not a directory"),
     "tracker empty, nothing there": (tracker(""), r"is empty"),
     "tracker garbage, nothing there": (tracker("\x00??"), r"which is no iteration"),
     "tracker leads out": (tracker("../../etc"), r"which is no iteration"),

@@ -2,17 +2,15 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.commands import REPOSITORY, run_here, run_process
 
 
 def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "tools/plan.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return run_here("tools/plan.py", *arguments)
 
 
 def config(name: str) -> str:
@@ -54,7 +52,7 @@ def test_self_play_configs_are_planned_too(name: str, model: str | None) -> None
 
 def test_a_model_s_own_config_json_is_enough(tiny_llama_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((tiny_llama_dir / "config.json").read_bytes())
-    done = plan("--model", str(tmp_path), "--json")
+    done = run_process("tools/plan.py", "--model", str(tmp_path), "--json")
     assert done.returncode == 0, done.stderr
     # 2 layers of 2 norms, q and o 64 x 64, k and v 64 x 32, three of 64 x 96; embedding and output of 259; last norm.
     layer = 2 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96

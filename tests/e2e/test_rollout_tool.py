@@ -6,7 +6,6 @@ The engine is a local HTTP server; vLLM itself is in test_rollout_vllm.py.
 import importlib.util
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,14 @@ import pytest
 pytest.importorskip("transformers")
 
 from megatron_sppo.rollout.records import read_manifest, read_rollouts
+from tests.commands import run_here, run_process
 from tests.unit.rollout.test_server import FakeVllm, answer_to
 
-ROOT = Path(__file__).resolve().parents[2]
+TOOL = "tools/generate_rollouts.py"
 
 
 def run(*flags: Any) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, str(ROOT / "tools/generate_rollouts.py"), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    return run_here(TOOL, *flags)
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def test_a_server_run_writes_rollouts_and_reports_as_json(flags: dict[str, Any])
 
     server = FakeVllm(within_vocabulary, max_model_len=512)
     try:
-        done = run(*spelled(flags), "--shard-size", 2, "--server", server.url, "--json")
+        done = run_process(TOOL, *spelled(flags), "--shard-size", 2, "--server", server.url, "--json")
         assert done.returncode == 0, done.stderr
         again = run(*spelled(flags), "--shard-size", 2, "--server", server.url)
     finally:
@@ -78,9 +77,8 @@ def test_answers_that_run_on_and_are_cut_are_said_by_both_tools(flags: dict[str,
     assert done.returncode == 0, done.stderr
     assert "10 of 10 (100%) answers were cut at max_tokens" in done.stderr
     assert "10 of 10 (100%) answers hold a turn marker" in done.stderr
-    score = [sys.executable, str(ROOT / "tools/score_pairrm.py"), "--rollouts", str(flags["output"])]
-    score += ["--judge", "rules:concise", "--output", str(tmp_path / "dataset"), "--allow-no-signal"]
-    scored = subprocess.run(score, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    score = ["--rollouts", flags["output"], "--judge", "rules:concise", "--output", tmp_path / "dataset"]
+    scored = run_here("tools/score_pairrm.py", *score, "--allow-no-signal")
     assert scored.returncode == 0, scored.stderr
     assert "10 of 10 (100%) answers hold a turn marker" in scored.stderr
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tests.commands import run_here
 from tests.models import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +74,15 @@ def command(inputs: Path, run_dir: Path, *flags: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def refusal(inputs: Path, run_dir: Path, *flags: str) -> str:
+    """Run the command in this process, which it must refuse -> its last line on stderr."""
+    script, *arguments = command(inputs, run_dir, *flags)[1:]
+    done = run_here(script, *arguments, directory=run_dir.parent)
+    assert done.returncode == 2, done.stderr
+    assert last_line(done).startswith("self_play.py: error: ")
+    return last_line(done)
 
 
 def self_play(inputs: Path, run_dir: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -168,9 +178,7 @@ def test_a_finished_run_says_so_at_once(finished: tuple[Path, str], inputs: Path
 def test_a_changed_setting_is_refused_by_name(
     finished: tuple[Path, str], inputs: Path, flags: tuple, message: str
 ) -> None:
-    outcome = self_play(inputs, finished[0], *flags)
-    assert outcome.returncode == 2
-    assert last_line(outcome).startswith("self_play.py: error: ") and message in last_line(outcome)
+    assert message in refusal(inputs, finished[0], *flags)
 
 
 def test_other_prompts_under_the_same_name_are_refused(
@@ -178,8 +186,7 @@ def test_other_prompts_under_the_same_name_are_refused(
 ) -> None:
     other = tmp_path / "prompts.jsonl"
     other.write_text((inputs / "prompts.jsonl").read_text() + '{"prompt": "One more?"}\n')
-    outcome = self_play(inputs, finished[0], "--prompts", str(other))
-    assert outcome.returncode == 2 and "has other content than when" in last_line(outcome)
+    assert "has other content than when" in refusal(inputs, finished[0], "--prompts", str(other))
 
 
 @pytest.mark.parametrize(
@@ -193,9 +200,7 @@ def test_other_prompts_under_the_same_name_are_refused(
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(inputs: Path, tmp_path: Path, flags: tuple, message: str) -> None:
-    outcome = self_play(inputs, tmp_path / "run", *flags)
-    assert outcome.returncode == 2 and "Traceback" not in outcome.stderr
-    assert last_line(outcome).startswith("self_play.py: error: ") and message in last_line(outcome)
+    assert message in refusal(inputs, tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.model.config import ModelConfig
-from megatron_sppo.model.engine import resolve_transformer_impl
+from megatron_sppo.model.transformer_engine import resolve_transformer_impl
 from megatron_sppo.verification.verify import verify
 from tests.families import FAMILIES, MIXTURES, family_model
 

@@ -22,8 +22,12 @@ FLOORS = (
     ("judge", "training"),
     ("verification", "planning", "selfplay"),
     ("report",),
+    # megatron_sppo/examples is a link to examples/, and `megatron-sppo train` runs the story that stands there.
+    ("examples",),
     ("commands",),
-    ("tools", "examples", "benchmarks"),
+    # The door: the one file at the root that is not ground.
+    ("__main__",),
+    ("tools", "benchmarks"),
 )
 
 BANS = {

@@ -25,7 +25,7 @@ from megatron_sppo.planning.parameters import Grid, stage_shards
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import BatchConfig, OptimizationConfig, ParallelConfig, TrainingConfig
-from megatron_sppo.training.policy import host_config
+from megatron_sppo.training.policy import mcore_config
 
 BIG = ParallelConfig(
     tensor_model_parallel_size=8,
@@ -76,7 +76,7 @@ def test_llama_3_70b_s_shapes_on_sampled_ranks_of_4096(rank: int) -> None:
     grid = Grid(parallel=BIG, world_size=4096)
     stage = rank * 4 // 4096
     with simulated_rank(BIG, rank=rank, world_size=4096), torch.device("meta"):
-        config = host_config(architecture, model, BIG)
+        config = mcore_config(architecture, model, BIG)
         real = build_stage(architecture, config, model, pre_process=stage == 0, post_process=stage == 3)
         shapes = {name: tuple(parameter.shape) for name, parameter in real.named_parameters()}
     (shards,) = stage_shards(architecture, grid, stage)

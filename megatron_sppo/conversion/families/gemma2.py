@@ -19,8 +19,8 @@ PRE_FEED_FORWARD = Copy(
     f"{PLACE}.mlp.linear_fc1.layer_norm_weight", f"{HF_PLACE}.pre_feedforward_layernorm.weight", ("hidden",)
 )
 
-RULES = (
-    *(rule for rule in llama.RULES if rule.megatron != PRE_FEED_FORWARD.megatron),
+MAPPINGS = (
+    *(mapping for mapping in llama.MAPPINGS if mapping.megatron != PRE_FEED_FORWARD.megatron),
     PRE_FEED_FORWARD,
     *POST_NORMS,
 )
@@ -28,7 +28,7 @@ RULES = (
 FAMILY = Family(
     model_type="gemma2",
     architecture_class="Gemma2ForCausalLM",
-    rules=RULES,
+    mappings=MAPPINGS,
     # Absent, each of these would mean Gemma-2-2B's value.
     required=(
         "num_key_value_heads",

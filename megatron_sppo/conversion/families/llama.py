@@ -2,7 +2,7 @@
 
 from megatron_sppo.conversion.mapping import Copy, Family, FusedQKV, GateUp, VocabRows
 
-RULES = (
+MAPPINGS = (
     VocabRows("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
     FusedQKV(
         "decoder.layers.{layer}.self_attention.linear_qkv.weight", "model.layers.{layer}.self_attn.{qkv}_proj.weight"
@@ -34,7 +34,7 @@ RULES = (
 FAMILY = Family(
     model_type="llama",
     architecture_class="LlamaForCausalLM",
-    rules=RULES,
+    mappings=MAPPINGS,
     fixed={"attention_bias": (None, False), "mlp_bias": (None, False), "hidden_act": (None, "silu")},
     ignored=(".self_attn.rotary_emb.inv_freq",),
 )

@@ -6,7 +6,7 @@ from megatron_sppo.conversion.mapping import Family, WindowKeys
 FAMILY = Family(
     model_type="mistral",
     architecture_class="MistralForCausalLM",
-    rules=llama.RULES,
+    mappings=llama.MAPPINGS,
     # Absent, these would mean a window of 4096 tokens and 8 key/value heads.
     required=("sliding_window", "num_key_value_heads"),
     fixed={"hidden_act": (None, "silu")},

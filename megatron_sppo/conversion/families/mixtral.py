@@ -6,7 +6,7 @@ from megatron_sppo.conversion.mapping import Copy, ExpertKeys, Family, GateUp
 
 HF_MOE = "model.layers.{layer}.block_sparse_moe"
 
-RULES = (
+MAPPINGS = (
     *ATTENTION_AND_ENDS,
     NORM,
     Copy(f"{MLP}.router.weight", f"{HF_MOE}.gate.weight", ("experts", "hidden")),
@@ -26,7 +26,7 @@ RULES = (
 FAMILY = Family(
     model_type="mixtral",
     architecture_class="MixtralForCausalLM",
-    rules=RULES,
+    mappings=MAPPINGS,
     # Absent, these would mean 8 key/value heads and 1e-5.
     required=("num_key_value_heads", "rms_norm_eps"),
     fixed={"sliding_window": (None,), "hidden_act": (None, "silu"), "router_jitter_noise": (None, 0.0)},

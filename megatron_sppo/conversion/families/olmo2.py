@@ -3,8 +3,8 @@
 from megatron_sppo.conversion.families import gemma2, llama, qwen3
 from megatron_sppo.conversion.mapping import Copy, Family
 
-RULES = (
-    *(rule for rule in llama.RULES if not rule.megatron.endswith(".layer_norm_weight")),
+MAPPINGS = (
+    *(mapping for mapping in llama.MAPPINGS if not mapping.megatron.endswith(".layer_norm_weight")),
     Copy(f"{qwen3.SELF_ATTENTION}.q_layernorm.weight", f"{qwen3.SELF_ATTN}.q_norm.weight", ("query",)),
     Copy(f"{qwen3.SELF_ATTENTION}.k_layernorm.weight", f"{qwen3.SELF_ATTN}.k_norm.weight", ("key",)),
     *gemma2.POST_NORMS,
@@ -13,7 +13,7 @@ RULES = (
 FAMILY = Family(
     model_type="olmo2",
     architecture_class="Olmo2ForCausalLM",
-    rules=RULES,
+    mappings=MAPPINGS,
     # Absent, it would mean 1e-5.
     required=("rms_norm_eps",),
     fixed={"attention_bias": (None, False), "clip_qkv": (None,), "hidden_act": (None, "silu")},

@@ -5,8 +5,8 @@ from megatron_sppo.conversion.mapping import Copy, Family, FusedQKV, GateUp, Pac
 
 ATTENTION, MLP = "decoder.layers.{layer}.self_attention", "decoder.layers.{layer}.mlp"
 
-RULES = (
-    *(rule for rule in llama.RULES if not isinstance(rule, (FusedQKV, GateUp))),
+MAPPINGS = (
+    *(mapping for mapping in llama.MAPPINGS if not isinstance(mapping, (FusedQKV, GateUp))),
     PackedQKV(f"{ATTENTION}.linear_qkv.weight", "model.layers.{layer}.self_attn.qkv_proj.weight"),
     Copy(f"{MLP}.linear_fc1.weight", "model.layers.{layer}.mlp.gate_up_proj.weight", ("gate_up", "hidden")),
 )
@@ -14,7 +14,7 @@ RULES = (
 FAMILY = Family(
     model_type="phi3",
     architecture_class="Phi3ForCausalLM",
-    rules=RULES,
+    mappings=MAPPINGS,
     # Absent, it would mean 1e-5.
     required=("rms_norm_eps",),
     # Dropout is not computed; a model that was trained with it stands for the network without.

@@ -3,8 +3,8 @@
 from megatron_sppo.conversion.families import llama
 from megatron_sppo.conversion.mapping import Family, FusedQKV, WindowKeys
 
-RULES = (
-    *llama.RULES,
+MAPPINGS = (
+    *llama.MAPPINGS,
     FusedQKV(
         "decoder.layers.{layer}.self_attention.linear_qkv.bias",
         "model.layers.{layer}.self_attn.{qkv}_proj.bias",
@@ -17,7 +17,7 @@ WINDOWS = WindowKeys(switch="use_sliding_window", first_layer="max_window_layers
 FAMILY = Family(
     model_type="qwen2",
     architecture_class="Qwen2ForCausalLM",
-    rules=RULES,
+    mappings=MAPPINGS,
     required=("num_key_value_heads",),
     fixed={"use_sliding_window": (None, True, False), "hidden_act": (None, "silu")},
     traits={"add_qkv_bias": True},

@@ -9,12 +9,12 @@ HEAD_NORMS = (
     Copy(f"{SELF_ATTENTION}.q_layernorm.weight", f"{SELF_ATTN}.q_norm.weight", ("head",)),
     Copy(f"{SELF_ATTENTION}.k_layernorm.weight", f"{SELF_ATTN}.k_norm.weight", ("head",)),
 )
-RULES = (*llama.RULES, *HEAD_NORMS)
+MAPPINGS = (*llama.MAPPINGS, *HEAD_NORMS)
 
 FAMILY = Family(
     model_type="qwen3",
     architecture_class="Qwen3ForCausalLM",
-    rules=RULES,
+    mappings=MAPPINGS,
     required=("num_key_value_heads", "head_dim"),
     fixed={"attention_bias": (None, False), "use_sliding_window": (None, True, False), "hidden_act": (None, "silu")},
     traits={"qk_layernorm": True},

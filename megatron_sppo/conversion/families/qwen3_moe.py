@@ -11,9 +11,9 @@ NORM = Copy(
     "model.layers.{layer}.post_attention_layernorm.weight",
     ("hidden",),
 )
-ATTENTION_AND_ENDS = tuple(rule for rule in llama.RULES if ".mlp." not in rule.megatron)
+ATTENTION_AND_ENDS = tuple(mapping for mapping in llama.MAPPINGS if ".mlp." not in mapping.megatron)
 
-RULES = (
+MAPPINGS = (
     *ATTENTION_AND_ENDS,
     NORM,
     *qwen3.HEAD_NORMS,
@@ -33,7 +33,7 @@ RULES = (
 FAMILY = Family(
     model_type="qwen3_moe",
     architecture_class="Qwen3MoeForCausalLM",
-    rules=RULES,
+    mappings=MAPPINGS,
     required=("num_key_value_heads",),
     fixed={
         "attention_bias": (None, False),

@@ -68,7 +68,7 @@ def test_release_checkpoints_of_megatron_lm_resolve(tmp_path: Path) -> None:
 
 
 def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is no directory"):
+    with pytest.raises(DataError, match="is not a directory"):
         resolve_checkpoint(tmp_path / "absent")
     with pytest.raises(DataError, match="is missing"):
         resolve_checkpoint(tmp_path)

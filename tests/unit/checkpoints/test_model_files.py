@@ -8,7 +8,7 @@ import pytest
 
 from megatron_sppo.checkpoints.model_files import model_hash, read_model_files
 from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
-from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.errors import ConfigError, ConversionError, DataError
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_every_shard_of_the_index_is_hashed_and_must_be_there(model_dir: Path) -
     (model_dir / "model.safetensors").rename(model_dir / "one.safetensors")
     index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
     (model_dir / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(DataError, match="two.safetensors does not exist"):
+    with pytest.raises(ConversionError, match="two.safetensors does not exist"):
         model_hash(model_dir)
     index["weight_map"]["b"] = "../two.safetensors"
     (model_dir / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -59,7 +59,7 @@ def test_every_shard_of_the_index_is_hashed_and_must_be_there(model_dir: Path) -
 def test_a_cut_or_foreign_weights_file_is_refused(model_dir: Path, damage) -> None:
     path = model_dir / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(DataError, match="model.safetensors .*Download the model again"):
+    with pytest.raises(ConversionError, match="model.safetensors .*Fetch it again"):
         read_model_files(model_dir)
 
 
@@ -71,14 +71,14 @@ def test_a_hub_name_is_refused_with_the_download_command() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("config.json", "config.json does not exist"),
+        ("config.json", "has no config.json"),
         ("model.safetensors", "no \\*.safetensors weights"),
         ("tokenizer.json", "no tokenizer file"),
     ],
 )
 def test_a_missing_file_is_named(model_dir: Path, name: str, message: str) -> None:
     (model_dir / name).unlink()
-    with pytest.raises(DataError, match=message):
+    with pytest.raises((ConversionError, DataError), match=message):
         read_model_files(model_dir)
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_sppo.checkpoints.hf_writer import write_tensor
 from megatron_sppo.checkpoints.safetensors_file import (
     entries_of_header,
     new_header,
     read_header,
     read_tensor,
     write_header,
-    write_tensor,
 )
 from megatron_sppo.errors import ConversionError
 

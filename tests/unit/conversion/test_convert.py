@@ -20,7 +20,7 @@ from torch.distributed import checkpoint as dcp
 from megatron_sppo.architecture import read_architecture
 from megatron_sppo.checkpoints import distcp_writer, transfer
 from megatron_sppo.checkpoints.distcp import read_metadata
-from megatron_sppo.checkpoints.hf_checkpoint import parse_size
+from megatron_sppo.checkpoints.hf_writer import parse_size
 from megatron_sppo.checkpoints.megatron_checkpoint import verify_checkpoint
 from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
 from megatron_sppo.conversion import convert
@@ -537,7 +537,7 @@ MALFORMED: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"model\.ghost is in",
     ),
     "index empty": (edit_index(lambda m: m.clear()), r"no weight_map"),
-    "a file in place of the directory": (lambda hf: (shutil.rmtree(hf), hf.write_text("x")), r"is no directory"),
+    "a file in place of the directory": (lambda hf: (shutil.rmtree(hf), hf.write_text("x")), r"is not a directory"),
 }
 
 

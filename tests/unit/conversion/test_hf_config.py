@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_sppo.architecture import Llama3RopeScaling
-from megatron_sppo.checkpoints.hf_checkpoint import read_config
+from megatron_sppo.checkpoints.hf_files import read_config
 from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture
 from megatron_sppo.errors import ConversionError
 from tests.models import MIXTURES, llama_config
@@ -306,7 +306,7 @@ def test_a_damaged_config_is_one_line_with_its_path(tmp_path: Path, content: str
 def test_a_directory_without_config_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=r"has no config\.json"):
         read_config(tmp_path)
-    with pytest.raises(ConversionError, match="is no directory"):
+    with pytest.raises(ConversionError, match="is not a directory"):
         read_config(tmp_path / "absent")
 
 

@@ -1,4 +1,4 @@
-"""Proves: each rule lays rows as Megatron-Core's modules read them (written out row by row), and undoes itself."""
+"""Proves: each mapping lays rows as Megatron-Core's modules read them (written out row by row), and undoes itself."""
 
 import dataclasses
 
@@ -65,11 +65,11 @@ def test_qkv_and_gate_up_undo_themselves(groups: int, heads_per_group: int, head
     shape = architecture(
         num_query_groups=groups, num_attention_heads=groups * heads_per_group, kv_channels=head, hidden_size=hidden
     )
-    for rule in (FusedQKV("m", "h.{qkv}", columns=() if bias else ("hidden",)), GateUp("m", "h.{gate_up}")):
-        tensors = [torch.randn(size) for size in rule.part_shapes(shape)]
-        fused = rule.to_megatron(tensors, shape)
-        assert tuple(fused.shape) == rule.megatron_shape(shape)
-        back = rule.to_hf(fused, shape)
+    for mapping in (FusedQKV("m", "h.{qkv}", columns=() if bias else ("hidden",)), GateUp("m", "h.{gate_up}")):
+        tensors = [torch.randn(size) for size in mapping.part_shapes(shape)]
+        fused = mapping.to_megatron(tensors, shape)
+        assert tuple(fused.shape) == mapping.megatron_shape(shape)
+        back = mapping.to_hf(fused, shape)
         assert all(torch.equal(one, other) for one, other in zip(tensors, back, strict=True))
 
 
@@ -162,8 +162,8 @@ def test_the_number_of_values_is_the_architectures(families: str) -> None:
         (Copy("decoder.final_layernorm.weight", "model.other.weight", ("hidden",)), "decoder.final_layernorm.weight"),
     ],
 )
-def test_a_tensor_that_two_rules_claim_is_named(extra: Copy, name: str) -> None:
-    family = dataclasses.replace(llama.FAMILY, rules=(*llama.RULES, extra))
+def test_a_tensor_that_two_mappings_claim_is_named(extra: Copy, name: str) -> None:
+    family = dataclasses.replace(llama.FAMILY, mappings=(*llama.MAPPINGS, extra))
     with pytest.raises(ConversionError, match=name):
         bind(family, architecture())
 

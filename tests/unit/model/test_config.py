@@ -8,9 +8,9 @@ import pytest
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig, check_divisibility, token_multiple
-from megatron_sppo.model.engine import check_machine
 from megatron_sppo.model.gpt import padded_vocab_size
 from megatron_sppo.model.transformer_config import bfloat16_products, transformer_config
+from megatron_sppo.model.transformer_engine import check_machine
 from megatron_sppo.planning.architectures import PUBLISHED
 
 ARCHITECTURE = Architecture(

@@ -21,7 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints import megatron_checkpoint
-from megatron_sppo.checkpoints.hf_checkpoint import read_config
+from megatron_sppo.checkpoints.hf_files import read_config
 from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.model.config import ModelConfig
@@ -113,7 +113,7 @@ def test_a_converted_checkpoint_loads_into_both_specs_and_a_trained_one_into_the
     for giver, taker in (("torch", "transformer_engine"), ("transformer_engine", "torch")):
         saved = tmp_path / f"by_{giver}"
         saved.mkdir()
-        checkpoint._host_save(checkpoint._model_state((models[giver],)), saved)
+        checkpoint._mcore_save(checkpoint._model_state((models[giver],)), saved)
         fresh = build(architecture, taker)
         checkpoint.load_stages((fresh,), saved)
         assert_equal_weights({giver: models[giver], taker: fresh})

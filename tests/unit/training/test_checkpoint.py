@@ -20,7 +20,7 @@ from megatron_sppo.model.gpt import PolicyModel, build_stage
 from megatron_sppo.model.normalization import RMSNorm
 from megatron_sppo.training import checkpoint, parallel
 from megatron_sppo.training.config import ParallelConfig
-from megatron_sppo.training.policy import host_config, weights_hash
+from megatron_sppo.training.policy import mcore_config, weights_hash
 from megatron_sppo.verification.verify import verify
 from tests.families import family_model
 
@@ -49,7 +49,7 @@ def _one_rank() -> Iterator[None]:
 def build(checkpoint_directory: Path) -> PolicyModel:
     architecture, _ = read_architecture(checkpoint_directory)
     model = ModelConfig(params_dtype="float32", transformer_impl="torch")
-    config = host_config(architecture, model, ParallelConfig())
+    config = mcore_config(architecture, model, ParallelConfig())
     return build_stage(architecture, config, model, pre_process=True, post_process=True)
 
 
@@ -67,7 +67,7 @@ def test_states_that_only_one_spec_saves_are_let_off_either_way(
     saved.mkdir()
     state = checkpoint._model_state((with_states,))
     assert any("final_layernorm._extra_state" in name for name in state["model"])
-    checkpoint._host_save(state, saved)
+    checkpoint._mcore_save(state, saved)
     monkeypatch.undo()
     checkpoint.load_stages((fresh,), saved)
     assert weights_hash((fresh,)) == weights_hash((with_states,)) == weights_hash((plain,))

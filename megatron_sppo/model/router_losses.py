@@ -32,7 +32,7 @@ METRICS = ("moe/load_balancing_loss", "moe/z_loss")
 
 @dataclass
 class PackedDocuments(PackedRow):
-    """The host's description of a packed row, and which sequence each token of this rank belongs to.
+    """Megatron-Core's description of a packed row, and which sequence each token of this rank belongs to.
 
     It reaches a layer beside its input also when activations are recomputed, whatever ran in between.
     """
@@ -51,7 +51,7 @@ class RouterLosses:
         self._sums: Tensor | None = None
         """[2] float32, over the sequences so far, this rank's part: load balancing, z."""
         self._topk, self._group = router.topk, router.tp_cp_group
-        self._host_routing: Callable[..., tuple[Tensor, Tensor]] = router.routing
+        self._mcore_routing: Callable[..., tuple[Tensor, Tensor]] = router.routing
         self._documents: PackedDocuments | None = None
 
     def note_documents(self, _layer: Any, _arguments: Any, keywords: dict[str, Any]) -> None:
@@ -64,8 +64,8 @@ class RouterLosses:
         return 0.0 if sums is None else sums
 
     def routing(self, logits: Tensor, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
-        """Route as the host does -> (probabilities [t, E] that carry the losses' gradient, chosen experts [t, E])."""
-        probabilities, chosen = self._host_routing(logits, *arguments, **keywords)
+        """Route as mcore does -> (probabilities [t, E] that carry the losses' gradient, chosen experts [t, E])."""
+        probabilities, chosen = self._mcore_routing(logits, *arguments, **keywords)
         if not torch.is_grad_enabled():  # the reference pass, and the pass whose activations are recomputed
             return probabilities, chosen
         assert self._documents is not None and self._documents.sequence_of_token is not None

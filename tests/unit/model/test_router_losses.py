@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_sppo.model.balance import router_losses, sequence_of_tokens
+from megatron_sppo.model.router_losses import router_losses, sequence_of_tokens
 
 
 class Ranks:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.model import engine
+from megatron_sppo.model import transformer_engine
 from megatron_sppo.model.config import ModelConfig
-from megatron_sppo.model.engine import check_machine, resolve_transformer_impl
+from megatron_sppo.model.transformer_engine import check_machine, resolve_transformer_impl
 
 INIT = "try:\n    from . import pytorch\nexcept (ImportError, FileNotFoundError):\n    pass\n"
 BUILD = "pip install --no-build-isolation 'transformer-engine[pytorch]'"
@@ -33,7 +33,7 @@ def _on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformer_engine"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(engine, "_import_fault", engine._import_fault.__wrapped__)
+    monkeypatch.setattr(transformer_engine, "_import_fault", transformer_engine._import_fault.__wrapped__)
 
 
 def write_engine(directory: Path, torch_part: str | None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def check_machine(config: ModelConfig) -> None:
 
 @functools.cache
 def _import_fault() -> str | None:
-    """Import Transformer Engine's torch part, then the host's module that wraps it -> what is wrong, or None."""
+    """Import Transformer Engine's torch part, then Megatron-Core's module that wraps it -> what is wrong, or None."""
     if importlib.util.find_spec("transformer_engine") is None:
         return f"Transformer Engine is not installed ({_BUILD})"
     try:

@@ -1,0 +1,193 @@
+"""Write docs/benchmarks.md: every figure of benchmarks/results in a table, with what it means.
+
+python docs/benchmarks.py            # tests/unit/test_docs.py fails where the page is not what this writes
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGE = REPOSITORY / "docs/benchmarks.md"
+RESULTS = REPOSITORY / "benchmarks/results"
+CPU = "cpu-amd-epyc-2core"
+HEAD = """# Benchmarks
+
+What was measured, where, and whether the target that was set beforehand is met. Each figure comes from a script
+under `benchmarks/` that runs the peer beside us in one run, checks first that the results are equal, and writes a
+JSON file with machine, versions and command. Peers run at their best documented settings; one that cannot run is
+named, never estimated. A target that was missed says so.
+
+!!! warning "No figure is of a GPU"
+    All were measured on two cores of a shared AMD EPYC. There only ratios mean anything: times are CPU seconds,
+    one thread each, taken in turns. The figures whose names begin with G need one GPU and have not been run:
+    [One H100, ten minutes](one-hopper.md).
+
+| name | what |
+|---|---|
+| C1, C2 | the head: hidden states to log-probabilities, and its use on padded pairs |
+| C3 | training beside TRL and the official maths |
+| C4 | a checkpoint to Megatron and back |
+| C5 | packing |
+| C6 | PairRM beside llm-blender |
+| C7 | rollouts beside transformers: not written yet |
+| W1 | weak scaling, simulated |
+| 3.1, 3.6 | the theorem and the loss, by their equations' numbers in the paper |
+| G1, G2, G3, G4 | head, step, training and PairRM on a GPU: not run |
+
+Lengths are drawn, not taken from a data set: log-normal prompts (median 120 tokens, cut at 512) and answers (median
+250).
+
+This page is written by `docs/benchmarks.py` from `benchmarks/results/`.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One section: what is measured, by which command, and the files that hold it."""
+
+    title: str
+    text: str
+    command: str
+    files: tuple[str, ...] = ()
+
+
+FIGURES = (
+    Figure(
+        title="C1: the head's memory and time",
+        text="""\
+From hidden states and the output weight to each token's log-probability, forward and backward, in bfloat16 with
+Llama-3's vocabulary. The peers: log_softmax and gather (official SPPO), selective log-softmax (TRL),
+`F.cross_entropy`. Memory is counted beyond what the two gradients need anyway. The head goes by blocks of columns
+and keeps a ring of 128 MiB of logits that backward starts from; the rest is computed again, four matrix products
+against three. From T=1024 to T=2048 its memory grows 1.07 times, the peers' 2.5 times.""",
+        command="OMP_NUM_THREADS=1 python -m benchmarks.head",
+        files=(f"{CPU}/head_times", f"{CPU}/head_memory"),
+    ),
+    Figure(
+        title="C2: padded preference pairs",
+        text="""\
+A padded batch sends every position through the vocabulary; ours sends those that predict an answer's token. Each
+batch is the median one of 201 drawn ones, not a favourable one.""",
+        command="OMP_NUM_THREADS=1 python -m benchmarks.head --only padded",
+        files=(f"{CPU}/head_padded",),
+    ),
+    Figure(
+        title="C3: training",
+        text="""\
+A 22M Llama on two data-parallel processes, two steps of 2x4 pairs, five turns; losses of the same batches agree
+within 2e-5. Each trainer pays for its reference. What is gained hangs on how unlike the lengths of a batch are:
+here a padding trainer's slower rank computes 1.84 positions a real token, 1.96 in the mean of 100,000 such batches
+of drawn lengths (1.73 at 2 pairs a rank, 1.48 at one). Three other steps, of 1.55, gave 3.6x TRL and 2.0x the
+official maths, before this setup let the head keep all its logits. The peers' environment: the script's docstring.""",
+        command="OMP_NUM_THREADS=1 python -m benchmarks.train_throughput --peer-python trl/bin/python",
+        files=(f"{CPU}/train_throughput",),
+    ),
+    Figure(
+        title="C4: a checkpoint to Megatron and back",
+        text="""\
+One layer of Llama-3-8B's shapes, 2.54 GB, there and back with equal sha256, beside `cp` followed by fsync; five
+rounds with nothing else running. `cp` followed by one pass of sha256 is what is really asked for. Load-everything
+is the usual way. Llama-3-70B is planned from these bandwidths, not run.""",
+        command="python -m benchmarks.convert --directory EMPTY_DIR --layers 1",
+        files=(f"{CPU}/convert",),
+    ),
+    Figure(
+        title="C5: packing",
+        text="""\
+A million answers into packs of 8,192 tokens, beside next-fit dealt out in turn; then steps as training plans them,
+on 8 ranks. Fill is real tokens over room; max/mean rank cost is how much longer the slowest rank computes than the
+mean one. `K=5 responses behind one prompt` is `--share-prompts`.""",
+        command="python -m benchmarks.packing",
+        files=(f"{CPU}/packing",),
+    ),
+    Figure(
+        title="C6: PairRM",
+        text="""\
+Both orders of each pair, 6 layers of 384, real text lengths, beside llm-blender's own `rank` at batch 1 (its best
+on a CPU) and at the best of 2, 4 and 6; scores equal within 1e-5. Five turns on a busy machine.
+`benchmarks/llm_blender_peer.py` says how to make the peer's environment.""",
+        command="OMP_NUM_THREADS=1 python -m benchmarks.pairrm --peer-python PEER/bin/python",
+        files=(f"{CPU}/pairrm",),
+    ),
+    Figure(
+        title="W1: weak scaling, simulated",
+        text="""\
+One rank's own work in worlds of 8 to 4,096 ranks, with Torch's fake process group: nothing is sent. What must grow
+does: Megatron-Core lists every group of the world once a run, and each rank plans the whole step.""",
+        command="OMP_NUM_THREADS=1 python -m benchmarks.weak_scaling",
+        files=(f"{CPU}/weak_scaling",),
+    ),
+    Figure(
+        title="3.1 and 3.6: the theorem, and the loss on samples",
+        text="""\
+[Concepts](concepts.md) has the pictures. The exact update on games small enough to be played: the duality gap
+beside the theorem's bound. Then a policy trained by the loss on K = 5 samples, under the paper's and the official
+rule of preference.""",
+        command="python -m benchmarks.theory",
+        files=("theory",),
+    ),
+    Figure(
+        title="G1 to G4: on a GPU",
+        text="""\
+Not run: no GPU was at hand. G1, the head at H=4096, V=128256, T=8192 and 32768: at most 1.35x the time of its three
+products, at most 1 GiB over the floor at T=32768. G2, an SPPO step against a supervised step, packed 8192: at least
+95 % of its tokens a second, FP8 at least 1.25x bfloat16, MFU at least 50 % of one product; and the losses of 40
+steps in FP8 and bfloat16 within 5 %. G3, training beside TRL: at least 2x real tokens a second, at least 3x the
+tokens that fit; run dry on a CPU at a toy size with the wheels that a GPU machine gets. G4, PairRM: at least 8x
+llm-blender at batch 1, at least 2x its best batch.""",
+        command="benchmarks/hopper.sh all",
+    ),
+)
+
+
+def number(value: float | None) -> str:
+    """Word a number -> four significant digits at most; nothing for None."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def line(row: dict[str, Any]) -> str:
+    """Word one row of a results file -> a line of the table."""
+    spread = "" if row["spread"] is None else f" [{number(row['spread'][0])}, {number(row['spread'][1])}]"
+    verdict = {True: "met", False: "**missed**", None: ""}[row["met"]]
+    target = "" if row["target"] is None else f"{row['target']} "
+    peer = row["peer_name"] if row["peer"] is None else f"{row['peer_name']}: {number(row['peer'])}"
+    cells = (row["metric"], number(row["ours"]), peer, number(row["ratio"]) + spread, f"{target}{verdict}".strip())
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """Lay rows out -> Markdown."""
+    lines = "\n".join(map(line, rows))
+    return f"| what | ours | beside | ratio [least, greatest] | target |\n|---|---|---|---|---|\n{lines}\n"
+
+
+def section(figure: Figure) -> str:
+    """Write one figure -> Markdown: what has a target in sight, the rest folded away."""
+    files = [json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in figure.files]
+    rows = [row for file in files for row in file["rows"]]
+    parts = [f"## {figure.title}\n", figure.text + "\n", f"```bash\n{figure.command}\n```\n"]
+    if files:
+        versions = ", ".join(f"{name} {version}" for name, version in files[0]["versions"].items())
+        parts.append(f"Measured {files[0]['date']}; {versions}.\n")
+    if judged := [row for row in rows if row["met"] is not None]:
+        met = sum(row["met"] for row in judged)
+        parts.append(f"{met} of {len(judged)} rows with a target meet it.\n\n{table(judged)}")
+    if rest := [row for row in rows if row["met"] is None]:
+        parts.append(
+            f"<details markdown>\n<summary>{len(rest)} rows beside them</summary>\n\n{table(rest)}\n</details>\n"
+        )
+    return "\n".join(parts)
+
+
+def page() -> str:
+    """Write the whole page -> Markdown."""
+    return HEAD + "\n" + "\n".join(map(section, FIGURES))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

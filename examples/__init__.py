@@ -1,0 +1,1 @@
+"""What a user starts from: the training story, configs, prompts, Slurm scripts. Installed as megatron_sppo.examples."""

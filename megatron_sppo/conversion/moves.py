@@ -1,0 +1,80 @@
+"""What a conversion hands to the writers: which bytes go where, and which tensors have to be computed (a cast)."""
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_sppo.architecture import Architecture
+from megatron_sppo.checkpoints.distcp_writer import Piece
+from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
+from megatron_sppo.checkpoints.hf_writer import Computed, Moved, Rows
+from megatron_sppo.conversion.mapping import Binding, megatron_shapes
+from megatron_sppo.conversion.megatron_model import OpenedMegatron
+from megatron_sppo.errors import ConversionError
+
+
+def import_pieces(
+    source: HFCheckpoint, bindings: Sequence[Binding], architecture: Architecture, cast: torch.dtype | None
+) -> list[Piece]:
+    """Describe an import -> one piece per Megatron tensor and layer; nothing is read yet.
+
+    Raises:
+        ConversionError: layers of one Megatron tensor are of several types, and no cast makes them one.
+    """
+    shapes = megatron_shapes(bindings, architecture)
+    dtypes: dict[str, tuple[torch.dtype, str]] = {}
+    pieces = []
+    for binding in bindings:
+        mapping, index, names = binding.mapping, binding.index, list(binding.hf_shapes)
+        found = [source.entries[name].dtype for name in names]
+        dtype, first = dtypes.setdefault(mapping.key, (found[0], names[0]))
+        for name, other in zip(names, found, strict=True):
+            if cast is None and other != dtype:
+                raise ConversionError(
+                    f"{source.directory} holds {first} in {dtype} and {name} in {other}, "
+                    "which Megatron keeps in one tensor. Choose one type: --dtype bfloat16."
+                )
+        shape = mapping.megatron_shape(architecture)
+        moves = all(cast in (None, kind) for kind in found)
+        runs = mapping.runs(architecture) if moves else ()
+        pieces.append(
+            Piece(
+                key=mapping.key,
+                offsets=(*index, *(0,) * len(shape)),
+                sizes=(*(1,) * len(index), *shape),
+                global_shape=shapes[mapping.key],
+                dtype=cast or dtype,
+                values=tuple(source.entries[names[part]].rows(start, rows) for part, start, rows in runs)
+                or functools.partial(_megatron_tensor, source, binding, architecture, cast),
+            )
+        )
+    return pieces
+
+
+def _megatron_tensor(
+    source: HFCheckpoint, binding: Binding, architecture: Architecture, cast: torch.dtype | None
+) -> Tensor:
+    tensor = binding.mapping.to_megatron([source.read(name) for name in binding.hf_shapes], architecture)
+    return tensor.to(cast or tensor.dtype)
+
+
+def export_tensors(opened: OpenedMegatron, cast: torch.dtype | None) -> Iterator[Moved | Computed]:
+    """Describe an export -> one entry per Megatron tensor and layer.
+
+    What lies in the checkpoint otherwise than in rows (cut across columns, say) is computed, as a cast is.
+    """
+    for binding in opened.bindings:
+        names = list(binding.hf_shapes)
+        spans = opened.spans(binding) if cast in (None, opened.dtype(binding)) else None
+        if spans is None:
+            yield Computed(names=names, make=functools.partial(_hf_tensors, opened, binding, cast))
+        else:
+            runs = binding.mapping.runs(opened.architecture)
+            yield Moved(spans=spans, rows=[Rows(names[part], start, rows) for part, start, rows in runs])
+
+
+def _hf_tensors(opened: OpenedMegatron, binding: Binding, cast: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in opened.read(binding).items():
+        yield name, tensor.to(cast or tensor.dtype)
