@@ -17,12 +17,12 @@ import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import yaml
 
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.storage import damage
+from megatron_sppo.storage import damage, packaged_examples
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,10 @@ def table_rows(
     if subset is not None:
         raise ConfigError(f"{path} is no directory: it has no subsets. Leave out --subset.")
     if not path.is_file():
-        raise DataError(f"{path} does not exist. Give a dataset directory or a file ({_KNOWN}).")
+        raise DataError(
+            f"{path} does not exist. Give a dataset directory or a file ({_KNOWN}); "
+            f"{packaged_examples('data/*.jsonl')} is in the package."
+        )
     return read(path)
 
 
@@ -110,7 +113,7 @@ def _kind(path: Path) -> str:
 def _open(path: Path) -> IO[bytes]:
     """Open a file for reading, decompressed; damage shows when it is read."""
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")
+        return cast(IO[bytes], gzip.open(path, "rb"))
     if path.suffix == ".zst":
         import pyarrow  # comes with datasets, and reads zstd without a further package
 
