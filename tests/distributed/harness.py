@@ -1,4 +1,4 @@
-"""N gloo ranks per test for the price of a fork: a server imports torch, Megatron-Core and training once, forks each job.
+"""N gloo ranks per test for the price of a fork: a server imports torch, Megatron-Core and training once, then forks.
 
 `run_ranks(function, world_size, *args)` runs an importable top-level function in `world_size` processes that see RANK,
 WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as under torchrun, and gives back what each rank returned. The
