@@ -3,10 +3,12 @@
 import datetime
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.command_line import launch
@@ -132,7 +134,9 @@ def initialize(config: ParallelConfig, *, seed: int) -> None:
         torch.cuda.set_device(launch().local_rank)
     if not torch.distributed.is_initialized():
         # A single process needs no launcher: a store in its own memory takes the place of torchrun's.
-        alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1} if launch().is_alone else {}
+        alone: dict[str, Any] = {}
+        if launch().is_alone:
+            alone = {"store": HashStore(), "rank": 0, "world_size": 1}
         timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, **alone)
     parallel_state.initialize_model_parallel(
