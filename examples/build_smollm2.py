@@ -155,7 +155,10 @@ def write_tokenizer(fields: dict[str, Any], directory: Path) -> None:
 
 def build(output: Path) -> None:
     """Write the whole Hugging Face directory; it appears under its name only when it is complete."""
-    import gguf
+    try:
+        import gguf
+    except ImportError:
+        raise DataError("The package gguf, which reads the model, is missing. pip install gguf") from None
     import torch
     from safetensors.torch import save_file
     from tqdm import tqdm

@@ -28,7 +28,7 @@ import tyro
 import yaml
 
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.storage import atomic_file
+from megatron_sppo.storage import atomic_file, own_or_packaged, packaged_examples
 
 ConfigT = TypeVar("ConfigT")
 logger = logging.getLogger(__name__)
@@ -339,7 +339,7 @@ def _config_file(tokens: Sequence[str]) -> Path | None:
             files += following
     if len(files) > 1:
         raise ConfigError(f"--config is given {len(files)} times ({', '.join(files)}). Give one file.")
-    return Path(files[0]) if files else None
+    return own_or_packaged(Path(files[0])) if files else None
 
 
 class _TextLoader(yaml.BaseLoader):
@@ -364,7 +364,10 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), Loader=_TextLoader)  # noqa: S506 (texts alone)
     except FileNotFoundError:
-        raise ConfigError(f"{file} does not exist. Give an existing YAML file to --config.") from None
+        raise ConfigError(
+            f"{file} does not exist. Give an existing YAML file to --config; in the package are "
+            f"{packaged_examples('configs/*.yaml')}."
+        ) from None
     except OSError as error:
         raise ConfigError(f"{file} cannot be read ({error.strerror}). Give a readable YAML file to --config.") from None
     except UnicodeDecodeError:

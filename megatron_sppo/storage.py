@@ -26,6 +26,8 @@ from megatron_sppo.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
+_PACKAGE = Path(__file__).parent
+
 T = TypeVar("T")
 
 LOCK_NAME = ".lock"
@@ -371,6 +373,20 @@ def damage(path: Path, otherwise: str) -> str:
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return f"{path} is a web page, not a file of the model. Log in where it came from, and fetch it again."
     return otherwise
+
+
+def own_or_packaged(path: Path) -> Path:
+    """Find a file that a user names: their own, or where they have none at examples/..., the package's -> its path."""
+    packaged = _PACKAGE / path
+    if path.parts[:1] != ("examples",) or path.exists() or not packaged.is_file():
+        return path
+    logger.info("%s: taken from the installed package (%s)", path, packaged)
+    return packaged
+
+
+def packaged_examples(pattern: str) -> str:
+    """List the package's files that anyone can name, such as `configs/*.yaml` -> text for a message."""
+    return ", ".join(sorted(str(path.relative_to(_PACKAGE)) for path in (_PACKAGE / "examples").glob(pattern)))
 
 
 def contained(root: Path, name: str) -> Path:

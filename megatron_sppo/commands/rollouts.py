@@ -3,11 +3,12 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_sppo import config
 from megatron_sppo.rollout.config import GenerateConfig
+from megatron_sppo.storage import own_or_packaged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
 
     if not command.servers.server:
         check_complete(Path(command.model))
-    manifest = generate_rollouts(command)
+    manifest = generate_rollouts(replace(command, prompts=own_or_packaged(command.prompts)))
     outcome = {
         "output": str(command.output),
         "num_prompts": manifest.num_prompts,

@@ -6,10 +6,11 @@ The same command again goes on where the last one stopped.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_sppo.config import parse
 from megatron_sppo.selfplay.config import SelfPlayConfig
+from megatron_sppo.storage import own_or_packaged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +30,9 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     from megatron_sppo.selfplay.stages import StageFailed
     from megatron_sppo.selfplay.summary import result_table
 
+    run = replace(config.run, prompts=own_or_packaged(config.run.prompts))
     try:
-        summary = self_play(config)
+        summary = self_play(replace(config, run=run))
     except StageFailed as failure:
         print(f"{name}: error: {failure}", file=sys.stderr)
         sys.exit(failure.exit_code)

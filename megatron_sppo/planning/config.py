@@ -12,6 +12,7 @@ from megatron_sppo import config as configuration
 from megatron_sppo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range, check_ranges
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.storage import own_or_packaged
 from megatron_sppo.training.config import BatchConfig, ObjectiveConfig, OptimizationConfig, ParallelConfig, RunConfig
 
 
@@ -118,7 +119,7 @@ def read_plan(argv: Sequence[str], *, name: str, description: str) -> tuple[Plan
     place = next((i for i, token in enumerate(tokens) if token == "--config" and i + 1 < len(tokens)), None)
     if place is None:
         return configuration.parse(PlanConfig, name=name, description=description, argv=tokens), None
-    file = Path(tokens[place + 1])
+    file = own_or_packaged(Path(tokens[place + 1]))
     settings = _self_play_settings(file)
     if settings is None:
         return configuration.parse(PlanConfig, name=name, description=description, argv=tokens), file

@@ -22,7 +22,7 @@ from typing import IO, Any
 import yaml
 
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.storage import damage
+from megatron_sppo.storage import damage, packaged_examples
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,10 @@ def table_rows(
     if subset is not None:
         raise ConfigError(f"{path} is no directory: it has no subsets. Leave out --subset.")
     if not path.is_file():
-        raise DataError(f"{path} does not exist. Give a dataset directory or a file ({_KNOWN}).")
+        raise DataError(
+            f"{path} does not exist. Give a dataset directory or a file ({_KNOWN}); "
+            f"{packaged_examples('data/*.jsonl')} is in the package."
+        )
     return read(path)
 
 
