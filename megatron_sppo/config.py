@@ -4,7 +4,8 @@ A config is a frozen dataclass whose fields may be dataclasses ("sections"). Eve
 kebab-case. `--config FILE.yaml` holds the same names in snake_case, grouped by section or flat. A YAML value becomes
 the tokens that a user would have typed, put before the user's own: one path validates both, and the later one wins.
 A number's annotation says what it may be (`PositiveInt`, `Annotated[float, Range(0, 1)]`), and `check_ranges` holds it.
-`Annotated[PositiveInt, LAYOUT]` marks what a resumed run may change; `deciding` lists what it may not.
+`Annotated[PositiveInt, LAYOUT]` marks what a resumed run may change; `deciding` lists what it may not. A field marked
+`SettingsOf` holds the config of another command, which one flag takes as NAME=VALUE.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import difflib
 import enum
 import io
 import itertools
+import json
 import logging
 import math
 import os
@@ -20,7 +22,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -77,6 +79,64 @@ LAYOUT = Mark.LAYOUT
 may have another value there. What is not marked decides, and must be the same."""
 
 
+class SettingsOf(tyro.constructors.PrimitiveConstructorSpec[Any]):
+    """Marks a field that is another command's config: `Annotated[TrainingConfig, SettingsOf(TrainingConfig, ...)]`.
+
+    Its flag takes NAME=VALUE (VALUE may be a list or mapping in YAML's flow style) or a JSON object, several times; in
+    YAML it is a mapping, grouped by section or flat. What is typed is laid over what the file has.
+    """
+
+    def __init__(self, config_class: type[Any], *, name: str, decided: Mapping[str, str], by: str) -> None:
+        """Describe the field.
+
+        Args:
+            name: the field's own, for messages.
+            decided: settings that the holder decides and nobody may set -> a stand-in, where the config needs one.
+            by: the holder, for messages.
+        """
+        super().__init__(
+            nargs="*",
+            metavar="NAME=VALUE",
+            instance_from_str=self._read,
+            is_instance=lambda value: isinstance(value, config_class),
+            str_from_instance=lambda _: [],
+        )
+        object.__setattr__(self, "config_class", config_class)
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "decided", decided)
+        object.__setattr__(self, "by", by)
+
+    config_class: type[Any]
+    name: str
+    decided: Mapping[str, str]
+    by: str
+
+    def _read(self, texts: Sequence[str]) -> Any:
+        leaves, place = _leaves(self.config_class), f"section {self.name}"
+        values: dict[str, Any] = {}
+        for text in texts:
+            values |= _leaf_values(self._content(text), leaves, place=place)
+        if own := [name for name in values if name in self.decided]:
+            raise ConfigError(f"{self.name} sets {own[0]}, which {self.by} decides itself. Remove it.")
+        return _from_values(self.config_class, {**self.decided, **values}, leaves, place=place)
+
+    def _content(self, text: str) -> dict[str, Any]:
+        """Read NAME=VALUE or a JSON object -> {name: text, None, list or dict}, as YAML would hold it."""
+        name, equals, value = text.partition("=")
+        try:
+            if text.startswith("{"):
+                return dict(json.loads(text))
+            is_flow = value.startswith(("[", "{"))
+            flow = yaml.load(value, Loader=_TextLoader) if is_flow else value  # noqa: S506 (texts alone)
+        except (ValueError, yaml.YAMLError):
+            raise ConfigError(f"{self.name} holds {text!r}, which is not YAML. Quote the value.") from None
+        if not equals:
+            raise ConfigError(
+                f"{self.name} holds {text!r}. Write NAME=VALUE, or in YAML `{self.name}: {{NAME: VALUE}}`."
+            )
+        return {_snake(name): None if flow == "None" else flow}
+
+
 def check_ranges(config: Any) -> None:
     """Refuse a number outside the range that its field's annotation names; called by each config's `__post_init__`.
 
@@ -109,7 +169,14 @@ def _ranges_in(annotation: Any) -> Iterator[Range]:
             yield from _ranges_in(member)
 
 
-def parse(config_class: type[ConfigT], *, name: str, description: str, argv: Sequence[str] | None = None) -> ConfigT:
+def parse(
+    config_class: type[ConfigT],
+    *,
+    name: str,
+    description: str,
+    argv: Sequence[str] | None = None,
+    of_file: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> ConfigT:
     """Read the command line and the YAML file that it names -> an instance of `config_class`.
 
     Args:
@@ -117,6 +184,7 @@ def parse(config_class: type[ConfigT], *, name: str, description: str, argv: Seq
         name: the tool's name in usage and help.
         description: what the tool does, for the help.
         argv: tokens after the program's name; None takes sys.argv's.
+        of_file: turns the file's content (texts) into this command's, where the file may be another command's.
 
     Raises:
         ConfigError: an unknown flag or key, a missing or impossible value; also what `__post_init__` raises, unchanged.
@@ -126,20 +194,31 @@ def parse(config_class: type[ConfigT], *, name: str, description: str, argv: Seq
     if not {"-h", "--help"} & set(tokens):
         tokens = _check_flags(tokens, leaves)
         file = _config_file(tokens)
-        from_file = _tokens_of_file(file, leaves, config_class) if file is not None else {}
-        _say_what_is_replaced(tokens, from_file, file)
+        content = {} if file is None else _read_yaml(file)
+        values = _leaf_values(content if of_file is None else of_file(content), leaves, place=str(file))
+        from_file = {key: _tokens_of_value(key, leaves[key], value, place=f"{file}: ") for key, value in values.items()}
         _check_required(leaves, given=set(from_file) | _keys(tokens))
+        for key in (key for key, leaf in leaves.items() if leaf.is_settings):
+            tokens = _merged(flag_of(key), from_file.pop(key, [])[1:], tokens)
+        _say_what_is_replaced(tokens, from_file, file)
         return _construct(
-            config_class, name, description, [t for group in from_file.values() for t in group], tokens, file
+            config_class, name, description, [t for group in from_file.values() for t in group], tokens, str(file)
         )
-    return _construct(config_class, name, description, [], ["--help"], None)
+    return _construct(config_class, name, description, [], ["--help"], "")
+
+
+def from_dict(config_class: type[ConfigT], content: Mapping[str, Any], *, place: str) -> ConfigT:
+    """Build a config from what `to_dict` made of one, JSON and back included, as `parse` does from a YAML file.
+
+    Raises:
+        ConfigError: as `parse`; `place` names where the content stands.
+    """
+    leaves = _leaves(config_class)
+    return _from_values(config_class, _leaf_values(_plain_text(content), leaves, place=place), leaves, place=place)
 
 
 def _say_what_is_replaced(tokens: Sequence[str], from_file: Mapping[str, list[str]], file: Path | None) -> None:
-    """Warn where a typed list takes the place of the file's, and names settings of it no more.
-
-    `--training lr=1e-7` is the whole section `training` then: what else the file has there is not set.
-    """
+    """Warn where a typed list takes the place of the file's, and names settings of it no more."""
     for flag, *values in from_file.values():
         if flag not in tokens or not values:
             continue
@@ -190,7 +269,13 @@ def take_command(
 def to_dict(config: Any) -> dict[str, Any]:
     """Turn a config into what JSON and YAML hold -> nested dict, sections as dicts, paths as text, tuples as lists."""
     assert dataclasses.is_dataclass(config)
-    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    marks = typing.get_type_hints(type(config), include_extras=True)
+    values = {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    for name, settings in values.items():
+        for mark in typing.get_args(marks[name]):
+            if isinstance(mark, SettingsOf):  # what the holder decides is not the field's to say
+                values[name] = {key: value for key, value in settings.items() if key not in mark.decided}
+    return values
 
 
 def deciding(config: Any) -> dict[str, Any]:
@@ -198,8 +283,14 @@ def deciding(config: Any) -> dict[str, Any]:
 
     Paths are sections and name, such as "optimization.lr"; values as `to_dict` spells them.
     """
-    leaves = _leaves(type(config)).values()
-    return {".".join(leaf.path): _plain(_value_of(config, leaf)) for leaf in leaves if not leaf.is_layout}
+    found: dict[str, Any] = {}
+    for leaf in _leaves(type(config)).values():
+        path, value = ".".join(leaf.path), _value_of(config, leaf)
+        if leaf.is_settings:
+            found |= {f"{path}.{name}": setting for name, setting in deciding(value).items()}
+        elif not leaf.is_layout:
+            found[path] = _plain(value)
+    return found
 
 
 def write_yaml(config: Any, path: Path) -> None:
@@ -238,10 +329,12 @@ class _Leaf:
     default: Any
     is_layout: bool = False
     """Marked LAYOUT, or within a section that is."""
+    is_settings: bool = False
+    """Holds another command's config: marked SettingsOf."""
 
     @property
     def required(self) -> bool:
-        return self.default is dataclasses.MISSING
+        return self.default is dataclasses.MISSING and not self.is_settings
 
     @property
     def is_switch(self) -> bool:
@@ -256,7 +349,7 @@ class _Leaf:
     @property
     def takes_many(self) -> bool:
         members = typing.get_args(self.annotation) if self.takes(type(None)) else (self.annotation,)
-        return any(typing.get_origin(member) in (tuple, list) for member in members)
+        return self.is_settings or any(typing.get_origin(member) in (tuple, list) for member in members)
 
 
 def _leaves(
@@ -277,11 +370,13 @@ def _leaves(
         free = is_layout or LAYOUT in marks
         value = _default_of(field) if default is dataclasses.MISSING else getattr(default, field.name)
         here = (*path, field.name)
-        if dataclasses.is_dataclass(annotation):
+        is_settings = any(isinstance(mark, SettingsOf) for mark in marks)
+        if dataclasses.is_dataclass(annotation) and not is_settings:
             assert isinstance(annotation, type)
             found = _leaves(annotation, here, value, is_layout=free)
         else:
-            found = {field.name: _Leaf(path=here, annotation=annotation, default=value, is_layout=free)}
+            leaf = _Leaf(path=here, annotation=annotation, default=value, is_layout=free, is_settings=is_settings)
+            found = {field.name: leaf}
         for key, leaf in found.items():
             assert key not in _BUILT_IN, f"{'.'.join(leaf.path)}: --{key} belongs to every tool; choose another name"
             assert key not in leaves, f"{flag_of(key)} would be both {leaf.path} and {leaves[key].path}; rename one"
@@ -384,29 +479,55 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return content
 
 
-def _tokens_of_file(file: Path, leaves: Mapping[str, _Leaf], config_class: type[Any]) -> dict[str, list[str]]:
-    """Read a YAML file -> {leaf: its command-line tokens}, in the file's order."""
+def _leaf_values(content: Mapping[str, Any], leaves: Mapping[str, _Leaf], *, place: str) -> dict[str, Any]:
+    """Open the sections of a YAML mapping -> {leaf: its text, None, list or mapping}, in its order."""
     sections = {section for leaf in leaves.values() for section in leaf.path[:-1]}
-    tokens: dict[str, list[str]] = {}
-    for section, key, value in _settings(_read_yaml(file), sections, leaves, file):
+    values: dict[str, Any] = {}
+    for section, key, value in _settings(content, sections, leaves, place):
         if key not in leaves:
             known = (
                 [*leaves, *sections] if section is None else [k for k, leaf in leaves.items() if section in leaf.path]
             )
             where = f" in section {section}" if section else ""
-            raise ConfigError(f"{file}: unknown key {key!r}{where}. {_nearest(key, known)}Remove or rename it.")
+            raise ConfigError(f"{place}: unknown key {key!r}{where}. {_nearest(key, known)}Remove or rename it.")
         leaf = leaves[key]
         if section is not None and section not in leaf.path:
             home = leaf.path[-2] if len(leaf.path) > 1 else "no section"
-            raise ConfigError(f"{file}: {key!r} stands in section {section}, but belongs to {home}. Move it there.")
-        if key in tokens:
-            raise ConfigError(f"{file}: {key!r} is given twice, in a section and outside it. Keep one.")
-        tokens[key] = _tokens_of_value(key, leaf, value, place=f"{file}: ")
-    return tokens
+            raise ConfigError(f"{place}: {key!r} stands in section {section}, but belongs to {home}. Move it there.")
+        if key in values:
+            raise ConfigError(f"{place}: {key!r} is given twice, in a section and outside it. Keep one.")
+        values[key] = value
+    return values
+
+
+def _from_values(
+    config_class: type[ConfigT], values: Mapping[str, Any], leaves: Mapping[str, _Leaf], *, place: str
+) -> ConfigT:
+    _check_required(leaves, given=set(values))
+    tokens = [t for key, value in values.items() for t in _tokens_of_value(key, leaves[key], value, place=f"{place}: ")]
+    for key in (key for key, leaf in leaves.items() if leaf.is_settings and key not in values):
+        tokens.append(flag_of(key))
+    return _construct(config_class, "", "", tokens, [], place)
+
+
+def _merged(flag: str, before: Sequence[str], tokens: Sequence[str]) -> list[str]:
+    """Gather all values of a flag behind those of the file -> tokens that have the flag once."""
+    values, rest, is_value = list(before), [], False
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        if name == flag:
+            values += [value] if equals else []
+            is_value = not equals
+        elif token.startswith("--"):
+            rest.append(token)
+            is_value = False
+        else:
+            (values if is_value else rest).append(token)
+    return [*rest, flag, *values]
 
 
 def _settings(
-    content: Mapping[str, Any], sections: set[str], leaves: Mapping[str, _Leaf], file: Path
+    content: Mapping[str, Any], sections: set[str], leaves: Mapping[str, _Leaf], place: str
 ) -> Iterator[tuple[str | None, str, Any]]:
     """Walk a YAML mapping -> (innermost section or None, key, value) triples."""
     for name, value in content.items():
@@ -414,17 +535,19 @@ def _settings(
         if name not in sections or (name in leaves and not isinstance(value, dict)):
             yield None, str(name), value
         elif isinstance(value, dict):
-            for inner_section, key, inner in _settings(value, sections, leaves, file):
+            for inner_section, key, inner in _settings(value, sections, leaves, place):
                 yield inner_section or name, key, inner
         elif value is not None:
             raise ConfigError(
-                f"{file}: {name} is a section and holds `key: value` lines, not {value!r}. Indent them below it."
+                f"{place}: {name} is a section and holds `key: value` lines, not {value!r}. Indent them below it."
             )
 
 
 def _tokens_of_value(key: str, leaf: _Leaf, value: Any, *, place: str) -> list[str]:
     """Spell one value (text, None, list or mapping of texts) as the tokens that a user would type."""
     flag = flag_of(key)
+    if isinstance(value, dict) and leaf.is_settings:
+        return [flag, json.dumps(value)]
     if isinstance(value, dict):
         if not leaf.takes_many:
             raise ConfigError(f"{place}{key!r} takes one value, not a mapping. Write `{key}: VALUE`.")
@@ -450,7 +573,7 @@ def _tokens_of_value(key: str, leaf: _Leaf, value: Any, *, place: str) -> list[s
 
 
 def _construct(
-    config_class: type[ConfigT], name: str, description: str, from_file: list[str], typed: list[str], file: Path | None
+    config_class: type[ConfigT], name: str, description: str, from_file: list[str], typed: list[str], file: str
 ) -> ConfigT:
     """Let tyro read the tokens -> an instance; its boxed messages become one ConfigError line."""
     extended = dataclasses.make_dataclass(
@@ -481,7 +604,7 @@ def _construct(
     return config_class(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(config_class)})  # type: ignore[arg-type]
 
 
-def _raise_config_error(exit_: SystemExit, boxed: str, flags_of_file: set[str], file: Path | None) -> NoReturn:
+def _raise_config_error(exit_: SystemExit, boxed: str, flags_of_file: set[str], file: str) -> NoReturn:
     """Say in one line why tyro refused; a section's own ConfigError, which tyro wraps, comes out as it was."""
     cause = exit_.__context__
     while cause is not None:
@@ -490,7 +613,7 @@ def _raise_config_error(exit_: SystemExit, boxed: str, flags_of_file: set[str], 
         cause = cause.__context__
     message = " ".join(_boxed_text(boxed)).rstrip(".")
     message = re.sub(r"typing\.Annotated\[(\w+), [^\]]*\]", r"\1", message)
-    origin = f"{file}: " if file is not None and any(flag in message for flag in flags_of_file) else ""
+    origin = f"{file}: " if any(flag in message for flag in flags_of_file) else ""
     raise ConfigError(f"{origin}{message}. Run with --help for what each flag takes.") from None
 
 
@@ -534,10 +657,17 @@ def _plain(value: Any) -> Any:
 
 
 def _plain_text(value: Any) -> Any:
-    """Spell a leaf as YAML text would arrive: None, a text or a list of texts."""
+    """Spell a value as YAML text would arrive: None, a text, or a list or mapping of such."""
+    if isinstance(value, Mapping):
+        return {name: _plain_text(item) for name, item in value.items()}
     if isinstance(value, (tuple, list)):
         return [_plain_text(item) for item in value]
-    return None if value is None else str(value)
+    return None if value is None else spell(value)
+
+
+def spell(value: Any) -> str:
+    """Spell a setting's value as people type it -> text that reads back as the same: 5e-7, not 5e-07."""
+    return re.sub(r"e([+-])0(\d)$", r"e\1\2", str(value)) if isinstance(value, float) else str(value)
 
 
 def _keys(tokens: Sequence[str]) -> set[str]:

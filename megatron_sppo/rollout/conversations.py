@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-Turn = dict[str, str]
+from megatron_sppo.rollout.records import Turn
 
 PROMPT_COLUMNS = frozenset(
     {"prompt", "messages", "conversations", "conversation", "instruction", "question", "chosen", "rejected"}

@@ -24,6 +24,7 @@ from megatron_sppo.rollout.records import (
     Response,
     RolloutGroup,
     RolloutManifest,
+    SetAside,
     write_manifest,
     write_shard,
 )
@@ -118,8 +119,9 @@ def _stop_token_ids(tokenizer: ChatTokenizer, files: ModelFiles) -> tuple[int, .
 
     An engine knows the latter alone; where they do not name the former, every answer would run on through it.
     """
-    markers, known = tokenizer.markers, {*files.eos_token_ids, tokenizer.eos_token_id} - {None}
-    stops = {*known, markers.end_of_turn_id} - {None}
+    markers = tokenizer.markers
+    known = {token for token in (*files.eos_token_ids, tokenizer.eos_token_id) if token is not None}
+    stops = known if markers.end_of_turn_id is None else {*known, markers.end_of_turn_id}
     spelled = ", ".join(f"{tokenizer.token_text(token)} ({token})" for token in sorted(stops))
     if markers.end_of_turn is not None and markers.end_of_turn_id is None:
         logger.warning(
@@ -129,7 +131,7 @@ def _stop_token_ids(tokenizer: ChatTokenizer, files: ModelFiles) -> tuple[int, .
         )
     elif not stops:
         logger.warning("neither the chat template nor the model's files name a token that ends an answer.")
-    elif markers.end_of_turn_id not in known | {None}:
+    elif stops != known:
         logger.warning(
             "the chat template ends a turn with %s (%d), which neither config.json, generation_config.json nor the "
             "tokenizer calls EOS: answers are stopped there too. For other programs, add it to eos_token_id in "
@@ -164,7 +166,7 @@ def _refuse_no_signal(config: GenerateConfig, outcomes: Mapping[str, int]) -> No
 
 def _tokenize(
     config: GenerateConfig, prompt_set: PromptSet, tokenizer: ChatTokenizer, files: ModelFiles
-) -> tuple[list[TokenizedPrompt], tuple[dict[str, str], ...]]:
+) -> tuple[list[TokenizedPrompt], tuple[SetAside, ...]]:
     """Template and tokenise every prompt -> (those that can be sampled, all that were set aside)."""
     room = files.context_length if config.max_model_len is None else config.max_model_len
     if room > files.context_length:
@@ -255,12 +257,12 @@ def _rate_reporter(bar: Any) -> Callable[[int, int], None]:
 
 def _groups(
     prompts: Sequence[TokenizedPrompt], answers: Sequence[tuple[Response, ...] | Refusal]
-) -> tuple[list[RolloutGroup], list[dict[str, str]]]:
+) -> tuple[list[RolloutGroup], list[SetAside]]:
     """Put prompts and answers together -> (rows, prompts that have no answers with the reason)."""
     groups, refused = [], []
     for prompt, responses in zip(prompts, answers, strict=True):
         if isinstance(responses, Refusal):
-            refused.append({"prompt_id": prompt.prompt.prompt_id, "reason": responses.reason})
+            refused.append(SetAside(prompt_id=prompt.prompt.prompt_id, reason=responses.reason))
             continue
         groups.append(
             RolloutGroup(

@@ -38,14 +38,16 @@ from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
 from megatron_sppo.errors import DataError
 from megatron_sppo.rollout.chat_template import ChatTokenizer, UnusablePrompt
 from megatron_sppo.rollout.config import TemplateConfig
-from megatron_sppo.rollout.conversations import Turn, UnusableRow, prompt_messages, read_turns
+from megatron_sppo.rollout.conversations import UnusableRow, prompt_messages, read_turns
 from megatron_sppo.rollout.prompts import Prompt, check_split, make_prompt
 from megatron_sppo.rollout.records import (
     SCHEMA_VERSION,
     Response,
     RolloutGroup,
     RolloutManifest,
+    SetAside,
     ShardEntry,
+    Turn,
     write_manifest,
     write_shard,
 )
@@ -152,7 +154,7 @@ class _Groups:
         self._path, self._split, self._subset, self._tokenizer = path, split, subset, tokenizer
         self._seen: set[str] = set()
         self.splits: set[str | None] = set()
-        self.quarantined: list[dict[str, str]] = []
+        self.quarantined: list[SetAside] = []
         self.counts: Counter[str] = Counter()
         self.num_responses = 0
         """K of the first usable row; rows of another K are set aside."""

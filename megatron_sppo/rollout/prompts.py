@@ -18,6 +18,7 @@ from megatron_sppo.rollout.conversations import (
     prompt_messages,
     refuse_bad_text,
 )
+from megatron_sppo.rollout.records import SetAside, Turn
 from megatron_sppo.rollout.tables import NO_ROW, table_rows
 from megatron_sppo.storage import sha256_of_json
 
@@ -27,7 +28,7 @@ class Prompt:
     """One conversation that awaits an answer."""
 
     prompt_id: str
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[Turn, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,8 @@ class PromptSet:
     """The prompts of one file and the rows that were set aside."""
 
     prompts: tuple[Prompt, ...]
-    quarantined: tuple[dict[str, str], ...]
-    """Each {"prompt_id", "reason"}; a row without an id is called "row-<number from 1>"."""
+    quarantined: tuple[SetAside, ...]
+    """A row without an id is called "row-<number from 1>"."""
     splits: tuple[str, ...] = ()
     """Those that the rows name, of all rows that were read."""
 
@@ -60,7 +61,7 @@ def read_prompts(
     if offset < 0 or (limit is not None and limit < 1):
         raise ConfigError(f"offset is {offset} and limit {limit}. Use --offset 0 or more and --limit 1 or more.")
     good: list[Prompt] = []
-    quarantined: list[dict[str, str]] = []
+    quarantined: list[SetAside] = []
     first_row_of_id: dict[str, int] = {}
     id_of_content: dict[str, str] = {}
     splits: set[str | None] = set()
@@ -112,7 +113,7 @@ def prompt_of_row(row: Any) -> Prompt:
     return make_prompt(prompt_messages(row), row.get("prompt_id"))
 
 
-def make_prompt(messages: Sequence[dict[str, str]], given: Any) -> Prompt:
+def make_prompt(messages: Sequence[Turn], given: Any) -> Prompt:
     """Give messages the id that their row names, or the hash of their content -> Prompt."""
     turns = tuple(messages)
     if given is None or given == "":
@@ -136,7 +137,7 @@ def _refuse_duplicate(
     id_of_content[content] = prompt.prompt_id
 
 
-def _content_hash(messages: tuple[dict[str, str], ...]) -> str:
+def _content_hash(messages: tuple[Turn, ...]) -> str:
     return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
 
 

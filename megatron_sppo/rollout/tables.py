@@ -17,7 +17,7 @@ import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import yaml
 
@@ -113,7 +113,7 @@ def _kind(path: Path) -> str:
 def _open(path: Path) -> IO[bytes]:
     """Open a file for reading, decompressed; damage shows when it is read."""
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")
+        return cast(IO[bytes], gzip.open(path, "rb"))
     if path.suffix == ".zst":
         import pyarrow  # comes with datasets, and reads zstd without a further package
 

@@ -16,8 +16,9 @@ def context_parallel_share(batch: MicroBatch, *, rank: int, size: int) -> MicroB
     to the rank that holds the position before it, so every rank has partial sums of every sequence.
     """
     num_columns, num_batch_rows = batch.tokens.shape[1], batch.tokens.shape[0]
-    undivided = batch.cu_seqlens is None or batch.parents is not None
-    boundaries = torch.tensor([0, num_columns]) if undivided else batch.cu_seqlens
+    boundaries = batch.cu_seqlens
+    if boundaries is None or batch.parents is not None:
+        boundaries = torch.tensor([0, num_columns])
     position = zigzag_positions(boundaries, rank=rank, size=size)
     column_of = torch.full((num_columns,), -1, dtype=torch.int64)
     column_of[position] = torch.arange(len(position))

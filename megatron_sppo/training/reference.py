@@ -37,7 +37,7 @@ def fingerprint(policy: Policy, dataset: PreferenceDataset, batches: Batches, co
     `sppo/ref_drift_step0`.
     """
     model, batch = config.model, config.batch
-    names = {
+    names: dict[str, Any] = {
         "weights_hash": weights_hash(policy.stages),
         "dataset_hash": dataset.dataset_hash,
         "selection": batches.selection,

@@ -1,5 +1,7 @@
 """Proves that command line, YAML and defaults meet in one validated config; each refusal is one useful line."""
 
+import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -346,3 +348,72 @@ def test_a_marked_number_keeps_its_range(name):
     with pytest.raises(ConfigError, match=f"--{name}") as caught:
         config.parse(Layout, name="x", description="", argv=[f"--{name}", "many"])
     assert "Annotated" not in str(caught.value) and "LAYOUT" not in str(caught.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """Holds the settings of another command."""
+
+    rounds: int = 1
+    other: Annotated[
+        Run,
+        config.SettingsOf(Run, name="other", decided={"load": "LOAD"}, by="the loop"),
+    ]
+
+
+def parse_loop(*argv: str) -> Loop:
+    return config.parse(Loop, name="loop.py", description="", argv=argv)
+
+
+def test_another_command_s_settings_are_typed_as_name_value_and_written_as_a_mapping(tmp_path):
+    defaults = Run(load=Path("LOAD"))
+    assert parse_loop().other == defaults
+    typed = parse_loop("--other", "lr=5.0e-7", "packing=false", "host=[a=1, b=2]", "seed=None", "--rounds", "2")
+    assert typed.rounds == 2
+    assert typed.other == dataclasses.replace(
+        defaults, optimization=OptimizerSection(lr=5e-7), packing=False, host=("a=1", "b=2"), seed=None
+    )
+    file = tmp_path / "loop.yaml"
+    file.write_text(
+        "rounds: 2\nother:\n  optimization: {lr: 5.0e-7}\n  packing: false\n  host: [a=1, b=2]\n  seed: null\n"
+    )
+    assert parse_loop("--config", str(file)) == typed
+    over = parse_loop("--config", str(file), "--other", "lr=1e-6", "--other=fp8=e4m3", "--rounds", "3")
+    optimization = OptimizerSection(lr=1e-6)
+    assert over == Loop(rounds=3, other=dataclasses.replace(typed.other, optimization=optimization, fp8="e4m3"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lr", "other holds 'lr'. Write NAME=VALUE, or in YAML `other: {NAME: VALUE}`"),
+        ("host=[a", "other holds 'host=\\[a', which is not YAML"),
+        ("load=x", "other sets load, which the loop decides itself. Remove it"),
+        ("lrr=1", "section other: unknown key 'lrr'. Did you mean lr"),
+        ("optimization={lr: 1}", None),
+        ("lr=-1", "^lr \\(-1.0\\) is negative. Use --lr 5e-7.$"),
+        ("lr=many", "section other: .*--lr"),
+        ("seed=13", "^seed 13 is  unlucky"),
+    ],
+)
+def test_another_command_s_settings_are_refused_in_its_own_words(text, message):
+    if message is None:
+        assert parse_loop("--other", text).other.optimization.lr == 1
+        return
+    with pytest.raises(ConfigError, match=message):
+        parse_loop("--other", text)
+
+
+def test_a_holder_reads_back_from_what_it_keeps():
+    loop = parse_loop("--other", "lr=4.0e-5", "host=[a=1]", "bias=true", "--rounds", "4")
+    kept = config.to_dict(loop)
+    assert "load" not in kept["other"]
+    assert config.from_dict(Loop, json.loads(json.dumps(kept)), place="state.json") == loop
+    assert config.deciding(loop)["other.optimization.lr"] == 4e-5
+    with pytest.raises(ConfigError, match="state.json: unknown key 'round'"):
+        config.from_dict(Loop, {"round": 1}, place="state.json")
+
+
+@pytest.mark.parametrize(("value", "text"), [(5e-7, "5e-7"), (1e-12, "1e-12"), (1e20, "1e+20"), (0.1, "0.1"), (3, "3")])
+def test_numbers_are_spelled_as_people_type_them(value, text):
+    assert config.spell(value) == text and float(config.spell(value)) == value
