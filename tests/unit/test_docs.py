@@ -3,7 +3,7 @@ Python in the others.
 
 A fenced block is held by its language and by a mark, a comment on the line before it:
 
-    <!-- run: NAME -->        executed by tests/e2e/test_docs.py, in order with the others of that name; Python, here
+    <!-- run: NAME -->        executed by tests/e2e/test_docs_vllm.py after the others of that name; Python, here
     <!-- config: COMMAND -->  YAML of that command
     <!-- not run: REASON -->  why not; what is ours in it is checked all the same
 
