@@ -87,9 +87,8 @@ def run_and_kill(convert: Callable[[], object], point: Point) -> bool:
     pid = os.fork()
     if pid == 0:
         try:
-            tqdm.set_lock(
-                threading.RLock()
-            )  # its own is shared by forks: killed with it, this one would stop the parent
+            # Its own lock is shared by forks: killed with it, this process would stop its parent.
+            tqdm.set_lock(threading.RLock())
             if point.bytes is not None:
                 kill_after_bytes(point.bytes)
             if point.step is not None:
