@@ -98,7 +98,7 @@ demo: install $(SMOLLM2)/config.json
 	@TOKENIZERS_PARALLELISM=false $(BIN)/python tools/self_play.py --config examples/configs/smollm2_demo.yaml --model $(SMOLLM2) \
 	  --prompts examples/data/prompts.jsonl --output $(RUN) --iterations $(ITERATIONS) --judge $(JUDGE)
 
-test: lint test-unit test-triton test-distributed test-cudaless test-e2e
+test: lint docs test-unit test-triton test-distributed test-cudaless test-e2e
 
 # What a full run stands for: these sources and Megatron-Core's versions. `make test-full` notes it, for you to commit.
 FULL_RUN := tests/full_run.txt
@@ -146,7 +146,7 @@ test-gpu-emulated: $(ENGINE)/.unpacked
 	$(EMULATED) tests/cudaless tests/gpu
 
 # Pages made from code are written again first; a page that is not what the code says fails tests/unit/test_docs.py.
-docs: install
+docs: $(VENV)/.installed
 	@for page in troubleshooting commands benchmarks; do $(BIN)/python docs/$$page.py; done
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
 	@echo "site/index.html"

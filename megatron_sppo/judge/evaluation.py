@@ -67,7 +67,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         name: bootstrap(list(of_prompt.values()), resamples=config.bootstrap_resamples, seed=config.seed)
         for name, of_prompt in rates.items()
     }
-    result = {
+    result: dict[str, Any] = {
         "judge": judge.name,
         "win_rate_vs_base": asdict(intervals["base"]),
         "win_rate_vs_previous": asdict(intervals["previous"]),

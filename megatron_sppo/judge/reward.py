@@ -25,6 +25,7 @@ from megatron_sppo.judge.model_files import load_tokenizer, local_directory
 from megatron_sppo.judge.protocol import Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.judge.source import UnreadableGroup
 from megatron_sppo.rollout.chat_template import TEMPLATE_FAULTS
+from megatron_sppo.rollout.records import Turn
 from megatron_sppo.storage import sha256_of_file, sha256_of_json
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class RewardJudge:
         Other added tokens (runs of spaces, `<ul>`, `<think>`) are text, and are scored as transformers scores them.
         """
         plain = [
-            {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), _PLAIN, strict=True)
+            Turn(role=role, content=text) for role, text in zip(("user", "assistant", "user"), _PLAIN, strict=True)
         ]
         try:
             rendered = [self._render(turns) for turns in (plain[:2], plain)]
@@ -104,7 +105,7 @@ class RewardJudge:
         pattern = "|".join(re.escape(marker) for marker in markers) or r"(?!)"
         return re.compile(pattern), frozenset(ids - {None, self._tokenizer.unk_token_id})
 
-    def _render(self, turns: Sequence[dict[str, str]]) -> str:
+    def _render(self, turns: Sequence[Turn]) -> str:
         """Write a conversation in the model's chat template -> text.
 
         Raises:
@@ -133,9 +134,9 @@ class RewardJudge:
 
     def _score(self, group: RolloutGroup, text: str) -> float:
         """Run the model over one conversation, its beginning cut where it is too long -> score, nats."""
-        turns = [*group.messages, {"role": "assistant", "content": text}]
+        turns = [*group.messages, Turn(role="assistant", content=text)]
         # A marker inside a text would open a turn of its own: it is read as a space, as PairRM's judge does.
-        plain = [{**turn, "content": self._markers.sub(" ", turn["content"])} for turn in turns]
+        plain = [Turn(role=turn["role"], content=self._markers.sub(" ", turn["content"])) for turn in turns]
         self.counts["neutralised_markers"] += sum(a != b for a, b in zip(plain, turns, strict=True))
         ids = self._ids(self._render(plain))
         if len(ids) > self._context:

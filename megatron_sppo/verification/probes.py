@@ -14,6 +14,7 @@ from megatron_sppo.checkpoints.tokenizer import TEXT_FILES, is_tokenizer_of, tok
 from megatron_sppo.errors import DataError
 from megatron_sppo.rollout.chat_template import TEMPLATE_FAULTS
 from megatron_sppo.rollout.prompts import read_prompts
+from megatron_sppo.rollout.records import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def prompt_token_ids(hf: Path, architecture: Architecture, prompts: Path | None)
     return [ids[:limit] for ids in lists]
 
 
-def _prompt_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+def _prompt_ids(tokenizer: Any, messages: Sequence[Turn]) -> list[int]:
     if tokenizer.chat_template is None:
         return tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)

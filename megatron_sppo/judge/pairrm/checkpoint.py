@@ -49,7 +49,7 @@ class PairRMNetwork(nn.Module):
 
     def __init__(self, config: DebertaV2Config, *, num_tasks: int) -> None:
         super().__init__()
-        self.pretrained_model = DebertaV2Model(config)
+        self.pretrained_model: Any = DebertaV2Model(config)  # type: ignore[no-untyped-call]
         # Places 0 and 3 are dropouts in training; with them the checkpoint's names are head_layer.1 and head_layer.4.
         self.head_layer = nn.Sequential(
             nn.Identity(),
@@ -71,7 +71,7 @@ class PairRMNetwork(nn.Module):
             [marker_states_P3H, marker_states_P3H.new_zeros(-num_pairs % HEAD_ROWS, *marker_states_P3H.shape[1:])]
         )
         blocks = []
-        for block in states.split(HEAD_ROWS):
+        for block in states.view(len(states) // HEAD_ROWS, HEAD_ROWS, *states.shape[1:]):
             source, first, second = block.unbind(dim=1)
             first_score = self.head_layer(torch.cat([source, first], dim=-1))
             second_score = self.head_layer(torch.cat([source, second], dim=-1))
