@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from megatron_sppo.command_line import world_size
+from megatron_sppo.command_line import launch
 
 _START_TIMEOUT = datetime.timedelta(hours=2)
 """Ranks may load their judge one after the other from a slow disk."""
@@ -73,7 +73,7 @@ class WorkList:
 
 def open_work_list() -> WorkList:
     """Join the ranks that torchrun, or a launcher that sets the same variables, has started -> WorkList."""
-    if world_size() == 1:
+    if launch().world_size == 1:
         return WorkList()
-    store, rank, size = next(iter(rendezvous("env://", timeout=_START_TIMEOUT)))
-    return WorkList(rank=rank, world_size=size, store=PrefixStore("score_pairrm", store))
+    store, rank, world_size = next(iter(rendezvous("env://", timeout=_START_TIMEOUT)))
+    return WorkList(rank=rank, world_size=world_size, store=PrefixStore("score_pairrm", store))

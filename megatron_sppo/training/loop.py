@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_sppo import flops
-from megatron_sppo.command_line import launcher_rank, world_size
+from megatron_sppo.command_line import launch
 from megatron_sppo.errors import DataError
 from megatron_sppo.model.transformer_config import bfloat16_products
 from megatron_sppo.training import parallel
@@ -150,8 +150,9 @@ def _tell(log_prob_N: Tensor, router_sums: Tensor, told: _Told) -> Callable[[], 
 
     A rank's seconds stand at its place, 0 for none. Collective.
     """
-    ours = torch.zeros(world_size() + 1, dtype=torch.float64)
-    ours[launcher_rank()], ours[-1] = told.seconds[0], told.stops
+    place = launch()
+    ours = torch.zeros(place.world_size + 1, dtype=torch.float64)
+    ours[place.rank], ours[-1] = told.seconds[0], told.stops
     parts = [log_prob_N, router_sums, parallel.to_device(ours)]
     read = parallel.sum_to_cpu(torch.cat(parts))
 
@@ -188,7 +189,7 @@ def _speed(plan: StepPlan, seconds: float, policy: Policy) -> dict[str, float]:
         **flops_metrics(
             model_flops,
             seconds=seconds,
-            world_size=world_size(),
+            world_size=launch().world_size,
             device_name=torch.cuda.get_device_name() if on_gpu else None,
         ),
     }
