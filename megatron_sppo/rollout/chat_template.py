@@ -91,7 +91,7 @@ class ChatTokenizer:
         except TemplateSyntaxError as error:
             raise DataError(
                 f"the chat template of {place} is no valid Jinja (line {error.lineno}: "
-                f"{error.message}). Mend it, or use --chat-template FILE.jinja."
+                f"{error.message}). Fix it, or use --chat-template FILE.jinja."
             ) from None
         except TEMPLATE_FAULTS:
             return  # it may want a system message; each prompt is judged by itself

@@ -120,7 +120,7 @@ def import_preferences(
             first = f"; the first: {groups.quarantined[0]['reason']}" if groups.quarantined else ""
             raise DataError(
                 f"{rows} has no usable row ({len(groups.quarantined)} set aside{first}). "
-                "Mend the rows, or use the --chat-template that suits them."
+                "Fix the rows, or use the --chat-template that suits them."
             )
         config = read_json(model / "config.json")
         manifest = RolloutManifest(
