@@ -38,7 +38,7 @@ import numpy as np
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.judge.protocol import Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.judge.source import UnreadableGroup, conversation_text
-from megatron_sppo.rollout.openai_server import HttpError, NoReply, OpenAIServer, ReplyIsNotJson, ServerFault
+from megatron_sppo.rollout.openai_server import HttpError, NoReply, OpenAIServer, ServerFault, UnusableReply
 from megatron_sppo.storage import atomic_file, sha256_of_json
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ _ROW_STATUSES = _UNREADABLE_STATUSES | {403, 451, 500}
 _TOP_LOGPROBS = 5
 _REMEDIES: dict[type[ServerFault], str] = {
     NoReply: "Start the server, then run the same command again: finished shards are kept.",
-    ReplyIsNotJson: "Check the address: on most servers it ends in /v1.",
+    UnusableReply: "Check the address: on most servers it ends in /v1.",
     HttpError: "Run the same command again when it has room: finished shards are kept.",
 }
 _SMALL_QUESTION = ("What is 1 + 1?", "2", "3")

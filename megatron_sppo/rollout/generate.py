@@ -30,6 +30,7 @@ from megatron_sppo.rollout.records import (
 )
 from megatron_sppo.rollout.sampler import Refusal, Sampler, check_responses
 from megatron_sppo.rollout.server import ServerSampler
+from megatron_sppo.rollout.tables import warn_of_several_splits
 from megatron_sppo.rollout.vllm_engine import VllmSampler
 
 logger = logging.getLogger(__name__)
@@ -53,12 +54,8 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
     prompt_set = read_prompts(
         config.prompts, split=config.split, subset=config.subset, offset=config.offset, limit=config.limit
     )
-    if config.split is None and len(prompt_set.splits) > 1:
-        logger.warning(
-            "%s: rows of several splits are taken together (%s). --split chooses one.",
-            config.prompts,
-            ", ".join(prompt_set.splits),
-        )
+    if config.split is None:
+        warn_of_several_splits(config.prompts, prompt_set.splits)
     files = read_model_files(config.model)
     tokenizer = ChatTokenizer(config.model, template=config.template)
     sampling = replace(config.sampling(), stop_token_ids=_stop_token_ids(tokenizer, files))
