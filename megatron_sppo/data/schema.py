@@ -110,7 +110,7 @@ def read_manifest(directory: Path) -> DatasetManifest:
     """
     path = Path(directory, MANIFEST_NAME)
     if not Path(directory).is_dir():
-        raise DataError(f"{directory} is not a directory. Give --data the directory that tools/score_pairrm.py wrote.")
+        raise DataError(f"{directory} is not a directory. Give --data the directory that `megatron-sppo score` wrote.")
     fields = read_json(path)
     if not isinstance(fields, dict):
         raise DataError(f"{path} holds {_kind(fields)}, not an object. Score the rollouts again.")
