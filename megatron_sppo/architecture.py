@@ -141,10 +141,19 @@ class Architecture:
         """Say how many tokens a query of a layer (from 0) sees, itself included -> int; None: all up to itself."""
         return None if layer in self.full_attention_layers else self.sliding_window
 
+    @property
+    def query_channels(self) -> int:
+        """Channels of a token's queries, of all heads together."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def key_channels(self) -> int:
+        """Channels of a token's keys, of all groups together; as many of its values."""
+        return self.num_query_groups * self.kv_channels
+
     def num_parameters(self) -> int:
         """Count the weights, tied embeddings once -> int."""
-        query_rows = self.num_attention_heads * self.kv_channels
-        key_rows = self.num_query_groups * self.kv_channels
+        query_rows, key_rows = self.query_channels, self.key_channels
         attention = self.hidden_size * (2 * query_rows + 2 * key_rows)
         if self.add_qkv_bias:
             attention += query_rows + 2 * key_rows

@@ -77,8 +77,8 @@ def layer_shards(architecture: Architecture, parallel: ParallelConfig) -> list[S
     """List one layer's parameters as a rank holds them."""
     hidden, head = architecture.hidden_size, architecture.kv_channels
     tensor = parallel.tensor_model_parallel_size
-    queries = architecture.num_attention_heads * head // tensor
-    qkv = queries + 2 * architecture.num_query_groups * head // tensor
+    queries = architecture.query_channels // tensor
+    qkv = queries + 2 * architecture.key_channels // tensor
     shards = [Shard(name="norm", numel=hidden)] * norms_per_layer(architecture)
     shards += [Shard(name="linear_proj", numel=hidden * queries), Shard(name="linear_qkv", numel=hidden * qkv)]
     if architecture.add_qkv_bias:
