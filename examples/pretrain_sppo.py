@@ -28,16 +28,17 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     from megatron_sppo.training import checkpoint, inputs, loop, parallel, reference
     from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
     from megatron_sppo.training.policy import build_policy
-    from megatron_sppo.training.progress import Progress, run_facts
+    from megatron_sppo.training.progress import Progress, resume_key
 
     # What can be refused is refused here, before the first second of compute.
     source, architecture, tokenizer = inputs.open_source(config)
     dataset = inputs.open_dataset(config, architecture, tokenizer)
     batches = inputs.list_batches(config, dataset, architecture)
-    facts = run_facts(batches, config)
+    key = resume_key(batches, config)
     resumed = inputs.find_resumable(config)
-    progress = Progress(facts=facts, packs=batches.packs) if resumed is None else checkpoint.read_progress(resumed)
-    progress.check_resumes(facts, config.save)
+    started = Progress(resume_key=key, micro_batch_key=batches.micro_batch_key)
+    progress = started if resumed is None else checkpoint.read_progress(resumed)
+    progress.check_resumes(key, config.save)
     if progress.step >= batches.train_iters:
         logger.info("%s is complete: %d steps are done, %d asked for", config.save, progress.step, batches.train_iters)
         return
@@ -59,7 +60,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         progress.ref_drift = reference.drift_by_step(policy, dataset, batches, reference_GK)
     else:
         checkpoint.resume(resumed, policy, optimizer, scheduler)
-        progress.say_if_packs_changed(batches.packs)
+        progress.warn_if_micro_batches_changed(batches.micro_batch_key)
         reference_GK = reference.read_for_resume(dataset, batches, progress.reference, config=config)
 
     # (log pi_theta / pi_t - (eta w - log Z))^2, meaned over the responses of a global batch, one update each.

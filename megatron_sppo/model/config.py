@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from megatron_sppo.architecture import Architecture
-from megatron_sppo.config import NonNegativeFloat, PositiveInt, check_ranges
+from megatron_sppo.config import DECIDES, NonNegativeFloat, PositiveInt, check_ranges
 from megatron_sppo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _BLACKWELL_RECIPES = ("mxfp8", "nvfp4")
 class ModelConfig:
     """Precision and implementation of the model; names are Megatron-Core's."""
 
-    params_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    params_dtype: Annotated[Literal["float32", "bfloat16"], DECIDES] = "bfloat16"
     """Type of weights and activations. With bfloat16 the optimizer keeps float32 master weights. fp16 is refused: its
     loss scaling overflows on SPPO's squared residuals of hundreds of nats."""
     transformer_impl: Literal["auto", "transformer_engine", "torch"] = "auto"
