@@ -5,7 +5,7 @@
         --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --sequence-parallel
 
 The same command again resumes, in another layout too. One process needs no torchrun. Exit codes: 0 done, 2 something
-that you can mend (one line on stderr), 143 stopped by SIGTERM after a checkpoint, 1 a crash.
+that you can fix (one line on stderr), 143 stopped by SIGTERM after a checkpoint, 1 a crash.
 """
 
 import functools
@@ -63,7 +63,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         progress.warn_if_micro_batches_changed(batches.micro_batch_key)
         reference_GK = reference.read_for_resume(dataset, batches, progress.reference, config=config)
 
-    # (log pi_theta / pi_t - (eta w - log Z))^2, meaned over the responses of a global batch, one update each.
+    # (log pi_theta / pi_t - (eta w - log Z))^2, averaged over the responses of a global batch, one update each.
     complete = loop.train(
         policy,
         optimizer,

@@ -34,8 +34,8 @@ class ModelConfig:
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: core attention only (selective) or whole layers (full)."""
     moe_aux_loss_coeff: NonNegativeFloat = 0.0
-    """Weight of each mixture layer's load-balancing loss, taken over each sequence (Megatron's seq_aux_loss) and meaned
-    over sequences, beside the objective and never in the reported loss. 0: none."""
+    """Weight of each mixture layer's load-balancing loss, taken over each sequence (Megatron's seq_aux_loss) and
+    averaged over sequences, beside the objective and never in the reported loss. 0: none."""
     moe_z_loss_coeff: NonNegativeFloat = 0.0
     """Weight of each mixture layer's squared log-sum-exp of the router's logits, in the same way. 0: none."""
     head_chunk_size: PositiveInt | None = None
