@@ -29,7 +29,7 @@ STOP_SECONDS = 30.0
 
 _PR_SET_PDEATHSIG = 1
 _TAIL_BYTES = 1 << 16
-_ERROR_LINE = re.compile(r"^(?:\[[^\]]*\]:?\s*)?([\w.-]+: error: .+)$")
+_ERROR_LINE = re.compile(r"^(?:\[[^\]]*\]:?\s*)?([\w.-]+(?: [\w.-]+){0,2}: error: .+)$")
 _EXCEPTION_LINE = re.compile(r"^(?:\[[^\]]*\]:?\s*)?([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)$")
 _TORCHRUN_EXIT_CODE = re.compile(r"exitcode\s*:\s*(-?\d+)")
 
