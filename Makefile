@@ -49,13 +49,14 @@ TRITON := .cache/triton-3.5.1-python$(VERSION)
 EMULATED := CUDALESS=1 PYTHONPATH=$(CURDIR)/tests/cudaless/startup:$(CURDIR)/$(ENGINE):$(CURDIR) $(PYTEST) -p tests.cudaless.plugin
 
 .PHONY: help interpreter install demo test test-full test-megatron lint test-unit test-distributed test-triton \
-  test-cudaless test-gpu-emulated test-e2e full-run-is-due docs clean
+  test-cudaless test-gpu-emulated test-e2e full-run-is-due pages docs clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
 	@echo 'make test-full     every layout too, as is due when training, model or data changed'
 	@echo 'make lint     ruff and mypy            make test-unit | test-distributed | test-triton | test-cudaless | test-e2e'
 	@echo 'make test-gpu-emulated     all that is written for a GPU, on an emulated one (half an hour)'
+	@echo 'make docs     the pages, in site/          make pages     write again those that are made from code'
 	@echo 'make clean    remove environments, caches and built models (not runs/)'
 	@echo
 	@echo 'make demo JUDGE=$(JUDGE) ITERATIONS=$(ITERATIONS) RUN=$(RUN)      JUDGE=pairrm:llm-blender/PairRM where a hub is reachable'
@@ -98,7 +99,7 @@ demo: install $(SMOLLM2)/config.json
 	@TOKENIZERS_PARALLELISM=false $(BIN)/python tools/self_play.py --config examples/configs/smollm2_demo.yaml --model $(SMOLLM2) \
 	  --prompts examples/data/prompts.jsonl --output $(RUN) --iterations $(ITERATIONS) --judge $(JUDGE)
 
-test: lint test-unit test-triton test-distributed test-cudaless test-e2e
+test: lint docs test-unit test-triton test-distributed test-cudaless test-e2e
 
 # What a full run stands for: these sources and Megatron-Core's versions. `make test-full` notes it, for you to commit.
 FULL_RUN := tests/full_run.txt
@@ -145,9 +146,11 @@ test-cudaless: $(ENGINE)/.unpacked
 test-gpu-emulated: $(ENGINE)/.unpacked
 	$(EMULATED) tests/cudaless tests/gpu
 
-# Pages made from code are written again first; a page that is not what the code says fails tests/unit/test_docs.py.
-docs: install
+# Pages that are made from code; one that is not what the code says now fails tests/unit/test_docs.py.
+pages: $(VENV)/.installed
 	@for page in troubleshooting commands benchmarks; do $(BIN)/python docs/$$page.py; done
+
+docs: $(VENV)/.installed
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
 	@echo "site/index.html"
 
@@ -156,4 +159,4 @@ test-e2e: install
 	$(PYTEST) tests/e2e -n 2 --dist loadgroup
 
 clean:
-	rm -rf .venv .venv-3.* .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-3.* .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache site

@@ -72,7 +72,6 @@ def draw_prompts(num_prompts: int, *, num_responses: int, budget: int) -> Traini
     return TrainingIndex(
         group=np.arange(num_prompts).repeat(num_responses),
         response=np.tile(np.arange(num_responses), num_prompts),
-        chosen=np.zeros(len(prompt), dtype=bool),
         prompt_lengths=prompt,
         response_lengths=np.minimum(response, budget // 2 - prompt),
         pairs=False,

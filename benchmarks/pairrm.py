@@ -135,7 +135,7 @@ def compare(config: PairRMConfig, root: Path) -> list[Row]:
     groups = draw_groups(config.prompts, config.responses)
     cases = [{"source": g.messages[0]["content"], "candidates": [r.text for r in g.responses]} for g in groups]
     (root / "cases.json").write_text(json.dumps(cases))
-    judge = PairRMJudge(str(checkpoint), preset="paper", device=config.device)
+    judge = PairRMJudge(str(checkpoint), reads="message", device=config.device)
     with running_peer(config, checkpoint, root / "cases.json") as peer:
         _, ours = judge_once(judge, groups, device=config.device)
         first = {batch: peer.rank(batch) for batch in (1, *config.batches)}

@@ -159,8 +159,9 @@ def _supervised_forward(batches: Iterator[Any], model: Any) -> tuple[torch.Tenso
     from megatron_sppo.model import gpt
 
     batch = next(batches).to(parallel.device())
-    labels = batch.labels.clamp(min=0)
-    counted = batch.labels >= 0
+    labels, counted = torch.zeros_like(batch.tokens), torch.zeros_like(batch.tokens, dtype=torch.bool)
+    labels[0, batch.response_rows] = batch.labels_R  # packed: one row
+    counted[0, batch.response_rows] = True
     output = gpt.forward(
         model,
         batch.tokens,

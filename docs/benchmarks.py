@@ -163,7 +163,8 @@ def line(row: dict[str, Any]) -> str:
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """Lay rows out -> Markdown."""
     lines = "\n".join(map(line, rows))
-    return f"| what | ours | beside | ratio [least, greatest] | target |\n|---|---|---|---|---|\n{lines}\n"
+    head = "| what | ours | beside | ratio [least, greatest] | target |\n|---|---|---|---|---|"
+    return f'<div class="figures" markdown>\n\n{head}\n{lines}\n\n</div>\n'
 
 
 def section(figure: Figure) -> str:

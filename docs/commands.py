@@ -107,16 +107,16 @@ def is_of_another_command(annotation: Any) -> bool:
 
 
 def value_of(annotation: Any) -> str:
-    """Word what a flag takes -> such as "N", "PATH", "a|b" or, of several, "X ..."."""
+    """Word what a flag takes -> such as "N", "PATH", "{a,b}" or, of several, "X ..."."""
     if is_of_another_command(annotation):
         return "NAME=VALUE ..."
     if typing.get_origin(annotation) is Annotated:
         return value_of(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         member = next(part for part in typing.get_args(annotation) if part is not type(None))
-        return "true|false" if member is bool else value_of(member)
+        return "{true,false}" if member is bool else value_of(member)
     if typing.get_origin(annotation) is Literal:
-        return "|".join(map(str, typing.get_args(annotation)))
+        return f"{{{','.join(map(str, typing.get_args(annotation)))}}}"
     if typing.get_origin(annotation) in (tuple, list):
         return f"{value_of(typing.get_args(annotation)[0])} ..."
     return {bool: "", int: "N", float: "X", str: "TEXT", Path: "PATH"}[annotation]
@@ -155,8 +155,7 @@ def sections(
         flag = f"--{field.name.replace('_', '-')} {value_of(annotation)}".strip()
         held = "".join(f" In {found}." for found in ranges(annotation) if found.most < 2**31 - 1)
         text = (texts.get(field.name, "") + held).strip().replace("|", "\\|").replace("<", "&lt;")
-        shown = flag.replace("|", "\\|")
-        lines.append(f"| `{shown}` | {default_of(field, default)} | {text} |")
+        lines.append(f"| `{flag}` | {default_of(field, default)} | {text} |")
     yield path, kind, lines
     for name, section, value in inner:
         yield from sections(section, value, name)

@@ -11,8 +11,14 @@ PAGES = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
     REPOSITORY / "benchmarks/README.md",
     REPOSITORY / "tests/cudaless/README.md",
-    *sorted((REPOSITORY / "docs").glob("*.md")),
+    *(
+        REPOSITORY / "docs" / name
+        for name in re.findall(
+            r": ([\w-]+\.md)$", (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE
+        )
+    ),
 ]
+"""In the order of reading: the navigation's."""
 MARK = re.compile(r"<!-- (run|config|not run)(?:: (.+?))? -->")
 
 

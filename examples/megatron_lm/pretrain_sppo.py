@@ -38,7 +38,7 @@ from torch import Tensor
 from megatron_sppo.command_line import run
 from megatron_sppo.data import reference_file as sidecar
 from megatron_sppo.data.dataset import PreferenceDataset
-from megatron_sppo.data.microbatch import IGNORED_LABEL, collate
+from megatron_sppo.data.microbatch import collate
 from megatron_sppo.data.selection import TrainingIndex, row_targets, training_index
 from megatron_sppo.data.steps import epoch_rows
 from megatron_sppo.errors import ConfigError, DataError
@@ -50,6 +50,9 @@ from megatron_sppo.training.policy import weights_hash
 # B = responses of a micro-batch, S = tokens (padded to --seq-length), R = response tokens, H = hidden size
 
 Batch = dict[str, Tensor]
+
+IGNORED_LABEL = -100
+"""Of a position that predicts no response token."""
 
 stages: list[GPTModel] = []
 """What `build_stage` built: pretrain() shows the model to no one between loading and training."""
@@ -133,15 +136,8 @@ class Responses(torch.utils.data.Dataset):
         self, dataset: PreferenceDataset, index: TrainingIndex, num_samples: int, reference_GK: np.ndarray
     ) -> None:
         args = get_args()
-        self._collate = partial(
-            collate,
-            dataset,
-            index,
-            packed=False,
-            length=args.seq_length,
-            targets=row_targets(dataset, index, eta=args.eta),
-            reference_GK=reference_GK,
-        )
+        self._collate = partial(collate, dataset, index, packed=False, length=args.seq_length)
+        self._targets, self._reference_GK = row_targets(dataset, index, eta=args.eta), reference_GK
         self._index, self._num_samples, self._seed = index, num_samples, args.seed
         self._epoch, self._order = -1, np.empty(0)
 
@@ -152,9 +148,21 @@ class Responses(torch.utils.data.Dataset):
         epoch, place = divmod(number, self._index.num_rows)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, epoch_rows(self._index, seed=self._seed, epoch=epoch, by_prompt=False)
-        batch = self._collate(self._order[place : place + 1])
-        names = ("tokens", "position_ids", "labels", "win_rate", "reference_log_prob", "group", "response")
-        return {name: getattr(batch, name)[0] for name in names} | {"epoch": torch.tensor(epoch)}
+        rows = self._order[place : place + 1]
+        batch = self._collate(rows, targets=self._targets.of(torch.from_numpy(rows)))
+        labels = torch.full_like(batch.tokens[0], IGNORED_LABEL)
+        labels[batch.response_rows] = batch.labels_R
+        group, response = int(self._index.group[rows[0]]), int(self._index.response[rows[0]])
+        return {
+            "tokens": batch.tokens[0],
+            "position_ids": batch.position_ids[0],
+            "labels": labels,
+            "win_rate": batch.targets.win_rate[0],
+            "reference_log_prob": torch.tensor(self._reference_GK[group, response]),
+            "group": torch.tensor(group),
+            "response": torch.tensor(response),
+            "epoch": torch.tensor(epoch),
+        }
 
 
 def build_datasets(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Responses, None, None]:

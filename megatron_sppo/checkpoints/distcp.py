@@ -7,13 +7,14 @@ metadata classes may appear in it, and tensors are loaded with weights_only. `di
 
 import functools
 import io
+import itertools
 import math
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -34,15 +35,13 @@ _CLASSES: dict[tuple[str, str], Any] = {
         *(dcp.Metadata, dcp.MetadataIndex, dcp.StorageMeta, dcp.TensorProperties, dcp._MEM_FORMAT_ENCODING),
         *(dcp.TensorStorageMetadata, dcp.BytesStorageMetadata, dcp.ChunkStorageMetadata, filesystem._StorageInfo),
         # Megatron-Core stores its save plans beside the metadata.
-        *(
-            planner.SavePlan,
-            planner.WriteItem,
-            planner.WriteItemType,
-            planner.TensorWriteData,
-            planner.BytesIOWriteData,
-        ),
+        *(planner.SavePlan, planner.WriteItem, planner.WriteItemType, planner.TensorWriteData),
+        planner.BytesIOWriteData,
     )
 } | {("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): _get_layout}
+
+_LOADING_ERRORS = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError)
+"""What torch.load raises on what is damaged."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -76,16 +75,7 @@ def read_metadata(directory: Path) -> Any:
         ) from None
     except ConversionError as error:
         raise ConversionError(f"{directory}: {error}") from None
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        IndexError,
-        RuntimeError,
-    ) as error:
+    except (*_LOADING_ERRORS, TypeError, AttributeError, IndexError) as error:
         raise ConversionError(f"{path} is damaged ({type(error).__name__}). Use another checkpoint.") from None
     if not isinstance(content, dcp.Metadata) or not isinstance(getattr(content, "storage_data", None), dict):
         raise ConversionError(f"{path} is damaged (no metadata inside). Use another checkpoint.")
@@ -144,11 +134,7 @@ class DistcpReader:
         """
         result: Tensor | None = None
         covered = 0
-        for chunk in self._chunks(key, offsets, sizes):
-            low = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
-            if any(end <= start for start, end in zip(low, high, strict=True)):
-                continue
+        for chunk, low, high in self._shared(key, offsets, sizes):
             tensor = self._read_chunk(key, chunk)
             part = tensor[tuple(slice(a - b, c - b) for a, b, c in zip(low, chunk.offsets, high, strict=True))]
             covered += part.numel()
@@ -170,26 +156,19 @@ class DistcpReader:
         None where it is no such row of runs (a cut across columns, say), or is not whole: `read` then makes the tensor
         of it, or says what is wrong.
         """
-        found: list[tuple[int, int, Span]] = []
-        for chunk in self._chunks(key, offsets, sizes):
-            run = _run_of_rows(chunk, offsets, sizes)
-            if run is None:
+        axis, item, found = row_axis(sizes), self.dtype(key).itemsize, []
+        for chunk, low, high in self._shared(key, offsets, sizes):
+            first = _first_value(chunk, low, offsets, sizes)
+            place = None if first is None else self._payload(key, chunk)
+            if first is None or place is None:
                 return None
-            if run.rows:
-                place = self._payload(key, chunk)
-                if place is None:
-                    return None
-                item = self.dtype(key).itemsize
-                found.append(
-                    (run.start, run.rows, Span(place.path, place.offset + run.first * item, run.values * item))
-                )
+            rows = high[axis] - low[axis]
+            nbytes = rows * math.prod(sizes[axis + 1 :]) * item
+            found.append((low[axis] - offsets[axis], rows, Span(place.path, place.offset + first * item, nbytes)))
         found.sort(key=lambda entry: entry[0])
-        rows = 0
-        for start, count, _ in found:
-            if start != rows:
-                return None
-            rows += count
-        return [span for _, _, span in found] if rows == sizes[row_axis(sizes)] else None
+        ends = [0, *itertools.accumulate(rows for _, rows, _ in found)]
+        is_whole = [start for start, _, _ in found] == ends[:-1] and ends[-1] == sizes[axis]
+        return [span for _, _, span in found] if is_whole else None
 
     def _payload(self, key: str, chunk: Any) -> Span | None:
         """Find a chunk's values in its file -> span, or None where they are not stored plainly, one after another."""
@@ -206,12 +185,20 @@ class DistcpReader:
             return None
         return Span(path, info.offset + start, described.nbytes)
 
-    def _chunks(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[Any]:
-        """List the chunks that may hold values of a box."""
+    def _shared(
+        self, key: str, offsets: Sequence[int], sizes: Sequence[int]
+    ) -> Iterator[tuple[Any, list[int], list[int]]]:
+        """Cut a box with the chunks of its tensor -> (chunk, first index on each axis, the one after the last)."""
         if sizes[0] != 1:
-            return self.metadata.state_dict_metadata[key].chunks
-        thin, thick = self._by_first_index[key]
-        return [*thin.get(offsets[0], ()), *thick]
+            chunks = self.metadata.state_dict_metadata[key].chunks
+        else:
+            thin, thick = self._by_first_index[key]
+            chunks = [*thin.get(offsets[0], ()), *thick]
+        for chunk in chunks:
+            low = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
+            if all(start < end for start, end in zip(low, high, strict=True)):
+                yield chunk, low, high
 
     @functools.cached_property
     def _by_first_index(self) -> dict[str, tuple[dict[int, list[Any]], list[Any]]]:
@@ -221,12 +208,9 @@ class DistcpReader:
         """
         sorted_chunks: dict[str, tuple[dict[int, list[Any]], list[Any]]] = {}
         for key in self.shapes():
-            thin: dict[int, list[Any]] = {}
-            thick: list[Any] = []
+            thin, thick = sorted_chunks.setdefault(key, ({}, []))
             for chunk in self.metadata.state_dict_metadata[key].chunks:
-                is_thin = len(chunk.sizes) > 0 and chunk.sizes[0] == 1
-                (thin.setdefault(chunk.offsets[0], []) if is_thin else thick).append(chunk)
-            sorted_chunks[key] = thin, thick
+                (thin.setdefault(chunk.offsets[0], []) if chunk.sizes[:1] == (1,) else thick).append(chunk)
         return sorted_chunks
 
     def _read_chunk(self, key: str, chunk: Any, *, values: bool = True) -> Tensor:
@@ -246,8 +230,8 @@ class DistcpReader:
             raise ConversionError(
                 f"{place} is in {info.relative_path}, which is missing. Use another checkpoint."
             ) from None
-        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        except _LOADING_ERRORS as error:
+            reason = _first_line(error)
             raise ConversionError(
                 f"{place} in {info.relative_path} is damaged ({reason}). Use another checkpoint."
             ) from None
@@ -263,38 +247,23 @@ class DistcpReader:
         return tensor
 
 
-class _Run(NamedTuple):
-    """What one chunk has of a box, where that lies in the chunk in one piece."""
-
-    start: int
-    """First row in the box."""
-    rows: int
-    first: int
-    """First value in the chunk."""
-    values: int
-
-
 def row_axis(sizes: Sequence[int]) -> int:
     """Choose the axis along which a box may be cut into pieces that follow each other: the first that is not 1."""
     return next((axis for axis, size in enumerate(sizes) if size != 1), len(sizes) - 1)
 
 
-def _run_of_rows(chunk: Any, offsets: Sequence[int], sizes: Sequence[int]) -> _Run | None:
-    """Cut a box with a chunk -> the run of rows that they share (none: 0 rows), or None where it is no run."""
-    low = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
-    high = [min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)]
-    if any(end <= start for start, end in zip(low, high, strict=True)):
-        return _Run(0, 0, 0, 0)
+def _first_value(chunk: Any, low: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]) -> int | None:
+    """Find where the rows that a box and a chunk share begin in the chunk -> value, or None: they are no single run."""
     axis = row_axis(sizes)
-    if list(sizes[axis + 1 :]) != list(chunk.sizes[axis + 1 :]) or low[axis + 1 :] != list(chunk.offsets[axis + 1 :]):
+    if list(sizes[axis + 1 :]) != list(chunk.sizes[axis + 1 :]) or list(offsets[axis + 1 :]) != list(
+        chunk.offsets[axis + 1 :]
+    ):
         return None
-    inner = math.prod(sizes[axis + 1 :])
-    first, stride = 0, inner
+    first, stride = 0, math.prod(sizes[axis + 1 :])
     for i in range(axis, -1, -1):
         first += (low[i] - chunk.offsets[i]) * stride
         stride *= chunk.sizes[i]
-    rows = high[axis] - low[axis]
-    return _Run(low[axis] - offsets[axis], rows, first, rows * inner)
+    return first
 
 
 def _is_possible(described: Any) -> bool:
@@ -314,6 +283,10 @@ def _is_possible(described: Any) -> bool:
 
 def _are_counts(numbers: Any) -> TypeGuard[tuple[int, ...]]:
     return isinstance(numbers, tuple) and all(isinstance(number, int) and number >= 0 for number in numbers)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 class _Section(io.RawIOBase):
@@ -362,6 +335,6 @@ def check_metadata(directory: Path) -> None:
         return
     try:
         torch.load(common, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except _LOADING_ERRORS as error:
+        reason = _first_line(error)
         raise DataError(f"{common} is damaged or holds more than data ({reason}). Use another checkpoint.") from None

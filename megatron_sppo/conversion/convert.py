@@ -9,6 +9,7 @@ import logging
 import math
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_arc
 from megatron_sppo.conversion.mapping import Binding, bind, hf_shapes
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, open_megatron
 from megatron_sppo.conversion.moves import export_tensors, import_pieces
-from megatron_sppo.errors import ConfigError, ConversionError, DataError
+from megatron_sppo.errors import ConfigError, ConversionError, DataError, some_of
 from megatron_sppo.storage import (
     atomic_directory,
     locked,
@@ -60,7 +61,7 @@ from megatron_sppo.storage import (
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_SHARD_SIZE = "5GB"
 IMPORT_ITERATION = 0
 
@@ -75,14 +76,10 @@ _COMMON_STATE = {"iteration": IMPORT_ITERATION, "checkpoint_version": 3.0}
 
 # Modules whose (here empty) extra state mcore's layer specs ask for: Transformer Engine keeps FP8 scales there.
 # A reader takes what it knows: those of per-head norms, for example, exist only where there are such norms.
-_ATTENTION_EXTRA_STATES = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "self_attention.core_attention",
-)
-_HEAD_NORM_EXTRA_STATES = ("self_attention.q_layernorm", "self_attention.k_layernorm")
-_DENSE_EXTRA_STATES = (*_ATTENTION_EXTRA_STATES, "mlp.linear_fc1", "mlp.linear_fc2", *_HEAD_NORM_EXTRA_STATES)
-_MIXTURE_EXTRA_STATES = (*_ATTENTION_EXTRA_STATES, *_HEAD_NORM_EXTRA_STATES, "pre_mlp_layernorm")
+_ATTENTION = tuple(f"self_attention.{name}" for name in ("linear_qkv", "linear_proj", "core_attention"))
+_HEAD_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
+_DENSE_EXTRA_STATES = (*_ATTENTION, "mlp.linear_fc1", "mlp.linear_fc2", *_HEAD_NORMS)
+_MIXTURE_EXTRA_STATES = (*_ATTENTION, *_HEAD_NORMS, "pre_mlp_layernorm")
 _EXPERT_EXTRA_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 
 
@@ -186,9 +183,8 @@ def export_checkpoint(
         for name, shape in binding.hf_shapes.items()
     }
     layout_path = opened.directory / HF_DIRECTORY / LAYOUT_FILE
-    kept = None
-    if max_shard_size is None and layout_path.is_file():
-        kept = kept_files(tensors, _read_layout(layout_path))
+    is_kept = max_shard_size is None and layout_path.is_file()
+    kept = kept_files(tensors, _read_layout(layout_path)) if is_kept else None
     layout = kept or new_files(tensors, max_shard_bytes=parse_size(max_shard_size or DEFAULT_SHARD_SIZE))
     if overwrite:
         _check_replaced(hf, opened)
@@ -256,18 +252,13 @@ def _already_imported(
         opened = open_megatron(target)
     except (DataError, ConversionError) as error:
         raise ConversionError(f"{target} is there, and damaged ({error}) Add --overwrite to import again.") from None
-    wanted_dtypes = {
-        binding.mapping.key: cast or source.entries[next(iter(binding.hf_shapes))].dtype for binding in bindings
-    }
-    same = opened.architecture == architecture and all(
-        opened.reader.dtype(key) == kind for key, kind in wanted_dtypes.items()
-    )
-    same = (
-        same
-        and _same_side_files(source.directory, target / HF_DIRECTORY)
-        and not compare_tensors(source, opened, dtype=cast)
-    )
-    if not same:
+    dtypes = {binding.mapping.key: cast or source.entries[next(iter(binding.hf_shapes))].dtype for binding in bindings}
+    if (
+        opened.architecture != architecture
+        or any(opened.reader.dtype(key) != kind for key, kind in dtypes.items())
+        or not _same_side_files(source.directory, target / HF_DIRECTORY)
+        or compare_tensors(source, opened, dtype=cast)
+    ):
         raise ConversionError(
             f"{target} holds another model or another dtype. Choose another --megatron, or add --overwrite."
         )
@@ -280,20 +271,21 @@ def _already_exported(hf: Path, opened: OpenedMegatron, cast: torch.dtype | None
     Raises:
         ConversionError: it holds something else.
     """
-    if not hf.exists() or not any(hf.iterdir()):
-        return False
-    if overwrite:
+    if overwrite or not hf.exists() or not any(hf.iterdir()):
         return False
     if opened.unchecked:
         verify_checkpoint(opened.directory, names=list(opened.unchecked))
     try:
         source = open_hf_checkpoint(hf)
-        same = architecture_from_hf(read_config(hf)) == opened.architecture
+        architecture = architecture_from_hf(read_config(hf))
     except (ConversionError, DataError) as error:
         raise ConversionError(f"{hf} is there, and damaged ({error}) Add --overwrite to export again.") from None
-    same = same and all(entry.dtype == cast for entry in source.entries.values() if cast is not None)
-    same = same and (opened.side_files is None or _same_side_files(opened.side_files, hf, but=(CONFIG_FILE,)))
-    if not same or compare_tensors(source, opened, dtype=cast):
+    if (
+        architecture != opened.architecture
+        or any(cast not in (None, entry.dtype) for entry in source.entries.values())
+        or (opened.side_files is not None and not _same_side_files(opened.side_files, hf, but=(CONFIG_FILE,)))
+        or compare_tensors(source, opened, dtype=cast)
+    ):
         raise ConversionError(f"{hf} holds another model or another dtype. Choose another --hf, or add --overwrite.")
     return True
 
@@ -313,18 +305,16 @@ def _check_replaced(hf: Path, opened: OpenedMegatron) -> None:
     )
     if others:
         raise ConfigError(
-            f"{hf} holds {others[0]}{f' and {len(others) - 1} more' if others[1:] else ''} beside a model, which "
+            f"{hf} holds {some_of(others, most=1)} beside a model, which "
             "--overwrite would remove. Move that elsewhere, or choose another --hf."
         )
 
 
 def _same_side_files(one: Path, other: Path, *, but: Sequence[str] = ()) -> bool:
-    for name in SIDE_FILES:
-        paths = [Path(directory, name) for directory in (one, other)]
-        contents = [path.read_bytes() if path.is_file() else None for path in paths]
-        if name not in but and contents[0] != contents[1]:
-            return False
-    return True
+    def content(directory: Path, name: str) -> bytes | None:
+        return (directory / name).read_bytes() if (directory / name).is_file() else None
+
+    return all(content(one, name) == content(other, name) for name in SIDE_FILES if name not in but)
 
 
 def _write_side_files(opened: OpenedMegatron, directory: Path, *, dtype: str, types_changed: bool) -> None:
@@ -357,15 +347,15 @@ def _read_layout(path: Path) -> dict[str, Any]:
 def _dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
         raise ConversionError(f"dtype is {name!r}. Use --dtype with one of: {', '.join(DTYPES)}.")
-    return None if name is None else DTYPES[name]
+    return None if name is None else getattr(torch, name)
 
 
 def _main_dtype(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
     """Name the dtype that most values have."""
-    counts: dict[torch.dtype, int] = {}
+    counts: Counter[torch.dtype] = Counter()
     for kind, shape in tensors.values():
-        counts[kind] = counts.get(kind, 0) + math.prod(shape)
-    return str(max(counts, key=lambda kind: counts[kind])).removeprefix("torch.")
+        counts[kind] += math.prod(shape)
+    return str(counts.most_common(1)[0][0]).removeprefix("torch.")
 
 
 def _check_space(path: Path, needed: int) -> None:

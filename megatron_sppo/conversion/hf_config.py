@@ -1,5 +1,6 @@
 """Hugging Face's config.json <-> our Architecture, and settings that would change the computation refused."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -17,8 +18,9 @@ logger = logging.getLogger(__name__)
 MAX_LAYERS = 10_000
 """More than any model has."""
 
-# mcore 0.16.1 and 0.19.2, rotary_pos_embedding.py: of Llama 3's scaling only the factor can be set.
-MCORE_LOW_FREQUENCY, MCORE_HIGH_FREQUENCY, MCORE_ORIGINAL_LENGTH = 1.0, 4.0, 8192
+# mcore 0.16.1 and 0.19.2, rotary_pos_embedding.py: of Llama 3's scaling only the factor can be set. These are the
+# low and the high frequency's factor, and the original length.
+_MCORE_FIXES = (1.0, 4.0, 8192)
 
 
 def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE) -> Architecture:
@@ -99,14 +101,8 @@ def hf_from_architecture(architecture: Architecture, *, dtype: str) -> dict[str,
     """Write config.json's content for an architecture, in the spelling of transformers 5: for models that have none."""
     family = family_of(architecture.family, place="model.json")
     rope: dict[str, Any] = {"rope_theta": architecture.rotary_base, "rope_type": "default"}
-    if scaling := architecture.rope_scaling:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position_embeddings,
-        }
+    if architecture.rope_scaling:
+        rope |= {"rope_type": "llama3", **dataclasses.asdict(architecture.rope_scaling)}
     return {
         "architectures": [family.architecture_class],
         "dtype": dtype,
@@ -271,20 +267,17 @@ def _rope_of(
         raise ConversionError(
             f"{place} says {key} of type {kind!r}; the Megatron model knows 'default' and 'llama3'. Use another model."
         )
-    numbers = {
-        "factor": _positive(scaling, "factor", place),
-        "low_freq_factor": _positive(scaling, "low_freq_factor", place),
-        "high_freq_factor": _positive(scaling, "high_freq_factor", place),
-    }
+    factor, low, high = (_positive(scaling, key, place) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     original = _whole(scaling, "original_max_position_embeddings", place)
-    fixed = (MCORE_LOW_FREQUENCY, MCORE_HIGH_FREQUENCY, MCORE_ORIGINAL_LENGTH)
-    if (numbers["low_freq_factor"], numbers["high_freq_factor"], original) != fixed:
+    if (low, high, original) != _MCORE_FIXES:
         raise ConversionError(
-            f"{place} scales RoPE with low_freq_factor {numbers['low_freq_factor']:g}, high_freq_factor "
-            f"{numbers['high_freq_factor']:g}, original_max_position_embeddings {original}; Megatron-Core fixes them "
-            f"at {fixed[0]:g}, {fixed[1]:g}, {fixed[2]}. Use another model."
+            f"{place} scales RoPE with low_freq_factor {low:g}, high_freq_factor {high:g}, "
+            f"original_max_position_embeddings {original}; Megatron-Core fixes them at "
+            f"{', '.join(f'{fixed:g}' for fixed in _MCORE_FIXES)}. Use another model."
         )
-    return base, Llama3RopeScaling(original_max_position_embeddings=original, **numbers)
+    return base, Llama3RopeScaling(
+        factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_position_embeddings=original
+    )
 
 
 def _agreed(place: str, sources: Mapping[str, Any]) -> Any:

@@ -89,7 +89,7 @@ def open_megatron(megatron: Path, *, template: Path | None = None, leave_uncheck
         DataError: no checkpoint there, or its checksums do not hold.
         ConversionError: it is not the model that model.json (or the template's config.json) describes.
     """
-    directory = resolve_checkpoint(Path(megatron))
+    directory, template = resolve_checkpoint(Path(megatron)), None if template is None else Path(template)
     carried = directory / HF_DIRECTORY
     has_manifest = (directory / MANIFEST_FILE).is_file()
     if has_manifest:
@@ -115,15 +115,13 @@ def open_megatron(megatron: Path, *, template: Path | None = None, leave_uncheck
     bindings = bind(family, architecture)
     unchecked: dict[str, str] = {}
     if has_manifest:
-        keys = [*megatron_shapes(bindings, architecture), *(binding.megatron_name for binding in bindings)]
+        files = reader.files([*megatron_shapes(bindings, architecture), *(one.megatron_name for one in bindings)])
         if leave_unchecked:
-            unchecked = listed_digests(directory, names=reader.files(keys))
+            unchecked = listed_digests(directory, names=files)
         else:
-            verify_checkpoint(directory, names=reader.files(keys))
-    if template is not None:
-        side_files: Path | None = Path(template)
-    else:
-        side_files = carried if (carried / CONFIG_FILE).is_file() else None
+            verify_checkpoint(directory, names=files)
+    side_files = template if template is not None else carried if (carried / CONFIG_FILE).is_file() else None
+    if side_files == carried:
         _check_carried(carried, architecture)
     opened = OpenedMegatron(
         directory=directory,
@@ -177,7 +175,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _check_carried(carried: Path, architecture: Architecture) -> None:
     """Refuse a carried config.json of another model: an export would hand it out with these weights."""
     path = carried / CONFIG_FILE
-    if path.is_file() and architecture_from_hf(read_config(carried), place=str(path)) != architecture:
+    if architecture_from_hf(read_config(carried), place=str(path)) != architecture:
         raise ConversionError(
             f"{path} describes another model than {carried.parent / MODEL_FILE}. "
             "Give the right Hugging Face directory: --template HF_DIR."
@@ -195,14 +193,8 @@ def _check_counts(reader: DistcpReader, architecture: Architecture) -> None:
 
 
 def _check_template(template: Path, architecture: Architecture, directory: Path) -> None:
-    """Refuse a template that describes another model than the checkpoint says it holds.
-
-    Raises:
-        ConversionError: names what differs.
-    """
-    if not (directory / MODEL_FILE).is_file():
-        return
-    held, _ = read_architecture(directory)
+    """Refuse a template that describes another model than the checkpoint says it holds; names what differs."""
+    held = read_architecture(directory)[0] if (directory / MODEL_FILE).is_file() else architecture
     if different := different_fields(architecture, held, names=("the template", MODEL_FILE)):
         raise ConversionError(
             f"--template {template} is of another model than {directory}: {'; '.join(different[:3])}. "

@@ -1,4 +1,4 @@
-"""The tensors of one micro-batch, from the rows that `planning` put into it.
+"""The tensors of one micro-batch, from the rows that `steps` put into it.
 
 N = training rows, b = batch rows of a tensor, S = tokens of each (b = 1 when packed), B = sequences, R = response
 tokens.
@@ -7,15 +7,15 @@ tokens.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_sppo.data.dataset import PreferenceDataset
-from megatron_sppo.data.selection import RowTargets, TrainingIndex
-
-IGNORED_LABEL = -100
+from megatron_sppo.data.selection import TrainingIndex
+from megatron_sppo.objective import Targets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +31,6 @@ class MicroBatch:
     """[b, S] int64."""
     position_ids: Tensor
     """[b, S] int64, from 0 in each sequence."""
-    labels: Tensor
-    """[b, S] int64: the response token that follows each position, -100 where none does, or where several do (at the
-    end of a shared prompt)."""
     cu_seqlens: Tensor | None
     """[documents + 1] int32, packed only; padding at the end is a document of its own. None when padded."""
     parents: Tensor | None
@@ -42,7 +39,7 @@ class MicroBatch:
     max_seqlen: int
     """Tokens of the longest sequence (packed) or S (padded)."""
     num_tokens: int
-    """Tokens that are no padding; of all context-parallel ranks together."""
+    """Tokens that are no padding; of the whole micro-batch where ranks divide its columns."""
     response_rows: Tensor
     """[R] int64."""
     sequence_index: Tensor
@@ -52,24 +49,10 @@ class MicroBatch:
     """[R] int64, the response tokens."""
     rows: Tensor
     """[B] int64, rows of the training index."""
-    group: Tensor
-    """[B] int64."""
-    response: Tensor
-    """[B] int64."""
-    chosen: Tensor
-    """[B] bool."""
     lengths: Tensor
     """[B] int64, tokens of prompt and response."""
-    response_lengths: Tensor
-    """[B] int64, tokens."""
-    win_rate: Tensor
-    """[B] float32; NaN where no targets were given. So are the next three."""
-    log_z: Tensor
-    """[B] float32, nats."""
-    preference: Tensor
-    """[B] float32."""
-    reference_log_prob: Tensor
-    """[B] float32, nats; NaN where not computed."""
+    targets: Targets
+    """[B]."""
     rows_of_ranks: tuple[int, ...] | None = None
     """Under sequence parallelism: how many of `response_rows` lie on each rank; see `in_order_of_ranks`."""
 
@@ -87,11 +70,10 @@ class MicroBatch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        changed = {
-            field.name: change(value)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
+        changed: dict[str, Any] = {"targets": self.targets.each(change)}
+        for field in dataclasses.fields(self):
+            if isinstance(value := getattr(self, field.name), Tensor):
+                changed[field.name] = change(value)
         return dataclasses.replace(self, **changed)
 
 
@@ -111,6 +93,10 @@ class _Document:
     """How many of `tokens` are the prompt's: all of them where the responses lie in documents of their own."""
     parent: int = -1
     """Number of the document that this one continues; -1: none."""
+
+    @property
+    def response(self) -> np.ndarray:
+        return self.tokens[self.num_prompt_tokens :]
 
 
 def _documents(
@@ -136,15 +122,13 @@ def collate(
     index: TrainingIndex,
     rows: np.ndarray,
     *,
+    targets: Targets,
     packed: bool,
     share_prompts: bool = False,
     length: int | None = None,
     multiple: int = 1,
     document_multiple: int = 1,
     num_batch_rows: int | None = None,
-    targets: RowTargets | None = None,
-    reference_GK: np.ndarray | None = None,
-    pad_token_id: int = 0,
 ) -> MicroBatch:
     """Make the tensors of one micro-batch, on the CPU -> MicroBatch.
 
@@ -153,17 +137,17 @@ def collate(
     pipeline.
 
     Args:
+        targets: of these rows.
         share_prompts: lay neighbouring rows of one prompt behind one copy of it; packed only. The last position of the
             prompt then predicts the first token of each response.
         length: S exactly; None: as short as the rows allow.
-        multiple: S is rounded up to it (tensor parallelism, context parallelism, FP8).
-        document_multiple: each document is padded at its end to a multiple of it, where no real token sees the padding
-            (2 x the context-parallel ranks, unless prompts are shared); divides `multiple`.
+        multiple: S is rounded up to it.
+        document_multiple: each document is padded at its end to a multiple of it, where no real token sees the padding;
+            divides `multiple`; 1 where prompts are shared.
         num_batch_rows: b when padded, rows of padding added (pipeline stages want one shape); None: one row a sequence.
-        reference_GK: [G, K], from `read_reference`.
     """
     rows = np.asarray(rows, dtype=np.int64)
-    assert multiple % document_multiple == 0
+    assert len(targets.win_rate) == len(rows) and multiple % document_multiple == 0
     assert not share_prompts or (packed and document_multiple == 1)
     documents = _documents(dataset, index, rows, share_prompts=share_prompts)
     sizes = [-(-len(document.tokens) // document_multiple) * document_multiple for document in documents]
@@ -172,74 +156,51 @@ def collate(
     assert needed <= num_columns and num_columns % multiple == 0, (
         f"{needed} tokens, length {num_columns}, multiple {multiple}"
     )
-    shape = (1 if packed else max(len(rows), 1, num_batch_rows or 1), num_columns)
     bounds, parents = np.cumsum([0, *sizes]), [document.parent for document in documents]
-    if bounds[-1] < num_columns:
+    starts = [(0, int(begin)) if packed else (number, 0) for number, begin in enumerate(bounds[:-1])]
+    shape = (1 if packed else max(len(rows), 1, num_batch_rows or 1), num_columns)
+    tokens, position_ids, response_rows = _lay_out(documents, starts, sizes, shape=shape)
+    if packed and bounds[-1] < num_columns:
+        position_ids[0, bounds[-1] :] = np.arange(num_columns - bounds[-1])
         bounds, parents = np.append(bounds, num_columns), [*parents, -1]
-    starts = [(0, int(begin)) if packed else (number, 0) for number, begin in enumerate(bounds[: len(documents)])]
-    laid_out = _lay_out(documents, starts, sizes, shape=shape, pad_token_id=pad_token_id)
-    if packed:
-        laid_out["position_ids"][0, sum(sizes) :] = torch.arange(num_columns - sum(sizes))
     return MicroBatch(
-        **laid_out,
+        tokens=torch.from_numpy(tokens),
+        position_ids=torch.from_numpy(position_ids),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)) if packed else None,
         parents=torch.tensor(parents, dtype=torch.int32) if share_prompts else None,
-        max_seqlen=int(laid_out["position_ids"].max()) + 1 if packed else num_columns,
+        max_seqlen=int(position_ids.max()) + 1 if packed else num_columns,
         num_tokens=sum(len(document.tokens) for document in documents),
+        response_rows=torch.from_numpy(response_rows),
         sequence_index=torch.from_numpy(np.repeat(np.arange(len(rows)), index.response_lengths[rows])),
+        labels_R=torch.from_numpy(_joined([document.response for document in documents])),
         rows=torch.from_numpy(rows),
-        group=torch.from_numpy(index.group[rows]),
-        response=torch.from_numpy(index.response[rows]),
-        chosen=torch.from_numpy(index.chosen[rows]),
         lengths=torch.from_numpy(index.lengths[rows]),
-        response_lengths=torch.from_numpy(index.response_lengths[rows]),
-        win_rate=_float_rows(None if targets is None else targets.win_rate[rows], len(rows)),
-        log_z=_float_rows(None if targets is None else targets.log_z[rows], len(rows)),
-        preference=_float_rows(None if targets is None else targets.preference[rows], len(rows)),
-        reference_log_prob=_float_rows(
-            None if reference_GK is None else reference_GK[index.group[rows], index.response[rows]], len(rows)
-        ),
+        targets=targets,
     )
 
 
 def _lay_out(
-    documents: list[_Document],
-    starts: list[tuple[int, int]],
-    sizes: list[int],
-    *,
-    shape: tuple[int, int],
-    pad_token_id: int,
-) -> dict[str, Tensor]:
-    """Write documents into a [b, S] tensor -> tokens, position_ids, labels, response_rows and labels_R by name.
+    documents: list[_Document], starts: list[tuple[int, int]], sizes: list[int], *, shape: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Write documents into [b, S] arrays -> tokens, position_ids, response_rows.
 
     Args:
         starts: batch row and column of each document's first token.
         sizes: tokens of each document, its own padding included.
     """
-    tokens = np.full(shape, pad_token_id, dtype=np.int64)
-    labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
-    position_ids = np.tile(np.arange(shape[1]), (shape[0], 1))
-    response_rows, labels_R = [], []
+    tokens, position_ids = np.zeros(shape, dtype=np.int64), np.tile(np.arange(shape[1]), (shape[0], 1))
+    response_rows = []
     for document, (batch_row, begin), size in zip(documents, starts, sizes, strict=True):
         shared = document.parent >= 0
         before = len(documents[document.parent].tokens) if shared else 0
         position_ids[batch_row, begin : begin + size] = np.arange(before, before + size)
         end = begin + len(document.tokens)
         tokens[batch_row, begin:end] = document.tokens
-        response = document.tokens[document.num_prompt_tokens :].astype(np.int64)
         predicting = np.arange(begin + document.num_prompt_tokens - 1, end - 1)
-        labels[batch_row, predicting[shared:]] = response[shared:]
         if shared:
             predicting[0] = starts[document.parent][1] + before - 1  # the prompt's last position
         response_rows.append(predicting * shape[0] + batch_row)
-        labels_R.append(response)
-    return {
-        "tokens": torch.from_numpy(tokens),
-        "position_ids": torch.from_numpy(position_ids),
-        "labels": torch.from_numpy(labels),
-        "response_rows": torch.from_numpy(_joined(response_rows)),
-        "labels_R": torch.from_numpy(_joined(labels_R)),
-    }
+    return tokens, position_ids, _joined(response_rows)
 
 
 def in_order_of_ranks(batch: MicroBatch, *, size: int) -> MicroBatch:
@@ -259,22 +220,5 @@ def in_order_of_ranks(batch: MicroBatch, *, size: int) -> MicroBatch:
     )
 
 
-def packed_attention_mask(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    """Make the block-diagonal causal mask of a packed row -> [1, 1, S, S] bool, True = masked.
-
-    For attention that knows no cu_seqlens.
-    """
-    position = torch.arange(num_tokens, device=cu_seqlens.device)
-    document = torch.bucketize(position, cu_seqlens[1:].long(), right=True)
-    visible = (document[:, None] == document[None, :]) & (position[:, None] >= position[None, :])
-    return ~visible[None, None]
-
-
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-
-
-def _float_rows(values: np.ndarray | None, num_rows: int) -> Tensor:
-    if values is None:
-        return torch.full((num_rows,), torch.nan)
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    return np.concatenate([np.empty(0, dtype=np.int64), *parts])

@@ -3,6 +3,7 @@
 N = training rows (a row is one response of one prompt group), G = prompt groups, K = responses per prompt.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.schema import Selection, parse_selection
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.objective import log_partition
+from megatron_sppo.objective import Targets, log_partition
 from megatron_sppo.objective.names import Baseline
 
 TIE_DECIMALS = 6
@@ -26,8 +27,6 @@ class TrainingIndex:
     """[N] int64, prompt group of the row."""
     response: np.ndarray
     """[N] int64, which of the group's K responses."""
-    chosen: np.ndarray
-    """[N] bool: the winner of its pair; without pairs, a win rate above 1/2."""
     prompt_lengths: np.ndarray
     """[N] int64, tokens, after `max_prompt_length`."""
     response_lengths: np.ndarray
@@ -50,21 +49,10 @@ class TrainingIndex:
         """Rows that follow each other in every order: 2, winner and loser; 1 without pairs."""
         return 2 if self.pairs else 1
 
-    @property
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """[N] int64, tokens of prompt and response."""
         return self.prompt_lengths + self.response_lengths
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowTargets:
-    """What each row's regression target is made from; float32 [N]."""
-
-    win_rate: np.ndarray
-    log_z: np.ndarray
-    """Baseline of the row's prompt, nats."""
-    preference: np.ndarray
-    """P(this response > its partner); NaN without pairs."""
 
 
 def training_index(
@@ -129,12 +117,9 @@ def training_index(
             "Use --selection all or a larger --seq-length."
         )
     group, units = group[fits], units[fits]
-    rate = rate_GK[group, units]
-    chosen = np.tile([True, False], (len(group), 1)) if pairs else rate > 0.5
     return TrainingIndex(
         group=group.reshape(-1),
         response=units.reshape(-1),
-        chosen=chosen.reshape(-1),
         prompt_lengths=prompt_lengths[fits].reshape(-1),
         response_lengths=response_lengths[fits].reshape(-1),
         pairs=pairs,
@@ -166,19 +151,25 @@ def _units(rate_GK: np.ndarray, selection: Selection, *, pairs: bool) -> np.ndar
 
 def row_targets(
     dataset: PreferenceDataset, index: TrainingIndex, *, eta: float, baseline: Baseline = "half"
-) -> RowTargets:
-    """Gather each row's win rate, baseline and preference over its partner -> RowTargets.
+) -> Targets:
+    """Gather what each row's loss is made from, but for log pi_t, which is NaN -> Targets of [N].
 
     Args:
         eta: nats per unit of preference.
         baseline: see `objective.log_partition`; taken over all K responses of the row's prompt.
     """
-    rate_GK = dataset.all_win_rates()
-    log_z_G = log_partition(torch.from_numpy(rate_GK), eta=eta, baseline=baseline)
-    preference = np.full(index.num_rows, np.nan, dtype=np.float32)
+    rate_GK = torch.from_numpy(dataset.all_win_rates())
+    win_rate = rate_GK[index.group, index.response]
+    unknown = torch.full_like(win_rate, torch.nan)
+    preference, chosen = unknown, win_rate > 0.5
     if index.pairs:
         partner = index.response.reshape(-1, 2)[:, ::-1].reshape(-1)
-        preference = dataset.all_preferences()[index.group, index.response, partner]
-    return RowTargets(
-        win_rate=rate_GK[index.group, index.response], log_z=log_z_G.numpy()[index.group], preference=preference
+        preference = torch.from_numpy(dataset.all_preferences()[index.group, index.response, partner])
+        chosen = torch.arange(index.num_rows) % 2 == 0
+    return Targets(
+        win_rate=win_rate,
+        log_z=log_partition(rate_GK, eta=eta, baseline=baseline)[index.group],
+        preference=preference,
+        chosen=chosen,
+        reference_log_prob=unknown,
     )

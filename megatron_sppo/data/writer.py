@@ -29,6 +29,8 @@ from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.objective import preference_matrix, win_rates
 from megatron_sppo.storage import atomic_directory, remove_stale_temporaries
 
+TokenIds = Sequence[int] | np.ndarray
+
 
 class DatasetWriter:
     """Write a preference dataset group by group; use as a context manager.
@@ -103,8 +105,8 @@ class DatasetWriter:
 
     def append(
         self,
-        prompt_token_ids: Sequence[int],
-        response_token_ids: Sequence[Sequence[int]],
+        prompt_token_ids: TokenIds,
+        response_token_ids: Sequence[TokenIds],
         judge_logits: np.ndarray,
         *,
         prompt_id: str | None = None,
@@ -142,9 +144,7 @@ class DatasetWriter:
         """Leave a prompt group out and say why in the manifest."""
         self._quarantined.append({"prompt_id": str(prompt_id), "reason": str(reason)})
 
-    def _fault(
-        self, prompt_token_ids: Sequence[int], responses: Sequence[Sequence[int]], logits: np.ndarray
-    ) -> str | None:
+    def _fault(self, prompt_token_ids: TokenIds, responses: Sequence[TokenIds], logits: np.ndarray) -> str | None:
         """Say why a group cannot be trained on -> one clause, or None."""
         if len(responses) != self._num_responses:
             return f"{len(responses)} responses, expected {self._num_responses}"

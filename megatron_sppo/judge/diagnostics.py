@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import DataError
 from megatron_sppo.objective import preference_matrix, win_rates
-from megatron_sppo.objective.diagnostics import TIE_TOLERANCE
+from megatron_sppo.objective.diagnostics import TIE_TOLERANCE, describe_preferences
 
 TIED = 0.2
 """A fifth of the judge's work is lost; a judge with graded verdicts ties on identical texts alone."""
@@ -34,6 +35,11 @@ UNREADABLE_REMEDY = (
     "Let the judge answer with one letter: turn its reasoning off on the server, or give it room, "
     "--verdict-tokens 1024."
 )
+NAMED_REASONS = 3
+"""Why prompts were set aside: so many reasons are named, the commonest first; all stand in the manifest."""
+_PLAIN_COUNTS = (
+    "pairs", "identical_pairs", "truncated_sources", "truncated_candidates", "neutralised_markers", "leaning_answers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +186,7 @@ def _in_words(value: float, diagnostic: JudgeDiagnostic) -> str:
     return f"{100 * value:.1f} %" if is_share else f"{value:.2f}"
 
 
-def share(part: int, whole: int) -> float | None:
+def fraction(part: int, whole: int) -> float | None:
     """Divide -> fraction, None of nothing."""
     return part / whole if whole else None
 
@@ -190,10 +196,47 @@ def verdict_shares(counts: Counter[str]) -> dict[str, float | None]:
     verdicts = counts["logprob_verdicts"] + counts["bare_verdicts"] + counts["unreadable_verdicts"]
     split = counts["concluded_answers"] + counts["unfinished_reasoning"] + counts["answers_without_reasoning"]
     return {
-        "unreadable_rate": share(counts["unreadable_verdicts"], verdicts),
-        "unfinished_rate": share(counts["unfinished_reasoning"], split),
-        "unreasoned_rate": share(counts["answers_without_reasoning"], split),
-        "cut_rate": share(counts["cut_answers"], counts["answers"]),
+        "unreadable_rate": fraction(counts["unreadable_verdicts"], verdicts),
+        "unfinished_rate": fraction(counts["unfinished_reasoning"], split),
+        "unreasoned_rate": fraction(counts["answers_without_reasoning"], split),
+        "cut_rate": fraction(counts["cut_answers"], counts["answers"]),
+    }
+
+
+def describe_judge(dataset: PreferenceDataset, counts: Counter[str]) -> dict[str, Any]:
+    """Describe the judge on a dataset's prompts -> what diagnostics.json holds, plain numbers only.
+
+    Args:
+        counts: what the judge counted, and `signal_counts`.
+    """
+    described = describe_preferences(
+        torch.from_numpy(dataset.all_judge_logits()),
+        torch.from_numpy(dataset.all_preferences()),
+        torch.from_numpy(dataset.all_win_rates()),
+        response_lengths_GK=torch.from_numpy(dataset.response_lengths),
+        # A prompt at a time: the token ids are gone through once and never all held.
+        responses=(
+            [dataset.response(group, k).tolist() for k in range(dataset.num_responses)]
+            for group in range(dataset.num_groups)
+        ),
+    )
+    diagnostics: dict[str, Any] = {
+        "judge": dataset.manifest.judge,
+        "num_prompts": dataset.num_groups,
+        "num_responses": dataset.num_responses,
+        "num_quarantined": len(dataset.manifest.quarantined),
+        **asdict(described),
+        "truncation_rate": fraction(counts["truncated_candidates"], dataset.response_lengths.size),
+        "one_order_agreement": fraction(counts["one_order_agreed"], counts["one_order_checked"]),
+        **verdict_shares(counts),
+        **{name: counts.get(name, 0) for name in (*_PLAIN_COUNTS, *sorted(set(counts) - set(_PLAIN_COUNTS)))},
+    }
+    reasons = Counter(row["reason"] for row in dataset.manifest.quarantined)
+    return {
+        **diagnostics,
+        "warnings": warnings(diagnostics),
+        "quarantine_reasons": dict(reasons.most_common(NAMED_REASONS)),
+        "counts": dict(sorted(counts.items())),
     }
 
 

@@ -36,9 +36,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.judge.protocol import Unjudged, Verdict
+from megatron_sppo.judge.protocol import Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.judge.source import UnreadableGroup, conversation_text
-from megatron_sppo.rollout.openai_server import HttpError, NoReply, OpenAIServer, ReplyIsNotJson, ServerFault
+from megatron_sppo.rollout.openai_server import HttpError, NoReply, OpenAIServer, ServerFault, UnusableReply
 from megatron_sppo.storage import atomic_file, sha256_of_json
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ _ROW_STATUSES = _UNREADABLE_STATUSES | {403, 451, 500}
 _TOP_LOGPROBS = 5
 _REMEDIES: dict[type[ServerFault], str] = {
     NoReply: "Start the server, then run the same command again: finished shards are kept.",
-    ReplyIsNotJson: "Check the address: on most servers it ends in /v1.",
+    UnusableReply: "Check the address: on most servers it ends in /v1.",
     HttpError: "Run the same command again when it has room: finished shards are kept.",
 }
 _SMALL_QUESTION = ("What is 1 + 1?", "2", "3")
@@ -91,7 +91,6 @@ class EndpointJudge:
         self,
         spec: str,
         *,
-        preset: str,
         one_order: bool = False,
         timeout_seconds: float = 60.0,
         max_requests: int | None = None,
@@ -104,7 +103,6 @@ class EndpointJudge:
 
         Args:
             spec: base URL such as http://127.0.0.1:8000/v1, optionally #MODEL.
-            preset: accepted for the protocol; the judge reads the conversation under both.
             one_order: ask each pair once, L_ji = -L_ij.
             max_requests: questions that may be sent, repeated ones included; None: no limit.
             verdict_tokens: tokens of an answer, reasoning included.
@@ -166,12 +164,12 @@ class EndpointJudge:
             DataError: the server refuses whatever it is asked, or stays silent through all attempts.
         """
         questions: list[_Question] = []
-        distinct: list[list[int]] = []
+        places: list[list[int]] = []
         for number, group in enumerate(groups):
-            index_of = {text: index for index, text in enumerate(dict.fromkeys(r.text for r in group.responses))}
-            distinct.append([index_of[response.text] for response in group.responses])
-            self.counts["pairs"] += len(group.responses) * (len(group.responses) - 1)
-            for first, second in itertools.permutations(range(len(index_of)), 2):
+            different, of_K = distinct([response.text for response in group.responses])
+            places.append(of_K)
+            count_pairs(self.counts, of_K)
+            for first, second in itertools.permutations(range(len(different)), 2):
                 if not (self._one_order and first > second):
                     questions.append(_Question(group=number, first=first, second=second))
         refusals: dict[int, str] = {}
@@ -181,7 +179,7 @@ class EndpointJudge:
             group = groups[question.group]
             if question.group in refusals:
                 return None
-            texts = list(dict.fromkeys(response.text for response in group.responses))
+            texts, _ = distinct([response.text for response in group.responses])
             conversation = conversation_text(group.messages)
             try:
                 return self._answer(self._body(conversation, texts[question.first], texts[question.second]))
@@ -196,7 +194,7 @@ class EndpointJudge:
                 pool.shutdown(cancel_futures=True)
                 raise
         logger.debug("%s: %s", self.name, dict(self.traffic))
-        matrices = [np.zeros((max(of_K) + 1,) * 2, dtype=np.float32) for of_K in distinct]
+        matrices = [np.zeros((max(of_K) + 1,) * 2, dtype=np.float32) for of_K in places]
         for question, answer in zip(questions, answers, strict=True):
             if question.group in refusals:
                 continue
@@ -207,11 +205,10 @@ class EndpointJudge:
             if self._one_order:
                 matrices[question.group][question.second, question.first] = -logit
         verdicts: list[Verdict] = []
-        for number, (matrix, of_K) in enumerate(zip(matrices, distinct, strict=True)):
+        for number, (matrix, of_K) in enumerate(zip(matrices, places, strict=True)):
             if number in refusals:
                 verdicts.append(Unjudged(reason=f"the judge's server refuses it: {refusals[number]}"))
                 continue
-            self.counts["identical_pairs"] += sum(n * (n - 1) for n in Counter(of_K).values())
             verdicts.append(matrix[np.ix_(of_K, of_K)])
         return verdicts
 

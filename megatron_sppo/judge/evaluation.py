@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megatron_sppo.errors import DataError
 from megatron_sppo.judge.config import EvaluateConfig
-from megatron_sppo.judge.diagnostics import UNREADABLE_REMEDY, share, verdict_shares, warnings
+from megatron_sppo.judge.diagnostics import UNREADABLE_REMEDY, fraction, verdict_shares, warnings
 from megatron_sppo.judge.load import load_judge
 from megatron_sppo.judge.protocol import Judge, Unjudged, judge_groups
 from megatron_sppo.objective import preference_matrix
@@ -67,7 +67,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         name: bootstrap(list(of_prompt.values()), resamples=config.bootstrap_resamples, seed=config.seed)
         for name, of_prompt in rates.items()
     }
-    result = {
+    result: dict[str, Any] = {
         "judge": judge.name,
         "win_rate_vs_base": asdict(intervals["base"]),
         "win_rate_vs_previous": asdict(intervals["previous"]),
@@ -112,8 +112,8 @@ def _shares(counts: Counter[str], policy: Mapping[str, RolloutGroup]) -> dict[st
     counts = counts + Counter(answers=len(reasons), cut_answers=reasons.count("length"))
     return {
         **verdict_shares(counts),
-        "order_disagreement": share(counts["order_bound_cross_pairs"], counts["cross_pairs"]),
-        "cross_tie_rate": share(counts["tied_cross_pairs"], counts["cross_pairs"]),
+        "order_disagreement": fraction(counts["order_bound_cross_pairs"], counts["cross_pairs"]),
+        "cross_tie_rate": fraction(counts["tied_cross_pairs"], counts["cross_pairs"]),
         "unjudged": counts["unjudged"],
     }
 

@@ -7,6 +7,9 @@ from megatron_sppo.judge.protocol import Judge
 
 SPEC_FORMS = "pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, matrices:FILE, rules:concise or rules:cyclic"
 
+READS = {"paper": "message", "official": "template"}
+"""What a judge that was trained on plain messages reads of a prompt, by --preset."""
+
 
 def load_judge(
     spec: str,
@@ -21,7 +24,7 @@ def load_judge(
     """Load the judge that a SPEC names -> Judge. Each kind takes the settings that concern it.
 
     Args:
-        preset: "paper" or "official": what PairRM reads, the plain user message or the templated prompt.
+        preset: "paper" or "official", as on the command line: what PairRM reads, and the rule that makes preferences.
         one_order: ask each pair in one order only and take L_ji = -L_ij: an approximation, half the cost, position
             bias kept. PairRM and endpoints only.
         dtype: precision of a local model, "float32" or "bfloat16"; None: float32 on the CPU, bfloat16 on a GPU.
@@ -53,31 +56,27 @@ def load_judge(
 def _load(
     spec: str, *, preset: str, one_order: bool, dtype: str | None, max_requests: int | None, verdict_tokens: int
 ) -> Judge:
-    if preset not in ("paper", "official"):
+    if preset not in READS:
         raise ConfigError(f"--preset {preset!r} is unknown. Use --preset paper or --preset official.")
     kind, _, rest = spec.partition(":")
-    if not rest:
-        raise ConfigError(f"--judge {spec!r} is not a judge. Use {SPEC_FORMS}.")
-    if kind == "rules":
+    if rest and kind == "rules":
         from megatron_sppo.judge.rules import load_rules
 
         return load_rules(rest)
-    if kind == "matrices":
+    if rest and kind == "matrices":
         from megatron_sppo.judge.matrices import MatricesJudge
 
-        return MatricesJudge(rest, preset=preset)
-    if kind == "pairrm":
+        return MatricesJudge(rest, rule=preset)
+    if rest and kind == "pairrm":
         from megatron_sppo.judge.pairrm.judge import PairRMJudge
 
-        return PairRMJudge(rest, preset=preset, one_order=one_order, dtype=dtype)
-    if kind == "reward":
+        return PairRMJudge(rest, reads=READS[preset], one_order=one_order, dtype=dtype)
+    if rest and kind == "reward":
         from megatron_sppo.judge.reward import RewardJudge
 
         return RewardJudge(rest, dtype=dtype)
-    if kind == "endpoint":
+    if rest and kind == "endpoint":
         from megatron_sppo.judge.endpoint import EndpointJudge
 
-        return EndpointJudge(
-            rest, preset=preset, one_order=one_order, max_requests=max_requests, verdict_tokens=verdict_tokens
-        )
+        return EndpointJudge(rest, one_order=one_order, max_requests=max_requests, verdict_tokens=verdict_tokens)
     raise ConfigError(f"--judge {spec!r} is not a judge. Use {SPEC_FORMS}.")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.judge.protocol import LARGEST_LOGIT, Unjudged, Verdict
+from megatron_sppo.judge.protocol import LARGEST_LOGIT, Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.storage import sha256_of_file, sha256_of_json
 
 if TYPE_CHECKING:
@@ -32,16 +32,16 @@ SUM_TOLERANCE = 1e-3
 class MatricesJudge:
     """Looks matrices up by prompt_id. A prompt without one is set aside, and counted."""
 
-    def __init__(self, file: str, *, preset: str) -> None:
+    def __init__(self, file: str, *, rule: str) -> None:
         """Read the file.
 
         Raises:
-            ConfigError: preferences under the official preset.
+            ConfigError: preferences, where the official rule is to make them of logits.
             DataError: no such file, or a line that is no square matrix of finite numbers.
         """
         path = Path(file)
         self._matrices, kinds = _read(path)
-        if kinds != {"judge_logits"} and preset == "official":
+        if kinds != {"judge_logits"} and rule == "official":
             raise ConfigError(
                 f"{path} holds preferences; the official rule is made of judge logits. "
                 "Use --preset paper, which keeps them as they are."
@@ -55,8 +55,11 @@ class MatricesJudge:
         return [self._matrix(group) for group in groups]
 
     def _matrix(self, group: RolloutGroup) -> Verdict:
-        num_responses = len(group.responses)
-        self.counts["pairs"] += num_responses * (num_responses - 1)
+        num_responses, of_K = (
+            len(group.responses),
+            np.array(distinct([response.text for response in group.responses])[1]),
+        )
+        count_pairs(self.counts, of_K.tolist())
         matrix = self._matrices.get(group.prompt_id)
         if matrix is None or len(matrix) != num_responses:
             self.counts["missing_matrices"] += 1
@@ -65,10 +68,8 @@ class MatricesJudge:
                 reason=f"the file of matrices has {found} for it, it has {num_responses} responses: give matrices:FILE "
                 "of these very rollouts"
             )
-        texts = np.array([response.text for response in group.responses], dtype=object)
-        same = texts[:, None] == texts[None, :]
-        self.counts["identical_pairs"] += int(same.sum()) - num_responses
-        return np.where(same, np.float32(0), matrix)
+        text_K = np.array(of_K)
+        return np.where(text_K[:, None] == text_K[None, :], np.float32(0), matrix)
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], set[str]]:

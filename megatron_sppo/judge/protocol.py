@@ -1,6 +1,6 @@
 """What a judge is.
 
-# K = responses per prompt
+# K = responses per prompt, U = different ones among them
 """
 
 from __future__ import annotations
@@ -49,6 +49,18 @@ class Judge(Protocol):
         A fault of one row is its Unjudged, never an exception: others may be worth days of judging.
         """
         ...
+
+
+def distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Tell the texts of K responses apart -> (the U different ones, for each of the K which of them it is)."""
+    index_of = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+    return list(index_of), [index_of[text] for text in texts]
+
+
+def count_pairs(counts: Counter[str], of_K: Sequence[int]) -> None:
+    """Count a group's ordered pairs, and those of identical texts, which no judge is asked about."""
+    counts["pairs"] += len(of_K) * (len(of_K) - 1)
+    counts["identical_pairs"] += sum(number * (number - 1) for number in Counter(of_K).values())
 
 
 def judge_groups(judge: Judge, groups: Sequence[RolloutGroup]) -> list[Verdict]:

@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from megatron_sppo.checkpoints.pretrained import UNUSABLE, load_pretrained
+from megatron_sppo.checkpoints.pretrained import load_pretrained
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError, ConversionError
-from megatron_sppo.judge.pairrm.checkpoint import local_directory
-from megatron_sppo.judge.protocol import Unjudged, Verdict
+from megatron_sppo.judge.model_files import load_tokenizer, local_directory
+from megatron_sppo.judge.protocol import Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.judge.source import UnreadableGroup
-from megatron_sppo.storage import damage, sha256_of_file, sha256_of_json
+from megatron_sppo.rollout.chat_template import TEMPLATE_FAULTS
+from megatron_sppo.rollout.records import Turn
+from megatron_sppo.storage import sha256_of_file, sha256_of_json
 
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
@@ -32,17 +34,6 @@ if TYPE_CHECKING:
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
 _PLAIN = ("QUESTION", "ANSWER", "QUESTION")
 """Texts that no template knows: what else their rendering holds is the template's own."""
-
-
-def _load_tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, *UNUSABLE) as error:
-        path = directory / "tokenizer.json"
-        fact = f"{directory} holds no readable tokenizer ({one_line(error)}). Copy the reward model's there."
-        raise ConfigError(damage(path, fact)) from None
 
 
 class RewardJudge:
@@ -70,7 +61,7 @@ class RewardJudge:
             raise ConfigError(
                 f"{directory} is no reward model ({one_line(error)}). Give a sequence classifier."
             ) from None
-        self._tokenizer: Any = _load_tokenizer(directory)
+        self._tokenizer: Any = load_tokenizer(directory, remedy="Copy the reward model's there.")
         if self._model.config.num_labels != 1:
             raise ConfigError(
                 f"{directory} has {self._model.config.num_labels} labels, a reward model has 1. Give another --judge."
@@ -92,7 +83,7 @@ class RewardJudge:
         Other added tokens (runs of spaces, `<ul>`, `<think>`) are text, and are scored as transformers scores them.
         """
         plain = [
-            {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), _PLAIN, strict=True)
+            Turn(role=role, content=text) for role, text in zip(("user", "assistant", "user"), _PLAIN, strict=True)
         ]
         try:
             rendered = [self._render(turns) for turns in (plain[:2], plain)]
@@ -114,18 +105,15 @@ class RewardJudge:
         pattern = "|".join(re.escape(marker) for marker in markers) or r"(?!)"
         return re.compile(pattern), frozenset(ids - {None, self._tokenizer.unk_token_id})
 
-    def _render(self, turns: Sequence[dict[str, str]]) -> str:
+    def _render(self, turns: Sequence[Turn]) -> str:
         """Write a conversation in the model's chat template -> text.
 
         Raises:
             UnreadableGroup: the template refuses it.
         """
-        from jinja2 import TemplateError
-
         try:
             return str(self._tokenizer.apply_chat_template(list(turns), tokenize=False))
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            # A template is a program: beside its own refusals, its expressions raise what Python's do.
+        except TEMPLATE_FAULTS as error:
             raise UnreadableGroup(f"the judge's chat template refuses it: {one_line(error)}") from None
 
     @torch.inference_mode()
@@ -133,23 +121,22 @@ class RewardJudge:
         """Score every different response once -> float32 [K, K] a group, antisymmetric; or why there is none."""
         verdicts: list[Verdict] = []
         for group in groups:
-            texts = [response.text for response in group.responses]
-            self.counts["pairs"] += len(texts) * (len(texts) - 1)
+            texts, of_K = distinct([response.text for response in group.responses])
+            count_pairs(self.counts, of_K)
             try:
-                score_of = {text: self._score(group, text) for text in dict.fromkeys(texts)}
+                score_U = np.array([self._score(group, text) for text in texts], dtype=np.float32)
             except UnreadableGroup as error:
                 verdicts.append(Unjudged(reason=str(error)))
                 continue
-            score_K = np.array([score_of[text] for text in texts], dtype=np.float32)
-            self.counts["identical_pairs"] += sum(n * (n - 1) for n in Counter(texts).values())
+            score_K = score_U[of_K]
             verdicts.append(score_K[:, None] - score_K[None, :])
         return verdicts
 
     def _score(self, group: RolloutGroup, text: str) -> float:
         """Run the model over one conversation, its beginning cut where it is too long -> score, nats."""
-        turns = [*group.messages, {"role": "assistant", "content": text}]
+        turns = [*group.messages, Turn(role="assistant", content=text)]
         # A marker inside a text would open a turn of its own: it is read as a space, as PairRM's judge does.
-        plain = [{**turn, "content": self._markers.sub(" ", turn["content"])} for turn in turns]
+        plain = [Turn(role=turn["role"], content=self._markers.sub(" ", turn["content"])) for turn in turns]
         self.counts["neutralised_markers"] += sum(a != b for a, b in zip(plain, turns, strict=True))
         ids = self._ids(self._render(plain))
         if len(ids) > self._context:

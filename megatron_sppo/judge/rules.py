@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.judge.protocol import Judge, count_pairs, distinct
 from megatron_sppo.judge.source import last_user_message
 from megatron_sppo.storage import sha256_of_json
 
 if TYPE_CHECKING:
-    from megatron_sppo.judge.protocol import Judge
     from megatron_sppo.rollout.records import Response, RolloutGroup
 
 RULES_VERSION = 2
@@ -76,7 +76,7 @@ class ConciseJudge:
     def _matrix(self, group: RolloutGroup) -> np.ndarray:
         message = last_user_message(group.messages)
         score_K = np.array([concise_score(message, response) for response in group.responses])
-        _count_pairs(self.counts, group.responses)
+        count_pairs(self.counts, distinct([response.text for response in group.responses])[1])
         return (CONCISE_SCALE * (score_K[:, None] - score_K[None, :])).astype(np.float32)
 
 
@@ -98,7 +98,7 @@ class CyclicJudge:
         return [self._matrix(group) for group in groups]
 
     def _matrix(self, group: RolloutGroup) -> np.ndarray:
-        _count_pairs(self.counts, group.responses)
+        count_pairs(self.counts, distinct([response.text for response in group.responses])[1])
         length_K = np.array([len(response.text.strip()) % CYCLE_CHARACTERS for response in group.responses])
         difference_KK = length_K[:, None] - length_K[None, :]
         # The sine of a rounded multiple of pi is not exactly 0, and opposites must be ties.
@@ -167,9 +167,3 @@ def _originality(message_words: Sequence[str], words: Sequence[str]) -> float:
     triples = _ngrams(words, 3)
     asked = set(_ngrams(message_words, 3))
     return min(1.0, sum(triple not in asked for triple in triples) / len(triples) / 0.7) if triples else 1.0
-
-
-def _count_pairs(counts: Counter[str], responses: Sequence[Response]) -> None:
-    same = Counter(response.text for response in responses)
-    counts["pairs"] += len(responses) * (len(responses) - 1)
-    counts["identical_pairs"] += sum(number * (number - 1) for number in same.values())

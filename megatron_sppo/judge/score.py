@@ -7,13 +7,11 @@ Scores of all shards are merged in the rollouts' order whatever the number of ra
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,72 +19,79 @@ import numpy as np
 import torch
 
 from megatron_sppo.data.dataset import PreferenceDataset
-from megatron_sppo.data.schema import DatasetManifest, file_names, parse_selection
+from megatron_sppo.data.schema import file_names, parse_selection
 from megatron_sppo.data.writer import DatasetWriter, rebuild_dataset
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.judge.config import ScoreConfig
-from megatron_sppo.judge.diagnostics import check_signal, share, signal_counts, verdict_shares, warnings
+from megatron_sppo.judge.diagnostics import check_signal, describe_judge, signal_counts
 from megatron_sppo.judge.load import load_judge
 from megatron_sppo.judge.protocol import Judge
-from megatron_sppo.judge.scoring import read_scores, score_rollouts
+from megatron_sppo.judge.shard_scores import read_scores, score_rollouts
 from megatron_sppo.judge.work_list import WorkList
-from megatron_sppo.objective.diagnostics import describe_preferences
 from megatron_sppo.rollout.outcomes import outcome_warnings
 from megatron_sppo.rollout.records import MANIFEST_NAME, RolloutGroup, RolloutManifest, read_manifest, read_rows
-from megatron_sppo.storage import lock_until_exit, read_json, remove_stale_temporaries, sha256_of_file, write_json
+from megatron_sppo.storage import (
+    lock_until_exit,
+    read_json,
+    read_json_as,
+    remove_stale_temporaries,
+    sha256_of_file,
+    write_json,
+)
 
+logger = logging.getLogger(__name__)
+
+DIAGNOSTICS_NAME = "diagnostics.json"
 LEAVING_SECONDS = 60.0
 """The dataset is written: ranks that hang are waited for no longer than this."""
 
 
-NAMED_REASONS = 3
-"""Why prompts were set aside: so many reasons are said, the commonest first; all stand in the manifest."""
+def score(config: ScoreConfig, work: WorkList) -> dict[str, Any] | None:
+    """Judge shards; the first rank then writes the dataset -> its diagnostics, None on the other ranks.
 
-
-logger = logging.getLogger(__name__)
-
-
-def score(command: ScoreConfig, work: WorkList) -> dict[str, Any] | None:
-    """Judge shards; the first rank then writes the dataset -> its diagnostics, None on the other ranks."""
-    assert command.rollouts is not None and command.judge is not None
-    preset, selection = command.preset or "paper", command.selection or "all"
-    manifest = read_manifest(command.rollouts)
+    Raises:
+        ConfigError: a judge that cannot be loaded, or an --output that holds something else.
+        DataError: rollouts that cannot be read, or verdicts that nothing can be learned from.
+    """
+    assert config.rollouts is not None and config.judge is not None
+    preset, selection = config.preset or "paper", config.selection or "all"
+    manifest = read_manifest(config.rollouts)
     if work.rank == 0:
         for line in outcome_warnings(manifest.outcomes, names=("turn_markers", "empty")):
-            logger.warning("%s: %s", command.rollouts, line)
+            logger.warning("%s: %s", config.rollouts, line)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     judge = load_judge(
-        command.judge,
+        config.judge,
         preset=preset,
-        one_order=command.one_order,
-        dtype=command.dtype,
-        max_requests=command.max_requests,
-        verdict_tokens=command.verdict_tokens,
-        after=command.judge_after,
+        one_order=config.one_order,
+        dtype=config.dtype,
+        max_requests=config.max_requests,
+        verdict_tokens=config.verdict_tokens,
+        after=config.judge_after,
     )
-    work_dir = command.output.with_name(f".{command.output.name}.scores")
-    check_output(command.output)
+    work_dir = _work_dir(config.output)
+    check_output(config.output)
     if work.rank != 0:
         # The first rank alone looks whether there is anything to do: it may be writing by the time others look.
         if work.ask():
-            score_rollouts(command.rollouts, judge, work_dir, work=work)
+            score_rollouts(config.rollouts, judge, work_dir, work=work)
         work.leave()
         return None
     lock_until_exit(work_dir, flag="--output")
-    rollouts_sha256 = sha256_of_file(command.rollouts / MANIFEST_NAME)
+    rollouts_sha256 = sha256_of_file(config.rollouts / MANIFEST_NAME)
     identity = {
         "rollouts_sha256": rollouts_sha256,
         "judge_fingerprint": judge.fingerprint,
         "preset": preset,
         "selection": str(parse_selection(selection)),
     }
-    done = finished(command.output, identity)
+    done = finished(config.output, identity)
     work.tell(done is None)
     if done is None:
-        remove_stale_temporaries(command.output)
+        remove_stale_temporaries(config.output)
         writer = DatasetWriter(
-            command.output,
+            config.output,
             num_responses=manifest.num_responses,
             tokenizer_hash=manifest.tokenizer_hash,
             vocab_size=manifest.vocab_size,
@@ -95,84 +100,112 @@ def score(command: ScoreConfig, work: WorkList) -> dict[str, Any] | None:
             selection=selection,
             rollouts_sha256=rollouts_sha256,
         )
-        score_rollouts(command.rollouts, judge, work_dir, work=work)
+        score_rollouts(config.rollouts, judge, work_dir, work=work)
         with writer:
-            counts = merge_scores(command.rollouts, manifest, judge, work_dir, writer, rule=preset)
-            if not command.allow_no_signal and writer.num_prompts:
+            counts = merge_scores(config.rollouts, manifest, judge, work_dir, writer, rule=preset)
+            if not config.allow_no_signal and writer.num_prompts:
                 try:
-                    check_signal(counts, judge=judge.name, one_order=command.one_order)
+                    check_signal(counts, judge=judge.name, one_order=config.one_order)
                 except DataError:
                     if counts["unreadable_verdicts"]:
-                        shutil.rmtree(work_dir)  # the server may be mended when the judge is asked again
+                        shutil.rmtree(work_dir)  # the server may be fixed when the judge is asked again
                     raise
-        assert writer.manifest is not None
-        done = write_diagnostics(command.output, writer.manifest, identity, counts)
+        done = write_diagnostics(config.output, identity, counts)
     else:
-        logger.info("%s is complete: nothing to judge.", command.output)
+        logger.info("%s is complete: nothing to judge.", config.output)
     work.wait_for_leavers(LEAVING_SECONDS)
     shutil.rmtree(work_dir, ignore_errors=True)
     return done
 
 
-def rebuild(command: ScoreConfig, source: Path) -> dict[str, Any]:
-    """Rebuild a dataset's targets from its stored logits -> the new one's diagnostics."""
-    check_output(command.output)
-    work_dir = command.output.with_name(f".{command.output.name}.scores")
+def rebuild(config: ScoreConfig, source: Path) -> dict[str, Any]:
+    """Rebuild a dataset's targets from its stored logits -> the new one's diagnostics.
+
+    Raises:
+        ConfigError: an --output that holds something else.
+        DataError: a source that cannot be read, or verdicts that nothing can be learned from.
+    """
+    check_output(config.output)
+    work_dir = _work_dir(config.output)
     lock_until_exit(work_dir, flag="--output")
-    remove_stale_temporaries(command.output)
+    remove_stale_temporaries(config.output)
     dataset = PreferenceDataset(source)
-    before = _diagnostics_of(source)
-    signal = signal_counts(dataset.all_judge_logits(), rule=command.preset or dataset.manifest.preset)
-    judged = {name: value for name, value in before["counts"].items() if isinstance(value, int)}
+    before = _read_diagnostics(source)
+    signal = signal_counts(dataset.all_judge_logits(), rule=config.preset or dataset.manifest.preset)
+    judged = {name: value for name, value in before.counts.items() if isinstance(value, int)}
     counts = Counter({name: value for name, value in judged.items() if name not in signal}) + signal
-    if not command.allow_no_signal:
+    if not config.allow_no_signal:
         check_signal(counts, judge=dataset.manifest.judge, one_order=False)
-    manifest = rebuild_dataset(dataset, command.output, preset=command.preset, selection=command.selection)
+    manifest = rebuild_dataset(dataset, config.output, preset=config.preset, selection=config.selection)
     identity = {
         "rollouts_sha256": manifest.rollouts_sha256,
-        "judge_fingerprint": before["identity"].get("judge_fingerprint"),
+        "judge_fingerprint": before.identity.get("judge_fingerprint"),
         "preset": manifest.preset,
         "selection": manifest.selection,
     }
-    rebuilt = write_diagnostics(command.output, manifest, identity, counts)
+    rebuilt = write_diagnostics(config.output, identity, counts)
     if not any(work_dir.glob("scores-*")):  # of a scoring that was killed, and may go on
         shutil.rmtree(work_dir, ignore_errors=True)
     return rebuilt
 
 
-def _diagnostics_of(source: Path) -> dict[str, dict[str, Any]]:
-    """Read what a dataset's judge counted, and its identity -> {"counts", "identity"}, empty where there is no file."""
-    path = source / DIAGNOSTICS_NAME
-    found = read_json(path) if path.is_file() else {}
-    parts = {name: found.get(name, {}) for name in ("counts", "identity")} if isinstance(found, dict) else {}
-    if not parts or not all(isinstance(part, dict) for part in parts.values()):
-        raise DataError(f"{path} holds no counts of a judge. It is damaged: remove it, and rebuild without them.")
-    return parts
+def _work_dir(output: Path) -> Path:
+    """Name the directory of a dataset's score files, which a killed run leaves for the next."""
+    return output.with_name(f".{output.name}.scores")
 
 
-def write_diagnostics(
-    output: Path, manifest: DatasetManifest, identity: dict[str, Any], counts: Counter[str]
-) -> dict[str, Any]:
-    """Describe the judge on the finished dataset, beside it -> what diagnostics.json holds."""
-    dataset = PreferenceDataset(output)
-    diagnostics = dataset_diagnostics(
-        judge=manifest.judge,
-        judge_logits_GKK=dataset.all_judge_logits(),
-        preferences_GKK=dataset.all_preferences(),
-        win_rates_GK=dataset.all_win_rates(),
-        response_lengths_GK=dataset.response_lengths,
-        responses=(
-            [dataset.response(group, k).tolist() for k in range(dataset.num_responses)]
-            for group in range(dataset.num_groups)
-        ),
-        num_quarantined=len(manifest.quarantined),
-        counts=counts,
-    )
-    reasons = Counter(row["reason"] for row in manifest.quarantined)
-    diagnostics["quarantine_reasons"] = dict(reasons.most_common(NAMED_REASONS))
-    diagnostics |= {"counts": dict(sorted(counts.items())), "identity": {**identity, "dataset": manifest.dataset_hash}}
-    write_json(output / DIAGNOSTICS_NAME, diagnostics)
-    return diagnostics
+def merge_scores(
+    rollouts: Path, manifest: RolloutManifest, judge: Judge, work_dir: Path, writer: DatasetWriter, *, rule: str
+) -> Counter[str]:
+    """Append every scored group to the writer, shard after shard -> counts over all shards.
+
+    The judge's own, `signal_counts` under the writer's rule, and how many answers there are and were cut in sampling.
+
+    Raises:
+        DataError: a shard has no scores (they vanished between scoring and now).
+    """
+    for left_out in manifest.quarantined:
+        writer.quarantine(**left_out)
+    counts: Counter[str] = Counter()
+    seen: set[str] = set()
+    for number, entry in enumerate(manifest.shards):
+        scores = read_scores(work_dir, number, entry, judge)
+        if scores is None:
+            raise DataError(f"{work_dir} holds no scores of {entry.file}. Run the same score_pairrm.py command again.")
+        counts += scores.counts
+        place, added = -1, []
+        for row in read_rows(rollouts, entry, num_responses=manifest.num_responses, vocab_size=manifest.vocab_size):
+            if not isinstance(row, RolloutGroup):
+                writer.quarantine(**row)
+                continue
+            place += 1
+            if row.prompt_id in seen:
+                writer.quarantine(row.prompt_id, "the prompt_id occurs twice; the first one was kept")
+                continue
+            seen.add(row.prompt_id)
+            if place in scores.reasons:
+                writer.quarantine(row.prompt_id, scores.reasons[place])
+            elif writer.append(
+                row.prompt_token_ids,
+                [response.token_ids for response in row.responses],
+                scores.judge_logits[place],
+                prompt_id=row.prompt_id,
+                info=_texts(row),
+            ):
+                added.append(scores.judge_logits[place])
+                counts["answers"] += len(row.responses)
+                counts["cut_answers"] += sum(response.finish_reason == "length" for response in row.responses)
+        if added:
+            counts += signal_counts(np.stack(added), rule=rule)
+    return counts
+
+
+def _texts(group: RolloutGroup) -> dict[str, Any]:
+    """What prompts.jsonl keeps of a group beside its id."""
+    return {
+        "messages": list(group.messages),
+        "responses": [{"text": response.text, "finish_reason": response.finish_reason} for response in group.responses],
+    }
 
 
 def check_output(output: Path) -> None:
@@ -209,102 +242,24 @@ def finished(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     return diagnostics if isinstance(diagnostics, dict) and diagnostics.get("identity") == wanted else None
 
 
-DIAGNOSTICS_NAME = "diagnostics.json"
+def write_diagnostics(output: Path, identity: dict[str, Any], counts: Counter[str]) -> dict[str, Any]:
+    """Describe the judge on the finished dataset, beside it -> what diagnostics.json holds."""
+    dataset = PreferenceDataset(output)
+    identity = {**identity, "dataset": dataset.manifest.dataset_hash}
+    diagnostics = {**describe_judge(dataset, counts), "identity": identity}
+    write_json(output / DIAGNOSTICS_NAME, diagnostics)
+    return diagnostics
 
 
-_PLAIN_COUNTS = (
-    "pairs", "identical_pairs", "truncated_sources", "truncated_candidates", "neutralised_markers", "leaning_answers",
-)  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class _Diagnostics:
+    """What a rebuilt dataset takes over from diagnostics.json; empty where there is no file."""
+
+    counts: dict[str, Any] = field(default_factory=dict)
+    identity: dict[str, Any] = field(default_factory=dict)
 
 
-def merge_scores(
-    rollouts: Path, manifest: RolloutManifest, judge: Judge, work_dir: Path, writer: DatasetWriter, *, rule: str
-) -> Counter[str]:
-    """Append every scored group to the writer, shard after shard -> counts over all shards.
-
-    The judge's own, `signal_counts` under the writer's rule, and how many answers there are and were cut in sampling.
-
-    Raises:
-        DataError: a shard has no scores (they vanished between scoring and now).
-    """
-    for row in manifest.quarantined:
-        writer.quarantine(row["prompt_id"], row["reason"])
-    counts: Counter[str] = Counter()
-    seen: set[str] = set()
-    num_responses = manifest.num_responses
-    for number, entry in enumerate(manifest.shards):
-        scores = read_scores(work_dir, number, entry, judge)
-        if scores is None:
-            raise DataError(f"{work_dir} holds no scores of {entry.file}. Run the same score_pairrm.py command again.")
-        counts += scores.counts
-        places = itertools.count()
-        added: list[np.ndarray] = []
-        for row in read_rows(rollouts, entry, num_responses=num_responses, vocab_size=manifest.vocab_size):
-            if not isinstance(row, RolloutGroup):
-                writer.quarantine(**row)
-                continue
-            place = next(places)
-            if row.prompt_id in seen:
-                writer.quarantine(row.prompt_id, "the prompt_id occurs twice; the first one was kept")
-                continue
-            seen.add(row.prompt_id)
-            if place in scores.reasons:
-                writer.quarantine(row.prompt_id, scores.reasons[place])
-                continue
-            if writer.append(
-                row.prompt_token_ids,
-                [response.token_ids for response in row.responses],
-                scores.judge_logits[place],
-                prompt_id=row.prompt_id,
-                info=_info(row),
-            ):
-                added.append(scores.judge_logits[place])
-                counts["answers"] += num_responses
-                counts["cut_answers"] += sum(response.finish_reason == "length" for response in row.responses)
-        if added:
-            counts += signal_counts(np.stack(added), rule=rule)
-    return counts
-
-
-def _info(group: RolloutGroup) -> dict[str, Any]:
-    return {
-        "messages": list(group.messages),
-        "responses": [{"text": response.text, "finish_reason": response.finish_reason} for response in group.responses],
-    }
-
-
-def dataset_diagnostics(
-    *,
-    judge: str,
-    judge_logits_GKK: np.ndarray,
-    preferences_GKK: np.ndarray,
-    win_rates_GK: np.ndarray,
-    response_lengths_GK: np.ndarray,
-    responses: Iterable[Sequence[Sequence[int]]],
-    num_quarantined: int,
-    counts: Counter[str],
-) -> dict[str, Any]:
-    """Describe the judge on these rollouts -> what diagnostics.json holds, plain numbers only.
-
-    Args:
-        responses: token ids, a prompt at a time: they are gone through once and never all held.
-    """
-    described = describe_preferences(
-        torch.from_numpy(judge_logits_GKK),
-        torch.from_numpy(preferences_GKK),
-        torch.from_numpy(win_rates_GK),
-        response_lengths_GK=torch.from_numpy(response_lengths_GK),
-        responses=responses,
-    )
-    diagnostics: dict[str, Any] = {
-        "judge": judge,
-        "num_prompts": len(judge_logits_GKK),
-        "num_responses": judge_logits_GKK.shape[-1],
-        "num_quarantined": num_quarantined,
-        **dataclasses.asdict(described),
-        "truncation_rate": share(counts["truncated_candidates"], response_lengths_GK.size),
-        "one_order_agreement": share(counts["one_order_agreed"], counts["one_order_checked"]),
-        **verdict_shares(counts),
-        **{name: counts.get(name, 0) for name in (*_PLAIN_COUNTS, *sorted(set(counts) - set(_PLAIN_COUNTS)))},
-    }
-    return {**diagnostics, "warnings": warnings(diagnostics)}
+def _read_diagnostics(source: Path) -> _Diagnostics:
+    path = source / DIAGNOSTICS_NAME
+    remedy = "It holds no counts of a judge: remove it, and rebuild without them."
+    return read_json_as(path, _Diagnostics, remedy=remedy) if path.is_file() else _Diagnostics()

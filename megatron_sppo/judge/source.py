@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_sppo.rollout.records import RolloutGroup
+    from megatron_sppo.rollout.records import RolloutGroup, Turn
 
 # llm_blender 0.0.2, Blender.compare_conversations: the words (and the spelling) PairRM was given for several turns.
 _CONVERSATION_TASK = "Finish the following coversation in each i-th turn by filling in <Response i> with your response."
@@ -16,7 +16,7 @@ class UnreadableGroup(Exception):
     """Why one group cannot be put before a judge, as a clause."""
 
 
-def last_user_message(messages: Sequence[dict[str, str]]) -> str:
+def last_user_message(messages: Sequence[Turn]) -> str:
     """Find what the user said last -> str, empty if the user said nothing."""
     for message in reversed(messages):
         if message.get("role") == "user":
@@ -24,17 +24,18 @@ def last_user_message(messages: Sequence[dict[str, str]]) -> str:
     return ""
 
 
-def pairrm_texts(group: RolloutGroup, *, preset: str) -> tuple[str, list[str]]:
+def pairrm_texts(group: RolloutGroup, *, reads: str) -> tuple[str, list[str]]:
     """Write a prompt and its responses as PairRM wants to read them -> (source, one candidate a response).
 
-    Preset "official": the templated prompt, as uclaml/SPPO does. Preset "paper": the plain user message; several turns
-    take llm-blender's own conversation form, in which earlier assistant turns stand before each candidate.
+    Args:
+        reads: "template", the templated prompt, as uclaml/SPPO does; "message", the plain user message, where several
+            turns take llm-blender's own form of a conversation: earlier assistant turns stand before each candidate.
 
     Raises:
-        UnreadableGroup: the official preset, but the group holds no templated prompt.
+        UnreadableGroup: the template is to be read, but the group holds no templated prompt.
     """
     texts = [response.text for response in group.responses]
-    if preset == "official":
+    if reads == "template":
         if group.prompt_text is None:
             raise UnreadableGroup(
                 "it has no prompt_text, which the official preset judges by: use --preset paper, or write the rollouts "
@@ -54,7 +55,7 @@ def pairrm_texts(group: RolloutGroup, *, preset: str) -> tuple[str, list[str]]:
     ]
 
 
-def _alternating_turns(messages: Sequence[dict[str, str]]) -> list[str]:
+def _alternating_turns(messages: Sequence[Turn]) -> list[str]:
     """Fold a chat into user, assistant, user, ... -> texts, the user first and last.
 
     A system message goes before the user's next words; two turns of one speaker become one, a line each.
@@ -73,6 +74,6 @@ def _alternating_turns(messages: Sequence[dict[str, str]]) -> list[str]:
     return [text for _, text in turns]
 
 
-def conversation_text(messages: Sequence[dict[str, str]]) -> str:
+def conversation_text(messages: Sequence[Turn]) -> str:
     """Write a chat as plain text for a reading judge -> a block a turn, each under its speaker's name."""
     return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)

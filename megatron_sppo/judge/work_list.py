@@ -12,7 +12,8 @@ import os
 import time
 from collections.abc import Sequence
 
-import torch.distributed
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 _START_TIMEOUT = datetime.timedelta(hours=2)
 """Ranks may load their judge one after the other from a slow disk."""
@@ -21,7 +22,7 @@ _START_TIMEOUT = datetime.timedelta(hours=2)
 class WorkList:
     """The shards of one run, in the order in which they are given out; of one process alone unless it has a store."""
 
-    def __init__(self, *, rank: int = 0, world_size: int = 1, store: torch.distributed.Store | None = None) -> None:
+    def __init__(self, *, rank: int = 0, world_size: int = 1, store: Store | None = None) -> None:
         assert world_size == 1 or store is not None
         self.rank, self.world_size = rank, world_size
         self._store = store
@@ -74,5 +75,5 @@ def open_work_list() -> WorkList:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         return WorkList()
-    store, rank, world_size = next(iter(torch.distributed.rendezvous("env://", timeout=_START_TIMEOUT)))
-    return WorkList(rank=rank, world_size=world_size, store=torch.distributed.PrefixStore("score_pairrm", store))
+    store, rank, world_size = next(iter(rendezvous("env://", timeout=_START_TIMEOUT)))
+    return WorkList(rank=rank, world_size=world_size, store=PrefixStore("score_pairrm", store))

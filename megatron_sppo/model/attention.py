@@ -88,7 +88,7 @@ class DocumentAttention(torch.nn.Module):
 
     def _row(self, query: Tensor, packed_seq_params: PackedSeqParams | None) -> Row:
         if packed_seq_params is not None:
-            assert isinstance(packed_seq_params, PackedRow) and packed_seq_params.row is not None
+            assert isinstance(packed_seq_params, PackedRow)
             return packed_seq_params.row
         size = self.context_parallel_size
         rank = parallel_state.get_context_parallel_rank() if size > 1 else 0
@@ -142,7 +142,7 @@ def with_shared_prompts(core_attention: type, *, windows: Sequence[int | None]) 
         windows: for each layer of the model, how many tokens a query sees, its own included; None is all.
     """
 
-    class SharedPromptAttention(core_attention):  # type: ignore[misc]
+    class SharedPromptAttention(core_attention):
         def __init__(
             self,
             config: TransformerConfig,
@@ -152,7 +152,11 @@ def with_shared_prompts(core_attention: type, *, windows: Sequence[int | None]) 
             **kwargs: Any,
         ) -> None:
             super().__init__(config, layer_number, *args, softmax_scale=softmax_scale, **kwargs)
-            self._flex = {"softmax_scale": softmax_scale, "window": windows[layer_number - 1], "softcap": None}
+            self._flex: dict[str, Any] = {
+                "softmax_scale": softmax_scale,
+                "window": windows[layer_number - 1],
+                "softcap": None,
+            }
             self._context_parallel_size = config.context_parallel_size
 
         def forward(

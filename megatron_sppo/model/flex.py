@@ -37,7 +37,8 @@ def flex(
         ConfigError: there are more kinds of rows than kernels may be compiled for.
     """
     query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-    attend = _compiled() if query.is_cuda else flex_attention
+    plain: Any = flex_attention
+    attend = _compiled() if query.is_cuda else plain
     context = attend(
         query,
         key,
@@ -66,7 +67,7 @@ def _compiled(backend: str = "inductor") -> Callable[..., Any]:
     `fullgraph` is what makes dynamo raise at its limit; without, it runs the function as it stands, all scores at once.
     Not `dynamic`: sizes that change become symbols anyway, and with it the scale would, which kernels want as a number.
     """
-    kernel = torch.compile(flex_attention, backend=backend, fullgraph=True)
+    kernel: Callable[..., Any] = torch.compile(flex_attention, backend=backend, fullgraph=True)
 
     def attend(*tensors: Tensor, **settings: Any) -> Any:
         try:

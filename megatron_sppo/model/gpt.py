@@ -66,9 +66,10 @@ class PolicyModel(GPTModel):
         call with keywords and which passes `labels` through untouched.
         """
         if labels is None or not self.post_process:
-            answer = super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
-            capped = self.post_process and self.logit_softcap is not None
-            return torch.tanh(answer / self.logit_softcap) * self.logit_softcap if capped else answer
+            output: Tensor = super()._postprocess(hidden_states=hidden_states, labels=labels, **kwargs)
+            if not self.post_process or self.logit_softcap is None:
+                return output
+            return torch.tanh(output / self.logit_softcap) * self.logit_softcap
         rows_R, rows_of_ranks = labels.rows_R, None
         if self.config.sequence_parallel:
             # Each rank has S / TP positions: it looks up its own rows, and the head sends those alone.

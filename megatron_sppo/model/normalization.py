@@ -46,7 +46,7 @@ def with_post_norm(linear: type, norm: type) -> type:
     There the output is whole, or under sequence parallelism this rank's tokens of it: what any norm of a layer sees.
     """
 
-    class PostNormLinear(linear):  # type: ignore[misc]
+    class PostNormLinear(linear):
         def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: object) -> None:
             super().__init__(input_size, output_size, config=config, **kwargs)
             self.post_layernorm = norm(config=config, hidden_size=output_size, eps=config.layernorm_epsilon)

@@ -30,7 +30,7 @@ from megatron_sppo.model.zigzag import zigzag_positions
 METRICS = ("moe/load_balancing_loss", "moe/z_loss")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PackedDocuments(PackedRow):
     """Megatron-Core's description of a packed row, and which sequence each token of this rank belongs to.
 
@@ -68,12 +68,13 @@ class RouterLosses:
         probabilities, chosen = self._mcore_routing(logits, *arguments, **keywords)
         if not torch.is_grad_enabled():  # the reference pass, and the pass whose activations are recomputed
             return probabilities, chosen
-        assert self._documents is not None and self._documents.sequence_of_token is not None
+        documents = self._documents
+        assert documents is not None and documents.sequence_of_token is not None and documents.lengths is not None
         losses = router_losses(
             logits.flatten(0, 1),
             chosen,
-            self._documents.sequence_of_token,
-            self._documents.lengths,
+            documents.sequence_of_token,
+            documents.lengths,
             topk=self._topk,
             group=self._group,
         )

@@ -7,7 +7,7 @@ C = context-parallel ranks: each holds T / C of the tokens as queries and sees t
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -142,7 +142,7 @@ class Row:
         return self._block_masks[window]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PackedRow(PackedSeqParams):
     """Megatron-Core's description of a packed row, with ours.
 
@@ -151,12 +151,12 @@ class PackedRow(PackedSeqParams):
     attention, is to apply that table to this rank's zigzag share of the sequence.
     """
 
-    row: Row | None = None
+    row: Row
 
     @property
     def shares_prompts(self) -> bool:
         """Whether documents continue others."""
-        return self.row is not None and self.row.parents is not None
+        return self.row.parents is not None
 
 
 @lru_cache(maxsize=8)
@@ -192,7 +192,8 @@ def _block_mask(queries: Tokens, keys: Tokens, window: int | None) -> BlockMask:
     # By blocks of queries for the forward pass, by blocks of keys for the backward pass.
     by_queries, by_keys = (partial, whole), (partial.mT, whole.mT)
     lists = [part for blocks in (*by_queries, *by_keys) for part in _listed(blocks)]
-    return BlockMask((num_queries, num_keys), *lists, BLOCK_SIZE=(_BLOCK, _BLOCK), mask_mod=mask_mod)
+    build: Any = BlockMask
+    return build((num_queries, num_keys), *lists, BLOCK_SIZE=(_BLOCK, _BLOCK), mask_mod=mask_mod)
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:

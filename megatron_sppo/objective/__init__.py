@@ -6,30 +6,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_sppo.objective.game import duality_gap
     from megatron_sppo.objective.log_ratio import linear_log_probs, sequence_sums
-    from megatron_sppo.objective.loss import dpo_loss, ipo_loss, objective_loss, regression_target, sppo_loss
-    from megatron_sppo.objective.names import OBJECTIVES
+    from megatron_sppo.objective.loss import Targets, dpo_loss, ipo_loss, sppo_loss
+    from megatron_sppo.objective.table import OBJECTIVES
     from megatron_sppo.objective.win_rate import log_partition, preference_matrix, win_rates
 
 __all__ = [
     "OBJECTIVES",
+    "Targets",
     "dpo_loss",
     "duality_gap",
     "ipo_loss",
     "linear_log_probs",
     "log_partition",
-    "objective_loss",
     "preference_matrix",
-    "regression_target",
     "sequence_sums",
     "sppo_loss",
     "win_rates",
 ]
 
-_MODULES = ("names", "win_rate", "loss", "log_ratio", "game")
+_MODULES = ("table", "win_rate", "loss", "log_ratio", "game")
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: `names` alone, which command lines read, needs no torch."""
+    """Import what is asked for when it is asked for: command lines read `names` and `table`, which need no torch."""
     if name in __all__:
         for module in (importlib.import_module(f"{__name__}.{module}") for module in _MODULES):
             if name in vars(module):

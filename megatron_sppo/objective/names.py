@@ -1,7 +1,6 @@
-"""What a setting may name: objectives, baselines, rules of preference. No torch here: command lines read these."""
+"""What a setting may name: baselines, rules of preference. No torch here: command lines read these."""
 
 import math
-from dataclasses import dataclass
 
 from megatron_sppo.errors import ConfigError
 
@@ -13,46 +12,6 @@ Baseline = str | tuple[str, float]
 
 LARGEST_CONSTANT = 1e6
 """Of constant:C; log Z / eta is between 0 and 1 for win rates."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Objective:
-    """What an objective asks of the data and of the batching."""
-
-    name: str
-    needs_pairs: bool
-    """Trains on (winner, loser) pairs of a prompt, not on any number of its responses."""
-    coupled: bool
-    """One loss value joins the two responses of a pair, so that both must lie in one micro-batch."""
-    strength: str
-    """The setting that scales it: "eta" or "beta"."""
-    target: str | None
-    """What the regression target is made from: "win_rate", "preference" or "label"; None where there is no target."""
-    weight: float = 1.0
-    """Factor on each response's square; see `objective_loss`."""
-
-
-OBJECTIVES: dict[str, Objective] = {
-    objective.name: objective
-    for objective in (
-        Objective(name="sppo", needs_pairs=False, coupled=False, strength="eta", target="win_rate"),
-        Objective(name="sppo_single", needs_pairs=True, coupled=False, strength="eta", target="preference"),
-        Objective(name="sppo_hard", needs_pairs=True, coupled=False, strength="eta", target="label", weight=2.0),
-        Objective(name="dpo", needs_pairs=True, coupled=True, strength="beta", target=None),
-        Objective(name="ipo", needs_pairs=True, coupled=True, strength="beta", target=None),
-    )
-}
-
-
-def find_objective(name: str) -> Objective:
-    """Look an objective up -> its row of the table. There is no fall-back.
-
-    Raises:
-        ConfigError: the name is unknown.
-    """
-    if name not in OBJECTIVES:
-        raise ConfigError(f"objective {name!r} is unknown. Use --objective with one of: {', '.join(OBJECTIVES)}.")
-    return OBJECTIVES[name]
 
 
 def parse_baseline(text: str) -> Baseline:

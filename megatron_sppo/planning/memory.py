@@ -66,6 +66,7 @@ def stage_memory(
     *,
     stage: int,
     num_micro_batches: int,
+    optimizer: str,
     engine: bool,
     machine: MachineConfig | None,
 ) -> StageMemory:
@@ -73,6 +74,7 @@ def stage_memory(
 
     Args:
         shape: the largest micro-batch.
+        optimizer: adam or rmsprop.
         engine: Transformer Engine's spec; otherwise torch's.
         machine: whose allowance is added; None for none (a CPU rank's tensors alone).
     """
@@ -104,7 +106,7 @@ def stage_memory(
         num_parameters=count(shards),
         weights=sum(elements.values()) * model.dtype.itemsize,
         gradients=sum(elements.values()) * FLOAT32,
-        optimizer=_optimizer(elements, model, grid),
+        optimizer=_optimizer(elements, model, grid, optimizer),
         fp8_weights=fp8,
         activations=in_flight,
         working=working,
@@ -112,9 +114,9 @@ def stage_memory(
     )
 
 
-def _optimizer(elements: dict[bool, int], model: ModelConfig, grid: Grid) -> int:
-    """Two float32 moments, and a float32 copy of weights that are narrower, over the ranks that share them -> bytes."""
-    each = (2 if model.dtype.itemsize == FLOAT32 else 3) * FLOAT32
+def _optimizer(elements: dict[bool, int], model: ModelConfig, grid: Grid, name: str) -> int:
+    """Adam's two float32 moments or RMSprop's one, and a float32 copy of narrower weights -> bytes of a rank."""
+    each = ((1 if name == "rmsprop" else 2) + (model.dtype.itemsize < FLOAT32)) * FLOAT32
     if not grid.parallel.use_distributed_optimizer:
         return sum(elements.values()) * each
     return elements[False] // grid.optimizer_ranks * each + elements[True] // grid.expert_optimizer_ranks * each

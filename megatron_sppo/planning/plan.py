@@ -101,6 +101,7 @@ def make_plan(architecture: Architecture, config: PlanConfig, *, world_size: int
             shape,
             stage=stage,
             num_micro_batches=step.num_micro_batches,
+            optimizer=config.optimization.optimizer,
             engine=is_for_engine(config.model),
             machine=config.machine,
         )

@@ -6,7 +6,6 @@ from megatron_sppo import flops
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.data.schema import parse_selection
 from megatron_sppo.model.config import ModelConfig
-from megatron_sppo.objective.names import OBJECTIVES
 from megatron_sppo.planning.communication import Traffic, step_traffic
 from megatron_sppo.planning.config import MachineConfig, PlanConfig
 from megatron_sppo.planning.parameters import Grid, total_parameters
@@ -62,7 +61,7 @@ def workload(config: PlanConfig) -> Workload:
     given, batch = config.workload, config.batch
     trained = given.responses_trained
     if trained is None:
-        selection = batch.selection or ("extremes" if OBJECTIVES[config.objective.objective].needs_pairs else "all")
+        selection = batch.selection or ("extremes" if config.objective.row.needs_pairs else "all")
         chosen = parse_selection(selection)
         trained = given.num_responses if chosen.kind == "all" else 2 * chosen.num_each
     mean = given.mean_prompt_tokens + given.mean_response_tokens

@@ -7,6 +7,7 @@ ends: that token stops sampling, whatever config.json calls EOS, and closes answ
 
 import functools
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.config import TemplateConfig
 from megatron_sppo.rollout.prompts import Prompt
+from megatron_sppo.rollout.records import Turn
 
 TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What a template's expressions raise on messages that it was not written for."""
@@ -229,8 +231,8 @@ class ChatTokenizer:
 
     def _probe(self) -> str | None:
         """Render the longest conversation that the template takes, with a system message if it wants one -> text."""
-        turns, system = _probe_turns(), [{"role": "system", "content": "INSTRUCTIONS"}]
-        for number, before in ((4, []), (4, system), (2, []), (2, system)):
+        turns, system = _probe_turns(), Turn(role="system", content="INSTRUCTIONS")
+        for number, before in itertools.product((4, 2), ((), (system,))):
             try:
                 whole = self._render([*before, *turns[:number]])
             except TEMPLATE_FAULTS:
@@ -253,14 +255,14 @@ class ChatTokenizer:
         """Spell a token -> text."""
         return str(self._tokenizer.convert_ids_to_tokens(token_id))
 
-    def _rendered(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+    def _rendered(self, messages: Sequence[Turn], *, add_generation_prompt: bool = False) -> str:
         try:
             return self._render(messages, add_generation_prompt=add_generation_prompt)
         except TEMPLATE_FAULTS as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UnusablePrompt(f"the chat template refuses it: {reason}") from None
 
-    def _render(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+    def _render(self, messages: Sequence[Turn], *, add_generation_prompt: bool = False) -> str:
         return str(
             self._tokenizer.apply_chat_template(
                 list(messages),
@@ -284,8 +286,8 @@ class ChatTokenizer:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
-def _probe_turns() -> list[dict[str, str]]:
-    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, _PROBE, strict=True)]
+def _probe_turns() -> list[Turn]:
+    return [Turn(role=role, content=text) for role, text in zip(("user", "assistant") * 2, _PROBE, strict=True)]
 
 
 def _shown(text: str) -> str:

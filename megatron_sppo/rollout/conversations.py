@@ -16,7 +16,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-Turn = dict[str, str]
+from megatron_sppo.rollout.records import Turn, text_fault
+from megatron_sppo.rollout.tables import UnusableRow
 
 PROMPT_COLUMNS = frozenset(
     {"prompt", "messages", "conversations", "conversation", "instruction", "question", "chosen", "rejected"}
@@ -32,10 +33,6 @@ _ROLES = {
 }
 _TOOL_ROLES = frozenset({"function_call", "function", "observation", "tool_call", "tool_response"})
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-class UnusableRow(Exception):
-    """Why one row is set aside, as a clause."""
 
 
 def prompt_messages(row: dict[str, Any], *, answered: Sequence[list[Turn]] | None = None) -> list[Turn]:
@@ -182,12 +179,8 @@ def refuse_bad_text(text: str, place: str) -> None:
     Raises:
         UnusableRow: a NUL character or half a surrogate pair.
     """
-    if "\0" in text:
-        raise UnusableRow(f"the {place} holds a NUL character")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UnusableRow(f"the {place} holds half a surrogate pair at character {error.start}") from None
+    if (fault := text_fault(text)) is not None:
+        raise UnusableRow(f"the {place} {fault}")
 
 
 def _hh_turns(text: str) -> list[Turn]:

@@ -24,11 +24,13 @@ from megatron_sppo.rollout.records import (
     Response,
     RolloutGroup,
     RolloutManifest,
+    SetAside,
     write_manifest,
     write_shard,
 )
 from megatron_sppo.rollout.sampler import Refusal, Sampler, check_responses
 from megatron_sppo.rollout.server import ServerSampler
+from megatron_sppo.rollout.tables import warn_of_several_splits
 from megatron_sppo.rollout.vllm_engine import VllmSampler
 
 logger = logging.getLogger(__name__)
@@ -52,12 +54,8 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
     prompt_set = read_prompts(
         config.prompts, split=config.split, subset=config.subset, offset=config.offset, limit=config.limit
     )
-    if config.split is None and len(prompt_set.splits) > 1:
-        logger.warning(
-            "%s: rows of several splits are taken together (%s). --split chooses one.",
-            config.prompts,
-            ", ".join(prompt_set.splits),
-        )
+    if config.split is None:
+        warn_of_several_splits(config.prompts, prompt_set.splits)
     files = read_model_files(config.model)
     tokenizer = ChatTokenizer(config.model, template=config.template)
     sampling = replace(config.sampling(), stop_token_ids=_stop_token_ids(tokenizer, files))
@@ -118,8 +116,9 @@ def _stop_token_ids(tokenizer: ChatTokenizer, files: ModelFiles) -> tuple[int, .
 
     An engine knows the latter alone; where they do not name the former, every answer would run on through it.
     """
-    markers, known = tokenizer.markers, {*files.eos_token_ids, tokenizer.eos_token_id} - {None}
-    stops = {*known, markers.end_of_turn_id} - {None}
+    markers = tokenizer.markers
+    known = {token for token in (*files.eos_token_ids, tokenizer.eos_token_id) if token is not None}
+    stops = known if markers.end_of_turn_id is None else {*known, markers.end_of_turn_id}
     spelled = ", ".join(f"{tokenizer.token_text(token)} ({token})" for token in sorted(stops))
     if markers.end_of_turn is not None and markers.end_of_turn_id is None:
         logger.warning(
@@ -129,7 +128,7 @@ def _stop_token_ids(tokenizer: ChatTokenizer, files: ModelFiles) -> tuple[int, .
         )
     elif not stops:
         logger.warning("neither the chat template nor the model's files name a token that ends an answer.")
-    elif markers.end_of_turn_id not in known | {None}:
+    elif stops != known:
         logger.warning(
             "the chat template ends a turn with %s (%d), which neither config.json, generation_config.json nor the "
             "tokenizer calls EOS: answers are stopped there too. For other programs, add it to eos_token_id in "
@@ -164,7 +163,7 @@ def _refuse_no_signal(config: GenerateConfig, outcomes: Mapping[str, int]) -> No
 
 def _tokenize(
     config: GenerateConfig, prompt_set: PromptSet, tokenizer: ChatTokenizer, files: ModelFiles
-) -> tuple[list[TokenizedPrompt], tuple[dict[str, str], ...]]:
+) -> tuple[list[TokenizedPrompt], tuple[SetAside, ...]]:
     """Template and tokenise every prompt -> (those that can be sampled, all that were set aside)."""
     room = files.context_length if config.max_model_len is None else config.max_model_len
     if room > files.context_length:
@@ -255,12 +254,12 @@ def _rate_reporter(bar: Any) -> Callable[[int, int], None]:
 
 def _groups(
     prompts: Sequence[TokenizedPrompt], answers: Sequence[tuple[Response, ...] | Refusal]
-) -> tuple[list[RolloutGroup], list[dict[str, str]]]:
+) -> tuple[list[RolloutGroup], list[SetAside]]:
     """Put prompts and answers together -> (rows, prompts that have no answers with the reason)."""
     groups, refused = [], []
     for prompt, responses in zip(prompts, answers, strict=True):
         if isinstance(responses, Refusal):
-            refused.append({"prompt_id": prompt.prompt.prompt_id, "reason": responses.reason})
+            refused.append(SetAside(prompt_id=prompt.prompt.prompt_id, reason=responses.reason))
             continue
         groups.append(
             RolloutGroup(

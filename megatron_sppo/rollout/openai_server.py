@@ -22,23 +22,24 @@ _SHOWN_CHARACTERS = 300
 class ServerFault(Exception):
     """A request that came to nothing; the words are of one line, and never hold the key."""
 
+    retry_after: float | None = None
+    """Seconds that the server asks to be left alone; None: it asks for nothing."""
+
 
 class NoReply(ServerFault):
     """No connection, or a reply that did not come in time or whole."""
 
 
-class ReplyIsNotJson(ServerFault):
-    """Something else than a JSON object came back: perhaps not an API's address."""
+class UnusableReply(ServerFault):
+    """Something else came back than an answer: perhaps from no API at all."""
 
 
 class HttpError(ServerFault):
     """The server refuses."""
 
     def __init__(self, status: int, words: str, *, retry_after: float | None) -> None:
-        super().__init__(f"HTTP {status}{f': {words}' if words else ''}")
-        self.status, self.words = status, words
-        self.retry_after = retry_after
-        """Seconds that the server asks to be left alone; None: it asks for nothing."""
+        super().__init__(f"HTTP {status} {words}".strip())
+        self.status, self.words, self.retry_after = status, words, retry_after
 
 
 class OpenAIServer:
@@ -69,7 +70,7 @@ class OpenAIServer:
         """Send a request, GET where there is no body -> the JSON object that came back.
 
         Raises:
-            NoReply, ReplyIsNotJson, HttpError: it came to nothing.
+            NoReply, UnusableReply, HttpError: it came to nothing.
         """
         options: Any = {"headers": self._headers} | ({"timeout": timeout_seconds} if timeout_seconds else {})
         try:
@@ -87,7 +88,7 @@ class OpenAIServer:
             content = json.loads(text)
             if isinstance(content, dict):
                 return content
-        raise ReplyIsNotJson(f"no JSON object but {self.shown(text)!r}")
+        raise UnusableReply(f"no JSON object but {self.shown(text)!r}")
 
     def shown(self, text: str) -> str:
         """Shorten a server's words to one line without the key, which some servers repeat -> str."""

@@ -55,7 +55,8 @@ def outcome_warnings(outcomes: Mapping[str, int] | None, *, names: Collection[st
         names: the counts of interest; None: all.
     """
     lines = []
-    for name, whole, quiet, text in _SAID if outcomes else ():
+    outcomes = outcomes or {}
+    for name, whole, quiet, text in _SAID:
         count, total = outcomes.get(name, 0), outcomes.get(whole, 0)
         if count > quiet * total and (names is None or name in names):
             lines.append(f"{count} of {total} ({count / total:.0%}) {text}.")

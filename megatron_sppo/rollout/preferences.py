@@ -38,18 +38,20 @@ from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
 from megatron_sppo.errors import DataError
 from megatron_sppo.rollout.chat_template import ChatTokenizer, UnusablePrompt
 from megatron_sppo.rollout.config import TemplateConfig
-from megatron_sppo.rollout.conversations import Turn, UnusableRow, prompt_messages, read_turns
-from megatron_sppo.rollout.prompts import Prompt, check_split, make_prompt
+from megatron_sppo.rollout.conversations import prompt_messages, read_turns
+from megatron_sppo.rollout.prompts import Prompt, make_prompt
 from megatron_sppo.rollout.records import (
     SCHEMA_VERSION,
     Response,
     RolloutGroup,
     RolloutManifest,
+    SetAside,
     ShardEntry,
+    Turn,
     write_manifest,
     write_shard,
 )
-from megatron_sppo.rollout.tables import NO_ROW, table_rows
+from megatron_sppo.rollout.tables import SplitRows, UnusableRow, warn_of_several_splits
 from megatron_sppo.storage import atomic_directory, read_json
 
 logger = logging.getLogger(__name__)
@@ -102,19 +104,15 @@ def import_preferences(
         DataError: no such file, or not one usable row.
     """
     tokenizer = ChatTokenizer(model, template=template or TemplateConfig())
-    groups = _Groups(rows, split, subset, tokenizer)
+    groups = _Groups(SplitRows(rows, split, subset=subset), tokenizer)
     entries: list[ShardEntry] = []
     with atomic_directory(output, replaces=MATRICES_NAME) as temporary:
         with open(temporary / MATRICES_NAME, "w", encoding="utf-8") as matrices:
             iterator = groups.read(matrices)
             while batch := list(itertools.islice(iterator, shard_size)):
                 entries.append(write_shard(temporary, len(entries), batch))
-        check_split(rows, split, groups.splits)
-        named = sorted(name for name in groups.splits if name is not None)
-        if split is None and len(named) > 1:
-            logger.warning(
-                "%s: rows of several splits are taken together (%s). --split chooses one.", rows, ", ".join(named)
-            )
+        if split is None:
+            warn_of_several_splits(rows, groups.rows.splits)
         reasons = Counter(row["reason"] for row in groups.quarantined)
         for reason, count in reasons.most_common(3):
             logger.warning("%d rows set aside: %s", count, reason)
@@ -148,26 +146,20 @@ def import_preferences(
 class _Groups:
     """Rows read one by one, tokenised, their matrices written on the way."""
 
-    def __init__(self, path: Path, split: str | None, subset: str | None, tokenizer: ChatTokenizer) -> None:
-        self._path, self._split, self._subset, self._tokenizer = path, split, subset, tokenizer
+    def __init__(self, rows: SplitRows, tokenizer: ChatTokenizer) -> None:
+        self.rows, self._tokenizer = rows, tokenizer
         self._seen: set[str] = set()
-        self.splits: set[str | None] = set()
-        self.quarantined: list[dict[str, str]] = []
+        self.quarantined: list[SetAside] = []
         self.counts: Counter[str] = Counter()
         self.num_responses = 0
         """K of the first usable row; rows of another K are set aside."""
 
     def read(self, matrices: IO[str]) -> Iterator[RolloutGroup]:
         """Yield the usable rows as groups, in file order."""
-        rows = table_rows(self._path, self._split, subset=self._subset)
-        for number, (row, fault) in enumerate(rows, start=1):
-            row_split = row.get("split") if isinstance(row, dict) else None
-            self.splits.add(row_split if isinstance(row_split, str) else None)
-            if self._split is not None and row_split != self._split and row is not NO_ROW:
+        for number, row, wanted in self.rows:
+            if not wanted:
                 continue
             try:
-                if fault is not None or row is NO_ROW:
-                    raise UnusableRow(fault or "the row cannot be read")
                 read = preference_row(row)
                 group = self._group(read)
             except (UnusableRow, UnusablePrompt) as reason:
@@ -215,6 +207,8 @@ def preference_row(row: Any) -> PreferenceRow:
     Raises:
         UnusableRow: no known columns, values that are no preferences, or a prompt that its responses do not answer.
     """
+    if isinstance(row, UnusableRow):
+        raise row
     if not isinstance(row, dict):
         raise UnusableRow(f"the row is a {type(row).__name__}, not an object")
     form, conversations, preferences = _answers(row)

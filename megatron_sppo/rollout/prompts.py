@@ -14,11 +14,11 @@ from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.conversations import (
     CONTEXT_COLUMNS,
     PROMPT_COLUMNS,
-    UnusableRow,
     prompt_messages,
     refuse_bad_text,
 )
-from megatron_sppo.rollout.tables import NO_ROW, table_rows
+from megatron_sppo.rollout.records import SetAside, Turn
+from megatron_sppo.rollout.tables import SplitRows, UnusableRow
 from megatron_sppo.storage import sha256_of_json
 
 
@@ -27,7 +27,7 @@ class Prompt:
     """One conversation that awaits an answer."""
 
     prompt_id: str
-    messages: tuple[dict[str, str], ...]
+    messages: tuple[Turn, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,8 @@ class PromptSet:
     """The prompts of one file and the rows that were set aside."""
 
     prompts: tuple[Prompt, ...]
-    quarantined: tuple[dict[str, str], ...]
-    """Each {"prompt_id", "reason"}; a row without an id is called "row-<number from 1>"."""
+    quarantined: tuple[SetAside, ...]
+    """A row without an id is called "row-<number from 1>"."""
     splits: tuple[str, ...] = ()
     """Those that the rows name, of all rows that were read."""
 
@@ -60,18 +60,12 @@ def read_prompts(
     if offset < 0 or (limit is not None and limit < 1):
         raise ConfigError(f"offset is {offset} and limit {limit}. Use --offset 0 or more and --limit 1 or more.")
     good: list[Prompt] = []
-    quarantined: list[dict[str, str]] = []
+    quarantined: list[SetAside] = []
     first_row_of_id: dict[str, int] = {}
     id_of_content: dict[str, str] = {}
-    splits: set[str | None] = set()
-    rows = table_rows(path, split, subset=subset, columns=PROMPT_COLUMNS, context=CONTEXT_COLUMNS)
-    for number, (row, fault) in enumerate(rows, start=1):
-        row_split = row.get("split") if isinstance(row, dict) else None
-        splits.add(row_split if isinstance(row_split, str) else None)
-        wanted = split is None or row_split == split or row is NO_ROW
+    rows = SplitRows(path, split, subset=subset, columns=PROMPT_COLUMNS, context=CONTEXT_COLUMNS)
+    for number, row, wanted in rows:
         try:
-            if fault is not None:
-                raise UnusableRow(fault)
             prompt = prompt_of_row(row)
             # Across splits too: a held-out prompt that is also trained on measures nothing.
             _refuse_duplicate(prompt, number, first_row_of_id, id_of_content)
@@ -83,7 +77,6 @@ def read_prompts(
             good.append(prompt)
             if limit is not None and len(good) == offset + limit:
                 break
-    check_split(path, split, splits)
     if not good:
         first = f"; the first: {quarantined[0]['prompt_id']}: {quarantined[0]['reason']}" if quarantined else ""
         raise DataError(
@@ -92,8 +85,7 @@ def read_prompts(
         )
     if offset >= len(good):
         raise ConfigError(f"--offset {offset} skips all {len(good)} prompts of {path}. Use a smaller --offset.")
-    named = tuple(sorted(name for name in splits if name is not None))
-    return PromptSet(prompts=tuple(good[offset:]), quarantined=tuple(quarantined), splits=named)
+    return PromptSet(prompts=tuple(good[offset:]), quarantined=tuple(quarantined), splits=tuple(sorted(rows.splits)))
 
 
 def prompts_hash(prompts: tuple[Prompt, ...]) -> str:
@@ -107,12 +99,14 @@ def prompt_of_row(row: Any) -> Prompt:
     Raises:
         UnusableRow: it has no prompt that could be answered.
     """
+    if isinstance(row, UnusableRow):
+        raise row
     if not isinstance(row, dict):
         raise UnusableRow(f"the row is a {type(row).__name__}, not an object")
     return make_prompt(prompt_messages(row), row.get("prompt_id"))
 
 
-def make_prompt(messages: Sequence[dict[str, str]], given: Any) -> Prompt:
+def make_prompt(messages: Sequence[Turn], given: Any) -> Prompt:
     """Give messages the id that their row names, or the hash of their content -> Prompt."""
     turns = tuple(messages)
     if given is None or given == "":
@@ -136,7 +130,7 @@ def _refuse_duplicate(
     id_of_content[content] = prompt.prompt_id
 
 
-def _content_hash(messages: tuple[dict[str, str], ...]) -> str:
+def _content_hash(messages: tuple[Turn, ...]) -> str:
     return hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
 
 
@@ -145,20 +139,3 @@ def _name_of(row: Any, number: int) -> str:
     if isinstance(given, str) and given and given.isprintable():
         return given
     return str(given) if isinstance(given, int) and not isinstance(given, bool) else f"row-{number}"
-
-
-def check_split(path: Path, split: str | None, found: set[str | None]) -> None:
-    """Refuse a split that no row names.
-
-    Args:
-        found: what the rows' `split` columns hold; None: a row without.
-
-    Raises:
-        ConfigError: names the splits that there are.
-    """
-    if split is None or split in found:
-        return
-    named = sorted(name for name in found if name is not None)
-    if not named:
-        raise ConfigError(f"no row of {path} carries `split`. Leave out --split.")
-    raise ConfigError(f"{path} has no rows of split {split!r}. Use --split with one of: {', '.join(named)}.")

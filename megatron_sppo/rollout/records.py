@@ -215,7 +215,7 @@ def read_rows(
         if isinstance(row, _RowFault):
             yield SetAside(prompt_id=row.prompt_id or f"{entry.file}:{number}", reason=str(row))
         elif (reason := _unfit(row)) is not None:
-            is_named = _text_fault(row.prompt_id) is None
+            is_named = text_fault(row.prompt_id) is None
             yield SetAside(prompt_id=row.prompt_id if is_named else f"{entry.file}:{number}", reason=reason)
         else:
             yield row
@@ -260,7 +260,7 @@ def _group(line: bytes, *, vocab_size: int | None, num_responses: int | None) ->
     if not isinstance(row, dict):
         raise _RowFault("the row is not a JSON object")
     name = row.get("prompt_id")
-    prompt_id = name if isinstance(name, str) and _text_fault(name) is None else None
+    prompt_id = name if isinstance(name, str) and text_fault(name) is None else None
     if row.get("schema_version") != SCHEMA_VERSION:
         reason = f"schema_version is {row.get('schema_version')!r}, this version reads {SCHEMA_VERSION}"
         raise _RowFault(reason, prompt_id=prompt_id)
@@ -291,7 +291,7 @@ def _unfit(group: RolloutGroup) -> str | None:
     for number, turn in enumerate(group.messages):
         if turn["role"] not in _ROLES:
             return f"messages[{number}] has no role of {', '.join(_ROLES)}"
-    if (fault := _text_fault(group.prompt_id)) is not None:
+    if (fault := text_fault(group.prompt_id)) is not None:
         return f"prompt_id {fault}"
     if (fault := text_fault_of_group(group)) is not None:
         return fault
@@ -312,14 +312,15 @@ def text_fault_of_group(group: RolloutGroup) -> str | None:
     texts = [("prompt_text", group.prompt_text or "")]
     texts += [(f"messages[{number}]", turn["content"]) for number, turn in enumerate(group.messages)]
     texts += [(f"responses[{number}]", response.text) for number, response in enumerate(group.responses)]
-    return next((f"{place} {fault}" for place, text in texts if (fault := _text_fault(text)) is not None), None)
+    return next((f"{place} {fault}" for place, text in texts if (fault := text_fault(text)) is not None), None)
 
 
-def _text_fault(text: str) -> str | None:
+def text_fault(text: str) -> str | None:
+    """Say what no tokenizer and no file can hold of a text -> one clause, or None."""
     if "\x00" in text:
         return "holds a NUL character"
     try:
         text.encode()
-    except UnicodeEncodeError:
-        return "holds half a surrogate pair"
+    except UnicodeEncodeError as error:
+        return f"holds half a surrogate pair at character {error.start}"
     return None

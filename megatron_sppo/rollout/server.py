@@ -11,6 +11,7 @@ The server's weights cannot be checked from here; that it speaks the same token 
 seeds (the default) a GPU server repeats a response as far as its batching allows, which is not to the bit.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -19,13 +20,13 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
 from megatron_sppo.rollout.config import Sampling, ServerConfig
-from megatron_sppo.rollout.openai_server import HttpError, OpenAIServer, ServerFault
+from megatron_sppo.rollout.openai_server import HttpError, OpenAIServer, ServerFault, UnusableReply
 from megatron_sppo.rollout.records import Response
 from megatron_sppo.rollout.sampler import Refusal
 
@@ -65,7 +66,7 @@ class ServerSampler:
         for server in self._pool.servers:
             try:
                 server.find_model(config.server_model, max_model_len)
-            except _RequestFailed as fault:
+            except ServerFault as fault:
                 faults.append(f"{server.url}: {fault}")
                 self._pool.report(server, ok=False, deadly=True)
                 logger.warning("server %s does not answer (%s)", server.url, fault)
@@ -158,7 +159,7 @@ class ServerSampler:
         seed = _prompt_seed(shard_seed, prompt.prompt.prompt_id) if self._config.server_seeds else None
         if seed is not None:
             body["seed"] = seed
-        fault: _RequestFailed | None = None
+        fault: ServerFault | None = None
         for attempt in range(self._config.server_retries + 1):
             if attempt > 0:
                 pause = min(self._first_pause_seconds * 2 ** (attempt - 1), _LONGEST_PAUSE_SECONDS)
@@ -170,7 +171,7 @@ class ServerSampler:
             try:
                 reply = server.post_completion(body)
                 responses = _responses(reply, prompt, sampling, seed)
-            except _RequestFailed as error:
+            except ServerFault as error:
                 fault = error
                 logger.debug("%s: prompt %s: %s", server.url, prompt.prompt.prompt_id, error)
                 self._pool.report(server, ok=False, retry_after=error.retry_after)
@@ -181,15 +182,6 @@ class ServerSampler:
             f"prompt {prompt.prompt.prompt_id!r} failed {self._config.server_retries + 1} times (the last: {fault}). "
             "Finished shards are kept: check the servers and run the same command again."
         )
-
-
-class _RequestFailed(Exception):
-    """One attempt failed in a way that another attempt may not."""
-
-    def __init__(self, reason: str, *, retry_after: float | None = None) -> None:
-        super().__init__(reason)
-        self.retry_after = retry_after
-        """Seconds that the server asks to wait; None: it says nothing."""
 
 
 class _RowRefused(Exception):
@@ -210,21 +202,20 @@ class _Server:
                 "VLLM_API_KEY holds a space, a line's end or a character beyond ASCII: no HTTP header carries it. "
                 "Use `export VLLM_API_KEY=KEY` with the key alone."
             )
-        self._api = OpenAIServer(self.url, key=self._key, timeout_seconds=self._timeout)
+        self._api = OpenAIServer(f"{self.url}/v1", key=self._key, timeout_seconds=self._timeout)
 
     def find_model(self, name: str | None, max_model_len: int) -> None:
         """Learn the served model's name and check its context length."""
-        reply = self._exchange("/v1/models", None, min(self._timeout, _MODELS_TIMEOUT_SECONDS))
-        models = reply.get("data")
-        if (
-            not isinstance(models, list)
-            or not models
-            or not all(isinstance(m, dict) and isinstance(m.get("id"), str) for m in models)
-        ):
+        with self._worded(of_row=()):
+            reply = self._api.exchange("/models", timeout_seconds=min(self._timeout, _MODELS_TIMEOUT_SECONDS))
+        listed: Any = reply.get("data")
+        is_list = isinstance(listed, list) and all(isinstance(m, dict) and isinstance(m.get("id"), str) for m in listed)
+        models = {model["id"]: model for model in listed} if is_list else {}
+        if not models:
             raise ConfigError(
                 f"{self.url} answers /v1/models without model names: it is no OpenAI API. Check --server."
             )
-        names = [model["id"] for model in models]
+        names = list(models)
         if name is None and len(names) != 1:
             raise ConfigError(
                 f"{self.url} serves {len(names)} models ({', '.join(names)}). Choose with --server-model NAME."
@@ -234,7 +225,7 @@ class _Server:
                 f"{self.url} does not serve {name!r} but {', '.join(names)}. Use --server-model {names[0]}."
             )
         self._model = name or names[0]
-        allowed = models[names.index(self._model)].get("max_model_len")
+        allowed = models[self._model].get("max_model_len")
         if isinstance(allowed, int) and allowed < max_model_len:
             raise ConfigError(
                 f"{self.url} allows {allowed} tokens, the longest prompt with its answer needs {max_model_len}. "
@@ -247,35 +238,34 @@ class _Server:
             self.find_model(None, 0)
         body = {"model": self._model, **body}
         limit, name = body.pop("max_tokens"), self._limit_name
-        try:
-            return self._exchange("/v1/completions", {**body, name: limit}, self._timeout)
-        except _RowRefused as refusal:  # of requests in flight each learns it by itself
-            if name == _OTHER_LIMIT_NAME or _OTHER_LIMIT_NAME not in str(refusal):
-                raise
-        logger.info("%s wants %s in place of max_tokens", self.url, _OTHER_LIMIT_NAME)
-        self._limit_name = _OTHER_LIMIT_NAME
-        return self._exchange("/v1/completions", {**body, self._limit_name: limit}, self._timeout)
+        with self._worded(of_row=_OF_THE_ROW):
+            try:
+                return self._api.exchange("/completions", {**body, name: limit})
+            except HttpError as refusal:  # of requests in flight each learns it by itself
+                wants_other = refusal.status in _OF_THE_ROW and _OTHER_LIMIT_NAME in refusal.words
+                if name == _OTHER_LIMIT_NAME or not wants_other:
+                    raise
+            logger.info("%s wants %s in place of max_tokens", self.url, _OTHER_LIMIT_NAME)
+            self._limit_name = _OTHER_LIMIT_NAME
+            return self._api.exchange("/completions", {**body, self._limit_name: limit})
 
-    def _exchange(self, path: str, body: dict[str, Any] | None, timeout: float) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def _worded(self, *, of_row: tuple[int, ...]) -> Iterator[None]:
+        """Tell refusals that another try cannot change, of the prompt or of everything; other faults pass through."""
         try:
-            return self._api.exchange(path, body, timeout_seconds=timeout)
+            yield
         except HttpError as error:
-            fact = f"HTTP {error.status} {error.words}".strip()
             if error.status >= 500 or error.status in _TRY_LATER:
-                asked = error.retry_after
-                retry_after = None if asked is None else min(asked, _LONGEST_RETRY_AFTER_SECONDS)
-                raise _RequestFailed(fact, retry_after=retry_after) from None
+                raise
             if error.status in (401, 403):
                 is_set = "the key in VLLM_API_KEY is not its own" if self._key else "VLLM_API_KEY is not set"
                 raise ConfigError(
-                    f"{self.url} wants a key: {fact}, and {is_set}. Use `export VLLM_API_KEY=KEY` with the KEY of its "
+                    f"{self.url} wants a key: {error}, and {is_set}. Use `export VLLM_API_KEY=KEY` with the KEY of its "
                     "--api-key."
                 ) from None
-            if body is not None and error.status in _OF_THE_ROW:
-                raise _RowRefused(f"{self.url} refuses it: {fact}") from None
-            raise ConfigError(f"{self.url} refuses the request: {fact}. Check --server and its log.") from None
-        except ServerFault as error:
-            raise _RequestFailed(str(error)) from None
+            if error.status in of_row:
+                raise _RowRefused(f"{self.url} refuses it: {error}") from None
+            raise ConfigError(f"{self.url} refuses the request: {error}. Check --server and its log.") from None
 
 
 class _Pool:
@@ -309,7 +299,7 @@ class _Pool:
         """Count an attempt's outcome; several failures in a row rest the server, unless it says itself how long."""
         with self._lock:
             if retry_after is not None:
-                self._asked_until[server.url] = time.monotonic() + retry_after
+                self._asked_until[server.url] = time.monotonic() + min(retry_after, _LONGEST_RETRY_AFTER_SECONDS)
                 return
             self._failures[server.url] = 0 if ok else self._failures[server.url] + 1
             if ok:
@@ -326,23 +316,23 @@ def _responses(
     """Check one reply whole -> its K responses in index order."""
     choices = reply.get("choices")
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
-        raise _RequestFailed("the reply has no choices")
+        raise UnusableReply("the reply has no choices")
     by_index = {choice.get("index"): choice for choice in choices}
     if len(choices) != sampling.num_responses or set(by_index) != set(range(sampling.num_responses)):
-        raise _RequestFailed(f"{len(choices)} responses came back instead of {sampling.num_responses}")
+        raise UnusableReply(f"{len(choices)} responses came back instead of {sampling.num_responses}")
     responses = []
     for index in range(sampling.num_responses):
         choice = by_index[index]
         echoed, token_ids, text = choice.get("prompt_token_ids"), choice.get("token_ids"), choice.get("text")
         if choice.get("finish_reason") not in ("stop", "length") or not isinstance(text, str):
-            raise _RequestFailed(f"response {index} is unfinished (finish_reason {choice.get('finish_reason')!r})")
+            raise UnusableReply(f"response {index} is unfinished (finish_reason {choice.get('finish_reason')!r})")
         is_list = isinstance(token_ids, list) and all(type(token) is int for token in token_ids)
         if not is_list or (text and not token_ids):
             raise ConfigError(
                 "the server returns no token ids. Use a vLLM server that knows return_token_ids (0.10.2 or later)."
             )
         if echoed is not None and echoed != list(prompt.token_ids):
-            raise _RequestFailed("the server answered another prompt than it was sent")
+            raise UnusableReply("the server answered another prompt than it was sent")
         try:
             text.encode()
         except UnicodeEncodeError:

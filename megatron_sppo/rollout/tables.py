@@ -17,7 +17,7 @@ import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import yaml
 
@@ -26,11 +26,8 @@ from megatron_sppo.storage import damage, packaged_examples
 
 logger = logging.getLogger(__name__)
 
-NO_ROW = object()
-"""Stands for a row that cannot be read."""
-
-Rows = Iterator[tuple[Any, str | None]]
-"""(row, None), or (NO_ROW, reason) where a row cannot be read."""
+Rows = Iterator[Any]
+"""Rows as they stand, an UnusableRow in place of one that cannot be read."""
 
 _JSON, _CSV, _PARQUET = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv"), (".parquet",)
 _KINDS = (*_JSON, *_CSV, *_PARQUET)
@@ -52,6 +49,49 @@ _SPLIT_WORD = re.compile(
 )
 """The words by which the hub knows a split in the name of a file or directory, and our own."""
 _SHARD_NUMBER = re.compile(r"([-_.](part|shard))?[-_.]\d+([-_]of[-_]\d+(-[0-9a-z]+)?)?$")
+
+
+class UnusableRow(Exception):
+    """Why one row is set aside, as a clause."""
+
+
+class SplitRows:
+    """The rows of a file or directory, each with its number from 1 and whether it is of the wanted split."""
+
+    def __init__(self, path: Path, split: str | None, **settings: Any) -> None:
+        """Open the table: arguments and errors are those of `table_rows`."""
+        self._path, self._split = path, split
+        self._rows = table_rows(path, split, **settings)
+        self.splits: set[str] = set()
+        """What the rows that were read so far call theirs."""
+
+    def __iter__(self) -> Iterator[tuple[int, Any, bool]]:
+        """Read the rows; a row that cannot be read may be of any split.
+
+        Raises:
+            ConfigError: no row is of the wanted split; names the splits that there are.
+        """
+        for number, row in enumerate(self._rows, start=1):
+            own = row.get("split") if isinstance(row, dict) else None
+            if isinstance(own, str):
+                self.splits.add(own)
+            yield number, row, self._split is None or own == self._split or isinstance(row, UnusableRow)
+        if self._split is None or self._split in self.splits:
+            return
+        if not self.splits:
+            raise ConfigError(f"no row of {self._path} carries `split`. Leave out --split.")
+        raise ConfigError(
+            f"{self._path} has no rows of split {self._split!r}. Use --split with one of: "
+            f"{', '.join(sorted(self.splits))}."
+        )
+
+
+def warn_of_several_splits(path: Path, splits: Collection[str]) -> None:
+    """Say that no split was chosen although the rows name several."""
+    if len(splits) > 1:
+        logger.warning(
+            "%s: rows of several splits are taken together (%s). --split chooses one.", path, ", ".join(sorted(splits))
+        )
 
 
 def table_rows(
@@ -78,7 +118,7 @@ def table_rows(
     if path.is_dir():
         return _directory_rows(path, split, subset, read)
     if subset is not None:
-        raise ConfigError(f"{path} is no directory: it has no subsets. Leave out --subset.")
+        raise ConfigError(f"{path} is not a directory: it has no subsets. Leave out --subset.")
     if not path.is_file():
         raise DataError(
             f"{path} does not exist. Give a dataset directory or a file ({_KNOWN}); "
@@ -113,7 +153,7 @@ def _kind(path: Path) -> str:
 def _open(path: Path) -> IO[bytes]:
     """Open a file for reading, decompressed; damage shows when it is read."""
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")
+        return cast(IO[bytes], gzip.open(path, "rb"))
     if path.suffix == ".zst":
         import pyarrow  # comes with datasets, and reads zstd without a further package
 
@@ -135,25 +175,20 @@ def _json_rows(path: Path) -> Rows:
 
 def _json_list(path: Path, content: bytes) -> Rows:
     try:
-        rows = json.loads(content.decode("utf-8-sig"))
+        return iter(json.loads(content.decode("utf-8-sig")))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}). Mend it, or write one row a line (.jsonl).") from None
-    return iter([(row, None) for row in rows])
+        raise DataError(f"{path} is not valid JSON ({error}). Fix it, or write one row a line (.jsonl).") from None
 
 
-def _json_line(line: bytes) -> tuple[Any, str | None]:
+def _json_line(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object), None
+        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
+    except UnusableRow as fault:
+        return fault
     except UnicodeDecodeError as error:
-        return NO_ROW, f"the line is not UTF-8 (byte {error.start})"
-    except _DoubledKey as key:
-        return NO_ROW, f"the line names {key} twice"
+        return UnusableRow(f"the line is not UTF-8 (byte {error.start})")
     except (ValueError, RecursionError):
-        return NO_ROW, "the line is not valid JSON"
-
-
-class _DoubledKey(Exception):
-    """A key that a JSON object has twice."""
+        return UnusableRow("the line is not valid JSON")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -161,7 +196,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _DoubledKey(next(name for name in names if names.count(name) > 1))
+        raise UnusableRow(f"the line names {next(name for name in names if names.count(name) > 1)} twice")
     return found
 
 
@@ -183,7 +218,7 @@ def _csv_rows(path: Path) -> Rows:
                     raise DataError(
                         f"{path}, line {start}: no valid CSV ({error}: is a quotation mark closed?). Write it again."
                     ) from None
-                yield NO_ROW, f"line {start} is no valid CSV ({error})"
+                yield UnusableRow(f"line {start} is no valid CSV ({error})")
                 continue
             if header is None:
                 header = cells
@@ -193,23 +228,23 @@ def _csv_rows(path: Path) -> Rows:
                 yield _csv_row(header, cells)
 
 
-def _csv_row(header: list[str], cells: list[str]) -> tuple[Any, str | None]:
+def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | UnusableRow:
     if len(cells) != len(header):
-        return NO_ROW, f"the row has {len(cells)} cells, the header {len(header)}"
+        return UnusableRow(f"the row has {len(cells)} cells, the header {len(header)}")
     if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
-        return NO_ROW, "the row is not UTF-8"
+        return UnusableRow("the row is not UTF-8")
     row: dict[str, Any] = {name: cell or None for name, cell in zip(header, cells, strict=True)}
     for name, cell in row.items():
         # Conversations are spelled as JSON; a text that merely begins with a bracket stays a text.
         if cell is not None and _MESSAGES_AS_PYTHON.match(cell):
-            return NO_ROW, f"the cell {name} holds messages in Python's spelling, not in JSON's (use json.dumps)"
+            return UnusableRow(f"the cell {name} holds messages in Python's spelling, not in JSON's (use json.dumps)")
         if cell is not None and (name in _LISTS or _MESSAGES_AS_JSON.match(cell)):
             try:
                 row[name] = json.loads(cell)
             except (ValueError, RecursionError):
                 if name in _LISTS:
-                    return NO_ROW, f"the cell {name} is no JSON list"
-    return row, None
+                    return UnusableRow(f"the cell {name} is no JSON list")
+    return row
 
 
 def _parquet_rows(path: Path, columns: frozenset[str] | None, context: frozenset[str]) -> Rows:
@@ -225,7 +260,7 @@ def _parquet_rows(path: Path, columns: frozenset[str] | None, context: frozenset
             raise DataError(f"{path} has no column prompt or messages (it has: {', '.join(names)}). Rename the column.")
         chosen = names if columns is None else [name for name in names if name in columns | context]
         for batch in file.iter_batches(columns=chosen):
-            yield from ((row, None) for row in batch.to_pylist())
+            yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path} is no readable Parquet file ({reason}). Download or write it again.") from None
@@ -382,14 +417,14 @@ def _saved_rows(path: Path, split: str | None) -> Rows:
         raise DataError(f"{path} is no readable dataset ({reason}). Save it again with save_to_disk.") from None
     if isinstance(loaded, datasets.DatasetDict):
         chosen = _choose("split", path, split, loaded)
-        return _with_split(((row, None) for row in loaded[chosen]), chosen)
-    return ((row, None) for row in loaded)
+        return _with_split(iter(loaded[chosen]), chosen)
+    return iter(loaded)
 
 
 def _with_split(rows: Rows, split: str) -> Rows:
     """Name the split of the rows' file in every row; what a row itself calls its split may be another thing."""
     is_said = False
-    for row, fault in rows:
+    for row in rows:
         if isinstance(row, dict):
             own = row.get("split")
             if isinstance(own, str) and own not in ("", split) and not is_said:
@@ -400,4 +435,4 @@ def _with_split(rows: Rows, split: str) -> Rows:
                     *(split, own),
                 )
             row = {**row, "split": split}
-        yield row, fault
+        yield row

@@ -4,6 +4,7 @@ The global batches depend on the data, the seed and the global batch size alone,
 what any step holds, so resuming needs no more than the step's number.
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator
@@ -17,11 +18,12 @@ from torch import Tensor
 from megatron_sppo import flops
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.microbatch import MicroBatch, collate, in_order_of_ranks
-from megatron_sppo.data.selection import RowTargets, TrainingIndex, row_targets, training_index
+from megatron_sppo.data.selection import TrainingIndex, row_targets, training_index
 from megatron_sppo.data.steps import divide_shared_step, divide_step, epoch_rows, packed_tokens, step_units
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import token_multiple
-from megatron_sppo.objective.names import OBJECTIVES, parse_baseline
+from megatron_sppo.objective import Targets
+from megatron_sppo.objective.names import parse_baseline
 from megatron_sppo.objective.win_rate import estimated_baseline_over_eta
 from megatron_sppo.training import parallel
 from megatron_sppo.training.config import TrainingConfig
@@ -42,16 +44,8 @@ class StepPlan:
     """[N] prompt group of each row."""
     response: np.ndarray
     """[N] which of the group's K responses."""
-    win_rate: Tensor
-    """[N] float32."""
-    log_z: Tensor
-    """[N] float32, nats."""
-    preference: Tensor
-    """[N] float32, over the pair's other response; NaN without pairs."""
-    chosen: Tensor
-    """[N] bool."""
-    reference_log_prob: Tensor
-    """[N] float32, log pi_t in nats; NaN before the reference pass."""
+    targets: Targets
+    """[N]."""
     num_response_tokens: Tensor
     """[N] int64."""
     num_tokens: int
@@ -59,7 +53,7 @@ class StepPlan:
     num_computed_tokens: int
     """Those that pass through the model: fewer where responses share a prompt."""
     attended_positions: int
-    """Pairs of positions that see each other, n (n + 1) / 2 of n tokens, for FLOPs; of a shared prompt once."""
+    """Positions that all positions see, n (n + 1) / 2 of n tokens, for FLOPs; of a shared prompt once."""
     micro_batches: list[MicroBatch]
     """This data-parallel rank's share."""
     padding_fraction: float
@@ -82,7 +76,7 @@ class Batches:
         Raises:
             ConfigError: a response, or a pair, is longer than a pack.
         """
-        objective = OBJECTIVES[config.objective.objective]
+        objective = config.objective.row
         self.selection = config.batch.selection or str(dataset.manifest.selection)
         if config.batch.selection is None and self.selection == "all" and objective.needs_pairs:
             self.selection = "extremes"  # not every pair of a prompt: what the pairwise baselines are trained on
@@ -93,7 +87,7 @@ class Batches:
             seq_length=config.batch.seq_length or max_length,
             max_prompt_length=config.batch.max_prompt_length,
         )
-        self.targets: RowTargets = row_targets(
+        self._targets: Targets = row_targets(
             dataset, self.index, eta=config.objective.eta, baseline=parse_baseline(config.objective.baseline)
         )
         self._dataset = dataset
@@ -114,7 +108,7 @@ class Batches:
         """Refuse a pack that does not hold the longest response, or the longest pair where the loss couples pairs."""
         if self._budget is None:
             return
-        index, rows_per_loss = self.index, self._config.objective.rows_per_loss
+        index, rows_per_loss = self.index, self._config.objective.row.rows_per_loss
         lengths = -(-index.lengths // self._document_multiple) * self._document_multiple
         lengths = lengths.reshape(-1, rows_per_loss).sum(axis=1)
         if self._config.batch.share_prompts:
@@ -235,16 +229,11 @@ class Batches:
         micro_batches = self._micro_batches(shares, reference_GK)
         real = sum(micro_batch.num_tokens for micro_batch in micro_batches)
         computed = sum(micro_batch.tokens.numel() for micro_batch in micro_batches)
-        reference = np.full(len(rows), np.nan, np.float32) if reference_GK is None else reference_GK[group, response]
         return StepPlan(
             rows=rows,
             group=group,
             response=response,
-            win_rate=torch.from_numpy(self.targets.win_rate[rows]),
-            log_z=torch.from_numpy(self.targets.log_z[rows]),
-            preference=torch.from_numpy(self.targets.preference[rows]),
-            chosen=torch.from_numpy(index.chosen[rows]),
-            reference_log_prob=torch.from_numpy(reference),
+            targets=self._targets_of(rows, reference_GK),
             num_response_tokens=torch.from_numpy(index.response_lengths[rows]),
             num_tokens=int(index.lengths[rows].sum()),
             num_computed_tokens=sum(
@@ -254,6 +243,14 @@ class Batches:
             micro_batches=micro_batches,
             padding_fraction=1 - real / (computed * self._config.parallel.context_parallel_size),
         )
+
+    def _targets_of(self, rows: np.ndarray, reference_GK: np.ndarray | None) -> Targets:
+        """Pick rows' targets, log pi_t among them where it is known -> Targets."""
+        targets = self._targets.of(torch.from_numpy(rows))
+        if reference_GK is None:
+            return targets
+        reference = reference_GK[self.index.group[rows], self.index.response[rows]]
+        return dataclasses.replace(targets, reference_log_prob=torch.from_numpy(reference))
 
     def _order(self, epoch: int) -> np.ndarray:
         """List an epoch's rows as they are trained on -> [rows]; the last epoch asked for is kept."""
@@ -266,7 +263,7 @@ class Batches:
     def _shares(self, rows: np.ndarray) -> list[list[np.ndarray]]:
         """Divide a global batch -> for each data-parallel rank, the rows of its micro-batches."""
         batch, budget, num_ranks = self._config.batch, self._budget, parallel.data_parallel_size()
-        layout, rows_per_loss = self._config.parallel, self._config.objective.rows_per_loss
+        layout, rows_per_loss = self._config.parallel, self._config.objective.row.rows_per_loss
         interleaved = layout.virtual_pipeline_model_parallel_size is not None
         # The interleaved schedule takes micro-batches in groups of as many as there are stages (mcore 0.16.1, 0.19.2).
         count_multiple = layout.pipeline_model_parallel_size if interleaved else 1
@@ -304,14 +301,13 @@ class Batches:
                 self._dataset,
                 self.index,
                 part,
+                targets=self._targets_of(part, reference_GK),
                 packed=batch.packing,
                 share_prompts=batch.share_prompts,
                 length=length,
                 multiple=self._multiple,
                 document_multiple=self._document_multiple,
                 num_batch_rows=num_batch_rows,
-                targets=self.targets,
-                reference_GK=reference_GK,
             )
             for part, (length, num_batch_rows) in zip(
                 shares[parallel.data_parallel_rank()], self._shapes(shares), strict=True
@@ -345,13 +341,13 @@ class Batches:
         return shapes
 
     def _attended_positions(self, rows: np.ndarray) -> int:
-        """Count the pairs of positions of a micro-batch that see each other."""
-        pairs = sum(flops.attended_positions(int(length)) for length in self.index.lengths[rows])
+        """Count the positions that the positions of a micro-batch see."""
+        seen = sum(map(flops.attended_positions, self.index.lengths[rows].tolist()))
         if self._config.batch.share_prompts:
             group = self.index.group[rows]
             again = rows[1:][group[1:] == group[:-1]]  # behind the prompt of the row before
-            pairs -= sum(flops.attended_positions(int(length)) for length in self.index.prompt_lengths[again])
-        return pairs
+            seen -= sum(map(flops.attended_positions, self.index.prompt_lengths[again].tolist()))
+        return seen
 
     def _num_columns(self, rows: np.ndarray) -> int:
         """Count the columns that a micro-batch of these rows needs."""

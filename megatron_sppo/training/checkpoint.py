@@ -29,6 +29,7 @@ from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.model.gpt import PolicyModel
 from megatron_sppo.storage import explain_os_error, publish_directory
 from megatron_sppo.training import parallel
+from megatron_sppo.training.optimizer import allocate_state, separate_steps
 from megatron_sppo.training.policy import Policy, zero_padded_vocabulary
 from megatron_sppo.training.progress import Progress
 
@@ -115,7 +116,7 @@ def read_progress(checkpoint: Path) -> Progress:
 def resume(checkpoint: Path, policy: Policy, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> None:
     """Restore weights, optimizer, schedule and RNG from an `iter_*` directory of `save`, in any layout. Collective."""
     model_state = _model_state(policy.stages)
-    _allocate_adam_state(optimizer)
+    allocate_state(optimizer)
     optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_OPTIMIZER_SHARDING)
     loaded = _load({**model_state, "optimizer": optimizer_state}, checkpoint)
     _adopt_model(policy.stages, loaded)
@@ -124,7 +125,7 @@ def resume(checkpoint: Path, policy: Policy, optimizer: MegatronOptimizer, sched
         # decides.
         group |= {"max_lr": scheduler.max_lr, "min_lr": scheduler.min_lr}
     optimizer.load_state_dict(loaded["optimizer"])
-    _separate_adam_steps(optimizer)
+    separate_steps(optimizer)
     scheduler.load_state_dict(loaded["opt_param_scheduler"])
     scheduler.step(increment=0)
     torch.set_rng_state(loaded["rng"])
@@ -138,37 +139,6 @@ def _saved_groups(state: Mapping[Any, Any]) -> Iterator[dict[str, Any]]:
         for part in state.values():
             if isinstance(part, Mapping):
                 yield from _saved_groups(part)
-
-
-def _allocate_adam_state(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW the state that its first step would make, for the checkpoint to fill.
-
-    The distributed optimizer reads `step` of every parameter when it describes itself to a load, and does not create
-    it (megatron-core 0.16.1 and 0.19.2, optimizer/distrib_optimizer.py). TE's and apex's optimizers need nothing.
-    """
-    for inner in _torch_optimizers(optimizer):
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                state = inner.state[parameter]
-                if not state:
-                    state["step"] = torch.tensor(0.0)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-
-
-def _separate_adam_steps(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter its own step count again.
-
-    The distributed optimizer loads one tensor into all of them; AdamW counts in place, once for each parameter.
-    """
-    for inner in _torch_optimizers(optimizer):
-        for state in inner.state.values():
-            state["step"] = state["step"].clone()
-
-
-def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
 
 
 def _model_state(stages: Sequence[PolicyModel]) -> dict[str, Any]:

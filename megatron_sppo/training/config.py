@@ -18,7 +18,8 @@ from megatron_sppo.config import (
 )
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
-from megatron_sppo.objective.names import OBJECTIVES, find_objective, parse_baseline
+from megatron_sppo.objective.names import parse_baseline
+from megatron_sppo.objective.table import Objective, find_objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +37,16 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        find_objective(self.objective)
-        baseline = parse_baseline(self.baseline)
-        if baseline != "half" and self.objective != "sppo":
+        name = self.row.name  # refuses one that is unknown
+        if parse_baseline(self.baseline) != "half" and name != "sppo":
             raise ConfigError(
-                f"baseline {self.baseline} belongs to the objective sppo, not to {self.objective}. Use --baseline half."
+                f"baseline {self.baseline} belongs to the objective sppo, not to {name}. Use --baseline half."
             )
 
     @property
-    def rows_per_loss(self) -> int:
-        """Responses that must stay together in a micro-batch: 2 where the loss couples a pair, otherwise 1."""
-        return 2 if OBJECTIVES[self.objective].coupled else 1
+    def row(self) -> Objective:
+        """The objective's row of the table, at this strength."""
+        return find_objective(self.objective, eta=self.eta, beta=self.beta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,20 +261,20 @@ class TrainingConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        name, batch = self.objective.objective, self.batch
+        row, batch = self.objective.row, self.batch
         if self.model.has_router_losses and (batch.share_prompts or not batch.packing):
             raise ConfigError(
                 "moe_aux_loss_coeff and moe_z_loss_coeff are computed of packed micro-batches alone, each response "
                 "behind a prompt of its own. Use --packing and --no-share-prompts."
             )
-        if batch.packed_sequence_size is None and batch.micro_batch_size % self.objective.rows_per_loss:
+        if batch.packed_sequence_size is None and batch.micro_batch_size % row.rows_per_loss:
             raise ConfigError(
-                f"objective {name} couples pairs, so micro_batch_size ({batch.micro_batch_size}) must be even. "
+                f"objective {row.name} couples pairs, so micro_batch_size ({batch.micro_batch_size}) must be even. "
                 f"Use --micro-batch-size {batch.micro_batch_size + 1}."
             )
-        if OBJECTIVES[name].needs_pairs and batch.global_batch_size % 2:
+        if row.needs_pairs and batch.global_batch_size % 2:
             raise ConfigError(
-                f"objective {name} trains on pairs, so global_batch_size ({batch.global_batch_size}) must be even. "
+                f"objective {row.name} trains on pairs, so global_batch_size ({batch.global_batch_size}) must be even. "
                 f"Use --global-batch-size {batch.global_batch_size + 1}."
             )
 

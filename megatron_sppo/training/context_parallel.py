@@ -16,9 +16,10 @@ def context_parallel_share(batch: MicroBatch, *, rank: int, size: int) -> MicroB
     to the rank that holds the position before it, so every rank has partial sums of every sequence.
     """
     num_columns, num_batch_rows = batch.tokens.shape[1], batch.tokens.shape[0]
-    undivided = batch.cu_seqlens is None or batch.parents is not None
-    boundaries = torch.tensor([0, num_columns]) if undivided else batch.cu_seqlens
-    position = zigzag_positions(boundaries, rank=rank, size=size)
+    bounds = batch.cu_seqlens
+    if bounds is None or batch.parents is not None:
+        bounds = torch.tensor([0, num_columns])
+    position = zigzag_positions(bounds, rank=rank, size=size)
     column_of = torch.full((num_columns,), -1, dtype=torch.int64)
     column_of[position] = torch.arange(len(position))
     column = column_of[batch.response_rows // num_batch_rows]
@@ -27,7 +28,6 @@ def context_parallel_share(batch: MicroBatch, *, rank: int, size: int) -> MicroB
         batch,
         tokens=batch.tokens[:, position],
         position_ids=batch.position_ids[:, position],
-        labels=batch.labels[:, position],
         response_rows=column[here] * num_batch_rows + batch.response_rows[here] % num_batch_rows,
         sequence_index=batch.sequence_index[here],
         labels_R=batch.labels_R[here],

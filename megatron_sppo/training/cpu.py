@@ -59,12 +59,14 @@ def install() -> None:
     """Let Megatron-Core run on the CPU. Idempotent; does nothing where CUDA is available."""
     if torch.cuda.is_available() or getattr(torch.cuda, "_megatron_sppo_cpu", False):
         return
-    torch.cuda._megatron_sppo_cpu = True  # type: ignore[attr-defined]
+    cuda: Any = torch.cuda
+    cuda._megatron_sppo_cpu = True
     _replace_device_queries()
     _replace_random_state()
     for name in _MODULES_THAT_NAME_CUDA:
         with contextlib.suppress(ModuleNotFoundError):
-            importlib.import_module(name).torch = _TorchOnCpu()
+            module: Any = importlib.import_module(name)
+            module.torch = _TorchOnCpu()
     _route_without_transformer_engine()
     _save_checkpoints_without_a_manager_process()
     _call_cpu_tensors_cuda_inside_the_optimizer()
@@ -114,7 +116,8 @@ def _plain_queue(*_: Any, **__: Any) -> "queue.Queue[Any]":
 
 def _call_cpu_tensors_cuda_inside_the_optimizer() -> None:
     """The optimizer sorts parameters by `Tensor.type()` and knows the torch.cuda.* types only."""
-    original: Callable[..., Any] = torch.Tensor.type
+    tensor: Any = torch.Tensor
+    original: Callable[..., Any] = tensor.type
 
     def type_(self: torch.Tensor, *arguments: Any, **settings: Any) -> Any:
         answer = original(self, *arguments, **settings)
@@ -123,4 +126,4 @@ def _call_cpu_tensors_cuda_inside_the_optimizer() -> None:
             return answer.replace("torch.", "torch.cuda.", 1)
         return answer
 
-    torch.Tensor.type = type_  # type: ignore[method-assign]
+    tensor.type = type_

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_sppo.data.microbatch import MicroBatch
 from megatron_sppo.model import gpt
-from megatron_sppo.objective import objective_loss, sequence_sums
+from megatron_sppo.objective import sequence_sums
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import StepPlan
 from megatron_sppo.training.config import ObjectiveConfig
@@ -64,16 +64,7 @@ def stage_output(batch: MicroBatch, model: Any) -> Tensor:
 
 def objective_terms(rows: MicroBatch | StepPlan, log_prob_B: Tensor, *, objective: ObjectiveConfig) -> Tensor:
     """Evaluate the objective on a micro-batch or a whole step -> [B], or [B / 2] where it couples pairs; unreduced."""
-    return objective_loss(
-        objective.objective,
-        log_prob_B - rows.reference_log_prob,
-        eta=objective.eta,
-        beta=objective.beta,
-        win_rate=rows.win_rate,
-        log_z=rows.log_z,
-        preference=rows.preference,
-        chosen=rows.chosen,
-    )
+    return objective.row.loss(log_prob_B - rows.targets.reference_log_prob, rows.targets)
 
 
 def gradient_step(

@@ -64,7 +64,7 @@ def open_dataset(config: TrainingConfig, architecture: Architecture, tokenizer: 
         )
     dataset = PreferenceDataset(config.data, verify_checksums=parallel.is_rank_zero())
     theirs, ours = dataset.manifest.tokenizer_hash, tokenizer.get("hash")
-    if None not in (theirs, ours) and theirs != ours and not is_tokenizer_of(tokenizer["directory"], [theirs]):
+    if theirs and ours and theirs != ours and not is_tokenizer_of(tokenizer["directory"], [theirs]):
         raise DataError(
             f"{config.data} was tokenised by another tokenizer (sha256 {theirs[:12]}) than the model's ({ours[:12]}). "
             "Generate and score rollouts with this model."

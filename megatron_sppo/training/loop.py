@@ -18,11 +18,9 @@ from tqdm import tqdm
 from megatron_sppo import flops
 from megatron_sppo.errors import DataError
 from megatron_sppo.model.transformer_config import bfloat16_products
-from megatron_sppo.objective import regression_target
-from megatron_sppo.objective.names import find_objective
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import StepPlan
-from megatron_sppo.training.config import ObjectiveConfig, TrainingConfig
+from megatron_sppo.training.config import TrainingConfig
 from megatron_sppo.training.forward_step import gradient_step, log_probs, objective_terms
 from megatron_sppo.training.metrics import MetricsFile, drift_per_token, response_metrics
 from megatron_sppo.training.policy import Policy
@@ -133,14 +131,15 @@ def _step(
     updated, grad_norm, _ = optimizer.step()
     assert updated, "only loss scaling skips updates, and there is none"
     log_prob_N, router_sums, words = tell()
-    log_ratio_N = log_prob_N - plan.reference_log_prob
-    target_N = _target(plan, config.objective)
+    objective = config.objective.row
+    log_ratio_N = log_prob_N - plan.targets.reference_log_prob
+    target_N = objective.target(plan.targets)
     # The loss is evaluated again on the whole global batch, so that it is one number in every layout.
     loss = float(objective_terms(plan, log_prob_N, objective=config.objective).mean())
     metrics = {"loss": loss, "grad_norm": float(grad_norm)}
     metrics |= policy.router_metrics(router_sums, num_sequences=len(plan.rows))
     metrics |= response_metrics(
-        log_ratio_N, log_prob_N, win_rate_N=plan.win_rate, target_N=target_N, eta=_strength(config.objective)
+        log_ratio_N, log_prob_N, win_rate_N=plan.targets.win_rate, target_N=target_N, eta=objective.nats_per_reward
     )
     _refuse_if_not_finite(metrics["loss"], "loss", plan, step)
     _refuse_if_not_finite(metrics["grad_norm"], "gradient norm", plan, step)
@@ -151,7 +150,7 @@ def _step(
         logger.info("FP8 moves log-probabilities by %.3g nats a token against bfloat16", metrics["sppo/fp8_gap"])
     rows = [
         {"group": int(g), "response": int(k), "win_rate": float(w), "log_ratio": float(r)}
-        for g, k, w, r in zip(plan.group, plan.response, plan.win_rate, log_ratio_N, strict=True)
+        for g, k, w, r in zip(plan.group, plan.response, plan.targets.win_rate, log_ratio_N, strict=True)
     ]
     if target_N is not None:
         for row, value in zip(rows, target_N.tolist(), strict=True):
@@ -176,24 +175,6 @@ def _tell(log_prob_N: Tensor, router_sums: Tensor, word: _Word) -> Callable[[], 
         return log_prob_N, router_sums, _Words(last_seconds=seconds if all(seconds) else [], stops=stops > 0)
 
     return answer
-
-
-def _strength(objective: ObjectiveConfig) -> float:
-    """Say how many nats of log-ratio make one unit of reward -> eta, or 1 / beta for dpo and ipo."""
-    return objective.eta if find_objective(objective.objective).strength == "eta" else 1 / objective.beta
-
-
-def _target(plan: StepPlan, objective: ObjectiveConfig) -> Tensor | None:
-    if find_objective(objective.objective).target is None:
-        return None
-    return regression_target(
-        objective.objective,
-        eta=objective.eta,
-        win_rate=plan.win_rate,
-        log_z=plan.log_z,
-        preference=plan.preference,
-        chosen=plan.chosen,
-    )
 
 
 def _refuse_if_not_finite(value: float, what: str, plan: StepPlan, step: int) -> None:

@@ -45,10 +45,10 @@ def build_optimizer(
     _report_implementation(config.optimizer)
     if torch.cuda.is_available() and clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":
         clip_grads.l2_norm_impl = norm_on_the_device
-    if layout.use_distributed_optimizer:
-        _let_the_distributed_optimizer_load_adamw()
-        _let_the_distributed_optimizer_save_several_buckets()
-    with _rmsprop_in_place_of_adam() if config.optimizer == "rmsprop" else contextlib.nullcontext():
+    classes: dict[str, Any] = {"DistributedOptimizer": ReshardableOptimizer}
+    if config.optimizer == "rmsprop":
+        classes |= {"Adam": RMSprop, "USING_PYTORCH_OPTIMIZER": False}
+    with _in_megatron_core(**classes):
         return get_megatron_optimizer(mcore_config, list(chunks))
 
 
@@ -124,10 +124,10 @@ def build_scheduler(
 
 
 class RMSprop(torch.optim.AdamW):
-    """RMSprop in AdamW's state layout, so that Megatron-Core shards and saves it as its own optimizer.
+    """RMSprop in AdamW's state layout without the first moment, so that Megatron-Core shards and saves it as its own.
 
     v <- alpha v + (1 - alpha) g^2;  p <- p - lr g / (sqrt(v) + eps), the arithmetic of torch.optim.RMSprop without
-    momentum, centring or weight decay, bit for bit in float32. `betas[1]` is alpha; `exp_avg` stays empty of meaning.
+    momentum, centring or weight decay, bit for bit in float32. `betas[1]` is alpha, and `exp_avg_sq` is v.
     """
 
     def __init__(self, params: Any, *, adam_w_mode: bool = True, **settings: Any) -> None:
@@ -142,67 +142,98 @@ class RMSprop(torch.optim.AdamW):
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
-                state = self.state[parameter]
-                if "exp_avg_sq" not in state:
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-                state["step"] = state.get("step", torch.tensor(0.0)) + 1
+                state = _state_of(self, parameter)
+                state["step"] += 1
                 square = state["exp_avg_sq"]
                 square.mul_(alpha).addcmul_(parameter.grad, parameter.grad, value=1 - alpha)
                 parameter.addcdiv_(parameter.grad, square.sqrt().add_(eps), value=-lr)
 
 
-@contextlib.contextmanager
-def _rmsprop_in_place_of_adam() -> Iterator[None]:
-    """Neither supported version has RMSprop; both take the class from these two names (optimizer/__init__.py)."""
-    saved = mcore_optimizer.Adam, mcore_optimizer.USING_PYTORCH_OPTIMIZER
-    mcore_optimizer.Adam, mcore_optimizer.USING_PYTORCH_OPTIMIZER = RMSprop, False
-    try:
-        yield
-    finally:
-        mcore_optimizer.Adam, mcore_optimizer.USING_PYTORCH_OPTIMIZER = saved
+def moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Name the tensors that an optimizer keeps for each parameter -> names of its state."""
+    return ("exp_avg_sq",) if isinstance(optimizer, RMSprop) else ("exp_avg", "exp_avg_sq")
 
 
-def _let_the_distributed_optimizer_load_adamw() -> None:
-    """Complete what mcore copies on load with the `step` that torch's AdamW (and RMSprop above) keeps in its state.
+def _state_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Find a parameter's state, as a first step makes it where there is none yet -> state."""
+    state: dict[str, torch.Tensor] = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.tensor(0.0)
+        state |= {name: torch.zeros_like(parameter) for name in moments(optimizer)}
+    return state
 
-    It asks for every entry of the state and leaves `step` out of what it brings (megatron-core 0.16.1 and 0.19.2,
-    optimizer/distrib_optimizer.py); TE's and apex's FusedAdam keep the step elsewhere and are not touched.
+
+def allocate_state(optimizer: MegatronOptimizer) -> None:
+    """Give torch's AdamW and RMSprop the state that their first step would make, for a checkpoint to fill.
+
+    The distributed optimizer reads `step` of every parameter when it describes itself to a load, and does not create
+    it (megatron-core 0.16.1 and 0.19.2, optimizer/distrib_optimizer.py). TE's and apex's optimizers need nothing.
     """
-    original = DistributedOptimizer._set_main_param_and_optimizer_states
-    if getattr(original, "brings_step", False):
-        return
+    for inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                _state_of(inner, parameter)
 
-    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+
+def separate_steps(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter its own step count again.
+
+    The distributed optimizer loads one tensor into all of them; AdamW counts in place, once for each parameter.
+    """
+    for inner in _torch_optimizers(optimizer):
+        for state in inner.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
+
+
+class ReshardableOptimizer(DistributedOptimizer):
+    """Megatron-Core's distributed optimizer, able to save several buckets, and torch's AdamW and RMSprop.
+
+    In both supported versions (megatron-core 0.16.1 and 0.19.2, optimizer/distrib_optimizer.py) it is not.
+    """
+
+    @property
+    def optimizer_state_keys(self) -> tuple[str, ...]:
+        """Name the moments to gather for a save: 0.19.2 asks, 0.16.1 gathers both whatever there is."""
+        return moments(self.optimizer)
+
+    def _get_main_param_and_optimizer_states(self, model_param: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Describe a parameter's shard, with zeros that take no memory for the first moment that RMSprop has not."""
+        tensors: dict[str, torch.Tensor] = super()._get_main_param_and_optimizer_states(model_param)
+        if isinstance(self.optimizer, RMSprop):
+            tensors["exp_avg"] = torch.zeros(()).expand_as(tensors["exp_avg_sq"])
+        return tensors
+
+    def _set_main_param_and_optimizer_states(self, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        """Load a parameter's shard, with the `step` that torch's optimizers keep in their state.
+
+        It asks for every entry of the state and leaves `step` out of what it brings; TE's and apex's FusedAdam keep the
+        step elsewhere.
+        """
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        original(self, model_param, {"step": state["step"], **tensors} if "step" in state else tensors)
+        kept = {"step": state["step"], **tensors} if "step" in state else tensors
+        super()._set_main_param_and_optimizer_states(model_param, kept)
 
-    set_states.brings_step = True  # type: ignore[attr-defined]
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+    def get_parameter_state_dp_zero(self, *arguments: Any, **settings: Any) -> Any:
+        """Gather master weights and moments for a save, and lay them where it looks for them.
 
-
-def _let_the_distributed_optimizer_save_several_buckets() -> None:
-    """Lay what it gathers for a save where it looks for it.
-
-    It gathers master weights and moments without the padding at each bucket's end, and cuts them up by the places that
-    parameters have with it (megatron-core 0.16.1 and 0.19.2, optimizer/distrib_optimizer.py, "issue #504" in
-    sharded_param_state_fully_reshardable): behind the first padded bucket a save held each other's values, in silence.
-    """
-    original = DistributedOptimizer.get_parameter_state_dp_zero
-    if getattr(original, "keeps_padding", False):
-        return
-
-    def gathered(self: Any, *arguments: Any, **settings: Any) -> Any:
-        state = original(self, *arguments, **settings)
+        It gathers them without the padding at each bucket's end, and cuts them up by the places that parameters have
+        with it ("issue #504" in sharded_param_state_fully_reshardable): behind the first padded bucket a save held each
+        other's values, silently.
+        """
+        state = super().get_parameter_state_dp_zero(*arguments, **settings)
         for number, buffer in enumerate(self.buffers if state is not None else ()):
-            for tensors in state[number].values():
-                for name in ("param", "exp_avg", "exp_avg_sq"):
-                    tensors[name] = _with_padding(tensors[name], buffer)
+            for dtype, tensors in state[number].items():
+                kept = ("param", *moments(self.optimizer))
+                state[number][dtype] = {"numel_unpadded": tensors["numel_unpadded"]} | {
+                    name: _with_padding(tensors[name], buffer) for name in kept
+                }
         return state
-
-    gathered.keeps_padding = True  # type: ignore[attr-defined]
-    DistributedOptimizer.get_parameter_state_dp_zero = gathered
 
 
 def _with_padding(values: torch.Tensor, buffer: Any) -> torch.Tensor:
@@ -212,3 +243,17 @@ def _with_padding(values: torch.Tensor, buffer: Any) -> torch.Tensor:
     for bucket, part in zip(buffer.buckets, parts, strict=True):
         placed[bucket.offset : bucket.offset + len(part)] = part
     return placed
+
+
+@contextlib.contextmanager
+def _in_megatron_core(**replacements: Any) -> Iterator[None]:
+    """Let Megatron-Core's builder of optimizers take other classes (optimizer/__init__.py takes them by these names).
+
+    Neither supported version has RMSprop; it stands in Adam's place.
+    """
+    saved = {name: getattr(mcore_optimizer, name) for name in replacements}
+    try:
+        vars(mcore_optimizer).update(replacements)
+        yield
+    finally:
+        vars(mcore_optimizer).update(saved)

@@ -4,10 +4,12 @@ import datetime
 import logging
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.errors import ConfigError
@@ -137,7 +139,9 @@ def initialize(config: ParallelConfig, *, seed: int) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not torch.distributed.is_initialized():
         # A single process needs no launcher: a store in its own memory takes the place of torchrun's.
-        alone = {} if "RANK" in os.environ else {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1}
+        alone: dict[str, Any] = {}
+        if "RANK" not in os.environ:
+            alone = {"store": HashStore(), "rank": 0, "world_size": 1}
         timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, **alone)
     parallel_state.initialize_model_parallel(

@@ -175,7 +175,7 @@ def _set_experts_apart(stage: PolicyModel) -> None:
     """
     for name, parameter in stage.named_parameters():
         if ".mlp.experts." in name:
-            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.allreduce = False
 
 
 @torch.no_grad()

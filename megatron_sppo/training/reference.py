@@ -37,7 +37,7 @@ def fingerprint(policy: Policy, dataset: PreferenceDataset, batches: Batches, co
     `sppo/ref_drift_step0`.
     """
     model, batch = config.model, config.batch
-    names = {
+    names: dict[str, Any] = {
         "weights_hash": weights_hash(policy.stages),
         "dataset_hash": dataset.dataset_hash,
         "selection": batches.selection,
@@ -168,7 +168,7 @@ def drift_by_step(
         step = batches.first_step(epoch)
         (plan,) = batches.steps(first=step, last=step, reference_GK=reference_GK)
         per_epoch = len(reference_GK) > dataset.num_groups
-        log_prob_N = plan.reference_log_prob.numpy() if per_epoch else log_probs(policy, plan).float().numpy()
+        log_prob_N = (plan.targets.reference_log_prob if per_epoch else log_probs(policy, plan).float()).numpy()
         difference = torch.from_numpy(log_prob_N - first_epoch_GK[plan.group, plan.response])
         drift[str(step)] = drift_per_token(difference, plan.num_response_tokens)
     return drift

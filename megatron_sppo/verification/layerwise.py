@@ -3,11 +3,12 @@
 Hugging Face's model and the Megatron stage are built whole on the meta device, so that every layer has its own settings
 (sliding windows, say) and the models' own forward passes do the rest: masks, rotary embeddings, scales, caps. Hooks
 bring the weights: Hugging Face's through `from_pretrained` of a model of one layer, with its renaming and fusing of
-experts; Megatron's at the keys and offsets of the host's own `sharded_state_dict`.
+experts; Megatron's at the keys and offsets of mcore's own `sharded_state_dict`.
 """
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories, apply_factory_merges
 from torch import Tensor
 
+from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.distcp import DistcpReader
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
 from megatron_sppo.checkpoints.pretrained import load_pretrained
 from megatron_sppo.conversion.megatron_model import OpenedMegatron
 from megatron_sppo.model.config import ModelConfig
-from megatron_sppo.model.gpt import build_stage, forward
+from megatron_sppo.model.gpt import PolicyModel, build_stage, forward
 from megatron_sppo.training import parallel
 from megatron_sppo.training.config import ParallelConfig
 from megatron_sppo.training.policy import mcore_config
@@ -66,14 +68,15 @@ def hf_logits(hf: Path, dtype: torch.dtype, *, on_layer: Callable[[], object], a
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    auto: Any = AutoModelForCausalLM
     source, device = open_hf_checkpoint(hf), parallel.device()
     config = AutoConfig.from_pretrained(
         hf, attn_implementation=attention, local_files_only=True, trust_remote_code=False
     )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = auto.from_config(config, dtype=dtype).eval()
     # A model of no layers and few rows gives all that is no layer: norms, rotary frequencies, the embedding's scale.
-    small = AutoModelForCausalLM.from_config(_cut(config, []), dtype=dtype).to(device).eval()
+    small = auto.from_config(_cut(config, []), dtype=dtype).to(device).eval()
     decoder = model.get_decoder()
     for target, donor in ((model, small), (decoder, small.get_decoder())):
         for name, child in donor.named_children():
@@ -82,19 +85,28 @@ def hf_logits(hf: Path, dtype: torch.dtype, *, on_layer: Callable[[], object], a
     names = {module: name for name, module in model.named_modules()}
     layers_name = names[decoder.layers]
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+
+    def weight(name: str) -> Tensor:
+        return source.read(name).to(device, dtype)
+
+    def lend_rows(module: Any, name: str) -> None:
+        _lend(module, lambda _: setattr(module, "weight", torch.nn.Parameter(weight(name), requires_grad=False)))
+
+    def lend_layer(layer: Any, index: int) -> None:
+        def load(_: object) -> None:
+            loaded = _hf_layer(type(model), source, config, index, f"{layers_name}.", dtype)
+            layer.load_state_dict({name: tensor.to(device) for name, tensor in loaded.items()}, assign=True)
+
+        _lend(layer, load, after=on_layer)
+
     for name, parameter in model.named_parameters():
         if not name.startswith((f"{layers_name}.", f"{names[embedding]}.", f"{names[output]}.")):
-            parameter.data = source.read(name).to(device, dtype)
-    for module in (embedding, output):
-        name = f"{names[module]}.weight"
-        name = name if name in source.entries else f"{names[embedding]}.weight"  # tied
-        _lend(module, _weight_loader(source, name, device, dtype))
+            parameter.data = weight(name)
+    tied = f"{names[output]}.weight" not in source.entries
+    lend_rows(embedding, f"{names[embedding]}.weight")
+    lend_rows(output, f"{names[embedding if tied else output]}.weight")
     for index, layer in enumerate(decoder.layers):
-        _lend(
-            layer,
-            _hf_layer_loader(type(model), source, config, index, f"{layers_name}.", device, dtype),
-            after=on_layer,
-        )
+        lend_layer(layer, index)
 
     def logits(tokens_BS: Tensor) -> Tensor:
         return model(input_ids=tokens_BS.to(device), use_cache=False).logits.float().cpu()
@@ -103,42 +115,56 @@ def hf_logits(hf: Path, dtype: torch.dtype, *, on_layer: Callable[[], object], a
 
 
 @contextlib.contextmanager
-def megatron_logits(opened: OpenedMegatron, dtype: str, *, on_layer: Callable[[], object]) -> Iterator[Logits]:
-    """Open a Megatron checkpoint to be run layer by layer; `on_layer` is called after each."""
+def built_stage(opened: OpenedMegatron, dtype: str, *, on_meta: bool) -> Iterator[PolicyModel]:
+    """Build a checkpoint's model as training does, in one process, its weights yet to be loaded -> stage."""
     layout = ParallelConfig()
-    config = ModelConfig(
-        params_dtype="bfloat16" if dtype == "bfloat16" else "float32",
-        transformer_impl="torch",  # Transformer Engine's modules do not know the meta device
-    )
+    config = ModelConfig(params_dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    if on_meta:  # which Transformer Engine's modules do not know
+        config = dataclasses.replace(config, transformer_impl="torch")
     parallel.initialize(layout, seed=0)
     try:
-        transformer_config = mcore_config(opened.architecture, config, layout)
-        transformer_config.use_cpu_initialization, transformer_config.perform_initialization = True, False
-        with torch.device("meta"):
-            stage = build_stage(opened.architecture, transformer_config, config, pre_process=True, post_process=True)
-        stage.eval()
-        device = parallel.device()
-        lent = [(layer, f"decoder.layers.{index}.") for index, layer in enumerate(stage.decoder.layers)]
-        for module, prefix in lent:
-            _lend(module, _host_loader(opened, stage, prefix, device), after=on_layer)
-        apart = [(stage.embedding, "embedding."), (stage.output_layer, "output_layer.")]
-        if opened.architecture.share_embeddings_and_output_weights:
-            apart = []  # the output layer borrows the embedding's weight, which therefore stays
-        for module, prefix in apart:
-            _lend(module, _host_loader(opened, stage, prefix, device))
-        _load_the_rest(opened, stage, tuple(prefix for _, prefix in (*lent, *apart)), device)
-
-        def logits(tokens_BS: Tensor) -> Tensor:
-            tokens_BS = tokens_BS.to(device)
-            positions_BS = torch.arange(tokens_BS.shape[1], device=device).expand_as(tokens_BS)
-            return forward(stage, tokens_BS, positions_BS)[..., : opened.architecture.vocab_size].float().cpu()
-
-        yield logits
+        settings = mcore_config(opened.architecture, config, layout)
+        if on_meta:
+            settings.use_cpu_initialization, settings.perform_initialization = True, False
+        with torch.device("meta") if on_meta else contextlib.nullcontext():
+            stage = build_stage(opened.architecture, settings, config, pre_process=True, post_process=True)
+        yield stage.eval()
     finally:
         parallel.shut_down()
 
 
-def _lend(module: Any, load: Callable[[Any], None], *, after: Callable[[], object] = lambda: None) -> None:
+def stage_logits(stage: PolicyModel, architecture: Architecture) -> Logits:
+    """Run a stage that is the whole model."""
+    device = parallel.device()
+
+    def logits(tokens_BS: Tensor) -> Tensor:
+        tokens_BS = tokens_BS.to(device)
+        positions_BS = torch.arange(tokens_BS.shape[1], device=device).expand_as(tokens_BS)
+        return forward(stage, tokens_BS, positions_BS)[..., : architecture.vocab_size].float().cpu()
+
+    return logits
+
+
+@contextlib.contextmanager
+def megatron_logits(opened: OpenedMegatron, dtype: str, *, on_layer: Callable[[], object]) -> Iterator[Logits]:
+    """Open a Megatron checkpoint to be run layer by layer; `on_layer` is called after each."""
+    with built_stage(opened, dtype, on_meta=True) as stage:
+        lent = [(layer, f"decoder.layers.{index}.") for index, layer in enumerate(stage.decoder.layers)]
+        for module, prefix in lent:
+            _lend(module, _mcore_loader(opened, stage, prefix), after=on_layer)
+        if not opened.architecture.share_embeddings_and_output_weights:
+            # Where they are tied the output layer borrows the embedding's weight, which therefore stays.
+            for module, prefix in ((stage.embedding, "embedding."), (stage.output_layer, "output_layer.")):
+                _lend(module, _mcore_loader(opened, stage, prefix))
+                lent.append((module, prefix))
+        # What is not lent: the final norm, and a tied embedding.
+        away = tuple(prefix for _, prefix in lent)
+        rest = tuple(name for name in stage.sharded_state_dict() if not name.startswith(away))
+        stage.load_state_dict(_mcore_load(opened, stage, rest), strict=False, assign=True)
+        yield stage_logits(stage, opened.architecture)
+
+
+def _lend(module: Any, load: Callable[[Any], object], *, after: Callable[[], object] = lambda: None) -> None:
     """Give a module its weights before each call of it, and take them away after."""
 
     def take_back(*_: object) -> None:
@@ -157,40 +183,26 @@ def _drop_parameters(module: torch.nn.Module) -> None:
             setattr(part, name, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
 
 
-def _weight_loader(
-    source: HFCheckpoint, name: str, device: torch.device, dtype: torch.dtype
-) -> Callable[[torch.nn.Module], None]:
-    def load(module: torch.nn.Module) -> None:
-        module.weight = torch.nn.Parameter(source.read(name).to(device, dtype), requires_grad=False)
-
-    return load
-
-
-def _hf_layer_loader(
-    kind: Any, source: HFCheckpoint, config: Any, index: int, prefix: str, device: torch.device, dtype: torch.dtype
-) -> Callable[[torch.nn.Module], None]:
+def _hf_layer(kind: Any, source: HFCheckpoint, config: Any, index: int, prefix: str, dtype: torch.dtype) -> Any:
+    """Load one layer through a model of it alone, by transformers' own renaming and fusing -> {name: tensor}."""
     from transformers.utils import logging as transformers_logging
 
     own = f"{prefix}{index}."
-
-    def load(layer: torch.nn.Module) -> None:
-        state = {
-            f"{prefix}0.{name.removeprefix(own)}": source.read(name) for name in source.entries if name.startswith(own)
-        }
-        shows_bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-        try:
-            # The rest of the model is not there on purpose.
-            one = load_pretrained(
-                kind, None, needed=f"{prefix}0.", config=_cut(config, [index]), state_dict=state, dtype=dtype
-            )
-        finally:
-            if shows_bars:
-                transformers_logging.enable_progress_bar()
-        loaded = one.get_decoder().layers[0].state_dict()
-        layer.load_state_dict({name: tensor.to(device) for name, tensor in loaded.items()}, assign=True)
-
-    return load
+    state = {
+        f"{prefix}0.{name.removeprefix(own)}": source.read(name) for name in source.entries if name.startswith(own)
+    }
+    bars: Any = transformers_logging
+    shows_bars = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        # The rest of the model is not there on purpose.
+        one = load_pretrained(
+            kind, None, needed=f"{prefix}0.", config=_cut(config, [index]), state_dict=state, dtype=dtype
+        )
+    finally:
+        if shows_bars:
+            bars.enable_progress_bar()
+    return one.get_decoder().layers[0].state_dict()
 
 
 def _cut(config: Any, layers: Sequence[int]) -> Any:
@@ -202,26 +214,18 @@ def _cut(config: Any, layers: Sequence[int]) -> Any:
     return cut
 
 
-def _host_loader(
-    opened: OpenedMegatron, stage: Any, prefix: str, device: torch.device
-) -> Callable[[torch.nn.Module], None]:
+def _mcore_loader(opened: OpenedMegatron, stage: PolicyModel, prefix: str) -> Callable[[torch.nn.Module], object]:
     def load(module: torch.nn.Module) -> None:
-        loaded = _host_load(opened, stage, (prefix,), device)
+        loaded = _mcore_load(opened, stage, (prefix,))
         module.load_state_dict({name.removeprefix(prefix): value for name, value in loaded.items()}, assign=True)
 
     return load
 
 
-def _load_the_rest(opened: OpenedMegatron, stage: Any, lent: tuple[str, ...], device: torch.device) -> None:
-    """Load what is not lent: the final norm, and a tied embedding."""
-    prefixes = tuple(name for name in stage.sharded_state_dict() if not name.startswith(lent))
-    stage.load_state_dict(_host_load(opened, stage, prefixes, device), strict=False, assign=True)
+def _mcore_load(opened: OpenedMegatron, stage: PolicyModel, prefixes: tuple[str, ...]) -> dict[str, Any]:
+    """Read some of a stage's tensors at the keys and offsets that mcore gives them -> {name: tensor}.
 
-
-def _host_load(opened: OpenedMegatron, stage: Any, prefixes: tuple[str, ...], device: torch.device) -> dict[str, Any]:
-    """Read some of a stage's tensors at the keys and offsets that the host gives them -> {name: tensor}.
-
-    The host's own load wants all layers of a key at once.
+    mcore's own load wants all layers of a key at once.
     """
     state = {name: value for name, value in stage.sharded_state_dict().items() if name.startswith(prefixes)}
     factories = {name: value for name, value in state.items() if isinstance(value, ShardedTensorFactory)}
@@ -229,7 +233,7 @@ def _host_load(opened: OpenedMegatron, stage: Any, prefixes: tuple[str, ...], de
     loaded = apply_factory_merges(_read_all(opened.reader, state), factories)
     kinds = stage.state_dict()
     return {
-        name: value.to(device, kinds[name].dtype) if isinstance(value, Tensor) else value
+        name: value.to(parallel.device(), kinds[name].dtype) if isinstance(value, Tensor) else value
         for name, value in loaded.items()
     }
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
+from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
 from megatron_sppo.architecture import Architecture, read_architecture
 from megatron_sppo.checkpoints.megatron_checkpoint import HF_DIRECTORY
 from megatron_sppo.checkpoints.tokenizer import TEXT_FILES, is_tokenizer_of, tokenizer_hash
 from megatron_sppo.errors import DataError
 from megatron_sppo.rollout.chat_template import TEMPLATE_FAULTS
 from megatron_sppo.rollout.prompts import read_prompts
+from megatron_sppo.rollout.records import Turn
 
 logger = logging.getLogger(__name__)
 
@@ -43,20 +45,22 @@ PROBES = (
 _USER = ({"role": "user", "content": "?"},)
 
 
-def compare_tokenizers(hf: Path, directory: Path) -> dict[str, Any]:
+def compare_tokenizers(hf: Path, directory: Path, found: str | None) -> dict[str, Any]:
     """Compare the files that decide ids by the hash in model.json, the others by their bytes, and both by what they do.
 
     Bytes may differ where nothing else does (a tokenizer saved again by another version); ids may differ where the
     files that we know are the same (a setting in a file that we do not know).
+
+    Args:
+        found: the hash of `hf`'s tokenizer.
     """
     carried = directory / HF_DIRECTORY
-    recorded = read_architecture(directory)[1].get("hash") if (directory / "model.json").is_file() else None
+    recorded = read_architecture(directory)[1].get("hash") if (directory / MODEL_FILE).is_file() else None
     texts: dict[str, bool] = {}
     for name in TEXT_FILES:
         pair = [path.read_bytes() if path.is_file() else None for path in (hf / name, carried / name)]
         if pair != [None, None]:
             texts[name] = pair[0] == pair[1]
-    found = tokenizer_hash(hf)
     probes: list[str] | None = None
     if found is not None and tokenizer_hash(carried) is not None:
         probes = _different_probes(_tokenizer(hf), _tokenizer(carried))
@@ -122,7 +126,7 @@ def prompt_token_ids(hf: Path, architecture: Architecture, prompts: Path | None)
     return [ids[:limit] for ids in lists]
 
 
-def _prompt_ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+def _prompt_ids(tokenizer: Any, messages: Sequence[Turn]) -> list[int]:
     if tokenizer.chat_template is None:
         return tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)

@@ -1,4 +1,4 @@
-"""N gloo ranks per test for the price of a fork: a server imports torch and megatron.core once and forks every job.
+"""N gloo ranks per test for the price of a fork: a server imports torch, Megatron-Core and training once, then forks.
 
 `run_ranks(function, world_size, *args)` runs an importable top-level function in `world_size` processes that see RANK,
 WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as under torchrun, and gives back what each rank returned. The
@@ -38,6 +38,7 @@ _IMPORTED_ONCE = (
     "megatron.core",
     "megatron.core.datasets.indexed_dataset",
     "megatron.core.dist_checkpointing",
+    "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.distributed",
     "megatron.core.models.gpt",
     "megatron.core.models.gpt.gpt_layer_specs",
@@ -45,6 +46,13 @@ _IMPORTED_ONCE = (
     "megatron.core.optimizer_param_scheduler",
     "megatron.core.pipeline_parallel",
     "megatron.core.tensor_parallel.random",
+    "megatron_sppo.training.checkpoint",
+    "megatron_sppo.training.inputs",
+    "megatron_sppo.training.loop",
+    "megatron_sppo.training.optimizer",
+    "megatron_sppo.training.policy",
+    "megatron_sppo.training.reference",
+    "tyro",
 )
 _GRACE = 1.0
 """Seconds in which the other ranks may still report after the first failure: the cause may be theirs."""

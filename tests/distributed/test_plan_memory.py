@@ -115,13 +115,9 @@ def planned(model: Path, argv: list[str]) -> tuple[Grid, list[StageMemory]]:
     grid = Grid(parallel=config.parallel, world_size=4)
     shape = largest_micro_batch(config, grid, architecture)
     num = config.batch.global_batch_size * LENGTH // (PACKED * grid.data_parallel_size)
-    stages = [
-        stage_memory(
-            architecture, config.model, grid, shape, stage=stage, num_micro_batches=num, engine=False, machine=None
-        )
-        for stage in range(config.parallel.pipeline_model_parallel_size)
-    ]
-    return grid, stages
+    settings = {"num_micro_batches": num, "optimizer": "adam", "engine": False, "machine": None}
+    stages = range(config.parallel.pipeline_model_parallel_size)
+    return grid, [stage_memory(architecture, config.model, grid, shape, stage=stage, **settings) for stage in stages]
 
 
 def architecture_of(model: Path) -> Architecture:

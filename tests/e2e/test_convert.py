@@ -9,8 +9,10 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,6 +22,7 @@ from megatron_sppo.conversion.megatron_model import open_megatron
 from megatron_sppo.errors import ConversionError
 from megatron_sppo.verification import layerwise
 from megatron_sppo.verification import verify as verification
+from megatron_sppo.verification.logits import hf_logits, prompt_logits
 from megatron_sppo.verification.probes import prompt_token_ids
 from tests.families import FAMILIES, family_model
 from tests.models import tiny_llama
@@ -76,8 +79,8 @@ def test_layer_by_layer_the_logits_are_those_of_the_whole_models(
     import_checkpoint(hf, tmp_path / "megatron")
     opened = open_megatron(tmp_path / "megatron")
     token_ids = prompt_token_ids(hf, opened.architecture, None)
-    attention = verification._attention(opened.architecture)
-    whole = verification._hf_logits(hf, token_ids, torch.float32, attention=attention)
+    attention = "eager" if opened.architecture.attention_softcap is not None else None
+    whole = prompt_logits(hf_logits(hf, "float32", attention), token_ids, "whole")
     layers: list[int] = []
     with torch.no_grad(), layerwise.megatron_logits(opened, "float32", on_layer=lambda: layers.append(1)) as megatron:
         reference = layerwise.hf_logits(hf, torch.float32, attention=attention, on_layer=lambda: layers.append(2))
@@ -112,7 +115,7 @@ def test_what_does_not_fit_into_half_of_the_memory_is_run_by_layers(
     import_checkpoint(hf, tmp_path / "megatron")
     nbytes = sum(tensor.nbytes for tensor in load_file(hf / "model.safetensors").values())
     for free, expected in ((2 * nbytes, False), (2 * nbytes - 2, True)):
-        monkeypatch.setattr(verification, "_available_bytes", lambda free=free: free)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
         report = verification.verify(hf, tmp_path / "megatron", dtype="float32")
         assert report["logits"]["layerwise"] is expected
 

@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from megatron_sppo.checkpoints import distcp_writer
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
@@ -85,6 +87,8 @@ def run_and_kill(convert: Callable[[], object], point: Point) -> bool:
     pid = os.fork()
     if pid == 0:
         try:
+            # Its own lock is shared by forks: killed with it, this process would stop its parent.
+            tqdm.set_lock(threading.RLock())
             if point.bytes is not None:
                 kill_after_bytes(point.bytes)
             if point.step is not None:

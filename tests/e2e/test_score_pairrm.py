@@ -12,12 +12,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from torch.distributed import FileStore
+from tqdm import tqdm
 
 from megatron_sppo import command_line
 from megatron_sppo.commands import score as command
@@ -149,6 +151,7 @@ EVENTS = ("fsync", "replace", "rename", "rmdir")
 
 def rank_main(arguments: dict, rank: int, world_size: int, store: Path, last_event: int | None) -> None:
     """One rank of the tool: killed at event `last_event`, or leaves the number of its events beside the store."""
+    tqdm.set_lock(threading.RLock())  # its own is shared by forks: who is killed with it would stop the others for good
     events = itertools.count(1)
 
     def counted(function):

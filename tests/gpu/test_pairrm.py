@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_logits_do_not_depend_on_their_neighbours_to_the_last_bit(checkpoint: str, dtype: str) -> None:
     """A pair's place in its batch and the pairs beside it change; the batch's shape follows from its length alone."""
-    judge = PairRMJudge(checkpoint, preset="paper", device="cuda", dtype=dtype)
+    judge = PairRMJudge(checkpoint, reads="message", device="cuda", dtype=dtype)
     rng = random.Random(40)
     groups = [random_group(rng, number, 5, high=NUM_WORDS) for number in range(8)]
     whole = judge.judge_logits(groups)
@@ -44,9 +44,9 @@ def test_logits_do_not_depend_on_their_neighbours_to_the_last_bit(checkpoint: st
 def test_float32_logits_are_those_of_the_cpu_and_bfloat16_ones_rank_alike(checkpoint: str) -> None:
     rng = random.Random(41)
     groups = [random_group(rng, number, 4, high=NUM_WORDS // 3) for number in range(3)]
-    cpu = np.stack(PairRMJudge(checkpoint, preset="paper", device="cpu").judge_logits(groups))
+    cpu = np.stack(PairRMJudge(checkpoint, reads="message", device="cpu").judge_logits(groups))
     float32, bfloat16 = (
-        np.stack(PairRMJudge(checkpoint, preset="paper", device="cuda", dtype=dtype).judge_logits(groups))
+        np.stack(PairRMJudge(checkpoint, reads="message", device="cuda", dtype=dtype).judge_logits(groups))
         for dtype in ("float32", "bfloat16")
     )
     np.testing.assert_allclose(float32, cpu, rtol=0, atol=1e-3)

@@ -3,7 +3,7 @@ Python in the others.
 
 A fenced block is held by its language and by a mark, a comment on the line before it:
 
-    <!-- run: NAME -->        executed by tests/e2e/test_docs.py, in order with the others of that name; Python, here
+    <!-- run: NAME -->        executed by tests/e2e/test_docs_vllm.py after the others of that name; Python, here
     <!-- config: COMMAND -->  YAML of that command
     <!-- not run: REASON -->  why not; what is ours in it is checked all the same
 
@@ -25,6 +25,7 @@ import pytest
 import yaml
 
 from megatron_sppo import config
+from megatron_sppo.__main__ import COMMANDS
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.planning.config import read_plan
 from tests.fences import PAGES, REPOSITORY, Fence, commands, fences, indented_blocks
@@ -64,6 +65,7 @@ def test_the_page_of_messages_has_every_message() -> None:
 
 
 def test_the_page_of_commands_has_every_command_and_flag() -> None:
+    assert {name.partition(" ")[0] for name in SETTINGS} == set(COMMANDS)
 
     sections = (DOCS / "commands.md").read_text(encoding="utf-8").split("\n## ")
     for name, kind in SETTINGS.items():

@@ -40,6 +40,8 @@ BANS = {
     "planning": {"vllm", "transformers"},
     "objective": {"megatron", "vllm", "transformers", "megatron_sppo.training", "megatron_sppo.model"},
 }
+SEALED = {"megatron_sppo.checkpoints.transfer": "checkpoints"}
+"""Modules that their own folder alone may import: the byte mover stands behind a reader and a writer of each world."""
 GROUND_MAY_NOT = {"torch", "megatron", "vllm", "transformers", "transformer_engine"}
 
 
@@ -82,6 +84,9 @@ def violations(module: str, source: str) -> list[str]:
         for banned in GROUND_MAY_NOT if floor == 0 else BANS.get(room, set()):
             if imported == banned or imported.startswith(banned + "."):
                 broken.append(f"{module} imports {imported}: banned there")
+        for sealed, home in SEALED.items():
+            if (imported == sealed or imported.startswith(sealed + ".")) and room != home:
+                broken.append(f"{module} imports {imported}: sealed in {home}")
         if not imported.startswith("megatron_sppo.") or imported == "megatron_sppo.__version__":
             continue
         other = imported.split(".")[1]
@@ -142,6 +147,8 @@ def test_imports_go_upwards_only(path):
         ("conversion.convert", "from megatron_sppo import training"),
         ("conversion.convert", "from megatron_sppo.model.policy import build"),
         ("selfplay.loop", "from megatron_sppo import verification"),
+        ("conversion.convert", "from megatron_sppo.checkpoints.transfer import Transfer"),
+        ("benchmarks.convert", "from megatron_sppo.checkpoints import transfer"),
     ],
 )
 def test_a_forbidden_import_is_found(module, source):

@@ -11,7 +11,6 @@ Both formats hold the same tensors: `pretrained_model.*` (DeBERTa-v2) and `head_
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, DebertaV2Config, DebertaV2Model, PreTrainedTokenizerBase
+from transformers import DebertaV2Config, DebertaV2Model, PreTrainedTokenizerBase
 
 from megatron_sppo.checkpoints.pretrained import UNUSABLE
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.judge.model_files import load_tokenizer, local_directory
 from megatron_sppo.judge.pairrm.deberta import MarkerEncoder, check_config
 from megatron_sppo.storage import damage, read_json, sha256_of_file, sha256_of_json
 
@@ -49,7 +49,7 @@ class PairRMNetwork(nn.Module):
 
     def __init__(self, config: DebertaV2Config, *, num_tasks: int) -> None:
         super().__init__()
-        self.pretrained_model = DebertaV2Model(config)
+        self.pretrained_model: Any = DebertaV2Model(config)  # type: ignore[no-untyped-call]
         # Places 0 and 3 are dropouts in training; with them the checkpoint's names are head_layer.1 and head_layer.4.
         self.head_layer = nn.Sequential(
             nn.Identity(),
@@ -71,7 +71,7 @@ class PairRMNetwork(nn.Module):
             [marker_states_P3H, marker_states_P3H.new_zeros(-num_pairs % HEAD_ROWS, *marker_states_P3H.shape[1:])]
         )
         blocks = []
-        for block in states.split(HEAD_ROWS):
+        for block in states.view(len(states) // HEAD_ROWS, HEAD_ROWS, *states.shape[1:]):
             source, first, second = block.unbind(dim=1)
             first_score = self.head_layer(torch.cat([source, first], dim=-1))
             second_score = self.head_layer(torch.cat([source, second], dim=-1))
@@ -101,13 +101,13 @@ def load_pairrm(name: str, *, dtype: torch.dtype, device: torch.device) -> PairR
     Raises:
         ConfigError: no such checkpoint here or on the hub, or its files do not make a PairRM.
     """
-    directory = local_directory(name, _FILES)
+    directory = local_directory(name, _FILES, spec="pairrm")
     content = read_json(directory / "config.json")
     if not isinstance(content, dict):
         raise ConfigError(f"{directory / 'config.json'} is no JSON object. Give the directory of a PairRM checkpoint.")
     native = "ranker_type" in content
     base = _base_directory(content, directory) if native else directory
-    tokenizer = _load_tokenizer(base)
+    tokenizer = load_tokenizer(base, remedy="Download it again.")
     if native:
         tokenizer.add_tokens(list(MARKERS))
     _check_markers(tokenizer, content, directory, native=native)
@@ -165,40 +165,6 @@ def _decides_ids(path: Path) -> bool:
     return path.is_file() and path.suffix in (".json", ".model")
 
 
-def local_directory(name: str, patterns: tuple[str, ...], *, spec: str = "pairrm") -> Path:
-    """Find a checkpoint: a directory, else a hub id in the cache or, unless HF_HUB_OFFLINE is set, on the hub.
-
-    Raises:
-        ConfigError: there is none, or it is an adapter, or has one beside it that may or may not be meant.
-    """
-    directory = _local_directory(name, patterns, spec=spec)
-    if (directory / "adapter_config.json").is_file():
-        raise ConfigError(
-            f"{directory} holds adapter_config.json: a LoRA adapter, which is not applied here. Merge it into its base "
-            "(PEFT's merge_and_unload) and give that directory, or remove it if the weights are merged."
-        )
-    return directory
-
-
-def _local_directory(name: str, patterns: tuple[str, ...], *, spec: str) -> Path:
-    if Path(name).is_dir():
-        return Path(name)
-    remedy = f"Give a local directory: --judge {spec}:DIR."
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise ConfigError(f"{name} is no directory. {remedy}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise ConfigError(
-            f"{name} is neither a directory nor a model in the cache, and the hub did not give it{offline}: "
-            f"{type(error).__name__}. {remedy}"
-        ) from None
-
-
 def _base_directory(content: dict[str, Any], directory: Path) -> Path:
     """Find DeBERTa's own config and tokenizer for a native checkpoint."""
     if content["ranker_type"] != "pairranker":
@@ -208,14 +174,7 @@ def _base_directory(content: dict[str, Any], directory: Path) -> Path:
         )
     if not isinstance(content.get("model_name"), str):
         raise ConfigError(f"{directory / 'config.json'} has no model_name. Download the checkpoint again.")
-    return local_directory(content["model_name"], _TOKENIZER_FILES)
-
-
-def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, *UNUSABLE) as error:
-        raise ConfigError(f"{directory} holds no readable tokenizer ({one_line(error)}). Download it again.") from None
+    return local_directory(content["model_name"], _TOKENIZER_FILES, spec="pairrm")
 
 
 def _check_markers(

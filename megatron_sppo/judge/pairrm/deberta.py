@@ -13,11 +13,12 @@ embeddings of the bucketed distance. Equal to transformers' DebertaV2Model (test
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import DebertaV2Config, DebertaV2Model
+from transformers import DebertaV2Config
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 from megatron_sppo.errors import ConfigError
@@ -36,21 +37,21 @@ class MarkerEncoder:
     """A loaded DebertaV2Model, for inference; its weights must not change any more."""
 
     @torch.no_grad()
-    def __init__(self, model: DebertaV2Model) -> None:
-        """Project the distance embeddings of every layer.
+    def __init__(self, model: Any) -> None:
+        """Project the distance embeddings of every layer of a DebertaV2Model.
 
         Raises:
             ConfigError: the model is a variant of DeBERTa-v2 that this encoder does not compute.
         """
         check_config(model.config)
-        self._model = model
+        self._network = model
         self._num_heads = model.config.num_attention_heads
         self._num_buckets = model.config.position_buckets
-        self._max_distance = model.encoder.max_relative_positions
+        self._max_distance = self._network.encoder.max_relative_positions
         self._last_length = 0
         self._last_buckets: tuple[Tensor, slice] = torch.empty(0), slice(0)
-        embeddings = model.encoder.get_rel_embedding()[: 2 * self._num_buckets]
-        attentions = [layer.attention.self for layer in model.encoder.layer]
+        embeddings = self._network.encoder.get_rel_embedding()[: 2 * self._num_buckets]
+        attentions = [layer.attention.self for layer in self._network.encoder.layer]
         self._position_keys = [self._heads(one.key_proj(embeddings)[None])[0] for one in attentions]
         """[h, W, d] a layer."""
         self._position_queries = [self._heads(one.query_proj(embeddings)[None])[0] for one in attentions]
@@ -61,9 +62,9 @@ class MarkerEncoder:
         Args:
             mask_PS: 1 at tokens, 0 at padding; None where nothing is padded.
         """
-        hidden_PSH = self._model.embeddings(input_ids=token_ids_PS, mask=mask_PS)
+        hidden_PSH = self._network.embeddings(input_ids=token_ids_PS, mask=mask_PS)
         padding_P11S = None if mask_PS is None else (mask_PS == 0)[:, None, None, :]
-        num_layers = len(self._model.encoder.layer)
+        num_layers = len(self._network.encoder.layer)
         for number in range(num_layers - 1):
             hidden_PSH = self._layer(number, hidden_PSH, padding_P11S)
         return self._layer(num_layers - 1, hidden_PSH, padding_P11S, positions_PN)
@@ -72,7 +73,7 @@ class MarkerEncoder:
         self, number: int, hidden_PSH: Tensor, padding_P11S: Tensor | None, positions_PN: Tensor | None = None
     ) -> Tensor:
         """Apply one layer -> [P, S, H], or [P, N, H] where positions are given."""
-        layer = self._model.encoder.layer[number]
+        layer = self._network.encoder.layer[number]
         attention = layer.attention.self
         wanted = hidden_PSH
         if positions_PN is not None:
@@ -120,7 +121,7 @@ class MarkerEncoder:
 
     def _heads(self, rows: Tensor) -> Tensor:
         """[P, S, H] -> [P, h, S, d]."""
-        return rows.unflatten(-1, (self._num_heads, -1)).transpose(1, 2)
+        return rows.view(*rows.shape[:-1], self._num_heads, -1).transpose(1, 2)
 
 
 def check_config(config: DebertaV2Config) -> None:
@@ -130,7 +131,7 @@ def check_config(config: DebertaV2Config) -> None:
         ConfigError: names the first setting that differs from deberta-v3's.
     """
     for name, required in _REQUIRED.items():
-        value = getattr(config, name, 0 if name == "conv_kernel_size" else None)
+        value: Any = getattr(config, name, 0 if name == "conv_kernel_size" else None)
         if (set(value or ()) if isinstance(required, set) else value) != required:
             raise ConfigError(f"this PairRM's DeBERTa has {name} {value!r}, not {required!r}. Use a deberta-v3 PairRM.")
     if config.position_buckets < 1 or config.num_attention_heads < 1 or config.hidden_size % config.num_attention_heads:

@@ -24,7 +24,7 @@ import torch
 
 from megatron_sppo.judge.pairrm.checkpoint import load_pairrm
 from megatron_sppo.judge.pairrm.text import PairRMTokens
-from megatron_sppo.judge.protocol import Unjudged, Verdict
+from megatron_sppo.judge.protocol import Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.judge.source import UnreadableGroup, pairrm_texts
 from megatron_sppo.storage import sha256_of_json
 
@@ -37,7 +37,8 @@ _CPU_TOKENS_PER_BATCH, _CPU_LENGTH_STEP = 1, 1
 _CUDA_TOKENS_PER_BATCH, _CUDA_LENGTH_STEP = 8192, 64
 # Attention scores grow with the square of the length: a batch's P * S * S stays below this many entries a head.
 _SCORES_PER_BATCH = 2**24
-_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_PRESET_OF_READS = {"message": "paper", "template": "official"}
+"""How fingerprints spell it: stored scores are theirs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class PairRMJudge:
         self,
         checkpoint: str,
         *,
-        preset: str,
+        reads: str,
         one_order: bool = False,
         device: str | None = None,
         dtype: str | None = None,
@@ -75,7 +76,7 @@ class PairRMJudge:
 
         Args:
             checkpoint: hub id or directory, in either format (see pairrm_checkpoint.py).
-            preset: "paper" or "official": see `pairrm_texts`.
+            reads: "message" or "template": see `pairrm_texts`.
             one_order: ask each pair once, L_ji = -L_ij: half the forwards, position bias kept. The first group of
                 every call is asked in both orders, to count how often both name the same winner.
             dtype: "float32" or "bfloat16", of the encoder; the head is always float32.
@@ -87,12 +88,17 @@ class PairRMJudge:
         """
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         on_cpu = self._device.type == "cpu"
-        precision = _PRECISIONS[dtype or ("float32" if on_cpu else "bfloat16")]
+        precision = getattr(torch, dtype or ("float32" if on_cpu else "bfloat16"))
         loaded = load_pairrm(checkpoint, dtype=precision, device=self._device)
         self.name = f"pairrm:{checkpoint}" + (", one order" if one_order else "")
         self.counts: Counter[str] = Counter()
         self.fingerprint = sha256_of_json(
-            {"pairrm": loaded.fingerprint, "preset": preset, "one_order": one_order, "dtype": str(precision)}
+            {
+                "pairrm": loaded.fingerprint,
+                "preset": _PRESET_OF_READS[reads],
+                "one_order": one_order,
+                "dtype": str(precision),
+            }
         )
         self._network, self._encoder = loaded.network, loaded.encoder
         self._tokens = PairRMTokens(
@@ -106,21 +112,21 @@ class PairRMJudge:
             "cut and counted.", self.name, loaded.source_length, loaded.candidate_length,
         )  # fmt: skip
         self._pad_id = loaded.tokenizer.pad_token_id
-        self._preset, self._one_order = preset, one_order
+        self._reads, self._one_order = reads, one_order
         self._tokens_per_batch = tokens_per_batch or (_CPU_TOKENS_PER_BATCH if on_cpu else _CUDA_TOKENS_PER_BATCH)
         self._length_step = length_step or (_CPU_LENGTH_STEP if on_cpu else _CUDA_LENGTH_STEP)
 
     def judge_logits(self, groups: Sequence[RolloutGroup]) -> Sequence[Verdict]:
         """Judge all ordered pairs of all groups -> one float32 [K, K] a group.
 
-        Identical responses get exactly 0 without a forward; a repeated response is judged once. Under the official
-        preset a group without its templated prompt is not judged.
+        Identical responses get exactly 0 without a forward; a repeated response is judged once. Where the
+        templated prompt is read, a group without one is not judged.
         """
         readable: list[tuple[str, list[str]]] = []
         unreadable: dict[int, Unjudged] = {}
         for number, group in enumerate(groups):
             try:
-                readable.append(pairrm_texts(group, preset=self._preset))
+                readable.append(pairrm_texts(group, reads=self._reads))
             except UnreadableGroup as error:
                 unreadable[number] = Unjudged(reason=str(error))
         matrices = iter(self._matrices(readable))
@@ -129,31 +135,26 @@ class PairRMJudge:
     def _matrices(self, texts_of_groups: Sequence[tuple[str, list[str]]]) -> list[np.ndarray]:
         """Judge groups, each a source and its candidates -> one float32 [K, K] a group."""
         pairs: list[_Pair] = []
-        distinct: list[list[int]] = []
+        places: list[list[int]] = []
         for number, (source_text, texts) in enumerate(texts_of_groups):
-            index_of = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-            distinct.append([index_of[text] for text in texts])
+            different, of_K = distinct(texts)
+            places.append(of_K)
+            count_pairs(self.counts, of_K)
             source = self._tokens.source(source_text)
-            firsts = self._tokens.candidates(list(index_of), source_tokens=len(source))
+            firsts = self._tokens.candidates(different, source_tokens=len(source))
             seconds = [self._tokens.as_second(ids) for ids in firsts]
             for first, second in itertools.permutations(range(len(firsts)), 2):
                 if self._one_order and first > second and number > 0:
                     continue
                 parts = (source, firsts[first], seconds[second])
                 pairs.append(_Pair(group=number, first=first, second=second, parts=parts))
-            self._count(distinct[-1])
-        matrices_UU = [np.zeros((max(of_K) + 1,) * 2, dtype=np.float32) for of_K in distinct]
+        matrices_UU = [np.zeros((max(of_K) + 1,) * 2, dtype=np.float32) for of_K in places]
         for pair, logit in zip(pairs, self._forward(pairs), strict=True):
             matrices_UU[pair.group][pair.first, pair.second] = logit
         if self._one_order and matrices_UU:
             self._count_agreement(matrices_UU[0])
             matrices_UU = [np.triu(matrix_UU) - np.triu(matrix_UU).T for matrix_UU in matrices_UU]
-        return [matrix_UU[np.ix_(of_K, of_K)] for matrix_UU, of_K in zip(matrices_UU, distinct, strict=True)]
-
-    def _count(self, distinct_K: list[int]) -> None:
-        num_responses = len(distinct_K)
-        self.counts["pairs"] += num_responses * (num_responses - 1)
-        self.counts["identical_pairs"] += sum(number * (number - 1) for number in Counter(distinct_K).values())
+        return [matrix_UU[np.ix_(of_K, of_K)] for matrix_UU, of_K in zip(matrices_UU, places, strict=True)]
 
     def _count_agreement(self, both_UU: np.ndarray) -> None:
         """Count the pairs of a group asked in both orders, and those whose winner one order finds as well."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 from megatron_sppo.judge.pairrm.checkpoint import FIRST_MARKER, MARKERS, SOURCE_MARKER
 
@@ -19,7 +18,7 @@ class PairRMTokens:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Any,
         *,
         source_length: int,
         candidate_length: int,

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,11 @@ def test_an_impossible_vocabulary_is_refused(model_dir: Path, value: object) -> 
     (model_dir / "config.json").write_text(json.dumps({**config, "vocab_size": value}))
     with pytest.raises(DataError, match="vocab_size is"):
         read_model_files(model_dir)
+
+
+def test_what_other_stages_ask_of_a_models_files_needs_no_torch() -> None:
+    """Rollouts, judges and plans ask; torch costs each of them a second of CPU time."""
+    modules = ("checkpoints.model_files", "checkpoints.side_files", "checkpoints.pretrained", "conversion.complete")
+    names = ", ".join(f"megatron_sppo.{module}" for module in modules)
+    script = f"import sys, {names}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_sppo.data import microbatch
 from megatron_sppo.data.dataset import PreferenceDataset
-from megatron_sppo.data.microbatch import IGNORED_LABEL, collate, in_order_of_ranks, packed_attention_mask
+from megatron_sppo.data.microbatch import MicroBatch, in_order_of_ranks
 from megatron_sppo.data.selection import row_targets, training_index
 from tests.unit.data.make import groups, write
 
@@ -15,6 +16,12 @@ from tests.unit.data.make import groups, write
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     return PreferenceDataset(write(tmp_path_factory.mktemp("microbatch") / "d", groups(num_groups=8)))
+
+
+def collate(dataset, index, rows, **settings) -> MicroBatch:
+    """Make a micro-batch with the targets of its rows."""
+    targets = row_targets(dataset, index, eta=3.0).of(torch.from_numpy(rows))
+    return microbatch.collate(dataset, index, rows, targets=targets, **settings)
 
 
 def expected_sequence(dataset, index, row):
@@ -28,7 +35,7 @@ def expected_sequence(dataset, index, row):
 def test_collated_tensors_equal_a_token_by_token_construction(dataset, packed, multiple, max_prompt_length):
     index = training_index(dataset, "all", pairs=False, max_prompt_length=max_prompt_length)
     rows = np.array([17, 3, 30, 4])
-    batch = collate(dataset, index, rows, packed=packed, multiple=multiple, pad_token_id=96)
+    batch = collate(dataset, index, rows, packed=packed, multiple=multiple)
     num_rows, num_columns = batch.tokens.shape
     assert num_columns % multiple == 0 and num_rows == (1 if packed else 4)
     response_rows, sequence_index, labels_R, start = [], [], [], 0
@@ -39,22 +46,19 @@ def test_collated_tensors_equal_a_token_by_token_construction(dataset, packed, m
             assert batch.tokens[batch_row, offset + s] == token
             assert batch.position_ids[batch_row, offset + s] == s
             follows = s + 1 - len(prompt)
-            is_predicting = 0 <= follows < len(response)
-            assert batch.labels[batch_row, offset + s] == (response[follows] if is_predicting else IGNORED_LABEL)
-            if is_predicting:
+            if 0 <= follows < len(response):
                 response_rows.append((offset + s) * num_rows + batch_row)
                 sequence_index.append(b)
                 labels_R.append(response[follows])
         start += len(prompt) + len(response)
         if not packed:
-            assert (batch.tokens[b, len(prompt) + len(response) :] == 96).all()
-            assert (batch.labels[b, len(prompt) + len(response) :] == IGNORED_LABEL).all()
+            assert (batch.tokens[b, len(prompt) + len(response) :] == 0).all()
     if packed:
-        assert (batch.tokens[0, start:] == 96).all() and (batch.labels[0, start:] == IGNORED_LABEL).all()
+        assert (batch.tokens[0, start:] == 0).all()
     assert batch.response_rows.tolist() == response_rows
     assert batch.sequence_index.tolist() == sequence_index
     assert batch.labels_R.tolist() == labels_R
-    assert batch.response_lengths.tolist() == [len(expected_sequence(dataset, index, row)[1]) for row in rows]
+    assert batch.lengths.tolist() == [sum(map(len, expected_sequence(dataset, index, row))) for row in rows]
 
 
 def test_shared_prompts_equal_a_token_by_token_construction(dataset):
@@ -87,14 +91,9 @@ def test_shared_prompts_equal_a_token_by_token_construction(dataset):
     assert batch.max_seqlen == max(max(positions) + 1, padding)
     assert batch.response_rows.tolist() == predicting
     unshared = collate(dataset, index, rows, packed=True)
-    for name in ("labels_R", "sequence_index", "rows", "group", "response", "response_lengths"):
+    for name in ("labels_R", "sequence_index", "rows", "lengths"):
         assert torch.equal(getattr(batch, name), getattr(unshared, name)), name
     assert unshared.parents is None and unshared.num_tokens == int(index.lengths[rows].sum())
-    # Of each response all labels but the first stand beside the position that predicts them.
-    first = [0, *np.cumsum(index.response_lengths[rows])[:-1].tolist()]
-    later = [r for r in range(len(batch.labels_R)) if r not in first]
-    assert batch.labels[0][batch.response_rows[later]].tolist() == batch.labels_R[later].tolist()
-    assert int((batch.labels != IGNORED_LABEL).sum()) == len(later)
 
 
 def test_response_rows_pick_the_hidden_states_of_megatrons_layout(dataset):
@@ -108,7 +107,6 @@ def test_response_rows_pick_the_hidden_states_of_megatrons_layout(dataset):
             prompt, response = expected_sequence(dataset, index, row)
             before += (prompt + response)[len(prompt) - 1 : -1]
         assert hidden.reshape(-1, 1)[batch.response_rows].flatten().tolist() == before
-        assert torch.equal(batch.labels.T.reshape(-1)[batch.response_rows], batch.labels_R)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -117,8 +115,8 @@ def test_response_rows_in_the_order_of_ranks_pick_each_rank_s_own_hidden_states(
     index = training_index(dataset, "all", pairs=False)
     batch = collate(dataset, index, np.arange(5), packed=packed, multiple=4)
     ordered = in_order_of_ranks(batch, size=4)
-    quarters = batch.labels.T.reshape(4, -1)
-    assert ordered.rows_of_ranks == tuple((quarters != IGNORED_LABEL).sum(1).tolist())
+    quarters = labels_of_positions(batch).reshape(4, -1)
+    assert ordered.rows_of_ranks == tuple((quarters >= 0).sum(1).tolist())
     parts = [
         values.split(list(ordered.rows_of_ranks))
         for values in (ordered.response_rows, ordered.labels_R, ordered.sequence_index)
@@ -132,22 +130,16 @@ def test_response_rows_in_the_order_of_ranks_pick_each_rank_s_own_hidden_states(
         )
 
 
+def labels_of_positions(batch):
+    """Put each label beside the position that predicts it, in Megatron's layout -> [S * b], -1 where none is."""
+    return torch.full((batch.tokens.numel(),), -1).index_put((batch.response_rows,), batch.labels_R)
+
+
 def test_packed_and_padded_hold_the_same(dataset):
     index = training_index(dataset, "all", pairs=False)
     rows = np.array([1, 9, 25])
-    targets = row_targets(dataset, index, eta=3.0)
-    one, two = (collate(dataset, index, rows, packed=packed, targets=targets) for packed in (True, False))
-    for name in (
-        "labels_R",
-        "sequence_index",
-        "rows",
-        "group",
-        "response",
-        "chosen",
-        "response_lengths",
-        "win_rate",
-        "log_z",
-    ):
+    one, two = (collate(dataset, index, rows, packed=packed) for packed in (True, False))
+    for name in ("labels_R", "sequence_index", "rows", "lengths"):
         assert torch.equal(getattr(one, name), getattr(two, name)), name
     bounds = one.cu_seqlens.tolist()
     for b, (begin, end) in enumerate(itertools.pairwise(bounds)):
@@ -170,40 +162,19 @@ def test_cu_seqlens_cover_the_row_and_padding_is_its_own_document(dataset, lengt
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_micro_batch_of_padding_alone_has_no_sequence_but_something_to_compute(dataset, packed):
     index = training_index(dataset, "all", pairs=False)
-    batch = collate(
-        dataset,
-        index,
-        np.empty(0, dtype=np.int64),
-        packed=packed,
-        multiple=8,
-        targets=row_targets(dataset, index, eta=1.0),
-    )
+    batch = collate(dataset, index, np.empty(0, dtype=np.int64), packed=packed, multiple=8)
     assert batch.tokens.shape == (1, 8) and batch.num_sequences == 0
-    assert len(batch.response_rows) == len(batch.labels_R) == len(batch.sequence_index) == len(batch.win_rate) == 0
-    assert (batch.labels == IGNORED_LABEL).all()
+    assert (
+        len(batch.response_rows) == len(batch.labels_R) == len(batch.sequence_index) == len(batch.targets.win_rate) == 0
+    )
 
 
-def test_float_columns_follow_their_rows_and_are_nan_where_unknown(dataset):
-    index = training_index(dataset, "all", pairs=True)
-    targets, rows = row_targets(dataset, index, eta=3.0), np.array([4, 5, 10, 11])
-    reference_GK = -np.arange(32, dtype=np.float32).reshape(8, 4)
-    batch = collate(dataset, index, rows, packed=True, targets=targets, reference_GK=reference_GK)
-    expected = [-(4 * int(index.group[row]) + int(index.response[row])) for row in rows]
-    assert batch.reference_log_prob.tolist() == expected
-    assert batch.preference.tolist() == targets.preference[rows].tolist()
-    assert batch.win_rate.tolist() == targets.win_rate[rows].tolist()
-    assert batch.chosen.tolist() == [True, False, True, False]
-    bare = collate(dataset, index, rows, packed=True)
-    assert all(getattr(bare, name).isnan().all() for name in ("win_rate", "log_z", "preference", "reference_log_prob"))
-    assert batch.to("meta").tokens.device.type == "meta"
-
-
-def test_packed_mask_is_block_diagonal_and_causal():
-    """Documents of 2 and 3 tokens: s sees t only in its own document and not later."""
-    mask = packed_attention_mask(torch.tensor([0, 2, 5], dtype=torch.int32), 5)
-    document = [0, 0, 1, 1, 1]
-    naive = [[not (document[s] == document[t] and t <= s) for t in range(5)] for s in range(5)]
-    assert mask.shape == (1, 1, 5, 5) and mask[0, 0].tolist() == naive
+def test_targets_move_along(dataset):
+    index, rows = training_index(dataset, "all", pairs=True), np.array([4, 5, 10, 11])
+    batch = collate(dataset, index, rows, packed=True)
+    assert batch.targets.win_rate.tolist() == row_targets(dataset, index, eta=3.0).win_rate[rows].tolist()
+    moved = batch.to("meta")
+    assert {moved.tokens.device.type, moved.labels_R.device.type, moved.targets.chosen.device.type} == {"meta"}
 
 
 def test_a_length_that_is_too_small_is_our_own_mistake(dataset):
@@ -218,6 +189,6 @@ def test_rows_of_padding_fill_a_padded_micro_batch_up_and_change_nothing_else(da
     plain = collate(dataset, index, np.array([5, 6]), packed=False)
     taller = collate(dataset, index, np.array([5, 6]), packed=False, num_batch_rows=4)
     assert taller.tokens.shape == (4, plain.tokens.shape[1]) and taller.num_sequences == 2
-    assert torch.equal(taller.tokens[:2], plain.tokens) and (taller.labels[2:] == IGNORED_LABEL).all()
-    for batch in (plain, taller):
-        assert torch.equal(batch.labels.T.reshape(-1)[batch.response_rows], batch.labels_R)
+    assert torch.equal(taller.tokens[:2], plain.tokens)
+    columns = [labels_of_positions(batch).reshape(-1, batch.tokens.shape[0]) for batch in (plain, taller)]
+    assert torch.equal(columns[1][:, :2], columns[0]) and (columns[1][:, 2:] == -1).all()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.selection import row_targets, training_index
@@ -55,8 +56,13 @@ def test_rounding_noise_is_a_tie(tmp_path):
 
 def test_chosen_is_the_winner_of_a_pair_or_a_rate_above_one_half(tmp_path):
     dataset = with_win_rates(tmp_path / "d", [[0.1, 0.9], [0.8, 0.2], [0.4, 0.4]])
-    assert training_index(dataset, "extremes", pairs=True).chosen.tolist() == [True, False, True, False]
-    assert training_index(dataset, "all", pairs=False).chosen.tolist() == [False, True, True, False, False, False]
+
+    def chosen(selection, *, pairs):
+        index = training_index(dataset, selection, pairs=pairs)
+        return row_targets(dataset, index, eta=1.0).chosen.tolist()
+
+    assert chosen("extremes", pairs=True) == [True, False, True, False]
+    assert chosen("all", pairs=False) == [False, True, True, False, False, False]
 
 
 def test_rows_too_long_are_left_out_and_counted_and_take_their_partner_along(tmp_path):
@@ -94,14 +100,16 @@ def test_targets_follow_their_rows(tmp_path, pairs):
     index = training_index(dataset, "all", pairs=pairs)
     targets = row_targets(dataset, index, eta=10.0, baseline=("constant", 0.7))
     for n, (g, k) in enumerate(rows(index)):
-        assert targets.win_rate[n] == pytest.approx(dataset.preferences(g)[k].mean(), abs=1e-6)
+        assert targets.win_rate[n] == dataset.win_rates(g)[k]
+        assert targets.win_rate[n].item() == pytest.approx(dataset.preferences(g)[k].mean(), abs=1e-6)
         if pairs:
             partner = index.response[n ^ 1]
             assert targets.preference[n] == dataset.preferences(g)[k, partner]
             assert (targets.win_rate[n] > targets.win_rate[n ^ 1]) == (n % 2 == 0)
-    assert np.isnan(targets.preference).all() == (not pairs)
-    assert (targets.log_z == np.float32(7.0)).all()
-    assert {targets.win_rate.dtype, targets.log_z.dtype, targets.preference.dtype} == {np.dtype(np.float32)}
+    assert targets.preference.isnan().all() == (not pairs)
+    assert targets.reference_log_prob.isnan().all()
+    assert (targets.log_z == 7.0).all()
+    assert {getattr(targets, name).dtype for name in ("win_rate", "log_z", "preference")} == {torch.float32}
 
 
 def test_estimated_baseline_is_taken_over_all_responses_of_the_prompt_even_when_two_are_trained_on(tmp_path):
@@ -109,4 +117,4 @@ def test_estimated_baseline_is_taken_over_all_responses_of_the_prompt_even_when_
     index = training_index(dataset, "extremes", pairs=False)
     targets = row_targets(dataset, index, eta=5.0, baseline="estimate")
     for n, g in enumerate(index.group):
-        assert targets.log_z[n] == pytest.approx(np.log(np.exp(5.0 * dataset.win_rates(g)).mean()), abs=1e-5)
+        assert targets.log_z[n].item() == pytest.approx(np.log(np.exp(5.0 * dataset.win_rates(g)).mean()), abs=1e-5)

@@ -32,7 +32,6 @@ def training_index(prompt_lengths: list[int], response_lengths: list[list[int]],
     return TrainingIndex(
         group=group,
         response=np.concatenate([np.arange(len(lengths)) for lengths in response_lengths]),
-        chosen=np.zeros(len(group), dtype=bool),
         prompt_lengths=np.array(prompt_lengths, dtype=np.int64)[group],
         response_lengths=lengths,
         pairs=pairs,

@@ -105,7 +105,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
 
 
 def judge_of(server: Server, **settings: Any) -> EndpointJudge:
-    return EndpointJudge(server.url, preset="paper", first_wait_seconds=0.001, timeout_seconds=5, **settings)
+    return EndpointJudge(server.url, first_wait_seconds=0.001, timeout_seconds=5, **settings)
 
 
 def test_logits_are_the_servers_log_probabilities_in_both_orders(server: Server) -> None:
@@ -212,7 +212,7 @@ def test_several_models_must_be_told_apart(server: Server) -> None:
     server.models = ["a", "b"]
     with pytest.raises(ConfigError, match="2 models.*#MODEL"):
         judge_of(server)
-    assert EndpointJudge(f"{server.url}#b", preset="paper").name == f"endpoint:{server.url}#b"
+    assert EndpointJudge(f"{server.url}#b").name == f"endpoint:{server.url}#b"
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_several_models_must_be_told_apart(server: Server) -> None:
 )
 def test_an_address_that_cannot_be_asked_is_refused(spec: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        EndpointJudge(spec, preset="paper")
+        EndpointJudge(spec)
     assert "pw" not in str(caught.value)
 
 

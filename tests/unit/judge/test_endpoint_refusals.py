@@ -43,7 +43,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
 
 def judge_of(server: Server, **settings: Any) -> EndpointJudge:
     defaults: dict[str, Any] = {"first_wait_seconds": 0.001, "timeout_seconds": 5, "max_attempts": 3}
-    return EndpointJudge(f"{server.url}#m", preset="paper", **(defaults | settings))
+    return EndpointJudge(f"{server.url}#m", **(defaults | settings))
 
 
 GOOD = group_of("why?", ["aaaa", "bb", "c"])
@@ -231,4 +231,4 @@ def test_room_for_reasoning_is_asked_for_and_makes_another_judge(server: Server)
 def test_a_server_with_several_models_names_them(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EndpointJudge, "_request", lambda *_: {"data": [{"id": "base"}, {"id": "my-lora"}]})
     with pytest.raises(ConfigError, match=r"2 models \(base, my-lora\)"):
-        EndpointJudge(server.url, preset="paper")
+        EndpointJudge(server.url)

@@ -79,7 +79,7 @@ def _checkpoint(root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> PairRMJudge:
-    return PairRMJudge(str(_checkpoint(tmp_path_factory.mktemp("peer"))), preset="paper", device="cpu")
+    return PairRMJudge(str(_checkpoint(tmp_path_factory.mktemp("peer"))), reads="message", device="cpu")
 
 
 def test_logits_rank_and_compare_are_llm_blenders(judge: PairRMJudge, record_property) -> None:

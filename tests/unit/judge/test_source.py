@@ -8,17 +8,17 @@ from tests.unit.judge.groups import group_of
 
 def test_one_turn_is_the_plain_user_message() -> None:
     group = group_of("None of this is cut: why?", ["a", "b"], prompt_text="<templated>")
-    assert pairrm_texts(group, preset="paper") == ("None of this is cut: why?", ["a", "b"])
+    assert pairrm_texts(group, reads="message") == ("None of this is cut: why?", ["a", "b"])
 
 
 def test_the_official_preset_reads_the_templated_prompt() -> None:
     group = group_of("question", ["a"], prompt_text="<|im_start|>user\nquestion<|im_end|>\n")
-    assert pairrm_texts(group, preset="official") == ("<|im_start|>user\nquestion<|im_end|>\n", ["a"])
+    assert pairrm_texts(group, reads="template") == ("<|im_start|>user\nquestion<|im_end|>\n", ["a"])
 
 
 def test_the_official_preset_without_a_templated_prompt_is_refused() -> None:
     with pytest.raises(UnreadableGroup, match="--preset paper"):
-        pairrm_texts(group_of("question", ["a"]), preset="official")
+        pairrm_texts(group_of("question", ["a"]), reads="template")
 
 
 def test_several_turns_take_llm_blenders_conversation_form() -> None:
@@ -28,7 +28,7 @@ def test_several_turns_take_llm_blenders_conversation_form() -> None:
         {"role": "assistant", "content": "Hi."},
         {"role": "user", "content": "Count."},
     ]
-    source, candidates = pairrm_texts(group_of(turns, ["1", "2"]), preset="paper")
+    source, candidates = pairrm_texts(group_of(turns, ["1", "2"]), reads="message")
     assert source == (
         "Finish the following coversation in each i-th turn by filling in <Response i> with your response."
         "USER: Hello\nAssistant: <Response 1>\nUSER: Count.\nAssistant: <Response 2>"
@@ -38,7 +38,7 @@ def test_several_turns_take_llm_blenders_conversation_form() -> None:
 
 def test_a_system_message_goes_before_the_users_words() -> None:
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
-    assert pairrm_texts(group_of(turns, ["a"]), preset="paper")[0] == "Be brief.\nWhy?"
+    assert pairrm_texts(group_of(turns, ["a"]), reads="message")[0] == "Be brief.\nWhy?"
 
 
 def test_the_last_user_message_is_found_behind_an_answer() -> None:

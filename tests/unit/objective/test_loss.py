@@ -10,16 +10,15 @@ import torch
 
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.objective import (
+    Targets,
     dpo_loss,
     ipo_loss,
     log_partition,
-    objective_loss,
     preference_matrix,
-    regression_target,
     sppo_loss,
     win_rates,
 )
-from megatron_sppo.objective.names import OBJECTIVES
+from megatron_sppo.objective.table import OBJECTIVES, find_objective
 
 ETA = 1000.0
 
@@ -31,6 +30,22 @@ def random_pairs(num_pairs=16, seed=0):
     preference = torch.stack([preference_w, 1 - preference_w], dim=1).reshape(-1)
     chosen = torch.tensor([True, False]).repeat(num_pairs)
     return ratio, preference, chosen
+
+
+def targets(win_rate, *, preference=None, chosen=None, eta=ETA):
+    """Targets of responses whose baseline is eta / 2."""
+    preference = win_rate if preference is None else preference
+    return Targets(
+        win_rate=win_rate,
+        log_z=torch.full_like(win_rate, eta / 2),
+        preference=preference,
+        chosen=preference > 0.5 if chosen is None else chosen,
+        reference_log_prob=torch.full_like(win_rate, torch.nan),
+    )
+
+
+def row(name, *, eta=ETA, beta=0.1):
+    return find_objective(name, eta=eta, beta=beta)
 
 
 def test_sppo_is_the_squared_residual():
@@ -56,8 +71,8 @@ def test_sppo_with_a_baseline_equals_the_naive_sum(baseline):
 def test_half_targets_of_all_responses_sum_to_zero():
     """Invariant 1: sum_i eta (w_i - 1/2) = eta (K/2 - K/2)."""
     rates = win_rates(preference_matrix(torch.randn(16, 5, 5, generator=torch.Generator().manual_seed(1)).double()))
-    targets = regression_target("sppo", eta=ETA, win_rate=rates)
-    torch.testing.assert_close(targets.sum(dim=1), torch.zeros(16, dtype=torch.float64), atol=1e-9, rtol=0)
+    wanted = row("sppo").target(targets(rates))
+    torch.testing.assert_close(wanted.sum(dim=1), torch.zeros(16, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
 def test_a_tie_gives_no_gradient_at_zero():
@@ -91,7 +106,7 @@ def test_two_response_pairs_equal_the_official_formula(name):
         ((ratio[0::2] - (probability[0::2] - 0.5) / beta) ** 2 + (ratio[1::2] - (probability[1::2] - 0.5) / beta) ** 2)
         / 2
     ).mean()
-    ours = objective_loss(name, ratio, eta=ETA, win_rate=probability, preference=probability).mean()
+    ours = row(name).loss(ratio, targets(probability)).mean()
     torch.testing.assert_close(ours, official)
 
 
@@ -100,7 +115,7 @@ def test_sppo_hard_equals_trl():
     ratio, _, chosen = random_pairs()
     beta = 1 / ETA
     trl = ((ratio[0::2] - 0.5 / beta) ** 2 + (ratio[1::2] + 0.5 / beta) ** 2).mean()
-    torch.testing.assert_close(objective_loss("sppo_hard", ratio, eta=ETA, chosen=chosen).mean(), trl)
+    torch.testing.assert_close(row("sppo_hard").loss(ratio, targets(ratio, chosen=chosen)).mean(), trl)
 
 
 def test_dpo_and_ipo_equal_their_formulas_and_couple_consecutive_rows():
@@ -111,8 +126,8 @@ def test_dpo_and_ipo_equal_their_formulas_and_couple_consecutive_rows():
     ipo = torch.tensor([(m - 1 / 0.6) ** 2 for m in margin.tolist()], dtype=torch.float64)
     torch.testing.assert_close(dpo_loss(ratio[0::2], ratio[1::2], beta=0.3), dpo)
     torch.testing.assert_close(ipo_loss(ratio[0::2], ratio[1::2], beta=0.3), ipo)
-    torch.testing.assert_close(objective_loss("dpo", ratio, beta=0.3), dpo)
-    torch.testing.assert_close(objective_loss("ipo", ratio, beta=0.3), ipo)
+    torch.testing.assert_close(row("dpo", beta=0.3).loss(ratio, targets(ratio)), dpo)
+    torch.testing.assert_close(row("ipo", beta=0.3).loss(ratio, targets(ratio)), ipo)
 
 
 def test_objectives_differ_where_it_matters():
@@ -120,8 +135,8 @@ def test_objectives_differ_where_it_matters():
     ratio, preference, chosen = random_pairs(num_pairs=4)
     ratio = ratio / 100
     win_rate = 0.5 + (preference - 0.5) / 3
-    given = {"win_rate": win_rate, "preference": preference, "chosen": chosen, "eta": 2.0, "beta": 0.5}
-    losses = {name: round(objective_loss(name, ratio, **given).mean().item(), 9) for name in OBJECTIVES}
+    given = targets(win_rate, preference=preference, chosen=chosen, eta=2.0)
+    losses = {name: round(row(name, eta=2.0, beta=0.5).loss(ratio, given).mean().item(), 9) for name in OBJECTIVES}
     assert len(set(losses.values())) == len(OBJECTIVES) == 5, losses
 
 
@@ -133,9 +148,9 @@ def test_bf16_ratios_are_widened_before_anything_is_subtracted():
 
 def test_an_empty_batch_gives_an_empty_loss_with_a_gradient():
     for name, objective in OBJECTIVES.items():
-        ratio, empty = torch.zeros(0, requires_grad=True), torch.zeros(0)
-        loss = objective_loss(name, ratio, eta=1.0, beta=1.0, win_rate=empty, preference=empty, chosen=empty.bool())
-        assert loss.shape == (0,), objective
+        ratio = torch.zeros(0, requires_grad=True)
+        loss = objective.loss(ratio, targets(torch.zeros(0)))
+        assert loss.shape == (0,), name
         loss.sum().backward()
         assert ratio.grad.shape == (0,)
 
@@ -143,9 +158,21 @@ def test_an_empty_batch_gives_an_empty_loss_with_a_gradient():
 @pytest.mark.parametrize("name", ["sigmoid", "SPPO", "", "sppo_pair"])
 def test_an_unknown_objective_is_refused(name):
     with pytest.raises(ConfigError, match="is unknown. Use --objective with one of: sppo, sppo_single, sppo_hard"):
-        objective_loss(name, torch.zeros(2), eta=1.0, beta=1.0)
+        row(name)
 
 
-def test_pairwise_objectives_have_no_target_per_response():
-    with pytest.raises(ConfigError, match="couples pairs"):
-        regression_target("dpo", eta=1.0)
+def test_the_loss_is_the_weighted_square_of_the_distance_to_the_target_where_there_is_one():
+    ratio, preference, chosen = random_pairs(num_pairs=4)
+    given = targets(0.5 + (preference - 0.5) / 3, preference=preference, chosen=chosen)
+    for name in OBJECTIVES:
+        target = row(name).target(given)
+        assert (target is None) == (name in ("dpo", "ipo")) == (row(name).rows_per_loss == 2)
+        if target is not None:
+            weight = 2 if name == "sppo_hard" else 1
+            torch.testing.assert_close(row(name).loss(ratio, given), weight * (ratio - target) ** 2)
+
+
+def test_targets_are_picked_and_moved_column_by_column():
+    given = targets(torch.tensor([0.1, 0.6, 0.9])).of(torch.tensor([2, 0]))
+    assert given.win_rate.tolist() == pytest.approx([0.9, 0.1]) and given.chosen.tolist() == [True, False]
+    assert {column.device.type for column in vars(given.to("meta")).values()} == {"meta"}

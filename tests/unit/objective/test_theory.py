@@ -8,7 +8,7 @@ Does not prove it for a language model: tests/e2e trains those.
 import torch
 
 from benchmarks.games import multiplicative_weights_step, von_neumann_winner
-from megatron_sppo.objective import duality_gap, objective_loss, preference_matrix, win_rates
+from megatron_sppo.objective import duality_gap, preference_matrix, sppo_loss, win_rates
 
 # Paper beats rock narrowly, rock beats scissors clearly, scissors beats paper surely: the winner is not uniform.
 PAYOFF = torch.tensor([[0.5, 0.6, 0.2], [0.4, 0.5, 0.95], [0.8, 0.05, 0.5]], dtype=torch.float64)
@@ -24,7 +24,7 @@ def fit(log_policy, win_rate):
     def closure():
         optimizer.zero_grad()
         log_ratio = torch.log_softmax(logits, dim=-1) - log_policy
-        loss = (log_policy.exp() * objective_loss("sppo", log_ratio, eta=ETA, win_rate=win_rate)).sum()
+        loss = (log_policy.exp() * sppo_loss(log_ratio, win_rate, eta=ETA)).sum()
         loss.backward()
         return loss
 

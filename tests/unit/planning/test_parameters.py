@@ -94,23 +94,25 @@ def test_weights_gradients_and_optimizer_state_are_those_of_the_real_model(layou
                 assert sorted(shard.numel for shard in shards) == sorted(p.numel() for p in parameters)
                 for is_expert, buffers in ((False, chunk.buffers), (True, chunk.expert_parallel_buffers)):
                     assert buffer_elements(shards, grid, is_expert=is_expert) == sum(b.numel for b in buffers)
-            memory = stage_memory(
-                architecture, model, grid, shape, stage=stage, num_micro_batches=1, engine=False, machine=None
-            )
-            assert memory.num_parameters == sum(count(shards) for shards in chunks)
-            assert memory.gradients == sum(b.grad_data.nbytes for c in policy.chunks for b in _buffers(c))
-            held = _optimizer_bytes(policy, parallel, model)
-            # The padding of the last share is in the plan, and not in the state.
-            assert memory.optimizer * 0.97 <= held <= memory.optimizer
+            for name, bytes_per_parameter in (("adam", 12), ("rmsprop", 8)):  # float32: the weight and its moments
+                settings = {"stage": stage, "num_micro_batches": 1, "optimizer": name, "engine": False, "machine": None}
+                memory = stage_memory(architecture, model, grid, shape, **settings)
+                assert memory.num_parameters == sum(count(shards) for shards in chunks)
+                assert memory.gradients == sum(b.grad_data.nbytes for c in policy.chunks for b in _buffers(c))
+                held = _optimizer_bytes(policy, parallel, model, name)
+                # The padding of the last share is in the plan, and not in the state.
+                assert memory.optimizer * 0.97 <= held <= memory.optimizer
+                assert distributed or held == memory.num_parameters * bytes_per_parameter
 
 
 def _buffers(chunk: Any) -> list[Any]:
     return [*chunk.buffers, *chunk.expert_parallel_buffers]
 
 
-def _optimizer_bytes(policy: Any, parallel: ParallelConfig, model: ModelConfig) -> int:
+def _optimizer_bytes(policy: Any, parallel: ParallelConfig, model: ModelConfig, name: str) -> int:
     """Step once with zero gradients, so that the moments exist, and add up what the optimizer holds."""
-    optimizer = build_optimizer(policy.chunks, OptimizationConfig(lr=1e-6, clip_grad=0), model, parallel)
+    config = OptimizationConfig(lr=1e-6, clip_grad=0, optimizer=name)
+    optimizer = build_optimizer(policy.chunks, config, model, parallel)
     for chunk in policy.chunks:
         chunk.zero_grad_buffer()
     optimizer.step()

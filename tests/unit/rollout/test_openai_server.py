@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sppo.rollout.openai_server import HttpError, NoReply, OpenAIServer, ReplyIsNotJson, retry_after_seconds
+from megatron_sppo.rollout.openai_server import HttpError, NoReply, OpenAIServer, UnusableReply, retry_after_seconds
 
 
 class Server(ThreadingHTTPServer):
@@ -92,7 +92,7 @@ def test_a_refusal_carries_the_servers_words_in_one_line_without_the_key(
 @pytest.mark.parametrize("content", [b"[]", b"7", b"<html>", b"", b"[" * 100_000, b"\xff"])
 def test_what_is_no_json_object_is_shown(server: Server, content: bytes) -> None:
     server.reply = (200, content)
-    with pytest.raises(ReplyIsNotJson, match="no JSON object but"):
+    with pytest.raises(UnusableReply, match="no JSON object but"):
         OpenAIServer(server.url, key="", timeout_seconds=5).exchange("/models")
 
 

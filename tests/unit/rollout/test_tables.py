@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.rollout.tables import table_rows
+from megatron_sppo.rollout.tables import UnusableRow, table_rows
 
 ROWS: list[dict[str, Any]] = [{"prompt": 'Why, "sky"?\nTwo lines'}, {"prompt": "\u00e9t\u00e9?"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -46,8 +46,7 @@ def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
 
 def texts(path: Path, split: str | None = None, subset: str | None = None) -> list[str]:
     rows = list(table_rows(path, split, subset=subset))
-    assert all(fault is None for _, fault in rows)
-    return [row["prompt"] for row, _ in rows]
+    return [row["prompt"] for row in rows]
 
 
 KINDS = ("json", "jsonl", "ndjson", "csv", "tsv", "parquet")
@@ -82,10 +81,11 @@ def test_csv_faults_are_of_their_row_alone(tmp_path: Path) -> None:
         b'\xef\xbb\xbfprompt,messages\nWhy?,\na,b,c\n\xff,\n,"[{""role"": ""user"", ""content"": ""Hi""}]"\n,[x\n'
     )
     found = list(table_rows(path))
-    assert found[0] == ({"prompt": "Why?", "messages": None}, None)
-    assert [fault for _, fault in found[1:3]] == ["the row has 3 cells, the header 2", "the row is not UTF-8"]
-    assert found[3] == ({"prompt": None, "messages": [{"role": "user", "content": "Hi"}]}, None)
-    assert found[4][1] == "the cell messages is no JSON list"
+    assert found[0] == {"prompt": "Why?", "messages": None}
+    assert list(map(str, found[1:3])) == ["the row has 3 cells, the header 2", "the row is not UTF-8"]
+    assert found[3] == {"prompt": None, "messages": [{"role": "user", "content": "Hi"}]}
+    assert str(found[4]) == "the cell messages is no JSON list"
+    assert [isinstance(row, UnusableRow) for row in found] == [False, True, True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_quotation_mark_that_is_never_closed_takes_no_rows_with_it(tmp_path: P
 def test_a_line_that_is_no_csv_leaves_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text('prompt\n"a"b\nHow?\n')
     found = list(table_rows(tmp_path / "rows.csv"))
-    assert "line 2 is no valid CSV" in str(found[0][1]) and found[1] == ({"prompt": "How?"}, None)
+    assert "line 2 is no valid CSV" in str(found[0]) and found[1] == {"prompt": "How?"}
 
 
 MESSAGE = {"role": "user", "content": "Hi"}
@@ -120,9 +120,9 @@ CELLS = {
 def test_messages_in_a_cell_are_messages_and_never_a_text(tmp_path: Path, name: str) -> None:
     cell, expected = CELLS[name]
     path = write(tmp_path / "rows.csv", [{"prompt": "Why?", "chosen": cell, "probability": "[[0.5, 1], [0, 0.5]]"}])
-    ((row, fault),) = table_rows(path)
+    (row,) = table_rows(path)
     if expected is None:
-        assert "Python's spelling" in str(fault)
+        assert isinstance(row, UnusableRow) and "Python's spelling" in str(row)
     else:
         assert row["chosen"] == expected and row["probability"] == [[0.5, 1], [0, 0.5]]
 
@@ -133,7 +133,7 @@ def test_messages_in_a_cell_are_messages_and_never_a_text(tmp_path: Path, name: 
 def test_a_key_with_two_values_makes_the_row_unreadable(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "rows.jsonl").write_bytes(line + b"\n" + LINES)
     found = list(table_rows(tmp_path / "rows.jsonl"))
-    assert "twice" in str(found[0][1]) and [row for row, _ in found[1:]] == ROWS
+    assert "twice" in str(found[0]) and found[1:] == ROWS
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
@@ -185,7 +185,7 @@ def test_of_several_splits_one_must_be_chosen(tmp_path: Path, name: str) -> None
     with pytest.raises(ConfigError, match=f"no split 'other'. Use --split with one of: {names}"):
         table_rows(tmp_path, "other")
     for split in files.values():
-        assert list(table_rows(tmp_path, split)) == [({"prompt": split, "split": split}, None)]
+        assert list(table_rows(tmp_path, split)) == [{"prompt": split, "split": split}]
 
 
 def test_shards_of_one_split_are_read_in_order(tmp_path: Path) -> None:

@@ -116,10 +116,7 @@ def test_padding_of_documents_and_of_the_row_is_counted_under_context_parallelis
     settings = config(layout={"context_parallel_size": 2}, packed_sequence_size=47)
     for (plan,) in plans(monkeypatch, dataset, settings, num_ranks=1):
         for batch in plan.micro_batches:
-            padded = sum(
-                -(-int(dataset.prompt_lengths[g] + n) // 4) * 4
-                for g, n in zip(batch.group, batch.response_lengths, strict=True)
-            )
+            padded = sum(-(-n // 4) * 4 for n in batch.lengths.tolist())
             assert batch.tokens.shape == (1, padded // 2) and padded <= 44  # 47, rounded down
         computed = sum(2 * batch.tokens.numel() for batch in plan.micro_batches)
         assert plan.padding_fraction == pytest.approx(1 - plan.num_tokens / computed)
@@ -173,9 +170,9 @@ def test_packs_of_tokens_ask_nothing_of_the_number_of_responses() -> None:
 def test_the_order_of_tensors_follows_the_plan(monkeypatch, dataset) -> None:
     """Whatever packs they lie in, targets stand beside their responses."""
     ((plan,), *_) = plans(monkeypatch, dataset, config(packed_sequence_size=40, share_prompts=True), num_ranks=1)
-    expected = {int(row): float(rate) for row, rate in zip(plan.rows, plan.win_rate, strict=True)}
+    expected = {int(row): float(rate) for row, rate in zip(plan.rows, plan.targets.win_rate, strict=True)}
     for batch in plan.micro_batches:
-        assert torch.equal(batch.win_rate, torch.tensor([expected[int(row)] for row in batch.rows]))
+        assert torch.equal(batch.targets.win_rate, torch.tensor([expected[int(row)] for row in batch.rows]))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +215,7 @@ def test_each_epoch_reads_its_own_reference_where_there_is_one(monkeypatch, data
     for reference_GK, added in ((one_GK.astype(np.float32), 0), (both, 1000)):
         for step, plan in enumerate(batches.steps(first=6, last=7, reference_GK=reference_GK), start=6):
             wanted = 10.0 * plan.group + plan.response + (added if step == 7 else 0)
-            np.testing.assert_array_equal(plan.reference_log_prob.numpy(), wanted)
+            np.testing.assert_array_equal(plan.targets.reference_log_prob.numpy(), wanted)
             for micro_batch in plan.micro_batches:
-                own = 10.0 * micro_batch.group + micro_batch.response + (added if step == 7 else 0)
-                assert torch.equal(micro_batch.reference_log_prob, own.float())
+                own = wanted[np.argsort(plan.rows)[np.searchsorted(np.sort(plan.rows), micro_batch.rows.numpy())]]
+                np.testing.assert_array_equal(micro_batch.targets.reference_log_prob.numpy(), own)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.errors import ConversionError
-from megatron_sppo.verification.verify import THRESHOLDS, _faults, compare_logits, enforce, verify
+from megatron_sppo.verification.logits import THRESHOLDS, compare_logits
+from megatron_sppo.verification.verify import _faults, enforce, verify
 from tests.models import tiny_llama
 
 

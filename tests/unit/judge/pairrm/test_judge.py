@@ -42,7 +42,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def judge(checkpoints: tuple[Path, Path]) -> PairRMJudge:
-    return PairRMJudge(str(checkpoints[0]), preset="paper", device="cpu")
+    return PairRMJudge(str(checkpoints[0]), reads="message", device="cpu")
 
 
 def test_both_formats_give_the_same_logits(checkpoints: tuple[Path, Path]) -> None:
@@ -93,7 +93,7 @@ def test_identical_responses_are_exactly_tied_and_cost_nothing(judge: PairRMJudg
 def wider_judge(tmp_path_factory: pytest.TempPathFactory) -> PairRMJudge:
     """A hidden size of 384: small matrices take other kernels, which hide what padding and neighbours do to sums."""
     native, _ = make_tiny_pairrm(tmp_path_factory.mktemp("wider"), hidden_size=384)
-    return PairRMJudge(str(native), preset="paper", device="cpu")
+    return PairRMJudge(str(native), reads="message", device="cpu")
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -118,7 +118,7 @@ def test_batches_and_padding_change_logits_by_rounding_alone(
     rng = random.Random(4)
     groups = [random_group(rng, number, 2 + number % 3, high=12) for number in range(6)]
     batched = PairRMJudge(
-        str(checkpoints[0]), preset="paper", device="cpu", tokens_per_batch=tokens_per_batch, length_step=length_step
+        str(checkpoints[0]), reads="message", device="cpu", tokens_per_batch=tokens_per_batch, length_step=length_step
     )
     for left, right in zip(judge.judge_logits(groups), batched.judge_logits(groups), strict=True):
         np.testing.assert_allclose(left, right, rtol=0, atol=1e-5)
@@ -132,7 +132,7 @@ def short_judge(checkpoints: tuple[Path, Path], tmp_path_factory: pytest.TempPat
     shutil.copytree(checkpoints[0], directory)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "source_maxlength": 60, "candidate_maxlength": 30}))
-    return PairRMJudge(str(directory), preset="paper", device="cpu")
+    return PairRMJudge(str(directory), reads="message", device="cpu")
 
 
 def test_limits_cut_the_longest_texts_and_are_counted(short_judge: PairRMJudge) -> None:
@@ -194,7 +194,7 @@ def test_one_order_is_antisymmetric_and_says_how_often_both_orders_agree(
     rng = random.Random(7)
     groups = [random_group(rng, number, 4) for number in range(3)]
     both = judge.judge_logits(groups)
-    one_judge = PairRMJudge(str(checkpoints[0]), preset="paper", one_order=True, device="cpu")
+    one_judge = PairRMJudge(str(checkpoints[0]), reads="message", one_order=True, device="cpu")
     for one, two in zip(one_judge.judge_logits(groups), both, strict=True):
         np.testing.assert_array_equal(np.triu(one), np.triu(two))
         np.testing.assert_array_equal(one, -one.T)
@@ -209,13 +209,13 @@ def test_the_fingerprint_follows_weights_and_settings(
     checkpoints: tuple[Path, Path], judge: PairRMJudge, tmp_path: Path
 ) -> None:
     native = checkpoints[0]
-    assert PairRMJudge(str(native), preset="paper", device="cpu").fingerprint == judge.fingerprint
-    assert PairRMJudge(str(native), preset="official", device="cpu").fingerprint != judge.fingerprint
+    assert PairRMJudge(str(native), reads="message", device="cpu").fingerprint == judge.fingerprint
+    assert PairRMJudge(str(native), reads="template", device="cpu").fingerprint != judge.fingerprint
     shutil.copytree(native, tmp_path / "other")
     tensors = load_file(native / "model.safetensors")
     tensors["head_layer.4.bias"] += 1
     save_file(tensors, tmp_path / "other" / "model.safetensors")
-    assert PairRMJudge(str(tmp_path / "other"), preset="paper", device="cpu").fingerprint != judge.fingerprint
+    assert PairRMJudge(str(tmp_path / "other"), reads="message", device="cpu").fingerprint != judge.fingerprint
 
 
 def _without_weights(directory: Path) -> None:

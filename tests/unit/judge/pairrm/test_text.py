@@ -93,7 +93,7 @@ def test_what_the_overlay_would_eat_is_read_as_the_text_alone(pairrm: Path) -> N
 def test_a_row_with_an_overlay_is_judged_and_its_neighbours_stay_to_the_bit(
     pairrm: Path, where: str, text: str
 ) -> None:
-    judge = PairRMJudge(str(pairrm), preset="paper", device="cpu")
+    judge = PairRMJudge(str(pairrm), reads="message", device="cpu")
     good = group_of("why?", ["look around here", "new work"])
     hostile = group_of(text, ["the water", "time"]) if where == "prompt" else group_of("why?", ["the water", text])
     (alone,) = judge.judge_logits([good])
@@ -115,7 +115,7 @@ def test_added_tokens_that_are_no_markers_are_read(pairrm: Path) -> None:
 
 
 def test_a_group_without_its_templated_prompt_is_set_aside_alone(pairrm: Path) -> None:
-    judge = PairRMJudge(str(pairrm), preset="official", device="cpu")
+    judge = PairRMJudge(str(pairrm), reads="template", device="cpu")
     good = group_of("why?", ["look around here", "new work"], prompt_text="<|im_start|>user\nwhy?<|im_end|>\n")
     (alone,) = judge.judge_logits([good])
     before, refused, after = judge.judge_logits([good, group_of("why?", ["look around here", "new work"]), good])
@@ -128,4 +128,4 @@ def test_a_damaged_weight_file_is_one_line(pairrm: Path, tmp_path: Path) -> None
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((pairrm / "model.safetensors").read_bytes()[:-64])
     with pytest.raises(ConfigError, match=r"model\.safetensors is damaged"):
-        PairRMJudge(str(tmp_path), preset="paper", device="cpu")
+        PairRMJudge(str(tmp_path), reads="message", device="cpu")

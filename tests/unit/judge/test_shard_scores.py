@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,10 @@ from torch.distributed import FileStore
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.writer import DatasetWriter
 from megatron_sppo.errors import DataError
+from megatron_sppo.judge.diagnostics import describe_judge
 from megatron_sppo.judge.load import load_judge
-from megatron_sppo.judge.score import dataset_diagnostics, merge_scores
-from megatron_sppo.judge.scoring import _Shards, read_scores, score_rollouts, scores_path
+from megatron_sppo.judge.score import merge_scores
+from megatron_sppo.judge.shard_scores import _Shards, read_scores, score_rollouts, scores_path
 from megatron_sppo.judge.work_list import WorkList
 from megatron_sppo.rollout.records import read_manifest, read_rollouts
 from tests.unit.judge.groups import group_of
@@ -313,19 +313,13 @@ def test_rollouts_without_a_single_good_row_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "dataset").exists()
 
 
-def test_diagnostics_tell_the_cyclic_judge_from_the_concise_one(rollouts: Path) -> None:
-    groups = list(read_rollouts(rollouts))
+def test_diagnostics_tell_the_cyclic_judge_from_the_concise_one(rollouts: Path, tmp_path: Path) -> None:
     found = {}
     for spec in ("rules:cyclic", "rules:concise"):
-        judge = load_judge(spec)
-        logits = np.stack(judge.judge_logits(groups))
-        preferences = 1 / (1 + np.exp(-(logits - logits.transpose(0, 2, 1)) / 2))
-        found[spec] = dataset_diagnostics(
-            judge=spec, judge_logits_GKK=logits, preferences_GKK=preferences, win_rates_GK=preferences.mean(-1),
-            response_lengths_GK=np.array([[len(r.token_ids) for r in group.responses] for group in groups]),
-            responses=([r.token_ids for r in group.responses] for group in groups),
-            num_quarantined=0, counts=Counter(judge.counts),
-        )  # fmt: skip
+        judge, work, output = load_judge(spec), tmp_path / f"{spec}-work", tmp_path / spec
+        score_rollouts(rollouts, judge, work)
+        merge(rollouts, work, output, spec)
+        found[spec] = describe_judge(PreferenceDataset(output), judge.counts)
     assert found["rules:concise"]["cycle_rate"] == 0 and found["rules:concise"]["cyclic_energy"] < 1e-9
     assert found["rules:cyclic"]["cycle_rate"] > 0.1 and found["rules:cyclic"]["cyclic_energy"] > 0.2
-    assert found["rules:cyclic"]["pairs"] == len(groups) * 12
+    assert found["rules:cyclic"]["pairs"] == NUM_SHARDS * 2 * 12

@@ -1,0 +1,61 @@
+"""Where a judge's model lies, and its tokenizer: for PairRM and reward models."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_sppo.checkpoints.pretrained import UNUSABLE
+from megatron_sppo.command_line import one_line
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.storage import damage
+
+
+def local_directory(name: str, patterns: tuple[str, ...], *, spec: str) -> Path:
+    """Find a checkpoint: a directory, else a hub id in the cache or, unless HF_HUB_OFFLINE is set, on the hub.
+
+    Raises:
+        ConfigError: there is none, or it is an adapter, or has one beside it that may or may not be meant.
+    """
+    directory = _local_directory(name, patterns, spec=spec)
+    if (directory / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{directory} holds adapter_config.json: a LoRA adapter, which is not applied here. Merge it into its base "
+            "(PEFT's merge_and_unload) and give that directory, or remove it if the weights are merged."
+        )
+    return directory
+
+
+def _local_directory(name: str, patterns: tuple[str, ...], *, spec: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    remedy = f"Give a local directory: --judge {spec}:DIR."
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise ConfigError(f"{name} is not a directory. {remedy}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise ConfigError(
+            f"{name} is neither a directory nor a model in the cache, and the hub did not give it{offline}: "
+            f"{type(error).__name__}. {remedy}"
+        ) from None
+
+
+def load_tokenizer(directory: Path, *, remedy: str) -> Any:
+    """Load a directory's tokenizer -> transformers' PreTrainedTokenizerBase.
+
+    Raises:
+        ConfigError: there is none that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, *UNUSABLE) as error:
+        fact = f"{directory} holds no readable tokenizer ({one_line(error)}). {remedy}"
+        raise ConfigError(damage(directory / "tokenizer.json", fact)) from None
