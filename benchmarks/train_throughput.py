@@ -35,6 +35,7 @@ from benchmarks.head import draw_lengths
 from benchmarks.record import Row, describe_machine, figure, ratio_of_medians, write_results
 from benchmarks.train_gpu import SHAPES
 from benchmarks.train_peers import now
+from megatron_sppo.command_line import launch
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
 from megatron_sppo.conversion.convert import import_checkpoint
@@ -348,7 +349,7 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
         progress=progress,
         save=lambda: None,
     )
-    rank = parallel.launcher_rank()
+    rank = launch().rank
     if rank == 0:
         lines = Path(output, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         result["losses"] = [json.loads(line)["loss"] for line in lines]

@@ -4,6 +4,8 @@
 """
 
 import contextlib
+import ctypes
+import dataclasses
 import logging
 import os
 import sys
@@ -51,13 +53,45 @@ def run(main: Callable[[], None], *, name: str) -> NoReturn:
     sys.exit(0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """This process's place among those that torchrun, or a launcher that sets the same variables, has started."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    is_alone: bool
+    """Nobody launched it: a command as a person types it."""
+
+
+def launch() -> Launch:
+    """Read the launcher's environment variables -> Launch."""
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    return Launch(rank, local_rank, world_size, is_alone="RANK" not in os.environ)
+
+
+def death_with_parent(signum: int) -> Callable[[], object]:
+    """Look up, before a fork, what lets the kernel send the child a signal when its parent dies, however it dies.
+
+    Returns:
+        A function for the child to call. It does nothing where the kernel is not Linux.
+    """
+    if sys.platform != "linux":
+        return lambda: None
+    set_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
+    prctl = ctypes.CDLL(None).prctl
+    return lambda: prctl(set_death_signal, signum)
+
+
 def set_up_logging(*, debug: bool) -> None:
     """Send log records to stderr: INFO (DEBUG with `debug`) on rank 0, warnings alone on the other ranks."""
-    rank = os.environ.get("RANK", "0")
+    place = launch()
     level = logging.DEBUG if debug else logging.INFO
-    if rank != "0":
+    if place.rank != 0:
         level = max(level, logging.WARNING)
-    origin = "" if "RANK" not in os.environ else f"[rank {rank}] "
+    origin = "" if place.is_alone else f"[rank {place.rank}] "
     logging.basicConfig(
         level=logging.WARNING,
         format=f"%(asctime)s {origin}%(levelname)s %(message)s",

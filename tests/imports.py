@@ -28,6 +28,7 @@ def _imports(tree: ast.AST) -> Iterator[str]:
             yield str(node.value)  # importlib.import_module("megatron.core")
 
 
+@cache
 def source_of(name: str, root: Path = REPOSITORY) -> Path | None:
     """Find the file of a module of this repository, or of the module that a name is in -> None for other packages."""
     while name:
@@ -39,6 +40,7 @@ def source_of(name: str, root: Path = REPOSITORY) -> Path | None:
     return None
 
 
+@cache
 def imports_megatron(path: Path, root: Path = REPOSITORY) -> bool:
     """Follow a file's imports within the repository -> whether one of them is Megatron-Core's."""
     seen, waiting = {path}, [path]

@@ -183,7 +183,8 @@ def build_datasets(num_samples: tuple[int, int, int], vp_stage: int | None = Non
     return Responses(dataset, index, num_samples[0], reference_log_probs(dataset, index, selection)), None, None
 
 
-build_datasets.is_distributed = True  # every rank reads its own share; nothing is broadcast
+# Every rank reads its own share; nothing is broadcast.
+build_datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_sppo import config
 from megatron_sppo.rollout.config import TemplateConfig
@@ -55,7 +56,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         shard_size=command.shard_size,
         template=command.template,
     )
-    outcome = {
+    outcome: dict[str, Any] = {
         "output": str(command.output),
         "judge": f"matrices:{command.output / MATRICES_NAME}",
         "num_prompts": manifest.num_prompts,

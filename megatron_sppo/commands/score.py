@@ -7,12 +7,12 @@ from the stored logits under another --preset or --selection.
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sppo import config
+from megatron_sppo.command_line import launch
 from megatron_sppo.judge.config import ScoreConfig
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     from megatron_sppo.judge.work_list import open_work_list
 
     if command.from_dataset is not None:
-        is_first = os.environ.get("RANK", "0") == "0"
-        diagnostics = rebuild(command, command.from_dataset) if is_first else None
+        diagnostics = rebuild(command, command.from_dataset) if launch().rank == 0 else None
     else:
         diagnostics = score(command, open_work_list())
     if diagnostics is None:

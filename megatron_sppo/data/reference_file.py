@@ -11,19 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from megatron_sppo.data.indexed import Column, ColumnWriter, file_entry, verify_file
-from megatron_sppo.data.schema import FileEntry
+from megatron_sppo.data.schema import FileEntry, read_signed, write_signed
 from megatron_sppo.errors import DataError
-from megatron_sppo.storage import (
-    atomic_file,
-    fsync_path,
-    read_json,
-    remove_stale_temporaries,
-    sha256_of_json,
-    write_json,
-)
+from megatron_sppo.storage import atomic_file, fsync_path, remove_stale_temporaries
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "reference.json"
@@ -57,15 +51,14 @@ def write_reference(directory: Path, values_GK: np.ndarray, fingerprint: Mapping
         for name in FILES:
             with open(Path(scratch, name), "rb") as source, atomic_file(directory / name, "wb") as target:
                 shutil.copyfileobj(source, target)
-    entries = {name: file_entry(directory / name) for name in FILES}
     fields = {
         "schema_version": SCHEMA_VERSION,
         "num_prompts": values_GK.shape[0],
         "num_responses": values_GK.shape[1],
         "fingerprint": _as_json(fingerprint),
-        "files": {name: {"sha256": entry.sha256, "bytes": entry.bytes} for name, entry in entries.items()},
+        "files": {name: msgspec.to_builtins(file_entry(directory / name)) for name in FILES},
     }
-    write_json(directory / MANIFEST_NAME, {**fields, "manifest_sha256": sha256_of_json(fields)})
+    write_signed(directory / MANIFEST_NAME, fields)
 
 
 def read_reference(directory: Path, fingerprint: Mapping[str, Any]) -> np.ndarray | None:
@@ -78,12 +71,9 @@ def read_reference(directory: Path, fingerprint: Mapping[str, Any]) -> np.ndarra
     path = directory / MANIFEST_NAME
     if not path.is_file():
         return None
-    fields = read_json(path)
-    keys = {"schema_version", "num_prompts", "num_responses", "fingerprint", "files", "manifest_sha256"}
-    if not isinstance(fields, dict) or set(fields) != keys or fields["schema_version"] != SCHEMA_VERSION:
+    fields = read_signed(path, schema_version=SCHEMA_VERSION, remedy=_REMEDY)
+    if set(fields) != {"schema_version", "num_prompts", "num_responses", "fingerprint", "files"}:
         raise DataError(f"{path} is no reference manifest of schema_version {SCHEMA_VERSION}. {_REMEDY}")
-    if fields.pop("manifest_sha256") != sha256_of_json(fields):
-        raise DataError(f"{path} does not match its own manifest_sha256: it is damaged. {_REMEDY}")
     _check_fingerprint(path, stored=fields["fingerprint"], wanted=_as_json(fingerprint))
     for name in FILES:
         verify_file(directory / name, FileEntry(**fields["files"][name]), checksum=True, remedy=_REMEDY)

@@ -21,6 +21,7 @@ from megatron_sppo.data.schema import (
     PROMPTS_NAME,
     SCHEMA_VERSION,
     DatasetManifest,
+    LeftOut,
     file_names,
     parse_selection,
     write_manifest,
@@ -70,7 +71,7 @@ class DatasetWriter:
             "rollouts_sha256": rollouts_sha256,
         }
         self._num_responses, self._vocab_size, self._preset = num_responses, vocab_size, preset
-        self._quarantined: list[dict[str, str]] = []
+        self._quarantined: list[LeftOut] = []
         self.num_prompts = 0
         self.manifest: DatasetManifest | None = None
         """Set when the dataset is complete."""

@@ -240,7 +240,7 @@ class EndpointJudge:
                         self.traffic["cached_answers"] += 1
                     return cached
         choice = self._ask(body)
-        # What cannot be read is asked anew: the server may be mended by then.
+        # What cannot be read is asked anew: the server may be fixed by then.
         if path is not None and verdict_logit(choice)[1] != UNREADABLE:
             with atomic_file(path) as file:
                 json.dump(choice, file)

@@ -36,47 +36,36 @@ def load_judge(
         ConfigError: unknown SPEC or setting, or a judge that cannot be loaded.
         ConversionError: a weight of the judge is not in its files.
     """
-    judge = _load(
-        spec,
-        preset=preset,
-        one_order=one_order,
-        dtype=dtype,
-        max_requests=max_requests,
-        verdict_tokens=verdict_tokens,
-    )
-    if after is None:
-        return judge
-    if not after.strip():
-        raise ConfigError('--judge-after is empty. Use --judge-after "</think>", or leave it out.')
-    from megatron_sppo.judge.conclusion import ConclusionJudge
-
-    return ConclusionJudge(judge, after)
-
-
-def _load(
-    spec: str, *, preset: str, one_order: bool, dtype: str | None, max_requests: int | None, verdict_tokens: int
-) -> Judge:
     if preset not in READS:
         raise ConfigError(f"--preset {preset!r} is unknown. Use --preset paper or --preset official.")
+    if after is not None and not after.strip():
+        raise ConfigError('--judge-after is empty. Use --judge-after "</think>", or leave it out.')
     kind, _, rest = spec.partition(":")
+    judge: Judge
     if rest and kind == "rules":
         from megatron_sppo.judge.rules import load_rules
 
-        return load_rules(rest)
-    if rest and kind == "matrices":
+        judge = load_rules(rest)
+    elif rest and kind == "matrices":
         from megatron_sppo.judge.matrices import MatricesJudge
 
-        return MatricesJudge(rest, rule=preset)
-    if rest and kind == "pairrm":
+        judge = MatricesJudge(rest, rule=preset)
+    elif rest and kind == "pairrm":
         from megatron_sppo.judge.pairrm.judge import PairRMJudge
 
-        return PairRMJudge(rest, reads=READS[preset], one_order=one_order, dtype=dtype)
-    if rest and kind == "reward":
+        judge = PairRMJudge(rest, reads=READS[preset], one_order=one_order, dtype=dtype)
+    elif rest and kind == "reward":
         from megatron_sppo.judge.reward import RewardJudge
 
-        return RewardJudge(rest, dtype=dtype)
-    if rest and kind == "endpoint":
+        judge = RewardJudge(rest, dtype=dtype)
+    elif rest and kind == "endpoint":
         from megatron_sppo.judge.endpoint import EndpointJudge
 
-        return EndpointJudge(rest, one_order=one_order, max_requests=max_requests, verdict_tokens=verdict_tokens)
-    raise ConfigError(f"--judge {spec!r} is not a judge. Use {SPEC_FORMS}.")
+        judge = EndpointJudge(rest, one_order=one_order, max_requests=max_requests, verdict_tokens=verdict_tokens)
+    else:
+        raise ConfigError(f"--judge {spec!r} is not a judge. Use {SPEC_FORMS}.")
+    if after is None:
+        return judge
+    from megatron_sppo.judge.conclusion import ConclusionJudge
+
+    return ConclusionJudge(judge, after)

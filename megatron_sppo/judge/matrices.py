@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.judge.protocol import LARGEST_LOGIT, Unjudged, Verdict, count_pairs, distinct
+from megatron_sppo.rollout.preferences import SUM_TOLERANCE
 from megatron_sppo.storage import sha256_of_file, sha256_of_json
 
 if TYPE_CHECKING:
@@ -25,8 +28,6 @@ if TYPE_CHECKING:
 KINDS = ("preferences", "judge_logits")
 CERTAIN_LOGIT = 20.0
 """Nats; what stands for a preference of exactly 1 or 0, and rounds to it in float32."""
-SUM_TOLERANCE = 1e-3
-"""P_ij + P_ji may miss 1 by so much: files hold rounded numbers."""
 
 
 class MatricesJudge:
@@ -83,7 +84,8 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], set[str]]:
             if not line.strip():
                 continue
             try:
-                prompt_id, kind, matrix = _matrix_of(json.loads(line))
+                row = msgspec.convert(json.loads(line), _Line)
+                prompt_id, (kind, matrix) = str(row.prompt_id), row.logits()
             except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise DataError(
@@ -98,21 +100,25 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], set[str]]:
     return matrices, kinds
 
 
-def _matrix_of(row: Any) -> tuple[str, str, np.ndarray]:
-    """Read a line's object -> (prompt_id, kind, float32 logits).
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    """One prompt's line: one of the two matrices."""
 
-    Raises:
-        ValueError: says what is wrong with it.
-    """
-    if not isinstance(row, dict):
-        raise ValueError("it is no JSON object")
-    kinds = [kind for kind in KINDS if kind in row]
-    if len(kinds) != 1:
-        raise ValueError(f"it holds {' and '.join(kinds) or 'neither ' + ' nor '.join(KINDS)}, of which one is needed")
-    prompt_id = row.get("prompt_id")
-    if not isinstance(prompt_id, (str, int)) or isinstance(prompt_id, bool):
-        raise ValueError(f"its prompt_id is {prompt_id!r}, no text")
-    return str(prompt_id), kinds[0], as_logits(row[kinds[0]], kinds[0])
+    prompt_id: str | int
+    judge_logits: list[list[float]] | None = None
+    preferences: list[list[float]] | None = None
+
+    def logits(self) -> tuple[str, np.ndarray]:
+        """Make logits of the matrix that is there -> (its kind, float32 [K, K]).
+
+        Raises:
+            ValueError: says what is wrong with it.
+        """
+        kinds = [kind for kind in KINDS if getattr(self, kind) is not None]
+        if len(kinds) != 1:
+            found = " and ".join(kinds) or "neither " + " nor ".join(KINDS)
+            raise ValueError(f"it holds {found}, of which one is needed")
+        return kinds[0], as_logits(getattr(self, kinds[0]), kinds[0])
 
 
 def as_logits(values: Any, kind: str) -> np.ndarray:

@@ -8,7 +8,6 @@ Scores of all shards are merged in the rollouts' order whatever the number of ra
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_sppo.command_line import launch
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.schema import file_names, parse_selection
 from megatron_sppo.data.writer import DatasetWriter, rebuild_dataset
@@ -60,7 +60,7 @@ def score(config: ScoreConfig, work: WorkList) -> dict[str, Any] | None:
         for line in outcome_warnings(manifest.outcomes, names=("turn_markers", "empty")):
             logger.warning("%s: %s", config.rollouts, line)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(launch().local_rank % torch.cuda.device_count())
     judge = load_judge(
         config.judge,
         preset=preset,

@@ -14,7 +14,7 @@ import time
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,6 @@ from megatron_sppo.judge.work_list import WorkList
 from megatron_sppo.rollout.records import (
     RolloutGroup,
     RolloutManifest,
-    SetAside,
     ShardEntry,
     read_manifest,
     read_rows,
@@ -196,9 +195,8 @@ def _score_shard(
     before = Counter(judge.counts)
     verdicts: list[Verdict] = []
     rows = read_rows(rollouts, entry, num_responses=num_responses, vocab_size=manifest.vocab_size)
-    for window in _windows(rows):
-        groups = [row for row in window if isinstance(row, RolloutGroup)]
-        verdicts += _judge_window(judge, groups, num_responses)
+    while window := list(islice(rows, GROUPS_PER_WINDOW)):
+        verdicts += judge_groups(judge, [row for row in window if isinstance(row, RolloutGroup)])
         report(len(window) * num_responses * (num_responses - 1))
     logits = np.full((len(verdicts), num_responses, num_responses), np.nan, dtype=np.float32)
     reasons = {}
@@ -206,18 +204,6 @@ def _score_shard(
         if isinstance(verdict, Unjudged):
             reasons[place] = verdict.reason
         else:
+            assert verdict.shape == (num_responses, num_responses) and verdict.dtype == np.float32
             logits[place] = verdict
     return ShardScores(judge_logits=logits, reasons=reasons, counts=judge.counts - before)
-
-
-def _windows(rows: Iterator[RolloutGroup | SetAside]) -> Iterator[list[RolloutGroup | SetAside]]:
-    while window := list(islice(rows, GROUPS_PER_WINDOW)):
-        yield window
-
-
-def _judge_window(judge: Judge, groups: Sequence[RolloutGroup], num_responses: int) -> Sequence[Verdict]:
-    verdicts = judge_groups(judge, groups)
-    for verdict in verdicts:
-        if not isinstance(verdict, Unjudged):
-            assert verdict.shape == (num_responses, num_responses) and verdict.dtype == np.float32
-    return verdicts

@@ -8,12 +8,13 @@ for another but the first, and that one only as long as something still moves.
 from __future__ import annotations
 
 import datetime
-import os
 import time
 from collections.abc import Sequence
 
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
+
+from megatron_sppo.command_line import launch
 
 _START_TIMEOUT = datetime.timedelta(hours=2)
 """Ranks may load their judge one after the other from a slow disk."""
@@ -72,8 +73,7 @@ class WorkList:
 
 def open_work_list() -> WorkList:
     """Join the ranks that torchrun, or a launcher that sets the same variables, has started -> WorkList."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size == 1:
+    if launch().world_size == 1:
         return WorkList()
     store, rank, world_size = next(iter(rendezvous("env://", timeout=_START_TIMEOUT)))
     return WorkList(rank=rank, world_size=world_size, store=PrefixStore("score_pairrm", store))

@@ -28,14 +28,19 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_sppo.objective.log_ratio_passes import Passes, TorchPasses, slices, softcap_slope
+from megatron_sppo.objective.log_ratio_passes import TorchPasses, slices, softcap_slope
+
+if TYPE_CHECKING:
+    from megatron_sppo.objective.log_ratio_kernels import KernelPasses
+
+    Passes = TorchPasses | KernelPasses
 
 logger = logging.getLogger(__name__)
 
@@ -339,7 +344,7 @@ class _LogitBlocks:
         return torch.mm(weight, inputs.T, out=logits_CN) if index < self._first_held else logits_CN
 
 
-def _choose_passes(weight: Tensor, *, num_tokens: int, block_size: int, softcap: float | None) -> Passes:
+def _choose_passes(weight: Tensor, *, num_tokens: int, block_size: int, softcap: float | None) -> "Passes":
     """Take the fused kernels on a GPU that can run them, torch's operators elsewhere; both round alike."""
     if weight.is_cuda and weight.dtype != torch.float64 and _kernels_lack() is None:
         from megatron_sppo.objective.log_ratio_kernels import KernelPasses

@@ -18,7 +18,7 @@ _COLUMNS = 4096
 
 
 class KernelPasses:
-    """`Passes` (log_ratio_passes.py) in float32, whatever the weight's dtype."""
+    """`TorchPasses` (log_ratio_passes.py) in float32, whatever the weight's dtype."""
 
     tokens_adjoin = False
 

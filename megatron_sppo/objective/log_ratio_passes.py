@@ -4,7 +4,6 @@ N = tokens, C = columns of a block. log_ratio_kernels.py has the same passes fus
 """
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,39 +14,14 @@ _TILE_SIZE = {"cpu": 64 << 10, "cuda": 8 << 20}
 _LOG2_E = math.log2(math.e)
 
 
-class Passes(Protocol):
-    """Elementwise passes over blocks of logits [C, N] whose columns begin at `first_column` of the vocabulary."""
-
-    tokens_adjoin: bool
-    """Neighbours in memory are the logits of neighbouring tokens ([C, N] as it is written), or else of columns."""
-
-    def accumulate(
-        self, logits_CN: Tensor, labels_N: Tensor, first_column: int, maximum_N: Tensor, sums_2N: Tensor
-    ) -> Tensor:
-        """Take a block into the running softmax -> [N], the new maximum, which `maximum_N` may have become.
-
-        Args:
-            sums_2N: row 0: sum of exp(logit - maximum); row 1: the label's logit, once its column has come.
-        """
-        ...
-
-    def differentiate_(
-        self,
-        logits_CN: Tensor,
-        labels_N: Tensor,
-        first_column: int,
-        log_sum_exp_N: Tensor,
-        grad_log_prob_N: Tensor,
-        label_gradient_N: Tensor,
-    ) -> None:
-        """Replace logits by their gradient: `label_gradient_N` in the label's column, -grad * probability elsewhere."""
-        ...
-
-
 class TorchPasses:
-    """Passes of torch's own operators over tiles of rows."""
+    """Elementwise passes over blocks of logits [C, N] whose columns begin at `first_column` of the vocabulary.
+
+    By torch's own operators over tiles of rows.
+    """
 
     tokens_adjoin = True
+    """Neighbours in memory are the logits of neighbouring tokens ([C, N] as it is written), or else of columns."""
 
     def __init__(self, weight: Tensor, *, num_tokens: int, block_size: int, softcap: float | None) -> None:
         fitting = _TILE_SIZE.get(weight.device.type, _TILE_SIZE["cuda"]) // max(num_tokens, 1)
@@ -59,6 +33,11 @@ class TorchPasses:
     def accumulate(
         self, logits_CN: Tensor, labels_N: Tensor, first_column: int, maximum_N: Tensor, sums_2N: Tensor
     ) -> Tensor:
+        """Take a block into the running softmax -> [N], the new maximum, which `maximum_N` may have become.
+
+        Args:
+            sums_2N: row 0: sum of exp(logit - maximum); row 1: the label's logit, once its column has come.
+        """
         column_1N, is_local = _local_column(labels_N, first_column, logits_CN.shape[0])
         label_logit = softcapped_(logits_CN.gather(0, column_1N).to(self._tile.dtype), self._softcap)
         sums_2N[1] += label_logit.masked_fill_(~is_local, 0.0)[0]
@@ -79,6 +58,7 @@ class TorchPasses:
         grad_log_prob_N: Tensor,
         label_gradient_N: Tensor,
     ) -> None:
+        """Replace logits by their gradient: `label_gradient_N` in the label's column, -grad * probability elsewhere."""
         negated = -grad_log_prob_N
         for rows in slices(0, logits_CN.shape[0], self._rows):
             tile = softcapped_(self._widened(logits_CN[rows]), self._softcap)

@@ -19,7 +19,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.config import TemplateConfig
 from megatron_sppo.rollout.prompts import Prompt
-from megatron_sppo.rollout.records import Turn
+from megatron_sppo.rollout.records import Response, RolloutGroup, Turn
 
 TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What a template's expressions raise on messages that it was not written for."""
@@ -37,6 +37,16 @@ class TokenizedPrompt:
     prompt: Prompt
     text: str
     token_ids: tuple[int, ...]
+
+    def group(self, responses: tuple[Response, ...]) -> RolloutGroup:
+        """Put the prompt and its answers together -> a rollout's row."""
+        return RolloutGroup(
+            prompt_id=self.prompt.prompt_id,
+            messages=self.prompt.messages,
+            prompt_token_ids=self.token_ids,
+            responses=responses,
+            prompt_text=self.text,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +101,7 @@ class ChatTokenizer:
         except TemplateSyntaxError as error:
             raise DataError(
                 f"the chat template of {place} is no valid Jinja (line {error.lineno}: "
-                f"{error.message}). Mend it, or use --chat-template FILE.jinja."
+                f"{error.message}). Fix it, or use --chat-template FILE.jinja."
             ) from None
         except TEMPLATE_FAULTS:
             return  # it may want a system message; each prompt is judged by itself

@@ -70,18 +70,6 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
         "prompts_hash": prompts_hash(tuple(prompt.prompt for prompt in prompts)),
         "shard_size": config.shard_size,
     }
-    manifest = RolloutManifest(
-        schema_version=SCHEMA_VERSION,
-        model=str(config.model),
-        model_hash=files.model_hash,
-        tokenizer_hash=files.tokenizer_hash,
-        chat_template_hash=tokenizer.template_hash,
-        vocab_size=files.vocab_size,
-        sampling=settings,
-        num_prompts=len(prompts),
-        shards=(),
-        quarantined=quarantined,
-    )
     with open_finished_shards(config.output, request, num_shards=len(shards)) as finished:
         if not finished.is_complete(len(shards)):
             sampler = functools.partial(make_sampler or _start_sampler, config)
@@ -94,8 +82,14 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
                 "%d prompts are refused by the server and set aside; the first: %s: %s",
                 *(len(refused), refused[0]["prompt_id"], refused[0]["reason"]),
             )
-        manifest = replace(
-            manifest,
+        manifest = RolloutManifest(
+            schema_version=SCHEMA_VERSION,
+            model=str(config.model),
+            model_hash=files.model_hash,
+            tokenizer_hash=files.tokenizer_hash,
+            chat_template_hash=tokenizer.template_hash,
+            vocab_size=files.vocab_size,
+            sampling=settings,
             num_prompts=len(prompts) - len(refused),
             shards=tuple(entry for entry in finished.entries() if entry.rows),
             quarantined=(*quarantined, *refused),
@@ -256,20 +250,13 @@ def _groups(
     prompts: Sequence[TokenizedPrompt], answers: Sequence[tuple[Response, ...] | Refusal]
 ) -> tuple[list[RolloutGroup], list[SetAside]]:
     """Put prompts and answers together -> (rows, prompts that have no answers with the reason)."""
-    groups, refused = [], []
-    for prompt, responses in zip(prompts, answers, strict=True):
-        if isinstance(responses, Refusal):
-            refused.append(SetAside(prompt_id=prompt.prompt.prompt_id, reason=responses.reason))
-            continue
-        groups.append(
-            RolloutGroup(
-                prompt_id=prompt.prompt.prompt_id,
-                messages=prompt.prompt.messages,
-                prompt_token_ids=prompt.token_ids,
-                responses=responses,
-                prompt_text=prompt.text,
-            )
-        )
+    pairs = list(zip(prompts, answers, strict=True))
+    groups = [prompt.group(responses) for prompt, responses in pairs if not isinstance(responses, Refusal)]
+    refused = [
+        SetAside(prompt_id=prompt.prompt.prompt_id, reason=refusal.reason)
+        for prompt, refusal in pairs
+        if isinstance(refusal, Refusal)
+    ]
     return groups, refused
 
 

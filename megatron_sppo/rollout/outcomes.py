@@ -1,6 +1,6 @@
 """What became of the answers: cut, empty, run on into further turns, all the same; and which shares deserve a word.
 
-Counted while sampling, kept in the manifest, said by whoever reads the rollouts.
+Counted while sampling, kept in the manifest, logged by whoever reads the rollouts.
 """
 
 import statistics
@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from megatron_sppo.rollout.records import Response, RolloutGroup
 
-_SAID = (
+_WARNINGS = (
     (
         "cut",
         "responses",
@@ -56,7 +56,7 @@ def outcome_warnings(outcomes: Mapping[str, int] | None, *, names: Collection[st
     """
     lines = []
     outcomes = outcomes or {}
-    for name, whole, quiet, text in _SAID:
+    for name, whole, quiet, text in _WARNINGS:
         count, total = outcomes.get(name, 0), outcomes.get(whole, 0)
         if count > quiet * total and (names is None or name in names):
             lines.append(f"{count} of {total} ({count / total:.0%}) {text}.")

@@ -28,7 +28,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -120,7 +120,7 @@ def import_preferences(
             first = f"; the first: {groups.quarantined[0]['reason']}" if groups.quarantined else ""
             raise DataError(
                 f"{rows} has no usable row ({len(groups.quarantined)} set aside{first}). "
-                "Mend the rows, or use the --chat-template that suits them."
+                "Fix the rows, or use the --chat-template that suits them."
             )
         config = read_json(model / "config.json")
         manifest = RolloutManifest(
@@ -180,7 +180,7 @@ class _Groups:
         prompt_id = f"{row.prompt.prompt_id}-{hashlib.sha256(content).hexdigest()[:8]}"
         if prompt_id in self._seen:
             raise UnusableRow("the same prompt and responses as an earlier row")
-        tokenized = self._tokenizer.tokenize(row.prompt)
+        tokenized = self._tokenizer.tokenize(replace(row.prompt, prompt_id=prompt_id))
         responses = tuple(
             Response(
                 text=text,
@@ -192,13 +192,7 @@ class _Groups:
         )
         self._seen.add(prompt_id)
         self.num_responses = len(responses)
-        return RolloutGroup(
-            prompt_id=prompt_id,
-            messages=row.prompt.messages,
-            prompt_token_ids=tokenized.token_ids,
-            responses=responses,
-            prompt_text=tokenized.text,
-        )
+        return tokenized.group(responses)
 
 
 def preference_row(row: Any) -> PreferenceRow:

@@ -253,7 +253,7 @@ def _rows(
 def _group(line: bytes, *, vocab_size: int | None, num_responses: int | None) -> RolloutGroup:
     """Read a line of a shard -> RolloutGroup, or _RowFault raised."""
     try:
-        # Not msgspec's own reader of JSON: it refuses half a surrogate pair without a word on what it is.
+        # Not msgspec's own reader of JSON: it calls half a surrogate pair a truncated input.
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise _RowFault(f"the row is not valid JSON ({error})") from None

@@ -192,7 +192,7 @@ def _json_line(line: bytes) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object; json itself takes the last of two values without a word."""
+    """Make a JSON object; json itself silently takes the last of two values."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]

@@ -5,8 +5,8 @@ on the same run directory ends before it starts anything.
 """
 
 import contextlib
-import ctypes
 import fcntl
+import functools
 import os
 import pty
 import re
@@ -24,12 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TextIO
 
+from megatron_sppo.command_line import death_with_parent
+
 STOP_SECONDS = 30.0
 """A stage has this long between SIGTERM and SIGKILL: training saves a checkpoint in it."""
 
-_PR_SET_PDEATHSIG = 1
 _TAIL_BYTES = 1 << 16
-_ERROR_LINE = re.compile(r"^(?:\[[^\]]*\]:?\s*)?([\w.-]+(?: [\w.-]+){0,2}: error: .+)$")
+_ERROR_LINE = re.compile(r"^(?:\[[^\]]*\]:?\s*)?([\w.-]+(?: [\w-]+)?: error: .+)$")
 _EXCEPTION_LINE = re.compile(r"^(?:\[[^\]]*\]:?\s*)?([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)$")
 _TORCHRUN_EXIT_CODE = re.compile(r"exitcode\s*:\s*(-?\d+)")
 
@@ -90,7 +91,6 @@ def run_logged(command: Sequence[str], log_path: Path, *, on_start: Callable[[in
         log.write(f"$ {shlex.join(command)}\n".encode())
         log.flush()
         master, slave = _open_terminal() if sys.stderr.isatty() else (None, None)
-        parent = os.getpid()
         try:
             process = subprocess.Popen(
                 command,
@@ -98,7 +98,7 @@ def run_logged(command: Sequence[str], log_path: Path, *, on_start: Callable[[in
                 stdout=log if slave is None else slave,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=lambda: _end_with_parent(parent),
+                preexec_fn=functools.partial(_end_with_parent, os.getpid(), death_with_parent(signal.SIGTERM)),
             )
         except FileNotFoundError as error:
             log.write(f"self_play: error: {error.filename} does not exist.\n".encode())
@@ -188,12 +188,11 @@ def _group_lives(pid: int) -> bool:
     return True
 
 
-def _end_with_parent(parent: int) -> None:
-    """Run in the child before exec: ask the kernel for SIGTERM when the loop dies, however it dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died in between
-            os._exit(1)
+def _end_with_parent(parent: int, ask_for_signal: Callable[[], object]) -> None:
+    """Run in the child before exec: end when the loop dies, however it dies."""
+    ask_for_signal()
+    if os.getppid() != parent:  # it died in between
+        os._exit(1)
 
 
 def _start_time(pid: int) -> str:

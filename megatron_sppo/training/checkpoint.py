@@ -4,7 +4,6 @@ A save goes to `.iter_0000010.partial`, gets the sha256 of every file, is rename
 """
 
 import contextlib
-import ctypes
 import errno
 import functools
 import inspect
@@ -25,6 +24,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sppo.checkpoints import megatron_checkpoint
+from megatron_sppo.command_line import death_with_parent
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.model.gpt import PolicyModel
 from megatron_sppo.storage import explain_os_error, publish_directory
@@ -202,8 +202,7 @@ def _tie_children_to_this_process() -> None:
     Megatron-Core writes by forked processes (strategies/filesystem_async.py); one whose parent was killed in a save
     waits for it for ever, holding a copy of its memory.
     """
-    prctl, set_death_signal = ctypes.CDLL(None, use_errno=True).prctl, 1
-    os.register_at_fork(after_in_child=lambda: prctl(set_death_signal, signal.SIGKILL))
+    os.register_at_fork(after_in_child=death_with_parent(signal.SIGKILL))
 
 
 @contextlib.contextmanager

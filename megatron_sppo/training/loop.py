@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_sppo import flops
+from megatron_sppo.command_line import launch
 from megatron_sppo.errors import DataError
 from megatron_sppo.model.transformer_config import bfloat16_products
 from megatron_sppo.training import parallel
@@ -164,7 +165,7 @@ def _tell(log_prob_N: Tensor, router_sums: Tensor, word: _Word) -> Callable[[], 
     A rank's seconds stand at its place, 0 for none. Collective.
     """
     ours = torch.zeros(parallel.world_size() + 1, dtype=torch.float64)
-    ours[parallel.launcher_rank()] = word.last_seconds or 0.0
+    ours[launch().rank] = word.last_seconds or 0.0
     ours[-1] = word.stops
     parts = [log_prob_N, router_sums, parallel.to_device(ours)]
     read = parallel.sum_to_cpu(torch.cat(parts))

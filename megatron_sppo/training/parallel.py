@@ -2,7 +2,6 @@
 
 import datetime
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.command_line import launch
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.training import cpu
 from megatron_sppo.training.config import ParallelConfig
@@ -120,12 +120,7 @@ def _divisors(counts: dict[str, int]) -> list[int]:
 
 def world_size() -> int:
     """Say how many ranks the launcher started -> int; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def launcher_rank() -> int:
-    """Say which rank the launcher made this process -> int; usable before any process group exists."""
-    return int(os.environ.get("RANK", "0"))
+    return launch().world_size
 
 
 def initialize(config: ParallelConfig, *, seed: int) -> None:
@@ -136,11 +131,11 @@ def initialize(config: ParallelConfig, *, seed: int) -> None:
     cpu.install()
     on_gpu = torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(launch().local_rank)
     if not torch.distributed.is_initialized():
         # A single process needs no launcher: a store in its own memory takes the place of torchrun's.
         alone: dict[str, Any] = {}
-        if "RANK" not in os.environ:
+        if launch().is_alone:
             alone = {"store": HashStore(), "rank": 0, "world_size": 1}
         timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
         torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, **alone)
@@ -168,7 +163,7 @@ def shut_down() -> None:
 
 def is_rank_zero() -> bool:
     """Tell the one rank that writes shared files and logs."""
-    return launcher_rank() == 0
+    return launch().rank == 0
 
 
 def data_parallel_rank() -> int:

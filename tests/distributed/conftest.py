@@ -1,6 +1,7 @@
 """A tiny Llama, tied and untied, as Hugging Face and Megatron checkpoints, and judged responses for it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,3 +54,8 @@ def write_dataset(directory: Path, hf: Path, *, num_prompts: int = NUM_PROMPTS) 
             np.fill_diagonal(logits, 0)
             writer.append(tokens(3, 20), [tokens(1, 24) for _ in range(NUM_RESPONSES)], logits)
     return directory
+
+
+def all_layouts(*cases: tuple[Any, ...]) -> list[Any]:
+    """Mark cases of a parametrised test as those of `--all-layouts`."""
+    return [pytest.param(*case, marks=pytest.mark.all_layouts) for case in cases]

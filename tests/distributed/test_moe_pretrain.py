@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sppo.conversion.convert import import_checkpoint
-from tests.distributed.conftest import write_dataset
+from tests.distributed.conftest import all_layouts, write_dataset
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_pretrain import (
     BASE,
@@ -102,16 +102,18 @@ def test_a_resumed_run_is_bit_exact(run: Run, tmp_path: Path, world_size: int, f
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ((2, "--expert-model-parallel-size 2"), (4, "--expert-model-parallel-size 4")),
-        ((2, "--expert-model-parallel-size 2"), (1, "")),
+        (
+            (2, "--expert-model-parallel-size 2 --use-distributed-optimizer"),
+            (4, "--expert-model-parallel-size 4 --use-distributed-optimizer"),
+        ),
         ((2, "--pipeline-model-parallel-size 2"), (2, "--expert-model-parallel-size 2")),
         (
             (2, "--optimizer rmsprop --tensor-model-parallel-size 2 --sequence-parallel"),
             (2, "--optimizer rmsprop --expert-model-parallel-size 2 --context-parallel-size 2"),
         ),
-        (
-            (2, "--expert-model-parallel-size 2 --use-distributed-optimizer"),
-            (4, "--expert-model-parallel-size 4 --use-distributed-optimizer"),
+        *all_layouts(
+            ((2, "--expert-model-parallel-size 2"), (4, "--expert-model-parallel-size 4")),
+            ((2, "--expert-model-parallel-size 2"), (1, "")),
         ),
     ],
 )

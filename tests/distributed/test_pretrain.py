@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.conftest import write_dataset
+from tests.distributed.conftest import all_layouts, write_dataset
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_layouts import CP2, OVERLAP, PP2, SHARDED, SP, TP2, VPP2
 from tests.distributed.worlds import pretrain
@@ -170,18 +170,20 @@ def test_a_resumed_run_is_bit_exact(run, tmp_path: Path, world_size: int, flags:
     ("before", "after"),
     [
         ((1, ""), (4, f"{TP2} {PP2} {SP}")),
-        ((1, ""), (2, VPP2)),
-        ((2, TP2), (2, PP2)),
         ((2, f"{TP2} {SP}"), (2, CP2)),
-        ((2, CP2), (2, f"{TP2} {SP}")),
         ((2, VPP2), (2, "")),
         ((2, SHARDED), (4, f"{SHARDED} {TP2}")),
-        ((4, SHARDED), (1, SHARDED)),
         ((4, f"{SHARDED} {CP2}"), (4, f"{SHARDED} {PP2}")),
-        ((2, f"--optimizer rmsprop {PP2}"), (2, f"--optimizer rmsprop {TP2}")),
         ((2, f"--optimizer rmsprop {SHARDED}"), (4, f"--optimizer rmsprop {SHARDED} {VPP2}")),
-        ((2, f"--params-dtype bfloat16 {SHARDED}"), (4, f"--params-dtype bfloat16 {SHARDED}")),
         ((2, f"--params-dtype bfloat16 {PP2}"), (2, "--params-dtype bfloat16")),
+        *all_layouts(
+            ((1, ""), (2, VPP2)),
+            ((2, TP2), (2, PP2)),
+            ((2, CP2), (2, f"{TP2} {SP}")),
+            ((4, SHARDED), (1, SHARDED)),
+            ((2, f"--optimizer rmsprop {PP2}"), (2, f"--optimizer rmsprop {TP2}")),
+            ((2, f"--params-dtype bfloat16 {SHARDED}"), (4, f"--params-dtype bfloat16 {SHARDED}")),
+        ),
     ],
 )
 def test_a_run_resumes_in_another_layout(run, tmp_path: Path, before: tuple, after: tuple) -> None:

@@ -74,7 +74,7 @@ def test_a_rewrite_replaces_all(tmp_path):
 def test_a_crash_on_the_way_leaves_no_reference_rather_than_a_mix(tmp_path, monkeypatch, failing):
     """The write of each file in turn fails: the next reader finds none and computes anew."""
     write_reference(tmp_path, VALUES, FINGERPRINT)
-    real_file, real_json = reference.atomic_file, reference.write_json
+    real_file, real_json = reference.atomic_file, reference.write_signed
 
     def broken_file(path, mode):
         if path.name == failing:
@@ -87,7 +87,7 @@ def test_a_crash_on_the_way_leaves_no_reference_rather_than_a_mix(tmp_path, monk
         real_json(path, value)
 
     monkeypatch.setattr(reference, "atomic_file", broken_file)
-    monkeypatch.setattr(reference, "write_json", broken_json)
+    monkeypatch.setattr(reference, "write_signed", broken_json)
     with pytest.raises(KeyboardInterrupt):
         write_reference(tmp_path, VALUES * 2, FINGERPRINT)
     assert read_reference(tmp_path, FINGERPRINT) is None

@@ -84,11 +84,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     ("row", "reason"),
     [
         ({"prompt_id": "p", "judge_logits": [[0, 3e38], [-3e38, 0]]}, "beyond 1e"),
-        ({"prompt_id": "p", "judge_logits": [[0, 10**400], [1, 0]]}, "too large"),
+        ({"prompt_id": "p", "judge_logits": [[0, 10**400], [1, 0]]}, r"`\$.judge_logits\[0\]\[1\]`"),
         ({"prompt_id": "p", "judge_logits": [[0]], "preferences": [[0.5]]}, "preferences and judge_logits"),
         ({"prompt_id": "p", "matrix": [[0]]}, "neither preferences nor judge_logits"),
-        ({"judge_logits": [[0]]}, "prompt_id is None"),
-        ([1], "no JSON object"),
+        ({"judge_logits": [[0]]}, "missing required field `prompt_id`"),
+        ([1], "Expected `object`, got `array`"),
     ],
 )
 def test_a_line_that_is_no_matrix_says_why(tmp_path: Path, row: Any, reason: str) -> None:

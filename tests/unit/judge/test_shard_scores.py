@@ -6,12 +6,14 @@ Ranks are forked processes, kills are SIGKILL. The command line itself, torchrun
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from torch.distributed import FileStore
+from tqdm import tqdm
 
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.writer import DatasetWriter
@@ -70,6 +72,7 @@ def run_ranks(rollouts: Path, work_dir: Path, store: Path, world_size: int, last
     """Run all ranks at once, and end them when one dies, as torchrun does -> exit codes."""
 
     def rank_main(rank: int) -> None:
+        tqdm.set_lock(threading.RLock())  # the one that fork shares may be held by a rank that was killed
         score(rollouts, work_dir, work_list(store, rank, world_size), last_shard)
 
     context = multiprocessing.get_context("fork")
