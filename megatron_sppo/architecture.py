@@ -141,22 +141,48 @@ class Architecture:
         """Say how many tokens a query of a layer (from 0) sees, itself included -> int; None: all up to itself."""
         return None if layer in self.full_attention_layers else self.sliding_window
 
-    def num_parameters(self) -> int:
-        """Count the weights, tied embeddings once -> int."""
-        query_rows = self.num_attention_heads * self.kv_channels
-        key_rows = self.num_query_groups * self.kv_channels
-        attention = self.hidden_size * (2 * query_rows + 2 * key_rows)
+    @property
+    def query_projection_size(self) -> int:
+        """Channels of all query heads."""
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def kv_projection_size(self) -> int:
+        """Channels of all key heads, and of all value heads."""
+        return self.num_query_groups * self.kv_channels
+
+    @property
+    def norms_per_layer(self) -> int:
+        """Norms of hidden size in a layer: before, behind (OLMo-2) or around both units (Gemma-2)."""
+        return 2 * (self.pre_layernorm + self.post_layernorm)
+
+    def layer_weights(self, *, tensor_ranks: int = 1, expert_tensor_ranks: int = 1) -> dict[str, int]:
+        """Count one layer's weights, kind by kind, as a rank holds them -> {Megatron's name: weights of one}.
+
+        There are `norms_per_layer` of "norm"; with experts, linear_fc1 and linear_fc2 are those of one.
+        """
+        hidden, head = self.hidden_size, self.kv_channels
+        queries = self.query_projection_size // tensor_ranks
+        qkv = queries + 2 * self.kv_projection_size // tensor_ranks
+        weights = {"norm": hidden, "linear_proj": hidden * queries, "linear_qkv": hidden * qkv}
         if self.add_qkv_bias:
-            attention += query_rows + 2 * key_rows
-        if self.qk_layernorm:
-            attention += query_rows + key_rows if self.qk_layernorm_across_heads else 2 * self.kv_channels
-        if self.num_moe_experts is not None:
-            expert = 3 * self.hidden_size * (self.moe_ffn_hidden_size or 0)
-            feed_forward = self.num_moe_experts * (expert + self.hidden_size)  # the router has a row for each
+            weights["linear_qkv.bias"] = qkv
+        if self.qk_layernorm:  # norms over all heads are held whole by each rank
+            across = self.qk_layernorm_across_heads
+            weights["q_layernorm"] = self.query_projection_size if across else head
+            weights["k_layernorm"] = self.kv_projection_size if across else head
+        if self.num_moe_experts is None:
+            width = self.ffn_hidden_size // tensor_ranks
         else:
-            feed_forward = 3 * self.hidden_size * self.ffn_hidden_size
-        norms = 2 * self.hidden_size * (self.pre_layernorm + self.post_layernorm)
-        layer = attention + feed_forward + norms
+            width = (self.moe_ffn_hidden_size or 0) // expert_tensor_ranks
+            weights["router"] = self.num_moe_experts * hidden
+        return weights | {"linear_fc1": 2 * width * hidden, "linear_fc2": hidden * width}
+
+    def num_parameters(self) -> int:
+        """Count the weights as the checkpoint holds them, tied embeddings once -> int."""
+        copies = {"norm": self.norms_per_layer}
+        copies |= dict.fromkeys(("linear_fc1", "linear_fc2"), self.num_moe_experts or 1)
+        layer = sum(number * copies.get(name, 1) for name, number in self.layer_weights().items())
         embeddings = self.vocab_size * self.hidden_size * (1 if self.share_embeddings_and_output_weights else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 

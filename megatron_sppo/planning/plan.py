@@ -11,7 +11,7 @@ from megatron_sppo.planning.activations import MicroBatchShape
 from megatron_sppo.planning.architectures import find_architecture
 from megatron_sppo.planning.config import PlanConfig
 from megatron_sppo.planning.memory import StageMemory, stage_memory
-from megatron_sppo.planning.parameters import Grid, total_parameters
+from megatron_sppo.planning.parameters import Grid
 from megatron_sppo.planning.timing import StepTime, stage_seconds, step_time, workload
 from megatron_sppo.training.parallel import check_layout
 
@@ -74,7 +74,7 @@ def make_report(config: PlanConfig, *, config_file: Path | None) -> Report:
     return Report(
         model=model,
         architecture=architecture,
-        num_parameters=total_parameters(architecture),
+        num_parameters=architecture.num_parameters(),
         config=config,
         plans=tuple(make_plan(architecture, config, world_size=size) for size in sizes),
     )
