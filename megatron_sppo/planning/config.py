@@ -110,7 +110,8 @@ def read_plan(argv: Sequence[str], *, name: str, description: str) -> tuple[Plan
 
 def _of_self_play(content: dict[str, Any]) -> dict[str, Any]:
     """Take what a plan reads from a self-play file -> settings; another kind of file as it is."""
-    if not isinstance(content.get("training"), dict):
+    training = content.get("training")
+    if not isinstance(training, dict):
         return content
     run, rollout, scoring = (content.get(section) or {} for section in ("run", "rollout", "scoring"))
     taken = {
@@ -119,4 +120,4 @@ def _of_self_play(content: dict[str, Any]) -> dict[str, Any]:
         "world_size": run.get("training_processes"),
         "selection": scoring.get("selection"),
     }
-    return {key: value for key, value in taken.items() if value is not None} | content["training"]
+    return {key: value for key, value in taken.items() if value is not None} | training

@@ -41,11 +41,11 @@ class Grid:
     def layers_of_stage(self, num_layers: int, stage: int) -> int:
         """Count the layers of a pipeline stage: an even share, or what the first and last are given -> int."""
         last = self.parallel.pipeline_model_parallel_size - 1
-        given = {
+        ends = {
             0: self.parallel.decoder_first_pipeline_num_layers,
             last: self.parallel.decoder_last_pipeline_num_layers,
         }
-        given = {end: layers for end, layers in given.items() if layers is not None}
+        given = {end: layers for end, layers in ends.items() if layers is not None}
         if stage in given:
             return given[stage]
         return (num_layers - sum(given.values())) // (last + 1 - len(given))

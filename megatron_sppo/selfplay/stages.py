@@ -80,7 +80,7 @@ class StageMachine:
 
     def seconds(self, name: str) -> float:
         """Time that a stage took, all attempts together -> seconds."""
-        return self.state["stages"].get(name, {}).get("seconds", 0.0)
+        return float(self.state["stages"].get(name, {}).get("seconds", 0.0))
 
     def is_done(self, stage: Stage) -> bool:
         """Tell whether the stage is done, with these inputs, and its outputs unharmed -> bool."""
