@@ -305,7 +305,7 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
     from megatron_sppo.training.config import TrainingConfig
     from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
     from megatron_sppo.training.policy import build_policy
-    from megatron_sppo.training.progress import Progress, run_facts
+    from megatron_sppo.training.progress import Progress, resume_key
 
     share = 2 * settings["pairs_per_rank"]
     argv = (
@@ -325,7 +325,7 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
     checkpoint.load_weights(policy, source)
     optimizer = build_optimizer(policy.chunks, config.optimization, config.model, config.parallel)
     scheduler = build_scheduler(optimizer, config.optimization, train_iters=batches.train_iters)
-    progress = Progress(facts=run_facts(batches, config))
+    progress = Progress(facts=resume_key(batches, config))
     progress.reference = reference.fingerprint(policy, dataset, batches, config)
     begin = clock()
     reference_GK = reference.load_or_compute(policy, dataset, batches, progress.reference, config=config)

@@ -28,16 +28,16 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     from megatron_sppo.training import checkpoint, inputs, loop, parallel, reference
     from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
     from megatron_sppo.training.policy import build_policy
-    from megatron_sppo.training.progress import Progress, run_facts
+    from megatron_sppo.training.progress import Progress, resume_key
 
     # What can be refused is refused here, before the first second of compute.
     source, architecture, tokenizer = inputs.open_source(config)
     dataset = inputs.open_dataset(config, architecture, tokenizer)
     batches = inputs.list_batches(config, dataset, architecture)
-    facts = run_facts(batches, config)
+    key = resume_key(batches, config)
     resumed = inputs.find_resumable(config)
-    progress = Progress(facts=facts, packs=batches.packs) if resumed is None else checkpoint.read_progress(resumed)
-    progress.check_resumes(facts, config.save)
+    progress = Progress(facts=key, packs=batches.packs) if resumed is None else checkpoint.read_progress(resumed)
+    progress.check_resumes(key, config.save)
     if progress.step >= batches.train_iters:
         logger.info("%s is complete: %d steps are done, %d asked for", config.save, progress.step, batches.train_iters)
         return

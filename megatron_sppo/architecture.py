@@ -142,12 +142,12 @@ class Architecture:
         return None if layer in self.full_attention_layers else self.sliding_window
 
     @property
-    def query_projection_size(self) -> int:
+    def query_channels(self) -> int:
         """Channels of all query heads."""
         return self.num_attention_heads * self.kv_channels
 
     @property
-    def kv_projection_size(self) -> int:
+    def key_channels(self) -> int:
         """Channels of all key heads, and of all value heads."""
         return self.num_query_groups * self.kv_channels
 
@@ -162,15 +162,15 @@ class Architecture:
         There are `norms_per_layer` of "norm"; with experts, linear_fc1 and linear_fc2 are those of one.
         """
         hidden, head = self.hidden_size, self.kv_channels
-        queries = self.query_projection_size // tensor_ranks
-        qkv = queries + 2 * self.kv_projection_size // tensor_ranks
+        queries = self.query_channels // tensor_ranks
+        qkv = queries + 2 * self.key_channels // tensor_ranks
         weights = {"norm": hidden, "linear_proj": hidden * queries, "linear_qkv": hidden * qkv}
         if self.add_qkv_bias:
             weights["linear_qkv.bias"] = qkv
         if self.qk_layernorm:  # norms over all heads are held whole by each rank
             across = self.qk_layernorm_across_heads
-            weights["q_layernorm"] = self.query_projection_size if across else head
-            weights["k_layernorm"] = self.kv_projection_size if across else head
+            weights["q_layernorm"] = self.query_channels if across else head
+            weights["k_layernorm"] = self.key_channels if across else head
         if self.num_moe_experts is None:
             width = self.ffn_hidden_size // tensor_ranks
         else:

@@ -25,7 +25,7 @@ def layer_flops_per_token(architecture: Architecture) -> int:
 
 def attention_flops_per_position(architecture: Architecture) -> int:
     """Count scores and weighted values of one layer for one pair of positions, forward."""
-    return 4 * architecture.query_projection_size
+    return 4 * architecture.query_channels
 
 
 def head_flops_per_token(architecture: Architecture) -> int:
@@ -71,4 +71,4 @@ def crossover_length(architecture: Architecture) -> float:
     """
     weights, experts = architecture.layer_weights(), architecture.moe_router_topk or 1
     feed_forward = experts * (weights["linear_fc1"] + weights["linear_fc2"])
-    return (weights["linear_proj"] + weights["linear_qkv"] + feed_forward) / architecture.query_projection_size
+    return (weights["linear_proj"] + weights["linear_qkv"] + feed_forward) / architecture.query_channels

@@ -14,12 +14,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_sppo.checkpoints.hf_files import INDEX_FILE, LAYOUT_FILE, SINGLE_FILE
+from megatron_sppo.checkpoints.hf_files import INDEX_FILE, SINGLE_FILE
 from megatron_sppo.checkpoints.megatron_checkpoint import check_digest
 from megatron_sppo.checkpoints.safetensors_file import (
     Entry,
@@ -30,8 +29,8 @@ from megatron_sppo.checkpoints.safetensors_file import (
     write_header,
 )
 from megatron_sppo.checkpoints.transfer import MAKING, Move, Transfer, bytes_of, write_at
-from megatron_sppo.errors import ConversionError
-from megatron_sppo.storage import contained
+from megatron_sppo.errors import ConversionError, DataError
+from megatron_sppo.storage import contained, read_json
 
 Place = tuple[int, Entry]
 """An open file's descriptor, and where a tensor lies in it."""
@@ -72,21 +71,30 @@ class Computed:
     make: Callable[[], Iterable[tuple[str, Tensor]]]
 
 
-def kept_files(tensors: Mapping[str, tuple[torch.dtype, Shape]], layout: Mapping[str, Any]) -> FileLayout | None:
-    """Lay the tensors out as in the imported files -> layout, or None where those held other tensors or types."""
-    files = {}
-    for name, encoded in layout["files"].items():
-        path = contained(Path(), name)
-        try:
-            raw = base64.b64decode(encoded)
-            files[name] = (raw, entries_of_header(path, raw))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ConversionError(
-                f"{LAYOUT_FILE} of the checkpoint has a damaged header of {name} ({type(error).__name__}). "
-                "Give --max-shard-size 5GB to do without it."
-            ) from None
+def kept_files(tensors: Mapping[str, tuple[torch.dtype, Shape]], path: Path) -> FileLayout | None:
+    """Lay the tensors out as in the imported files, which `path` describes (`HFCheckpoint.layout`) -> layout.
+
+    None where there is no such description, or those files held other tensors or types.
+
+    Raises:
+        ConversionError, DataError: the description is damaged.
+    """
+    if not path.is_file():
+        return None
+    layout = read_json(path)
+    try:
+        headers = {name: base64.b64decode(encoded) for name, encoded in layout["files"].items()}
+        files = {name: (raw, entries_of_header(contained(Path(), name), raw)) for name, raw in headers.items()}
+        index = layout["index"]
+    except DataError:
+        raise  # a name that leads elsewhere
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ConversionError(
+            f"{path} describes no files ({type(error).__name__}). It is damaged: "
+            "give --max-shard-size 5GB to do without it."
+        ) from None
     held = {name: (entry.dtype, entry.shape) for _, entries in files.values() for name, entry in entries.items()}
-    return FileLayout(files=files, index=layout["index"]) if held == dict(tensors) else None
+    return FileLayout(files=files, index=index) if held == dict(tensors) else None
 
 
 def new_files(tensors: Mapping[str, tuple[torch.dtype, Shape]], *, max_shard_bytes: int) -> FileLayout:

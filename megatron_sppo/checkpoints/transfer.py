@@ -70,7 +70,8 @@ class Transfer:
         self._progress = progress
         self._lock = threading.Lock()
         self._sources: dict[Path, int] = {}
-        self._budget = _Budget(BUDGET_BYTES)
+        self._free = self._budget = BUDGET_BYTES
+        self._freed = threading.Condition()
         self._stopped = threading.Event()
 
     def __enter__(self) -> "Transfer":
@@ -136,10 +137,18 @@ class Transfer:
 
     @contextlib.contextmanager
     def hold(self, nbytes: int) -> Iterator[None]:
-        """Wait until so much memory may be taken, and hold it."""
-        with self._budget.hold(nbytes):
+        """Wait until so much memory may be taken, and hold it; what needs more than all waits until it is alone."""
+        nbytes = min(nbytes, self._budget)
+        with self._freed:
+            self._freed.wait_for(lambda: self._free >= nbytes)
+            self._free -= nbytes
+        try:
             self._check_stopped()
             yield
+        finally:
+            with self._freed:
+                self._free += nbytes
+                self._freed.notify_all()
 
     def advance(self, nbytes: int) -> None:
         """Report bytes that are done."""
@@ -188,27 +197,6 @@ class Transfer:
 
 class _Stopped(Exception):
     """Another thread has failed; this one gives up."""
-
-
-class _Budget:
-    """So many bytes at a time; what needs more than there are waits until it is alone."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._free = self._all = nbytes
-        self._changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def hold(self, nbytes: int) -> Iterator[None]:
-        nbytes = min(nbytes, self._all)
-        with self._changed:
-            self._changed.wait_for(lambda: self._free >= nbytes)
-            self._free -= nbytes
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._free += nbytes
-                self._changed.notify_all()
 
 
 def default_workers() -> int:

@@ -1,7 +1,6 @@
 """Judge rollouts pair by pair: a rollout directory in, a preference dataset out. The same command resumes.
 
 Under torchrun the ranks take shards from one list. With --from-dataset nothing is judged: the targets are rebuilt
-from collections.abc import Sequence
 from the stored logits under another --preset or --selection.
 """
 

@@ -53,7 +53,6 @@ from megatron_sppo.storage import (
     atomic_directory,
     locked,
     locked_place,
-    read_json,
     refuse_foreign,
     remove_stale_temporaries,
     write_json,
@@ -182,9 +181,7 @@ def export_checkpoint(
         for binding in opened.bindings
         for name, shape in binding.hf_shapes.items()
     }
-    layout_path = opened.directory / HF_DIRECTORY / LAYOUT_FILE
-    is_kept = max_shard_size is None and layout_path.is_file()
-    kept = kept_files(tensors, _read_layout(layout_path)) if is_kept else None
+    kept = kept_files(tensors, opened.directory / HF_DIRECTORY / LAYOUT_FILE) if max_shard_size is None else None
     layout = kept or new_files(tensors, max_shard_bytes=parse_size(max_shard_size or DEFAULT_SHARD_SIZE))
     if overwrite:
         _check_replaced(hf, opened)
@@ -333,15 +330,6 @@ def _tokenizer_record(hf: Path, digest: str | None) -> dict[str, Any]:
     if digest is None:
         logger.warning("%s has no tokenizer (none of %s): exports will have none", hf, ", ".join(ID_FILES))
     return {"hash": digest, "files": files}
-
-
-def _read_layout(path: Path) -> dict[str, Any]:
-    layout = read_json(path)
-    if not isinstance(layout, dict) or not isinstance(layout.get("files"), dict) or "index" not in layout:
-        raise DataError(
-            f"{path} describes no files. It is damaged: give --max-shard-size {DEFAULT_SHARD_SIZE} to do without it."
-        )
-    return layout
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -298,23 +298,26 @@ def _only(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _whole(values: Mapping[str, Any], key: str, place: str, *, default: int | None = None, least: int = 1) -> int:
-    value = default if values.get(key) is None else values[key]
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        fact = "is missing" if value is None else f"is {value!r}"
-        raise ConversionError(
-            f"{place}: {key} {fact}; it must be a whole number from {least}. "
-            "The config is damaged: fetch the model again."
-        )
-    return value
+    value = _number(values, key, default)
+    if value is None or value % 1 or value < least:
+        raise _no_number(values, key, place, f"a whole number from {least}")
+    return int(value)
 
 
 def _positive(values: Mapping[str, Any], key: str, place: str, *, default: float | None = None) -> float:
-    value = default if values.get(key) is None else values[key]
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-        fact = "is missing" if value is None else f"is {value!r}"
-        raise ConversionError(
-            f"{place}: {key} {fact}; it must be a number above 0. The config is damaged: fetch the model again."
-        )
+    value = _number(values, key, default)
+    if value is None or value <= 0:
+        raise _no_number(values, key, place, "a number above 0")
     return float(value)
+
+
+def _number(values: Mapping[str, Any], key: str, default: float | None) -> float | None:
+    """Read a finite number; None where there is none."""
+    value = default if values.get(key) is None else values[key]
+    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    return value if is_number and not isinstance(value, bool) else None
+
+
+def _no_number(values: Mapping[str, Any], key: str, place: str, wanted: str) -> ConversionError:
+    said = "is missing" if values.get(key) is None else f"is {values[key]!r}"
+    return ConversionError(f"{place}: {key} {said}; it must be {wanted}. The config is damaged: fetch the model again.")

@@ -183,7 +183,7 @@ def _check_carried(carried: Path, architecture: Architecture) -> None:
 
 
 def _check_counts(reader: DistcpReader, architecture: Architecture) -> None:
-    """Refuse more layers than there can be, before each is planned for."""
+    """Refuse more layers than there can be, before each is laid out."""
     values = sum(math.prod(shape) for shape in reader.shapes().values())
     if architecture.num_layers * (architecture.num_moe_experts or 1) > values:
         raise ConversionError(

@@ -16,7 +16,7 @@ class ScoreConfig:
     output: Annotated[Path, LAYOUT]
     """Directory of the dataset."""
     rollouts: Annotated[Path | None, LAYOUT] = None
-    """Directory that tools/generate_rollouts.py wrote."""
+    """Directory that `megatron-sppo rollouts` wrote."""
     judge: str | None = None
     """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, matrices:FILE, rules:concise or rules:cyclic."""
     from_dataset: Path | None = None

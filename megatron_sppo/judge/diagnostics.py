@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -225,7 +225,7 @@ def describe_judge(dataset: PreferenceDataset, counts: Counter[str]) -> dict[str
         "num_prompts": dataset.num_groups,
         "num_responses": dataset.num_responses,
         "num_quarantined": len(dataset.manifest.quarantined),
-        **asdict(described),
+        **described,
         "truncation_rate": fraction(counts["truncated_candidates"], dataset.response_lengths.size),
         "one_order_agreement": fraction(counts["one_order_agreed"], counts["one_order_checked"]),
         **verdict_shares(counts),

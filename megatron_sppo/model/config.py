@@ -122,7 +122,7 @@ def _unfit_size(
     architecture: Architecture, multiple: int, tensor: int, expert_tensor: int
 ) -> tuple[str, int, int] | None:
     """Find the first side of a matrix that does not fit -> (what, whole size, ranks that split it), or None."""
-    query, key = architecture.query_projection_size, architecture.kv_projection_size
+    query, key = architecture.query_channels, architecture.key_channels
     sides = [
         ("channels of hidden_size", architecture.hidden_size, 1),
         ("query channels", query, tensor),

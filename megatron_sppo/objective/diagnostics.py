@@ -4,35 +4,12 @@ G = prompts, K = responses per prompt. A rate is a fraction in [0, 1]; None wher
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 TIE_TOLERANCE = 1e-6
 """|P - 1/2| up to which a pair counts as tied: the rounding of a float32 sigmoid near 1/2."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreferenceDiagnostics:
-    """One judge on one set of prompts."""
-
-    cycle_rate: float | None
-    """Fraction of response triples that beat each other in a circle; None when K < 3."""
-    curl_rms: float | None
-    """Root mean square of f_ij + f_jk + f_ki over triples, f the antisymmetric logits, nats; None when K < 3."""
-    cyclic_energy: float | None
-    """Share of the logits' energy that no score per response explains: Bradley-Terry 0, rock-paper-scissors 1."""
-    order_inconsistency: float | None
-    """Mean |L_ij + L_ji|, nats: 0 for a judge that does not mind the order."""
-    order_disagreement: float | None
-    """Fraction of pairs in which the same place wins in both orders: a judge of places has 1, a coin 1/2."""
-    tie_rate: float | None
-    """Fraction of pairs at 1/2."""
-    length_correlation: float | None
-    """Pearson correlation of win rate and length within prompts; None when either is constant."""
-    duplicate_rate: float | None
-    """Fraction of responses that repeat an earlier one of the same prompt, token for token."""
 
 
 def describe_preferences(
@@ -42,19 +19,19 @@ def describe_preferences(
     *,
     response_lengths_GK: Tensor,
     responses: Iterable[Sequence[Sequence[int]]],
-) -> PreferenceDiagnostics:
-    """Compute every diagnostic of a scored set -> PreferenceDiagnostics."""
+) -> dict[str, float | None]:
+    """Compute every diagnostic of a scored set -> {name: value}, each named as its function here."""
     flow = (judge_logits_GKK - judge_logits_GKK.transpose(-1, -2)) / 2
-    return PreferenceDiagnostics(
-        cycle_rate=cycle_rate(preferences_GKK),
-        curl_rms=curl_rms(flow),
-        cyclic_energy=cyclic_energy(flow),
-        order_inconsistency=order_inconsistency(judge_logits_GKK),
-        order_disagreement=order_disagreement(judge_logits_GKK),
-        tie_rate=tie_rate(preferences_GKK),
-        length_correlation=length_correlation(win_rate_GK, response_lengths_GK),
-        duplicate_rate=duplicate_rate(responses),
-    )
+    return {
+        "cycle_rate": cycle_rate(preferences_GKK),
+        "curl_rms": curl_rms(flow),
+        "cyclic_energy": cyclic_energy(flow),
+        "order_inconsistency": order_inconsistency(judge_logits_GKK),
+        "order_disagreement": order_disagreement(judge_logits_GKK),
+        "tie_rate": tie_rate(preferences_GKK),
+        "length_correlation": length_correlation(win_rate_GK, response_lengths_GK),
+        "duplicate_rate": duplicate_rate(responses),
+    }
 
 
 def cycle_rate(preferences_GKK: Tensor) -> float | None:
@@ -85,6 +62,7 @@ def curl_rms(flow_GKK: Tensor) -> float | None:
 def cyclic_energy(flow_GKK: Tensor) -> float | None:
     """Share of sum f_ij^2 left after the best f_ij = s_i - s_j -> [0, 1], None where every f is 0.
 
+    Bradley-Terry has 0, rock-paper-scissors 1.
     On a complete graph the least-squares scores are s_i = mean_j f_ij (the Hodge decomposition of Jiang et al. 2011).
     """
     flow = flow_GKK.double()
@@ -95,12 +73,15 @@ def cyclic_energy(flow_GKK: Tensor) -> float | None:
 
 
 def order_inconsistency(judge_logits_GKK: Tensor) -> float | None:
-    """Mean |L_ij + L_ji| over pairs i < j -> nats, None without pairs."""
+    """Mean |L_ij + L_ji| over pairs i < j -> nats, 0 for a judge that does not mind the order; None without pairs."""
     return _mean_over_pairs((judge_logits_GKK + judge_logits_GKK.transpose(-1, -2)).abs())
 
 
 def order_disagreement(judge_logits_GKK: Tensor) -> float | None:
-    """Fraction of pairs i < j with L_ij and L_ji both above or both below 0 -> [0, 1], None without pairs."""
+    """Fraction of pairs i < j with L_ij and L_ji both above or both below 0 -> [0, 1], None without pairs.
+
+    The same place wins in both orders: a judge of places has 1, a coin 1/2.
+    """
     return _mean_over_pairs(torch.sign(judge_logits_GKK) * torch.sign(judge_logits_GKK.transpose(-1, -2)) > 0)
 
 

@@ -102,7 +102,7 @@ def _context(architecture: Architecture, model: ModelConfig, grid: Grid, tokens:
     size = parallel.context_parallel_size
     if size == 1:
         return 0.0
-    keys = 2 * architecture.kv_projection_size // parallel.tensor_model_parallel_size
+    keys = 2 * architecture.key_channels // parallel.tensor_model_parallel_size
     once = tokens * (size - 1) * keys * model.dtype.itemsize
     return grid.most_layers(architecture.num_layers) * once * (_passes(model) + 2)
 

@@ -177,7 +177,7 @@ def _rollout_seconds(architecture: Architecture, config: PlanConfig, grid: Grid)
     answers = given.num_prompts * given.num_responses
     together = min(machine.decode_sequences, max(1, answers // samplers))
     length = given.mean_prompt_tokens + given.mean_response_tokens / 2
-    cache = 4 * architecture.num_layers * architecture.kv_projection_size * length
+    cache = 4 * architecture.num_layers * architecture.key_channels * length
     read = (weights + together * cache) / size / (machine.hbm_gb_per_s * 1e9 * machine.decode_efficiency)
     per_token = flops.layer_flops_per_token(architecture) * architecture.num_layers
     computed = together * per_token / size / (machine.bf16_tflops * _TERA)

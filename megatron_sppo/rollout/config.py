@@ -13,7 +13,7 @@ Temperature = Annotated[float, Range(0, 100)]
 """Published runs sample at 0.7 and 1; at 100 every token is nearly as likely as any other."""
 TopP = Annotated[float, Range(0, 1, above=True)]
 
-PRESETS = {"paper": {"temperature": 1.0, "top_p": 1.0}, "official": {"temperature": 0.7, "top_p": 0.9}}
+SAMPLING_PRESETS = {"paper": {"temperature": 1.0, "top_p": 1.0}, "official": {"temperature": 0.7, "top_p": 0.9}}
 """Sampling of the paper, and of the authors' published scripts."""
 
 _OWN_ARGUMENTS = frozenset(
@@ -196,7 +196,7 @@ class GenerateConfig:
 
     def sampling(self) -> Sampling:
         """Resolve preset and explicit settings; the explicit ones win -> Sampling."""
-        preset = PRESETS[self.preset]
+        preset = SAMPLING_PRESETS[self.preset]
         return Sampling(
             num_responses=self.num_responses,
             temperature=preset["temperature"] if self.temperature is None else self.temperature,

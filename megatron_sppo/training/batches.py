@@ -27,7 +27,7 @@ from megatron_sppo.objective.names import parse_baseline
 from megatron_sppo.objective.win_rate import estimated_baseline_over_eta
 from megatron_sppo.training import parallel
 from megatron_sppo.training.config import TrainingConfig
-from megatron_sppo.training.context_parallel import context_parallel_share
+from megatron_sppo.training.context_parallel import columns_of_rank
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Batches:
         Args:
             max_length: positions of the model, in tokens; holds where the config sets no smaller seq_length.
             crossover_length: tokens of a document whose attention takes as long as all else (`data.packing`), for
-                micro-batches and ranks of like cost; infinite: balance tokens.
+                micro-batches and ranks of like cost; infinite: of like tokens.
 
         Raises:
             ConfigError: a response, or a pair, is longer than a pack.
@@ -187,7 +187,7 @@ class Batches:
         }
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def resume_key(self) -> dict[str, Any]:
         """What decides the global batches and their targets."""
         batch, objective = self._config.batch, self._config.objective
         return {
@@ -315,7 +315,7 @@ class Batches:
         ]
         if context_size > 1:
             rank = parallel.context_parallel_rank()
-            whole = [context_parallel_share(batch, rank=rank, size=context_size) for batch in whole]
+            whole = [columns_of_rank(batch, rank=rank, size=context_size) for batch in whole]
         if layout.sequence_parallel:
             whole = [in_order_of_ranks(batch, size=layout.tensor_model_parallel_size) for batch in whole]
         return [batch.pinned() for batch in whole] if torch.cuda.is_available() else whole

@@ -250,7 +250,7 @@ class TrainingConfig:
     load: Annotated[Path, LAYOUT]
     """Megatron checkpoint of pi_t: a root (its tracker decides) or one iter_* directory."""
     data: Annotated[Path, LAYOUT]
-    """Dataset directory written by tools/score_pairrm.py."""
+    """Dataset directory written by `megatron-sppo score`."""
     save: Annotated[Path, LAYOUT]
     """Where checkpoints, metrics.jsonl and the resolved config go. If it has a checkpoint, the run resumes from it."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -8,7 +8,7 @@ from megatron_sppo.data.microbatch import MicroBatch
 from megatron_sppo.model.zigzag import zigzag_positions
 
 
-def context_parallel_share(batch: MicroBatch, *, rank: int, size: int) -> MicroBatch:
+def columns_of_rank(batch: MicroBatch, *, rank: int, size: int) -> MicroBatch:
     """Keep one context-parallel rank's tokens of a micro-batch (zigzag) -> MicroBatch with S / size columns.
 
     A row of shared prompts is cut as one document: a response sees a prompt wherever ranks hold the two.

@@ -7,6 +7,7 @@ from typing import Any
 from megatron_sppo.architecture import Architecture, read_architecture
 from megatron_sppo.checkpoints import distcp, megatron_checkpoint
 from megatron_sppo.checkpoints.tokenizer import is_tokenizer_of
+from megatron_sppo.command_line import launch
 from megatron_sppo.config import is_written_of, write_yaml
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import ConfigError, DataError
@@ -36,7 +37,7 @@ def open_source(config: TrainingConfig) -> tuple[Path, Architecture, dict[str, A
     source = megatron_checkpoint.resolve_checkpoint(config.load)
     architecture, tokenizer = read_architecture(source)
     megatron_checkpoint.check_copy(config.load, source)
-    world_size = parallel.world_size()
+    world_size = launch().world_size
     parallel.check_layout(config.parallel, architecture, world_size=world_size)
     check_divisibility(
         config.model,

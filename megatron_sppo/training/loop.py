@@ -23,7 +23,7 @@ from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import StepPlan
 from megatron_sppo.training.config import TrainingConfig
 from megatron_sppo.training.forward_step import gradient_step, log_probs, objective_terms
-from megatron_sppo.training.metrics import MetricsFile, drift_per_token, response_metrics
+from megatron_sppo.training.metrics import StepFiles, drift_per_token, response_metrics
 from megatron_sppo.training.policy import Policy
 from megatron_sppo.training.progress import Progress
 from megatron_sppo.training.telemetry import GpuSampler, flops_metrics, straggler_metrics
@@ -50,20 +50,17 @@ def train(
     Raises:
         DataError: the loss or the gradient is not finite; what is saved is from before that step.
     """
-    stop = _StopRequest()
-    sampler = GpuSampler()
-    stopwatch = _Stopwatch(policy)
-    files = _open_files(config, first_step=progress.step + 1)
-    bar = tqdm(
-        total=train_iters, initial=progress.step, desc="train", unit="step", disable=None if files is not None else True
-    )
+    stop, sampler, stopwatch = _StopRequest(), GpuSampler(), _Stopwatch(policy)
+    writes = parallel.is_rank_zero()
+    files = StepFiles(config.save, progress.step + 1, tensorboard=config.run.tensorboard) if writes else None
+    bar = tqdm(total=train_iters, initial=progress.step, desc="train", unit="step", disable=None if writes else True)
     for plan in steps:
         started = time.monotonic()
         logs = (progress.step + 1) % config.run.log_interval == 0
         stopwatch.start()
         learning_rate = optimizer.param_groups[0]["lr"]
-        word = _Word(last_seconds=stopwatch.last_seconds, stops=stop.asked)
-        metrics, rows, words = _step(policy, optimizer, plan, word, config=config, step=progress.step + 1)
+        told = _Told(seconds=[stopwatch.last_seconds], stops=stop.asked)
+        metrics, rows, told = _step(policy, optimizer, plan, told, config=config, step=progress.step + 1)
         scheduler.step(increment=1)
         progress.step += 1
         progress.num_clipped += 0 < config.optimization.clip_grad < metrics["grad_norm"]
@@ -72,8 +69,8 @@ def train(
             metrics["sppo/ref_drift"] = progress.ref_drift[str(progress.step)]
         metrics["sppo/grad_clip_rate"] = progress.num_clipped / progress.step
         metrics |= _speed(plan, time.monotonic() - started, policy) | sampler.sample()
-        if words.last_seconds:
-            metrics |= straggler_metrics(words.last_seconds, warns=logs and parallel.is_rank_zero())
+        if all(told.seconds):
+            metrics |= straggler_metrics(told.seconds, warns=logs and writes)
         if files is not None:
             files.write(progress.step, metrics, rows)
             bar.update()
@@ -82,9 +79,9 @@ def train(
                 logger.info(_line(progress.step, train_iters, metrics))
         last = progress.step == train_iters
         interval = config.run.save_interval
-        if last or words.stops or (interval is not None and progress.step % interval == 0):
+        if last or told.stops or (interval is not None and progress.step % interval == 0):
             save()
-        if words.stops and not last:
+        if told.stops and not last:
             logger.warning(
                 "stopped by a signal after step %d of %d; the same command goes on", progress.step, train_iters
             )
@@ -97,27 +94,18 @@ def train(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Word:
-    """What a rank tells the others in a step."""
+class _Told:
+    """What a rank tells the others in a step, or all of them each other."""
 
-    last_seconds: float | None
-    """It computed in the step before; None in a process's first."""
+    seconds: list[float]
+    """That each rank computed in the step before; 0 in a process's first."""
     stops: bool
-    """It was asked to stop."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Words:
-    """What all ranks told each other."""
-
-    last_seconds: list[float]
-    """By rank; empty in a process's first step."""
-    stops: bool
+    """A rank was asked to stop."""
 
 
 def _step(
-    policy: Policy, optimizer: MegatronOptimizer, plan: StepPlan, word: _Word, *, config: TrainingConfig, step: int
-) -> tuple[dict[str, float], list[dict[str, float]], _Words]:
+    policy: Policy, optimizer: MegatronOptimizer, plan: StepPlan, told: _Told, *, config: TrainingConfig, step: int
+) -> tuple[dict[str, float], list[dict[str, float]], _Told]:
     """Do one optimizer step -> (metrics, a line for each response, what the ranks told each other).
 
     The CPU waits for the device once, where Megatron-Core reads the gradient's norm: all that is read besides has been
@@ -128,10 +116,10 @@ def _step(
         with bfloat16_products(policy.config):
             wide_log_prob_N = log_probs(policy, plan)
     log_prob_N = gradient_step(policy, optimizer, plan, objective=config.objective)
-    tell = _tell(log_prob_N, policy.pop_router_sums(), word)
+    tell = _tell(log_prob_N, policy.pop_router_sums(), told)
     updated, grad_norm, _ = optimizer.step()
     assert updated, "only loss scaling skips updates, and there is none"
-    log_prob_N, router_sums, words = tell()
+    log_prob_N, router_sums, told = tell()
     objective = config.objective.row
     log_ratio_N = log_prob_N - plan.targets.reference_log_prob
     target_N = objective.target(plan.targets)
@@ -149,31 +137,29 @@ def _step(
     if wide_log_prob_N is not None:
         metrics["sppo/fp8_gap"] = drift_per_token(log_prob_N - wide_log_prob_N, plan.num_response_tokens)
         logger.info("FP8 moves log-probabilities by %.3g nats a token against bfloat16", metrics["sppo/fp8_gap"])
-    rows = [
-        {"group": int(g), "response": int(k), "win_rate": float(w), "log_ratio": float(r)}
-        for g, k, w, r in zip(plan.group, plan.response, plan.targets.win_rate, log_ratio_N, strict=True)
-    ]
+    columns: dict[str, Any] = {"group": plan.group, "response": plan.response, "win_rate": plan.targets.win_rate}
+    columns["log_ratio"] = log_ratio_N
     if target_N is not None:
-        for row, value in zip(rows, target_N.tolist(), strict=True):
-            row["target"] = value
-    return metrics, rows, words
+        columns["target"] = target_N
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return metrics, [dict(zip(columns, row, strict=True)) for row in rows], told
 
 
-def _tell(log_prob_N: Tensor, router_sums: Tensor, word: _Word) -> Callable[[], tuple[Tensor, Tensor, _Words]]:
+def _tell(log_prob_N: Tensor, router_sums: Tensor, told: _Told) -> Callable[[], tuple[Tensor, Tensor, _Told]]:
     """Add up all that ranks say of a step, by one all-reduce and one copy -> a function that returns the sums, waiting.
 
     A rank's seconds stand at its place, 0 for none. Collective.
     """
-    ours = torch.zeros(parallel.world_size() + 1, dtype=torch.float64)
-    ours[launch().rank] = word.last_seconds or 0.0
-    ours[-1] = word.stops
+    place = launch()
+    ours = torch.zeros(place.world_size + 1, dtype=torch.float64)
+    ours[place.rank], ours[-1] = told.seconds[0], told.stops
     parts = [log_prob_N, router_sums, parallel.to_device(ours)]
     read = parallel.sum_to_cpu(torch.cat(parts))
 
-    def answer() -> tuple[Tensor, Tensor, _Words]:
+    def answer() -> tuple[Tensor, Tensor, _Told]:
         log_prob_N, router_sums, sums = read().split([len(part) for part in parts])
         *seconds, stops = sums.tolist()
-        return log_prob_N, router_sums, _Words(last_seconds=seconds if all(seconds) else [], stops=stops > 0)
+        return log_prob_N, router_sums, _Told(seconds=seconds, stops=stops > 0)
 
     return answer
 
@@ -203,7 +189,7 @@ def _speed(plan: StepPlan, seconds: float, policy: Policy) -> dict[str, float]:
         **flops_metrics(
             model_flops,
             seconds=seconds,
-            world_size=parallel.world_size(),
+            world_size=launch().world_size,
             device_name=torch.cuda.get_device_name() if on_gpu else None,
         ),
     }
@@ -219,8 +205,8 @@ class _Stopwatch:
     """
 
     def __init__(self, policy: Policy) -> None:
-        self.last_seconds: float | None = None
-        """Of the step before the one that was started last."""
+        self.last_seconds = 0.0
+        """Of the step before the one that was started last; 0: there is none."""
         self._begin: Any = None
         self._end: Any = None
         self._reduce = policy.config.finalize_model_grads_func
@@ -254,26 +240,6 @@ def _seconds_between(begin: Any, end: Any) -> float:
 def _line(step: int, train_iters: int, metrics: dict[str, float]) -> str:
     names = ("loss", "lr", "grad_norm", "rewards/margins", "perf/tokens_per_second")
     return f"step {step}/{train_iters} | " + " | ".join(f"{n} {metrics[n]:.4g}" for n in names if n in metrics)
-
-
-class _StepFiles:
-    """What rank 0 appends each step: metrics.jsonl with TensorBoard, and one line per response in responses.jsonl."""
-
-    def __init__(self, config: TrainingConfig, *, first_step: int) -> None:
-        self._metrics = MetricsFile(config.save, first_step=first_step, tensorboard=config.run.tensorboard)
-        self._responses = MetricsFile(config.save, first_step=first_step, tensorboard=False, name="responses.jsonl")
-
-    def write(self, step: int, metrics: dict[str, float], rows: list[dict[str, float]]) -> None:
-        self._metrics.write(step, metrics)
-        self._responses.write_rows(step, rows)
-
-    def close(self) -> None:
-        self._metrics.close()
-        self._responses.close()
-
-
-def _open_files(config: TrainingConfig, *, first_step: int) -> _StepFiles | None:
-    return _StepFiles(config, first_step=first_step) if parallel.is_rank_zero() else None
 
 
 class _StopRequest:

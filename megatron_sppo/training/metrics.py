@@ -52,41 +52,38 @@ def drift_per_token(log_ratio_N: Tensor, num_tokens_N: Tensor) -> float:
     return float(log_ratio_N.abs().sum() / num_tokens_N.sum())
 
 
-class MetricsFile:
-    """metrics.jsonl and TensorBoard, written by rank 0, a line a step.
+class StepFiles:
+    """What rank 0 appends each step: metrics.jsonl with TensorBoard, and a line for each response in responses.jsonl.
 
     On resume, lines of steps that a killed run did after its last checkpoint are cut off: no step stands twice.
     """
 
-    def __init__(self, directory: Path, *, first_step: int, tensorboard: bool, name: str = "metrics.jsonl") -> None:
-        self._path = Path(directory, name)
-        _keep_lines_before(self._path, first_step)
-        self._file = open(self._path, "a", encoding="utf-8")
+    def __init__(self, directory: Path, first_step: int, *, tensorboard: bool) -> None:
+        paths = [Path(directory, name) for name in ("metrics.jsonl", "responses.jsonl")]
+        for path in paths:
+            _keep_lines_before(path, first_step)
+        self._metrics, self._responses = (open(path, "a", encoding="utf-8") for path in paths)
         self._events: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(str(Path(directory, "tensorboard")), purge_step=first_step)
 
-    def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Append one step's metrics and flush them."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+    def write(self, step: int, metrics: dict[str, float], responses: list[dict[str, float]]) -> None:
+        """Append one step's lines and flush them."""
+        for file, lines in ((self._metrics, [metrics]), (self._responses, responses)):
+            file.writelines(json.dumps({"step": step, **line}) + "\n" for line in lines)
+            file.flush()
         if self._events is not None:
             for name, value in metrics.items():
                 self._events.add_scalar(name, value, step)
             self._events.flush()
 
-    def write_rows(self, step: int, rows: list[dict[str, float]]) -> None:
-        """Append one line per row, each with its step, and flush them together."""
-        self._file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
-        self._file.flush()
-
     def close(self) -> None:
-        """Close the file and the event writer."""
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        """Close the files and the event writer."""
+        for file in (self._metrics, self._responses, self._events):
+            if file is not None:
+                file.close()
 
 
 def _keep_lines_before(path: Path, first_step: int) -> None:

@@ -1,4 +1,4 @@
-"""Process groups: which rank holds what. The only reader of the launcher's environment and of `parallel_state`."""
+"""Process groups: which rank holds what. The only reader in training of `parallel_state`."""
 
 import datetime
 import logging
@@ -116,11 +116,6 @@ def _split_counts(config: ParallelConfig, architecture: Architecture) -> dict[st
 
 def _divisors(counts: dict[str, int]) -> list[int]:
     return [size for size in range(1, min(counts.values()) + 1) if not any(n % size for n in counts.values())]
-
-
-def world_size() -> int:
-    """Say how many ranks the launcher started -> int; 1 without torchrun."""
-    return launch().world_size
 
 
 def initialize(config: ParallelConfig, *, seed: int) -> None:

@@ -66,9 +66,9 @@ class Progress:
             )
 
 
-def run_facts(batches: Batches, config: TrainingConfig) -> dict[str, Any]:
+def resume_key(batches: Batches, config: TrainingConfig) -> dict[str, Any]:
     """Name what a resumed run must share with its beginning -> JSON dict. The layout may differ."""
-    return batches.facts | {
+    return batches.resume_key | {
         "optimizer": config.optimization.optimizer,
         "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
         "params_dtype": config.model.params_dtype,

@@ -128,7 +128,7 @@ def _mcore_may_read(opened: OpenedMegatron) -> bool:
 def _attention(architecture: Architecture) -> str | None:
     """Name transformers' implementation to compare with; None: its default.
 
-    The default leaves soft caps out without a word (transformers 5.19, sdpa_attention.py).
+    The default silently leaves soft caps out (transformers 5.19, sdpa_attention.py).
     """
     return "eager" if architecture.attention_softcap is not None else None
 

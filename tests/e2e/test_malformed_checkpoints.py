@@ -9,7 +9,6 @@ import os
 import pickle
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sppo import command_line
 from megatron_sppo.checkpoints.distcp import read_metadata
 from megatron_sppo.checkpoints.megatron_checkpoint import write_manifest
 from megatron_sppo.conversion.convert import import_checkpoint
+from tests.commands import run_here
 from tests.models import tiny_llama
-from tools import convert as tool
 
 Damage = Callable[[Path], Any]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -64,17 +62,12 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+def refused(arguments: list[str]) -> str:
     """Run the tool -> its last line on stderr, after checking that it is the one line of a refusal."""
-    monkeypatch.setattr(sys, "argv", ["convert.py", *arguments])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        command_line.run(tool.main, name="convert.py")
-    err = capsys.readouterr().err
-    assert left.value.code == 2, err
-    assert "Traceback" not in err
-    line = err.splitlines()[-1]
-    assert line.startswith("convert.py: error: "), err
+    done = run_here("tools/convert.py", *arguments, directory=Path.cwd())
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("convert.py: error: "), done.stderr
     assert REMEDY.search(line), f"no remedy: {line}"
     return line
 
@@ -265,15 +258,13 @@ def test_a_malformed_model_is_refused(
     case: tuple[str, str],
     sound: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     base, name = case
     damage, named = (ONE if base == "one" else TWO)[name]
     shutil.copytree(sound / base, tmp_path / "hf")
     damage(tmp_path / "hf")
     before = listing(tmp_path)
-    line = refused(["import", "--hf", f"{tmp_path}/hf", "--megatron", f"{tmp_path}/new"], monkeypatch, capsys)
+    line = refused(["import", "--hf", f"{tmp_path}/hf", "--megatron", f"{tmp_path}/new"])
     assert re.search(named, line), line
     assert listing(tmp_path) == before
 
@@ -468,14 +459,14 @@ MEGATRON: dict[str, tuple[Damage, str]] = {
 
 @pytest.mark.parametrize("name", MEGATRON)
 def test_a_malformed_megatron_checkpoint_is_refused(
-    name: str, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     damage, named = MEGATRON[name]
     shutil.copytree(sound / "megatron", tmp_path / "megatron")
     damage(tmp_path / "megatron")
     monkeypatch.chdir(tmp_path)  # where a payload would make its directory
     before = listing(tmp_path)
-    line = refused(["export", "--megatron", f"{tmp_path}/megatron", "--hf", f"{tmp_path}/new"], monkeypatch, capsys)
+    line = refused(["export", "--megatron", f"{tmp_path}/megatron", "--hf", f"{tmp_path}/new"])
     assert re.search(named, line), line
     assert listing(tmp_path) == before
 

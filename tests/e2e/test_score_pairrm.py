@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,13 +22,12 @@ import pytest
 from torch.distributed import FileStore
 from tqdm import tqdm
 
-from megatron_sppo import command_line
-from megatron_sppo.commands import score as command
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.judge import score as stage
 from megatron_sppo.judge.config import ScoreConfig
 from megatron_sppo.judge.work_list import WorkList
 from megatron_sppo.report.page import write_report
+from tests.commands import run_here
 from tests.models import byte_tokenizer
 from tests.unit.judge.rollout_files import encoded, random_rollouts, raw_row, write_raw_rollouts
 from tests.unit.judge.tiny_pairrm import make_tiny_pairrm
@@ -88,17 +88,12 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-@pytest.fixture(scope="module")
-def tool():
-    """The tool in this process: for what needs no process of its own."""
-
-    def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            command_line.run(command.main, name=command.NAME)
-        return left.value.code
-
-    return call
+def tool(*arguments: object) -> int:
+    """Run the tool in this process, for what needs none of its own -> exit code; what it says is said here."""
+    done = run_here("tools/score_pairrm.py", *arguments)
+    sys.stdout.write(done.stdout)
+    sys.stderr.write(done.stderr)
+    return done.returncode
 
 
 @pytest.fixture(scope="module")
@@ -227,39 +222,33 @@ def test_killed_at_random_points_of_judging_merging_and_publishing_the_bytes_are
 
 
 def test_the_same_command_again_says_that_it_is_complete(
-    tool, rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    rollouts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments = ["--rollouts", rollouts, "--judge", "rules:concise", "--output", tmp_path / "d"]
-    assert tool(monkeypatch, *arguments) == 0
+    assert tool(*arguments) == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "d").iterdir()}
     with caplog.at_level("INFO", logger="megatron_sppo"):
-        assert tool(monkeypatch, *arguments) == 0
+        assert tool(*arguments) == 0
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "d").iterdir()}
-    assert tool(monkeypatch, *arguments, "--selection", "extremes") == 0
+    assert tool(*arguments, "--selection", "extremes") == 0
     assert PreferenceDataset(tmp_path / "d").manifest.selection == "extremes"
 
 
-def test_rebuilt_targets_are_those_of_scoring_under_the_other_preset(
-    tool, rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rebuilt_targets_are_those_of_scoring_under_the_other_preset(rollouts: Path, tmp_path: Path) -> None:
     judged = ["--rollouts", rollouts, "--judge", "rules:cyclic"]
-    assert tool(monkeypatch, *judged, "--output", tmp_path / "paper") == 0
+    assert tool(*judged, "--output", tmp_path / "paper") == 0
     official = ["--preset", "official", "--selection", "top-bottom:2"]
-    assert tool(monkeypatch, *judged, *official, "--output", tmp_path / "scored") == 0
-    assert tool(monkeypatch, "--from-dataset", tmp_path / "paper", *official, "--output", tmp_path / "rebuilt") == 0
+    assert tool(*judged, *official, "--output", tmp_path / "scored") == 0
+    assert tool("--from-dataset", tmp_path / "paper", *official, "--output", tmp_path / "rebuilt") == 0
     scored, rebuilt = (PreferenceDataset(tmp_path / name) for name in ("scored", "rebuilt"))
     assert scored.dataset_hash == rebuilt.dataset_hash != PreferenceDataset(tmp_path / "paper").dataset_hash
     assert contents(tmp_path / "scored") == contents(tmp_path / "rebuilt")
 
 
-def test_json_reports_what_was_judged_and_set_aside(
-    tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_json_reports_what_was_judged_and_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     rows = [encoded(raw_row("a")), b"{", encoded(raw_row("b")), encoded(raw_row("c", responses=[]))]
     rollouts = write_raw_rollouts(tmp_path / "r", [rows], num_responses=2)
-    assert (
-        tool(monkeypatch, "--rollouts", rollouts, "--judge", "rules:concise", "--output", tmp_path / "d", "--json") == 0
-    )
+    assert tool("--rollouts", rollouts, "--judge", "rules:concise", "--output", tmp_path / "d", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["num_prompts"], report["num_quarantined"], report["pairs"]) == (2, 2, 4)
     assert json.loads((tmp_path / "d" / "diagnostics.json").read_text())["cycle_rate"] is None
@@ -268,27 +257,27 @@ def test_json_reports_what_was_judged_and_set_aside(
 
 
 def test_pairrm_writes_the_same_dataset_through_the_command_line_and_the_official_preset_needs_its_text(
-    tool, rollouts: Path, pairrm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    rollouts: Path, pairrm: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     arguments = ["--judge", f"pairrm:{pairrm}", "--preset", "official", "--output", tmp_path / "d"]
-    assert tool(monkeypatch, "--rollouts", rollouts, *arguments) == 0
+    assert tool("--rollouts", rollouts, *arguments) == 0
     assert PreferenceDataset(tmp_path / "d").manifest.preset == "official"
     bare = write_raw_rollouts(tmp_path / "r", [[encoded(raw_row("a"))]], num_responses=2)
     shutil.rmtree(tmp_path / "d")
-    assert tool(monkeypatch, "--rollouts", bare, *arguments) == 2
+    assert tool("--rollouts", bare, *arguments) == 2
     assert "--preset paper" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "d").exists()
 
 
 def test_one_order_reports_how_often_it_names_the_winner_of_both(
-    tool, pairrm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    pairrm: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """The first prompt is asked in both orders: its pairs are the sample."""
     rollouts = random_rollouts(tmp_path / "r", num_prompts=2, num_responses=4, rows_per_shard=2)
     arguments = ["--rollouts", rollouts, "--judge", f"pairrm:{pairrm}"]
-    assert tool(monkeypatch, *arguments, "--output", tmp_path / "both") == 0
+    assert tool(*arguments, "--output", tmp_path / "both") == 0
     assert "one order" not in capsys.readouterr().out
-    assert tool(monkeypatch, *arguments, "--output", tmp_path / "one", "--one-order") == 0
+    assert tool(*arguments, "--output", tmp_path / "one", "--one-order") == 0
     both = PreferenceDataset(tmp_path / "both").judge_logits(0)
     agreed = np.mean(
         [np.sign(both[i, j]) == np.sign(both[i, j] - both[j, i]) for i in range(4) for j in range(i + 1, 4)]
@@ -299,28 +288,24 @@ def test_one_order_reports_how_often_it_names_the_winner_of_both(
     assert f"one order names the winner of both in {100 * agreed:.1f} %" in capsys.readouterr().out
 
 
-def test_the_report_shows_how_a_judge_goes_in_circles_and_what_to_do_about_it(
-    tool, rollouts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_report_shows_how_a_judge_goes_in_circles_and_what_to_do_about_it(rollouts: Path, tmp_path: Path) -> None:
     """rules:cyclic has no best response, rules:concise scores each: the same rollouts tell them apart in one report."""
     run_dir = write_run(tmp_path / "run")
     rates = {}
     for iteration, judge in ((1, "rules:cyclic"), (2, "rules:concise")):
         output = tmp_path / f"iter_{iteration}"
-        assert tool(monkeypatch, "--rollouts", rollouts, "--judge", judge, "--output", output) == 0
+        assert tool("--rollouts", rollouts, "--judge", judge, "--output", output) == 0
         shutil.copy(output / "diagnostics.json", run_dir / f"iter_{iteration}" / "dataset" / "diagnostics.json")
         rates[judge] = json.loads((output / "diagnostics.json").read_text())["cycle_rate"]
     assert rates["rules:cyclic"] > 0.1 and rates["rules:concise"] == 0
-    page = write_report(run_dir).read_text()
+    page = re.sub("</?span>", "", write_report(run_dir).read_text())
     row = page.split("beat each other in a circle</td>")[1].split("</tr>")[0]
     cells = [cell.split(">", 1)[1].split("</td>")[0] for cell in row.split("<td")[1:]]
     assert cells[:2] == [f"{rates['rules:cyclic']:.4f} (!)", "0.0000"] and "--preset paper" in cells[2]
     assert "How the judge judges" in page
 
 
-def test_imported_preferences_become_a_dataset_without_a_judge(
-    tool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_imported_preferences_become_a_dataset_without_a_judge(tmp_path: Path) -> None:
     """uclaml's probabilities come out as they went in; the win rate of a response is the mean of its row."""
     byte_tokenizer(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"vocab_size": 259}')
@@ -334,7 +319,7 @@ def test_imported_preferences_become_a_dataset_without_a_judge(
     )  # fmt: skip
     assert imported.returncode == 0, imported.stderr
     judge = json.loads(imported.stdout)["judge"]
-    assert tool(monkeypatch, "--rollouts", tmp_path / "r", "--judge", judge, "--output", tmp_path / "d") == 0
+    assert tool("--rollouts", tmp_path / "r", "--judge", judge, "--output", tmp_path / "d") == 0
     dataset = PreferenceDataset(tmp_path / "d")
     np.testing.assert_allclose(dataset.preferences(0), probability, atol=1e-6)
     np.testing.assert_allclose(dataset.win_rates(0), np.mean(probability, axis=1), atol=1e-6)
@@ -348,10 +333,10 @@ def test_imported_preferences_become_a_dataset_without_a_judge(
         (["--rollouts", "R"], "--judge is missing"),
         (["--rollouts", "nowhere", "--judge", "rules:concise"], "nowhere"),
         (["--rollouts", "R", "--judge", "rules:fair"], "rules:concise"),
-        (["--rollouts", "R", "--judge", "pairrm:./nowhere"], "no directory"),
+        (["--rollouts", "R", "--judge", "pairrm:./nowhere"], "not a directory"),
         (["--rollouts", "R", "--judge", "endpoint:nowhere"], "endpoint:http"),
         (["--rollouts", "R", "--judge", "matrices:nowhere"], "nowhere"),
-        (["--rollouts", "R", "--judge", "reward:./nowhere"], "no directory"),
+        (["--rollouts", "R", "--judge", "reward:./nowhere"], "not a directory"),
         (["--rollouts", "R", "--judge", "rules:concise", "--max-requests", "0"], "max_requests is 0"),
         (["--rollouts", "R", "--judge", "rules:concise", "--selection", "best"], "extremes"),
         (["--rollouts", "R", "--judge", "rules:concise", "--selection", "top-bottom:3"], "--num-responses"),
@@ -361,16 +346,14 @@ def test_imported_preferences_become_a_dataset_without_a_judge(
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_exit_code_2(
-    tool,
     rollouts: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
     arguments,
     fragment,
 ) -> None:
     named = [str(rollouts) if argument == "R" else argument for argument in arguments]
-    assert tool(monkeypatch, *named, "--output", tmp_path / "d") == 2
+    assert tool(*named, "--output", tmp_path / "d") == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("score_pairrm.py: error: ") and fragment in last
     assert not (tmp_path / "d").exists()

@@ -101,5 +101,5 @@ def test_everything_together_on_the_circle():
         response_lengths_GK=torch.tensor([[3, 4, 5]]),
         responses=[[[1], [2], [1]]],
     )
-    assert (found.cycle_rate, found.order_inconsistency, found.tie_rate) == (1.0, 0.0, 0.0)
-    assert found.duplicate_rate == pytest.approx(1 / 3)
+    assert (found["cycle_rate"], found["order_inconsistency"], found["tie_rate"]) == (1.0, 0.0, 0.0)
+    assert found["duplicate_rate"] == pytest.approx(1 / 3)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sppo.training.metrics import MetricsFile, drift_per_token, response_metrics
+from megatron_sppo.training.metrics import StepFiles, drift_per_token, response_metrics
 
 
 def test_metrics_of_four_responses() -> None:
@@ -35,11 +35,14 @@ def test_drift_is_per_response_token() -> None:
 def test_a_resumed_run_cuts_off_the_steps_that_it_does_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
-    metrics = MetricsFile(tmp_path, first_step=3, tensorboard=False)
-    metrics.write(3, {"loss": 2.0})
-    metrics.close()
+    (tmp_path / "responses.jsonl").write_text('{"step": 2, "log_ratio": 1.0}\n{"step": 3, "log_ratio": 1.0}\n')
+    files = StepFiles(tmp_path, 3, tensorboard=False)
+    files.write(3, {"loss": 2.0}, [{"log_ratio": 2.0}, {"log_ratio": 3.0}])
+    files.close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1, "loss": 1.0},
         {"step": 2, "loss": 1.0},
         {"step": 3, "loss": 2.0},
     ]
+    lines = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["log_ratio"]) for line in lines] == [(2, 1.0), (3, 2.0), (3, 3.0)]
