@@ -61,6 +61,8 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.17,<0.18",
+            # A test builds the wheel.
+            "setuptools>=77",
         ],
     },
     classifiers=[

@@ -16,7 +16,7 @@ KINDS = {
     "warning": "warning",
 }
 """How a message is given, by the exception or the logger's method that takes it -> heading of its table."""
-WARNING_TABLES = frozenset({"_SAID"})
+WARNING_TABLES = frozenset({"_WARNINGS"})
 """Names of tables whose sentences end shares that a warning says."""
 ROOMS = {
     "training": "Training (`megatron-sppo train`)",
@@ -84,6 +84,11 @@ def messages(path: Path) -> Iterator[tuple[str, str]]:
             for node in ast.walk(table.value):
                 if isinstance(text := getattr(node, "value", None), str) and " " in text:
                     yield "warning", f"... of ... (...%) {text}."
+    for function in ast.walk(module):  # a text's fault, of which others make the reason why a row is set aside
+        if isinstance(function, ast.FunctionDef) and function.name == "text_fault":
+            for node in ast.walk(function):
+                if isinstance(node, ast.Return) and (text := text_of(node.value or node, constants)):
+                    yield "row set aside because", f"the ... {text}"
     for node in ast.walk(module):
         if not isinstance(node, ast.Call) or not node.args:
             continue

@@ -86,7 +86,7 @@ class SettingsOf(tyro.constructors.PrimitiveConstructorSpec[Any]):
     YAML it is a mapping, grouped by section or flat. What is typed is laid over what the file has.
     """
 
-    def __init__(self, config_class: type[Any], *, name: str, decided: Mapping[str, str], by: str) -> None:
+    def __init__(self, config_class: type[Any], *, name: str, decided: Mapping[str, Any], by: str) -> None:
         """Describe the field.
 
         Args:
@@ -108,7 +108,7 @@ class SettingsOf(tyro.constructors.PrimitiveConstructorSpec[Any]):
 
     config_class: type[Any]
     name: str
-    decided: Mapping[str, str]
+    decided: Mapping[str, Any]
     by: str
 
     def _read(self, texts: Sequence[str]) -> Any:
@@ -118,7 +118,7 @@ class SettingsOf(tyro.constructors.PrimitiveConstructorSpec[Any]):
             values |= _leaf_values(self._content(text), leaves, place=place)
         if own := [name for name in values if name in self.decided]:
             raise ConfigError(f"{self.name} sets {own[0]}, which {self.by} decides itself. Remove it.")
-        return _from_values(self.config_class, {**self.decided, **values}, leaves, place=place)
+        return _from_values(self.config_class, {**_plain_text(self.decided), **values}, leaves, place=place)
 
     def _content(self, text: str) -> dict[str, Any]:
         """Read NAME=VALUE or a JSON object -> {name: text, None, list or dict}, as YAML would hold it."""
@@ -193,7 +193,7 @@ def parse(
     leaves = _leaves(config_class)
     if not {"-h", "--help"} & set(tokens):
         tokens = _check_flags(tokens, leaves)
-        file = _config_file(tokens)
+        file = config_file(tokens)
         content = {} if file is None else _read_yaml(file)
         values = _leaf_values(content if of_file is None else of_file(content), leaves, place=str(file))
         from_file = {key: _tokens_of_value(key, leaves[key], value, place=f"{file}: ") for key, value in values.items()}
@@ -423,7 +423,7 @@ def _check_required(leaves: Mapping[str, _Leaf], *, given: set[str]) -> None:
         raise ConfigError(f"{flags} {verb} missing. Give {pronoun} on the command line or in the --config file.")
 
 
-def _config_file(tokens: Sequence[str]) -> Path | None:
+def config_file(tokens: Sequence[str]) -> Path | None:
     """Find the one `--config FILE` -> path or None."""
     files = [token.partition("=")[2] for token in tokens if token.startswith("--config=")]
     for position, token in enumerate(tokens):

@@ -81,11 +81,11 @@ def resolve_checkpoint(path: Path) -> Path:
     if (path / "config.json").is_file():
         raise DataError(
             f"{path} is a Hugging Face model, no Megatron checkpoint. "
-            f"tools/convert.py import --hf {path} --megatron NEW_DIR"
+            f"megatron-sppo convert import --hf {path} --megatron NEW_DIR (in a clone: tools/convert.py import)"
         )
     raise DataError(
         f"{path} holds no usable Megatron checkpoint ({TRACKER_FILE} {fault}). "
-        f"tools/convert.py import --hf HF_DIR --megatron {path}"
+        f"megatron-sppo convert import --hf HF_DIR --megatron {path} (in a clone: tools/convert.py import)"
     )
 
 

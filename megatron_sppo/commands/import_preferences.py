@@ -4,7 +4,7 @@ Read are uclaml/SPPO's columns (generate_0 ... with probability or rm_scores; ch
 (prompt, chosen, rejected; plain or conversational), HH's, UltraFeedback's and Nectar's. The prompt is all that an
 answer was given to. The ids are those of --model's chat template rendering the answered conversation; a row of which
 that cannot be said is set aside with its reason.
-Then: tools/score_pairrm.py --rollouts OUTPUT --judge matrices:OUTPUT/matrices.jsonl --output DATASET
+Then: megatron-sppo score --rollouts OUTPUT --judge matrices:OUTPUT/matrices.jsonl --output DATASET
 """
 
 import json

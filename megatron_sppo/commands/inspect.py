@@ -1,6 +1,6 @@
 """Show, token by token, how a policy differs from the one that it was trained from: log pi_theta/pi_t (equation 3.11).
 
-    tools/inspect_log_ratio.py --load SAVE --reference PI_T --data DATASET --output token_log_ratios.jsonl
+    megatron-sppo inspect --load SAVE --reference PI_T --data DATASET --output token_log_ratios.jsonl
 
 Every setting of examples/pretrain_sppo.py is taken, so that --config SAVE/config.yaml repeats the training's precision
 and packing; under torchrun also its layout.

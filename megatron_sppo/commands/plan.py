@@ -1,6 +1,6 @@
 """Plan a run before it is started: memory of each rank, FLOPs, time and traffic, and whether it fits. Needs no GPU.
 
-python tools/plan.py --config examples/configs/llama3_70b_h100.yaml --world-size 32 64 512
+megatron-sppo plan --config examples/configs/llama3_70b_h100.yaml --world-size 32 64 512
 """
 
 import json

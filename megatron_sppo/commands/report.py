@@ -12,7 +12,7 @@ class ReportConfig:
     """What to report on."""
 
     run: Path
-    """Run directory of tools/self_play.py."""
+    """Run directory of `megatron-sppo self-play`."""
 
 
 def main(name: str, argv: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from megatron_sppo.data.indexed import Column, verify_file
 from megatron_sppo.data.schema import COLUMNS, PROMPTS_NAME, DatasetManifest, read_manifest
 from megatron_sppo.errors import DataError
 
-_REMEDY = "Score the rollouts again with tools/score_pairrm.py."
+_REMEDY = "Score the rollouts again with `megatron-sppo score`."
 
 _WIN_RATE_TOLERANCE = 1e-5
 """Of a mean of up to thousands of float32 preferences, added up in another order."""

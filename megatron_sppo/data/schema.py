@@ -117,7 +117,7 @@ def read_manifest(directory: Path) -> DatasetManifest:
     """
     path = Path(directory, MANIFEST_NAME)
     if not Path(directory).is_dir():
-        raise DataError(f"{directory} is not a directory. Give --data the directory that tools/score_pairrm.py wrote.")
+        raise DataError(f"{directory} is not a directory. Give --data the directory that `megatron-sppo score` wrote.")
     fields = read_signed(path, schema_version=SCHEMA_VERSION, remedy=_REMEDY)
     unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(DatasetManifest)})
     if unknown:

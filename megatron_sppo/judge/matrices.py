@@ -76,7 +76,7 @@ class MatricesJudge:
 def _read(path: Path) -> tuple[dict[str, np.ndarray], set[str]]:
     """Read a file of matrices -> (float32 logits by prompt_id, the kinds that occur)."""
     if not path.is_file():
-        raise DataError(f"{path} does not exist. Give matrices:FILE, as tools/import_preferences.py writes it.")
+        raise DataError(f"{path} does not exist. Give matrices:FILE, as `megatron-sppo import-preferences` writes it.")
     matrices: dict[str, np.ndarray] = {}
     kinds: set[str] = set()
     with open(path, "rb") as file:

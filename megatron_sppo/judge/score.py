@@ -171,7 +171,9 @@ def merge_scores(
     for number, entry in enumerate(manifest.shards):
         scores = read_scores(work_dir, number, entry, judge)
         if scores is None:
-            raise DataError(f"{work_dir} holds no scores of {entry.file}. Run the same score_pairrm.py command again.")
+            raise DataError(
+                f"{work_dir} holds no scores of {entry.file}. Run the same `megatron-sppo score` command again."
+            )
         counts += scores.counts
         place, added = -1, []
         for row in read_rows(rollouts, entry, num_responses=manifest.num_responses, vocab_size=manifest.vocab_size):

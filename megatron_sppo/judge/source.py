@@ -39,7 +39,7 @@ def pairrm_texts(group: RolloutGroup, *, reads: str) -> tuple[str, list[str]]:
         if group.prompt_text is None:
             raise UnreadableGroup(
                 "it has no prompt_text, which the official preset judges by: use --preset paper, or write the rollouts "
-                "with tools/generate_rollouts.py"
+                "with `megatron-sppo rollouts`"
             )
         return group.prompt_text, texts
     turns = _alternating_turns(group.messages)

@@ -41,7 +41,7 @@ class TokenAnswer:
 
 
 def read_token_answers(path: Path) -> tuple[TokenAnswer, ...]:
-    """Read what tools/inspect_log_ratio.py wrote -> answers, best and worst of each prompt; none without the file.
+    """Read what megatron-sppo inspect wrote -> answers, best and worst of each prompt; none without the file.
 
     Raises:
         DataError: a line is not of that form.

@@ -51,28 +51,22 @@ class FinishedShards:
     """The finished shards of one output directory. Open them with `open_finished_shards`."""
 
     def __init__(self, directory: Path, request: dict[str, Any], finished: dict[int, FinishedShard]) -> None:
-        self._directory = directory
-        self._request = request
-        self._finished = finished
+        self._directory, self._request, self._finished = directory, request, finished
 
     def __contains__(self, index: int) -> bool:
         """Tell whether shard `index` is finished."""
         return index in self._finished
 
-    def entries(self) -> tuple[ShardEntry, ...]:
-        """List the finished shards in order -> entries."""
-        return tuple(shard.entry for shard in self._in_order())
+    def in_order(self) -> list[FinishedShard]:
+        """List the finished shards by their numbers."""
+        return [shard for _, shard in sorted(self._finished.items())]
 
     def outcomes(self) -> dict[str, int]:
         """Sum what became of the answers of the finished shards -> counts."""
         total: Counter[str] = Counter()
-        for shard in self._in_order():
+        for shard in self.in_order():
             total.update(shard.outcomes)
         return dict(total)
-
-    def refused(self) -> tuple[SetAside, ...]:
-        """List the prompts of the finished shards that no answer could be had to."""
-        return tuple(row for shard in self._in_order() for row in shard.refused)
 
     def enter(self, index: int, shard: FinishedShard) -> None:
         """Record a shard whose file is in place."""
@@ -82,13 +76,6 @@ class FinishedShards:
     def is_complete(self, num_shards: int) -> bool:
         """Tell whether all shards and the manifest are there."""
         return len(self._finished) == num_shards and (self._directory / MANIFEST_NAME).is_file()
-
-    def withdraw_manifest(self) -> None:
-        """Remove a manifest before its shards are redone: it must never name shards that are not there."""
-        (self._directory / MANIFEST_NAME).unlink(missing_ok=True)
-
-    def _in_order(self) -> list[FinishedShard]:
-        return [self._finished[index] for index in sorted(self._finished)]
 
     def _save(self) -> None:
         shards = {str(index): asdict(shard) for index, shard in sorted(self._finished.items())}
@@ -112,7 +99,7 @@ def open_finished_shards(directory: Path, request: dict[str, Any], *, num_shards
             remove_stale_temporaries(directory / name)
         finished = FinishedShards(directory, request, _finished_shards(directory, request, num_shards))
         if not finished.is_complete(num_shards):
-            finished.withdraw_manifest()
+            (directory / MANIFEST_NAME).unlink(missing_ok=True)  # it must never name shards that are not there
         finished._save()
         yield finished
 

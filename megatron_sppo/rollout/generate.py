@@ -76,7 +76,7 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
             _sample_missing(shards, finished, sampler, tokenizer, config.output, sampling, vocab_size=files.vocab_size)
         else:
             logger.info("%s is complete: nothing to do", config.output)
-        refused = finished.refused()
+        refused = [row for shard in finished.in_order() for row in shard.refused]
         if refused:
             logger.warning(
                 "%d prompts are refused by the server and set aside; the first: %s: %s",
@@ -91,7 +91,7 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
             vocab_size=files.vocab_size,
             sampling=settings,
             num_prompts=len(prompts) - len(refused),
-            shards=tuple(entry for entry in finished.entries() if entry.rows),
+            shards=tuple(shard.entry for shard in finished.in_order() if shard.entry.rows),
             quarantined=(*quarantined, *refused),
             outcomes=finished.outcomes(),
         )
@@ -205,7 +205,7 @@ def _sample_missing(
     missing = [index for index in range(len(shards)) if index not in finished]
     if not missing:
         return
-    done = sum(entry.rows for entry in finished.entries())
+    done = sum(shard.entry.rows for shard in finished.in_order())
     total = sum(map(len, shards))
     logger.info("%d of %d prompts to sample, %d responses each", total - done, total, sampling.num_responses)
     longest = max(len(prompt.token_ids) for prompt in itertools.chain.from_iterable(shards))

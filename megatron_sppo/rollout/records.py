@@ -147,11 +147,11 @@ def read_manifest(directory: Path) -> RolloutManifest:
     """
     path = Path(directory, MANIFEST_NAME)
     if not Path(directory).is_dir():
-        raise DataError(f"{directory} is not a directory of rollouts. Write it with tools/generate_rollouts.py.")
+        raise DataError(f"{directory} is not a directory of rollouts. Write it with `megatron-sppo rollouts`.")
     if not path.is_file():
         raise DataError(
             f"{directory} has no {MANIFEST_NAME}: the rollouts are unfinished. "
-            "Run the same generate_rollouts.py command again; finished shards are kept."
+            "Run the same `megatron-sppo rollouts` command again; finished shards are kept."
         )
     manifest = read_json_as(path, RolloutManifest, remedy=_WRITE_AGAIN)
     num_responses = manifest.sampling.get("num_responses")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from megatron_sppo.config import (
+    LAYOUT,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -114,21 +115,21 @@ class OptimizationConfig:
 class ParallelConfig:
     """The layout, by Megatron-Core's names. Data parallelism is what remains of the world size."""
 
-    tensor_model_parallel_size: PositiveInt = 1
+    tensor_model_parallel_size: Annotated[PositiveInt, LAYOUT] = 1
     """Ranks that split each weight matrix."""
-    pipeline_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: Annotated[PositiveInt, LAYOUT] = 1
     """Stages that the layers are divided into."""
-    decoder_first_pipeline_num_layers: PositiveInt | None = None
+    decoder_first_pipeline_num_layers: Annotated[PositiveInt | None, LAYOUT] = None
     """Layers of the first stage, where they are not the even share: 61 layers are 13 + 16 + 16 + 16."""
-    decoder_last_pipeline_num_layers: PositiveInt | None = None
+    decoder_last_pipeline_num_layers: Annotated[PositiveInt | None, LAYOUT] = None
     """Layers of the last stage, likewise."""
-    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    virtual_pipeline_model_parallel_size: Annotated[PositiveInt | None, LAYOUT] = None
     """Model chunks per pipeline stage (interleaved schedule)."""
-    context_parallel_size: PositiveInt = 1
+    context_parallel_size: Annotated[PositiveInt, LAYOUT] = 1
     """Ranks that split each sequence."""
-    expert_model_parallel_size: PositiveInt = 1
+    expert_model_parallel_size: Annotated[PositiveInt, LAYOUT] = 1
     """Ranks that the experts of each layer are divided over. They may be data-, tensor- and context-parallel ranks."""
-    sequence_parallel: bool = False
+    sequence_parallel: Annotated[bool, LAYOUT] = False
     """Split the activations of norms along the sequence over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state and master weights over the data-parallel ranks."""
@@ -177,7 +178,7 @@ class ParallelConfig:
 class BatchConfig:
     """Which responses a step sees, and in what pieces. Batch sizes count responses (sequences), not pairs or tokens."""
 
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: Annotated[PositiveInt, LAYOUT] = 1
     """Responses in one forward pass of one data-parallel rank. Of no effect with `packed_sequence_size`."""
     global_batch_size: PositiveInt = 128
     """Responses in one optimizer step; the published runs use 128 (64 pairs)."""
@@ -188,7 +189,7 @@ class BatchConfig:
     """Keep this many tokens of a longer prompt, from its end (official recipe: 512); unset: no prompt is cut."""
     packing: bool = True
     """Lay the responses of a micro-batch end to end instead of padding each to the longest."""
-    packed_sequence_size: PositiveInt | None = None
+    packed_sequence_size: Annotated[PositiveInt | None, LAYOUT] = None
     """Tokens in one forward pass of one data-parallel rank, at most (its context-parallel ranks share them). Responses
     are packed by length into as few micro-batches as hold them, and `micro_batch_size` limits nothing. At least the
     longest prompt + response (with dpo and ipo: the longest pair); rounded down to a multiple that suits the layout.
@@ -246,11 +247,11 @@ class RunConfig:
 class TrainingConfig:
     """One iteration's training: pi_t's checkpoint and a dataset of its judged responses in, pi_{t+1} out."""
 
-    load: Path
+    load: Annotated[Path, LAYOUT]
     """Megatron checkpoint of pi_t: a root (its tracker decides) or one iter_* directory."""
-    data: Path
-    """Dataset directory written by tools/score_pairrm.py."""
-    save: Path
+    data: Annotated[Path, LAYOUT]
+    """Dataset directory written by `megatron-sppo score`."""
+    save: Annotated[Path, LAYOUT]
     """Where checkpoints, metrics.jsonl and the resolved config go. If it has a checkpoint, the run resumes from it."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)

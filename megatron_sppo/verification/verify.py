@@ -120,7 +120,7 @@ def _remedy(report: dict[str, Any]) -> str:
     if report["architecture"]["different"]:
         return "config.json was changed after the import, or is of another model: restore it, or import again."
     if tensors["different"] or report["logits"] is None:
-        return f"Convert again: tools/convert.py import --hf {report['hf']} --megatron NEW_DIR."
+        return f"Convert again: megatron-sppo convert import --hf {report['hf']} --megatron NEW_DIR."
     if not report["tokenizer"]["ids_same"] or report["tokenizer"]["different_probes"]:
         return "The weights are the same: put the tokenizer's files right, or import again into a new directory."
     return (

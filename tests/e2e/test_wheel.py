@@ -4,6 +4,7 @@ runs its stages. No file of the clone is opened, by any of the processes.
 Left to `make demo` from a wheel: vLLM and a real model. The environment's other packages are the tests' own.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from megatron_sppo.__main__ import COMMANDS
 from tests.e2e.test_help import CONVERT, check_is_light, run
+from tests.models import tiny_llama
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCES = ("megatron_sppo", "examples", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -95,3 +97,38 @@ def test_the_packaged_files_are_the_clones(installed: Path) -> None:
 def test_the_demos_model_is_built_by_the_package(installed: Path, empty: Path) -> None:
     outcome = run("-m", "megatron_sppo.examples.build_smollm2", "--help", directory=empty, path=installed)
     assert outcome.stdout.startswith("usage: build_smollm2.py ")
+
+
+def test_a_round_of_self_play_on_the_packaged_config_and_prompts(installed: Path, empty: Path) -> None:
+    """Everything but the sampler is real; evaluation, left out, is other work of the same commands."""
+    sampler = empty / "sampler"
+    for name in ("tests/e2e/fake_rollouts.py", "tests/unit/rollout/fake_sampler.py"):
+        (sampler / name).parent.mkdir(parents=True)
+        shutil.copy(REPOSITORY / name, sampler / name)
+    tiny_llama(empty / "model")
+    given = {
+        "--config": "examples/configs/smollm2_demo.yaml",
+        "--prompts": "examples/data/prompts.jsonl",
+        "--model": "model",
+        "--output": "runs/demo",
+        "--rollout-command": f"{sys.executable} {sampler / 'tests/e2e/fake_rollouts.py'}",
+        "--iterations": 1,
+        "--max-prompts-per-iteration": 8,
+        "--max-tokens": 24,
+        "--heldout-prompts": 0,
+        "--inspected-prompts": 0,
+    }
+    outcome = subprocess.run(
+        [sys.executable, "-m", "megatron_sppo", "self-play", *(str(part) for pair in given.items() for part in pair)],
+        cwd=empty,
+        env={**os.environ, "PYTHONPATH": f"{installed}{os.pathsep}{sampler}", "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    assert "examples/configs/smollm2_demo.yaml: taken from the installed package" in outcome.stderr
+    (iteration,) = json.loads((empty / "runs/demo/summary.json").read_text())["iterations"]
+    assert {"rollouts", "dataset", "train", "export"} <= set(iteration["seconds"])
+    assert (empty / "runs/demo/iter_1/hf/model.safetensors").is_file()
+    assert (empty / "runs/demo/report.html").is_file()
