@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from megatron_sppo.commands import convert, evaluate, import_preferences, report, rollouts, score, self_play
 from megatron_sppo.commands import inspect as inspection
-from megatron_sppo.config import Range
+from megatron_sppo.config import Range, SettingsOf
 from megatron_sppo.planning.config import PlanConfig
 from megatron_sppo.training.config import TrainingConfig
 
@@ -101,8 +101,15 @@ def ranges(annotation: Any) -> Iterator[Range]:
         yield from ranges(part)
 
 
+def is_of_another_command(annotation: Any) -> bool:
+    """Whether one flag takes all settings of another command."""
+    return any(isinstance(mark, SettingsOf) for mark in typing.get_args(annotation))
+
+
 def value_of(annotation: Any) -> str:
     """Word what a flag takes -> such as "N", "PATH", "{a,b}" or, of several, "X ..."."""
+    if is_of_another_command(annotation):
+        return "NAME=VALUE ..."
     if typing.get_origin(annotation) is Annotated:
         return value_of(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -125,7 +132,7 @@ def default_of(field: "dataclasses.Field[Any]", section: Any) -> str:
         value = field.default_factory()
     else:
         return "**required**"
-    if value is None or value == ():
+    if value is None or value == () or dataclasses.is_dataclass(value):
         return "unset"
     if isinstance(value, bool):
         return "on" if value else "off"
@@ -140,7 +147,7 @@ def sections(
     for field in dataclasses.fields(kind):
         annotation = hints[field.name]
         plain = typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
-        if dataclasses.is_dataclass(plain):
+        if dataclasses.is_dataclass(plain) and not is_of_another_command(annotation):
             assert isinstance(plain, type)
             has_factory = field.default_factory is not dataclasses.MISSING
             inner.append((field.name, plain, field.default_factory() if has_factory else dataclasses.MISSING))

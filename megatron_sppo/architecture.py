@@ -143,29 +143,46 @@ class Architecture:
 
     @property
     def query_channels(self) -> int:
-        """Channels of a token's queries, of all heads together."""
+        """Channels of all query heads."""
         return self.num_attention_heads * self.kv_channels
 
     @property
     def key_channels(self) -> int:
-        """Channels of a token's keys, of all groups together; as many of its values."""
+        """Channels of all key heads, and of all value heads."""
         return self.num_query_groups * self.kv_channels
 
-    def num_parameters(self) -> int:
-        """Count the weights, tied embeddings once -> int."""
-        query_rows, key_rows = self.query_channels, self.key_channels
-        attention = self.hidden_size * (2 * query_rows + 2 * key_rows)
+    @property
+    def norms_per_layer(self) -> int:
+        """Norms of hidden size in a layer: before, behind (OLMo-2) or around both units (Gemma-2)."""
+        return 2 * (self.pre_layernorm + self.post_layernorm)
+
+    def layer_weights(self, *, tensor_ranks: int = 1, expert_tensor_ranks: int = 1) -> dict[str, int]:
+        """Count one layer's weights, kind by kind, as a rank holds them -> {Megatron's name: weights of one}.
+
+        There are `norms_per_layer` of "norm"; with experts, linear_fc1 and linear_fc2 are those of one.
+        """
+        hidden, head = self.hidden_size, self.kv_channels
+        queries = self.query_channels // tensor_ranks
+        qkv = queries + 2 * self.key_channels // tensor_ranks
+        weights = {"norm": hidden, "linear_proj": hidden * queries, "linear_qkv": hidden * qkv}
         if self.add_qkv_bias:
-            attention += query_rows + 2 * key_rows
-        if self.qk_layernorm:
-            attention += query_rows + key_rows if self.qk_layernorm_across_heads else 2 * self.kv_channels
-        if self.num_moe_experts is not None:
-            expert = 3 * self.hidden_size * (self.moe_ffn_hidden_size or 0)
-            feed_forward = self.num_moe_experts * (expert + self.hidden_size)  # the router has a row for each
+            weights["linear_qkv.bias"] = qkv
+        if self.qk_layernorm:  # norms over all heads are held whole by each rank
+            across = self.qk_layernorm_across_heads
+            weights["q_layernorm"] = self.query_channels if across else head
+            weights["k_layernorm"] = self.key_channels if across else head
+        if self.num_moe_experts is None:
+            width = self.ffn_hidden_size // tensor_ranks
         else:
-            feed_forward = 3 * self.hidden_size * self.ffn_hidden_size
-        norms = 2 * self.hidden_size * (self.pre_layernorm + self.post_layernorm)
-        layer = attention + feed_forward + norms
+            width = (self.moe_ffn_hidden_size or 0) // expert_tensor_ranks
+            weights["router"] = self.num_moe_experts * hidden
+        return weights | {"linear_fc1": 2 * width * hidden, "linear_fc2": hidden * width}
+
+    def num_parameters(self) -> int:
+        """Count the weights as the checkpoint holds them, tied embeddings once -> int."""
+        copies = {"norm": self.norms_per_layer}
+        copies |= dict.fromkeys(("linear_fc1", "linear_fc2"), self.num_moe_experts or 1)
+        layer = sum(number * copies.get(name, 1) for name, number in self.layer_weights().items())
         embeddings = self.vocab_size * self.hidden_size * (1 if self.share_embeddings_and_output_weights else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 

@@ -18,12 +18,9 @@ def attended_positions(num_tokens: int) -> int:
 
 def layer_flops_per_token(architecture: Architecture) -> int:
     """Count the products of one layer for one token, forward, without attention's scores and values."""
-    weights = 2 * architecture.hidden_size * (architecture.query_channels + architecture.key_channels)
-    if architecture.num_moe_experts is None:
-        return 2 * (weights + 3 * architecture.hidden_size * architecture.ffn_hidden_size)
-    chosen, width = architecture.moe_router_topk or 0, architecture.moe_ffn_hidden_size or 0
-    weights += architecture.hidden_size * (architecture.num_moe_experts + 3 * chosen * width)
-    return 2 * weights
+    weights, experts = architecture.layer_weights(), architecture.moe_router_topk or 1
+    feed_forward = experts * (weights["linear_fc1"] + weights["linear_fc2"])
+    return 2 * (weights["linear_proj"] + weights["linear_qkv"] + weights.get("router", 0) + feed_forward)
 
 
 def attention_flops_per_position(architecture: Architecture) -> int:
@@ -72,9 +69,6 @@ def crossover_length(architecture: Architecture) -> float:
     Causal attention of a layer takes about 2 * n * d FLOPs a token forward (d = heads x head size) and its matrices
     take 2 * (weights of a layer that a token meets): they are equal at n = weights / d, 53,000 tokens for Llama-3-8B.
     """
-    query_rows, key_rows = architecture.query_channels, architecture.key_channels
-    channels = architecture.ffn_hidden_size
-    if architecture.num_moe_experts is not None:
-        channels = (architecture.moe_router_topk or 0) * (architecture.moe_ffn_hidden_size or 0)
-    weights = architecture.hidden_size * (2 * query_rows + 2 * key_rows + 3 * channels)
-    return weights / query_rows
+    weights, experts = architecture.layer_weights(), architecture.moe_router_topk or 1
+    feed_forward = experts * (weights["linear_fc1"] + weights["linear_fc2"])
+    return (weights["linear_proj"] + weights["linear_qkv"] + feed_forward) / architecture.query_channels

@@ -7,8 +7,9 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
 
-from megatron_sppo.config import parse
+from megatron_sppo.config import LAYOUT, parse
 from megatron_sppo.selfplay.config import SelfPlayConfig
 from megatron_sppo.storage import own_or_packaged
 
@@ -17,7 +18,7 @@ from megatron_sppo.storage import own_or_packaged
 class Command(SelfPlayConfig):
     """The run, and how to report it."""
 
-    json: bool = False
+    json: Annotated[bool, LAYOUT] = False
     """Print summary.json's content in place of the table."""
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar
 import msgspec
 
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.objective.names import PreferenceRule
 from megatron_sppo.storage import read_json, sha256_of_json, write_json
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -20,7 +21,6 @@ COLUMNS = ("tokens", "win_rates", "preferences", "judge_logits")
 """The indexed datasets of a preference dataset; each is a pair of .bin and .idx files."""
 PROMPTS_NAME = "prompts.jsonl"
 """One line per prompt group, in order: its prompt_id and whatever the report wants to know of it."""
-PRESETS = ("paper", "official")
 
 T = TypeVar("T")
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
@@ -90,7 +90,7 @@ class DatasetManifest:
     """megatron_sppo.checkpoints.tokenizer.tokenizer_hash of the policy; None when the producer did not know it."""
     vocab_size: PositiveInt | None
     judge: str
-    preset: Literal["paper", "official"]
+    preset: PreferenceRule
     """Rule that made preferences from judge logits."""
     selection: str
     files: dict[str, FileEntry]

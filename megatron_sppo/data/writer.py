@@ -17,7 +17,6 @@ from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.indexed import ColumnWriter, file_entry
 from megatron_sppo.data.schema import (
     COLUMNS,
-    PRESETS,
     PROMPTS_NAME,
     SCHEMA_VERSION,
     DatasetManifest,
@@ -28,6 +27,7 @@ from megatron_sppo.data.schema import (
 )
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.objective import preference_matrix, win_rates
+from megatron_sppo.objective.names import PREFERENCE_RULES
 from megatron_sppo.storage import atomic_directory, remove_stale_temporaries
 
 TokenIds = Sequence[int] | np.ndarray
@@ -52,8 +52,8 @@ class DatasetWriter:
         selection: str,
         rollouts_sha256: str | None,
     ) -> None:
-        if preset not in PRESETS:
-            raise ConfigError(f"preset {preset!r} is unknown. Use --preset with one of: {', '.join(PRESETS)}.")
+        if preset not in PREFERENCE_RULES:
+            raise ConfigError(f"preset {preset!r} is unknown. Use --preset with one of: {', '.join(PREFERENCE_RULES)}.")
         selected = parse_selection(selection)
         if 2 * selected.num_each > num_responses:
             raise ConfigError(

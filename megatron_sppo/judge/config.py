@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatron_sppo.config import PositiveInt, Seed, check_ranges
+from megatron_sppo.config import LAYOUT, PositiveInt, Seed, check_ranges
 from megatron_sppo.data.schema import parse_selection
 from megatron_sppo.errors import ConfigError
 
@@ -13,9 +13,9 @@ from megatron_sppo.errors import ConfigError
 class ScoreConfig:
     """What to judge, by whom, and what to keep of it."""
 
-    output: Path
+    output: Annotated[Path, LAYOUT]
     """Directory of the dataset."""
-    rollouts: Path | None = None
+    rollouts: Annotated[Path | None, LAYOUT] = None
     """Directory that `megatron-sppo rollouts` wrote."""
     judge: str | None = None
     """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, matrices:FILE, rules:concise or rules:cyclic."""
@@ -34,7 +34,7 @@ class ScoreConfig:
     """Judge only what follows this text in an answer, such as "</think>"; default: whole answers."""
     verdict_tokens: PositiveInt = 1
     """Tokens that an endpoint may answer with: 1 for one letter, more for a judge that reasons before it."""
-    allow_no_signal: bool = False
+    allow_no_signal: Annotated[bool, LAYOUT] = False
     """Write the dataset even where no answer is preferred to another, so that training on it would change nothing."""
     max_requests: PositiveInt | None = None
     """Most requests to an endpoint, of each rank; cached answers cost none. Finished shards are kept."""

@@ -4,9 +4,8 @@ M = answers per prompt and policy, N = prompts both policies answered, R = resam
 """
 
 import logging
-import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from megatron_sppo.judge.load import load_judge
 from megatron_sppo.judge.protocol import Judge, Unjudged, judge_groups
 from megatron_sppo.objective import preference_matrix
 from megatron_sppo.objective.diagnostics import TIE_TOLERANCE
+from megatron_sppo.rollout.outcomes import mean_response_tokens
 from megatron_sppo.rollout.records import RolloutGroup, read_rollouts
 from megatron_sppo.storage import refuse_foreign_file, write_json
 
@@ -206,9 +206,3 @@ def bootstrap(values: Sequence[float], *, resamples: int, seed: int) -> WinRate:
     means_R = np.array([generator.choice(sample_N, size=sample_N.size).mean() for _ in range(resamples)])
     low, high = np.quantile(means_R, [0.025, 0.975])
     return WinRate(mean=float(sample_N.mean()), low=float(low), high=float(high), num_prompts=sample_N.size)
-
-
-def mean_response_tokens(groups: Iterable[RolloutGroup]) -> float:
-    """Average the lengths of all answers -> tokens."""
-    lengths = [len(response.token_ids) for group in groups for response in group.responses]
-    return statistics.fmean(lengths) if lengths else 0.0

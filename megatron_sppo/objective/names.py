@@ -1,10 +1,12 @@
 """What a setting may name: baselines, rules of preference. No torch here: command lines read these."""
 
 import math
+from typing import Literal, get_args
 
 from megatron_sppo.errors import ConfigError
 
-PREFERENCE_RULES = ("paper", "official")
+PreferenceRule = Literal["paper", "official"]
+PREFERENCE_RULES: tuple[str, ...] = get_args(PreferenceRule)
 BASELINES = ("half", "group_mean", "estimate")
 """The named baselines; the fourth is the tuple ("constant", c)."""
 

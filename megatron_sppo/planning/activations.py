@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.model.config import ModelConfig
-from megatron_sppo.planning.parameters import Grid, norms_per_layer
+from megatron_sppo.planning.parameters import Grid
 
 FLOAT32 = 4
 FP8 = 1
@@ -161,7 +161,7 @@ def _torch_layer(
     wide = sizes.tokens * sizes.type_bytes
     norm = sum(_torch_norm(sizes).values())
     items = {
-        "norms": norms_per_layer(architecture) * norm,
+        "norms": architecture.norms_per_layer * norm,
         "input of linear_qkv": sizes.residual,
         "rotation": 4 * wide * sizes.head,
         # Values are a view of the projection's output, which is kept whole for them.
@@ -242,7 +242,7 @@ def _engine_layer(
     product_bytes = FP8 if model.fp8 != "none" else sizes.type_bytes
     wide, normed = sizes.tokens * sizes.type_bytes, sizes.between * sizes.hidden * product_bytes
     items = {
-        "norms": norms_per_layer(architecture) * sum(_engine_norm(sizes).values()),
+        "norms": architecture.norms_per_layer * sum(_engine_norm(sizes).values()),
         "input of linear_qkv": normed,
         "queries, keys and values": wide * (2 * sizes.query + 3 * sizes.key),
         "input of linear_proj": sizes.tokens * sizes.query * product_bytes,

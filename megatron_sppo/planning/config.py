@@ -1,19 +1,13 @@
 """What a plan is told: a training config, how much there is to train on, and what the machine is taken to do."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-
 from megatron_sppo import config as configuration
 from megatron_sppo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range, check_ranges
-from megatron_sppo.errors import ConfigError
-from megatron_sppo.model.config import ModelConfig
-from megatron_sppo.storage import own_or_packaged
-from megatron_sppo.training.config import BatchConfig, ObjectiveConfig, OptimizationConfig, ParallelConfig, RunConfig
+from megatron_sppo.training.config import OptimizationConfig, TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,68 +83,41 @@ class MachineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
+class PlanConfig(TrainingConfig):
     """A training config with what a plan needs beside it. `lr` and paths may be there and change nothing."""
 
     plan: SubjectConfig = field(default_factory=SubjectConfig)
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
     optimization: OptimizationConfig = field(default_factory=lambda: OptimizationConfig(lr=5e-7))
-    model: ModelConfig = field(default_factory=ModelConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-    load: Path | None = None
-    data: Path | None = None
-    save: Path | None = None
+    load: Path = Path()
+    data: Path = Path()
+    save: Path = Path()
 
 
 def read_plan(argv: Sequence[str], *, name: str, description: str) -> tuple[PlanConfig, Path | None]:
     """Read the command line -> (config, the file of --config).
 
-    The file may be one of examples/pretrain_sppo.py or one of tools/self_play.py, whose section `training` and numbers
-    of prompts, answers and ranks are then taken.
+    The file may be one of training or one of self-play, whose section `training` and numbers of prompts, answers and
+    ranks are then taken.
 
     Raises:
         ConfigError: as `config.parse`.
     """
-    tokens = list(argv)
-    place = next((i for i, token in enumerate(tokens) if token == "--config" and i + 1 < len(tokens)), None)
-    if place is None:
-        return configuration.parse(PlanConfig, name=name, description=description, argv=tokens), None
-    file = own_or_packaged(Path(tokens[place + 1]))
-    settings = _self_play_settings(file)
-    if settings is None:
-        return configuration.parse(PlanConfig, name=name, description=description, argv=tokens), file
-    with tempfile.TemporaryDirectory() as directory:
-        flat = Path(directory, file.name)
-        flat.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        tokens[place + 1] = str(flat)
-        try:
-            return configuration.parse(PlanConfig, name=name, description=description, argv=tokens), file
-        except ConfigError as error:
-            raise ConfigError(str(error).replace(str(flat), str(file))) from None
+    config = configuration.parse(PlanConfig, name=name, description=description, argv=argv, of_file=_of_self_play)
+    return config, configuration.config_file(argv)
 
 
-def _self_play_settings(file: Path) -> dict[str, Any] | None:
-    """Take what a plan reads from a self-play config -> flat settings; None for another kind of file."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None  # the parser says what is wrong
-    if not isinstance(content, dict) or not isinstance(content.get("training"), dict):
-        return None
-    rollout, run = content.get("rollout") or {}, content.get("run") or {}
+def _of_self_play(content: dict[str, Any]) -> dict[str, Any]:
+    """Take what a plan reads from a self-play file -> settings; another kind of file as it is."""
+    training = content.get("training")
+    if not isinstance(training, dict):
+        return content
+    run, rollout, scoring = (content.get(section) or {} for section in ("run", "rollout", "scoring"))
     taken = {
         "num_responses": rollout.get("num_responses"),
         "num_prompts": run.get("max_prompts_per_iteration"),
         "world_size": run.get("training_processes"),
-        "selection": (content.get("scoring") or {}).get("selection"),
-    }
-    # A number like 5.0e-7 must not lose its form: the flags read texts.
-    training = {
-        key: value if isinstance(value, (dict, list, bool)) else str(value)
-        for key, value in content["training"].items()
+        "selection": scoring.get("selection"),
     }
     return {key: value for key, value in taken.items() if value is not None} | training

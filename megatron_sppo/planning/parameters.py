@@ -41,11 +41,11 @@ class Grid:
     def layers_of_stage(self, num_layers: int, stage: int) -> int:
         """Count the layers of a pipeline stage: an even share, or what the first and last are given -> int."""
         last = self.parallel.pipeline_model_parallel_size - 1
-        given = {
+        ends = {
             0: self.parallel.decoder_first_pipeline_num_layers,
             last: self.parallel.decoder_last_pipeline_num_layers,
         }
-        given = {end: layers for end, layers in given.items() if layers is not None}
+        given = {end: layers for end, layers in ends.items() if layers is not None}
         if stage in given:
             return given[stage]
         return (num_layers - sum(given.values())) // (last + 1 - len(given))
@@ -68,42 +68,19 @@ class Grid:
         return stage_ranks // (self.parallel.expert_model_parallel_size * self.parallel.expert_tensor_parallel_size)
 
 
-def norms_per_layer(architecture: Architecture) -> int:
-    """Count the norms of hidden size in a layer: before, behind (OLMo-2) or around both units (Gemma-2)."""
-    return 2 * (architecture.pre_layernorm + architecture.post_layernorm)
-
-
 def layer_shards(architecture: Architecture, parallel: ParallelConfig) -> list[Shard]:
     """List one layer's parameters as a rank holds them."""
-    hidden, head = architecture.hidden_size, architecture.kv_channels
-    tensor = parallel.tensor_model_parallel_size
-    queries = architecture.query_channels // tensor
-    qkv = queries + 2 * architecture.key_channels // tensor
-    shards = [Shard(name="norm", numel=hidden)] * norms_per_layer(architecture)
-    shards += [Shard(name="linear_proj", numel=hidden * queries), Shard(name="linear_qkv", numel=hidden * qkv)]
-    if architecture.add_qkv_bias:
-        shards.append(Shard(name="linear_qkv.bias", numel=qkv))
-    if architecture.qk_layernorm:
-        # Norms over all heads are held whole by each rank.
-        across = architecture.qk_layernorm_across_heads
-        query_heads, key_heads = (architecture.num_attention_heads, architecture.num_query_groups) if across else (1, 1)
-        shards += [
-            Shard(name="q_layernorm", numel=query_heads * head),
-            Shard(name="k_layernorm", numel=key_heads * head),
-        ]
-    if architecture.num_moe_experts is None:
-        width = architecture.ffn_hidden_size // tensor
-        return [*shards, *_feed_forward(hidden, width, is_expert=False)]
-    width = (architecture.moe_ffn_hidden_size or 0) // parallel.expert_tensor_parallel_size
-    local = architecture.num_moe_experts // parallel.expert_model_parallel_size
-    router = Shard(name="router", numel=architecture.num_moe_experts * hidden)
-    return [*shards, router, *_feed_forward(hidden, width, is_expert=True) * local]
-
-
-def _feed_forward(hidden: int, width: int, *, is_expert: bool) -> list[Shard]:
+    weights = architecture.layer_weights(
+        tensor_ranks=parallel.tensor_model_parallel_size, expert_tensor_ranks=parallel.expert_tensor_parallel_size
+    )
+    experts = architecture.num_moe_experts
+    copies = {"norm": architecture.norms_per_layer}
+    if experts is not None:
+        copies |= dict.fromkeys(("linear_fc1", "linear_fc2"), experts // parallel.expert_model_parallel_size)
     return [
-        Shard(name="linear_fc1", numel=2 * width * hidden, is_expert=is_expert),
-        Shard(name="linear_fc2", numel=hidden * width, is_expert=is_expert),
+        Shard(name=name, numel=numel, is_expert=experts is not None and name.startswith("linear_fc"))
+        for name, numel in weights.items()
+        for _ in range(copies.get(name, 1))
     ]
 
 
@@ -130,17 +107,6 @@ def stage_shards(architecture: Architecture, grid: Grid, stage: int) -> list[lis
 def count(shards: list[Shard]) -> int:
     """Add up weights -> int."""
     return sum(shard.numel for shard in shards)
-
-
-def total_parameters(architecture: Architecture) -> int:
-    """Count the model's weights as its checkpoint holds them, tied ones once -> int."""
-    one = ParallelConfig()
-    embeddings = 1 if architecture.share_embeddings_and_output_weights else 2
-    return (
-        architecture.num_layers * count(layer_shards(architecture, one))
-        + embeddings * architecture.vocab_size * architecture.hidden_size
-        + architecture.hidden_size
-    )
 
 
 def buffer_elements(shards: list[Shard], grid: Grid, *, is_expert: bool) -> int:

@@ -11,9 +11,8 @@ from megatron_sppo.planning.activations import MicroBatchShape
 from megatron_sppo.planning.architectures import find_architecture
 from megatron_sppo.planning.config import PlanConfig
 from megatron_sppo.planning.memory import StageMemory, stage_memory
-from megatron_sppo.planning.parameters import Grid, total_parameters
+from megatron_sppo.planning.parameters import Grid
 from megatron_sppo.planning.timing import StepTime, stage_seconds, step_time, workload
-from megatron_sppo.training.config import TrainingConfig
 from megatron_sppo.training.parallel import check_layout
 
 _BUBBLE_WORTH_A_WORD = 0.2
@@ -75,7 +74,7 @@ def make_report(config: PlanConfig, *, config_file: Path | None) -> Report:
     return Report(
         model=model,
         architecture=architecture,
-        num_parameters=total_parameters(architecture),
+        num_parameters=architecture.num_parameters(),
         config=config,
         plans=tuple(make_plan(architecture, config, world_size=size) for size in sizes),
     )
@@ -91,8 +90,7 @@ def make_plan(architecture: Architecture, config: PlanConfig, *, world_size: int
         expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
     )
     grid = Grid(parallel=config.parallel, world_size=world_size)
-    if config.batch.packed_sequence_size is None:
-        _training_config(config).check_batch(data_parallel_size=grid.data_parallel_size)
+    config.check_batch(data_parallel_size=grid.data_parallel_size)
     shape = largest_micro_batch(config, grid, architecture)
     step = step_time(architecture, config, grid)
     stages = tuple(
@@ -168,20 +166,6 @@ def layout_name(grid: Grid) -> str:
         if size > 1:
             parts.append(f"{name}{size}")
     return " ".join([*parts, f"DP{grid.data_parallel_size}"])
-
-
-def _training_config(config: PlanConfig) -> TrainingConfig:
-    nowhere = Path("-")
-    return TrainingConfig(
-        load=nowhere,
-        data=nowhere,
-        save=nowhere,
-        objective=config.objective,
-        batch=config.batch,
-        optimization=config.optimization,
-        model=config.model,
-        parallel=config.parallel,
-    )
 
 
 def _advice(

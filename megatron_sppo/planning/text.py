@@ -1,6 +1,7 @@
 """A plan as a page of text: one column for each world."""
 
 from collections.abc import Callable
+from functools import partial
 
 from megatron_sppo.planning.plan import Plan, Report, is_for_engine
 
@@ -80,15 +81,17 @@ def _step(plans: tuple[Plan, ...]) -> list[str]:
         ("pipeline bubble, %", lambda plan: f"{100 * plan.step.bubble_fraction:.1f}"),
     ]
     lines = ["", "an optimizer step", *(_row(name, plans, value) for name, value in rows)]
-    lines += [
-        _row(f"traffic {axis}, GB a GPU (s)", plans, lambda plan, axis=axis: _traffic(plan, axis)) for axis in axes
-    ]  # type: ignore[misc]
+    lines += [_row(f"traffic {axis}, GB a GPU (s)", plans, partial(_traffic, axis=axis)) for axis in axes]
     last: list[tuple[str, Callable[[Plan], str]]] = [
         ("step, s", lambda plan: f"{plan.step.seconds:.2f}"),
         ("tokens/s a GPU", lambda plan: f"{plan.step.tokens_per_gpu(plan.world_size):.0f}"),
         ("model TFLOP/s a GPU", lambda plan: f"{plan.step.tflops_per_gpu(plan.world_size):.0f}"),
     ]
     return [*lines, *(_row(name, plans, value) for name, value in last)]
+
+
+def _minutes(plan: Plan, stage: str) -> str:
+    return f"{plan.seconds[stage] / 60:.1f}"
 
 
 def _traffic(plan: Plan, axis: str) -> str:
@@ -101,7 +104,5 @@ def _traffic(plan: Plan, axis: str) -> str:
 def _iteration(plans: tuple[Plan, ...]) -> list[str]:
     stages = list(dict.fromkeys(stage for plan in plans for stage in plan.seconds))
     lines = ["", "an iteration, minutes", _row("steps", plans, lambda plan: str(plan.num_steps))]
-    lines += [
-        _row(f"  {stage}", plans, lambda plan, stage=stage: f"{plan.seconds[stage] / 60:.1f}") for stage in stages
-    ]  # type: ignore[misc]
+    lines += [_row(f"  {stage}", plans, partial(_minutes, stage=stage)) for stage in stages]
     return [*lines, _row("  together", plans, lambda plan: f"{sum(plan.seconds.values()) / 60:.1f}")]

@@ -8,7 +8,7 @@ from megatron_sppo.data.schema import parse_selection
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.planning.communication import Traffic, step_traffic
 from megatron_sppo.planning.config import MachineConfig, PlanConfig
-from megatron_sppo.planning.parameters import Grid, total_parameters
+from megatron_sppo.planning.parameters import Grid
 
 _TERA = 1e12
 _PAIRRM_BACKBONE = 304e6
@@ -145,7 +145,7 @@ def _stage_seconds(
 def stage_seconds(architecture: Architecture, config: PlanConfig, grid: Grid, step: StepTime) -> dict[str, float]:
     """Estimate each stage of an iteration -> {stage: seconds}."""
     machine, given, work = config.machine, config.workload, workload(config)
-    checkpoint = total_parameters(architecture) * 2
+    checkpoint = architecture.num_parameters() * 2
     source, candidate = _PAIRRM_LIMITS
     pair_tokens = min(given.mean_prompt_tokens, source) + 2 * min(given.mean_response_tokens, candidate)
     num_pairs = given.num_prompts * given.num_responses * (given.num_responses - 1)
@@ -169,7 +169,7 @@ def stage_seconds(architecture: Architecture, config: PlanConfig, grid: Grid, st
 def _rollout_seconds(architecture: Architecture, config: PlanConfig, grid: Grid) -> float:
     """Time the sampling: a decoding step reads all weights and its answers' keys and values once -> seconds."""
     machine, given = config.machine, config.workload
-    weights = 2 * total_parameters(architecture)
+    weights = 2 * architecture.num_parameters()
     size = 1
     while weights / size > _SAMPLER_SHARE * machine.gpu_memory_gb * 1e9 and size < machine.gpus_per_node:
         size *= 2

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from megatron_sppo.config import NonNegativeInt, PositiveFloat, PositiveInt, Range, Seed, check_ranges
+from megatron_sppo.config import LAYOUT, NonNegativeInt, PositiveFloat, PositiveInt, Range, Seed, check_ranges
 from megatron_sppo.errors import ConfigError
 
 Temperature = Annotated[float, Range(0, 100)]
@@ -106,7 +106,7 @@ class EngineConfig:
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Weights and activations while sampling; auto takes the checkpoint's."""
-    tensor_parallel_size: PositiveInt = 1
+    tensor_parallel_size: Annotated[PositiveInt, LAYOUT] = 1
     """GPUs that share the model."""
     gpu_memory_utilization: Annotated[float, Range(0, 1, above=True)] = 0.9
     """Fraction of each GPU's memory that vLLM may take. Without a GPU it has no effect."""
@@ -123,7 +123,7 @@ class EngineConfig:
 class ServerConfig:
     """Where the servers are, and how patient to be."""
 
-    server: tuple[str, ...] = ()
+    server: Annotated[tuple[str, ...], LAYOUT] = ()
     """URLs of running vLLM servers with this model, such as http://node1:8000; without any, vLLM runs here."""
     server_model: str | None = None
     """Name of the model on the servers; None takes the one that they serve."""
@@ -148,12 +148,12 @@ class ServerConfig:
 class GenerateConfig:
     """One rollout job."""
 
-    model: Path
+    model: Annotated[Path, LAYOUT]
     """Hugging Face directory of the policy; its tokenizer and chat template make the prompts' token ids."""
-    prompts: Path
+    prompts: Annotated[Path, LAYOUT]
     """File (.jsonl, .json, .csv, .tsv, .parquet, plain or .gz, .zst) or dataset directory: rows with `prompt` or
     `messages`, or in the columns of ShareGPT, UltraFeedback, HH, Nectar, Alpaca or Orca."""
-    output: Path
+    output: Annotated[Path, LAYOUT]
     """Directory for the rollouts; the same command again resumes there."""
     num_responses: PositiveInt
     """K, answers per prompt; the paper uses 5."""
@@ -179,7 +179,7 @@ class GenerateConfig:
     """Prompts per shard: what a kill can cost. Larger shards keep big GPUs fuller."""
     max_model_len: PositiveInt | None = None
     """Most tokens of prompt and answer together; None takes the model's. Longer prompts are set aside."""
-    allow_no_signal: bool = False
+    allow_no_signal: Annotated[bool, LAYOUT] = False
     """Accept rollouts in which no prompt got two different answers, or every answer is empty."""
     template: TemplateConfig = field(default_factory=TemplateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -3,6 +3,7 @@
 Counted while sampling, kept in the manifest, logged by whoever reads the rollouts.
 """
 
+import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 
@@ -60,3 +61,9 @@ def outcome_warnings(outcomes: Mapping[str, int] | None, *, names: Collection[st
         if count > quiet * total and (names is None or name in names):
             lines.append(f"{count} of {total} ({count / total:.0%}) {text}.")
     return lines
+
+
+def mean_response_tokens(groups: Iterable[RolloutGroup]) -> float:
+    """Average the lengths of all answers -> tokens."""
+    lengths = [len(response.token_ids) for group in groups for response in group.responses]
+    return statistics.fmean(lengths) if lengths else 0.0

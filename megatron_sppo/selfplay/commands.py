@@ -1,31 +1,21 @@
 """The stages of a run as commands that a person could type, in their order."""
 
+import itertools
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
-from megatron_sppo import config as config_files
-from megatron_sppo.data.schema import parse_selection
+from megatron_sppo.config import to_flags
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.judge.config import EvaluateConfig, ScoreConfig
 from megatron_sppo.judge.load import load_judge
-from megatron_sppo.rollout.config import Sampling
-from megatron_sppo.selfplay.config import SelfPlayConfig, named_values, option_flags
+from megatron_sppo.selfplay.config import SelfPlayConfig
 from megatron_sppo.selfplay.stages import Stage
+from megatron_sppo.training.config import InspectionConfig, TrainingConfig
 
-ROOT = Path(__file__).resolve().parents[2]
-"""Repository root: the tools lie beside the package, not in it."""
-
-SCRIPTS = {
-    "convert": "tools/convert.py",
-    "rollouts": "tools/generate_rollouts.py",
-    "score": "tools/score_pairrm.py",
-    "train": "examples/pretrain_sppo.py",
-    "inspect": "tools/inspect_log_ratio.py",
-    "evaluate": "tools/evaluate.py",
-    "report": "tools/report.py",
-}
 REPORT_NAME = "report.html"
 
 _EVALUATION_SEED = 1_000_003
@@ -52,11 +42,6 @@ class RunPaths:
     def heldout(self) -> Path:
         """Prompts of the evaluation."""
         return self.run_dir / "prompts" / "heldout.jsonl"
-
-    @property
-    def training_config(self) -> Path:
-        """What is passed to the training command's --config."""
-        return self.run_dir / "training.yaml"
 
     def prompts(self, iteration: int) -> Path:
         """Prompts of one iteration -> path."""
@@ -87,26 +72,12 @@ class RunPaths:
         return self.base if iteration == 0 else self.of(iteration, "checkpoint")
 
 
-def check_scripts() -> None:
-    """Refuse an installation that left the tools behind.
-
-    Raises:
-        ConfigError: names the script that is not there.
-    """
-    for script in SCRIPTS.values():
-        if not (ROOT / script).is_file():
-            raise ConfigError(
-                f"{ROOT / script} does not exist: self-play runs the tools of the repository, which a plain package "
-                "installation leaves out. Clone the repository and use: pip install -e ."
-            )
-
-
 def start_stages(config: SelfPlayConfig, paths: RunPaths, *, evaluates: bool) -> Iterator[Stage]:
     """List what comes before the first iteration -> stages."""
     model = config.run.model
     yield Stage(
         name="import",
-        command=(*_python("convert"), "import", "--hf", str(model), "--megatron", str(paths.base)),
+        command=_command("convert", "import", "--hf", str(model), "--megatron", str(paths.base)),
         inputs=(model,),
         outputs=(paths.base,),
     )
@@ -123,7 +94,11 @@ def iteration_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int, *,
         name=f"{prefix}-rollouts",
         command=_rollout_command(
             config,
-            *(model, paths.prompts(iteration), rollouts, config.rollout.num_responses, config.run.seed + iteration),
+            model=model,
+            prompts=paths.prompts(iteration),
+            output=rollouts,
+            num_responses=config.rollout.num_responses,
+            seed=config.run.seed + iteration,
             allow_no_signal=config.scoring.allow_no_signal,
         ),
         inputs=(model, paths.prompts(iteration)),
@@ -131,29 +106,28 @@ def iteration_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int, *,
     )
     yield Stage(
         name=f"{prefix}-dataset",
-        command=_scoring_command(config, rollouts, dataset),
+        command=_command("score", *_flags(_scoring(config, rollouts, dataset))),
         inputs=(rollouts,),
         outputs=(dataset,),
     )
+    previous = paths.checkpoint(iteration - 1)
     yield Stage(
         name=f"{prefix}-train",
-        command=_training_command(config, paths, iteration),
-        inputs=(paths.checkpoint(iteration - 1), dataset),
+        command=_launched(config, "train", replace(config.training, load=previous, data=dataset, save=checkpoint)),
+        inputs=(previous, dataset),
         outputs=(checkpoint,),
     )
     if config.evaluation.inspected_prompts:
         yield Stage(
             name=f"{prefix}-inspect",
-            command=_inspection_command(config, paths, iteration),
-            inputs=(checkpoint, paths.checkpoint(iteration - 1), dataset),
+            command=_launched(config, "inspect", _inspection(config, paths, iteration)),
+            inputs=(checkpoint, previous, dataset),
             outputs=(paths.token_log_ratios(iteration),),
         )
+    to_hugging_face = ("--megatron", str(checkpoint), "--hf", str(paths.of(iteration, "hf")))
     yield Stage(
         name=f"{prefix}-export",
-        command=(
-            *(*_python("convert"), "export", "--megatron", str(checkpoint)),
-            *("--hf", str(paths.of(iteration, "hf")), "--template", str(config.run.model)),
-        ),
+        command=_command("convert", "export", *to_hugging_face, "--template", str(config.run.model)),
         inputs=(checkpoint,),
         outputs=(paths.of(iteration, "hf"),),
     )
@@ -164,130 +138,21 @@ def iteration_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int, *,
 
 def report_command(run_dir: Path) -> tuple[str, ...]:
     """Spell the command that writes report.html -> tokens."""
-    return (*_python("report"), "--run", str(run_dir))
+    return _command("report", "--run", str(run_dir))
 
 
-def _evaluation(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> Stage:
-    policy, base, previous = (paths.heldout_rollouts(number) for number in (iteration, 0, iteration - 1))
-    return Stage(
-        name=f"iter_{iteration}-eval",
-        command=(
-            *(*_python("evaluate"), "--policy", str(policy), "--base", str(base), "--previous", str(previous)),
-            *("--judge", config.eval_judge, "--preset", config.scoring.preset, *_judge_flags(config)),
-            *("--output", str(paths.result(iteration)), "--seed", str(config.run.seed)),
-            *("--bootstrap-resamples", str(config.evaluation.bootstrap_resamples)),
-        ),
-        inputs=(policy, base, previous),
-        outputs=(paths.result(iteration),),
-    )
-
-
-def _heldout_rollouts(config: SelfPlayConfig, paths: RunPaths, iteration: int, *, name: str) -> Stage:
-    model, output = paths.hugging_face(config, iteration), paths.heldout_rollouts(iteration)
-    seed = config.run.seed + _EVALUATION_SEED
-    return Stage(
-        name=name,
-        command=_rollout_command(
-            config,
-            *(model, paths.heldout, output, config.eval_num_responses, seed),
-            allow_no_signal=True,  # a policy that always answers the same can still be judged against another
-        ),
-        inputs=(model, paths.heldout),
-        outputs=(output,),
-    )
-
-
-def _rollout_command(
-    config: SelfPlayConfig,
-    model: Path,
-    prompts: Path,
-    output: Path,
-    num_responses: int,
-    seed: int,
-    *,
-    allow_no_signal: bool,
-) -> tuple[str, ...]:
-    rollout, own = config.rollout, config.run.rollout_command
-    command = [
-        *(shlex.split(own) if own else _python("rollouts")),
-        *("--model", str(model), "--prompts", str(prompts), "--output", str(output)),
-        *("--num-responses", str(num_responses), "--max-tokens", str(rollout.max_tokens)),
-        *("--temperature", str(rollout.temperature), "--top-p", str(rollout.top_p), "--seed", str(seed)),
-    ]
-    if rollout.server:
-        command += ["--server", *rollout.server]
-    if rollout.rollout_tensor_parallel_size != 1:
-        command += ["--tensor-parallel-size", str(rollout.rollout_tensor_parallel_size)]
-    if allow_no_signal and not own:  # a command of the user's own promises no such flag
-        command.append("--allow-no-signal")
-    return (*command, *option_flags(rollout.rollout_options, place="rollout_options"))
-
-
-def _scoring_command(config: SelfPlayConfig, rollouts: Path, dataset: Path) -> tuple[str, ...]:
-    scoring = config.scoring
-    return (
-        *(*_python("score"), "--rollouts", str(rollouts), "--judge", scoring.judge, "--output", str(dataset)),
-        *("--preset", scoring.preset, "--selection", scoring.selection, *_judge_flags(config)),
-        *option_flags(scoring.scoring_options, place="scoring_options"),
-    )
-
-
-def _judge_flags(config: SelfPlayConfig) -> tuple[str, ...]:
-    """Spell what holds for judging in training and in evaluation -> tokens."""
-    scoring, flags = config.scoring, []
-    if scoring.judge_after is not None:
-        flags += ["--judge-after", scoring.judge_after]
-    if scoring.verdict_tokens != 1:
-        flags += ["--verdict-tokens", str(scoring.verdict_tokens)]
-    if scoring.allow_no_signal:
-        flags.append("--allow-no-signal")
-    return tuple(flags)
-
-
-def _training_command(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> tuple[str, ...]:
-    return (
-        *(*_launched(config, "train"), "--config", str(paths.training_config)),
-        *("--load", str(paths.checkpoint(iteration - 1))),
-        *("--data", str(paths.of(iteration, "dataset")), "--save", str(paths.of(iteration, "checkpoint"))),
-    )
-
-
-def _inspection_command(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> tuple[str, ...]:
-    return (
-        *(*_launched(config, "inspect"), "--config", str(paths.training_config)),
-        *("--load", str(paths.checkpoint(iteration)), "--reference", str(paths.checkpoint(iteration - 1))),
-        *("--data", str(paths.of(iteration, "dataset")), "--output", str(paths.token_log_ratios(iteration))),
-        *("--num-prompts", str(config.evaluation.inspected_prompts)),
-    )
-
-
-def _launched(config: SelfPlayConfig, name: str) -> list[str]:
-    """Spell how a script that runs on all training ranks is started -> tokens."""
-    script, processes = str(ROOT / SCRIPTS[name]), config.run.training_processes
-    if config.run.training_launcher:
-        return [*shlex.split(config.run.training_launcher), script]
-    if processes > 1:
-        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
-        return [sys.executable, *torchrun, script]
-    return [sys.executable, script]
-
-
-def check_rollouts_and_judges(config: SelfPlayConfig) -> None:
-    """Find settings of sampling and judging that a later stage would refuse; what lies on a hub is not asked for.
+def check_stages(config: SelfPlayConfig) -> None:
+    """Refuse before the first stage what a later one would refuse; what lies on a hub is not asked for.
 
     Raises:
-        ConfigError: a value out of its range, or a judge that does not exist.
+        ConfigError: the stage's own, or a judge that does not exist.
     """
-    rollout, scoring = config.rollout, config.scoring
-    Sampling(
-        num_responses=min(rollout.num_responses, config.eval_num_responses),
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        max_tokens=rollout.max_tokens,
-        seed=config.run.seed,
-    )
-    parse_selection(scoring.selection)
-    for spec in {scoring.judge, config.eval_judge}:
+    paths = RunPaths(run_dir=config.run.output)
+    for _ in itertools.chain(
+        start_stages(config, paths, evaluates=True), iteration_stages(config, paths, 1, evaluates=True)
+    ):
+        pass  # each has its settings checked when its command is spelled
+    for spec in {config.scoring.judge, config.eval_judge}:
         kind = spec.partition(":")[0]
         if kind == "matrices":
             raise ConfigError(
@@ -295,25 +160,122 @@ def check_rollouts_and_judges(config: SelfPlayConfig) -> None:
                 "Use --judge pairrm:HUB_ID_OR_DIR or another judge that reads."
             )
         if kind not in ("pairrm", "reward", "endpoint"):
-            load_judge(spec, preset=scoring.preset)
+            load_judge(spec, preset=config.scoring.preset)
 
 
-def check_training_settings(config: SelfPlayConfig, file: Path) -> None:
-    """Read `file` as the training command will, before anything is computed.
+def _heldout_rollouts(config: SelfPlayConfig, paths: RunPaths, iteration: int, *, name: str) -> Stage:
+    model, output = paths.hugging_face(config, iteration), paths.heldout_rollouts(iteration)
+    return Stage(
+        name=name,
+        command=_rollout_command(
+            config,
+            model=model,
+            prompts=paths.heldout,
+            output=output,
+            num_responses=config.eval_num_responses,
+            seed=config.run.seed + _EVALUATION_SEED,
+            allow_no_signal=True,  # a policy that always answers the same can still be judged against another
+        ),
+        inputs=(model, paths.heldout),
+        outputs=(output,),
+    )
 
-    Raises:
-        ConfigError: a key or value that training does not take.
+
+def _rollout_command(config: SelfPlayConfig, *, allow_no_signal: bool, **job: Any) -> tuple[str, ...]:
+    """Spell a rollout stage -> tokens.
+
+    Args:
+        job: GenerateConfig's model, prompts, output, num_responses and seed.
     """
-    from megatron_sppo.training.config import TrainingConfig  # imports Megatron-Core: seconds
+    section, own = config.rollout, config.run.rollout_command
+    options = section.rollout_options
+    settings = replace(
+        options,
+        **job,
+        max_tokens=section.max_tokens,
+        temperature=section.temperature if options.temperature is None else options.temperature,
+        top_p=section.top_p if options.top_p is None else options.top_p,
+        # A command of the user's own promises no such flag.
+        allow_no_signal=options.allow_no_signal or (allow_no_signal and not own),
+        engine=replace(
+            options.engine,
+            tensor_parallel_size=max(options.engine.tensor_parallel_size, section.rollout_tensor_parallel_size),
+        ),
+        servers=replace(options.servers, server=options.servers.server or section.server),
+    )
+    return (*shlex.split(own), *_flags(settings)) if own else _command("rollouts", *_flags(settings))
 
-    argv = ["--config", str(file), *("--load", "LOAD", "--data", "DATA", "--save", "SAVE")]
-    if named := {"load", "data", "save"} & set(named_values(config.training, place="training")):
-        raise ConfigError(f"training sets {sorted(named)[0]}, which self-play decides itself. Remove it.")
-    try:
-        config_files.parse(TrainingConfig, name="pretrain_sppo.py", description="", argv=argv)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace(str(file), "section training")) from None
+
+def _scoring(config: SelfPlayConfig, rollouts: Path, dataset: Path) -> ScoreConfig:
+    section, options = config.scoring, config.scoring.scoring_options
+    return replace(
+        options,
+        rollouts=rollouts,
+        output=dataset,
+        judge=section.judge,
+        preset=options.preset or section.preset,
+        selection=options.selection or section.selection,
+        judge_after=options.judge_after or section.judge_after,
+        verdict_tokens=max(options.verdict_tokens, section.verdict_tokens),
+        allow_no_signal=options.allow_no_signal or section.allow_no_signal,
+    )
 
 
-def _python(script: str) -> tuple[str, str]:
-    return sys.executable, str(ROOT / SCRIPTS[script])
+def _inspection(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> InspectionConfig:
+    training = {section.name: getattr(config.training, section.name) for section in fields(TrainingConfig)}
+    return InspectionConfig(
+        **training
+        | {
+            "load": paths.checkpoint(iteration),
+            "reference": paths.checkpoint(iteration - 1),
+            "data": paths.of(iteration, "dataset"),
+            "save": Path(),
+            "output": paths.token_log_ratios(iteration),
+            "num_prompts": config.evaluation.inspected_prompts,
+        }
+    )
+
+
+def _evaluation(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> Stage:
+    policy, base, previous = (paths.heldout_rollouts(number) for number in (iteration, 0, iteration - 1))
+    settings = EvaluateConfig(
+        policy=policy,
+        base=base,
+        previous=previous,
+        judge=config.eval_judge,
+        preset=config.scoring.preset,
+        judge_after=config.scoring.judge_after,
+        verdict_tokens=config.scoring.verdict_tokens,
+        allow_no_signal=config.scoring.allow_no_signal,
+        output=paths.result(iteration),
+        seed=config.run.seed,
+        bootstrap_resamples=config.evaluation.bootstrap_resamples,
+    )
+    return Stage(
+        name=f"iter_{iteration}-eval",
+        command=_command("evaluate", *_flags(settings)),
+        inputs=(policy, base, previous),
+        outputs=(paths.result(iteration),),
+    )
+
+
+def _launched(config: SelfPlayConfig, name: str, settings: TrainingConfig) -> tuple[str, ...]:
+    """Spell how a command that runs on all training ranks is started -> tokens."""
+    processes, launcher = config.run.training_processes, [sys.executable]
+    if config.run.training_launcher:
+        launcher = shlex.split(config.run.training_launcher)
+    elif processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return (*launcher, "-m", "megatron_sppo", name, *_flags(settings))
+
+
+def _command(name: str, *flags: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "megatron_sppo", name, *flags)
+
+
+def _flags(settings: Any) -> Iterator[str]:
+    """Spell a stage's settings as a person would -> tokens, `--model DIR` rather than `--model=DIR`."""
+    for token in to_flags(settings):
+        flag, equals, value = token.partition("=")
+        is_plain = flag.startswith("--") and equals and value and not value.startswith("-")
+        yield from (flag, value) if is_plain else (token,)

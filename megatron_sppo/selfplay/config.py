@@ -1,40 +1,39 @@
-"""Settings of a self-play run: one YAML file, sections `run`, `rollout`, `scoring`, `training`, `evaluation`."""
+"""Settings of a self-play run: one YAML file, sections `run`, `rollout`, `scoring`, `training`, `evaluation`.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+The everyday settings of the stages are flags of their own; `rollout_options`, `scoring_options` and `training` are the
+stages' real configs, without what self-play decides.
+"""
+
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
-
-import yaml
+from typing import Annotated, Any, Literal
 
 from megatron_sppo import config as config_files
-from megatron_sppo.config import NonNegativeInt, PositiveInt, Seed, check_ranges
+from megatron_sppo.config import LAYOUT, NonNegativeInt, PositiveInt, Seed, SettingsOf, check_ranges
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.rollout.config import Temperature, TopP
+from megatron_sppo.judge.config import ScoreConfig
+from megatron_sppo.rollout.config import GenerateConfig, Temperature, TopP
+from megatron_sppo.training.config import TrainingConfig
 
 MIN_RESAMPLES = 2000
 
-FREE_TO_CHANGE = frozenset(
-    (
-        *("output", "json", "model", "prompts", "training_processes", "training_launcher", "rollout_command", "server"),
-        *("rollout_tensor_parallel_size", "micro_batch_size", "tensor_model_parallel_size", "sequence_parallel"),
-        *("pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "context_parallel_size"),
-        *("expert_model_parallel_size", "packed_sequence_size", "inspected_prompts", "allow_no_signal"),
-        *("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
-    )
-)
-"""Where and how a run is computed, not what: it may go on with others. Model and prompts are compared by content."""
+_NOWHERE = Path("decided-by-self-play")
+_OF_ROLLOUTS: dict[str, Any] = {"model": _NOWHERE, "prompts": _NOWHERE, "output": _NOWHERE, "seed": 0}
+_OF_ROLLOUTS |= {"num_responses": 2, "max_tokens": 1}
+_OF_SCORING: dict[str, Any] = {"rollouts": _NOWHERE, "output": _NOWHERE, "from_dataset": None, "judge": "pairrm:"}
+_OF_TRAINING: dict[str, Any] = {"load": _NOWHERE, "data": _NOWHERE, "save": _NOWHERE}
+"""What self-play decides of each stage, with stand-ins."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What is aligned, from what, and for how long."""
 
-    model: Path
+    model: Annotated[Path, LAYOUT]
     """Hugging Face directory of the start model: pi_1, and the base of the evaluation."""
-    prompts: Path
+    prompts: Annotated[Path, LAYOUT]
     """Prompts (JSONL, Parquet, dataset directory). Held-out rows are for the evaluation only."""
-    output: Path
+    output: Annotated[Path, LAYOUT]
     """Run directory. The same command again resumes it."""
     iterations: PositiveInt = 3
     """Rounds of rollouts, scoring and training."""
@@ -48,12 +47,13 @@ class RunConfig:
     """`split` of the prompts for the evaluation."""
     seed: Seed = 0
     """Decides the order of the prompts, the rollouts' seeds and the bootstrap. Training has its own `seed`."""
-    training_processes: PositiveInt = 1
+    training_processes: Annotated[PositiveInt, LAYOUT] = 1
     """Ranks of the training stage on this machine; above 1 it is started by torchrun."""
-    training_launcher: str | None = None
-    """Command that starts training in place of python or torchrun, such as "srun torchrun --nnodes 4 ..."."""
-    rollout_command: str | None = None
-    """Command in place of `python tools/generate_rollouts.py`: the seam for a sampler of your own. It is called with
+    training_launcher: Annotated[str | None, LAYOUT] = None
+    """Command that starts training in place of python or torchrun, such as "srun torchrun --nnodes 4 ...". It is called
+    with -m megatron_sppo train and training's flags."""
+    rollout_command: Annotated[str | None, LAYOUT] = None
+    """Command in place of `megatron-sppo rollouts`: the seam for a sampler of your own. It is called with
     --model, --prompts, --output, --num-responses, --max-tokens, --temperature, --top-p and --seed, and writes rollouts
     as megatron_sppo/rollout/records.py describes them."""
 
@@ -71,12 +71,14 @@ class RolloutConfig:
     """Longest answer, in tokens."""
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
-    rollout_tensor_parallel_size: PositiveInt = 1
+    rollout_tensor_parallel_size: Annotated[PositiveInt, LAYOUT] = 1
     """GPUs that share one sampler."""
-    server: tuple[str, ...] = ()
+    server: Annotated[tuple[str, ...], LAYOUT] = ()
     """URLs of running vLLM servers. They cannot take over the weights of a new iteration: one iteration only."""
-    rollout_options: tuple[str, ...] = ()
-    """Further settings of tools/generate_rollouts.py, NAME=VALUE (in YAML a mapping)."""
+    rollout_options: Annotated[
+        GenerateConfig, SettingsOf(GenerateConfig, name="rollout_options", decided=_OF_ROLLOUTS, by="self-play")
+    ] = field(default_factory=lambda: GenerateConfig(**_OF_ROLLOUTS))
+    """Further settings of `megatron-sppo rollouts`, NAME=VALUE (in YAML a mapping). They win over the ones above."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -100,10 +102,12 @@ class ScoringConfig:
     """Judge only what follows this text in an answer, such as "</think>", in evaluation too; default: whole answers."""
     verdict_tokens: PositiveInt = 1
     """Tokens that an endpoint may answer with, in evaluation too: more than 1 for a judge that reasons first."""
-    allow_no_signal: bool = False
+    allow_no_signal: Annotated[bool, LAYOUT] = False
     """Go on where the judge prefers no answer to another, in evaluation too."""
-    scoring_options: tuple[str, ...] = ()
-    """Further settings of tools/score_pairrm.py, NAME=VALUE (in YAML a mapping)."""
+    scoring_options: Annotated[
+        ScoreConfig, SettingsOf(ScoreConfig, name="scoring_options", decided=_OF_SCORING, by="self-play")
+    ] = field(default_factory=lambda: ScoreConfig(**_OF_SCORING))
+    """Further settings of `megatron-sppo score`, NAME=VALUE (in YAML a mapping). They win over the ones above."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -122,7 +126,7 @@ class EvaluationConfig:
     """Judge of the evaluation. None: the one of training."""
     bootstrap_resamples: PositiveInt = MIN_RESAMPLES
     """Resamples of the 95 % interval."""
-    inspected_prompts: NonNegativeInt = 4
+    inspected_prompts: Annotated[NonNegativeInt, LAYOUT] = 4
     """Training prompts whose answers each iteration's report shows token by token, coloured by log-ratio; 0: none."""
 
     def __post_init__(self) -> None:
@@ -142,11 +146,13 @@ class SelfPlayConfig:
     scoring: ScoringConfig
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    training: tuple[str, ...] = ()
-    """Settings of examples/pretrain_sppo.py, NAME=VALUE. In YAML a mapping, such as `training: {lr: 5e-7}`."""
+    training: Annotated[
+        TrainingConfig, SettingsOf(TrainingConfig, name="training", decided=_OF_TRAINING, by="self-play")
+    ]
+    """Settings of `megatron-sppo train`, NAME=VALUE. In YAML a mapping, such as `training: {lr: 5e-7}`."""
 
     def __post_init__(self) -> None:
-        if self.rollout.server and self.run.iterations > 1:
+        if (self.rollout.server or self.rollout.rollout_options.servers.server) and self.run.iterations > 1:
             raise ConfigError(
                 f"server is given with {self.run.iterations} iterations, but a server keeps the model that it was "
                 "started with. Use --iterations 1, or leave --server out."
@@ -163,86 +169,42 @@ class SelfPlayConfig:
         return self.evaluation.eval_judge or self.scoring.judge
 
 
-class _TextLoader(yaml.SafeLoader):
-    """YAML whose scalars stay as written: training's own flags read them."""
+def record(config: SelfPlayConfig) -> dict[str, Any]:
+    """Turn the config into what state.json keeps, which `read_record` reads -> nested dict."""
+    values = config_files.to_dict(config)
+    return {section.name: values[section.name] for section in fields(SelfPlayConfig)}
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
-
-def named_values(settings: Sequence[str], *, place: str) -> dict[str, Any]:
-    """Read NAME=VALUE texts -> {name: text, None, list or dict}, as YAML would hold them.
-
-    A mapping or list below `training:` arrives here as Python spells it, which is YAML's flow style too.
+def read_record(content: dict[str, Any], *, place: Path) -> SelfPlayConfig:
+    """Read what state.json keeps of a config; earlier versions kept the texts of the YAML file.
 
     Raises:
-        ConfigError: a text without `=`.
+        ConfigError: a setting that this version does not know.
     """
-    values: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"{place} holds {setting!r}. Write NAME=VALUE, or in YAML `{place}: {{NAME: VALUE}}`.")
-        is_flow = text.startswith(("[", "{"))
-        value = yaml.load(text, Loader=_TextLoader) if is_flow else text  # noqa: S506 - a SafeLoader
-        values[name.removeprefix("--").replace("-", "_")] = None if value == "None" else value
-    return values
+    known = {section.name for section in fields(SelfPlayConfig)}
+    sections = {name: values for name, values in content.items() if name in known}
+    return config_files.from_dict(SelfPlayConfig, sections, place=str(place))
 
 
-def option_flags(settings: Sequence[str], *, place: str) -> list[str]:
-    """Spell NAME=VALUE texts as flags of a tool -> tokens."""
-    flags: list[str] = []
-    for name, value in named_values(settings, place=place).items():
-        flag = name.replace("_", "-")
-        if isinstance(value, str) and value.lower() in ("true", "false"):
-            flags.append(f"--{flag}" if value.lower() == "true" else f"--no-{flag}")
-        elif isinstance(value, list):
-            flags += [f"--{flag}", *value]
-        else:
-            flags.append(f"--{flag}={value}")
-    return flags
-
-
-def record(config: SelfPlayConfig) -> dict[str, Any]:
-    """Turn the config into what state.json keeps -> nested dict; NAME=VALUE settings as mappings."""
-    values = config_files.to_dict(config)
-    values["training"] = named_values(config.training, place="training")
-    for section, name in (("rollout", "rollout_options"), ("scoring", "scoring_options")):
-        values[section][name] = named_values(values[section][name], place=name)
-    return values
-
-
-def check_unchanged(before: dict[str, Any], now: dict[str, Any], run_dir: Path) -> None:
+def check_unchanged(before: SelfPlayConfig, now: SelfPlayConfig, run_dir: Path) -> None:
     """Refuse to go on with a run under other settings, except those that do not decide its result.
+
+    More iterations change nothing of those done, unless the prompts are divided by their number.
 
     Raises:
         ConfigError: names the first setting that differs, with both values.
     """
-    old, new = _flat(before), _flat(now)
-    for name in [*new, *(name for name in old if name not in new)]:
-        leaf = name.rpartition(".")[2]
-        if leaf in FREE_TO_CHANGE or old.get(name) == new.get(name) or _is_longer_run(name, old, new):
-            continue
-        raise ConfigError(
-            f"{name} is {_spell(new.get(name))}, but {run_dir} was begun with {_spell(old.get(name))}. "
-            f"Set it back, or begin another run with another --output."
-        )
-
-
-def _is_longer_run(name: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """More iterations change nothing of those done, unless the prompts are divided by their number."""
-    is_all = new.get("run.prompts_per_iteration") == "all"
-    return name == "run.iterations" and is_all and new[name] > old.get(name, new[name])
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
+    old, new = config_files.deciding(before), config_files.deciding(now)
+    if now.run.prompts_per_iteration == "all" and now.run.iterations > before.run.iterations:
+        old["run.iterations"] = new["run.iterations"]
+    for path, value in old.items():
+        if new[path] != value:
+            name = f"{path.partition('.')[0]}.{path.rpartition('.')[2]}"
+            raise ConfigError(
+                f"{name} is {_spell(new[path])}, but {run_dir} was begun with {_spell(value)}. "
+                f"Set it back, or begin another run with another --output."
+            )
 
 
 def _spell(value: Any) -> str:
-    return "not set" if value is None else str(value)
+    return "not set" if value is None else config_files.spell(value)

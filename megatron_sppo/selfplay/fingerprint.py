@@ -7,6 +7,7 @@ does not read its checkpoints again to learn that nothing has changed.
 import fnmatch
 import os
 from pathlib import Path
+from typing import Any
 
 from megatron_sppo.errors import DataError
 from megatron_sppo.storage import read_json, sha256_of_file, sha256_of_json, write_json
@@ -26,7 +27,7 @@ class FileHashes:
             known = read_json(self.path)
         except DataError:  # only a cache: without it every file is read once more
             known = {}
-        self._known: dict[str, list] = known if isinstance(known, dict) else {}
+        self._known: dict[str, Any] = known if isinstance(known, dict) else {}
         self._changed = False
 
     def of(self, path: Path) -> str:
@@ -53,7 +54,7 @@ class FileHashes:
         key, mark = os.path.abspath(path), [stat.st_size, stat.st_mtime_ns]
         known = self._known.get(key)
         if isinstance(known, list) and known[:2] == mark:
-            return known[2]
+            return str(known[2])
         digest = sha256_of_file(path)
         self._known[key] = [*mark, digest]
         self._changed = True

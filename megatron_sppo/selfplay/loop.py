@@ -1,6 +1,6 @@
 """Self-play: the policy answers, a judge compares, training moves the policy towards what wins, and again.
 
-Every stage is a command of this repository, run as its own process and logged, so that a person can run it by hand. The
+Every stage is a command of this package, run as its own process and logged, so that a person can run it by hand. The
 state of the run is on disk after each; the same command goes on where the last one stopped.
 """
 
@@ -8,24 +8,19 @@ import importlib.metadata
 import logging
 import multiprocessing
 import platform
-import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.rollout.outcomes import mean_response_tokens
 from megatron_sppo.rollout.records import read_rollouts
 from megatron_sppo.selfplay import config as settings
 from megatron_sppo.selfplay import summary
 from megatron_sppo.selfplay.commands import (
     REPORT_NAME,
     RunPaths,
-    check_rollouts_and_judges,
-    check_scripts,
-    check_training_settings,
+    check_stages,
     iteration_stages,
     report_command,
     start_stages,
@@ -34,7 +29,7 @@ from megatron_sppo.selfplay.config import SelfPlayConfig
 from megatron_sppo.selfplay.process import interruptible
 from megatron_sppo.selfplay.prompt_parts import divide_prompts, write_prompts
 from megatron_sppo.selfplay.stages import STATE_NAME, Stage, StageMachine, read_state
-from megatron_sppo.storage import atomic_file, locked, refuse_foreign
+from megatron_sppo.storage import locked, refuse_foreign
 
 logger = logging.getLogger(__name__)
 
@@ -59,14 +54,15 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
         StageFailed: a stage's command ended with an error.
         Interrupted: SIGTERM or SIGINT; the stage under way has been ended and will be continued.
     """
-    check_scripts()
     if not (config.run.model / "config.json").is_file():
         raise ConfigError(f"{config.run.model} holds no config.json. Give --model a Hugging Face model directory.")
     paths = RunPaths(run_dir=config.run.output)
     inputs = (config.run.model, config.run.prompts)
     refuse_foreign(paths.run_dir, ours=(STATE_NAME,), inputs=inputs, flag="--output")
     if read_state(paths.run_dir) is None:
-        _check_before_anything(config)
+        # What would stop a later stage is found before a new run writes or computes anything.
+        divide_prompts(config.run, config.evaluation)
+        check_stages(config)
     with locked(paths.run_dir, flag="--output"), interruptible():
         machine = StageMachine(paths.run_dir)
         machine.end_orphans()
@@ -85,22 +81,12 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
         return summary.read_summary(paths.run_dir)
 
 
-def _check_before_anything(config: SelfPlayConfig) -> None:
-    """Find what would stop a later stage, before a new run writes or computes anything."""
-    divide_prompts(config.run, config.evaluation)
-    check_rollouts_and_judges(config)
-    with tempfile.TemporaryDirectory() as directory:
-        file = Path(directory, "training.yaml")
-        _write_training_config(config, file)
-        _in_own_process(check_training_settings, config, file)
-
-
 def _is_finished(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths) -> bool:
     """Tell whether all is done, after refusing a run that was begun otherwise -> bool."""
     before = machine.state.get("config")
     if before is None:
         return False
-    settings.check_unchanged(before, settings.record(config), paths.run_dir)
+    settings.check_unchanged(settings.read_record(before, place=machine.path), config, paths.run_dir)
     for name in ("model", "prompts"):
         path = getattr(config.run, name)
         if machine.hash_of(path) != machine.state[f"{name}_sha256"]:
@@ -119,7 +105,6 @@ def _prepare(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths) -> 
         write_prompts(paths.prompts(iteration), prompts)
     if parts.heldout:
         write_prompts(paths.heldout, parts.heldout)
-    _write_training_config(config, paths.training_config)
     machine.update(
         config=settings.record(config),
         model_sha256=machine.hash_of(config.run.model),
@@ -163,7 +148,7 @@ def _sum_up(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths, iter
     ]
     base_tokens = None
     if paths.base_rollouts.is_dir():
-        base_tokens = summary.mean_response_tokens(read_rollouts(paths.base_rollouts))
+        base_tokens = mean_response_tokens(read_rollouts(paths.base_rollouts))
     start_seconds = {name: machine.seconds(name) for name in ("import", "base-eval-rollouts")}
     summary.write_summary(paths, entries, base_response_tokens=base_tokens, seconds=start_seconds)
     summary.gather_metrics(paths, iteration)
@@ -200,9 +185,3 @@ def _stage_seconds(machine: StageMachine, prefix: str) -> dict[str, float]:
     """Look up what the stages of an iteration took -> {stage without the iteration: seconds}."""
     names = [name for name in machine.state["stages"] if name.startswith(prefix)]
     return {name.removeprefix(prefix): machine.seconds(name) for name in names}
-
-
-def _write_training_config(config: SelfPlayConfig, path: Path) -> None:
-    values = settings.named_values(config.training, place="training")
-    with atomic_file(path) as file:
-        yaml.safe_dump(values, file, sort_keys=False, allow_unicode=True)

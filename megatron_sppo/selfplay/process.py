@@ -166,7 +166,7 @@ def _tail(log_path: Path) -> list[str]:
     return [line for line in lines[starts[-1] + 1 if starts else 0 :] if line.strip()]
 
 
-def _stop(process: subprocess.Popen) -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
     _kill_group(process.pid, signal.SIGTERM)
     try:
         process.wait(timeout=STOP_SECONDS)
@@ -219,7 +219,7 @@ def _open_terminal() -> tuple[int, int]:
     return master, slave
 
 
-def _relay(master: int, log: IO[bytes], terminal: TextIO, process: subprocess.Popen) -> None:
+def _relay(master: int, log: IO[bytes], terminal: TextIO, process: subprocess.Popen[bytes]) -> None:
     """Copy the command's output to the log, finished lines only, and the line under way to the terminal."""
     line = b""
     while True:

@@ -50,8 +50,6 @@ class Stage:
     command: tuple[str, ...]
     inputs: tuple[Path, ...]
     outputs: tuple[Path, ...]
-    settings: Any = None
-    """JSON value that decides the outputs beside the inputs' bytes; paths and launchers are no part of it."""
 
 
 class StageMachine:
@@ -82,7 +80,7 @@ class StageMachine:
 
     def seconds(self, name: str) -> float:
         """Time that a stage took, all attempts together -> seconds."""
-        return self.state["stages"].get(name, {}).get("seconds", 0.0)
+        return float(self.state["stages"].get(name, {}).get("seconds", 0.0))
 
     def is_done(self, stage: Stage) -> bool:
         """Tell whether the stage is done, with these inputs, and its outputs unharmed -> bool."""
@@ -161,7 +159,8 @@ class StageMachine:
             remove_stale_temporaries(path)
 
     def _inputs_sha256(self, stage: Stage) -> str:
-        return sha256_of_json({"inputs": [self.hash_of(path) for path in stage.inputs], "settings": stage.settings})
+        # The second entry has always been null; state.json of runs that were begun before has its hash.
+        return sha256_of_json({"inputs": [self.hash_of(path) for path in stage.inputs], "settings": None})
 
     def _digests(self, paths: Sequence[Path]) -> dict[str, str]:
         return {self._relative(path): self.hash_of(path) for path in paths}

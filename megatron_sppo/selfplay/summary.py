@@ -52,7 +52,7 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
         raise DataError(
             f"{path} does not exist: no iteration has ended. Run tools/self_play.py with --output {run_dir}."
         )
-    summary = read_json(path)
+    summary: dict[str, Any] = read_json(path)
     entries = summary.get("iterations") if isinstance(summary, dict) else None
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and set(entry) >= _FIELDS for entry in entries):
         raise DataError(f"{path} is no summary of a run. Remove it and run the same self_play.py command again.")

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from megatron_sppo.config import (
+    DECIDES,
+    LAYOUT,
+    TUNABLE,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -54,7 +57,7 @@ class OptimizationConfig:
 
     lr: Annotated[float, Range(0, 100, above=True)]
     """Highest learning rate. Published runs use 5e-7."""
-    optimizer: Literal["adam", "rmsprop"] = "adam"
+    optimizer: Annotated[Literal["adam", "rmsprop"], DECIDES] = "adam"
     """adam (decoupled weight decay) or rmsprop (the official SPPO code: alpha 0.99, eps 1e-8, no momentum)."""
     min_lr: NonNegativeFloat = 0.0
     """Lowest learning rate, reached at the end of the decay."""
@@ -114,27 +117,27 @@ class OptimizationConfig:
 class ParallelConfig:
     """The layout, by Megatron-Core's names. Data parallelism is what remains of the world size."""
 
-    tensor_model_parallel_size: PositiveInt = 1
+    tensor_model_parallel_size: Annotated[PositiveInt, LAYOUT] = 1
     """Ranks that split each weight matrix."""
-    pipeline_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: Annotated[PositiveInt, LAYOUT] = 1
     """Stages that the layers are divided into."""
-    decoder_first_pipeline_num_layers: PositiveInt | None = None
+    decoder_first_pipeline_num_layers: Annotated[PositiveInt | None, LAYOUT] = None
     """Layers of the first stage, where they are not the even share: 61 layers are 13 + 16 + 16 + 16."""
-    decoder_last_pipeline_num_layers: PositiveInt | None = None
+    decoder_last_pipeline_num_layers: Annotated[PositiveInt | None, LAYOUT] = None
     """Layers of the last stage, likewise."""
-    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    virtual_pipeline_model_parallel_size: Annotated[PositiveInt | None, LAYOUT] = None
     """Model chunks per pipeline stage (interleaved schedule)."""
-    context_parallel_size: PositiveInt = 1
+    context_parallel_size: Annotated[PositiveInt, LAYOUT] = 1
     """Ranks that split each sequence."""
-    expert_model_parallel_size: PositiveInt = 1
+    expert_model_parallel_size: Annotated[PositiveInt, LAYOUT] = 1
     """Ranks that the experts of each layer are divided over. They may be data-, tensor- and context-parallel ranks."""
-    sequence_parallel: bool = False
+    sequence_parallel: Annotated[bool, LAYOUT] = False
     """Split the activations of norms along the sequence over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state and master weights over the data-parallel ranks."""
-    ddp_config: tuple[str, ...] = ()
+    ddp_config: Annotated[tuple[str, ...], TUNABLE] = ()
     """Further KEY=VALUE fields of Megatron-Core's DistributedDataParallelConfig, such as overlap_grad_reduce=true."""
-    distributed_timeout_minutes: PositiveInt = 30
+    distributed_timeout_minutes: Annotated[PositiveInt, TUNABLE] = 30
     """Give up on a collective after this long."""
 
     def __post_init__(self) -> None:
@@ -177,18 +180,18 @@ class ParallelConfig:
 class BatchConfig:
     """Which responses a step sees, and in what pieces. Batch sizes count responses (sequences), not pairs or tokens."""
 
-    micro_batch_size: PositiveInt = 1
+    micro_batch_size: Annotated[PositiveInt, LAYOUT] = 1
     """Responses in one forward pass of one data-parallel rank. Of no effect with `packed_sequence_size`."""
     global_batch_size: PositiveInt = 128
     """Responses in one optimizer step; the published runs use 128 (64 pairs)."""
-    seq_length: PositiveInt | None = None
+    seq_length: Annotated[PositiveInt | None, TUNABLE] = None
     """Longest prompt + response, in tokens; longer ones are left out and counted. Unset: as many as the model has
     positions. The official recipe uses 1024."""
     max_prompt_length: PositiveInt | None = None
     """Keep this many tokens of a longer prompt, from its end (official recipe: 512); unset: no prompt is cut."""
-    packing: bool = True
+    packing: Annotated[bool, TUNABLE] = True
     """Lay the responses of a micro-batch end to end instead of padding each to the longest."""
-    packed_sequence_size: PositiveInt | None = None
+    packed_sequence_size: Annotated[PositiveInt | None, LAYOUT] = None
     """Tokens in one forward pass of one data-parallel rank, at most (its context-parallel ranks share them). Responses
     are packed by length into as few micro-batches as hold them, and `micro_batch_size` limits nothing. At least the
     longest prompt + response (with dpo and ipo: the longest pair); rounded down to a multiple that suits the layout.
@@ -198,13 +201,13 @@ class BatchConfig:
     that those of one prompt meet in a global batch. Needs `packed_sequence_size`."""
     selection: str | None = None
     """all, extremes or top-bottom:M; unset: what the dataset's manifest says."""
-    num_epochs: PositiveInt | None = None
+    num_epochs: Annotated[PositiveInt | None, TUNABLE] = None
     """Passes over the dataset. Unset: one, as the published runs make, or as many as `train_iters` takes."""
-    reference_per_epoch: bool = False
+    reference_per_epoch: Annotated[bool, TUNABLE] = False
     """Compute log pi_t of each epoch's responses in the micro-batches of that epoch, all before the first step: as many
     reference passes as epochs. Otherwise one pass, in the first epoch's: where a response's log-probability depends on
     what shares its micro-batch (FP8 in tensorwise scaling), later epochs carry that as noise."""
-    train_iters: PositiveInt | None = None
+    train_iters: Annotated[PositiveInt | None, TUNABLE] = None
     """Optimizer steps, the data repeated as often as it takes. With `num_epochs` too, the run ends at the first."""
     seed: Seed = 1234
     """Seed of the data order."""
@@ -246,18 +249,18 @@ class RunConfig:
 class TrainingConfig:
     """One iteration's training: pi_t's checkpoint and a dataset of its judged responses in, pi_{t+1} out."""
 
-    load: Path
+    load: Annotated[Path, LAYOUT]
     """Megatron checkpoint of pi_t: a root (its tracker decides) or one iter_* directory."""
-    data: Path
+    data: Annotated[Path, LAYOUT]
     """Dataset directory written by `megatron-sppo score`."""
-    save: Path
+    save: Annotated[Path, LAYOUT]
     """Where checkpoints, metrics.jsonl and the resolved config go. If it has a checkpoint, the run resumes from it."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
-    optimization: OptimizationConfig
-    model: ModelConfig = field(default_factory=ModelConfig)
+    optimization: Annotated[OptimizationConfig, TUNABLE]
+    model: Annotated[ModelConfig, TUNABLE] = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    run: Annotated[RunConfig, TUNABLE] = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
         row, batch = self.objective.row, self.batch

@@ -210,7 +210,9 @@ def test_a_failing_stage_s_own_words_are_passed_on(inputs: Path, tmp_path: Path)
     (model / "model.safetensors").write_bytes(b"no tensors")
     outcome = self_play(inputs, tmp_path / "run", "--model", str(model))
     assert outcome.returncode == 2
-    assert last_line(outcome).startswith("self_play.py: error: import failed (exit code 2): convert.py: error: ")
+    assert last_line(outcome).startswith(
+        "self_play.py: error: import failed (exit code 2): megatron-sppo convert: error: "
+    )
     assert "run/logs/import.log" in last_line(outcome)
 
 

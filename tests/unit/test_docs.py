@@ -167,7 +167,8 @@ def check_ours(words: list[str], fence: Fence, tmp_path: Path) -> None:
     if "--config" in argv and not (REPOSITORY / argv[argv.index("--config") + 1]).is_file():
         place = argv.index("--config")
         settings = tmp_path / "settings.yaml"
-        settings.write_text("lr: 1.0e-6\n" if name in ("train", "inspect") else "judge: rules:concise\n")
+        of_self_play = "judge: rules:concise\ntraining: {lr: 1.0e-6}\n"
+        settings.write_text("lr: 1.0e-6\n" if name in ("train", "inspect") else of_self_play)
         argv = argv[:place] + (["--config", str(settings)] if name != "plan" else []) + argv[place + 2 :]
     try:
         if name == "plan":

@@ -15,7 +15,7 @@ from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.planning.activations import MicroBatchShape
 from megatron_sppo.planning.architectures import PUBLISHED, find_architecture
 from megatron_sppo.planning.memory import stage_memory
-from megatron_sppo.planning.parameters import Grid, buffer_elements, count, stage_shards, total_parameters
+from megatron_sppo.planning.parameters import Grid, buffer_elements, count, stage_shards
 from megatron_sppo.training.config import OptimizationConfig, ParallelConfig
 from megatron_sppo.training.optimizer import build_optimizer
 from megatron_sppo.training.policy import build_policy
@@ -64,7 +64,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_built_in_model_has_as_many_weights_as_published(name: str) -> None:
-    assert total_parameters(PUBLISHED[name]) == PUBLISHED_WEIGHTS[name]
+    assert PUBLISHED[name].num_parameters() == PUBLISHED_WEIGHTS[name]
 
 
 @pytest.mark.parametrize(

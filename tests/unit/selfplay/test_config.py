@@ -1,25 +1,28 @@
 """Proves: one YAML file makes a run's settings, training's reach training unchanged, and a begun run keeps its own."""
 
+import dataclasses
+import json
+import shlex
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
 
-from megatron_sppo.config import parse
+from megatron_sppo.config import deciding, parse
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.selfplay.commands import (
-    RunPaths,
-    check_rollouts_and_judges,
-    check_training_settings,
-    iteration_stages,
-)
-from megatron_sppo.selfplay.config import SelfPlayConfig, check_unchanged, named_values, option_flags, record
+from megatron_sppo.judge.config import EvaluateConfig, ScoreConfig
+from megatron_sppo.rollout.config import GenerateConfig
+from megatron_sppo.selfplay.commands import RunPaths, check_stages, iteration_stages, start_stages
+from megatron_sppo.selfplay.config import SelfPlayConfig, check_unchanged, read_record, record
+from megatron_sppo.training.config import InspectionConfig, TrainingConfig
 
 YAML = """
 run: {iterations: 2, prompts_per_iteration: all}
 scoring: {judge: rules:concise}
 rollout:
   num_responses: 4
+  max_tokens: 64
   rollout_options: {max_model_len: 512, enforce_eager: true}
 training:
   lr: 4e-5
@@ -37,62 +40,103 @@ def read(tmp_path: Path, *argv: str, text: str = YAML) -> SelfPlayConfig:
     return parse(SelfPlayConfig, name="self_play.py", description="", argv=["--config", str(file), *required, *argv])
 
 
+def commands(config: SelfPlayConfig) -> dict[str, tuple[str, ...]]:
+    """Spell the commands of the start and of the first iteration -> {stage: tokens}."""
+    paths = RunPaths(run_dir=config.run.output)
+    stages = [*start_stages(config, paths, evaluates=True), *iteration_stages(config, paths, 1, evaluates=True)]
+    return {stage.name: stage.command for stage in stages}
+
+
+def as_the_stage_reads(kind: type, command: tuple[str, ...]) -> Any:
+    """Parse a stage's flags by its own config, as `python -m megatron_sppo NAME` does."""
+    assert command[:3] == (sys.executable, "-m", "megatron_sppo")
+    return parse(kind, name="stage", description="", argv=command[4:])
+
+
 def test_training_settings_arrive_as_they_were_written(tmp_path: Path) -> None:
-    assert named_values(read(tmp_path).training, place="training") == {
-        "lr": "4e-5",
-        "optimizer": "adam",
-        "optimization": {"lr_warmup_iters": "2"},
-        "transformer_config": ["a=1", "b=2"],
-        "train_iters": None,
-    }
+    config = read(tmp_path)
+    training = as_the_stage_reads(TrainingConfig, commands(config)["iter_1-train"])
+    assert (training.optimization.lr, training.optimization.lr_warmup_iters) == (4e-5, 2)
+    assert training.model.transformer_config == ("a=1", "b=2") and training.batch.train_iters is None
+    out = tmp_path / "out"
+    paths = {"load": out / "base", "data": out / "iter_1/dataset", "save": out / "iter_1/checkpoint"}
+    assert training == dataclasses.replace(config.training, **paths)
+    inspection = as_the_stage_reads(InspectionConfig, commands(config)["iter_1-inspect"])
+    assert (inspection.model, inspection.batch, inspection.num_prompts) == (training.model, training.batch, 4)
 
 
-def test_a_typed_section_replaces_the_file_s_and_says_what_is_lost(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = read(tmp_path, "--training", "lr=1e-7", "eta=5")
-    assert named_values(config.training, place="training") == {"lr": "1e-7", "eta": "5"}
-    assert "--training replaces what" in caplog.text
-    assert "optimizer, optimization, transformer_config, train_iters no longer set" in caplog.text
+def test_typed_settings_are_laid_over_the_file_s(tmp_path: Path) -> None:
+    config = read(tmp_path, "--training", "lr=5.0e-7", "eta=5", "--rollout-options", "max_model_len=2048")
+    assert (config.training.optimization.lr, config.training.objective.eta) == (5e-7, 5)
+    assert config.training.optimization.lr_warmup_iters == 2
+    options = config.rollout.rollout_options
+    assert (options.max_model_len, options.engine.enforce_eager) == (2048, True)
 
 
-def test_options_become_flags_of_the_tool(tmp_path: Path) -> None:
-    flags = option_flags(read(tmp_path).rollout.rollout_options, place="rollout_options")
-    assert flags == ["--max-model-len=512", "--enforce-eager"]
+def test_sampling_and_options_become_flags_of_the_rollout_stage(tmp_path: Path) -> None:
+    generate = as_the_stage_reads(GenerateConfig, commands(read(tmp_path, "--max-tokens", "256"))["iter_1-rollouts"])
+    assert (generate.num_responses, generate.max_tokens, generate.temperature, generate.seed) == (4, 256, 1.0, 1)
+    assert (generate.max_model_len, generate.engine.enforce_eager) == (512, True)
+    assert (generate.model, generate.prompts) == (Path("m"), tmp_path / "out" / "prompts" / "iter_1.jsonl")
+
+
+def test_an_option_wins_over_the_section_s_setting(tmp_path: Path) -> None:
+    options = ("temperature=0.7", "tensor_parallel_size=2", "allow_no_signal=true", "max_model_len=None")
+    of_scoring = ("selection=extremes", "judge_after=</think>", "max_requests=7", "allow_no_signal=true")
+    spelled = commands(read(tmp_path, "--rollout-options", *options, "--scoring-options", *of_scoring))
+    generate = as_the_stage_reads(GenerateConfig, spelled["iter_1-rollouts"])
+    assert (generate.temperature, generate.engine.tensor_parallel_size, generate.max_model_len) == (0.7, 2, None)
+    scoring = as_the_stage_reads(ScoreConfig, spelled["iter_1-dataset"])
+    assert (scoring.selection, scoring.judge_after, scoring.max_requests) == ("extremes", "</think>", 7)
+    assert generate.allow_no_signal and scoring.allow_no_signal
+    assert as_the_stage_reads(EvaluateConfig, spelled["iter_1-eval"]).judge_after is None
+
+
+def test_a_sampler_of_the_user_s_own_gets_the_documented_flags(tmp_path: Path) -> None:
+    tokens = commands(read(tmp_path, "--rollout-command", "python 'my sampler.py' --fast"))["base-eval-rollouts"]
+    assert tokens[:3] == ("python", "my sampler.py", "--fast") and "--allow-no-signal" not in tokens
+    documented = ("model", "prompts", "output", "num-responses", "max-tokens", "temperature", "top-p", "seed")
+    assert {f"--{name}" for name in documented} <= set(tokens)
+
+
+def test_a_launcher_of_the_user_s_own_starts_the_training_command(tmp_path: Path) -> None:
+    launcher = "srun torchrun --nnodes 4 --nproc-per-node 8"
+    spelled = commands(read(tmp_path, "--training-launcher", launcher, "--training-processes", "32"))
+    for stage, name in (("iter_1-train", "train"), ("iter_1-inspect", "inspect")):
+        assert spelled[stage][:9] == (*shlex.split(launcher), "-m", "megatron_sppo", name)
 
 
 def test_settings_of_the_judge_hold_in_training_and_in_evaluation(tmp_path: Path) -> None:
     flags = ("--judge-after", "</think>", "--verdict-tokens", "512", "--allow-no-signal")
     for given in ((), flags):
-        config = read(tmp_path, *given)
-        stages = iteration_stages(config, RunPaths(run_dir=tmp_path / "out"), 1, evaluates=True)
-        commands = {stage.name: stage.command for stage in stages}
+        spelled = commands(read(tmp_path, *given))
         for name in ("iter_1-dataset", "iter_1-eval"):
-            assert tuple(token for token in commands[name] if token in flags) == given
+            assert tuple(token for token in spelled[name] if token in flags) == given
 
 
-def test_a_setting_without_a_value_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"training holds 'lr'. Write NAME=VALUE"):
-        named_values(["lr"], place="training")
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--training", "lr"), "training holds 'lr'. Write NAME=VALUE"),
+        (("--training", "etaa=10"), "section training: unknown key 'etaa'. Did you mean eta"),
+        (("--training", "save=elsewhere"), "training sets save, which self-play decides itself"),
+        (("--training", "lr=0"), "lr is 0"),
+        (("--training", "objective=dpo"), "micro_batch_size .1. must be even"),
+        (("--rollout-options", "shard_sizes=4"), "section rollout_options: unknown key 'shard_sizes'"),
+        (("--rollout-options", "shard_size=0"), "shard_size is 0"),
+        (("--rollout-options", "seed=3"), "rollout_options sets seed, which self-play decides itself"),
+        (("--scoring-options", "max_requests=many"), "--max-requests"),
+        (("--scoring-options", "output=x"), "scoring_options sets output"),
+    ],
+)
+def test_a_stage_s_settings_are_refused_in_its_own_words(tmp_path: Path, flags: tuple, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, *flags)
 
 
-def test_training_s_own_reader_accepts_good_settings_and_names_a_wrong_key(tmp_path: Path) -> None:
-    good = read(tmp_path, "--training", "lr=4e-5", "eta=10", "train_iters=None", "lr_warmup_fraction=0.1")
-    bad = read(tmp_path, "--training", "lr=4e-5", "etaa=10")
-    for config, message in ((good, None), (bad, r"section training: unknown key 'etaa'")):
-        file = tmp_path / "training.yaml"
-        file.write_text(yaml.safe_dump(named_values(config.training, place="training")))
-        if message is None:
-            check_training_settings(config, file)
-        else:
-            with pytest.raises(ConfigError, match=message):
-                check_training_settings(config, file)
-
-
-def test_training_may_not_decide_where_it_reads_and_writes(tmp_path: Path) -> None:
-    config = read(tmp_path, "--training", "lr=1e-5", "save=elsewhere")
-    with pytest.raises(ConfigError, match="training sets save"):
-        check_training_settings(config, tmp_path / "unread.yaml")
+def test_training_needs_a_learning_rate(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--lr is missing"):
+        read(tmp_path, text="scoring: {judge: rules:concise}")
 
 
 @pytest.mark.parametrize(
@@ -104,11 +148,12 @@ def test_training_may_not_decide_where_it_reads_and_writes(tmp_path: Path) -> No
         (("--temperature", "0"), "temperature is 0"),
         (("--top-p", "1.5"), "top_p is 1.5"),
         (("--selection", "some"), "selection 'some' is unknown"),
+        (("--max-tokens", "512"), "max_model_len .512. leaves no room"),
     ],
 )
 def test_what_a_later_stage_would_refuse_is_refused_at_the_start(tmp_path: Path, flags: tuple, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_rollouts_and_judges(read(tmp_path, *flags))
+        check_stages(read(tmp_path, *flags))
 
 
 @pytest.mark.parametrize(
@@ -130,28 +175,102 @@ def test_impossible_settings_are_refused(tmp_path: Path, flags: tuple, message: 
     [
         (("--judge", "rules:cyclic"), r"scoring\.judge is rules:cyclic, but .* was begun with rules:concise"),
         (("--training", "lr=1e-5"), r"training\.lr is 1e-5, but .* was begun with 4e-5"),
+        (("--training", "train_iters=9"), r"training\.train_iters is 9, but .* was begun with not set"),
+        (("--rollout-options", "max_model_len=600"), r"rollout\.max_model_len is 600, but .* was begun with 512"),
         (("--prompts-per-iteration", "disjoint"), r"run\.prompts_per_iteration is disjoint"),
         (("--iterations", "1"), r"run\.iterations is 1, but .* was begun with 2"),
     ],
 )
 def test_a_changed_setting_of_a_begun_run_is_named(tmp_path: Path, flags: tuple, message: str) -> None:
-    before = record(read(tmp_path))
     with pytest.raises(ConfigError, match=message):
-        check_unchanged(before, record(read(tmp_path, *flags)), tmp_path / "out")
+        check_unchanged(read(tmp_path), read(tmp_path, *flags), tmp_path / "out")
 
 
 def test_where_a_run_is_computed_may_change_and_more_iterations_over_all_prompts_may_follow(tmp_path: Path) -> None:
-    before = record(read(tmp_path))
     moved = ("--training-processes", "4", "--rollout-command", "own sampler", "--allow-no-signal")
-    changed = read(tmp_path, *moved, "--iterations", "5")
-    check_unchanged(before, record(changed), tmp_path / "out")
+    layout = ("--training", "tensor_model_parallel_size=2", "micro_batch_size=4", "sequence_parallel=true")
+    changed = read(tmp_path, *moved, *layout, "--iterations", "5")
+    check_unchanged(read(tmp_path), changed, tmp_path / "out")
 
 
 def test_disjoint_parts_forbid_more_iterations(tmp_path: Path) -> None:
     disjoint = ("--prompts-per-iteration", "disjoint")
-    before = record(read(tmp_path, *disjoint))
     with pytest.raises(ConfigError, match=r"run\.iterations is 3"):
-        check_unchanged(before, record(read(tmp_path, *disjoint, "--iterations", "3")), tmp_path / "out")
+        check_unchanged(read(tmp_path, *disjoint), read(tmp_path, *disjoint, "--iterations", "3"), tmp_path / "out")
+
+
+def test_all_but_the_layout_decides() -> None:
+    """What may change, by hand: a field that is added decides, or is marked and stands here."""
+    free = {
+        TrainingConfig: {
+            *("load", "data", "save", "micro_batch_size", "packed_sequence_size", "tensor_model_parallel_size"),
+            *("pipeline_model_parallel_size", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+            *("virtual_pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"),
+            "sequence_parallel",
+        },
+        GenerateConfig: {"model", "prompts", "output", "allow_no_signal", "tensor_parallel_size", "server"},
+        ScoreConfig: {"output", "rollouts", "allow_no_signal"},
+        SelfPlayConfig: {
+            *("model", "prompts", "output", "training_processes", "training_launcher", "rollout_command"),
+            *("rollout_tensor_parallel_size", "server", "allow_no_signal", "inspected_prompts"),
+        },
+    }
+    kinds: dict[type, Any] = {
+        TrainingConfig: read_training(),
+        GenerateConfig: GenerateConfig(model=Path(), prompts=Path(), output=Path(), num_responses=2, max_tokens=1),
+        ScoreConfig: ScoreConfig(output=Path("x"), rollouts=Path(), judge="rules:concise"),
+        SelfPlayConfig: parse(
+            SelfPlayConfig,
+            name="self_play.py",
+            description="",
+            argv=["--model=m", "--prompts=p", "--output=o", "--judge=rules:concise", "--training", "lr=1e-6"],
+        ),
+    }
+    for kind, names in free.items():
+        deciding_names = {path.rpartition(".")[2] for path in deciding(kinds[kind]) if not path.startswith(OWN)}
+        assert leaf_names(kinds[kind]) - deciding_names == names
+
+
+OWN = ("training.", "rollout.rollout_options.", "scoring.scoring_options.")
+"""Of other commands, which have their own entry."""
+
+
+def read_training() -> TrainingConfig:
+    argv = ["--load=a", "--data=b", "--save=c", "--lr=1e-6"]
+    return parse(TrainingConfig, name="pretrain_sppo.py", description="", argv=argv)
+
+
+def leaf_names(config: Any) -> set[str]:
+    """List the settings of a config, those of other commands left to them."""
+    names: set[str] = set()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, (TrainingConfig, GenerateConfig, ScoreConfig)):
+            continue
+        names |= leaf_names(value) if dataclasses.is_dataclass(value) else {field.name}
+    return names
+
+
+def test_a_run_s_record_reads_back_as_the_same_settings(tmp_path: Path) -> None:
+    config = read(tmp_path, "--training", "lr=5.0e-7", "--scoring-options", "one_order=true")
+    kept = json.loads(json.dumps(record(config)))
+    assert read_record(kept, place=tmp_path / "state.json") == config
+    assert "save" not in kept["training"] and kept["training"]["optimization"]["lr"] == 5e-7
+
+
+def test_a_run_that_an_earlier_version_began_goes_on(tmp_path: Path) -> None:
+    """state.json then held `json`, the texts of the YAML file, and of a stage's options only those that were given."""
+    config = read(tmp_path)
+    before = json.loads(json.dumps(record(config)))
+    before["training"] = {"lr": "4.0e-5", "optimizer": "adam", "optimization": {"lr_warmup_iters": "2"}}
+    before["training"] |= {"transformer_config": ["a=1", "b=2"], "train_iters": None}
+    before["rollout"]["rollout_options"] = {"max_model_len": "512", "enforce_eager": "true"}
+    before["scoring"]["scoring_options"] = {}
+    before["json"] = False
+    old = read_record(before, place=tmp_path / "state.json")
+    check_unchanged(old, config, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"training\.eta is 10.0, but .* was begun with 1000.0"):
+        check_unchanged(old, read(tmp_path, "--training", "eta=10"), tmp_path / "out")
 
 
 def test_the_second_iteration_starts_from_the_first_s_model(tmp_path: Path) -> None:
