@@ -325,7 +325,7 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
     checkpoint.load_weights(policy, source)
     optimizer = build_optimizer(policy.chunks, config.optimization, config.model, config.parallel)
     scheduler = build_scheduler(optimizer, config.optimization, train_iters=batches.train_iters)
-    progress = Progress(facts=resume_key(batches, config))
+    progress = Progress(resume_key=resume_key(batches, config))
     progress.reference = reference.fingerprint(policy, dataset, batches, config)
     begin = clock()
     reference_GK = reference.load_or_compute(policy, dataset, batches, progress.reference, config=config)

@@ -5,7 +5,7 @@
         --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --sequence-parallel
 
 The same command again resumes, in another layout too. One process needs no torchrun. Exit codes: 0 done, 2 something
-that you can mend (one line on stderr), 143 stopped by SIGTERM after a checkpoint, 1 a crash.
+that you can fix (one line on stderr), 143 stopped by SIGTERM after a checkpoint, 1 a crash.
 """
 
 import functools
@@ -36,7 +36,8 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     batches = inputs.list_batches(config, dataset, architecture)
     key = resume_key(batches, config)
     resumed = inputs.find_resumable(config)
-    progress = Progress(facts=key, packs=batches.packs) if resumed is None else checkpoint.read_progress(resumed)
+    started = Progress(resume_key=key, micro_batch_key=batches.micro_batch_key)
+    progress = started if resumed is None else checkpoint.read_progress(resumed)
     progress.check_resumes(key, config.save)
     if progress.step >= batches.train_iters:
         logger.info("%s is complete: %d steps are done, %d asked for", config.save, progress.step, batches.train_iters)
@@ -59,10 +60,10 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         progress.ref_drift = reference.drift_by_step(policy, dataset, batches, reference_GK)
     else:
         checkpoint.resume(resumed, policy, optimizer, scheduler)
-        progress.say_if_packs_changed(batches.packs)
+        progress.warn_if_micro_batches_changed(batches.micro_batch_key)
         reference_GK = reference.read_for_resume(dataset, batches, progress.reference, config=config)
 
-    # (log pi_theta / pi_t - (eta w - log Z))^2, meaned over the responses of a global batch, one update each.
+    # (log pi_theta / pi_t - (eta w - log Z))^2, averaged over the responses of a global batch, one update each.
     complete = loop.train(
         policy,
         optimizer,

@@ -22,7 +22,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -72,11 +72,18 @@ class Mark(enum.Enum):
     """What a field's annotation says of it beside its type and range."""
 
     LAYOUT = "layout"
+    TUNABLE = "tunable"
+    DECIDES = "decides"
 
 
 LAYOUT = Mark.LAYOUT
 """Marks a field (or a section) that decides where or how a run is computed, not what comes of it: a run that is resumed
 may have another value there. What is not marked decides, and must be the same."""
+TUNABLE = Mark.TUNABLE
+"""Marks a field (or a section) that decides what comes of a run, and yet may change where one training run is resumed,
+such as a lower rate after a loss that was not finite. Iterations of self-play must share it."""
+DECIDES = Mark.DECIDES
+"""Marks the exception within a section that is marked otherwise."""
 
 
 class SettingsOf(tyro.constructors.PrimitiveConstructorSpec[Any]):
@@ -278,8 +285,8 @@ def to_dict(config: Any) -> dict[str, Any]:
     return values
 
 
-def deciding(config: Any) -> dict[str, Any]:
-    """List what must be the same when a run is resumed: every setting not marked LAYOUT -> {dotted path: plain value}.
+def deciding(config: Any, *, free: Collection[Mark] = (LAYOUT,)) -> dict[str, Any]:
+    """List what must be the same when a run is resumed: every setting whose mark is not `free` -> {dotted path: value}.
 
     Paths are sections and name, such as "optimization.lr"; values as `to_dict` spells them.
     """
@@ -287,8 +294,8 @@ def deciding(config: Any) -> dict[str, Any]:
     for leaf in _leaves(type(config)).values():
         path, value = ".".join(leaf.path), _value_of(config, leaf)
         if leaf.is_settings:
-            found |= {f"{path}.{name}": setting for name, setting in deciding(value).items()}
-        elif not leaf.is_layout:
+            found |= {f"{path}.{name}": setting for name, setting in deciding(value, free=free).items()}
+        elif leaf.mark not in free:
             found[path] = _plain(value)
     return found
 
@@ -327,8 +334,8 @@ class _Leaf:
     path: tuple[str, ...]
     annotation: Any
     default: Any
-    is_layout: bool = False
-    """Marked LAYOUT, or within a section that is."""
+    mark: Mark | None = None
+    """Its own, or else its section's."""
     is_settings: bool = False
     """Holds another command's config: marked SettingsOf."""
 
@@ -357,7 +364,7 @@ def _leaves(
     path: tuple[str, ...] = (),
     default: Any = dataclasses.MISSING,
     *,
-    is_layout: bool = False,
+    mark: Mark | None = None,
 ) -> dict[str, _Leaf]:
     """List every leaf field by its name, sections opened -> {snake_case name: leaf}."""
     assert dataclasses.is_dataclass(config_class), f"{config_class} is no dataclass"
@@ -367,15 +374,15 @@ def _leaves(
         annotation, marks = hints[field.name], list[Any]()
         if typing.get_origin(annotation) is Annotated:
             annotation, *marks = typing.get_args(annotation)
-        free = is_layout or LAYOUT in marks
+        own = next((found for found in marks if isinstance(found, Mark)), mark)
         value = _default_of(field) if default is dataclasses.MISSING else getattr(default, field.name)
         here = (*path, field.name)
         is_settings = any(isinstance(mark, SettingsOf) for mark in marks)
         if dataclasses.is_dataclass(annotation) and not is_settings:
             assert isinstance(annotation, type)
-            found = _leaves(annotation, here, value, is_layout=free)
+            found = _leaves(annotation, here, value, mark=own)
         else:
-            leaf = _Leaf(path=here, annotation=annotation, default=value, is_layout=free, is_settings=is_settings)
+            leaf = _Leaf(path=here, annotation=annotation, default=value, mark=own, is_settings=is_settings)
             found = {field.name: leaf}
         for key, leaf in found.items():
             assert key not in _BUILT_IN, f"{'.'.join(leaf.path)}: --{key} belongs to every tool; choose another name"

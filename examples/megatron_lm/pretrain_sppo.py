@@ -36,7 +36,7 @@ from megatron.training.datasets.data_samplers import build_pretraining_data_load
 from torch import Tensor
 
 from megatron_sppo.command_line import run
-from megatron_sppo.data import reference_file as sidecar
+from megatron_sppo.data import reference_file
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.microbatch import collate
 from megatron_sppo.data.selection import TrainingIndex, row_targets, training_index
@@ -74,7 +74,7 @@ def add_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags of Megatron-LM under which this script would be wrong, most of them in silence."""
+    """Refuse flags of Megatron-LM under which this script would be wrong, most of them silently."""
     noise = "the log-ratio of two dropped-out networks is noise"
     unseen = "the head reads the output weight without calling its layer, so that this"
     router = "its loss would be divided by responses, not by tokens"
@@ -188,7 +188,7 @@ build_datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
-    """Run a stage on the next micro-batch -> its output, and the loss of what the last stage answers."""
+    """Run a stage on the next micro-batch -> its output, and the loss of what the last stage returns."""
     batch = to_rank(next(batches))
     output = model(batch["tokens"], batch["position_ids"], None, output_processor=head, output_processor_context=batch)
     return output, partial(loss, batch)
@@ -250,7 +250,7 @@ def reference_log_probs(dataset: PreferenceDataset, index: TrainingIndex, select
     """
     args = get_args()
     directory = args.reference or Path(args.save)
-    manifest = directory / sidecar.MANIFEST_NAME
+    manifest = directory / reference_file.MANIFEST_NAME
     goes_on = args.iteration > 0
     if goes_on and not manifest.is_file():
         raise DataError(
@@ -267,13 +267,13 @@ def reference_log_probs(dataset: PreferenceDataset, index: TrainingIndex, select
         "fp8": args.fp8,
         "fp8_recipe": args.fp8_recipe if args.fp8 else None,
     }
-    stored = sidecar.read_reference(directory, fingerprint)
+    stored = reference_file.read_reference(directory, fingerprint)
     torch.distributed.barrier()  # every rank has looked before one writes
     if stored is None:
         print_rank_0(f"computing log pi_t of {index.num_rows} responses ...")
         stored = compute_reference(dataset, index)
         if parallel.is_rank_zero():
-            sidecar.write_reference(directory, stored, fingerprint)
+            reference_file.write_reference(directory, stored, fingerprint)
         torch.distributed.barrier()
     return stored
 

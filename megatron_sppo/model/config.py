@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from megatron_sppo.architecture import Architecture
-from megatron_sppo.config import NonNegativeFloat, PositiveInt, check_ranges
+from megatron_sppo.config import DECIDES, NonNegativeFloat, PositiveInt, check_ranges
 from megatron_sppo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ _BLACKWELL_RECIPES = ("mxfp8", "nvfp4")
 class ModelConfig:
     """Precision and implementation of the model; names are Megatron-Core's."""
 
-    params_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    params_dtype: Annotated[Literal["float32", "bfloat16"], DECIDES] = "bfloat16"
     """Type of weights and activations. With bfloat16 the optimizer keeps float32 master weights. fp16 is refused: its
     loss scaling overflows on SPPO's squared residuals of hundreds of nats."""
     transformer_impl: Literal["auto", "transformer_engine", "torch"] = "auto"
@@ -34,8 +34,8 @@ class ModelConfig:
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: core attention only (selective) or whole layers (full)."""
     moe_aux_loss_coeff: NonNegativeFloat = 0.0
-    """Weight of each mixture layer's load-balancing loss, taken over each sequence (Megatron's seq_aux_loss) and meaned
-    over sequences, beside the objective and never in the reported loss. 0: none."""
+    """Weight of each mixture layer's load-balancing loss, taken over each sequence (Megatron's seq_aux_loss) and
+    averaged over sequences, beside the objective and never in the reported loss. 0: none."""
     moe_z_loss_coeff: NonNegativeFloat = 0.0
     """Weight of each mixture layer's squared log-sum-exp of the router's logits, in the same way. 0: none."""
     head_chunk_size: PositiveInt | None = None

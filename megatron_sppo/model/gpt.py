@@ -1,4 +1,4 @@
-"""The policy: Megatron-Core's GPTModel whose last stage answers with log-probabilities instead of logits."""
+"""The policy: Megatron-Core's GPTModel whose last stage returns log-probabilities instead of logits."""
 
 import math
 from typing import Any, NamedTuple
@@ -172,7 +172,7 @@ def build_stage(
 
 
 def _scale_embeddings(model: PolicyModel, factor: float) -> None:
-    """Multiply what the embedding answers, by a factor of the weights' type as Gemma2TextScaledWordEmbedding does.
+    """Multiply what the embedding returns by a factor of the weights' type as Gemma2TextScaledWordEmbedding does.
 
     A hook, for GPTModel builds the embedding itself. Sequence parallelism has given each rank its tokens by then.
     """

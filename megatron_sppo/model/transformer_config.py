@@ -35,20 +35,11 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
     """
     fused = resolve_transformer_impl(config) == "transformer_engine"
     values: dict[str, Any] = {
-        "num_layers": architecture.num_layers,
-        "hidden_size": architecture.hidden_size,
-        "ffn_hidden_size": architecture.ffn_hidden_size,
-        "num_attention_heads": architecture.num_attention_heads,
-        "num_query_groups": architecture.num_query_groups,
-        "kv_channels": architecture.kv_channels,
-        "layernorm_epsilon": architecture.layernorm_epsilon,
-        "qk_layernorm": architecture.qk_layernorm,
-        "add_qkv_bias": architecture.add_qkv_bias,
+        **{name: value for name, value in shared_fields(architecture).items() if value is not None},
         "add_bias_linear": False,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": _ACTIVATIONS[architecture.activation_func],
-        "layernorm_zero_centered_gamma": architecture.layernorm_zero_centered_gamma,
         **_attention(architecture),
         # Both passes must see the same network, or the log-ratio is not zero before the first step.
         "hidden_dropout": 0.0,
@@ -82,6 +73,12 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
     return mcore_dataclass(TransformerConfig, values)
 
 
+def shared_fields(ours: Any) -> dict[str, Any]:
+    """Read the fields of a dataclass that Megatron-Core's TransformerConfig names alike -> {name: value}."""
+    theirs = {field.name for field in dataclasses.fields(TransformerConfig)}
+    return {field.name: getattr(ours, field.name) for field in dataclasses.fields(ours) if field.name in theirs}
+
+
 def _attention(architecture: Architecture) -> dict[str, Any]:
     """Describe scale and windows of the attention, for Transformer Engine's core attention; nothing where it is plain.
 
@@ -98,7 +95,7 @@ def _attention(architecture: Architecture) -> dict[str, Any]:
 
 
 def _experts(architecture: Architecture, *, fused: bool) -> dict[str, Any]:
-    """Describe the mixture of experts; nothing for a dense model.
+    """Describe how a mixture of experts is computed; nothing for a dense model.
 
     Megatron-Core's auxiliary losses stay off: router_losses.py has ours. No capacity: no token is dropped, so tokens of
     padding go through the router without touching the others.
@@ -106,10 +103,6 @@ def _experts(architecture: Architecture, *, fused: bool) -> dict[str, Any]:
     if architecture.num_moe_experts is None:
         return {}
     return {
-        "num_moe_experts": architecture.num_moe_experts,
-        "moe_router_topk": architecture.moe_router_topk,
-        "moe_ffn_hidden_size": architecture.moe_ffn_hidden_size,
-        "moe_router_pre_softmax": architecture.moe_router_pre_softmax,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_z_loss_coeff": None,

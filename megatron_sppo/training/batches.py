@@ -176,7 +176,7 @@ class Batches:
         return 1 + epoch * self.steps_per_epoch
 
     @property
-    def packs(self) -> dict[str, int | None]:
+    def micro_batch_key(self) -> dict[str, int | None]:
         """What decides which responses of a step share a micro-batch, and its padding; a resumed run may change it."""
         batch = self._config.batch
         return {
@@ -187,22 +187,10 @@ class Batches:
         }
 
     @property
-    def resume_key(self) -> dict[str, Any]:
-        """What decides the global batches and their targets."""
-        batch, objective = self._config.batch, self._config.objective
-        return {
-            "dataset_hash": self._dataset.dataset_hash,
-            "selection": str(self.selection),
-            "num_rows": self.index.num_rows,
-            "global_batch_size": batch.global_batch_size,
-            "seed": batch.seed,
-            "share_prompts": batch.share_prompts,
-            "max_prompt_length": batch.max_prompt_length,
-            "objective": objective.objective,
-            "eta": objective.eta,
-            "beta": objective.beta,
-            "baseline": objective.baseline,
-        }
+    def row_key(self) -> dict[str, Any]:
+        """What says which rows there are to train on."""
+        dataset_hash, num_rows = self._dataset.dataset_hash, self.index.num_rows
+        return {"dataset_hash": dataset_hash, "selection": str(self.selection), "num_rows": num_rows}
 
     def steps(self, *, first: int, last: int, reference_GK: np.ndarray | None = None) -> Iterator[StepPlan]:
         """Yield the plans of steps `first`..`last`, counted from 1.

@@ -109,7 +109,7 @@ def read_progress(checkpoint: Path) -> Progress:
     common = dist_checkpointing.load_common_state_dict(str(checkpoint))
     if "sppo" not in common:
         raise DataError(f"{checkpoint} holds no training state. Use it with --load and choose another --save.")
-    return Progress(step=int(common["iteration"]), **common["sppo"])
+    return Progress.from_json(common["sppo"], step=int(common["iteration"]))
 
 
 @torch.no_grad()

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from megatron_sppo.config import (
+    DECIDES,
     LAYOUT,
+    TUNABLE,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -55,7 +57,7 @@ class OptimizationConfig:
 
     lr: Annotated[float, Range(0, 100, above=True)]
     """Highest learning rate. Published runs use 5e-7."""
-    optimizer: Literal["adam", "rmsprop"] = "adam"
+    optimizer: Annotated[Literal["adam", "rmsprop"], DECIDES] = "adam"
     """adam (decoupled weight decay) or rmsprop (the official SPPO code: alpha 0.99, eps 1e-8, no momentum)."""
     min_lr: NonNegativeFloat = 0.0
     """Lowest learning rate, reached at the end of the decay."""
@@ -133,9 +135,9 @@ class ParallelConfig:
     """Split the activations of norms along the sequence over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state and master weights over the data-parallel ranks."""
-    ddp_config: tuple[str, ...] = ()
+    ddp_config: Annotated[tuple[str, ...], TUNABLE] = ()
     """Further KEY=VALUE fields of Megatron-Core's DistributedDataParallelConfig, such as overlap_grad_reduce=true."""
-    distributed_timeout_minutes: PositiveInt = 30
+    distributed_timeout_minutes: Annotated[PositiveInt, TUNABLE] = 30
     """Give up on a collective after this long."""
 
     def __post_init__(self) -> None:
@@ -182,12 +184,12 @@ class BatchConfig:
     """Responses in one forward pass of one data-parallel rank. Of no effect with `packed_sequence_size`."""
     global_batch_size: PositiveInt = 128
     """Responses in one optimizer step; the published runs use 128 (64 pairs)."""
-    seq_length: PositiveInt | None = None
+    seq_length: Annotated[PositiveInt | None, TUNABLE] = None
     """Longest prompt + response, in tokens; longer ones are left out and counted. Unset: as many as the model has
     positions. The official recipe uses 1024."""
     max_prompt_length: PositiveInt | None = None
     """Keep this many tokens of a longer prompt, from its end (official recipe: 512); unset: no prompt is cut."""
-    packing: bool = True
+    packing: Annotated[bool, TUNABLE] = True
     """Lay the responses of a micro-batch end to end instead of padding each to the longest."""
     packed_sequence_size: Annotated[PositiveInt | None, LAYOUT] = None
     """Tokens in one forward pass of one data-parallel rank, at most (its context-parallel ranks share them). Responses
@@ -199,13 +201,13 @@ class BatchConfig:
     that those of one prompt meet in a global batch. Needs `packed_sequence_size`."""
     selection: str | None = None
     """all, extremes or top-bottom:M; unset: what the dataset's manifest says."""
-    num_epochs: PositiveInt | None = None
+    num_epochs: Annotated[PositiveInt | None, TUNABLE] = None
     """Passes over the dataset. Unset: one, as the published runs make, or as many as `train_iters` takes."""
-    reference_per_epoch: bool = False
+    reference_per_epoch: Annotated[bool, TUNABLE] = False
     """Compute log pi_t of each epoch's responses in the micro-batches of that epoch, all before the first step: as many
     reference passes as epochs. Otherwise one pass, in the first epoch's: where a response's log-probability depends on
     what shares its micro-batch (FP8 in tensorwise scaling), later epochs carry that as noise."""
-    train_iters: PositiveInt | None = None
+    train_iters: Annotated[PositiveInt | None, TUNABLE] = None
     """Optimizer steps, the data repeated as often as it takes. With `num_epochs` too, the run ends at the first."""
     seed: Seed = 1234
     """Seed of the data order."""
@@ -255,10 +257,10 @@ class TrainingConfig:
     """Where checkpoints, metrics.jsonl and the resolved config go. If it has a checkpoint, the run resumes from it."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
-    optimization: OptimizationConfig
-    model: ModelConfig = field(default_factory=ModelConfig)
+    optimization: Annotated[OptimizationConfig, TUNABLE]
+    model: Annotated[ModelConfig, TUNABLE] = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    run: Annotated[RunConfig, TUNABLE] = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
         row, batch = self.objective.row, self.batch

@@ -14,7 +14,7 @@ from megatron_sppo.architecture import Architecture
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import PolicyModel, build_stage
 from megatron_sppo.model.router_losses import METRICS
-from megatron_sppo.model.transformer_config import mcore_dataclass, parse_overrides, transformer_config
+from megatron_sppo.model.transformer_config import mcore_dataclass, parse_overrides, shared_fields, transformer_config
 from megatron_sppo.training import parallel
 from megatron_sppo.training.config import ParallelConfig
 
@@ -46,7 +46,7 @@ class Policy:
         return sums
 
     def router_metrics(self, sums: torch.Tensor, *, num_sequences: int) -> dict[str, float]:
-        """Mean the routers' losses, added up over all ranks, over layers and sequences -> {metric: value}.
+        """Average the routers' losses, added up over all ranks, over layers and sequences -> {metric: value}.
 
         Empty without such losses.
         """
@@ -76,16 +76,11 @@ def mcore_config(architecture: Architecture, model: ModelConfig, layout: Paralle
     config = transformer_config(
         architecture,
         model,
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        **shared_fields(layout),
         num_layers_in_first_pipeline_stage=layout.decoder_first_pipeline_num_layers,
         num_layers_in_last_pipeline_stage=layout.decoder_last_pipeline_num_layers,
-        context_parallel_size=layout.context_parallel_size,
-        expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
-        sequence_parallel=layout.sequence_parallel,
-        # Interleaving with batched, blocking p2p gives wrong losses in silence (measured, megatron-core 0.16.1, gloo).
+        # Interleaving with batched, blocking p2p gives wrong losses silently (measured, megatron-core 0.16.1, gloo).
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
     )

@@ -6,11 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_sppo.config import LAYOUT, TUNABLE, deciding
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import TrainingConfig
 
 logger = logging.getLogger(__name__)
+
+_SAVED_AS = {"resume_key": "facts", "micro_batch_key": "packs"}
+"""What checkpoints call it."""
 
 
 @dataclass
@@ -21,29 +25,35 @@ class Progress:
     """Optimizer steps done."""
     num_clipped: int = 0
     """Steps whose gradient was clipped."""
-    facts: dict[str, Any] = field(default_factory=dict)
+    resume_key: dict[str, Any] = field(default_factory=dict)
     """What must be the same when the run is resumed."""
     reference: dict[str, Any] = field(default_factory=dict)
     """Fingerprint of the reference log-probabilities that the run trains against."""
-    packs: dict[str, Any] = field(default_factory=dict)
+    micro_batch_key: dict[str, Any] = field(default_factory=dict)
     """What decided the micro-batches that they were computed in."""
     ref_drift: dict[str, float] = field(default_factory=dict)
     """`sppo/ref_drift` of each step that reports it: `reference.drift_by_step`."""
 
     def to_json(self) -> dict[str, Any]:
         """Return what a checkpoint stores beside the step itself."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "step"}
+        return {_SAVED_AS.get(name, name): value for name, value in dataclasses.asdict(self).items() if name != "step"}
 
-    def check_resumes(self, facts: dict[str, Any], save: Path) -> None:
+    @classmethod
+    def from_json(cls, stored: dict[str, Any], *, step: int) -> "Progress":
+        """Read what `to_json` returned, of this version or an earlier one -> Progress."""
+        names = {saved_as: name for name, saved_as in _SAVED_AS.items()}
+        return cls(step=step, **{names.get(key, key): value for key, value in stored.items()})
+
+    def check_resumes(self, resume_key: dict[str, Any], save: Path) -> None:
         """Refuse to go on with a run whose data order, targets or optimizer were others.
 
         Raises:
             ConfigError: names each differing setting with both values.
         """
         differing = [
-            f"{name} was {self.facts.get(name)!r}, is {value!r}"
-            for name, value in facts.items()
-            if self.facts.get(name) != value
+            f"{name} was {self.resume_key.get(name)!r}, is {value!r}"
+            for name, value in resume_key.items()
+            if self.resume_key.get(name) != value
         ]
         if differing:
             raise ConfigError(
@@ -51,12 +61,12 @@ class Progress:
                 "Use the same settings to resume, or another --save to start anew."
             )
 
-    def say_if_packs_changed(self, packs: dict[str, Any]) -> None:
+    def warn_if_micro_batches_changed(self, micro_batch_key: dict[str, Any]) -> None:
         """Say that the rest of the run computes log pi_theta in other micro-batches than log pi_t was computed in."""
         changed = [
-            f"{name} {self.packs[name]} -> {value}"
-            for name, value in packs.items()
-            if self.packs.get(name, value) != value
+            f"{name} {self.micro_batch_key[name]} -> {value}"
+            for name, value in micro_batch_key.items()
+            if self.micro_batch_key.get(name, value) != value
         ]
         if changed:
             logger.warning(
@@ -67,9 +77,9 @@ class Progress:
 
 
 def resume_key(batches: Batches, config: TrainingConfig) -> dict[str, Any]:
-    """Name what a resumed run must share with its beginning -> JSON dict. The layout may differ."""
-    return batches.resume_key | {
-        "optimizer": config.optimization.optimizer,
-        "use_distributed_optimizer": config.parallel.use_distributed_optimizer,
-        "params_dtype": config.model.params_dtype,
-    }
+    """Name what a resumed run must share with its beginning -> JSON dict.
+
+    Every setting that is marked neither LAYOUT nor TUNABLE, and which rows they make of the data.
+    """
+    settings = deciding(config, free=(LAYOUT, TUNABLE))
+    return {path.rpartition(".")[2]: value for path, value in settings.items()} | batches.row_key

@@ -1,7 +1,7 @@
 """log pi_t of every response that will be trained on: computed once, by the model, layout and precision of training.
 
 The numbers lie beside the data with a fingerprint of all that they depend on. A mismatch is refused, never recomputed
-in silence: a reference of another model or precision shows as nats in the loss.
+silently: a reference of another model or precision shows as nats in the loss.
 """
 
 import logging
@@ -14,7 +14,7 @@ import torch
 import torch.distributed
 from tqdm import tqdm
 
-from megatron_sppo.data import reference_file as sidecar
+from megatron_sppo.data import reference_file
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.training import parallel
@@ -96,7 +96,7 @@ def load_or_compute(
         expected: `fingerprint` of this run.
     """
     directory = _directory(dataset, config)
-    stored = sidecar.read_reference(directory, expected)
+    stored = reference_file.read_reference(directory, expected)
     torch.distributed.barrier()  # every rank has looked before one writes
     if stored is not None:
         logger.info("reference log-probabilities read from %s", directory)
@@ -105,7 +105,7 @@ def load_or_compute(
         [compute(policy, dataset, batches, epoch=epoch) for epoch in range(_num_passes(batches, config))]
     )
     if parallel.is_rank_zero():
-        sidecar.write_reference(directory, values, expected)
+        reference_file.write_reference(directory, values, expected)
     torch.distributed.barrier()
     return values
 
@@ -131,7 +131,7 @@ def read_for_resume(
             f"Use {flag}, or another --save."
         )
     directory = _directory(dataset, config)
-    stored = sidecar.read_reference(directory, expected)
+    stored = reference_file.read_reference(directory, expected)
     if stored is None:
         raise DataError(
             f"{directory} has no reference log-probabilities, but the checkpoint to resume from was trained against "

@@ -84,6 +84,17 @@ def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> Non
                 assert (page.parent / target.partition("#")[0]).exists(), f"{page.name} links to {target}"
 
 
+def test_files_that_pages_name_are_there() -> None:
+    found = 0
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        rooms = r"`((?:tests|megatron_sppo|examples|docs|tools|benchmarks|\.github)/[\w./-]+)`"
+        for name in re.findall(rooms, "" if page.name == "troubleshooting.md" else text):
+            found += 1
+            assert (REPOSITORY / name).exists(), f"{page.name} names {name}"
+    assert found > 40
+
+
 def test_blocks_are_fenced_and_say_what_they_hold() -> None:
     assert len(FENCES) > 60
     for fence in FENCES:
