@@ -50,7 +50,7 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     path = Path(run_dir, SUMMARY_NAME)
     if not path.is_file():
         raise DataError(
-            f"{path} does not exist: no iteration has ended. Run tools/self_play.py with --output {run_dir}."
+            f"{path} does not exist: no iteration has ended. Run `megatron-sppo self-play` with --output {run_dir}."
         )
     summary: dict[str, Any] = read_json(path)
     entries = summary.get("iterations") if isinstance(summary, dict) else None
