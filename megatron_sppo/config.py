@@ -428,7 +428,9 @@ def _check_required(leaves: Mapping[str, _Leaf], *, given: set[str], within: str
     if missing:
         flags = ", ".join(flag_of(key) for key in missing)
         verb, pronoun = ("is", "it") if len(missing) == 1 else ("are", "them")
-        raise ConfigError(f"{flags} {verb} missing. Give {pronoun} on the command line or in the --config file{within}.")
+        raise ConfigError(
+            f"{flags} {verb} missing. Give {pronoun} on the command line or in the --config file{within}."
+        )
 
 
 def config_file(tokens: Sequence[str]) -> Path | None:
