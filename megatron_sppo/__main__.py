@@ -1,11 +1,18 @@
 """`megatron-sppo COMMAND ...`, or `python -m megatron_sppo COMMAND ...`."""
 
+import os
+import sys
+
+# `python -m` looks for every module in the current directory first: what a user keeps there, such as a queue.py, would
+# stand in for Python's own. The installed command does not, and its stages, which are started so, must not differ.
+if __name__ == "__main__" and sys.path[0] == os.getcwd() != os.path.dirname(os.path.dirname(__file__)):
+    del sys.path[0]
+
 import functools
 import importlib
 import importlib.metadata
 import platform
 import re
-import sys
 from pathlib import Path
 from typing import NoReturn
 

@@ -34,8 +34,8 @@ def run(main: Callable[[], None], *, name: str) -> NoReturn:
         name: the file name of the tool as the user typed it, such as "convert.py".
     """
     debug = "--debug" in sys.argv[1:]
-    set_up_logging(debug=debug)
     try:
+        set_up_logging(debug=debug)
         main()
         sys.stdout.flush()
     except BrokenPipeError:
@@ -65,11 +65,23 @@ class Launch:
 
 
 def launch() -> Launch:
-    """Read the launcher's environment variables -> Launch."""
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
-    return Launch(rank, local_rank, world_size, is_alone="RANK" not in os.environ)
+    """Read the launcher's environment variables -> Launch. An empty one is as good as none.
+
+    Raises:
+        ConfigError: one of them is not a number.
+    """
+    rank, local_rank, world_size = _number_of("RANK", 0), _number_of("LOCAL_RANK", 0), _number_of("WORLD_SIZE", 1)
+    return Launch(rank, local_rank, world_size, is_alone=not os.environ.get("RANK"))
+
+
+def _number_of(variable: str, default: int) -> int:
+    text = os.environ.get(variable) or str(default)
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(
+            f"the environment variable {variable} is {text!r}, not the number that torchrun sets. Use: unset {variable}"
+        ) from None
 
 
 def death_with_parent(signum: int) -> Callable[[], object]:

@@ -132,7 +132,7 @@ class SettingsOf(tyro.constructors.PrimitiveConstructorSpec[Any]):
         name, equals, value = text.partition("=")
         try:
             if text.startswith("{"):
-                return dict(json.loads(text))
+                return dict(_plain_text(json.loads(text)))
             is_flow = value.startswith(("[", "{"))
             flow = yaml.load(value, Loader=_TextLoader) if is_flow else value  # noqa: S506 (texts alone)
         except (ValueError, yaml.YAMLError):
@@ -257,8 +257,9 @@ def take_command(
         ConfigError: no command or an unknown one.
     """
     tokens = list(sys.argv[1:] if argv is None else argv)
-    while tokens and tokens[0] == "--debug":
-        tokens = [*tokens[1:], "--debug"]
+    if debug := list(itertools.takewhile(lambda token: token == "--debug", tokens)):
+        tokens = tokens[len(debug) :]
+        tokens += debug if tokens else []
     if not tokens or tokens[0] not in (*summaries, "-h", "--help"):
         near = _nearest(tokens[0], list(summaries)) if tokens else ""
         fact = f"no command {tokens[0]!r}. {near}" if tokens else "a command is missing. "
@@ -422,12 +423,14 @@ def _check_flags(tokens: list[str], leaves: Mapping[str, _Leaf]) -> list[str]:
     return checked
 
 
-def _check_required(leaves: Mapping[str, _Leaf], *, given: set[str]) -> None:
+def _check_required(leaves: Mapping[str, _Leaf], *, given: set[str], within: str = "") -> None:
     missing = [key for key, leaf in leaves.items() if leaf.required and key not in given]
     if missing:
         flags = ", ".join(flag_of(key) for key in missing)
         verb, pronoun = ("is", "it") if len(missing) == 1 else ("are", "them")
-        raise ConfigError(f"{flags} {verb} missing. Give {pronoun} on the command line or in the --config file.")
+        raise ConfigError(
+            f"{flags} {verb} missing. Give {pronoun} on the command line or in the --config file{within}."
+        )
 
 
 def config_file(tokens: Sequence[str]) -> Path | None:
@@ -510,7 +513,7 @@ def _leaf_values(content: Mapping[str, Any], leaves: Mapping[str, _Leaf], *, pla
 def _from_values(
     config_class: type[ConfigT], values: Mapping[str, Any], leaves: Mapping[str, _Leaf], *, place: str
 ) -> ConfigT:
-    _check_required(leaves, given=set(values))
+    _check_required(leaves, given=set(values), within=f", in {place}")
     tokens = [t for key, value in values.items() for t in _tokens_of_value(key, leaves[key], value, place=f"{place}: ")]
     for key in (key for key, leaf in leaves.items() if leaf.is_settings and key not in values):
         tokens.append(flag_of(key))

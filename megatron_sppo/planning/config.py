@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from megatron_sppo import config as configuration
 from megatron_sppo.config import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, Range, check_ranges
+from megatron_sppo.errors import ConfigError
 from megatron_sppo.training.config import OptimizationConfig, TrainingConfig
 
 
@@ -113,7 +114,7 @@ def _of_self_play(content: dict[str, Any]) -> dict[str, Any]:
     training = content.get("training")
     if not isinstance(training, dict):
         return content
-    run, rollout, scoring = (content.get(section) or {} for section in ("run", "rollout", "scoring"))
+    run, rollout, scoring = (_section(content, name) for name in ("run", "rollout", "scoring"))
     taken = {
         "num_responses": rollout.get("num_responses"),
         "num_prompts": run.get("max_prompts_per_iteration"),
@@ -121,3 +122,10 @@ def _of_self_play(content: dict[str, Any]) -> dict[str, Any]:
         "selection": scoring.get("selection"),
     }
     return {key: value for key, value in taken.items() if value is not None} | training
+
+
+def _section(content: dict[str, Any], name: str) -> dict[str, Any]:
+    section = content.get(name) or {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"{name} is a section and holds `key: value` lines, not {section!r}. Indent them below it.")
+    return section

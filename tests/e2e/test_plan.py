@@ -63,3 +63,12 @@ def test_bad_input_is_one_line_and_exit_code_2() -> None:
     done = plan("--config", config("llama3_70b_h100.yaml"), "--world-size", "48", "20")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("plan.py: error: 48 ranks cannot be divided")
+
+
+@pytest.mark.parametrize("section", ["run: 5", "rollout: [a]", "scoring: x"])
+def test_a_section_of_a_self_play_config_that_is_none_is_one_line(section: str, tmp_path: Path) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_text(f"training: {{lr: 1e-6}}\n{section}\n", encoding="utf-8")
+    done = plan("--config", str(file), "--model", "llama3-8b")
+    assert done.returncode == 2
+    assert f"{section.partition(':')[0]} is a section and holds" in done.stderr.splitlines()[-1]

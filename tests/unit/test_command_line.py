@@ -47,6 +47,15 @@ def test_what_a_user_can_mend_is_one_last_line_and_exit_code_2(body, last):
     assert err == f"tool.py: error: {last}\n"
 
 
+def test_an_odd_launcher_variable_is_one_line_and_an_empty_one_is_none():
+    code, _, err = finish(start("print('done')", env={**os.environ, "RANK": "first"}))
+    assert code == 2
+    assert err.startswith("tool.py: error: the environment variable RANK is 'first', not the number that torchrun sets")
+    code, out, err = finish(start("print(command_line.launch())", env={**os.environ, "RANK": "", "WORLD_SIZE": ""}))
+    assert (code, err) == (0, "")
+    assert out.strip() == "Launch(rank=0, local_rank=0, world_size=1, is_alone=True)"
+
+
 def test_debug_shows_the_traceback_before_the_line():
     code, _, err = finish(start("raise ConfigError('no')", "--debug"))
     assert code == 2

@@ -6,6 +6,8 @@ What each command does with its flags, and what --help costs, is proved of proce
 import importlib
 import importlib.util
 import inspect
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,6 +41,7 @@ def test_a_tool_can_be_loaded_as_a_module(path: Path) -> None:
     [
         (["scor"], "megatron-sppo: error: no command 'scor'. Did you mean score? Use one of: megatron-sppo self-play,"),
         ([], "megatron-sppo: error: a command is missing. Use one of: megatron-sppo self-play,"),
+        (["convert"], "megatron-sppo convert: error: a command is missing. Use one of: megatron-sppo convert import,"),
         (["--nothing"], "megatron-sppo: error: no command '--nothing'. Use one of:"),
         (["convert", "imprt"], "megatron-sppo convert: error: no command 'imprt'. Did you mean import? Use one of:"),
         (["convert", "import"], "megatron-sppo convert: error: --hf, --megatron are missing."),
@@ -81,3 +84,25 @@ def test_a_missing_file_is_answered_with_the_packages(tmp_path: Path, monkeypatc
     names = storage.packaged_examples("configs/*.yaml").split(", ")
     assert names == sorted(names) and "examples/configs/smollm2_demo.yaml" in names
     assert all((REPOSITORY / name).is_file() for name in names)
+
+
+@pytest.mark.parametrize("arguments", [["--debug"], ["--debug", "--debug"], ["convert", "--debug"]])
+def test_debug_alone_is_a_missing_command(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["megatron-sppo", *arguments])
+    with pytest.raises(SystemExit) as left:
+        door.main()
+    assert left.value.code == 2
+    assert "error: a command is missing. Use one of:" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_modules_of_the_current_directory_stand_in_for_none(tmp_path: Path) -> None:
+    """As self-play starts its stages, from wherever its user is."""
+    for name in ("queue", "tyro", "yaml"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('taken from the current directory')\n")
+    command = [sys.executable, "-m", "megatron_sppo", "report", "--run", "nowhere"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("megatron-sppo report: error: nowhere")

@@ -73,6 +73,13 @@ def test_typed_settings_are_laid_over_the_file_s(tmp_path: Path) -> None:
     assert (options.max_model_len, options.engine.enforce_eager) == (2048, True)
 
 
+def test_a_json_object_may_be_typed_with_values_of_any_type(tmp_path: Path) -> None:
+    typed = '{"lr": 5e-7, "packing": false, "train_iters": null, "model": {"transformer_config": {"a": true}}}'
+    training = read(tmp_path, "--training", typed, "eta=5").training
+    assert (training.optimization.lr, training.objective.eta, training.batch.packing) == (5e-7, 5, False)
+    assert training.model.transformer_config == ("a=True",) and training.batch.train_iters is None
+
+
 def test_sampling_and_options_become_flags_of_the_rollout_stage(tmp_path: Path) -> None:
     generate = as_the_stage_reads(GenerateConfig, commands(read(tmp_path, "--max-tokens", "256"))["iter_1-rollouts"])
     assert (generate.num_responses, generate.max_tokens, generate.temperature, generate.seed) == (4, 256, 1.0, 1)
@@ -135,7 +142,7 @@ def test_a_stage_s_settings_are_refused_in_its_own_words(tmp_path: Path, flags: 
 
 
 def test_training_needs_a_learning_rate(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--lr is missing"):
+    with pytest.raises(ConfigError, match="--lr is missing. Give it .* in the --config file, in section training"):
         read(tmp_path, text="scoring: {judge: rules:concise}")
 
 
