@@ -43,7 +43,7 @@ def resolve_transformer_impl(config: ModelConfig) -> str:
         return "transformer_engine"
     if config.transformer_impl == "transformer_engine":
         raise ConfigError(
-            f"transformer_impl is transformer_engine, but {fault}. Mend that, or use --transformer-impl torch."
+            f"transformer_impl is transformer_engine, but {fault}. Fix that, or use --transformer-impl torch."
         )
     return "torch"
 
@@ -58,7 +58,7 @@ def check_machine(config: ModelConfig) -> None:
         return
     fault = transformer_engine_fault() or "transformer_impl is torch"
     if config.fp8 != "none":
-        raise ConfigError(f"fp8 needs Transformer Engine, and {fault}. Mend that, or use --fp8 none.")
+        raise ConfigError(f"fp8 needs Transformer Engine, and {fault}. Fix that, or use --fp8 none.")
     if config.transformer_impl == "auto" and torch.cuda.is_available():
         logger.warning("the layers are torch's, several times slower than Transformer Engine's: %s", fault)
 
