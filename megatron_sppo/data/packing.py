@@ -35,14 +35,14 @@ def pack(lengths_N: np.ndarray, *, budget: int, rows_per_loss: int = 1) -> list[
     if not len(lengths):
         return []
     units = lengths.reshape(-1, rows_per_loss)
-    pack_of_unit = _best_fit_decreasing(_rows_per_losss(units, budget=budget), budget=budget)
+    pack_of_unit = _best_fit_decreasing(_unit_sizes(units, budget=budget), budget=budget)
     order = np.argsort(pack_of_unit, kind="stable")
     rows = (order[:, None] * rows_per_loss + np.arange(rows_per_loss)).reshape(-1)
     bounds = np.cumsum(np.bincount(pack_of_unit))[:-1] * rows_per_loss
     return np.split(rows, bounds)
 
 
-def _rows_per_losss(units: np.ndarray, *, budget: int) -> np.ndarray:
+def _unit_sizes(units: np.ndarray, *, budget: int) -> np.ndarray:
     """Add up each unit's tokens -> [U], every one in [1, budget]."""
     size: np.ndarray = units.sum(axis=1)
     if units.min() < 1:

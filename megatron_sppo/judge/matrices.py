@@ -56,11 +56,9 @@ class MatricesJudge:
         return [self._matrix(group) for group in groups]
 
     def _matrix(self, group: RolloutGroup) -> Verdict:
-        num_responses, of_K = (
-            len(group.responses),
-            np.array(distinct([response.text for response in group.responses])[1]),
-        )
-        count_pairs(self.counts, of_K.tolist())
+        num_responses = len(group.responses)
+        _, of_K = distinct([response.text for response in group.responses])
+        count_pairs(self.counts, of_K)
         matrix = self._matrices.get(group.prompt_id)
         if matrix is None or len(matrix) != num_responses:
             self.counts["missing_matrices"] += 1
@@ -105,8 +103,9 @@ class _Line:
     """One prompt's line: one of the two matrices."""
 
     prompt_id: str | int
-    judge_logits: list[list[float]] | None = None
-    preferences: list[list[float]] | None = None
+    judge_logits: list[list[float | None]] | None = None
+    """A diagonal may hold anything, nulls too: it is not read."""
+    preferences: list[list[float | None]] | None = None
 
     def logits(self) -> tuple[str, np.ndarray]:
         """Make logits of the matrix that is there -> (its kind, float32 [K, K]).

@@ -139,8 +139,12 @@ class ServerConfig:
     def __post_init__(self) -> None:
         check_ranges(self)
         for url in self.server:
-            parts = urllib.parse.urlsplit(url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
+            try:
+                parts = urllib.parse.urlsplit(url)
+                is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            except ValueError:  # no port, or half an IPv6 address
+                is_address = False
+            if not is_address:
                 raise ConfigError(f"{url!r} is no server URL. Use --server http://HOST:PORT.")
 
 

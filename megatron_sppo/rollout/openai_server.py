@@ -13,10 +13,18 @@ import email.utils
 import ipaddress
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+from megatron_sppo.errors import ConfigError
+
+LARGEST_REPLY_BYTES = 1 << 28
 _SHOWN_CHARACTERS = 300
+_SENT_HEADERS = frozenset(
+    {"accept", "accept-encoding", "authorization", "connection", "content-length", "content-type", "host"}
+    | {"transfer-encoding", "user-agent"}
+)
 
 
 class ServerFault(Exception):
@@ -49,20 +57,24 @@ class OpenAIServer:
         import openai  # a second of CPU time
 
         self._openai, self._key = openai, key
-        # Spelled out, or the client would send what OpenAI's own environment variables hold to any server.
-        self._headers: dict[str, Any] = {
-            "Authorization": f"Bearer {key}" if key else openai.Omit(),
-            "OpenAI-Organization": openai.Omit(),
-            "OpenAI-Project": openai.Omit(),
-        }
-        self._client = openai.OpenAI(
-            base_url=url,
-            api_key=key or "none",
-            timeout=timeout_seconds,
-            max_retries=0,
-            # A proxy cannot reach our own loopback.
-            http_client=openai.DefaultHttpxClient(trust_env=not _is_loopback(urlsplit(url).hostname or "")),
-        )
+        self._headers: dict[str, Any] = {"Authorization": f"Bearer {key}" if key else openai.Omit()}
+        try:
+            self._client = openai.OpenAI(
+                base_url=url,
+                api_key=key or "none",
+                timeout=timeout_seconds,
+                max_retries=0,
+                http_client=openai.DefaultHttpxClient(
+                    # A proxy cannot reach our own loopback.
+                    trust_env=not _is_loopback(urlsplit(url).hostname or ""),
+                    event_hooks={"request": [_strip], "response": [_bound]},
+                ),
+            )
+        except Exception as error:  # noqa: BLE001 (an InvalidURL of httpx is an Exception and no more)
+            raise ConfigError(
+                f"no client can be made for {url} ({type(error).__name__}: {' '.join(str(error).split())}). "
+                "Check the URL and the environment variables http_proxy, https_proxy, all_proxy and SSL_CERT_FILE."
+            ) from None
 
     def exchange(
         self, route: str, body: dict[str, Any] | None = None, *, timeout_seconds: float | None = None
@@ -74,21 +86,24 @@ class OpenAIServer:
         """
         options: Any = {"headers": self._headers} | ({"timeout": timeout_seconds} if timeout_seconds else {})
         try:
+            kind = self._openai.HttpxBinaryResponseContent  # a text would hide bytes that are no UTF-8
             if body is None:
-                text = self._client.get(route, cast_to=str, options=options)
+                reply = self._client.get(route, cast_to=kind, options=options)
             else:
-                text = self._client.post(route, cast_to=str, body=body, options=options)
+                reply = self._client.post(route, cast_to=kind, body=body, options=options)
         except self._openai.APIStatusError as error:
             asked = retry_after_seconds(error.response.headers.get("Retry-After"))
             raise HttpError(error.status_code, self._words(error.response.text), retry_after=asked) from None
         except self._openai.OpenAIError as error:
             cause = error.__cause__ or error
+            if isinstance(cause, ServerFault):
+                raise cause from None
             raise NoReply(self.shown(f"{type(cause).__name__}: {cause}")) from None
         with contextlib.suppress(ValueError, RecursionError):
-            content = json.loads(text)
+            content = json.loads(reply.content)
             if isinstance(content, dict):
                 return content
-        raise UnusableReply(f"no JSON object but {self.shown(text)!r}")
+        raise UnusableReply(f"no JSON object but {self.shown(reply.content.decode('utf-8', 'replace'))!r}")
 
     def shown(self, text: str) -> str:
         """Shorten a server's words to one line without the key, which some servers repeat -> str."""
@@ -106,6 +121,27 @@ class OpenAIServer:
                     named = next((inner[key] for key in ("message", "detail") if inner.get(key)), None)
                 text = named if isinstance(named, str) else text
         return self.shown(text)
+
+
+def _strip(request: Any) -> None:
+    """Send what a request needs and no more: the client adds what OPENAI_* variables hold for another server."""
+    for name in set(request.headers) - _SENT_HEADERS:
+        del request.headers[name]
+
+
+def _bound(response: Any) -> None:
+    """Let a reply be read no further than LARGEST_REPLY_BYTES, unpacked."""
+    whole = response.iter_bytes
+
+    def iter_bytes(chunk_size: int | None = None) -> Iterator[bytes]:
+        num_bytes = 0
+        for chunk in whole(chunk_size):
+            num_bytes += len(chunk)
+            if num_bytes > LARGEST_REPLY_BYTES:
+                raise UnusableReply(f"more than {LARGEST_REPLY_BYTES} bytes")
+            yield chunk
+
+    response.iter_bytes = iter_bytes
 
 
 def retry_after_seconds(header: str | None) -> float | None:

@@ -97,7 +97,7 @@ DENSE: Axes = {
     "recompute": ("none", "selective", "full"),
     "sharded": (False, True),
     "overlapped": (False, True),
-    "micro-batch": (4, 2),
+    "micro-batch": (4, 2, 1),
 }
 
 
@@ -120,8 +120,8 @@ MIXTURE: Axes = {
     "padded": (False, True),
     "recompute": ("none", "selective", "full"),
     "sharded": (False, True),
-    "overlapped": (False,),
-    "micro-batch": (4, 2),
+    "overlapped": (False, True),
+    "micro-batch": (4, 2, 1),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.distributed import layouts
 
 COVERS = {
-    "dense": (layouts.DENSE, layouts.dense_can_be, None, 24),
+    "dense": (layouts.DENSE, layouts.dense_can_be, None, 25),
     "mixture": (layouts.MIXTURE, layouts.mixture_can_be, layouts.OF_MIXTURES, 14),
 }
 

@@ -53,6 +53,12 @@ def test_identical_responses_are_tied_and_missing_matrices_counted(tmp_path: Pat
     assert judge.counts["identical_pairs"] == 2 and judge.counts["pairs"] == 10
 
 
+def test_a_diagonal_may_hold_anything_as_it_is_not_read(tmp_path: Path) -> None:
+    nulls = {"prompt_id": "p0", "judge_logits": [[None, 1.5], [-0.5, float("nan")]]}
+    (matrix,) = load_judge(write(tmp_path / "m.jsonl", nulls)).judge_logits([group_of("why?", ["a", "b"])])
+    np.testing.assert_array_equal(matrix, np.array([[0, 1.5], [-0.5, 0]], dtype=np.float32))
+
+
 @pytest.mark.parametrize(
     ("line", "fact"),
     [
@@ -62,6 +68,7 @@ def test_identical_responses_are_tied_and_missing_matrices_counted(tmp_path: Pat
         ({"judge_logits": [[0]]}, "prompt_id"),
         ({"prompt_id": "p1", "judge_logits": [[0, 1]]}, "K x K"),
         ({"prompt_id": "p1", "judge_logits": [[0, float("nan")], [1, 0]]}, "not finite"),
+        ({"prompt_id": "p1", "judge_logits": [[0, None], [1, 0]]}, "not finite"),
         ({"prompt_id": "p1", "judge_logits": [["a"]]}, "line 2 is no matrix"),
         ({"prompt_id": "p1", "preferences": [[0.5, 0.7], [0.7, 0.5]]}, "P_ij"),
         ({"prompt_id": "p1", "preferences": [[0.5, 1.7], [-0.7, 0.5]]}, "P_ij"),

@@ -1,5 +1,6 @@
 """Proves what is sent to a server and what is read of its refusals, against real HTTP on the loopback."""
 
+import gzip
 import json
 import threading
 import time
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.rollout import openai_server
 from megatron_sppo.rollout.openai_server import HttpError, NoReply, OpenAIServer, UnusableReply, retry_after_seconds
 
 
@@ -21,6 +24,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.headers: list[dict[str, str]] = []
         self.reply: tuple[int, bytes] = (200, b"{}")
+        self.encoding = "identity"
 
     @property
     def url(self) -> str:
@@ -35,6 +39,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
         status, content = self.server.reply
         self.send_response(status)
+        self.send_header("Content-Encoding", self.server.encoding)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -59,7 +64,7 @@ def test_only_the_key_that_is_given_is_sent_and_no_proxy_is_asked(
 ) -> None:
     for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):
         monkeypatch.setenv(name, "of-another-server")
-    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer of-another-server")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer of-another-server\nX-Tenant: of-another-server")
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9/")
     assert OpenAIServer(server.url, key=key, timeout_seconds=5).exchange("/models") == {}
@@ -94,6 +99,40 @@ def test_what_is_no_json_object_is_shown(server: Server, content: bytes) -> None
     server.reply = (200, content)
     with pytest.raises(UnusableReply, match="no JSON object but"):
         OpenAIServer(server.url, key="", timeout_seconds=5).exchange("/models")
+
+
+def test_bytes_that_are_no_utf8_are_not_replaced_silently(server: Server) -> None:
+    server.reply = (200, b'{"text": "\xff"}')
+    with pytest.raises(UnusableReply, match="no JSON object but"):
+        OpenAIServer(server.url, key="", timeout_seconds=5).exchange("/models")
+
+
+@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+def test_a_reply_is_read_no_further_than_the_limit(
+    server: Server, monkeypatch: pytest.MonkeyPatch, status: int, encoding: str
+) -> None:
+    monkeypatch.setattr(openai_server, "LARGEST_REPLY_BYTES", 1 << 16)
+    api = OpenAIServer(server.url, key="", timeout_seconds=5)
+    server.encoding = encoding
+    for size, is_read in ((1 << 15, True), (1 << 17, False)):
+        content = json.dumps({"text": "x" * size}).encode()
+        server.reply = (status, gzip.compress(content) if encoding == "gzip" else content)
+        if is_read and status == 200:
+            assert len(api.exchange("/models")["text"]) == size
+        else:
+            with pytest.raises(HttpError if is_read else UnusableReply, match="500" if is_read else "65536 bytes"):
+                api.exchange("/models")
+
+
+@pytest.mark.parametrize(("name", "value"), [("all_proxy", "socks://127.0.0.1:9"), ("SSL_CERT_FILE", "/missing.pem")])
+def test_an_environment_that_allows_no_client_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="Check the URL and the environment variables") as caught:
+        OpenAIServer("http://judge.example/v1", key="", timeout_seconds=5)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_closed_port_is_no_reply(server: Server) -> None:

@@ -289,7 +289,9 @@ def test_the_served_model_is_checked(serve) -> None:
     assert {body["model"] for body in two.bodies} == {"second"}
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", ""])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://host", "http://", "", "http://node:port", "http://node:99999", "http://[::1"]
+)
 def test_what_is_no_url_is_refused_at_once(url: str) -> None:
     with pytest.raises(ConfigError, match="Use --server http://HOST:PORT"):
         ServerConfig(server=(url,))
