@@ -1,4 +1,4 @@
-"""How every tool starts and ends: logging to stderr, one line for what a user can mend, exit codes.
+"""How every tool starts and ends: logging to stderr, one line for what a user can fix, exit codes.
 
 0 done    1 crash (traceback)    2 bad input or a disk that refuses (one line)    130 interrupted    141 reader gone
 """

@@ -479,9 +479,9 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is not UTF-8 text. Give a YAML file to --config.") from None
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
-        raise ConfigError(f"{file}{line}: {error.problem}. Mend the YAML there.") from None
+        raise ConfigError(f"{file}{line}: {error.problem}. Fix the YAML there.") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not valid YAML ({str(error).splitlines()[0]}). Mend it.") from None
+        raise ConfigError(f"{file} is not valid YAML ({str(error).splitlines()[0]}). Fix it.") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

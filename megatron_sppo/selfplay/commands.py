@@ -199,7 +199,7 @@ def _rollout_command(config: SelfPlayConfig, *, allow_no_signal: bool, **job: An
         allow_no_signal=options.allow_no_signal or (allow_no_signal and not own),
         engine=replace(
             options.engine,
-            tensor_parallel_size=max(options.engine.tensor_parallel_size, section.rollout_tensor_parallel_size),
+            tensor_parallel_size=_given(options.engine.tensor_parallel_size, section.rollout_tensor_parallel_size),
         ),
         servers=replace(options.servers, server=options.servers.server or section.server),
     )
@@ -216,9 +216,14 @@ def _scoring(config: SelfPlayConfig, rollouts: Path, dataset: Path) -> ScoreConf
         preset=options.preset or section.preset,
         selection=options.selection or section.selection,
         judge_after=options.judge_after or section.judge_after,
-        verdict_tokens=max(options.verdict_tokens, section.verdict_tokens),
+        verdict_tokens=_given(options.verdict_tokens, section.verdict_tokens),
         allow_no_signal=options.allow_no_signal or section.allow_no_signal,
     )
+
+
+def _given(option: int, setting: int) -> int:
+    """Choose an option where it is not its default, 1, and the section's setting otherwise -> int."""
+    return setting if option == 1 else option
 
 
 def _inspection(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> InspectionConfig:

@@ -97,6 +97,18 @@ def test_an_option_wins_over_the_section_s_setting(tmp_path: Path) -> None:
     assert (scoring.selection, scoring.judge_after, scoring.max_requests) == ("extremes", "</think>", 7)
     assert generate.allow_no_signal and scoring.allow_no_signal
     assert as_the_stage_reads(EvaluateConfig, spelled["iter_1-eval"]).judge_after is None
+    smaller = (
+        "--rollout-tensor-parallel-size",
+        "4",
+        "--verdict-tokens",
+        "512",
+        "--scoring-options",
+        "verdict_tokens=2",
+    )
+    spelled = commands(read(tmp_path, "--rollout-options", "tensor_parallel_size=2", *smaller))
+    assert as_the_stage_reads(GenerateConfig, spelled["iter_1-rollouts"]).engine.tensor_parallel_size == 2
+    assert as_the_stage_reads(ScoreConfig, spelled["iter_1-dataset"]).verdict_tokens == 2
+    assert as_the_stage_reads(EvaluateConfig, spelled["iter_1-eval"]).verdict_tokens == 512
 
 
 def test_a_sampler_of_the_user_s_own_gets_the_documented_flags(tmp_path: Path) -> None:
