@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from megatron_sppo.errors import ConfigError
 
 LARGEST_REPLY_BYTES = 1 << 28
+_READ_OF_REFUSALS = 1 << 16
 _SHOWN_CHARACTERS = 300
 _SENT_HEADERS = frozenset(
     {"accept", "accept-encoding", "authorization", "connection", "content-length", "content-type", "host"}
@@ -107,7 +108,8 @@ class OpenAIServer:
 
     def shown(self, text: str) -> str:
         """Shorten a server's words to one line without the key, which some servers repeat -> str."""
-        line = " ".join((text.replace(self._key, "***") if self._key else text).split())
+        text = (text.replace(self._key, "***") if self._key else text)[:_READ_OF_REFUSALS]
+        line = " ".join(text.split())
         return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}..."
 
     def _words(self, text: str) -> str:
@@ -130,16 +132,19 @@ def _strip(request: Any) -> None:
 
 
 def _bound(response: Any) -> None:
-    """Let a reply be read no further than LARGEST_REPLY_BYTES, unpacked."""
+    """Let a reply be read no further than LARGEST_REPLY_BYTES, unpacked, and of a refusal the beginning alone."""
     whole = response.iter_bytes
 
     def iter_bytes(chunk_size: int | None = None) -> Iterator[bytes]:
-        num_bytes = 0
+        left = _READ_OF_REFUSALS if response.is_error else LARGEST_REPLY_BYTES
         for chunk in whole(chunk_size):
-            num_bytes += len(chunk)
-            if num_bytes > LARGEST_REPLY_BYTES:
+            yield chunk[:left]
+            left -= len(chunk)
+            if left < 0:
+                response.close()
+                if response.is_error:
+                    return
                 raise UnusableReply(f"more than {LARGEST_REPLY_BYTES} bytes")
-            yield chunk
 
     response.iter_bytes = iter_bytes
 
