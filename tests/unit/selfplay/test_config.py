@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_sppo.config import deciding, parse
 from megatron_sppo.errors import ConfigError
@@ -78,6 +79,17 @@ def test_a_json_object_may_be_typed_with_values_of_any_type(tmp_path: Path) -> N
     training = read(tmp_path, "--training", typed, "eta=5").training
     assert (training.optimization.lr, training.objective.eta, training.batch.packing) == (5e-7, 5, False)
     assert training.model.transformer_config == ("a=True",) and training.batch.train_iters is None
+
+
+def test_null_lists_and_mappings_of_megatron_s_own_fields_keep_their_type(tmp_path: Path) -> None:
+    as_json = '{"ddp_config": {"a": null, "b": [0, 1], "c": {"d": 2}}}'
+    for typed in (as_json, "ddp_config={a: null, b: [0, 1], c: {d: 2}}"):
+        fields = read(tmp_path, "--training", typed).training.parallel.ddp_config
+        assert {name: yaml.safe_load(text) for name, _, text in (field.partition("=") for field in fields)} == {
+            "a": None,
+            "b": [0, 1],
+            "c": {"d": 2},
+        }
 
 
 def test_sampling_and_options_become_flags_of_the_rollout_stage(tmp_path: Path) -> None:
