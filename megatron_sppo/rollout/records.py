@@ -153,6 +153,10 @@ def read_manifest(directory: Path) -> RolloutManifest:
             f"{directory} has no {MANIFEST_NAME}: the rollouts are unfinished. "
             "Run the same `megatron-sppo rollouts` command again; finished shards are kept."
         )
+    # The version goes first: another version may have other keys.
+    version = read_json_as(path, dict[str, Any], remedy=_WRITE_AGAIN).get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise DataError(f"{path}: {_other_version(version)}. {_WRITE_AGAIN}")
     manifest = read_json_as(path, RolloutManifest, remedy=_WRITE_AGAIN)
     num_responses = manifest.sampling.get("num_responses")
     if type(num_responses) is not int or num_responses < 1:
@@ -261,9 +265,8 @@ def _group(line: bytes, *, vocab_size: int | None, num_responses: int | None) ->
         raise _RowFault("the row is not a JSON object")
     name = row.get("prompt_id")
     prompt_id = name if isinstance(name, str) and text_fault(name) is None else None
-    if row.get("schema_version") != SCHEMA_VERSION:
-        reason = f"schema_version is {row.get('schema_version')!r}, this version reads {SCHEMA_VERSION}"
-        raise _RowFault(reason, prompt_id=prompt_id)
+    if (version := row.get("schema_version")) != SCHEMA_VERSION:
+        raise _RowFault(_other_version(version), prompt_id=prompt_id)
     try:
         group = msgspec.convert(row, RolloutGroup)
     except ValueError as error:
@@ -273,6 +276,10 @@ def _group(line: bytes, *, vocab_size: int | None, num_responses: int | None) ->
     if vocab_size is not None and (fault := _foreign_token(group, vocab_size)) is not None:
         raise _RowFault(fault, prompt_id=prompt_id)
     return group
+
+
+def _other_version(version: Any) -> str:
+    return f"schema_version is {version!r}, this version reads {SCHEMA_VERSION}"
 
 
 def _foreign_token(group: RolloutGroup, vocab_size: int) -> str | None:

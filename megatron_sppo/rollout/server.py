@@ -136,7 +136,7 @@ class ServerSampler:
         return [answers[position] for position in range(len(prompts))]
 
     def close(self) -> None:
-        """Nothing stays open between requests."""
+        """Nothing to end: idle connections go with the process."""
 
     def _answer(
         self, prompt: TokenizedPrompt, sampling: Sampling, shard_seed: int, stop: threading.Event

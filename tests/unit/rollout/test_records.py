@@ -178,6 +178,13 @@ def test_a_manifest_that_lacks_a_key_names_it(rollouts: Path, key: str) -> None:
         read_manifest(rollouts)
 
 
+@pytest.mark.parametrize("version", [2, None, "1"])
+def test_another_version_is_named_whatever_its_other_keys(rollouts: Path, version: object) -> None:
+    (rollouts / "manifest.json").write_text(json.dumps({"schema_version": version, "files": []}))
+    with pytest.raises(DataError, match=f"manifest.json: schema_version is {version!r}, this version reads 1"):
+        read_manifest(rollouts)
+
+
 def test_rollouts_without_a_manifest_are_unfinished(tmp_path: Path) -> None:
     write_shard(tmp_path, 0, [group("a")])
     with pytest.raises(DataError, match="unfinished"):
