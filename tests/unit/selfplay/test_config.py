@@ -315,7 +315,8 @@ def test_the_second_iteration_starts_from_the_first_s_model(tmp_path: Path) -> N
     rollouts, train = stages["iter_2-rollouts"].command, stages["iter_2-train"].command
     assert rollouts[rollouts.index("--model") + 1] == str(out / "iter_1" / "hf")
     assert train[train.index("--load") + 1] == str(out / "iter_1" / "checkpoint")
-    assert "torch.distributed.run" in train and train[train.index("--nproc-per-node") + 1] == "2"
+    assert train[1:4] == ("-P", "-m", "torch.distributed.run")  # -P: not from the current directory
+    assert train[train.index("--nproc-per-node") + 1] == "2"
     inspection = stages["iter_2-inspect"].command
     assert inspection[inspection.index("--load") + 1] == str(out / "iter_2" / "checkpoint")
     assert inspection[inspection.index("--reference") + 1] == str(out / "iter_1" / "checkpoint")
