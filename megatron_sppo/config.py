@@ -561,7 +561,7 @@ def _tokens_of_value(key: str, leaf: _Leaf, value: Any, *, place: str) -> list[s
     if isinstance(value, dict):
         if not leaf.takes_many:
             raise ConfigError(f"{place}{key!r} takes one value, not a mapping. Write `{key}: VALUE`.")
-        value = [f"{name}={item}" for name, item in value.items()]
+        value = [f"{name}={_flow(item)}" for name, item in value.items()]
     if isinstance(value, list):
         if not leaf.takes_many or any(isinstance(item, (list, dict)) for item in value):
             raise ConfigError(
@@ -580,6 +580,15 @@ def _tokens_of_value(key: str, leaf: _Leaf, value: Any, *, place: str) -> list[s
     if leaf.is_switch:
         raise ConfigError(f"{place}{key!r} is {value!r}; it must be true or false.")
     return [flag, value] if leaf.takes_many else [f"{flag}={value}"]
+
+
+def _flow(value: Any) -> str:
+    """Spell a mapping's value as YAML's flow style has it, null and numbers within lists as they stood -> text."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {_flow(item)}' for name, item in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_flow, value))}]"
+    return "null" if value is None else str(value)
 
 
 def _construct(

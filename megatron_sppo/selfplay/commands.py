@@ -270,7 +270,7 @@ def _launched(config: SelfPlayConfig, name: str, settings: TrainingConfig) -> tu
     if config.run.training_launcher:
         launcher = shlex.split(config.run.training_launcher)
     elif processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        launcher += ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return (*launcher, "-m", "megatron_sppo", name, *_flags(settings))
 
 

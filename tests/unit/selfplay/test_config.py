@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_sppo.config import deciding, parse
 from megatron_sppo.errors import ConfigError
@@ -78,6 +79,17 @@ def test_a_json_object_may_be_typed_with_values_of_any_type(tmp_path: Path) -> N
     training = read(tmp_path, "--training", typed, "eta=5").training
     assert (training.optimization.lr, training.objective.eta, training.batch.packing) == (5e-7, 5, False)
     assert training.model.transformer_config == ("a=True",) and training.batch.train_iters is None
+
+
+def test_null_lists_and_mappings_of_megatron_s_own_fields_keep_their_type(tmp_path: Path) -> None:
+    as_json = '{"ddp_config": {"a": null, "b": [0, 1], "c": {"d": 2}}}'
+    for typed in (as_json, "ddp_config={a: null, b: [0, 1], c: {d: 2}}"):
+        fields = read(tmp_path, "--training", typed).training.parallel.ddp_config
+        assert {name: yaml.safe_load(text) for name, _, text in (field.partition("=") for field in fields)} == {
+            "a": None,
+            "b": [0, 1],
+            "c": {"d": 2},
+        }
 
 
 def test_sampling_and_options_become_flags_of_the_rollout_stage(tmp_path: Path) -> None:
@@ -303,7 +315,8 @@ def test_the_second_iteration_starts_from_the_first_s_model(tmp_path: Path) -> N
     rollouts, train = stages["iter_2-rollouts"].command, stages["iter_2-train"].command
     assert rollouts[rollouts.index("--model") + 1] == str(out / "iter_1" / "hf")
     assert train[train.index("--load") + 1] == str(out / "iter_1" / "checkpoint")
-    assert "torch.distributed.run" in train and train[train.index("--nproc-per-node") + 1] == "2"
+    assert train[1:4] == ("-P", "-m", "torch.distributed.run")  # -P: not from the current directory
+    assert train[train.index("--nproc-per-node") + 1] == "2"
     inspection = stages["iter_2-inspect"].command
     assert inspection[inspection.index("--load") + 1] == str(out / "iter_2" / "checkpoint")
     assert inspection[inspection.index("--reference") + 1] == str(out / "iter_1" / "checkpoint")
