@@ -1,10 +1,17 @@
-"""Under xdist a module's tests stay together, for what they share, and so do all modules that start vLLM."""
+"""vLLM holds some GiB: of the modules that start it (`*_vllm`) one runs at a time, whatever xdist has under way."""
+
+import fcntl
+from collections.abc import Iterator
 
 import pytest
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("vllm" if name.endswith("_vllm") else name))
+@pytest.fixture(scope="module", autouse=True)
+def _one_vllm_at_a_time(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    if not request.path.stem.endswith("_vllm"):
+        yield
+        return
+    # The parent of a worker's directory is the run's.
+    with open(tmp_path_factory.getbasetemp().parent / "vllm.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
