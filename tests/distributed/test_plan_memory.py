@@ -115,7 +115,8 @@ def planned(model: Path, argv: list[str]) -> tuple[Grid, list[StageMemory]]:
     grid = Grid(parallel=config.parallel, world_size=4)
     shape = largest_micro_batch(config, grid, architecture)
     num = config.batch.global_batch_size * LENGTH // (PACKED * grid.data_parallel_size)
-    settings = {"num_micro_batches": num, "optimizer": "adam", "engine": False, "machine": None}
+    optimizer = config.optimization.optimizer
+    settings = {"num_micro_batches": num, "optimizer": optimizer, "engine": False, "machine": None}
     stages = range(config.parallel.pipeline_model_parallel_size)
     return grid, [stage_memory(architecture, config.model, grid, shape, stage=stage, **settings) for stage in stages]
 
