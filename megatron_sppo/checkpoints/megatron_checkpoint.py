@@ -19,7 +19,14 @@ from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
 from megatron_sppo.checkpoints.distcp import METADATA_FILE
 from megatron_sppo.checkpoints.transfer import default_workers
 from megatron_sppo.errors import DataError
-from megatron_sppo.storage import atomic_file, contained, read_json, sha256_of_file, write_json
+from megatron_sppo.storage import (
+    atomic_file,
+    contained,
+    read_json,
+    remove_stale_temporaries,
+    sha256_of_file,
+    write_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -197,6 +204,8 @@ def publish(root: Path, iteration: int) -> None:
     """Make `iteration` the one that a root means: its model.json, then the tracker, each atomically."""
     directory = iteration_directory(root, iteration)
     assert (directory / MANIFEST_FILE).is_file(), f"{directory} is not finished"
+    for name in (MODEL_FILE, TRACKER_FILE):  # of one who was killed here
+        remove_stale_temporaries(Path(root, name))
     if (directory / MODEL_FILE).is_file():
         with atomic_file(Path(root, MODEL_FILE), "wb") as file:
             file.write((directory / MODEL_FILE).read_bytes())

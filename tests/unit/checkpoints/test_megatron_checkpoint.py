@@ -38,6 +38,14 @@ def test_names_are_megatron_lms(tmp_path: Path) -> None:
     assert iterations(tmp_path) == [0, 10]
 
 
+def test_what_a_writer_left_that_was_killed_while_publishing_is_removed(tmp_path: Path) -> None:
+    left = [tmp_path / f".{name}.tmp-99999999" for name in ("model.json", TRACKER_FILE)]
+    for path in left:
+        path.write_text("half")
+    finished(tmp_path, 3)
+    assert not any(path.exists() for path in left)
+
+
 def test_the_tracker_decides_even_where_a_later_iteration_lies(tmp_path: Path) -> None:
     tracked = finished(tmp_path, 5)
     finished(tmp_path, 9, tracked=False)
