@@ -1,6 +1,7 @@
 """What every test stands on: one thread a process, no hub, and the models that more than one test needs."""
 
 import fcntl
+import logging
 import os
 import subprocess
 import sys
@@ -26,6 +27,16 @@ def _package_for_child_processes() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(REPOSITORY), prepend=os.pathsep)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _levels_of_logging() -> Iterator[None]:
+    """Put levels back: a command that a test runs in this process sets them, and later tests count messages."""
+    loggers = [logging.getLogger(name) for name in (None, "megatron_sppo", "__main__")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
