@@ -86,18 +86,21 @@ def name(layout: Layout) -> str:
     return " ".join(words)
 
 
-DENSE: Axes = {
-    "model": ("GQA", "tied", "MQA"),
-    "tensor": (1, 2, 4),
-    "pipeline": ("1", "2", "2x2", "4"),  # stages x chunks
-    "context": (1, 2, 4),
-    "data": (1, 2, 4),
+OF_BOTH: Axes = {
     "sequence": (False, True),
     "padded": (False, True),
     "recompute": ("none", "selective", "full"),
     "sharded": (False, True),
     "overlapped": (False, True),
     "micro-batch": (4, 2, 1),
+}
+DENSE: Axes = {
+    "model": ("GQA", "tied", "MQA"),
+    "tensor": (1, 2, 4),
+    "pipeline": ("1", "2", "2x2", "4"),  # stages x chunks
+    "context": (1, 2, 4),
+    "data": (1, 2, 4),
+    **OF_BOTH,
 }
 
 
@@ -116,12 +119,7 @@ MIXTURE: Axes = {
     "pipeline": ("1", "2", "2x2"),
     "context": (1, 2),
     "data": (1, 2, 4),
-    "sequence": (False, True),
-    "padded": (False, True),
-    "recompute": ("none", "selective", "full"),
-    "sharded": (False, True),
-    "overlapped": (False, True),
-    "micro-batch": (4, 2, 1),
+    **OF_BOTH,
 }
 
 
