@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_sppo import config
-from megatron_sppo.storage import refuse_foreign_file
+from megatron_sppo.storage import refuse_foreign_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
                 settings.hf, settings.megatron, prompts=settings.prompts, layerwise=settings.layerwise or None
             )
             if settings.json is not None:
-                verification.write_report(report, settings.json)
+                write_json(settings.json, report)
             for line in verification.summary(report):
                 logger.info("%s", line)
             verification.enforce(report)

@@ -24,7 +24,6 @@ from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.conversion.mapping import hf_shapes
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, different_fields, open_megatron
 from megatron_sppo.errors import ConversionError
-from megatron_sppo.storage import write_json
 from megatron_sppo.verification.logits import compare_models
 from megatron_sppo.verification.probes import compare_tokenizers
 
@@ -73,11 +72,6 @@ def verify(
         | {"python": platform.python_version()},
     }
     return {**report, "faults": _faults(report)}
-
-
-def write_report(report: dict[str, Any], path: Path) -> None:
-    """Write the report as JSON; `faults` lists what differs, and is empty where all is well."""
-    write_json(path, report)
 
 
 def summary(report: dict[str, Any]) -> Iterator[str]:
