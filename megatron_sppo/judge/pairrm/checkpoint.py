@@ -49,7 +49,7 @@ class PairRMNetwork(nn.Module):
 
     def __init__(self, config: DebertaV2Config, *, num_tasks: int) -> None:
         super().__init__()
-        self.pretrained_model: Any = DebertaV2Model(config)  # type: ignore[no-untyped-call]
+        self.pretrained_model: Any = DebertaV2Model(config)
         # Places 0 and 3 are dropouts in training; with them the checkpoint's names are head_layer.1 and head_layer.4.
         self.head_layer = nn.Sequential(
             nn.Identity(),
