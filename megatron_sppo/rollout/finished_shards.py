@@ -96,7 +96,7 @@ class FinishedShards:
         path = self._directory / LINES_NAME
         try:
             if self._lines is None:
-                self._lines = open(path, "ab")  # noqa: SIM115 (closed by `close`)
+                self._lines = open(path, "ab")
                 fsync_path(self._directory)
             self._lines.write(msgspec.json.encode({"index": index, **asdict(shard)}) + b"\n")
             self._lines.flush()
