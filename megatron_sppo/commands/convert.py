@@ -6,13 +6,12 @@ megatron-sppo convert verify --hf DIR --megatron DIR [--prompts FILE] [--json FI
 megatron-sppo convert compare ONE OTHER [--prompts FILE] [--json FILE] [--no-logits] [--layerwise]
 """
 
-import itertools
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_sppo import config
 from megatron_sppo.storage import refuse_foreign_file, write_json
@@ -84,9 +83,9 @@ class VerifyConfig:
 class CompareConfig:
     """Name all that differs between two models. Exit 0: nothing; 1: each difference is a line; 2: one is unreadable."""
 
-    one: Path
-    """Hugging Face directory, root of a Megatron checkpoint, or one iter_* directory. `compare A B` will do."""
-    other: Path
+    one: Annotated[Path, config.POSITIONAL]
+    """Hugging Face directory, root of a Megatron checkpoint, or one iter_* directory. `compare ONE OTHER` will do."""
+    other: Annotated[Path, config.POSITIONAL]
     """The model to hold against it, likewise."""
     prompts: Path | None = None
     """Text file with a prompt per line, or JSONL with `prompt`; without it eight built-in prompts."""
@@ -108,7 +107,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         COMMANDS,
         name=name,
         description="Convert between Hugging Face and Megatron-Core.",
-        argv=_with_flags(list(sys.argv[1:] if argv is None else argv)),
+        argv=argv,
     )
     from megatron_sppo.conversion import convert  # brings torch, which --help need not wait for
 
@@ -161,12 +160,3 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
             sys.stdout.writelines(f"{line}\n" for line in comparison.summary(report))
             if report["differences"]:
                 sys.exit(EXIT_DIFFERENT)
-
-
-def _with_flags(tokens: list[str]) -> list[str]:
-    """Spell `compare A B` as `compare --one A --other B`."""
-    if tokens[:1] != ["compare"]:
-        return tokens
-    paths = list(itertools.takewhile(lambda token: not token.startswith("-"), tokens[1:3]))
-    named = [token for pair in zip(("--one", "--other"), paths, strict=False) for token in pair]
-    return ["compare", *named, *tokens[1 + len(paths) :]]

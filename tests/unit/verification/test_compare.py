@@ -1,4 +1,4 @@
-"""Proves: `convert compare` names every difference between two models of any kind, exit 1, and none where there is none.
+"""Proves: `convert compare` names every difference between two models of any kind, exit 1; 0 where there is none.
 
 Not proven here: logits of models that are run layer by layer (test_layerwise.py, test_verify.py).
 """
