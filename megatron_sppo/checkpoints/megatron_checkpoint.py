@@ -96,6 +96,14 @@ def resolve_checkpoint(path: Path) -> Path:
     )
 
 
+def tracked_directory(root: Path) -> Path | None:
+    """Find the iteration directory that a root's tracker names -> directory, or None where it names none that is there.
+
+    Nothing of it is verified.
+    """
+    return _tracked(Path(root))[0]
+
+
 def _tracked(root: Path) -> tuple[Path | None, str]:
     """Follow the tracker -> (the directory, "") or (None, what is wrong with the tracker)."""
     tracker = root / TRACKER_FILE
