@@ -40,11 +40,6 @@ class PreferenceDataset:
         self.num_groups, self.num_responses = self.manifest.num_prompts, self.manifest.num_responses
         self._opened: dict[str, Column] = {}
         ranges = self._verify_files(contents=verify_contents)
-        lengths = self._column("tokens").lengths.reshape(self.num_groups, self.num_responses + 1)
-        self.prompt_lengths: np.ndarray = lengths[:, 0]
-        """[G] int32, tokens."""
-        self.response_lengths: np.ndarray = lengths[:, 1:]
-        """[G, K] int32, tokens."""
         if verify_contents:
             for name in COLUMNS:
                 self._column(name)
@@ -54,6 +49,21 @@ class PreferenceDataset:
     def dataset_hash(self) -> str:
         """Hash of the contents; the reference sidecar does not enter."""
         return self.manifest.dataset_hash
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """[G] int32, tokens."""
+        return self.lengths[:, 0]
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        """[G, K] int32, tokens."""
+        return self.lengths[:, 1:]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[G, K + 1] int32, tokens of the prompt and of each response."""
+        return self._column("tokens").lengths.reshape(self.num_groups, self.num_responses + 1)
 
     def raw_lines(self) -> Iterator[bytes]:
         """Read prompts.jsonl line by line, as it lies there -> [G] lines with their ends. Training never does.

@@ -205,7 +205,6 @@ def _blocks(source: PreferenceDataset, *, rule: str) -> Iterator[GroupBlock]:
     Raises:
         DataError: the texts are not as many as the groups, or a logit is no number.
     """
-    all_lengths = np.column_stack((source.prompt_lengths, source.response_lengths))
     all_lines = source.raw_lines()
     for start in range(0, source.num_groups, _GROUPS_PER_BLOCK):
         stop = min(start + _GROUPS_PER_BLOCK, source.num_groups)
@@ -216,7 +215,7 @@ def _blocks(source: PreferenceDataset, *, rule: str) -> Iterator[GroupBlock]:
         rates, preferences = targets_of(logits, rule=rule)
         yield GroupBlock(
             tokens=source.token_span(start, stop),
-            lengths=all_lengths[start:stop],
+            lengths=source.lengths[start:stop],
             win_rates=rates,
             preferences=preferences,
             judge_logits=logits,
