@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
 from megatron_sppo.checkpoints.distcp import METADATA_FILE
-from megatron_sppo.checkpoints.transfer import default_workers
+from megatron_sppo.checkpoints.file_digests import default_workers
 from megatron_sppo.errors import DataError
 from megatron_sppo.storage import (
     atomic_file,
