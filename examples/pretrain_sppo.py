@@ -72,7 +72,16 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         config=config,
         train_iters=batches.train_iters,
         progress=progress,
-        save=lambda: checkpoint.save(config.save, policy, optimizer, scheduler, progress=progress, source=source),
+        save=lambda: checkpoint.save(
+            config.save,
+            policy,
+            optimizer,
+            scheduler,
+            progress=progress,
+            source=source,
+            keep_last=config.run.keep_last,
+            needed=[config.load],
+        ),
     )
     parallel.shut_down()
     if not complete:

@@ -4,7 +4,9 @@ The format is Megatron-Core's (0.16.1 to 0.19.2, megatron/core/datasets/indexed_
 directions. It has no checksum, so that every file is listed with its sha256 in a manifest.
 """
 
+import hashlib
 import struct
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +21,31 @@ _MAGIC, _VERSION = b"MMIDIDX\x00\x00", 1
 _HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, dtype code, numbers of sequences and of document bounds; 34 bytes. Then the sequences' lengths
 (int32) and byte offsets (int64), and the bounds: 0, and after each document how many sequences there are (int64)."""
+_BLOCK_BYTES = 1 << 22
 _DTYPES = dict(enumerate(("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16"), start=1))
 """Megatron's code of each numpy dtype."""
+
+
+class HashedFile:
+    """A file being written that is hashed on the way, so that nobody reads it again to know its manifest entry."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._digest, self._bytes = open(path, "wb"), hashlib.sha256(), 0
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Append bytes."""
+        self._file.write(content)
+        self._digest.update(content)
+        self._bytes += len(content)
+
+    def close(self) -> None:
+        """Flush; once more does nothing."""
+        self._file.close()
+
+    @property
+    def entry(self) -> FileEntry:
+        """Size and hash of what was written so far."""
+        return FileEntry(sha256=self._digest.hexdigest(), bytes=self._bytes)
 
 
 class ColumnWriter:
@@ -28,9 +53,8 @@ class ColumnWriter:
 
     def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
         self._prefix, self._dtype = prefix, np.dtype(dtype)
-        self._file = open(f"{prefix}.bin", "wb")
-        self._lengths: list[int] = []
-        self._boundaries = [0]
+        self._file = HashedFile(Path(f"{prefix}.bin"))
+        self._lengths, self._boundaries = array("i"), array("q", [0])
 
     def append(self, sequences: Sequence[npt.ArrayLike]) -> None:
         """Add one document of one or more sequences."""
@@ -40,16 +64,31 @@ class ColumnWriter:
             self._lengths.append(values.size)
         self._boundaries.append(len(self._lengths))
 
-    def finish(self) -> None:
-        """Flush the .bin file and write the .idx file."""
+    def extend(self, values: np.ndarray, lengths: np.ndarray) -> None:
+        """Add documents of equally many sequences, all sequences end to end.
+
+        Args:
+            values: as many as `lengths` adds up to, of the column's dtype.
+            lengths: [documents, sequences of each].
+        """
+        assert values.dtype == self._dtype and values.size == lengths.sum(), "lengths of other values"
+        self._file.write(values.tobytes())
+        first, (documents, sequences) = len(self._lengths), lengths.shape
+        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
+        self._boundaries.frombytes((first + sequences * np.arange(1, documents + 1, dtype=np.int64)).tobytes())
+
+    def finish(self) -> dict[str, FileEntry]:
+        """Flush the .bin file and write the .idx file -> manifest entries by suffix, "bin" and "idx"."""
         self._file.close()
         code = next(code for code, name in _DTYPES.items() if name == self._dtype.name)
         lengths = np.array(self._lengths, dtype=np.int32)
-        with open(f"{self._prefix}.idx", "wb") as file:
-            file.write(_HEADER.pack(_MAGIC, _VERSION, code, len(lengths), len(self._boundaries)))
-            file.write(lengths.tobytes())
-            file.write(_offsets(lengths, self._dtype)[:-1].tobytes())
-            file.write(np.array(self._boundaries, dtype=np.int64).tobytes())
+        index = HashedFile(Path(f"{self._prefix}.idx"))
+        index.write(_HEADER.pack(_MAGIC, _VERSION, code, len(lengths), len(self._boundaries)))
+        index.write(lengths.tobytes())
+        index.write(_offsets(lengths, self._dtype)[:-1].tobytes())
+        index.write(self._boundaries.tobytes())
+        index.close()
+        return {"bin": self._file.entry, "idx": index.entry}
 
     def abandon(self) -> None:
         """Close the .bin file of a dataset that will not be kept."""
@@ -78,7 +117,33 @@ def verify_file(path: Path, entry: FileEntry, *, checksum: bool, remedy: str) ->
     if size != entry.bytes:
         raise DataError(f"{path} has {size} bytes, its manifest says {entry.bytes}. {remedy}")
     if checksum and sha256_of_file(path) != entry.sha256:
-        raise DataError(f"{path} does not match the sha256 in its manifest: it is damaged. {remedy}")
+        raise _damaged(path, remedy)
+
+
+def verify_values(path: Path, entry: FileEntry, dtype: npt.DTypeLike, *, remedy: str) -> tuple[float, float]:
+    """Verify a .bin file as `verify_file` does and find its smallest and largest value, all in one pass -> both.
+
+    NaN for both where any value is NaN.
+
+    Raises:
+        DataError: as `verify_file`.
+    """
+    verify_file(path, entry, checksum=False, remedy=remedy)
+    digest, wanted = hashlib.sha256(), np.dtype(dtype)
+    low, high = np.inf, -np.inf
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            values = np.frombuffer(block, wanted, count=len(block) // wanted.itemsize)
+            if len(values):
+                low, high = np.minimum(low, values.min()), np.maximum(high, values.max())
+    if digest.hexdigest() != entry.sha256:
+        raise _damaged(path, remedy)
+    return float(low), float(high)
+
+
+def _damaged(path: Path, remedy: str) -> DataError:
+    return DataError(f"{path} does not match the sha256 in its manifest: it is damaged. {remedy}")
 
 
 class Column:
@@ -109,9 +174,9 @@ class Column:
         """Read one sequence -> [lengths[index]], a copy."""
         return self.values[self._starts[index] : self._starts[index + 1]].copy()
 
-    def value_range(self) -> tuple[float, float]:
-        """Find the smallest and the largest value without copying -> NaN for both where any value is NaN."""
-        return self.values.min().item(), self.values.max().item()
+    def span(self, start: int, stop: int) -> np.ndarray:
+        """Read sequences start .. stop - 1, end to end -> a view of `values`."""
+        return self.values[self._starts[start] : self._starts[stop]]
 
 
 def _read_index(path: Path, dtype: np.dtype, *, remedy: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

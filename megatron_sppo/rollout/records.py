@@ -80,6 +80,15 @@ class ShardEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineSteps:
+    """How full an engine was, which computes up to a number of responses (its slots) at once, step by step."""
+
+    total: Count
+    under_half: Count
+    """Those with fewer than half of the slots busy: the tails, in which the engine waits for its longest answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutManifest:
     """What made the rollouts, and all of their files. A hash that the producer did not know is None: unchecked."""
 
@@ -97,6 +106,8 @@ class RolloutManifest:
     quarantined: tuple[SetAside, ...]
     outcomes: dict[str, Count] | None = None
     """What became of the answers (`outcomes.count_outcomes`); None: not counted."""
+    engine_steps: EngineSteps | None = None
+    """None: not counted, as with servers."""
 
     @property
     def num_responses(self) -> int:
@@ -119,9 +130,8 @@ def write_shard(directory: Path, index: int, groups: Iterable[RolloutGroup]) -> 
     path = Path(directory, name)
     with atomic_file(path, "wb") as file:
         for group in groups:
-            row = {"schema_version": SCHEMA_VERSION, **asdict(group)}
             try:
-                line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+                line = _line(group)
             except UnicodeEncodeError:
                 raise DataError(
                     f"{path}: a text of prompt {group.prompt_id!r} holds half a surrogate pair. Remove that prompt."
@@ -132,10 +142,19 @@ def write_shard(directory: Path, index: int, groups: Iterable[RolloutGroup]) -> 
     return ShardEntry(file=name, rows=rows, sha256=digest.hexdigest())
 
 
+def _line(group: RolloutGroup) -> bytes:
+    """Spell a group as a line of a shard -> bytes. Not by `asdict`, which copies every token by itself."""
+    row = {"schema_version": SCHEMA_VERSION, **vars(group), "responses": list(map(vars, group.responses))}
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
 def write_manifest(directory: Path, manifest: RolloutManifest) -> Path:
     """Write `manifest.json` -> its path. Call it last: its presence says that the rollouts are complete."""
     path = Path(directory, MANIFEST_NAME)
-    write_json(path, asdict(manifest))
+    content = asdict(manifest)
+    if manifest.engine_steps is None:
+        del content["engine_steps"]  # what versions before wrote stays the same to the byte when it is written again
+    write_json(path, content)
     return path
 
 
