@@ -3,10 +3,12 @@
 The workload: K = 5 answers a prompt, 150 tokens in a prompt and 400 in an answer. No figure is of a real data set.
 """
 
+import heapq
 import json
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,9 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_sppo.data.schema import parse_selection
+from megatron_sppo.rollout.config import Sampling
 from megatron_sppo.rollout.records import Response
+from megatron_sppo.rollout.sampler import AnsweredShard, Shard
 
 NUM_RESPONSES, PROMPT_TOKENS, RESPONSE_TOKENS = 5, 150, 400
 VOCAB_SIZE = 32768
@@ -96,19 +100,73 @@ class FakeSampler:
         self._pool = answers(tokens=tokens)
         self._next = 0
 
-    def sample(
-        self, prompts: Sequence[Any], *, sampling: Any, seed: int, on_progress: Callable[[int, int], None]
-    ) -> list[tuple[Response, ...]]:
-        """Answer each prompt with K responses."""
+    def sample(self, shards: Iterable[Shard], *, sampling: Sampling, on_progress: Any) -> Iterator[AnsweredShard]:
+        """Answer one shard after the other."""
+        for shard in shards:
+            yield AnsweredShard(shard=shard, answers=self.take(len(shard.prompts), sampling.num_responses))
+            on_progress(len(shard.prompts), 0)
+
+    def take(self, num_prompts: int, num_responses: int) -> list[tuple[Response, ...]]:
+        """Take K responses for each prompt."""
         made = []
-        for _ in prompts:
-            start, self._next = self._next, self._next + 1
-            made.append(tuple(self._pool[(start + k) % _POOL] for k in range(sampling.num_responses)))
-        on_progress(len(prompts), 0)
+        for start in range(self._next, self._next + num_prompts):
+            made.append(tuple(self._pool[(start + k) % _POOL] for k in range(num_responses)))
+        self._next += num_prompts
         return made
 
     def close(self) -> None:
         """There is nothing to close."""
+
+
+class SlotEngine:
+    """A vLLM engine as `RequestStream` sees it: so many slots, a token of each in use a step, first come first served.
+
+    A response of n takes a step for each of its tokens, of which log-normal lengths are drawn.
+    """
+
+    def __init__(self, *, slots: int = 256) -> None:
+        self.llm_engine = self
+        self.vllm_config = self.scheduler_config = self
+        self.max_num_seqs = slots
+        self.num_steps = 0
+        self._lengths = np.random.default_rng(7).lognormal(np.log(250), 0.6, 1 << 20).clip(1, 1024).astype(int)
+        self._waiting: deque[tuple[str, int]] = deque()
+        self._ends: list[tuple[int, str]] = []
+        self._left: dict[str, int] = {}
+
+    def add_request(self, name: str, number: int, _: object) -> None:
+        """Queue the responses of a request."""
+        self._left[name] = number
+        self._waiting += [(name, int(self._lengths[(int(name) * 8 + k) % len(self._lengths)])) for k in range(number)]
+
+    def get_num_unfinished_requests(self) -> int:
+        """Count what has not ended, in sequences, as vLLM counts the children of a request."""
+        return len(self._waiting) + len(self._ends)
+
+    def has_unfinished_requests(self) -> bool:
+        """Tell whether anything has not ended."""
+        return bool(self._left)
+
+    def step(self) -> list[Any]:
+        """Fill free slots and compute a token in each that is taken -> the requests that end."""
+        while self._waiting and len(self._ends) < self.max_num_seqs:
+            name, length = self._waiting.popleft()
+            heapq.heappush(self._ends, (self.num_steps + length, name))
+        self.num_steps += 1
+        ended = []
+        while self._ends and self._ends[0][0] <= self.num_steps:
+            name = heapq.heappop(self._ends)[1]
+            self._left[name] -= 1
+            if not self._left[name]:
+                del self._left[name]
+                ended.append(SimpleNamespace(request_id=name, finished=True, outputs=()))
+        return ended
+
+    def reset_prefix_cache(self) -> None:
+        """There is none."""
+
+    def collective_rpc(self, *_: object, **__: object) -> None:
+        """There is nobody to seed."""
 
 
 class FakeJudge:

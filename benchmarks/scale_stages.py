@@ -15,14 +15,13 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import torch
-import torch.distributed
 
 from benchmarks.instruments import CountedArray, Instruments
 from benchmarks.scale_inputs import (
     NUM_RESPONSES,
     FakeJudge,
     FakeSampler,
+    SlotEngine,
     SyntheticDataset,
     write_model,
     write_prompts,
@@ -36,7 +35,9 @@ from megatron_sppo.judge.work_list import WorkList
 from megatron_sppo.report.page import write_report
 from megatron_sppo.rollout.config import GenerateConfig
 from megatron_sppo.rollout.generate import generate_rollouts
-from megatron_sppo.rollout.prompts import read_prompts
+from megatron_sppo.rollout.prompts import PromptRows
+from megatron_sppo.rollout.sampler import Shard
+from megatron_sppo.rollout.vllm_engine import RequestStream
 from megatron_sppo.storage import write_json
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import Batches
@@ -79,7 +80,7 @@ def rollouts(run: Run) -> dict[str, float]:
     """Write rollouts from prompts, by a sampler that answers at once."""
     config = _job(run)
     sampler = FakeSampler(tokens=run.tokens)
-    sampler.sample = run.costs.leave_out(sampler.sample)  # type: ignore[method-assign]
+    sampler.take = run.costs.leave_out(sampler.take)  # type: ignore[method-assign]
     with run.costs:
         generate_rollouts(config, make_sampler=lambda *_: sampler)
     return {}
@@ -116,8 +117,30 @@ def prompts(run: Run) -> dict[str, float]:
     """Read prompts."""
     config = _job(run)
     with run.costs:
-        read_prompts(config.prompts, split=None, subset=None, offset=0, limit=None)
+        for _ in PromptRows(config.prompts):
+            pass
     return {}
+
+
+def decoding(run: Run) -> dict[str, float]:
+    """Send shards through an engine of 256 slots, and count its steps: as they come, drained after each, and as one."""
+    steps, costs = {}, run.costs
+    for name, shard_size, drains in (
+        ("steps", run.shard_size, False),
+        ("steps_drained", run.shard_size, True),
+        ("steps_of_one_shard", run.size, True),
+    ):
+        engine = SlotEngine()
+        shards = [
+            Shard(index=index, seed=0, prompts=range(min(shard_size, run.size - start)))  # type: ignore[arg-type]
+            for index, start in enumerate(range(0, run.size, shard_size))
+        ]
+        stream = RequestStream(engine, one_at_a_time=drains)
+        with patch("megatron_sppo.rollout.vllm_engine.prompt_seed", lambda *_: 0), costs:
+            for _ in stream.answer(iter(shards), lambda *_: (NUM_RESPONSES, None), lambda *_: None):
+                pass
+        steps[name], costs = float(engine.num_steps), Instruments()
+    return steps
 
 
 def score(run: Run) -> dict[str, float]:
@@ -179,7 +202,7 @@ def dataset(run: Run) -> dict[str, float]:
 def dataset_of_others(run: Run) -> dict[str, float]:
     """Open the dataset as every other rank does."""
     with run.costs:
-        PreferenceDataset(run.place / "dataset", verify_checksums=False)
+        PreferenceDataset(run.place / "dataset", verify_contents=False)
     return {}
 
 
@@ -378,6 +401,7 @@ STAGES: dict[str, Stage] = {
     "prompts": Stage(needs=(), measure=prompts),
     "rollouts": Stage(needs=(), measure=rollouts),
     "rollouts, nothing to do": Stage(needs=("rollouts",), measure=rollouts_again),
+    "decoding": Stage(needs=(), measure=decoding),
     "scoring": Stage(needs=("rollouts",), measure=score),
     "scoring, nothing to do": Stage(needs=("scoring",), measure=score_again),
     "merge": Stage(needs=("rollouts",), measure=merge),
@@ -397,7 +421,9 @@ STAGES: dict[str, Stage] = {
 }
 
 
-def measure(name: str, place: Path, size: int, *, functions_of: Path | None = None, **settings: int) -> dict[str, float]:
+def measure(
+    name: str, place: Path, size: int, *, functions_of: Path | None = None, **settings: int
+) -> dict[str, float]:
     """Make what a stage reads, where it is not there, then run it under the instruments -> its figures."""
     stage = STAGES[name]
     place.mkdir(parents=True, exist_ok=True)
