@@ -18,7 +18,8 @@ from unittest.mock import patch
 
 from benchmarks.instruments import Instruments
 from benchmarks.scale_inputs import write_model
-from benchmarks.scale_stages import STAGES, Run, Stage, rollouts, score
+from benchmarks.scale_stages import STAGES, rollouts, score
+from benchmarks.scale_steps import Run, Stage
 from megatron_sppo.checkpoints import megatron_checkpoint
 from megatron_sppo.commands import convert
 from megatron_sppo.examples import pretrain_sppo

@@ -1,8 +1,8 @@
 """Proves that the cost of every stage grows no faster than its prompts, and a step's not at all: by counts of function
 calls, files opened, entries listed and bytes read, written and hashed, which no other load of a machine changes.
 
-Stages run whole, as `benchmarks.scale` runs them, at 200, 400 and 800 prompts, with a sampler and a judge that answer at
-once. What it does not prove: what compiled code does between two calls, and any number of seconds.
+Stages run whole, as `benchmarks.scale` runs them, at 200, 400 and 800 prompts, with a sampler and a judge that answer
+at once. What it does not prove: what compiled code does between two calls, and any number of seconds.
 """
 
 import hashlib
