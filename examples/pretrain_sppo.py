@@ -72,6 +72,8 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         progress=progress,
         source=source,
         in_background=config.run.async_save,
+        keep_last=config.run.keep_last,
+        needed=[config.load],
     )
     # (log pi_theta / pi_t - (eta w - log Z))^2, averaged over the responses of a global batch, one update each.
     complete = loop.train(

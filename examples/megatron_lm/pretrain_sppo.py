@@ -168,7 +168,7 @@ class Responses(torch.utils.data.Dataset):
 def build_datasets(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> tuple[Responses, None, None]:
     """Provide the training set, with log pi_t computed if it is not there yet; by now the weights are loaded."""
     args = get_args()
-    dataset = PreferenceDataset(args.preference_data, verify_checksums=parallel.is_rank_zero())
+    dataset = PreferenceDataset(args.preference_data, verify_contents=parallel.is_rank_zero())
     selection = args.selection or str(dataset.manifest.selection)
     index = training_index(dataset, selection, pairs=False, seq_length=args.seq_length)
     print_rank_0(

@@ -1,4 +1,4 @@
-"""A preference dataset opened for training: every file verified first, then memory-mapped.
+"""A preference dataset opened for training: files verified once, by one rank, then memory-mapped.
 
 G = prompt groups, K = responses per prompt.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sppo.data.indexed import Column, verify_file
+from megatron_sppo.data.indexed import Column, verify_file, verify_values
 from megatron_sppo.data.schema import COLUMNS, PROMPTS_NAME, DatasetManifest, read_manifest
 from megatron_sppo.errors import DataError
 
@@ -27,29 +27,28 @@ class PreferenceDataset:
         DataError: something is missing, damaged or inconsistent; one line with file, fault and remedy.
     """
 
-    def __init__(self, directory: Path, *, verify_checksums: bool = True) -> None:
+    def __init__(self, directory: Path, *, verify_contents: bool = True) -> None:
         """Open and verify `directory`.
 
         Args:
             directory: what `DatasetWriter` wrote.
-            verify_checksums: False leaves the hashes out, for ranks beside one on the same disk that does check them.
+            verify_contents: read all files once, for their hashes and the ranges of their values. False opens what is
+                asked for alone, for ranks beside one that does look at the rest: sizes and shapes are compared.
         """
         self.directory = Path(directory)
         self.manifest: DatasetManifest = read_manifest(self.directory)
         self.num_groups, self.num_responses = self.manifest.num_prompts, self.manifest.num_responses
-        for name, entry in self.manifest.files.items():
-            verify_file(self.directory / name, entry, checksum=verify_checksums, remedy=_REMEDY)
-        self._columns = {
-            name: Column(self.directory / name, np.int32 if name == "tokens" else np.float32, remedy=_REMEDY)
-            for name in COLUMNS
-        }
-        self._check_shapes()
-        lengths = self._columns["tokens"].lengths.reshape(self.num_groups, self.num_responses + 1)
+        self._opened: dict[str, Column] = {}
+        ranges = self._verify_files(contents=verify_contents)
+        lengths = self._column("tokens").lengths.reshape(self.num_groups, self.num_responses + 1)
         self.prompt_lengths: np.ndarray = lengths[:, 0]
         """[G] int32, tokens."""
         self.response_lengths: np.ndarray = lengths[:, 1:]
         """[G, K] int32, tokens."""
-        self._check_values()
+        if verify_contents:
+            for name in COLUMNS:
+                self._column(name)
+            self._check_values(ranges)
 
     @property
     def dataset_hash(self) -> str:
@@ -75,74 +74,90 @@ class PreferenceDataset:
 
     def prompt(self, group: int) -> np.ndarray:
         """Token ids of a prompt -> [prompt_lengths[group]] int32."""
-        return self._columns["tokens"].sequence(group * (self.num_responses + 1))
+        return self._column("tokens").sequence(group * (self.num_responses + 1))
 
     def response(self, group: int, response: int) -> np.ndarray:
         """Token ids of a response -> [response_lengths[group, response]] int32."""
-        return self._columns["tokens"].sequence(group * (self.num_responses + 1) + 1 + response)
+        return self._column("tokens").sequence(group * (self.num_responses + 1) + 1 + response)
 
     def win_rates(self, group: int) -> np.ndarray:
         """Win rates of a group -> [K] float32."""
-        return self._columns["win_rates"].sequence(group)
+        return self._column("win_rates").sequence(group)
 
     def preferences(self, group: int) -> np.ndarray:
         """P_ij of a group -> [K, K] float32."""
-        return self._columns["preferences"].sequence(group).reshape(self.num_responses, -1)
+        return self._column("preferences").sequence(group).reshape(self.num_responses, -1)
 
     def judge_logits(self, group: int) -> np.ndarray:
         """Raw judge logits of a group -> [K, K] float32."""
-        return self._columns["judge_logits"].sequence(group).reshape(self.num_responses, -1)
+        return self._column("judge_logits").sequence(group).reshape(self.num_responses, -1)
 
     def all_win_rates(self) -> np.ndarray:
         """Win rates of every group -> [G, K] float32."""
-        return self._columns["win_rates"].values.copy().reshape(self.num_groups, self.num_responses)
+        return self._column("win_rates").values.copy().reshape(self.num_groups, self.num_responses)
 
     def all_preferences(self) -> np.ndarray:
         """Preferences of every group -> [G, K, K] float32."""
-        return self._columns["preferences"].values.copy().reshape(self.num_groups, self.num_responses, -1)
+        return self._column("preferences").values.copy().reshape(self.num_groups, self.num_responses, -1)
 
     def all_judge_logits(self) -> np.ndarray:
         """Judge logits of every group -> [G, K, K] float32."""
-        return self._columns["judge_logits"].values.copy().reshape(self.num_groups, self.num_responses, -1)
+        return self._column("judge_logits").values.copy().reshape(self.num_groups, self.num_responses, -1)
 
-    def _check_shapes(self) -> None:
-        """Compare every column's counts with the manifest's."""
-        num_groups, num_responses = self.num_groups, self.num_responses
-        wanted = {
-            "tokens": (num_responses + 1, None),
-            "win_rates": (1, num_responses),
-            "preferences": (1, num_responses**2),
-            "judge_logits": (1, num_responses**2),
-        }
-        for name, (per_group, length) in wanted.items():
-            column, place = self._columns[name], self.directory / f"{name}.idx"
-            if not np.array_equal(column.document_indices, np.arange(num_groups + 1) * per_group):
-                raise DataError(
-                    f"{place} does not hold {num_groups} documents of {per_group} sequences, as its manifest says. "
-                    f"{_REMEDY}"
-                )
-            if length is not None and (column.lengths != length).any():
-                raise DataError(f"{place} has a sequence that is not {length} long. {_REMEDY}")
-        if (self._columns["tokens"].lengths < 1).any():
-            raise DataError(f"{self.directory / 'tokens.idx'} has a prompt or response without tokens. {_REMEDY}")
+    def _verify_files(self, *, contents: bool) -> dict[str, tuple[float, float]]:
+        """Compare every file with its manifest entry -> the range of each column's values, if contents are read."""
+        ranges = {}
+        for name, entry in self.manifest.files.items():
+            path, column = self.directory / name, name.removesuffix(".bin")
+            if contents and column in COLUMNS:
+                ranges[column] = verify_values(path, entry, _dtype(column), remedy=_REMEDY)
+            else:
+                verify_file(path, entry, checksum=contents, remedy=_REMEDY)
+        return ranges
 
-    def _check_values(self) -> None:
-        """Check ranges that no later stage could make sense of."""
-        (low, high), limit = self._columns["tokens"].value_range(), self.manifest.vocab_size
-        if low < 0 or (limit is not None and high >= limit):
+    def _column(self, name: str) -> Column:
+        """Open a column when it is first asked for, its counts held against the manifest's -> Column."""
+        if name not in self._opened:
+            column = Column(self.directory / name, _dtype(name), remedy=_REMEDY)
+            self._check_shape(name, column)
+            self._opened[name] = column
+        return self._opened[name]
+
+    def _check_shape(self, name: str, column: Column) -> None:
+        num_groups, num_responses, place = self.num_groups, self.num_responses, self.directory / f"{name}.idx"
+        per_group = num_responses + 1 if name == "tokens" else 1
+        length = {"win_rates": num_responses, "preferences": num_responses**2, "judge_logits": num_responses**2}
+        if not np.array_equal(column.document_indices, np.arange(num_groups + 1) * per_group):
             raise DataError(
-                f"{self.directory / 'tokens.bin'} holds token ids {low}..{high}, outside the vocabulary of {limit}. "
+                f"{place} does not hold {num_groups} documents of {per_group} sequences, as its manifest says. "
                 f"{_REMEDY}"
             )
+        if name in length and (column.lengths != length[name]).any():
+            raise DataError(f"{place} has a sequence that is not {length[name]} long. {_REMEDY}")
+        if name == "tokens" and (column.lengths < 1).any():
+            raise DataError(f"{place} has a prompt or response without tokens. {_REMEDY}")
+
+    def _check_values(self, ranges: dict[str, tuple[float, float]]) -> None:
+        """Check ranges that no later stage could make sense of."""
+        (low, high), limit = ranges["tokens"], self.manifest.vocab_size
+        if low < 0 or (limit is not None and high >= limit):
+            raise DataError(
+                f"{self.directory / 'tokens.bin'} holds token ids {low:.0f}..{high:.0f}, outside the vocabulary of "
+                f"{limit}. {_REMEDY}"
+            )
         for name in ("win_rates", "preferences"):
-            low, high = self._columns[name].value_range()
+            low, high = ranges[name]
             # Written so that a NaN fails too.
             if not (low >= 0 and high <= 1):
                 raise DataError(f"{self.directory / name}.bin holds a value outside [0, 1]. {_REMEDY}")
-        mean_GK = self._columns["preferences"].values.reshape(self.num_groups, self.num_responses, -1).mean(axis=-1)
+        mean_GK = self._column("preferences").values.reshape(self.num_groups, self.num_responses, -1).mean(axis=-1)
         worst = float(np.abs(self.all_win_rates() - mean_GK).max())
         if worst > _WIN_RATE_TOLERANCE:
             raise DataError(
                 f"{self.directory / 'win_rates.bin'} differs by {worst:.3g} from the mean preferences of "
                 f"{self.directory / 'preferences.bin'}. {_REMEDY}"
             )
+
+
+def _dtype(column: str) -> type[np.generic]:
+    return np.int32 if column == "tokens" else np.float32

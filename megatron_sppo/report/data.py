@@ -123,7 +123,7 @@ def _preferences(paths: RunPaths, iteration: int) -> tuple[PreferenceExample, ..
     directory = paths.of(iteration, "dataset")
     if not (directory / MANIFEST_NAME).is_file():
         return ()
-    dataset = PreferenceDataset(directory, verify_checksums=False)
+    dataset = PreferenceDataset(directory, verify_contents=False)
     spread_G = np.ptp(dataset.all_win_rates(), axis=-1)
     order = np.argsort(-spread_G, kind="stable")
     chosen = [int(order[rank]) for rank in _evenly(len(order), NUM_HEAT_MAPS)]

@@ -63,7 +63,7 @@ def open_dataset(config: TrainingConfig, architecture: Architecture, tokenizer: 
             f"seq_length ({seq_length} tokens) exceeds the model's {architecture.max_position_embeddings} "
             f"positions. Use --seq-length {architecture.max_position_embeddings}."
         )
-    dataset = PreferenceDataset(config.data, verify_checksums=parallel.is_rank_zero())
+    dataset = PreferenceDataset(config.data, verify_contents=parallel.is_rank_zero())
     theirs, ours = dataset.manifest.tokenizer_hash, tokenizer.get("hash")
     if theirs and ours and theirs != ours and not is_tokenizer_of(tokenizer["directory"], [theirs]):
         raise DataError(

@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sppo.checkpoints import digests, megatron_checkpoint
+from megatron_sppo.checkpoints import digests, megatron_checkpoint, retention
 from megatron_sppo.command_line import death_with_parent
 from megatron_sppo.errors import DataError
 from megatron_sppo.storage import explain_os_error, publish_directory
@@ -49,6 +49,8 @@ class Saver:
         progress: Progress,
         source: Path,
         in_background: bool = False,
+        keep_last: int | None = None,
+        needed: Sequence[Path] = (),
     ) -> None:
         """Take what is to be saved whenever `save` is called.
 
@@ -57,10 +59,12 @@ class Saver:
             progress: where the run stands.
             source: the checkpoint that this run started from: its model.json and Hugging Face side files travel along.
             in_background: let a forked process of each rank write while training goes on (`--async-save`).
+            keep_last, needed: how many checkpoints of the run stay, and which in any case (`retention.keep_last`);
+                None: all.
         """
         self._root, self._source = Path(root), Path(source)
         self._policy, self._optimizer, self._scheduler, self._progress = policy, optimizer, scheduler, progress
-        self._in_background = in_background
+        self._in_background, self._keep_last, self._needed = in_background, keep_last, needed
         self._begun: _Begun | None = None
         self._seconds = 0.0
 
@@ -142,10 +146,14 @@ class Saver:
     def _publish(self, partial: Path, step: int) -> None:
         """Complete the directory, of which nothing large is read, and name it. Collective."""
         if parallel.is_rank_zero():
-            megatron_checkpoint.carry_model_files(self._source, partial)
+            # Those of the run's last checkpoint, which stays: what it was resumed from may have been removed since.
+            last = megatron_checkpoint.tracked_directory(self._root) or self._source
+            megatron_checkpoint.carry_model_files(last, partial)
             megatron_checkpoint.write_manifest(partial, known=digests.digested_files(partial))
             publish_directory(partial, megatron_checkpoint.iteration_directory(self._root, step))
             megatron_checkpoint.publish(self._root, step)
+            if self._keep_last is not None:
+                retention.keep_last(self._root, self._keep_last, newest=step, needed=self._needed)
         torch.distributed.barrier()
 
 

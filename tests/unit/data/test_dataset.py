@@ -4,17 +4,22 @@ Nothing half-written is seen. Does not prove behaviour on a full disk: that is s
 """
 
 import gc
+import io
 import json
 import math
 import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from megatron_sppo import storage
+from megatron_sppo.data import indexed
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.indexed import Column, ColumnWriter
 from megatron_sppo.data.schema import file_names
@@ -134,8 +139,34 @@ def test_missing_cut_and_grown_files_are_named_even_without_checksums(tmp_path, 
         if contents is not None:
             (directory / name).write_bytes(contents)
         with pytest.raises(DataError, match=name):
-            PreferenceDataset(directory, verify_checksums=False)
+            PreferenceDataset(directory, verify_contents=False)
         (directory / name).write_bytes(clean)
+
+
+def test_a_rank_that_leaves_the_contents_to_another_reads_no_value_of_them(tmp_path):
+    """Files of the same sizes full of ones are no hash's, no vocabulary's and no probability's: nobody looked."""
+    directory = write(tmp_path / "d", groups())
+    for path in directory.glob("*.bin"):
+        path.write_bytes(b"\x01" * path.stat().st_size)
+    with pytest.raises(DataError, match="sha256"):
+        PreferenceDataset(directory)
+    dataset = PreferenceDataset(directory, verify_contents=False)
+    assert dataset.prompt_lengths.tolist() == [len(prompt) for prompt, _, _ in groups()]
+
+
+def test_verifying_reads_every_file_once(tmp_path, monkeypatch):
+    directory, read = write(tmp_path / "d", groups(num_groups=20)), Counter()
+
+    class Counting(io.FileIO):
+        def read(self, size=-1):
+            block = super().read(size)
+            read[Path(str(self.name)).name] += len(block)
+            return block
+
+    for module in (indexed, storage):
+        monkeypatch.setattr(module, "open", lambda path, _mode="r", **_: Counting(path), raising=False)
+    dataset = PreferenceDataset(directory)
+    assert read == {name: entry.bytes for name, entry in dataset.manifest.files.items()}
 
 
 def forge(directory, change, **manifest_changes):
