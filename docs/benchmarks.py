@@ -120,7 +120,7 @@ on a CPU) and at the best of 2, 4 and 6; scores equal within 1e-5. Five turns on
 Every stage without its network: a sampler and a judge that answer at once, K = 5, 150 tokens a prompt, 400 an answer;
 models of 4 to 18 million parameters for what grows with the model. F1 to F15 are the faults that were found when this
 was first looked at, as they were (commit 87e42d6) and as they are. Counts decide: calls of our functions, files opened,
-entries of directories, bytes read, written and hashed at 500, 1,000 and 2,000 prompts, of which a growth of 1 is linear;
+entries of directories, bytes read, written and hashed at 500, 1,000 and 2,000 prompts; a growth of 1 is linear.
 `tests/unit/test_scale.py` holds them in every run of the tests. Seconds and memory stand beside them, at 2,000 prompts
 and at the largest size, from a machine that other work kept busy. Bytes of a model's files are held against those of
 its weights; a checkpoint of float32 with Adam is three times as large. Each byte that a save writes is hashed twice in
