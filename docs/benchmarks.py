@@ -22,8 +22,8 @@ named, never estimated. A target that was missed says so.
 
 !!! warning "No figure is of a GPU"
     All were measured on two cores of a shared AMD EPYC, C8 and C10 on two of a shared Intel Xeon. There only ratios
-    mean anything: times are CPU seconds, one thread each, taken in turns. The figures whose names begin with G need one GPU and have not been run:
-    [One H100, ten minutes](one-hopper.md).
+    mean anything: times are CPU seconds, one thread each, taken in turns. The figures whose names begin with G need one
+    GPU and have not been run: [One H100, ten minutes](one-hopper.md).
 
 | name | what |
 |---|---|
