@@ -281,7 +281,7 @@ def _row(fault: Fault, ours: float, before: float | None) -> Row:
         target, met = f"<= {fault.share:g} of before", ours <= fault.share * before
     return Row(
         id=fault.id,
-        metric=fault.metric,
+        metric=f"{fault.id}: {fault.metric}",
         ours=ours,
         peer=before,
         peer_name=BEFORE,
