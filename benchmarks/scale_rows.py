@@ -230,7 +230,7 @@ def faults(largest: int) -> tuple[Fault, ...]:
                 figure=partial(_of, stage="commands", name=f"modules of {name}"),
                 most=most,
             )
-            for name, most in (("plan", 1000), ("report", 1000), ("score", 1500), ("train", 500))
+            for name, most in (("plan", 1500), ("report", 1500), ("score", 1500), ("train", 500))
         ),
         *(
             Fault(
