@@ -152,6 +152,10 @@ NOTHING = 0.05
         ("score", 0, 0, 0),
         ("evaluate", 0, 0, 0),
         ("report", 0, 0, 0),
+        # Weights and Adam's moments at each save, into the sha256 of the tensor and of the file. The start model's
+        # import lists whole files, which are hashed first and read then; so does inspect's look at it.
+        ("train", 1 + SAVES * 3 * 2, 2, SAVES * 3),
+        ("inspect", 2, 3, 0),
         ("convert export", 1, 1, 1),
     ],
 )
@@ -159,20 +163,12 @@ def test_what_a_stage_moves_of_a_model_in_weights(
     counted: Counted, iteration: list[Event], stage: str, hashed: float, read: float, written: float
 ) -> None:
     found = [moved(iteration, what, stage) / counted.weights for what in ("hash", "read", "write")]
-    assert found == [pytest.approx(times, abs=0.1 if times else NOTHING) for times in (hashed, read, written)]
+    assert found == [pytest.approx(times, rel=0.1, abs=NOTHING) for times in (hashed, read, written)]
 
 
-def test_training_writes_weights_and_optimizer_once_a_save_and_hashes_each_byte_for_tensor_and_file(
-    counted: Counted, iteration: list[Event]
-) -> None:
-    written = moved(iteration, "write", "train", is_data)
-    assert written == pytest.approx(SAVES * 3 * counted.weights, rel=0.05)
-    assert moved(iteration, "write", "train", is_optimizer) == pytest.approx(SAVES * 2 * counted.weights, rel=0.05)
-    loaded = counted.weights
-    assert moved(iteration, "hash", "train") <= 2 * written + 1.5 * loaded
-
-
-def test_no_stage_of_an_iteration_reads_a_byte_of_optimizer_state(iteration: list[Event]) -> None:
+def test_optimizer_state_is_written_once_a_save_and_read_by_no_stage(counted: Counted, iteration: list[Event]) -> None:
+    written = moved(iteration, "write", "train", is_optimizer)
+    assert written == pytest.approx(SAVES * 2 * counted.weights, rel=0.05)
     assert [event for event in iteration if event.what == "read" and is_optimizer(event.file)] == []
 
 
