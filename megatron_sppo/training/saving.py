@@ -68,11 +68,6 @@ class Saver:
         self._begun: _Begun | None = None
         self._seconds = 0.0
 
-    @property
-    def is_begun(self) -> bool:
-        """Tell whether a save waits for `finish`; the same on all ranks."""
-        return self._begun is not None
-
     def is_writing(self) -> bool:
         """Tell whether this rank is still writing; nobody waits for the answer."""
         return self._begun is not None and not self._begun.writer.is_current_async_call_done(no_dist=True)
