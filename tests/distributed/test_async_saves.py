@@ -87,10 +87,10 @@ def test_a_run_resumed_from_a_save_in_the_background_is_bit_exact(
     run: Start, tmp_path: Path, world_size: int, flags: str
 ) -> None:
     save = tmp_path / "save"
-    flags += " --save-interval 3"
+    flags += " --save-interval 6"
     run(save, flags, world_size=world_size)
     expected, order = numbers(save), responses(save)
-    assert len(list(save.glob("iter_*"))) == STEPS // 3 and len(expected) == STEPS
+    assert len(list(save.glob("iter_*"))) == STEPS // 6 and len(expected) == STEPS
     assert not list(save.glob(".iter_*"))
     forget_after(save, 12)
     assert run(save, flags, world_size=world_size) == [0] * world_size
@@ -104,12 +104,6 @@ def test_a_run_resumes_in_another_layout_from_a_save_in_the_background(run: Star
     forget_after(save, 12)
     assert run(save, f"--async-save --save-interval 12 {SHARDED} {TP2}", world_size=4) == [0] * 4
     assert losses(save) == pytest.approx(expected, rel=1e-5) and responses(save) == order
-
-
-def test_saving_in_the_background_changes_no_number(run: Start, tmp_path: Path) -> None:
-    run(tmp_path / "waiting", f"--save-interval 3 {SHARDED}", world_size=2)
-    run(tmp_path / "background", f"--save-interval 3 {SHARDED} --async-save", world_size=2)
-    assert numbers(tmp_path / "background") == numbers(tmp_path / "waiting")
 
 
 def pretrain_as_saved_before(argv: list[str]) -> int:
