@@ -114,7 +114,7 @@ def pretrain_as_saved_before(argv: list[str]) -> int:
 
     from megatron_sppo.training import saving
 
-    def plan(state: dict, directory: Path) -> object:
+    def plan(state: dict, directory: Path, *, validate: bool) -> object:
         known = inspect.signature(dist_checkpointing.save).parameters
         settings = {"async_strategy": "mcore"} if "async_strategy" in known else {}
         return dist_checkpointing.save(state, str(directory), async_sharded_save=True, **settings)
