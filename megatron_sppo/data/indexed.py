@@ -137,6 +137,12 @@ class Column:
         """Read one sequence -> [lengths[index]], a copy."""
         return self.values[self._starts[index] : self._starts[index + 1]].copy()
 
+    def gather(self, index_S: np.ndarray, length_S: np.ndarray) -> np.ndarray:
+        """Read the last `length_S` values of each of several sequences, end to end -> [sum of length_S], a copy."""
+        begin_S = self._starts[index_S + 1] - length_S
+        before_S = np.cumsum(length_S) - length_S
+        return self.values[np.repeat(begin_S - before_S, length_S) + np.arange(length_S.sum())]
+
 
 def _read_index(path: Path, dtype: np.dtype, *, remedy: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Read an .idx file -> lengths [sequences] int32, pointers [sequences] int64, boundaries [documents + 1] int64."""
