@@ -26,6 +26,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
 
     # torch and Megatron-Core take seconds to import, which neither --help nor a refused setting needs.
     from megatron_sppo.training import checkpoint, inputs, loop, parallel, reference
+    from megatron_sppo.training.ahead import ahead
     from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
     from megatron_sppo.training.policy import build_policy
     from megatron_sppo.training.progress import Progress, resume_key
@@ -63,17 +64,20 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         progress.warn_if_micro_batches_changed(batches.micro_batch_key)
         reference_GK = reference.read_for_resume(dataset, batches, progress.reference, config=config)
 
-    # (log pi_theta / pi_t - (eta w - log Z))^2, averaged over the responses of a global batch, one update each.
-    complete = loop.train(
-        policy,
-        optimizer,
-        scheduler,
-        batches.steps(first=progress.step + 1, last=batches.train_iters, reference_GK=reference_GK),
-        config=config,
-        train_iters=batches.train_iters,
-        progress=progress,
-        save=lambda: checkpoint.save(config.save, policy, optimizer, scheduler, progress=progress, source=source),
-    )
+    # (log pi_theta / pi_t - (eta w - log Z))^2, averaged over the responses of a global batch, one update each; the
+    # next steps' micro-batches are made meanwhile.
+    remaining = batches.steps(first=progress.step + 1, last=batches.train_iters, reference_GK=reference_GK)
+    with ahead(remaining) as steps:
+        complete = loop.train(
+            policy,
+            optimizer,
+            scheduler,
+            steps,
+            config=config,
+            train_iters=batches.train_iters,
+            progress=progress,
+            save=lambda: checkpoint.save(config.save, policy, optimizer, scheduler, progress=progress, source=source),
+        )
     parallel.shut_down()
     if not complete:
         sys.exit(loop.SIGTERM_EXIT_CODE)
