@@ -64,6 +64,17 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         progress.warn_if_micro_batches_changed(batches.micro_batch_key)
         reference_GK = reference.read_for_resume(dataset, batches, progress.reference, config=config)
 
+    save = functools.partial(
+        checkpoint.save,
+        config.save,
+        policy,
+        optimizer,
+        scheduler,
+        progress=progress,
+        source=source,
+        keep_last=config.run.keep_last,
+        needed=[config.load],
+    )
     # (log pi_theta / pi_t - (eta w - log Z))^2, averaged over the responses of a global batch, one update each; the
     # next steps' micro-batches are made meanwhile.
     remaining = batches.steps(first=progress.step + 1, last=batches.train_iters, reference_GK=reference_GK)
@@ -76,7 +87,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
             config=config,
             train_iters=batches.train_iters,
             progress=progress,
-            save=lambda: checkpoint.save(config.save, policy, optimizer, scheduler, progress=progress, source=source),
+            save=save,
         )
     parallel.shut_down()
     if not complete:

@@ -131,23 +131,32 @@ def publish_directory(temporary: Path, path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def remove_stale_temporaries(path: Path) -> None:
-    """Remove what killed writers of `path` left beside it, except the temporaries of processes that still run.
+def remove_stale_temporaries(*paths: Path) -> None:
+    """Remove what killed writers of `paths` left beside them, except the temporaries of processes that still run.
 
-    A directory whose writer was killed between moving the old one aside and naming the new one is put back first.
+    Each directory is listed once, however many of its files are named. A directory whose writer was killed between
+    moving the old one aside and naming the new one is put back first.
     """
-    path = Path(path)
-    for aside in path.parent.glob(f".{path.name}.old-*"):
-        if not path.exists() and not _process_runs(aside.name.rpartition("-")[2]):
-            os.rename(aside, path)
-    for pattern in (f".{path.name}.tmp-*", f".{path.name}.old-*"):
-        for stale in path.parent.glob(pattern):
-            if _process_runs(stale.name.rpartition("-")[2]):
-                continue
-            if stale.is_dir():
-                shutil.rmtree(stale, ignore_errors=True)
+    names_in: dict[Path, set[str]] = {}
+    for path in map(Path, paths):
+        names_in.setdefault(path.parent, set()).add(path.name)
+    for directory, names in names_in.items():
+        stale = [(kind, name, place) for kind, name, place in _left_behind(directory) if name in names]
+        for kind, name, aside in stale:
+            if kind == "old" and not Path(directory, name).exists():
+                os.rename(aside, Path(directory, name))
+        for _, _, place in stale:
+            if place.is_dir():
+                shutil.rmtree(place, ignore_errors=True)
             else:
-                stale.unlink(missing_ok=True)
+                place.unlink(missing_ok=True)
+
+
+def _left_behind(directory: Path) -> list[tuple[str, str, Path]]:
+    """List a directory once -> ("tmp" or "old", the name that it is of, its path) of what no process writes."""
+    names = os.listdir(directory) if directory.is_dir() else []
+    found = filter(None, (re.fullmatch(r"\.(.+)\.(tmp|old)-(.*)", name) for name in names))
+    return [(left[2], left[1], Path(directory, left[0])) for left in found if not _process_runs(left[3])]
 
 
 def _process_runs(pid: str) -> bool:

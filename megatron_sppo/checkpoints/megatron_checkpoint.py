@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
 from megatron_sppo.checkpoints.distcp import METADATA_FILE
-from megatron_sppo.checkpoints.transfer import default_workers
+from megatron_sppo.checkpoints.file_digests import default_workers
 from megatron_sppo.errors import DataError
 from megatron_sppo.storage import (
     atomic_file,
@@ -94,6 +94,14 @@ def resolve_checkpoint(path: Path) -> Path:
         f"{path} holds no usable Megatron checkpoint ({TRACKER_FILE} {fault}). "
         f"megatron-sppo convert import --hf HF_DIR --megatron {path} (in a clone: tools/convert.py import)"
     )
+
+
+def tracked_directory(root: Path) -> Path | None:
+    """Find the iteration directory that a root's tracker names -> directory, or None where it names none that is there.
+
+    Nothing of it is verified.
+    """
+    return _tracked(Path(root))[0]
 
 
 def _tracked(root: Path) -> tuple[Path | None, str]:

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sppo.checkpoints.file_digests import sha256_of_files
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, read_config, weight_map
 from megatron_sppo.checkpoints.safetensors_file import read_header
 from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
 from megatron_sppo.errors import ConfigError, ConversionError, DataError
-from megatron_sppo.storage import contained, read_json, sha256_of_file, sha256_of_json
+from megatron_sppo.storage import contained, read_json, sha256_of_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +47,11 @@ def model_hash(directory: Path) -> str:
                 f"{file} does not exist, but {directory / INDEX_FILE} names it. Fetch the model again."
             )
         read_header(file, quantized=True)
-    return sha256_of_json({file.name: sha256_of_file(file) for file in files})
+    return sha256_of_json(dict(zip((file.name for file in files), sha256_of_files(files), strict=True)))
 
 
 def read_model_files(directory: Path) -> ModelFiles:
-    """Read and check a Hugging Face model directory -> ModelFiles. Hashes all weights: a few seconds per 10 GB.
+    """Read and check a Hugging Face model directory -> ModelFiles. Weights that this user has not hashed yet are.
 
     Raises:
         ConfigError: no such directory.

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sppo.checkpoints.file_digests import default_workers
 from megatron_sppo.checkpoints.safetensors_file import Span
 from megatron_sppo.errors import ConversionError
 
@@ -27,7 +28,6 @@ BUDGET_BYTES = 256 << 20
 """Of tensors in the making at a time; one that is larger is made alone."""
 MAKING = 3
 """Memory that making a tensor takes, in tensors: what it is made of, the result, and a cast of it."""
-_MOST_WORKERS = 16
 
 
 def part_of(spans: Sequence[Span], start: int, nbytes: int) -> tuple[Span, ...]:
@@ -197,11 +197,6 @@ class Transfer:
 
 class _Stopped(Exception):
     """Another thread has failed; this one gives up."""
-
-
-def default_workers() -> int:
-    """Count the cores that this process may use, and one for a thread that waits for the disk -> int, at most 16."""
-    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)) + 1)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

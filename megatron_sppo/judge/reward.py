@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from megatron_sppo.checkpoints.file_digests import sha256_of_files
 from megatron_sppo.checkpoints.pretrained import load_pretrained
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError, ConversionError
@@ -26,7 +27,7 @@ from megatron_sppo.judge.protocol import Unjudged, Verdict, count_pairs, distinc
 from megatron_sppo.judge.source import UnreadableGroup
 from megatron_sppo.rollout.chat_template import TEMPLATE_FAULTS
 from megatron_sppo.rollout.records import Turn
-from megatron_sppo.storage import sha256_of_file, sha256_of_json
+from megatron_sppo.storage import sha256_of_json
 
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
@@ -70,8 +71,9 @@ class RewardJudge:
             raise ConfigError(f"{directory} has no chat template. Add the one that it was trained with.")
         self._model.to(self._device).eval().requires_grad_(False)
         self.name = f"reward:{checkpoint} (Bradley-Terry)"
-        files = {path.name: sha256_of_file(path) for path in sorted(directory.iterdir()) if path.is_file()}
-        self.fingerprint = sha256_of_json({"reward": files, "dtype": dtype})
+        files = sorted(path for path in directory.iterdir() if path.is_file())
+        digests = dict(zip((path.name for path in files), sha256_of_files(files), strict=True))
+        self.fingerprint = sha256_of_json({"reward": digests, "dtype": dtype})
         self.counts: Counter[str] = Counter()
         self._markers, self._marker_ids = self._find_markers(directory)
         self._num_embeddings = int(self._model.get_input_embeddings().num_embeddings)

@@ -71,7 +71,7 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
         "shard_size": config.shard_size,
     }
     with open_finished_shards(config.output, request, num_shards=len(shards)) as finished:
-        if not finished.is_complete(len(shards)):
+        if not finished.is_complete():
             sampler = functools.partial(make_sampler or _start_sampler, config)
             _sample_missing(shards, finished, sampler, tokenizer, config.output, sampling, vocab_size=files.vocab_size)
         else:

@@ -119,9 +119,8 @@ def write_shard(directory: Path, index: int, groups: Iterable[RolloutGroup]) -> 
     path = Path(directory, name)
     with atomic_file(path, "wb") as file:
         for group in groups:
-            row = {"schema_version": SCHEMA_VERSION, **asdict(group)}
             try:
-                line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+                line = _line(group)
             except UnicodeEncodeError:
                 raise DataError(
                     f"{path}: a text of prompt {group.prompt_id!r} holds half a surrogate pair. Remove that prompt."
@@ -130,6 +129,12 @@ def write_shard(directory: Path, index: int, groups: Iterable[RolloutGroup]) -> 
             file.write(line)
             rows += 1
     return ShardEntry(file=name, rows=rows, sha256=digest.hexdigest())
+
+
+def _line(group: RolloutGroup) -> bytes:
+    """Spell a group as a line of a shard -> bytes. Not by `asdict`, which copies every token by itself."""
+    row = {"schema_version": SCHEMA_VERSION, **vars(group), "responses": list(map(vars, group.responses))}
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def write_manifest(directory: Path, manifest: RolloutManifest) -> Path:

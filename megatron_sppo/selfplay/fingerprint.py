@@ -1,16 +1,20 @@
-"""What a stage read and wrote, as hashes: exact, and cheap the second time.
+"""What a stage read and wrote, as hashes: exact, and cheap from the first time on.
 
-A file's sha256 is kept with its size and modification time, as git's index does, so that a resumed run of a large model
-does not read its checkpoints again to learn that nothing has changed.
+What a stage's command hashed while it wrote is not hashed again: its manifest is believed as long as sizes and times of
+change agree with it. Anything else is hashed once, and kept with its size and modification time, as git's index does.
+So a file that was changed by hand is seen, unless it kept its size and was given back its time: that one is found by
+the stage that reads it, for training, export and scoring check what they read by the same sha256.
 """
 
 import fnmatch
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_sppo.checkpoints.file_digests import MANIFEST_NAME, listed_digests, sha256_of_files
 from megatron_sppo.errors import DataError
-from megatron_sppo.storage import read_json, sha256_of_file, sha256_of_json, write_json
+from megatron_sppo.storage import read_json, sha256_of_json, write_json
 
 CACHE_NAME = ".file_hashes.json"
 
@@ -22,10 +26,11 @@ class FileHashes:
     """Hashes of files and directories, remembered in `RUN_DIR/.file_hashes.json`."""
 
     def __init__(self, run_dir: Path) -> None:
-        self.path = Path(run_dir, CACHE_NAME)
+        self.run_dir = Path(run_dir)
+        self.path = self.run_dir / CACHE_NAME
         try:
             known = read_json(self.path)
-        except DataError:  # only a cache: without it every file is read once more
+        except DataError:  # only a cache: without it files that no manifest lists are read once more
             known = {}
         self._known: dict[str, Any] = known if isinstance(known, dict) else {}
         self._changed = False
@@ -37,10 +42,12 @@ class FileHashes:
         """
         path = Path(path)
         if path.is_file():
-            return self._of_file(path)
+            return self._of_files([path], listed={})[path]
         if not path.is_dir():
             return "missing"
-        listing = {str(file.relative_to(path)): self._of_file(file) for file in _hashed_files(path)}
+        files, listed = _files_that_count(path)
+        digests = self._of_files(files, listed=listed)
+        listing = {str(file.relative_to(path)): digest for file, digest in digests.items()}
         return sha256_of_json(listing) if listing else "missing"
 
     def save(self) -> None:
@@ -49,25 +56,47 @@ class FileHashes:
             write_json(self.path, self._known)
             self._changed = False
 
-    def _of_file(self, path: Path) -> str:
-        stat = path.stat()
-        key, mark = os.path.abspath(path), [stat.st_size, stat.st_mtime_ns]
-        known = self._known.get(key)
-        if isinstance(known, list) and known[:2] == mark:
-            return str(known[2])
-        digest = sha256_of_file(path)
-        self._known[key] = [*mark, digest]
-        self._changed = True
-        return digest
+    def _of_files(self, files: Sequence[Path], *, listed: dict[Path, str]) -> dict[Path, str]:
+        """Find each file's sha256: as it was noted, as its writer listed it, or from its bytes -> {file: sha256}."""
+        marks = {file: _mark(file) for file in files}
+        digests = {file: digest for file in files if (digest := self._noted(file, marks[file]) or listed.get(file))}
+        unknown = [file for file in files if file not in digests]
+        digests |= zip(unknown, sha256_of_files(unknown), strict=True)
+        for file in files:
+            entry = [*marks[file], digests[file]]
+            if self._known.get(key := self._key(file)) != entry:
+                self._known[key] = entry
+                self._changed = True
+        return digests
+
+    def _noted(self, file: Path, mark: list[int]) -> str | None:
+        # Runs that were begun before noted absolute paths.
+        for key in (self._key(file), os.path.abspath(file)):
+            entry = self._known.get(key)
+            if isinstance(entry, list) and len(entry) == 3 and entry[:2] == mark:
+                return str(entry[2])
+        return None
+
+    def _key(self, file: Path) -> str:
+        """Name a file within the run relative to it: a run that was moved is not hashed again -> str."""
+        return str(file.relative_to(self.run_dir)) if file.is_relative_to(self.run_dir) else os.path.abspath(file)
 
 
-def _hashed_files(directory: Path) -> list[Path]:
-    """List the files that count, sorted -> paths."""
+def _mark(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _files_that_count(directory: Path) -> tuple[list[Path], dict[Path, str]]:
+    """List the files that count, and what the manifests among them say -> sorted paths, {path: sha256}."""
     files: list[Path] = []
+    listed: dict[Path, str] = {}
     for folder, folders, names in os.walk(directory, followlinks=True):
         folders[:] = [name for name in folders if not _is_ignored(name)]
         files += [Path(folder, name) for name in names if not _is_ignored(name)]
-    return sorted(files)
+        if MANIFEST_NAME in names:
+            listed |= listed_digests(Path(folder))
+    return sorted(files), listed
 
 
 def _is_ignored(name: str) -> bool:

@@ -23,7 +23,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sppo.checkpoints import megatron_checkpoint
+from megatron_sppo.checkpoints import megatron_checkpoint, retention
 from megatron_sppo.command_line import death_with_parent
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.model.gpt import PolicyModel
@@ -64,12 +64,16 @@ def save(
     *,
     progress: Progress,
     source: Path,
+    keep_last: int | None = None,
+    needed: Sequence[Path] = (),
 ) -> Path:
     """Save everything that the next step needs -> the published `iter_*` directory. Collective.
 
     Args:
         progress: where the run stands.
         source: the checkpoint that this run started from: its model.json and Hugging Face side files travel along.
+        keep_last, needed: how many checkpoints of the run stay, and which in any case (`retention.keep_last`); None:
+            all.
     """
     policy.gather_weights()
     target = megatron_checkpoint.iteration_directory(root, progress.step)
@@ -92,10 +96,13 @@ def save(
         _mcore_save(state, partial)
     torch.distributed.barrier()
     if parallel.is_rank_zero():
-        megatron_checkpoint.carry_model_files(source, partial)
+        # Those of the run's last checkpoint, which stays: what it was resumed from may have been removed since.
+        megatron_checkpoint.carry_model_files(megatron_checkpoint.tracked_directory(root) or source, partial)
         megatron_checkpoint.write_manifest(partial)
         publish_directory(partial, target)
         megatron_checkpoint.publish(root, progress.step)
+        if keep_last is not None:
+            retention.keep_last(root, keep_last, newest=progress.step, needed=needed)
     torch.distributed.barrier()
     return target
 

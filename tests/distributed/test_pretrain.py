@@ -276,3 +276,17 @@ def test_resuming_with_other_settings_is_refused(run, tmp_path: Path, change: st
 def test_what_cannot_run_is_refused_with_exit_code_2(run, tmp_path: Path, world_size: int, flags: str) -> None:
     assert run(tmp_path / "save", flags, world_size=world_size) == [2] * world_size
     assert not list(tmp_path.glob("save/iter_*"))
+
+
+def test_the_newest_checkpoints_stay_and_the_run_goes_on_from_them(run, tmp_path: Path) -> None:
+    """20 steps, saved at each: after ten the first eight are gone; the resumed run's own source goes in its turn."""
+    save = tmp_path / "save"
+    flags = f"{RESUMED} --save-interval 1"
+    run(tmp_path / "all", flags)
+    assert run(save, f"{flags} --train-iters 10 --keep-last 2") == [0]
+    assert sorted(path.name for path in save.glob("*iter_*")) == ["iter_0000009", "iter_0000010"]
+    assert run(save, f"{flags} --keep-last 2") == [0]
+    assert sorted(path.name for path in save.glob("*iter_*")) == ["iter_0000019", "iter_0000020"]
+    assert (save / "iter_0000020/hf/config.json").read_bytes() == (
+        tmp_path / "all/iter_0000020/hf/config.json"
+    ).read_bytes()

@@ -168,6 +168,20 @@ def test_a_killed_writer_leaves_the_old_file_and_its_temporary_is_removed_later(
     assert entries(tmp_path) == sorted([ours.name, "a.txt"])
 
 
+def test_what_is_left_of_many_files_is_found_by_one_listing(tmp_path, monkeypatch):
+    names = [f"part-{number}" for number in range(1000)]
+    for name in [*names[::10], "part-1000"]:
+        (tmp_path / f".{name}.tmp-999999").touch()
+    listings = []
+    real = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda place: listings.append(place) or real(place))
+    monkeypatch.setattr(os, "scandir", lambda place: pytest.fail(f"{place} is scanned"))
+    storage.remove_stale_temporaries(*(tmp_path / name for name in names))
+    assert listings == [tmp_path]
+    monkeypatch.undo()
+    assert entries(tmp_path) == [".part-1000.tmp-999999"]
+
+
 @pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a/../../b", ".."])
 def test_a_name_that_leads_out_of_its_directory_is_refused(tmp_path, name):
     with pytest.raises(DataError, match="outside"):

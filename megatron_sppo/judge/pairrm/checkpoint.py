@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DebertaV2Config, DebertaV2Model, PreTrainedTokenizerBase
 
+from megatron_sppo.checkpoints.file_digests import sha256_of_files
 from megatron_sppo.checkpoints.pretrained import UNUSABLE
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.model_files import load_tokenizer, local_directory
 from megatron_sppo.judge.pairrm.deberta import MarkerEncoder, check_config
-from megatron_sppo.storage import damage, read_json, sha256_of_file, sha256_of_json
+from megatron_sppo.storage import damage, read_json, sha256_of_json
 
 logger = logging.getLogger(__name__)
 
@@ -119,9 +120,10 @@ def load_pairrm(name: str, *, dtype: torch.dtype, device: torch.device) -> PairR
     _fill(network, tensors, directory)
     network.pretrained_model.to(dtype)
     network.head_layer.float()
-    files = {path.name: sha256_of_file(path) for path in sorted(directory.iterdir()) if _decides(path)}
+    deciding = {path.name: path for path in sorted(directory.iterdir()) if _decides(path)}
     if native:
-        files |= {f"base/{path.name}": sha256_of_file(path) for path in sorted(base.iterdir()) if _decides_ids(path)}
+        deciding |= {f"base/{path.name}": path for path in sorted(base.iterdir()) if _decides_ids(path)}
+    files = dict(zip(deciding, sha256_of_files(list(deciding.values())), strict=True))
     network.to(device).eval().requires_grad_(False)
     return PairRMCheckpoint(
         network=network,

@@ -1,5 +1,6 @@
 """Proves the rollout files: round trips, and that nothing damaged, foreign or half-written is ever read."""
 
+import copy
 import hashlib
 import json
 from dataclasses import replace
@@ -70,6 +71,30 @@ def test_what_is_written_is_what_is_read(rollouts: Path) -> None:
 def test_the_entry_has_the_hash_of_the_bytes_on_disk(rollouts: Path) -> None:
     for entry in read_manifest(rollouts).shards:
         assert hashlib.sha256((rollouts / entry.file).read_bytes()).hexdigest() == entry.sha256
+
+
+def test_a_row_is_spelled_as_it_always_was_and_no_token_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Byte for byte, by hand; `dataclasses.asdict` copies every leaf by `copy.deepcopy`."""
+    monkeypatch.setattr(copy, "deepcopy", lambda value: pytest.fail(f"{value!r} is copied"))
+    groups = [group('a "quoted" \u00fc\u2028', "\t\u2600\\"), replace(group("b", "\U0001f600"), prompt_text=None)]
+    write_shard(tmp_path, 0, groups)
+    turns = (
+        '"messages": [{"role": "system", "content": "Be kind."}, '
+        '{"role": "user", "content": "Warum ist der Himmel blau? \u2600"}], "prompt_token_ids": [1, 7, 7], '
+    )
+    second = '{"text": "", "token_ids": [], "finish_reason": "length", "seed": 1099511627776}'
+    first = '{{"text": "{}", "token_ids": [5, 2], "finish_reason": "stop", "seed": null}}'
+    expected = [
+        f'{{"schema_version": 1, "prompt_id": "{name}", {turns}"responses": [{first.format(text)}, {second}], '
+        f'"prompt_text": {prompt_text}}}'
+        for name, text, prompt_text in (
+            ('a \\"quoted\\" \u00fc\u2028', "\\t\u2600\\\\", '"<user>Warum"'),
+            ("b", "\U0001f600", "null"),
+        )
+    ]
+    assert (tmp_path / "shard-00000.jsonl").read_bytes().decode().split("\n") == [*expected, ""]
 
 
 def test_rows_have_the_keys_of_the_contract(rollouts: Path) -> None:

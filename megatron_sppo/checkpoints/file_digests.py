@@ -1,0 +1,129 @@
+"""The sha256 of files that were hashed before, without reading them again, and of the others by several threads.
+
+Whoever writes a checkpoint, a dataset or rollouts hashes what it writes and lists it in `manifest.json`, the last file
+of its directory: `listed_digests`. What nobody lists, such as a downloaded model, is hashed by the first who asks and
+remembered for this user: `sha256_of_files`. No torch here: the loop of self-play lives beside an engine.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from megatron_sppo.errors import DataError
+from megatron_sppo.storage import contained, read_json, sha256_of_file, write_json
+
+MANIFEST_NAME = "manifest.json"
+REMEMBERED_BYTES = 16 << 20
+"""Smaller files are hashed again: that is as quick as looking them up."""
+
+_MOST_WORKERS = 16
+_MOST_REMEMBERED = 4096
+_TICK_SECONDS, _COARSE_TICK_SECONDS = 0.1, 2.0
+"""A file that was changed less than a tick of its file system's clock ago may change again in it: it is not remembered.
+The second is of those that keep whole seconds."""
+
+
+def default_workers() -> int:
+    """Count the cores that this process may use, and one for a thread that waits for the disk -> int, at most 16."""
+    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)) + 1)
+
+
+def listed_digests(directory: Path) -> dict[Path, str]:
+    """Look up what a directory's manifest says of its files -> {path: sha256}, empty where there is no manifest.
+
+    A file counts as listed while it has the listed size and was not modified after the manifest, which its writer
+    finished last. One that was changed and keeps both is found by the stage that reads it, which checks what it reads.
+    Manifests of checkpoints and datasets list `files: {name: {sha256, bytes}}`, those of rollouts
+    `shards: [{file, sha256}]`.
+    """
+    path = Path(directory, MANIFEST_NAME)
+    with contextlib.suppress(DataError, OSError):  # damaged: its files are hashed, as if it were not there
+        manifest, finished = read_json(path), path.stat().st_mtime_ns
+        found = {}
+        for name, digest, size in _entries(manifest):
+            file = contained(directory, name)
+            if file.is_file():
+                stat = file.stat()
+                if stat.st_mtime_ns <= finished and size in (None, stat.st_size):
+                    found[file] = digest
+        return found
+    return {}
+
+
+def _entries(manifest: Any) -> list[tuple[str, str, int | None]]:
+    """List what a manifest of any kind says -> (name, sha256, bytes or None)."""
+    if not isinstance(manifest, dict):
+        return []
+    files, shards = manifest.get("files"), manifest.get("shards")
+    named = [*files.items()] if isinstance(files, dict) else []
+    if isinstance(shards, list):
+        named += [(entry.get("file"), entry) for entry in shards if isinstance(entry, dict)]
+    return [
+        (name, entry["sha256"], entry.get("bytes"))
+        for name, entry in named
+        if isinstance(name, str) and isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
+    ]
+
+
+def sha256_of_files(paths: Sequence[Path]) -> list[str]:
+    """Hash files side by side, but for those that this user hashed before and that were not touched since -> sha256s.
+
+    Remembered in $XDG_CACHE_HOME/megatron_sppo, by place, inode, size and both times of change; links are followed.
+    """
+    memory = _Memory()
+    known = [memory.recall(path) for path in paths]
+    unknown = [path for path, digest in zip(paths, known, strict=True) if digest is None]
+    with ThreadPoolExecutor(max_workers=default_workers()) as pool:  # hashing releases the GIL
+        marks = [_mark(path) for path in unknown]
+        found = dict(zip(unknown, pool.map(sha256_of_file, unknown), strict=True))
+    memory.keep({path: (mark, found[path]) for path, mark in zip(unknown, marks, strict=True)})
+    return [digest or found[path] for path, digest in zip(paths, known, strict=True)]
+
+
+def _mark(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+class _Memory:
+    """{resolved path: [inode, size, mtime, ctime, sha256]} in a file of this user's; without a home, nothing."""
+
+    def __init__(self) -> None:
+        root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        self._path = Path(root, "megatron_sppo", "file_digests.json")
+        self._entries = self._read()
+
+    def recall(self, path: Path) -> str | None:
+        entry = self._entries.get(str(path.resolve()))
+        if isinstance(entry, list) and len(entry) == 5 and entry[:4] == _mark(path):
+            return str(entry[4])
+        return None
+
+    def keep(self, found: dict[Path, tuple[list[int], str]]) -> None:
+        """Add what is large and at rest; of the whole, the latest `_MOST_REMEMBERED` stay."""
+        added = {
+            str(path.resolve()): [*mark, digest]
+            for path, (mark, digest) in found.items()
+            if mark[1] >= REMEMBERED_BYTES and _is_settled(mark) and mark == _mark(path)
+        }
+        if not added:
+            return
+        entries = {name: entry for name, entry in self._read().items() if name not in added} | added
+        with contextlib.suppress(OSError, DataError):  # a home that cannot be written: hashed again the next time
+            write_json(self._path, dict(list(entries.items())[-_MOST_REMEMBERED:]))
+
+    def _read(self) -> dict[str, Any]:
+        with contextlib.suppress(DataError):
+            content = read_json(self._path)
+            return content if isinstance(content, dict) else {}
+        return {}
+
+
+def _is_settled(mark: list[int]) -> bool:
+    changed = max(mark[2:])
+    tick = _COARSE_TICK_SECONDS if changed % 10**9 == 0 else _TICK_SECONDS
+    return changed < (time.time() - tick) * 1e9
