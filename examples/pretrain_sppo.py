@@ -25,7 +25,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     config = configuration.parse(TrainingConfig, name=name, description=__doc__ or "", argv=argv)
 
     # torch and Megatron-Core take seconds to import, which neither --help nor a refused setting needs.
-    from megatron_sppo.training import checkpoint, inputs, loop, parallel, reference
+    from megatron_sppo.training import checkpoint, inputs, loop, parallel, reference, stopping
     from megatron_sppo.training.ahead import ahead
     from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
     from megatron_sppo.training.policy import build_policy
@@ -52,17 +52,22 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         checkpoint.load_weights(policy, source)
     optimizer = build_optimizer(policy.chunks, config.optimization, config.model, config.parallel)
     scheduler = build_scheduler(optimizer, config.optimization, train_iters=batches.train_iters)
+    stop = stopping.StopRequest()
 
     # log pi_t of every response, once, through the very micro-batches of training: before the first step log pi_theta
     # equals it, and every log-ratio is zero.
     if resumed is None:
         progress.reference = reference.fingerprint(policy, dataset, batches, config)
-        reference_GK = reference.load_or_compute(policy, dataset, batches, progress.reference, config=config)
+        reference_GK = reference.load_or_compute(policy, dataset, batches, progress.reference, config=config, stop=stop)
         progress.ref_drift = reference.drift_by_step(policy, dataset, batches, reference_GK)
     else:
+        # A run that is to be longer than it was needs pi_t once more, for the responses that it did not look at.
+        load_pi_t = functools.partial(checkpoint.load_weights, policy, source)
+        reference_GK = reference.read_for_resume(
+            policy, dataset, batches, progress, config=config, stop=stop, load_pi_t=load_pi_t
+        )
         checkpoint.resume(resumed, policy, optimizer, scheduler)
         progress.warn_if_micro_batches_changed(batches.micro_batch_key)
-        reference_GK = reference.read_for_resume(dataset, batches, progress.reference, config=config)
 
     save = functools.partial(
         checkpoint.save,
@@ -88,10 +93,12 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
             train_iters=batches.train_iters,
             progress=progress,
             save=save,
+            stop=stop,
         )
+    stop.restore()
     parallel.shut_down()
     if not complete:
-        sys.exit(loop.SIGTERM_EXIT_CODE)
+        sys.exit(stopping.SIGTERM_EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,6 +165,11 @@ class Batches:
             logger.info("baseline estimate: log Z / eta is %.4f on average, half would be 0.5", over_eta)
 
     @property
+    def num_groups(self) -> int:
+        """G, the dataset's prompts."""
+        return self._dataset.num_groups
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one pass; the last may hold fewer responses."""
         return -(-self.index.num_rows // self._config.batch.global_batch_size)
@@ -201,21 +206,31 @@ class Batches:
         return {"dataset_hash": dataset_hash, "selection": str(self.selection), "num_rows": num_rows}
 
     def steps(self, *, first: int, last: int, reference_GK: np.ndarray | None = None) -> Iterator[StepPlan]:
-        """Yield the plans of steps `first`..`last`, counted from 1.
+        """Yield the plans of steps `first`..`last`: `plans`."""
+        return self.plans(range(first, last + 1), reference_GK=reference_GK)
+
+    def plans(self, steps: Iterable[int], *, reference_GK: np.ndarray | None = None) -> Iterator[StepPlan]:
+        """Yield the plans of steps, counted from 1; one after another, since the order of one epoch alone is kept.
 
         Args:
             reference_GK: log pi_t; or one for each epoch, one after another: [epochs * G, K].
         """
-        for step in range(first, last + 1):
-            yield self._plan(step, reference_GK)
+        num_groups = self.num_groups
+        for step in steps:
+            of_epoch, epoch = reference_GK, self.epoch_of(step)
+            if reference_GK is not None and len(reference_GK) > num_groups:
+                of_epoch = reference_GK[epoch * num_groups : (epoch + 1) * num_groups]
+                assert len(of_epoch) == num_groups, f"no reference of epoch {epoch}"
+            yield self.plan_of(self.rows_of(step), of_epoch)
 
-    def _plan(self, step: int, reference_GK: np.ndarray | None) -> StepPlan:
-        epoch, step_of_epoch = divmod(step - 1, self.steps_per_epoch)
-        size, num_groups = self._config.batch.global_batch_size, self._dataset.num_groups
-        if reference_GK is not None and len(reference_GK) > num_groups:
-            reference_GK = reference_GK[epoch * num_groups : (epoch + 1) * num_groups]
-            assert len(reference_GK) == num_groups, f"no reference of epoch {epoch}"
-        return self.plan_of(self._order(epoch)[step_of_epoch * size : (step_of_epoch + 1) * size], reference_GK)
+    def epoch_of(self, step: int) -> int:
+        """Say which epoch a step belongs to -> int, from 0."""
+        return (step - 1) // self.steps_per_epoch
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """List the rows of a step's global batch -> [N] int64."""
+        size, step_of_epoch = self._config.batch.global_batch_size, (step - 1) % self.steps_per_epoch
+        return self._order(self.epoch_of(step))[step_of_epoch * size : (step_of_epoch + 1) * size]
 
     def plan_of(self, rows: np.ndarray, reference_GK: np.ndarray | None = None) -> StepPlan:
         """Plan one pass over given rows of the training index, units side by side -> StepPlan."""

@@ -241,6 +241,9 @@ class RunConfig:
     keep_last: Annotated[PositiveInt | None, LAYOUT] = None
     """Checkpoints of this run to keep under --save, the newest ones; older ones are removed after each save. Unset: all
     are kept."""
+    reference_piece_seconds: PositiveFloat = 60.0
+    """Seconds of the reference pass that a kill may cost: as often, what was computed since is kept, and the same
+    command goes on from there."""
     tensorboard: bool = True
     """Write TensorBoard events under --save/tensorboard."""
 

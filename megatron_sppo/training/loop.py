@@ -2,11 +2,9 @@
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,12 +24,10 @@ from megatron_sppo.training.forward_step import gradient_step, log_probs, object
 from megatron_sppo.training.metrics import StepFiles, drift_per_token, response_metrics
 from megatron_sppo.training.policy import Policy
 from megatron_sppo.training.progress import Progress
+from megatron_sppo.training.stopping import StopRequest
 from megatron_sppo.training.telemetry import GpuSampler, flops_metrics, straggler_metrics
 
 logger = logging.getLogger(__name__)
-
-SIGTERM_EXIT_CODE = 143
-"""What a run that was asked to stop exits with, after it saved a checkpoint (128 + SIGTERM)."""
 
 
 def train(
@@ -44,13 +40,14 @@ def train(
     train_iters: int,
     progress: Progress,
     save: Callable[[], object],
+    stop: StopRequest,
 ) -> bool:
     """Train from `progress.step` to `train_iters` -> whether the run is complete (False: asked to stop, and saved).
 
     Raises:
         DataError: the loss or the gradient is not finite; what is saved is from before that step.
     """
-    stop, sampler, stopwatch = _StopRequest(), GpuSampler(), _Stopwatch(policy)
+    sampler, stopwatch = GpuSampler(), _Stopwatch(policy)
     writes = parallel.is_rank_zero()
     files = StepFiles(config.save, progress.step + 1, tensorboard=config.run.tensorboard) if writes else None
     bar = tqdm(total=train_iters, initial=progress.step, desc="train", unit="step", disable=None if writes else True)
@@ -60,7 +57,7 @@ def train(
         stopwatch.start()
         learning_rate = optimizer.param_groups[0]["lr"]
         told = _Told(seconds=[stopwatch.last_seconds], stops=stop.asked)
-        metrics, rows, told = _step(policy, optimizer, plan, told, config=config, step=progress.step + 1)
+        metrics, columns, told = _step(policy, optimizer, plan, told, config=config, step=progress.step + 1)
         scheduler.step(increment=1)
         progress.step += 1
         progress.num_clipped += 0 < config.optimization.clip_grad < metrics["grad_norm"]
@@ -72,7 +69,7 @@ def train(
         if all(told.seconds):
             metrics |= straggler_metrics(told.seconds, warns=logs and writes)
         if files is not None:
-            files.write(progress.step, metrics, rows)
+            files.write(progress.step, metrics, columns)
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.4g}", grad_norm=f"{metrics['grad_norm']:.3g}")
             if logs:
@@ -89,7 +86,6 @@ def train(
     bar.close()
     if files is not None:
         files.close()
-    stop.restore()
     return progress.step >= train_iters
 
 
@@ -105,8 +101,8 @@ class _Told:
 
 def _step(
     policy: Policy, optimizer: MegatronOptimizer, plan: StepPlan, told: _Told, *, config: TrainingConfig, step: int
-) -> tuple[dict[str, float], list[dict[str, float]], _Told]:
-    """Do one optimizer step -> (metrics, a line for each response, what the ranks told each other).
+) -> tuple[dict[str, float], dict[str, Any], _Told]:
+    """Do one optimizer step -> (metrics, columns [N] of the responses, what the ranks told each other).
 
     The CPU waits for the device once, where Megatron-Core reads the gradient's norm: all that is read besides has been
     copied before that. So a loss that is not finite is refused after the update that it spoilt, which nothing saves.
@@ -141,8 +137,7 @@ def _step(
     columns["log_ratio"] = log_ratio_N
     if target_N is not None:
         columns["target"] = target_N
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return metrics, [dict(zip(columns, row, strict=True)) for row in rows], told
+    return metrics, columns, told
 
 
 def _tell(log_prob_N: Tensor, router_sums: Tensor, told: _Told) -> Callable[[], tuple[Tensor, Tensor, _Told]]:
@@ -240,18 +235,3 @@ def _seconds_between(begin: Any, end: Any) -> float:
 def _line(step: int, train_iters: int, metrics: dict[str, float]) -> str:
     names = ("loss", "lr", "grad_norm", "rewards/margins", "perf/tokens_per_second")
     return f"step {step}/{train_iters} | " + " | ".join(f"{n} {metrics[n]:.4g}" for n in names if n in metrics)
-
-
-class _StopRequest:
-    """SIGTERM, told to all ranks with the results of a step so that all save the same one."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._previous = signal.signal(signal.SIGTERM, self._remember)
-
-    def _remember(self, _signal: int, _frame: FrameType | None) -> None:
-        self.asked = True
-
-    def restore(self) -> None:
-        """Give the signal back to whoever had it."""
-        signal.signal(signal.SIGTERM, self._previous)
