@@ -30,6 +30,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
     from megatron_sppo.training.policy import build_policy
     from megatron_sppo.training.progress import Progress, resume_key
+    from megatron_sppo.training.saving import Saver
 
     # What can be refused is refused here, before the first second of compute.
     source, architecture, tokenizer = inputs.open_source(config)
@@ -69,14 +70,14 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         checkpoint.resume(resumed, policy, optimizer, scheduler)
         progress.warn_if_micro_batches_changed(batches.micro_batch_key)
 
-    save = functools.partial(
-        checkpoint.save,
+    saver = Saver(
         config.save,
         policy,
         optimizer,
         scheduler,
         progress=progress,
         source=source,
+        in_background=config.run.async_save,
         keep_last=config.run.keep_last,
         needed=[config.load],
     )
@@ -92,7 +93,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
             config=config,
             train_iters=batches.train_iters,
             progress=progress,
-            save=save,
+            saver=saver,
             stop=stop,
         )
     stop.restore()

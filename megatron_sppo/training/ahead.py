@@ -1,6 +1,7 @@
 """What the training thread needs next, made by another thread while the device works on what came before."""
 
 import contextlib
+import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,11 @@ T = TypeVar("T")
 
 DEPTH = 2
 """Items that may lie ready. Making one takes milliseconds and a step seconds: one hides it, two a slow disk."""
+
+_making = threading.Lock()
+"""Held while an item is made. A checkpoint's writers are forked, and of a lock that another thread holds just then
+(an allocator's, say) a forked process would wait for ever: so a fork waits for the item."""
+os.register_at_fork(before=_making.acquire, after_in_parent=_making.release, after_in_child=_making.release)
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,8 @@ def ahead(items: Iterable[T], *, depth: int = DEPTH) -> Iterator[Iterator[T]]:
                 torch.cuda.set_device(device)
             iterator = iter(items)
             while room.acquire() and not stopped.is_set():
-                made.put(next(iterator))
+                with _making:
+                    made.put(next(iterator))
         except StopIteration:
             made.put(_End())
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that takes

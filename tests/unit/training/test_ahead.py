@@ -4,7 +4,9 @@ That training gives the same numbers with it is proved wherever a run is held ag
 tests/e2e).
 """
 
+import os
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -84,3 +86,23 @@ def test_the_thread_ends_with_the_block_whatever_ends_that(fault: Exception | No
         caught = error
     assert caught is fault and number == 3
     assert threads() == []
+
+
+def test_a_process_is_forked_between_two_items_and_not_in_one() -> None:
+    """The fork begins while the first item is being made: it is done when the child looks."""
+    begun, done = threading.Event(), []
+
+    def items() -> Iterator[int]:
+        for number in range(5):
+            begun.set()
+            time.sleep(0.05)
+            done.append(number)
+            yield number
+
+    with ahead(items(), depth=1) as numbers:
+        begun.wait()
+        child = os.fork()
+        if child == 0:
+            os._exit(len(done))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) >= 1
+        assert list(numbers) == list(range(5))
