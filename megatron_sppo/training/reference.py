@@ -213,16 +213,16 @@ class _Store:
             places = np.unique(places)
             self._pieces.write(places, values.reshape(-1)[places])
 
-    def publish(self, values: np.ndarray, *, known: np.ndarray) -> None:
+    def publish(self, values: np.ndarray, *, replaces: bool) -> None:
         """Write the reference, and remove its pieces. Collective.
 
         Args:
-            known: places of the values that were read. A run trains against them, so they lie in a piece while the old
-                files are gone and the new ones are not there yet.
+            replaces: some values were read. A run may train against them, so all lie in a piece while the old files are
+                gone and the new ones are not there yet.
         """
         if parallel.is_rank_zero():
-            if len(known):
-                self.keep(known, values)
+            if replaces:
+                self.keep(np.flatnonzero(~np.isnan(values)), values)
             reference_file.write_reference(self.directory, values, self._expected)
             self._pieces.remove()
         torch.distributed.barrier()
@@ -259,15 +259,15 @@ def _complete(
 
     A piece is kept every so many seconds, and of what is left when a rank was asked to stop.
     """
-    known = np.flatnonzero(~np.isnan(values))
-    if len(known):
-        logger.info("the reference pass goes on: %d responses are there, %d steps are left", len(known), len(steps))
+    num_known = int((~np.isnan(values)).sum())
+    if num_known:
+        logger.info("the reference pass goes on: %d responses are there, %d steps are left", num_known, len(steps))
     complete = _fill(policy, batches, values, steps, store.keep, seconds=config.run.reference_piece_seconds, stop=stop)
     if not complete:
         stop.restore()
         parallel.shut_down()
         sys.exit(SIGTERM_EXIT_CODE)
-    store.publish(values, known=known)
+    store.publish(values, replaces=num_known > 0)
 
 
 def _fill(
