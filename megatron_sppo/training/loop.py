@@ -14,13 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_sppo import flops
-from megatron_sppo.command_line import launch
+from megatron_sppo.command_line import default_grace_seconds, launch
 from megatron_sppo.errors import DataError
 from megatron_sppo.model.transformer_config import bfloat16_products
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import StepPlan
 from megatron_sppo.training.config import TrainingConfig
 from megatron_sppo.training.forward_step import gradient_step, log_probs, objective_terms
+from megatron_sppo.training.grace import Grace, checkpoint_bytes
 from megatron_sppo.training.metrics import StepFiles, drift_per_token, response_metrics
 from megatron_sppo.training.policy import Policy
 from megatron_sppo.training.progress import Progress
@@ -49,6 +50,11 @@ def train(
         DataError: the loss or the gradient is not finite; what is saved is from before that step.
     """
     sampler, stopwatch = GpuSampler(), _Stopwatch(policy)
+    grace = Grace(
+        config.save,
+        num_bytes=checkpoint_bytes(policy, config.optimization),
+        grace_seconds=config.run.grace_seconds or default_grace_seconds(),
+    )
     writes = parallel.is_rank_zero()
     files = StepFiles(config.save, progress.step + 1, tensorboard=config.run.tensorboard) if writes else None
     bar = tqdm(total=train_iters, initial=progress.step, desc="train", unit="step", disable=None if writes else True)
@@ -86,7 +92,12 @@ def train(
         last = progress.step == train_iters
         interval = config.run.save_interval
         if last or told.stops or (interval is not None and progress.step % interval == 0):
+            if told.stops and not last:
+                grace.warn_at_signal(stop)
+            began = time.monotonic()
             saver.save(wait=last or told.stops)
+            if not config.run.async_save:
+                grace.note(time.monotonic() - began)
         if told.stops and not last:
             logger.warning(
                 "stopped by a signal after step %d of %d; the same command goes on", progress.step, train_iters
