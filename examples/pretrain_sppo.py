@@ -63,9 +63,14 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         progress.ref_drift = reference.drift_by_step(policy, dataset, batches, reference_GK)
     else:
         # A run that is to be longer than it was needs pi_t once more, for the responses that it did not look at.
-        load_pi_t = functools.partial(checkpoint.load_weights, policy, source)
         reference_GK = reference.read_for_resume(
-            policy, dataset, batches, progress, config=config, stop=stop, load_pi_t=load_pi_t
+            policy,
+            dataset,
+            batches,
+            progress,
+            config=config,
+            stop=stop,
+            load_pi_t=lambda: checkpoint.load_weights(policy, inputs.open_source(config)[0]),
         )
         checkpoint.resume(resumed, policy, optimizer, scheduler)
         progress.warn_if_micro_batches_changed(batches.micro_batch_key)
