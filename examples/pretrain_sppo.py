@@ -38,8 +38,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     batches = inputs.list_batches(config, dataset, architecture)
     key = resume_key(batches, config)
     resumed = inputs.find_resumable(config)
-    started = Progress(resume_key=key, micro_batch_key=batches.micro_batch_key)
-    progress = started if resumed is None else checkpoint.read_progress(resumed)
+    progress = Progress(resume_key=key) if resumed is None else checkpoint.read_progress(resumed)
     progress.check_resumes(key, config.save)
     if progress.step >= batches.train_iters:
         logger.info("%s is complete: %d steps are done, %d asked for", config.save, progress.step, batches.train_iters)
@@ -58,6 +57,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     # log pi_t of every response, once, through the very micro-batches of training: before the first step log pi_theta
     # equals it, and every log-ratio is zero.
     if resumed is None:
+        progress.micro_batch_key = batches.micro_batch_key
         progress.reference = reference.fingerprint(policy, dataset, batches, config)
         reference_GK = reference.load_or_compute(policy, dataset, batches, progress.reference, config=config, stop=stop)
         progress.ref_drift = reference.drift_by_step(policy, dataset, batches, reference_GK)
