@@ -185,7 +185,7 @@ def merge_scores(
             counts += scores.counts
             for block in read_blocks(work_dir, number, key):
                 counts += _append(block, writer, seen, rule=rule)
-        except (FileNotFoundError, *DAMAGE):
+        except DAMAGE:
             raise DataError(
                 f"{work_dir} holds no scores of {entry.file}. Run the same `megatron-sppo score` command again."
             ) from None
