@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
 from megatron_sppo.architecture import Architecture, read_architecture
-from megatron_sppo.checkpoints.distcp import METADATA_FILE, DistcpReader
+from megatron_sppo.checkpoints.distcp import METADATA_FILE, MODEL_ROOTS, DistcpReader
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
 from megatron_sppo.checkpoints.megatron_checkpoint import (
@@ -30,9 +30,6 @@ from megatron_sppo.conversion.mapping import Binding, VocabRows, bind, megatron_
 from megatron_sppo.errors import ConversionError, some_of
 
 logger = logging.getLogger(__name__)
-
-_MODEL_ROOTS = ("embedding.", "decoder.", "output_layer.", "mtp.", "encoder.", "vision_model.")
-"""Beginnings of a model's own keys in a distributed checkpoint; optimizer state and the like begin otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +86,10 @@ def open_megatron(megatron: Path, *, template: Path | None = None, leave_uncheck
         DataError: no checkpoint there, or its checksums do not hold.
         ConversionError: it is not the model that model.json (or the template's config.json) describes.
     """
-    directory, template = resolve_checkpoint(Path(megatron)), None if template is None else Path(template)
+    directory, template = (
+        resolve_checkpoint(Path(megatron), weights_only=True),
+        None if template is None else Path(template),
+    )
     carried = directory / HF_DIRECTORY
     has_manifest = (directory / MANIFEST_FILE).is_file()
     if has_manifest:
@@ -236,7 +236,7 @@ def _check_keys(opened: OpenedMegatron, template: Path | None) -> None:
             raise ConversionError(
                 f"{opened.directory} holds {key} of shape {list(found)} where {where} has {list(wanted)}. {blame}."
             )
-    if unknown := sorted(key for key in stored if key.startswith(_MODEL_ROOTS) and key not in known):
+    if unknown := sorted(key for key in stored if key.startswith(MODEL_ROOTS) and key not in known):
         raise ConversionError(
             f"{opened.directory} holds {some_of(unknown)}, for which the family "
             f"{opened.architecture.family!r} has no rule. {blame}."

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sppo.checkpoints import megatron_checkpoint, retention
 from megatron_sppo.command_line import death_with_parent
-from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.gpt import PolicyModel
 from megatron_sppo.storage import explain_os_error, publish_directory
 from megatron_sppo.training import parallel
@@ -105,18 +105,6 @@ def save(
             retention.keep_last(root, keep_last, newest=progress.step, needed=needed)
     torch.distributed.barrier()
     return target
-
-
-def read_progress(checkpoint: Path) -> Progress:
-    """Read where the run that wrote an `iter_*` directory stood -> Progress.
-
-    Raises:
-        DataError: the checkpoint holds weights only.
-    """
-    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
-    if "sppo" not in common:
-        raise DataError(f"{checkpoint} holds no training state. Use it with --load and choose another --save.")
-    return Progress.from_json(common["sppo"], step=int(common["iteration"]))
 
 
 @torch.no_grad()
