@@ -3,19 +3,24 @@
 import contextlib
 import importlib.util
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import megatron.core.optimizer as mcore_optimizer
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, clip_grads, get_megatron_optimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.transformer_config import mcore_dataclass, parse_overrides
 from megatron_sppo.training.config import OptimizationConfig, ParallelConfig
+from megatron_sppo.training.optimizer_shards import sharded_boxes
 
 logger = logging.getLogger(__name__)
 
@@ -191,58 +196,55 @@ def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.AdamW]:
 
 
 class ReshardableOptimizer(DistributedOptimizer):
-    """Megatron-Core's distributed optimizer, able to save several buckets, and torch's AdamW and RMSprop.
+    """Megatron-Core's distributed optimizer, of which each rank saves and loads what it holds, and nothing else.
 
-    In both supported versions (megatron-core 0.16.1 and 0.19.2, optimizer/distrib_optimizer.py) it is not.
+    Megatron-Core's own `fully_reshardable` layout gathers master weights and moments of the whole model-parallel slice
+    on every rank, and cuts them up by other places than it gathered them by behind the first padded bucket (0.16.1 and
+    0.19.2, optimizer/distrib_optimizer.py, "issue #504"). The files are the same to a reader: the same tensors under
+    the same names, in other pieces.
     """
 
-    @property
-    def optimizer_state_keys(self) -> tuple[str, ...]:
-        """Name the moments to gather for a save: 0.19.2 asks, 0.16.1 gathers both whatever there is."""
-        return moments(self.optimizer)
+    def sharded_param_state_fully_reshardable(
+        self, model_sharded_state_dict: Mapping[str, Any], is_loading: bool = False, metadata: Any = None
+    ) -> dict[int, dict[str, list[ShardedTensor]]]:
+        """Describe this rank's values, for a save or to be loaded in place -> {parameter: {state: boxes}}."""
+        described, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
+        by_parameter = {description.data: description for description in nested_values(described)}
+        replica = self.distributed_optimizer_instance_id
+        return {
+            number: {
+                name: sharded_boxes(by_parameter[parameter], name, flat_N, start=start, replica=replica)
+                for name, flat_N in self._held_values(parameter).items()
+            }
+            for number, (parameter, start) in enumerate(self._held_ranges())
+        }
 
-    def _get_main_param_and_optimizer_states(self, model_param: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Describe a parameter's shard, with zeros that take no memory for the first moment that RMSprop has not."""
-        tensors: dict[str, torch.Tensor] = super()._get_main_param_and_optimizer_states(model_param)
-        if isinstance(self.optimizer, RMSprop):
-            tensors["exp_avg"] = torch.zeros(()).expand_as(tensors["exp_avg_sq"])
-        return tensors
+    def load_parameter_state_from_fully_reshardable(self, state_dict: Mapping[int, Any]) -> None:
+        """Take over what was described and loaded; most of it has been read into its place."""
+        for number, (parameter, _) in enumerate(self._held_ranges()):
+            values = self._get_main_param_and_optimizer_states(parameter)
+            for name, loaded in state_dict[number].items():
+                places = values[name].detach().split([piece.numel() for piece in loaded])
+                for place, piece in zip(places, loaded, strict=True):
+                    if place.data_ptr() != piece.data_ptr():
+                        place.copy_(piece.flatten())
+            # Does something where the optimizer keeps its state in other types than it gives it out in.
+            self._set_main_param_and_optimizer_states(parameter, values)
+        if isinstance(self.optimizer, HybridDeviceOptimizer):
+            self.optimizer._sync_hdo_state_to_sub_optimizers()
 
-    def _set_main_param_and_optimizer_states(self, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        """Load a parameter's shard, with the `step` that torch's optimizers keep in their state.
+    def _held_ranges(self) -> Iterator[tuple[torch.Tensor, int]]:
+        """Yield the parameters that this rank holds a range of -> (parameter, where in it the range begins)."""
+        for buckets_by_dtype in self.gbuf_ranges:
+            for buckets in buckets_by_dtype.values():
+                for bucket in buckets:
+                    for parameter, ranges in bucket["param_map"].items():
+                        yield parameter, ranges["param"].start
 
-        It asks for every entry of the state and leaves `step` out of what it brings; TE's and apex's FusedAdam keep the
-        step elsewhere.
-        """
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        kept = {"step": state["step"], **tensors} if "step" in state else tensors
-        super()._set_main_param_and_optimizer_states(model_param, kept)
-
-    def get_parameter_state_dp_zero(self, *arguments: Any, **settings: Any) -> Any:
-        """Gather master weights and moments for a save, and lay them where it looks for them.
-
-        It gathers them without the padding at each bucket's end, and cuts them up by the places that parameters have
-        with it ("issue #504" in sharded_param_state_fully_reshardable): behind the first padded bucket a save held each
-        other's values, silently.
-        """
-        state = super().get_parameter_state_dp_zero(*arguments, **settings)
-        for number, buffer in enumerate(self.buffers if state is not None else ()):
-            for dtype, tensors in state[number].items():
-                kept = ("param", *moments(self.optimizer))
-                state[number][dtype] = {"numel_unpadded": tensors["numel_unpadded"]} | {
-                    name: _with_padding(tensors[name], buffer) for name in kept
-                }
-        return state
-
-
-def _with_padding(values: torch.Tensor, buffer: Any) -> torch.Tensor:
-    """Spread the buckets' values end to end over the places that they have in the buffer -> [numel of the buffer]."""
-    placed = values.new_zeros(buffer.numel)
-    parts = values.split([bucket.numel_unpadded for bucket in buffer.buckets])
-    for bucket, part in zip(buffer.buckets, parts, strict=True):
-        placed[bucket.offset : bucket.offset + len(part)] = part
-    return placed
+    def _held_values(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Find the values that this rank holds of a parameter -> {"param", "exp_avg", ...}, flat."""
+        tensors = self._get_main_param_and_optimizer_states(parameter)
+        return {name: tensors[name] for name in ("param", *moments(self.optimizer))}
 
 
 @contextlib.contextmanager
