@@ -44,7 +44,7 @@ _CLASSES: dict[tuple[str, str], Any] = {
     )
 } | {("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): _get_layout}
 
-_LOADING_ERRORS = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError)
+LOADING_ERRORS = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError)
 """What torch.load raises on what is damaged."""
 
 
@@ -80,7 +80,7 @@ def read_metadata(directory: Path) -> Any:
         ) from None
     except ConversionError as error:
         raise ConversionError(f"{directory}: {error}") from None
-    except (*_LOADING_ERRORS, TypeError, AttributeError, IndexError) as error:
+    except (*LOADING_ERRORS, TypeError, AttributeError, IndexError) as error:
         raise ConversionError(f"{path} is damaged ({type(error).__name__}). Use another checkpoint.") from None
     if not isinstance(content, dcp.Metadata) or not isinstance(getattr(content, "storage_data", None), dict):
         raise ConversionError(f"{path} is damaged (no metadata inside). Use another checkpoint.")
@@ -246,7 +246,7 @@ class DistcpReader:
             raise ConversionError(
                 f"{place} is in {info.relative_path}, which is missing. Use another checkpoint."
             ) from None
-        except _LOADING_ERRORS as error:
+        except LOADING_ERRORS as error:
             reason = _first_line(error)
             raise ConversionError(
                 f"{place} in {info.relative_path} is damaged ({reason}). Use another checkpoint."
@@ -346,7 +346,7 @@ def check_common(directory: Path) -> None:
 def _load_common(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         reason = _first_line(error)
         raise DataError(f"{path} is damaged or holds more than data ({reason}). Use another checkpoint.") from None
 
@@ -366,7 +366,7 @@ def read_common(directory: Path, *, items: ItemReader) -> dict[str, Any]:
             (raw,) = items.read(info.relative_path, [(info.offset, info.length)])
             try:
                 return dict(object_in(raw)[0])
-            except _LOADING_ERRORS as error:
+            except LOADING_ERRORS as error:
                 raise DataError(
                     f"{directory}: {index.fqn} in {info.relative_path} is damaged or holds more than data "
                     f"({_first_line(error)}). Use another checkpoint."

@@ -226,6 +226,11 @@ def data_parallel_size() -> int:
     return parallel_state.get_data_parallel_world_size()
 
 
+def replicas() -> torch.distributed.ProcessGroup:
+    """Return the group of the ranks that hold the same parameters as this one."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
 def tensor_parallel_rank() -> int:
     """Say which shard of each weight matrix this rank holds -> int."""
     return parallel_state.get_tensor_model_parallel_rank()

@@ -6,7 +6,7 @@ is refused on all ranks together, before anything is made of the state.
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
@@ -30,6 +30,7 @@ from megatron_sppo.training import parallel
 
 _MISFITS = (dist_checkpointing.core.CheckpointingException, KeyError, ValueError)
 """What mcore raises where keys or shapes differ; torch wraps it in a CheckpointException of all ranks' failures."""
+_FAILURES = (*_MISFITS, OSError, CheckpointException)
 _REFUSALS = (ConfigError, ConversionError, DataError, OSError)
 
 
@@ -65,7 +66,10 @@ class Checkpoint:
             self._check_files_without_digests(weights_only=weights_only)
         strategy = FullyParallelLoadStrategyWrapper(_Strategy(self._reader), parallel.replicas())
         with self._reader.in_place_of_mcores():
-            return dist_checkpointing.load(state, str(self._directory), strategy)  # type: ignore[no-any-return]
+            try:
+                return dist_checkpointing.load(state, str(self._directory), strategy)  # type: ignore[no-any-return]
+            except _FAILURES as error:
+                raise worded(error, self._directory) from error
 
     def _check_files_without_digests(self, *, weights_only: bool) -> None:
         """Hash the files whose items have no digests, each on one rank."""
@@ -108,21 +112,26 @@ class _Strategy(torch_strategy.TorchDistLoadShardedStrategy):  # type: ignore[mi
         try:
             loaded = super().load(*arguments, **settings)
             fault = self._reader.fault
-        except (*_MISFITS, *_REFUSALS, CheckpointException) as error:
-            fault = self._reader.fault or self._worded(error)
+        except _FAILURES as error:
+            fault = self._reader.fault or worded(error, Path(self._reader.path))
         raise_together(fault)
         return loaded
 
-    def _worded(self, error: Exception) -> Exception:
-        """Say in one line what Megatron-Core or torch found, which may be what all ranks found."""
-        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        for cause in causes:
-            if isinstance(cause, _REFUSALS):
-                return cause
-        if not all(isinstance(cause, _MISFITS) for cause in causes):
-            raise error
-        reason = " ".join(str(causes[0]).split())[:300]
-        return ConfigError(f"{self._reader.path} does not hold this model: {reason}. Import the model again.")
+
+def worded(error: BaseException, checkpoint: Path) -> Exception:
+    """Find the exception for people in what a load raised -> one of `_REFUSALS`.
+
+    Raises:
+        BaseException: `error` itself, where it is none.
+    """
+    causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+    for cause in causes:
+        if isinstance(cause, _REFUSALS):
+            return cause
+    if not all(isinstance(cause, _MISFITS) for cause in causes):
+        raise error
+    reason = " ".join(str(causes[0]).split())[:300]
+    return ConfigError(f"{checkpoint} does not hold this model: {reason}. Import the model again.")
 
 
 class _Reader(FileSystemReader):
@@ -135,8 +144,6 @@ class _Reader(FileSystemReader):
         super().__init__(directory)
         self.items = Items(directory)
         self.metadata = distcp.read_metadata(directory)
-        if self.metadata.storage_meta is None:
-            self.metadata.storage_meta = torch.distributed.checkpoint.metadata.StorageMeta()
         self.fault: Exception | None = None
         """The first item that was not what was written. It is told when all ranks have read."""
 
@@ -163,36 +170,31 @@ class _Reader(FileSystemReader):
         return done
 
     def _serve(self, requests: list[ReadItem], raw: bytearray, planner: LoadPlanner, name: str) -> None:
-        held = None
+        """Give an item, or parts of its tensor, to whoever asked for it."""
+        held = self._load(raw, requests[0], name)
         for request in requests:
             if request.type == LoadItemType.BYTE_IO:
-                planner.load_bytes(request, io.BytesIO(raw))
+                planner.load_bytes(request, io.BytesIO(raw))  # which trusts its pickle: it has just been loaded as data
                 continue
-            if held is None:
-                held = self._tensor(raw, request, name)
-            part = held
-            for axis, (start, length) in enumerate(zip(request.storage_offsets, request.lengths, strict=True)):
-                part = part.narrow(axis, start, length)
             target = planner.resolve_tensor(request).detach()
-            if target.shape != part.shape:
+            box = tuple(slice(a, a + n) for a, n in zip(request.storage_offsets, request.lengths, strict=True))
+            part = held[box] if isinstance(held, torch.Tensor) and held.dim() == len(box) else None
+            if part is None or part.shape != target.shape:
                 raise DataError(
-                    f"{self.path}: {request.storage_index.fqn} in {name} is of shape {list(part.shape)} where "
-                    f"{list(target.shape)} is wanted. Use another checkpoint."
+                    f"{self.path}: {request.storage_index.fqn} in {name} is not of the shape that .metadata says. Use "
+                    "another checkpoint."
                 )
             target.copy_(part)
             planner.commit_tensor(request, target)
 
-    def _tensor(self, raw: bytearray, request: ReadItem, name: str) -> torch.Tensor:
+    def _load(self, raw: bytearray, request: ReadItem, name: str) -> Any:
         try:
-            held = object_in(raw)
+            return object_in(raw)
         except distcp.LOADING_ERRORS as error:
-            held = type(error).__name__
-        if not isinstance(held, torch.Tensor):
             raise DataError(
-                f"{self.path}: {request.storage_index.fqn} in {name} is no tensor ({str(held)[:60]}). Use another "
-                "checkpoint."
-            )
-        return held
+                f"{self.path}: {request.storage_index.fqn} in {name} is damaged or holds more than data "
+                f"({type(error).__name__}). Use another checkpoint."
+            ) from None
 
     @contextlib.contextmanager
     def in_place_of_mcores(self) -> Iterator[None]:
