@@ -162,6 +162,12 @@ class DistcpReader:
             )
         return result
 
+    def read_item(self, place: Any) -> bytearray:
+        """Read an item whose place (`_StorageInfo`) `.metadata` says -> its bytes, as `items` reads them."""
+        assert self.items is not None, "opened to be read unchecked"
+        (raw,) = self.items.read(place.relative_path, [(place.offset, place.length)])
+        return raw
+
     def spans(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[Span] | None:
         """Find a box of a global tensor as runs of bytes in files, in the box's order -> spans, to be joined.
 
@@ -234,8 +240,7 @@ class DistcpReader:
         path, device = contained(self.directory, info.relative_path), "cpu" if values else "meta"
         try:
             if values and self.items is not None:
-                (raw,) = self.items.read(info.relative_path, [(info.offset, info.length)])
-                tensor = object_in(raw)
+                tensor = object_in(self.read_item(info))
             else:
                 with open(path, "rb") as file:
                     if info.offset + info.length > os.fstat(file.fileno()).st_size:

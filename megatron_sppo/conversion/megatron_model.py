@@ -11,9 +11,11 @@ from torch import Tensor
 
 from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
 from megatron_sppo.architecture import Architecture, read_architecture
+from megatron_sppo.checkpoints.digests import FileDigests
 from megatron_sppo.checkpoints.distcp import METADATA_FILE, MODEL_ROOTS, DistcpReader
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
+from megatron_sppo.checkpoints.items import Items
 from megatron_sppo.checkpoints.megatron_checkpoint import (
     HF_DIRECTORY,
     MANIFEST_FILE,
@@ -44,6 +46,8 @@ class OpenedMegatron:
     """Directory with config.json and tokenizer, or None where the checkpoint carries none."""
     unchecked: Mapping[str, str]
     """{file: sha256 that it must have} of those that whoever reads them has still to check."""
+    items: Mapping[str, FileDigests]
+    """{file: digests of its items}. `read` checks what it reads by them; who reads a file otherwise does so too."""
 
     def key_of(self, binding: Binding) -> str:
         """Key in the checkpoint: stacked over layers, or one of its own (mcore's non-homogeneous layers)."""
@@ -66,6 +70,16 @@ class OpenedMegatron:
         """Find one Megatron tensor's bytes in the files, in its order; None where it has to be read."""
         return self.reader.spans(*self._box(binding))
 
+    def check_objects(self) -> None:
+        """Check what lies beside the tensors in files whose items have digests: empty states, of no use here.
+
+        Raises:
+            DataError: one is not what was written.
+        """
+        for index, place in self.reader.metadata.storage_data.items():
+            if place.relative_path in self.items and index.offset is None:
+                self.reader.read_item(place)
+
     def _box(self, binding: Binding) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """Place a Megatron tensor in the checkpoint -> (key, offsets, sizes)."""
         shape = binding.mapping.megatron_shape(self.architecture)
@@ -78,9 +92,11 @@ class OpenedMegatron:
 def open_megatron(megatron: Path, *, template: Path | None = None, leave_unchecked: bool = False) -> OpenedMegatron:
     """Open a Megatron checkpoint for reading: checksums of what will be read, keys and shapes.
 
+    Weights whose items have digests are checked as they are read, those of earlier versions now.
+
     Args:
         template: Hugging Face directory that says what model it is.
-        leave_unchecked: do not hash the weights now; the caller will while reading them (`unchecked`).
+        leave_unchecked: do not hash weights now; the caller will while reading them (`unchecked`).
 
     Raises:
         DataError: no checkpoint there, or its checksums do not hold.
@@ -110,16 +126,17 @@ def open_megatron(megatron: Path, *, template: Path | None = None, leave_uncheck
         )
     family = family_of(architecture.family, place=str(directory / MODEL_FILE))
     check_backend(directory)
-    reader = DistcpReader.open(directory)
+    items = Items(directory)
+    reader = DistcpReader.open(directory, items=items)
     _check_counts(reader, architecture)
     bindings = bind(family, architecture)
+    files = reader.files([*megatron_shapes(bindings, architecture), *(one.megatron_name for one in bindings)])
     unchecked: dict[str, str] = {}
     if has_manifest:
-        files = reader.files([*megatron_shapes(bindings, architecture), *(one.megatron_name for one in bindings)])
-        if leave_unchecked:
-            unchecked = listed_digests(directory, names=files)
-        else:
-            verify_checkpoint(directory, names=files)
+        unchecked = listed_digests(directory, names=items.without_digests(files))
+    if unchecked and not leave_unchecked:
+        verify_checkpoint(directory, names=list(unchecked))
+        unchecked = {}
     side_files = template if template is not None else carried if (carried / CONFIG_FILE).is_file() else None
     if side_files == carried:
         _check_carried(carried, architecture)
@@ -130,6 +147,7 @@ def open_megatron(megatron: Path, *, template: Path | None = None, leave_uncheck
         reader=reader,
         side_files=side_files,
         unchecked=unchecked,
+        items={name: digests for name in files if (digests := items.digests(name)) is not None},
     )
     _check_keys(opened, template)
     check_copy(Path(megatron), directory)
