@@ -238,7 +238,7 @@ class RunConfig:
     """Steps between lines on the screen; metrics.jsonl has every step."""
     save_interval: PositiveInt | None = None
     """Steps between checkpoints; unset: only the last step is saved."""
-    keep_last: PositiveInt | None = None
+    keep_last: Annotated[PositiveInt | None, LAYOUT] = None
     """Checkpoints of this run to keep under --save, the newest ones; older ones are removed after each save. Unset: all
     are kept."""
     tensorboard: bool = True

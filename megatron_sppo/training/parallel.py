@@ -203,9 +203,14 @@ def _store() -> Store:
     return store
 
 
+def is_initialized() -> bool:
+    """Tell whether Megatron-Core's process groups are there."""
+    return bool(parallel_state.model_parallel_is_initialized())
+
+
 def shut_down() -> None:
     """Destroy all process groups, so that the process can end or start anew."""
-    if parallel_state.model_parallel_is_initialized():
+    if is_initialized():
         parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
