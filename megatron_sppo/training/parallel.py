@@ -171,21 +171,22 @@ def told_by_rank_zero(config: ParallelConfig, find: Callable[[], T]) -> T:
     if place.world_size == 1:
         return find()
     store = _new_store(datetime.timedelta(minutes=config.distributed_timeout_minutes))
-    if place.rank != 0:
-        found, fault = pickle.loads(bytes.fromhex(store.get("found").decode()))  # noqa: S301 of rank 0, by the launcher's store
-        store.set(f"heard by {place.rank}", "")
-        if fault is not None:
-            raise fault
-        return found  # type: ignore[no-any-return]
-    try:
-        found = find()
-    except (ConfigError, DataError, ConversionError, OSError) as fault:
-        store.set("found", pickle.dumps((None, fault)).hex())
-        # This process may be the store, and is about to end.
+    fault: Exception | None = None
+    if place.rank == 0:
+        found: T | None = None
+        try:
+            found = find()
+        except (ConfigError, DataError, ConversionError, OSError) as error:
+            fault = error
+        store.set("found", pickle.dumps((found, fault)).hex())
+        # This process may be the store, and may end before the others have heard.
         store.wait([f"heard by {rank}" for rank in range(1, place.world_size)])
-        raise
-    store.set("found", pickle.dumps((found, None)).hex())
-    return found
+    else:
+        found, fault = pickle.loads(bytes.fromhex(store.get("found").decode()))  # noqa: S301 rank 0's own words
+        store.set(f"heard by {place.rank}", "")
+    if fault is not None:
+        raise fault
+    return found  # type: ignore[return-value]
 
 
 def _new_store(timeout: datetime.timedelta) -> Store:
