@@ -42,6 +42,10 @@ class WorkloadConfig:
     """Tokens; UltraFeedback's are near it."""
     mean_response_tokens: PositiveFloat = 350.0
     """Tokens of an answer."""
+    num_iterations: PositiveInt = 3
+    """Iterations of the run, for its disk."""
+    keep_iterations: PositiveInt | None = None
+    """Self-play's `keep_last`: iterations whose models stay on the disk. Unset: all."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -76,8 +80,20 @@ class MachineConfig:
     """Answers that one sampler decodes at a time; vLLM's default."""
     judge_tflops: PositiveFloat = 200.0
     """Sustained by PairRM (0.4 billion weights, bf16) in large batches (assumed)."""
+    cores_per_node: PositiveInt = 112
+    """CPU cores, which the ranks of a node share; a DGX H100's."""
+    hash_gb_per_s: PositiveFloat = 1.4
+    """sha256 by one thread; measured on an EPYC with SHA instructions (1.4 under load, 1.8 alone)."""
+    thread_write_gb_per_s: PositiveFloat = 3.5
+    """What one thread hands to the file system, whatever that makes of it; measured on the same."""
+    thread_read_gb_per_s: PositiveFloat = 8.0
+    """What one thread takes from it; measured likewise."""
     storage_gb_per_s: PositiveFloat = 2.0
-    """Reading or writing checkpoints, for each node (assumed); conversion is one process."""
+    """Reading or writing files, for each node (assumed)."""
+    file_system_gb_per_s: PositiveFloat = 100.0
+    """Of the file system, all nodes together (assumed)."""
+    device_copy_gb_per_s: PositiveFloat = 20.0
+    """From a GPU to the CPU's memory, for each GPU; 64 of PCIe 5 on paper (assumed a third)."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -118,6 +134,8 @@ def _of_self_play(content: dict[str, Any]) -> dict[str, Any]:
     taken = {
         "num_responses": rollout.get("num_responses"),
         "num_prompts": run.get("max_prompts_per_iteration"),
+        "num_iterations": run.get("iterations"),
+        "keep_iterations": run.get("keep_last"),
         "world_size": run.get("training_processes"),
         "selection": scoring.get("selection"),
     }

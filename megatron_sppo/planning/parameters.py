@@ -109,6 +109,19 @@ def count(shards: list[Shard]) -> int:
     return sum(shard.numel for shard in shards)
 
 
+def rank_elements(architecture: Architecture, grid: Grid) -> float:
+    """Count the weights that the busiest rank saves or loads, where those that hold the same ones share them -> float.
+
+    As in a buffer, without its alignment: a stage's dense weights by their copies, its experts by theirs.
+    """
+    found = []
+    for stage in range(grid.parallel.pipeline_model_parallel_size):
+        shards = [shard for chunk in stage_shards(architecture, grid, stage) for shard in chunk]
+        experts = count([shard for shard in shards if shard.is_expert])
+        found.append((count(shards) - experts) / grid.optimizer_ranks + experts / grid.expert_optimizer_ranks)
+    return max(found)
+
+
 def buffer_elements(shards: list[Shard], grid: Grid, *, is_expert: bool) -> int:
     """Count the elements of a chunk's contiguous buffer, dense or of experts, alignment included -> int.
 

@@ -10,6 +10,7 @@ from megatron_sppo.model.config import ModelConfig, check_divisibility, token_mu
 from megatron_sppo.planning.activations import MicroBatchShape
 from megatron_sppo.planning.architectures import find_architecture
 from megatron_sppo.planning.config import PlanConfig
+from megatron_sppo.planning.files import FileTraffic, file_traffic
 from megatron_sppo.planning.memory import StageMemory, stage_memory
 from megatron_sppo.planning.parameters import Grid
 from megatron_sppo.planning.timing import StepTime, stage_seconds, step_time, workload
@@ -33,6 +34,7 @@ class Plan:
     num_steps: int
     seconds: dict[str, float]
     """Of an iteration, by stage."""
+    files: FileTraffic
     advice: tuple[str, ...]
 
     @property
@@ -107,7 +109,9 @@ def make_plan(architecture: Architecture, config: PlanConfig, *, world_size: int
         )
         for stage in range(config.parallel.pipeline_model_parallel_size)
     )
-    seconds = stage_seconds(architecture, config, grid, step)
+    num_steps = workload(config).num_steps
+    files = file_traffic(architecture, config, grid, num_steps=num_steps, step_seconds=step.seconds)
+    seconds = stage_seconds(architecture, config, grid, step) | files.waited_seconds
     fits = max(stage.total for stage in stages) <= config.machine.gpu_memory_gb * 1e9
     return Plan(
         world_size=world_size,
@@ -116,8 +120,9 @@ def make_plan(architecture: Architecture, config: PlanConfig, *, world_size: int
         stages=stages,
         fits=fits,
         step=step,
-        num_steps=workload(config).num_steps,
+        num_steps=num_steps,
         seconds=seconds,
+        files=files,
         advice=tuple(_advice(config, grid, stages, step, seconds, fits=fits)),
     )
 
@@ -200,8 +205,8 @@ def _advice(
     saving, training = seconds["saving checkpoints"], seconds["training"]
     if saving > training / 2:
         lines.append(
-            f"saving takes {saving / 60:.0f} minutes beside {training / 60:.0f} of training. "
-            "Use a larger --save-interval."
+            f"steps wait {saving / 60:.0f} minutes for saves beside {training / 60:.0f} of training. "
+            f"Use {'' if config.run.async_save else '--async-save or '}a larger --save-interval."
         )
     return lines
 
@@ -233,5 +238,6 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
         },
         "num_steps": plan.num_steps,
         "iteration_seconds": plan.seconds,
+        "files": dataclasses.asdict(plan.files),
         "advice": list(plan.advice),
     }

@@ -25,6 +25,7 @@ def render(report: Report) -> str:
         *_memory(plans),
         *_step(plans),
         *_iteration(plans),
+        *_files(plans),
     ]
     for plan in plans:
         lines += ["", *(f"{plan.world_size} GPUs: {line}" for line in plan.advice)] if plan.advice else []
@@ -35,6 +36,9 @@ def render(report: Report) -> str:
         f"and {machine.fp8_tflops:g} in FP8, a GPU moves {machine.node_gb_per_s:g} GB/s within a node of "
         f"{machine.gpus_per_node} and {machine.network_gb_per_s:g} between nodes,",
         f"prompts have {given.mean_prompt_tokens:g} tokens and answers {given.mean_response_tokens:g}.",
+        f"A thread hashes {machine.hash_gb_per_s:g} GB/s, writes {machine.thread_write_gb_per_s:g} and reads "
+        f"{machine.thread_read_gb_per_s:g}; a node moves {machine.storage_gb_per_s:g} to and from files, all together "
+        f"{machine.file_system_gb_per_s:g}.",
         "Memory is by formula: sequences of full length, routers in balance, "
         f"{machine.context_gib:g} GiB for CUDA and NCCL, {100 * machine.fragmentation:g} % of activations lost.",
     ]
@@ -106,3 +110,26 @@ def _iteration(plans: tuple[Plan, ...]) -> list[str]:
     lines = ["", "an iteration, minutes", _row("steps", plans, lambda plan: str(plan.num_steps))]
     lines += [_row(f"  {stage}", plans, partial(_minutes, stage=stage)) for stage in stages]
     return [*lines, _row("  together", plans, lambda plan: f"{sum(plan.seconds.values()) / 60:.1f}")]
+
+
+def _files(plans: tuple[Plan, ...]) -> list[str]:
+    """Lay out what an iteration moves to and from files, a row each way; bytes are of all processes together."""
+    names = [passage.what for passage in plans[0].files.passages]
+    lines = [
+        "",
+        "files of a model in an iteration, GB read / hashed / written",
+        _row("  a checkpoint", plans, lambda plan: _gigabytes(plan.files.checkpoint_bytes)),
+        _row("  of it the busiest rank's", plans, lambda plan: _gigabytes(plan.files.rank_bytes)),
+    ]
+    lines += [_row(f"  {name}", plans, partial(_passage, number=number)) for number, name in enumerate(names)]
+    lines += [
+        _row("  saving behind steps, minutes", plans, lambda plan: f"{plan.files.passages[0].hidden_seconds / 60:.1f}"),
+        _row("  disk of the run at its fullest", plans, lambda plan: _gigabytes(plan.files.peak_disk_bytes)),
+    ]
+    return lines
+
+
+def _passage(plan: Plan, number: int) -> str:
+    passage = plan.files.passages[number]
+    moved = (passage.read_bytes, passage.hashed_bytes, passage.written_bytes)
+    return " / ".join(f"{num_bytes / 1e9:.0f}" for num_bytes in moved)

@@ -143,26 +143,19 @@ def _stage_seconds(
 
 
 def stage_seconds(architecture: Architecture, config: PlanConfig, grid: Grid, step: StepTime) -> dict[str, float]:
-    """Estimate each stage of an iteration -> {stage: seconds}."""
+    """Estimate what an iteration computes -> {stage: seconds}; what it waits for files is `files.file_traffic`'s."""
     machine, given, work = config.machine, config.workload, workload(config)
-    checkpoint = architecture.num_parameters() * 2
     source, candidate = _PAIRRM_LIMITS
     pair_tokens = min(given.mean_prompt_tokens, source) + 2 * min(given.mean_response_tokens, candidate)
     num_pairs = given.num_prompts * given.num_responses * (given.num_responses - 1)
     judging = num_pairs * pair_tokens * 2 * _PAIRRM_BACKBONE / (machine.judge_tflops * _TERA * grid.world_size)
     forward_share = 1 / (1 + flops.BACKWARD_FACTOR)
     reference = -(-work.num_rows // work.rows_per_step) * step.seconds * forward_share
-    saves = 1 if config.run.save_interval is None else -(-work.num_steps // config.run.save_interval)
-    nodes = -(-grid.world_size // machine.gpus_per_node)
-    # bfloat16 weights, float32 ones and two moments: 7 times the former; every node writes its part.
-    saving = saves * checkpoint * 7 / (machine.storage_gb_per_s * nodes) / 1e9
     return {
         "rollouts": _rollout_seconds(architecture, config, grid),
         "judging (PairRM)": judging,
         "reference pass": reference,
         "training": work.num_steps * step.seconds,
-        "saving checkpoints": saving,
-        "conversion": 2 * checkpoint / machine.storage_gb_per_s / 1e9,
     }
 
 

@@ -46,6 +46,10 @@ _PACKAGES = (
 )
 
 
+_SHOWN = (summary.SUMMARY_NAME, REPORT_NAME)
+"""What a finished run must have to be called so."""
+
+
 def self_play(config: SelfPlayConfig) -> dict[str, Any]:
     """Run, or go on with, all iterations of a run -> the content of its summary.json.
 
@@ -76,7 +80,8 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
         for iteration in range(1, config.run.iterations + 1):
             logger.info("iteration %d of %d", iteration, config.run.iterations)
             has_news |= _run_all(iteration_stages(config, paths, iteration, evaluates=evaluates), machine)
-            is_summed_up = machine.state["summed_up"] >= iteration and (paths.run_dir / summary.SUMMARY_NAME).is_file()
+            shown = _SHOWN if iteration == config.run.iterations else (summary.SUMMARY_NAME,)
+            is_summed_up = machine.state["summed_up"] >= iteration and _are_there(paths, shown)
             if has_news or not is_summed_up:
                 _sum_up(config, machine, paths, iteration)
             retire_iterations(config, machine, paths, finished=iteration)
@@ -98,7 +103,11 @@ def _is_finished(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths)
                 "Restore it, or begin another run with another --output."
             )
     is_complete = machine.state["finished"] and machine.state["iterations_done"] >= config.run.iterations
-    return is_complete and all((paths.run_dir / name).is_file() for name in (REPORT_NAME, summary.SUMMARY_NAME))
+    return is_complete and _are_there(paths, _SHOWN)
+
+
+def _are_there(paths: RunPaths, names: tuple[str, ...]) -> bool:
+    return all((paths.run_dir / name).is_file() for name in names)
 
 
 def _prepare(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths) -> bool:

@@ -35,8 +35,18 @@ def test_llama_3_70b_is_planned_for_32_64_and_512_gpus() -> None:
     ranks_of_a_share = [stages[0]["optimizer"] for stages in (p["memory_bytes"] for p in report["plans"])]
     assert ranks_of_a_share[0] == pytest.approx(16 * ranks_of_a_share[2], rel=1e-3)  # DP1 and DP16
     assert any("idle" in line for line in report["plans"][2]["advice"])
-    # 16 saves of 7 x 141 GB by four nodes at 2 GB/s: 33 minutes, more than half of the training.
-    assert report["plans"][0]["iteration_seconds"]["saving checkpoints"] == pytest.approx(16 * 7 * 141.1 / 8, rel=1e-3)
+    # RMSprop: 16 saves of 5 x 141.1 GB by four nodes at 2 GB/s, a rank's 22.71 GB copied at 20 GB/s and hashed twice by
+    # 8 threads at 1.4: 25 minutes, more than half of the training.
+    save = 22.71 / 20 + 2 * 22.71 / (8 * 1.4) + 5 * 141.1 / 8
+    assert report["plans"][0]["iteration_seconds"]["saving checkpoints"] == pytest.approx(16 * save, rel=1e-3)
+    for p in report["plans"]:
+        waited = {row["what"]: row["waited_seconds"] for row in p["files"]["passages"]}
+        assert set(waited) == {
+            *("saving checkpoints", "loading checkpoints", "export", "hashing the export", "hand-over to the engine")
+        }
+        assert waited.items() <= p["iteration_seconds"].items()
+        # Three iterations of 16 checkpoints and an export, and the start model.
+        assert p["files"]["peak_disk_bytes"] == (2 + 3 * (16 * 10 + 2)) * 70_553_706_496
     assert any("--save-interval" in line for line in report["plans"][0]["advice"])
 
 
@@ -48,6 +58,16 @@ def test_self_play_configs_are_planned_too(name: str, model: str | None) -> None
     done = plan("--config", config(name), *(("--model", model) if model else ()))
     assert done.returncode == 0, done.stderr
     assert "fits in 80 GB" in done.stdout and "tokens/s a GPU" in done.stdout
+
+
+def test_the_rates_of_files_and_what_is_kept_are_flags() -> None:
+    flags = ("--storage-gb-per-s", "1", "--keep-iterations", "1", "--keep-last", "1", "--world-size", "32")
+    done = plan("--config", config("llama3_70b_h100.yaml"), *flags, "--json")
+    assert done.returncode == 0, done.stderr
+    (planned,) = json.loads(done.stdout)["plans"]
+    save = 22.71 / 20 + 2 * 22.71 / (8 * 1.4) + 5 * 141.1 / 4
+    assert planned["iteration_seconds"]["saving checkpoints"] == pytest.approx(16 * save, rel=1e-3)
+    assert planned["files"]["peak_disk_bytes"] == (2 + 12 + 20) * 70_553_706_496
 
 
 def test_a_model_s_own_config_json_is_enough(tiny_llama_dir: Path, tmp_path: Path) -> None:
