@@ -111,9 +111,8 @@ class _Strategy(torch_strategy.TorchDistLoadShardedStrategy):  # type: ignore[mi
         loaded, fault = None, None
         try:
             loaded = super().load(*arguments, **settings)
-            fault = self._reader.fault
         except _FAILURES as error:
-            fault = self._reader.fault or worded(error, Path(self._reader.path))
+            fault = worded(error, Path(self._reader.path))
         raise_together(fault)
         return loaded
 
@@ -144,27 +143,26 @@ class _Reader(FileSystemReader):
         super().__init__(directory)
         self.items = Items(directory)
         self.metadata = distcp.read_metadata(directory)
-        self.fault: Exception | None = None
-        """The first item that was not what was written. It is told when all ranks have read."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Any:
         """Return what was read once."""
         return self.metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read and check the items of a plan, and give them to the planner; the first that is damaged ends it."""
+        """Read and check the items of a plan, in the order of their files, and give them to the planner.
+
+        Raises:
+            DataError: an item is not what was written.
+        """
         wanted: dict[str, dict[tuple[int, int], list[ReadItem]]] = {}
         for request in plan.items:
             place = self.storage_data[request.storage_index]
             in_file = wanted.setdefault(place.relative_path, {})
             in_file.setdefault((place.offset, place.length), []).append(request)
-        try:
-            for name, in_file in sorted(wanted.items()):
-                ranges = sorted(in_file)
-                for item, raw in zip(ranges, self.items.read(name, ranges), strict=True):
-                    self._serve(in_file[item], raw, planner, name)
-        except _REFUSALS as error:
-            self.fault = error
+        for name, in_file in sorted(wanted.items()):
+            ranges = sorted(in_file)
+            for item, raw in zip(ranges, self.items.read(name, ranges), strict=True):
+                self._serve(in_file[item], raw, planner, name)
         done: Future[None] = Future()
         done.set_result(None)
         return done
