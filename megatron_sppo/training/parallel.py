@@ -6,7 +6,7 @@ import itertools
 import logging
 import pickle
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -294,6 +294,24 @@ def reports_tokens() -> bool:
 def device() -> torch.device:
     """Return where this rank computes."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def broadcast_from_rank_zero(find: Callable[[], T]) -> T:
+    """Let rank 0 alone find something out, and send it to the others -> the same on every rank. Collective.
+
+    Raises:
+        ConfigError, DataError, OSError: what rank 0 ran into, on every rank.
+    """
+    message: list[Any] = [None, None]
+    if is_rank_zero():
+        try:
+            message[0] = find()
+        except (ConfigError, DataError, OSError) as fault:
+            message[1] = fault
+    torch.distributed.broadcast_object_list(message, src=0)
+    if message[1] is not None:
+        raise message[1]
+    return message[0]  # type: ignore[no-any-return]
 
 
 def sum_over_world(values: torch.Tensor) -> torch.Tensor:
