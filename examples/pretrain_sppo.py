@@ -33,12 +33,12 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     from megatron_sppo.training.saving import Saver
 
     # What can be refused is refused here, before the first second of compute.
-    source, architecture, tokenizer = inputs.open_source(config)
+    resumed = inputs.find_resumable(config)
+    source, architecture, tokenizer = inputs.open_source(config, resumed)
     dataset = inputs.open_dataset(config, architecture, tokenizer)
     batches = inputs.list_batches(config, dataset, architecture)
     key = resume_key(batches, config)
-    resumed = inputs.find_resumable(config)
-    progress = Progress(resume_key=key) if resumed is None else checkpoint.read_progress(resumed)
+    progress = Progress(resume_key=key) if resumed is None else inputs.read_progress(config, resumed)
     progress.check_resumes(key, config.save)
     if progress.step >= batches.train_iters:
         logger.info("%s is complete: %d steps are done, %d asked for", config.save, progress.step, batches.train_iters)

@@ -7,6 +7,7 @@ reading the rest of the file; the manifest, which has the sha256 of every file, 
 there is none (a checkpoint of an earlier version) the file's own sha256 in the manifest must do.
 """
 
+import bisect
 import dataclasses
 import functools
 import hashlib
@@ -51,6 +52,10 @@ class FileDigests:
     def _by_range(self) -> dict[tuple[int, int], str]:
         return {(item.offset, item.length): item.sha256 for item in self.items}
 
+    @functools.cached_property
+    def _in_order(self) -> list[Item]:
+        return sorted(self.items)
+
     def expected(self, path: Path, *, offset: int, length: int) -> str:
         """Find the sha256 that an item of `path` must have -> hexadecimal.
 
@@ -64,6 +69,20 @@ class FileDigests:
                 "The checkpoint is damaged: use another one."
             )
         return found
+
+    def item_at(self, path: Path, offset: int, length: int) -> tuple[int, int]:
+        """Find the item of `path` that a range lies in -> (offset, length).
+
+        Raises:
+            DataError: it lies in none.
+        """
+        position = bisect.bisect_right(self._in_order, offset, key=lambda item: item.offset) - 1
+        if position < 0 or offset + length > sum(self._in_order[position][:2]):
+            raise DataError(
+                f"{digests_path(path)} lists no item around {length} bytes at {offset}. "
+                "The checkpoint is damaged: use another one."
+            )
+        return self._in_order[position][:2]
 
     def check(self, path: Path, *, offset: int, length: int, found: str) -> None:
         """Compare the sha256 of an item that was read from `path` with what was written.

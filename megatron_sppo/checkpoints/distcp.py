@@ -6,7 +6,6 @@ metadata classes may appear in it, and tensors are loaded with weights_only. `di
 """
 
 import functools
-import io
 import itertools
 import math
 import os
@@ -14,7 +13,7 @@ import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,11 +22,16 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.serialization import _get_layout
 
 from megatron_sppo.checkpoints.safetensors_file import Span
+from megatron_sppo.checkpoints.torch_streams import Section, object_in
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.storage import contained
 
 METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
+COMMON_KEY = "common_state/"
+"""Beginning of the key under which megatron-core 0.19 keeps among the tensors what 0.16 writes to common.pt."""
+MODEL_ROOTS = ("embedding.", "decoder.", "output_layer.", "mtp.", "encoder.", "vision_model.")
+"""Beginnings of a model's own keys; those of optimizer state and the like begin otherwise."""
 
 _CLASSES: dict[tuple[str, str], Any] = {
     (found.__module__, found.__qualname__): found
@@ -40,7 +44,7 @@ _CLASSES: dict[tuple[str, str], Any] = {
     )
 } | {("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): _get_layout}
 
-_LOADING_ERRORS = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError)
+LOADING_ERRORS = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError)
 """What torch.load raises on what is damaged."""
 
 
@@ -63,7 +67,8 @@ def read_metadata(directory: Path) -> Any:
     """Read `.metadata` -> torch.distributed.checkpoint's Metadata.
 
     Raises:
-        ConversionError: missing, damaged, or a pickle that names anything but DCP's metadata classes.
+        ConversionError: missing, damaged, or a pickle that names anything but DCP's metadata classes, or what it places
+            lies where nothing can.
     """
     path = Path(directory, METADATA_FILE)
     try:
@@ -75,11 +80,21 @@ def read_metadata(directory: Path) -> Any:
         ) from None
     except ConversionError as error:
         raise ConversionError(f"{directory}: {error}") from None
-    except (*_LOADING_ERRORS, TypeError, AttributeError, IndexError) as error:
+    except (*LOADING_ERRORS, TypeError, AttributeError, IndexError) as error:
         raise ConversionError(f"{path} is damaged ({type(error).__name__}). Use another checkpoint.") from None
     if not isinstance(content, dcp.Metadata) or not isinstance(getattr(content, "storage_data", None), dict):
         raise ConversionError(f"{path} is damaged (no metadata inside). Use another checkpoint.")
+    for index, info in content.storage_data.items():
+        if not _are_counts((info.offset, info.length)) or not isinstance(info.relative_path, str):
+            raise ConversionError(f"{path} says no possible place for {index.fqn}. Use another checkpoint.")
     return content
+
+
+class ItemReader(Protocol):
+    """Reads items of data files, each once, and checks them: `items.Items`."""
+
+    def read(self, name: str, ranges: Sequence[tuple[int, int]]) -> Iterator[bytearray]:
+        """Read items of one data file, each by (offset, length) -> their bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,25 +103,22 @@ class DistcpReader:
 
     directory: Path
     metadata: Any
+    items: ItemReader | None
+    """What reads the items, and checks them; None reads them unchecked."""
 
     @classmethod
-    def open(cls, directory: Path) -> "DistcpReader":
+    def open(cls, directory: Path, *, items: ItemReader | None = None) -> "DistcpReader":
         """Open a checkpoint directory (one iteration).
 
         Raises:
             ConversionError: as `read_metadata`, or a tensor is described in a way that cannot be.
         """
-        reader = cls(directory=Path(directory), metadata=read_metadata(directory))
+        reader = cls(directory=Path(directory), metadata=read_metadata(directory), items=items)
         for key in reader.shapes():
             if not _is_possible(reader.metadata.state_dict_metadata[key]):
                 raise ConversionError(
                     f"{Path(directory, METADATA_FILE)} describes {key} in a way that cannot be (its pieces lie outside "
                     "of it). It is damaged: use another checkpoint."
-                )
-        for index, info in reader.metadata.storage_data.items():
-            if not _are_counts((info.offset, info.length)) or not isinstance(info.relative_path, str):
-                raise ConversionError(
-                    f"{Path(directory, METADATA_FILE)} says no possible place for {index.fqn}. Use another checkpoint."
                 )
         return reader
 
@@ -149,6 +161,12 @@ class DistcpReader:
                 f"{self.directory} holds {covered} of {math.prod(sizes)} values of {key}. The checkpoint is incomplete."
             )
         return result
+
+    def read_item(self, place: Any) -> bytearray:
+        """Read an item whose place (`_StorageInfo`) `.metadata` says -> its bytes, as `items` reads them."""
+        assert self.items is not None, "opened to be read unchecked"
+        (raw,) = self.items.read(place.relative_path, [(place.offset, place.length)])
+        return raw
 
     def spans(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> list[Span] | None:
         """Find a box of a global tensor as runs of bytes in files, in the box's order -> spans, to be joined.
@@ -221,16 +239,19 @@ class DistcpReader:
             raise ConversionError(f"{place} is in no file. The checkpoint is incomplete.")
         path, device = contained(self.directory, info.relative_path), "cpu" if values else "meta"
         try:
-            with open(path, "rb") as file:
-                if info.offset + info.length > os.fstat(file.fileno()).st_size:
-                    raise EOFError("it lies beyond the end")
-                section: Any = _Section(file, info.offset, info.length)
-                tensor = torch.load(section, map_location=device, weights_only=True)
+            if values and self.items is not None:
+                tensor = object_in(self.read_item(info))
+            else:
+                with open(path, "rb") as file:
+                    if info.offset + info.length > os.fstat(file.fileno()).st_size:
+                        raise EOFError("it lies beyond the end")
+                    section: Any = Section(file, info.offset, info.length)
+                    tensor = torch.load(section, map_location=device, weights_only=True)
         except FileNotFoundError:
             raise ConversionError(
                 f"{place} is in {info.relative_path}, which is missing. Use another checkpoint."
             ) from None
-        except _LOADING_ERRORS as error:
+        except LOADING_ERRORS as error:
             reason = _first_line(error)
             raise ConversionError(
                 f"{place} in {info.relative_path} is damaged ({reason}). Use another checkpoint."
@@ -289,31 +310,15 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-class _Section(io.RawIOBase):
-    """A read-only window on an open file: torch.load takes it for a whole one."""
+def data_files(metadata: Any, *, weights_only: bool = False) -> list[str]:
+    """Name the files that hold what `.metadata` describes, whoever wrote it -> names relative to the directory.
 
-    def __init__(self, file: io.BufferedIOBase, offset: int, length: int) -> None:
-        self._file, self._offset, self._length, self._position = file, offset, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")[: max(0, self._length - self._position)]
-        self._file.seek(self._offset + self._position)
-        count = self._file.readinto(view)
-        self._position += count
-        return count
+    Args:
+        weights_only: leave out those that hold no model's tensor; the state that megatron-core 0.19 reads beside any
+            load counts as one.
+    """
+    wanted = (*MODEL_ROOTS, COMMON_KEY) if weights_only else ("",)
+    return sorted({info.relative_path for index, info in metadata.storage_data.items() if index.fqn.startswith(wanted)})
 
 
 def check_metadata(directory: Path) -> None:
@@ -330,11 +335,45 @@ def check_metadata(directory: Path) -> None:
             raise DataError(
                 f"{directory} lacks {info.relative_path}, which its {METADATA_FILE} names. Use another checkpoint."
             )
-    common = Path(directory, COMMON_FILE)
-    if not common.is_file():  # megatron-core 0.19 keeps that state among the tensors
-        return
+    check_common(directory)
+
+
+def check_common(directory: Path) -> None:
+    """Check that common.pt, where there is one, holds data only.
+
+    Raises:
+        DataError: it holds more, or is damaged.
+    """
+    if Path(directory, COMMON_FILE).is_file():  # megatron-core 0.19 keeps that state among the tensors
+        _load_common(Path(directory, COMMON_FILE))
+
+
+def _load_common(path: Path) -> Any:
     try:
-        torch.load(common, map_location="cpu", weights_only=True)
-    except _LOADING_ERRORS as error:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except LOADING_ERRORS as error:
         reason = _first_line(error)
-        raise DataError(f"{common} is damaged or holds more than data ({reason}). Use another checkpoint.") from None
+        raise DataError(f"{path} is damaged or holds more than data ({reason}). Use another checkpoint.") from None
+
+
+def read_common(directory: Path, *, items: ItemReader) -> dict[str, Any]:
+    """Read the state that belongs to no rank: common.pt, or the object that megatron-core 0.19 has in its place.
+
+    Raises:
+        DataError: it is damaged, or holds more than data.
+        ConversionError: there is neither, or as `read_metadata`.
+    """
+    path = Path(directory, COMMON_FILE)
+    if path.is_file():
+        return dict(_load_common(path))
+    for index, info in read_metadata(directory).storage_data.items():
+        if index.fqn.startswith(COMMON_KEY):
+            (raw,) = items.read(info.relative_path, [(info.offset, info.length)])
+            try:
+                return dict(object_in(raw)[0])
+            except LOADING_ERRORS as error:
+                raise DataError(
+                    f"{directory}: {index.fqn} in {info.relative_path} is damaged or holds more than data "
+                    f"({_first_line(error)}). Use another checkpoint."
+                ) from None
+    raise ConversionError(f"{directory} has no {COMMON_FILE}: it was never finished. Use another checkpoint.")

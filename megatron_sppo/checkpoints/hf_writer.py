@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_sppo.checkpoints.digests import FileDigests
 from megatron_sppo.checkpoints.hf_files import INDEX_FILE, SINGLE_FILE
 from megatron_sppo.checkpoints.megatron_checkpoint import check_digest
 from megatron_sppo.checkpoints.safetensors_file import (
@@ -146,18 +147,20 @@ def write_tensors(
     tensors: Iterable[Moved | Computed],
     *,
     digests: Mapping[Path, str],
+    items: Mapping[Path, FileDigests],
     progress: Callable[[int], object],
     workers: int | None = None,
 ) -> None:
     """Write a directory's files and index, and check the files that the values come from on the way.
 
-    The same bytes by any number of workers. A file whose sha256 is known is read once, from end to end: what is moved
-    is what was hashed.
+    The same bytes by any number of workers. A file whose sha256 is known is read once, from end to end; of one whose
+    items have digests, the items that move: what is moved is what was hashed.
 
     Args:
         directory: an existing directory; the caller makes it appear atomically.
         tensors: together, every row of the layout's tensors.
         digests: {source file: sha256 that it must have}.
+        items: {source file: digests of the items that moves may lie in}.
         progress: called with the bytes of each block written.
         workers: threads; None takes the cores that there are.
 
@@ -174,7 +177,7 @@ def write_tensors(
             for path, move in _matched(one.spans, [_target(places, rows) for rows in one.rows]):
                 moves.setdefault(path, []).append(move)
         tasks: list[Callable[[], None]] = [
-            functools.partial(_scatter, transfer, path, moves[path], digests.get(path))
+            functools.partial(_scatter, transfer, path, moves[path], digests.get(path) or items.get(path))
             for path in sorted(moves, key=lambda path: (-path.stat().st_size, path.name))
         ]
         tasks += [functools.partial(_compute, transfer, one, places) for one in computed]
@@ -219,10 +222,16 @@ def _matched(sources: Sequence[Span], targets: Sequence[tuple[int, Span]]) -> li
     return moves
 
 
-def _scatter(transfer: Transfer, path: Path, moves: Sequence[Move], expected: str | None) -> None:
-    found = transfer.scatter(path, moves, whole=expected is not None)
-    if expected is not None:
-        check_digest(path, found, expected)
+def _scatter(transfer: Transfer, path: Path, moves: Sequence[Move], known: str | FileDigests | None) -> None:
+    if known is None:
+        transfer.scatter(path, moves, hashed=None)
+    elif isinstance(known, str):
+        (found,) = transfer.scatter(path, moves, hashed=[(0, path.stat().st_size)])
+        check_digest(path, found, known)
+    else:
+        places = sorted({known.item_at(path, move.offset, move.nbytes) for move in moves})
+        for (offset, length), found in zip(places, transfer.scatter(path, moves, hashed=places), strict=True):
+            known.check(path, offset=offset, length=length, found=found)
 
 
 def _compute(transfer: Transfer, one: Computed, places: Mapping[str, Place]) -> None:

@@ -14,11 +14,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
-from megatron_sppo.checkpoints.distcp import METADATA_FILE
+from megatron_sppo.checkpoints.digests import digests_path
+from megatron_sppo.checkpoints.distcp import METADATA_FILE, data_files, read_metadata
 from megatron_sppo.checkpoints.file_digests import default_workers
-from megatron_sppo.errors import DataError
+from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.storage import (
     atomic_file,
     contained,
@@ -53,11 +55,14 @@ def iterations(root: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def resolve_checkpoint(path: Path) -> Path:
+def resolve_checkpoint(path: Path, *, weights_only: bool = False) -> Path:
     """Find the iteration directory that `path` means: the directory itself, or the one that a root's tracker names.
 
     Where the tracker is empty, garbage or ahead of what is on disk, the newest directory whose checksums hold is taken,
     with a warning.
+
+    Args:
+        weights_only: what holds no weights is not hashed for that.
 
     Raises:
         DataError: nothing usable there; the message says what is.
@@ -77,8 +82,9 @@ def resolve_checkpoint(path: Path) -> Path:
     for iteration in reversed(iterations(path)):
         directory = iteration_directory(path, iteration)
         try:
-            verify_checkpoint(directory)
-        except DataError as error:
+            small, data = sorted_files(directory, weights_only=True) if weights_only else ([], [])
+            verify_checkpoint(directory, names=[*small, *data] or None)
+        except (DataError, ConversionError) as error:
             logger.warning("passed over: %s", error)
             continue
         logger.warning(
@@ -156,15 +162,7 @@ def listed_digests(directory: Path, *, names: Sequence[str] | None = None) -> di
         DataError: as `verify_checkpoint`, but for a wrong sha256.
     """
     directory = Path(directory)
-    manifest = read_json(directory / MANIFEST_FILE)
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or manifest.get("schema_version") != MANIFEST_VERSION:
-        raise DataError(f"{directory / MANIFEST_FILE} lists no files. It is damaged: use another checkpoint.")
-    if METADATA_FILE not in files:
-        raise DataError(
-            f"{directory / MANIFEST_FILE} does not list {METADATA_FILE}. It is damaged: use another checkpoint."
-        )
-    expected = {}
+    files, expected = listed_files(directory), {}
     for name in files if names is None else names:
         path, entry = contained(directory, name), files.get(name)
         if not isinstance(entry, dict):
@@ -178,6 +176,43 @@ def listed_digests(directory: Path, *, names: Sequence[str] | None = None) -> di
             )
         expected[name] = str(entry.get("sha256"))
     return expected
+
+
+def listed_files(directory: Path) -> dict[str, Any]:
+    """Read the manifest -> {name: what it says of the file}.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    path = Path(directory, MANIFEST_FILE)
+    manifest = read_json(path)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or manifest.get("schema_version") != MANIFEST_VERSION:
+        raise DataError(f"{path} lists no files. It is damaged: use another checkpoint.")
+    if METADATA_FILE not in files:
+        raise DataError(f"{path} does not list {METADATA_FILE}. It is damaged: use another checkpoint.")
+    return files
+
+
+def sorted_files(directory: Path, *, weights_only: bool) -> tuple[list[str], list[str]]:
+    """Sort the files of an iteration directory by who verifies them -> (small ones, data files), names in the manifest.
+
+    Data files are those whose contents `.metadata` describes: who reads an item checks it, by `.digests` where there
+    are any. All others are small.
+
+    Args:
+        weights_only: data files that hold no weights are in neither.
+
+    Raises:
+        DataError: the manifest is damaged, or `.metadata` is not what was written.
+        ConversionError: `.metadata` is no such thing.
+    """
+    verify_checkpoint(directory, names=[METADATA_FILE])
+    metadata = read_metadata(directory)
+    data = set(data_files(metadata))
+    beside = {digests_path(Path(name)).as_posix() for name in data}
+    small = [name for name in listed_files(directory) if name not in {METADATA_FILE, *data, *beside}]
+    return small, data_files(metadata, weights_only=weights_only)
 
 
 def check_backend(directory: Path) -> None:

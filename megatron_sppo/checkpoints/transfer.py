@@ -5,6 +5,7 @@ size. What must be computed (a cast, a cut across columns) is a whole tensor, an
 as fit into a fixed number of bytes. hashlib, pread and pwrite all release the GIL, so threads use as many cores.
 """
 
+import bisect
 import contextlib
 import hashlib
 import os
@@ -112,28 +113,37 @@ class Transfer:
             os.fsync(file.fileno())  # here, where the other threads go on meanwhile
         return digest.hexdigest(), size
 
-    def scatter(self, source: Path, moves: Sequence[Move], *, whole: bool) -> str | None:
-        """Send bytes of one file to their places -> sha256 of the file, if the `whole` of it is to be read."""
+    def scatter(self, source: Path, moves: Sequence[Move], *, hashed: Sequence[tuple[int, int]] | None) -> list[str]:
+        """Send bytes of one file to their places -> sha256 of each of the `hashed` ranges.
+
+        Args:
+            hashed: (offset, length) of ranges that are read from end to end, each once; every move lies within one.
+                None: only what moves is read, and nothing is hashed.
+        """
         moves = sorted(moves, key=lambda move: move.offset)
         buffer = bytearray(BLOCK_BYTES)
-        digest = hashlib.sha256() if whole else None
-        if digest is not None:
-            first = 0
-            for start, block in self._read(Span(source, 0, os.stat(source).st_size), buffer):
-                digest.update(block)
-                while first < len(moves) and moves[first].offset + moves[first].nbytes <= start:
-                    first += 1
-                for move in moves[first:]:
-                    if move.offset >= start + len(block):
-                        break
-                    self._send(block, start, move)
-        else:
+        if hashed is None:
             for move in moves:
                 for start, block in self._read(Span(source, move.offset, move.nbytes), buffer):
                     self._send(block, start, move)
+        found = [self._scatter_range(Span(source, *place), moves, buffer) for place in hashed or ()]
         for descriptor in {move.descriptor for move in moves}:
             os.fdatasync(descriptor)  # here, where the other threads go on meanwhile
-        return None if digest is None else digest.hexdigest()
+        return found
+
+    def _scatter_range(self, span: Span, moves: Sequence[Move], buffer: bytearray) -> str:
+        """Read a range block by block, hash it, and send what moves of it -> sha256."""
+        digest = hashlib.sha256()
+        first = bisect.bisect_left(moves, span.offset, key=lambda move: move.offset)
+        for start, block in self._read(span, buffer):
+            digest.update(block)
+            while first < len(moves) and moves[first].offset + moves[first].nbytes <= start:
+                first += 1
+            following = first
+            while following < len(moves) and moves[following].offset < start + len(block):
+                self._send(block, start, moves[following])
+                following += 1
+        return digest.hexdigest()
 
     @contextlib.contextmanager
     def hold(self, nbytes: int) -> Iterator[None]:

@@ -31,6 +31,7 @@ from megatron_sppo.checkpoints.hf_files import (
 )
 from megatron_sppo.checkpoints.hf_writer import kept_files, new_files, parse_size, write_tensors
 from megatron_sppo.checkpoints.megatron_checkpoint import (
+    BACKEND_FILE,
     HF_DIRECTORY,
     ITERATION_PATTERN,
     MANIFEST_FILE,
@@ -199,6 +200,7 @@ def export_checkpoint(
                 layout,
                 export_tensors(opened, cast),
                 digests={opened.directory / name: digest for name, digest in opened.unchecked.items()},
+                items={opened.directory / name: digests for name, digests in opened.items.items()},
                 progress=bar.update,
                 workers=workers,
             )
@@ -245,8 +247,10 @@ def _already_imported(
     if not target.exists() or overwrite:
         return False
     try:
-        verify_checkpoint(target)
         opened = open_megatron(target)
+        # What is neither read by that nor compared below: everything is verified, and once.
+        verify_checkpoint(target, names=[COMMON_FILE, BACKEND_FILE])
+        opened.check_objects()
     except (DataError, ConversionError) as error:
         raise ConversionError(f"{target} is there, and damaged ({error}) Add --overwrite to import again.") from None
     dtypes = {binding.mapping.key: cast or source.entries[next(iter(binding.hf_shapes))].dtype for binding in bindings}

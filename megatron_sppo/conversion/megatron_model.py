@@ -11,9 +11,11 @@ from torch import Tensor
 
 from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
 from megatron_sppo.architecture import Architecture, read_architecture
-from megatron_sppo.checkpoints.distcp import METADATA_FILE, DistcpReader
+from megatron_sppo.checkpoints.digests import FileDigests
+from megatron_sppo.checkpoints.distcp import METADATA_FILE, MODEL_ROOTS, DistcpReader
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
+from megatron_sppo.checkpoints.items import Items
 from megatron_sppo.checkpoints.megatron_checkpoint import (
     HF_DIRECTORY,
     MANIFEST_FILE,
@@ -31,9 +33,6 @@ from megatron_sppo.errors import ConversionError, some_of
 
 logger = logging.getLogger(__name__)
 
-_MODEL_ROOTS = ("embedding.", "decoder.", "output_layer.", "mtp.", "encoder.", "vision_model.")
-"""Beginnings of a model's own keys in a distributed checkpoint; optimizer state and the like begin otherwise."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedMegatron:
@@ -47,6 +46,8 @@ class OpenedMegatron:
     """Directory with config.json and tokenizer, or None where the checkpoint carries none."""
     unchecked: Mapping[str, str]
     """{file: sha256 that it must have} of those that whoever reads them has still to check."""
+    items: Mapping[str, FileDigests]
+    """{file: digests of its items}. `read` checks what it reads by them; who reads a file otherwise does so too."""
 
     def key_of(self, binding: Binding) -> str:
         """Key in the checkpoint: stacked over layers, or one of its own (mcore's non-homogeneous layers)."""
@@ -69,6 +70,16 @@ class OpenedMegatron:
         """Find one Megatron tensor's bytes in the files, in its order; None where it has to be read."""
         return self.reader.spans(*self._box(binding))
 
+    def check_objects(self) -> None:
+        """Check what lies beside the tensors in files whose items have digests: empty states, of no use here.
+
+        Raises:
+            DataError: one is not what was written.
+        """
+        for index, place in self.reader.metadata.storage_data.items():
+            if place.relative_path in self.items and index.offset is None:
+                self.reader.read_item(place)
+
     def _box(self, binding: Binding) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """Place a Megatron tensor in the checkpoint -> (key, offsets, sizes)."""
         shape = binding.mapping.megatron_shape(self.architecture)
@@ -83,16 +94,21 @@ def open_megatron(
 ) -> OpenedMegatron:
     """Open a Megatron checkpoint for reading: checksums of what will be read, keys and shapes.
 
+    Weights whose items have digests are checked as they are read, those of earlier versions now.
+
     Args:
         template: Hugging Face directory that says what model it is.
-        leave_unchecked: do not hash the weights now; the caller will while reading them (`unchecked`).
+        leave_unchecked: do not hash weights now; the caller will while reading them (`unchecked`).
         any_keys: let missing, mis-shaped and unknown keys pass, for a caller who names them all (`key_faults`).
 
     Raises:
         DataError: no checkpoint there, or its checksums do not hold.
         ConversionError: it is not the model that model.json (or the template's config.json) describes.
     """
-    directory, template = resolve_checkpoint(Path(megatron)), None if template is None else Path(template)
+    directory, template = (
+        resolve_checkpoint(Path(megatron), weights_only=True),
+        None if template is None else Path(template),
+    )
     carried = directory / HF_DIRECTORY
     has_manifest = (directory / MANIFEST_FILE).is_file()
     if has_manifest:
@@ -113,16 +129,17 @@ def open_megatron(
         )
     family = family_of(architecture.family, place=str(directory / MODEL_FILE))
     check_backend(directory)
-    reader = DistcpReader.open(directory)
+    items = Items(directory)
+    reader = DistcpReader.open(directory, items=items)
     _check_counts(reader, architecture)
     bindings = bind(family, architecture)
+    files = reader.files([*megatron_shapes(bindings, architecture), *(one.megatron_name for one in bindings)])
     unchecked: dict[str, str] = {}
     if has_manifest:
-        files = reader.files([*megatron_shapes(bindings, architecture), *(one.megatron_name for one in bindings)])
-        if leave_unchecked:
-            unchecked = listed_digests(directory, names=files)
-        else:
-            verify_checkpoint(directory, names=files)
+        unchecked = listed_digests(directory, names=items.without_digests(files))
+    if unchecked and not leave_unchecked:
+        verify_checkpoint(directory, names=list(unchecked))
+        unchecked = {}
     side_files = template if template is not None else carried if (carried / CONFIG_FILE).is_file() else None
     if side_files == carried:
         _check_carried(carried, architecture)
@@ -133,6 +150,7 @@ def open_megatron(
         reader=reader,
         side_files=side_files,
         unchecked=unchecked,
+        items={name: digests for name in files if (digests := items.digests(name)) is not None},
     )
     if not any_keys:
         _check_keys(opened, template)
@@ -243,7 +261,7 @@ def key_faults(opened: OpenedMegatron) -> KeyFaults:
         rows_may_exceed = isinstance(binding.mapping, VocabRows) and found[0] >= wanted[0]
         if found != wanted and not (rows_may_exceed and found[1:] == wanted[1:]):
             misshapen[key] = found, wanted
-    unknown = sorted(key for key in stored if key.startswith(_MODEL_ROOTS) and key not in known)
+    unknown = sorted(key for key in stored if key.startswith(MODEL_ROOTS) and key not in known)
     return KeyFaults(missing=tuple(missing), misshapen=misshapen, unknown=tuple(unknown))
 
 

@@ -10,24 +10,19 @@ from typing import Any
 
 import torch
 import torch.distributed
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.model.gpt import PolicyModel
 from megatron_sppo.training.optimizer import allocate_state, separate_steps
 from megatron_sppo.training.policy import Policy, zero_padded_vocabulary
-from megatron_sppo.training.progress import Progress
+from megatron_sppo.training.verified_load import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 """The sharding that resumes in another layout; `dp_reshardable` restores a wrong Adam step on torch's AdamW."""
-_MISFITS = (dist_checkpointing.core.CheckpointingException, KeyError, ValueError)
-"""What mcore raises where keys or shapes differ; torch wraps it in a CheckpointException of all ranks' failures."""
 
 
 def load_weights(policy: Policy, checkpoint: Path) -> None:
@@ -35,25 +30,18 @@ def load_weights(policy: Policy, checkpoint: Path) -> None:
     load_stages(policy.stages, checkpoint)
 
 
-def load_stages(stages: Sequence[PolicyModel], checkpoint: Path) -> None:
+def load_stages(stages: Sequence[PolicyModel], checkpoint: Path, *, is_verified: bool = False) -> None:
     """Load the model of one `iter_*` directory, saved under whichever layer spec, into this rank's stages. Collective.
+
+    Args:
+        is_verified: files that can only be verified whole have been.
 
     Raises:
         ConfigError: the checkpoint holds another architecture.
+        DataError: something that was read is not what was written.
     """
-    _adopt_model(stages, _load(describe_model(stages), checkpoint))
-
-
-def read_progress(checkpoint: Path) -> Progress:
-    """Read where the run that wrote an `iter_*` directory stood -> Progress.
-
-    Raises:
-        DataError: the checkpoint holds weights only.
-    """
-    common = dist_checkpointing.load_common_state_dict(str(checkpoint))
-    if "sppo" not in common:
-        raise DataError(f"{checkpoint} holds no training state. Use it with --load and choose another --save.")
-    return Progress.from_json(common["sppo"], step=int(common["iteration"]))
+    loaded = _load(describe_model(stages), checkpoint, weights_only=True, is_verified=is_verified)
+    _adopt_model(stages, loaded)
 
 
 @torch.no_grad()
@@ -62,7 +50,7 @@ def resume(checkpoint: Path, policy: Policy, optimizer: MegatronOptimizer, sched
     model_state = describe_model(policy.stages)
     allocate_state(optimizer)
     optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=OPTIMIZER_SHARDING)
-    loaded = _load({**model_state, "optimizer": optimizer_state}, checkpoint)
+    loaded = _load({**model_state, "optimizer": optimizer_state}, checkpoint, weights_only=False)
     _adopt_model(policy.stages, loaded)
     for group in _saved_groups(loaded["optimizer"]):
         # They come with the rates of the run that saved them, by which 0.19.2 also tells them apart; the command line
@@ -98,28 +86,21 @@ def _adopt_model(stages: Sequence[PolicyModel], loaded: Mapping[str, Any]) -> No
     zero_padded_vocabulary(stages)
 
 
-def _load(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
-    absent = _set_absent_states_apart(state, checkpoint)
-    try:
-        loaded = dist_checkpointing.load(state, str(checkpoint))
-    except (*_MISFITS, CheckpointException) as error:
-        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        if not all(isinstance(cause, _MISFITS) for cause in causes):
-            raise
-        reason = " ".join(str(causes[0]).split())[:300]
-        raise ConfigError(f"{checkpoint} does not hold this model: {reason}. Import the model again.") from error
+def _load(state: dict[str, Any], checkpoint: Path, *, weights_only: bool, is_verified: bool = False) -> dict[str, Any]:
+    opened = Checkpoint(checkpoint)
+    absent = _set_absent_states_apart(state, opened.keys)
+    loaded = opened.load(state, weights_only=weights_only, is_verified=is_verified)
     for name, keys in absent.items():
         loaded[name] |= dict.fromkeys(keys)
     return loaded
 
 
-def _set_absent_states_apart(state: Mapping[str, Any], checkpoint: Path) -> dict[str, set[str]]:
+def _set_absent_states_apart(state: Mapping[str, Any], stored: set[str]) -> dict[str, set[str]]:
     """Take out of the models' parts the states of modules that the checkpoint has none of -> {part: their keys}.
 
     Transformer Engine's norms save an empty state where they stand alone, and ours for the torch spec none: what one
     spec saved, the other is to load. Weights are never let off: Megatron-Core names what is missing.
     """
-    stored = dist_checkpointing.serialization.load_sharded_metadata(str(checkpoint))
     absent: dict[str, set[str]] = {}
     for name, part in state.items():
         if name.startswith("model"):

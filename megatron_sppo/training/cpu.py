@@ -22,6 +22,7 @@ _MODULES_THAT_NAME_CUDA = (
     "megatron.core.transformer.utils",  # the default causal mask
     "megatron.core.distributed.param_and_grad_buffer",
     "megatron.core.utils",  # the multi-tensor L2 norm
+    "megatron.core.dist_checkpointing.exchange_utils",  # room for what another rank has read
 )
 _FACTORIES = frozenset({"tensor", "zeros", "ones", "empty", "empty_like", "arange", "full"})
 
@@ -69,6 +70,7 @@ def install() -> None:
             module.torch = _TorchOnCpu()
     _route_without_transformer_engine()
     _save_checkpoints_without_a_manager_process()
+    _load_checkpoints_into_memory()
     _call_cpu_tensors_cuda_inside_the_optimizer()
 
 
@@ -108,6 +110,13 @@ def _save_checkpoints_without_a_manager_process() -> None:
         for name in ("_get_write_results_queue", "get_write_results_queue"):
             if hasattr(module, name):
                 setattr(module, name, _plain_queue)
+
+
+def _load_checkpoints_into_memory() -> None:
+    """A parallel load makes room on "cuda" for what other ranks read (dist_checkpointing/mapping.py)."""
+    sharded: Any = importlib.import_module("megatron.core.dist_checkpointing.mapping").ShardedTensor
+    original: Callable[..., None] = sharded.init_data
+    sharded.init_data = lambda self, _device, *arguments, **settings: original(self, "cpu", *arguments, **settings)
 
 
 def _plain_queue(*_: Any, **__: Any) -> "queue.Queue[Any]":

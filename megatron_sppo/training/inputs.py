@@ -1,11 +1,13 @@
 """What a run reads, opened and checked against each other before any process group exists."""
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
 
 from megatron_sppo.architecture import Architecture, read_architecture
 from megatron_sppo.checkpoints import distcp, megatron_checkpoint
+from megatron_sppo.checkpoints.items import Items
 from megatron_sppo.checkpoints.tokenizer import is_tokenizer_of
 from megatron_sppo.command_line import launch
 from megatron_sppo.config import is_written_of, write_yaml
@@ -18,25 +20,30 @@ from megatron_sppo.storage import lock_until_exit, refuse_foreign
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import TrainingConfig
+from megatron_sppo.training.progress import Progress
 
 logger = logging.getLogger(__name__)
 
 RESOLVED_CONFIG_FILE = "config.yaml"
 
 
-def open_source(config: TrainingConfig) -> tuple[Path, Architecture, dict[str, Any]]:
-    """Find and verify pi_t's checkpoint and hold it against the layout -> (iter_* directory, architecture, tokenizer).
+def open_source(config: TrainingConfig, resumed: Path | None = None) -> tuple[Path, Architecture, dict[str, Any]]:
+    """Find pi_t's checkpoint and hold it against the layout -> (iter_* directory, architecture, tokenizer). Collective.
 
-    The tokenizer is what model.json records of it, and the `directory` of its files.
+    Its small files are verified here, by rank 0; weights by whoever reads them, when they are read. The tokenizer is
+    what model.json records of it, and the `directory` of its files.
+
+    Args:
+        resumed: what `find_resumable` found. It carries the files that describe the model, and `--load` is not opened.
 
     Raises:
         DataError: no such checkpoint, or a file of it is missing or changed.
         ConfigError: the layout does not divide the model, the ranks or the batch.
     """
     check_machine(config.model)
-    source = megatron_checkpoint.resolve_checkpoint(config.load)
-    architecture, tokenizer = read_architecture(source)
-    megatron_checkpoint.check_copy(config.load, source)
+    source, architecture, tokenizer = parallel.told_by_rank_zero(
+        config.parallel, functools.partial(_describe_source, config.load, resumed)
+    )
     world_size = launch().world_size
     parallel.check_layout(config.parallel, architecture, world_size=world_size)
     check_divisibility(
@@ -46,8 +53,16 @@ def open_source(config: TrainingConfig) -> tuple[Path, Architecture, dict[str, A
         expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
     )
     config.check_batch(data_parallel_size=world_size // config.parallel.model_parallel_size)
-    _verify(source)
     return source, architecture, {**tokenizer, "directory": source / megatron_checkpoint.HF_DIRECTORY}
+
+
+def _describe_source(load: Path, resumed: Path | None) -> tuple[Path, Architecture, dict[str, Any]]:
+    source = resumed
+    if source is None:
+        source = megatron_checkpoint.resolve_checkpoint(load, weights_only=True)
+        _verify(source, weights_only=True)
+        megatron_checkpoint.check_copy(load, source)
+    return source, *read_architecture(source)
 
 
 def open_dataset(config: TrainingConfig, architecture: Architecture, tokenizer: dict[str, Any]) -> PreferenceDataset:
@@ -96,24 +111,54 @@ def list_batches(config: TrainingConfig, dataset: PreferenceDataset, architectur
 
 
 def find_resumable(config: TrainingConfig) -> Path | None:
-    """Find the checkpoint under `--save` that the run goes on from -> verified `iter_*` directory, or None."""
-    if not megatron_checkpoint.iterations(config.save):
-        return None
-    found = megatron_checkpoint.resolve_checkpoint(config.save)
-    _verify(found)
-    logger.info("resuming from %s", found)
+    """Find the checkpoint under `--save` that the run goes on from -> `iter_*` directory, or None. Collective.
+
+    Its small files are verified here, by rank 0; weights and optimizer by whoever reads them.
+
+    Raises:
+        DataError: there are checkpoints, and none is sound.
+    """
+    found = parallel.told_by_rank_zero(config.parallel, functools.partial(_newest_in, config.save))
+    if found is not None:
+        logger.info("resuming from %s", found)
     return found
 
 
-def _verify(checkpoint: Path) -> None:
-    """Check every file's hash, and that the pickles which mcore will load hold data only. Rank 0 answers for all.
+def _newest_in(save: Path) -> Path | None:
+    if not megatron_checkpoint.iterations(save):
+        return None
+    found = megatron_checkpoint.resolve_checkpoint(save)
+    _verify(found, weights_only=False)
+    return found
+
+
+def read_progress(config: TrainingConfig, checkpoint: Path) -> Progress:
+    """Read where the run that wrote an `iter_*` directory stood -> Progress. Collective: rank 0 reads it.
 
     Raises:
-        DataError: a file is damaged or missing, or a pickle names code.
+        DataError: the checkpoint holds weights only, or is damaged.
     """
-    if parallel.is_rank_zero():
-        megatron_checkpoint.verify_checkpoint(checkpoint)
-        distcp.check_metadata(checkpoint)
+    return parallel.told_by_rank_zero(config.parallel, functools.partial(_read_progress, checkpoint))
+
+
+def _read_progress(checkpoint: Path) -> Progress:
+    common = distcp.read_common(checkpoint, items=Items(checkpoint))
+    if "sppo" not in common:
+        raise DataError(f"{checkpoint} holds no training state. Use it with --load and choose another --save.")
+    return Progress.from_json(common["sppo"], step=int(common["iteration"]))
+
+
+def _verify(checkpoint: Path, *, weights_only: bool) -> None:
+    """Check a checkpoint but for what lies in its data files, of which those that will be read must be whole in size.
+
+    Raises:
+        DataError: a file is damaged or missing, or common.pt names code.
+        ConversionError: `.metadata` does.
+    """
+    small, data = megatron_checkpoint.sorted_files(checkpoint, weights_only=weights_only)
+    megatron_checkpoint.verify_checkpoint(checkpoint, names=small)
+    megatron_checkpoint.listed_digests(checkpoint, names=data)
+    distcp.check_common(checkpoint)
 
 
 def prepare_save_directory(config: TrainingConfig) -> None:

@@ -1,24 +1,31 @@
 """Process groups: which rank holds what. The only reader in training of `parallel_state`."""
 
 import datetime
+import functools
+import itertools
 import logging
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from megatron.core import parallel_state, tensor_parallel
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.command_line import launch
-from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.errors import ConfigError, ConversionError, DataError
 from megatron_sppo.training import cpu
 from megatron_sppo.training.config import ParallelConfig
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_uses = itertools.count()
+"""Numbers what this process says by the launcher's store; every rank says the same things in the same order."""
 
 
 def check_layout(config: ParallelConfig, architecture: Architecture, *, world_size: int) -> None:
@@ -130,12 +137,14 @@ def initialize(config: ParallelConfig, *, seed: int) -> None:
     if on_gpu:
         torch.cuda.set_device(launch().local_rank)
     if not torch.distributed.is_initialized():
-        # A single process needs no launcher: a store in its own memory takes the place of torchrun's.
-        alone: dict[str, Any] = {}
-        if launch().is_alone:
-            alone = {"store": HashStore(), "rank": 0, "world_size": 1}
         timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
-        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, **alone)
+        torch.distributed.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=timeout,
+            store=_new_store(timeout),
+            rank=launch().rank,
+            world_size=launch().world_size,
+        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -148,6 +157,51 @@ def initialize(config: ParallelConfig, *, seed: int) -> None:
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True)
+
+
+def told_by_rank_zero(config: ParallelConfig, find: Callable[[], T]) -> T:
+    """Let rank 0 alone find something out, and tell the others -> the same on every rank. Collective.
+
+    Needs no process group: it goes through the launcher's store. What is found is pickled.
+
+    Raises:
+        ConfigError, DataError, ConversionError, OSError: what rank 0 ran into, on every rank.
+    """
+    place = launch()
+    if place.world_size == 1:
+        return find()
+    store = _new_store(datetime.timedelta(minutes=config.distributed_timeout_minutes))
+    fault: Exception | None = None
+    if place.rank == 0:
+        found: T | None = None
+        try:
+            found = find()
+        except (ConfigError, DataError, ConversionError, OSError) as error:
+            fault = error
+        store.set("found", pickle.dumps((found, fault)).hex())
+        # This process may be the store, and may end before the others have heard.
+        store.wait([f"heard by {rank}" for rank in range(1, place.world_size)])
+    else:
+        found, fault = pickle.loads(bytes.fromhex(store.get("found").decode()))  # noqa: S301 rank 0's own words
+        store.set(f"heard by {place.rank}", "")
+    if fault is not None:
+        raise fault
+    return found  # type: ignore[return-value]
+
+
+def _new_store(timeout: datetime.timedelta) -> Store:
+    """Open an empty store that all ranks share: the launcher's, or one in the memory of a process that has none."""
+    store = _store()
+    store.set_timeout(timeout)
+    return PrefixStore(f"megatron_sppo/{next(_uses)}", store)
+
+
+@functools.cache
+def _store() -> Store:
+    if launch().is_alone:
+        return HashStore()
+    store, _, _ = next(iter(rendezvous("env://")))
+    return store
 
 
 def is_initialized() -> bool:

@@ -149,7 +149,7 @@ def _is_megatron(path: Path) -> bool:
 
 
 def _open_megatron(path: Path, *, template: Path) -> Side:
-    needs_template = not (resolve_checkpoint(path) / MODEL_FILE).is_file()
+    needs_template = not (resolve_checkpoint(path, weights_only=True) / MODEL_FILE).is_file()
     if needs_template and _is_megatron(template):
         raise ConversionError(
             f"{path} has no {MODEL_FILE} that says what model it holds. Compare it with a Hugging Face directory."

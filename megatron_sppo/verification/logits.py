@@ -251,5 +251,5 @@ def megatron_logits(opened: OpenedMegatron, dtype: str) -> Iterator[Logits]:
     check_metadata(opened.directory)
     with built_stage(opened, dtype, on_meta=False) as stage:
         stage.to(parallel.device())
-        load_stages((stage,), opened.directory)
+        load_stages((stage,), opened.directory, is_verified=True)
         yield stage_logits(stage, opened.architecture)

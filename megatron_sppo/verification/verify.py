@@ -49,7 +49,7 @@ def verify(
     Raises:
         ConversionError, DataError: one of the two cannot be read.
     """
-    hf, directory = Path(hf), resolve_checkpoint(Path(megatron))
+    hf, directory = Path(hf), resolve_checkpoint(Path(megatron), weights_only=True)
     tokenizer_hash = check_side_files(hf)
     opened = open_megatron(directory, template=None if (directory / MODEL_FILE).is_file() else hf)
     described = architecture_from_hf(read_config(hf), place=str(hf / CONFIG_FILE))
