@@ -306,6 +306,11 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
     from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
     from megatron_sppo.training.policy import build_policy
     from megatron_sppo.training.progress import Progress, resume_key
+    from megatron_sppo.training.saving import Saver
+
+    class Unsaved(Saver):
+        def save(self, *, wait: bool) -> Path:
+            return source
 
     share = 2 * settings["pairs_per_rank"]
     argv = (
@@ -347,7 +352,7 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
         config=config,
         train_iters=batches.train_iters,
         progress=progress,
-        save=lambda: None,
+        saver=Unsaved(config.save, policy, optimizer, scheduler, progress=progress, source=source),
     )
     rank = launch().rank
     if rank == 0:

@@ -37,6 +37,7 @@ SCRIPTS = {
     "tools/convert.py import": "convert import",
     "tools/convert.py export": "convert export",
     "tools/convert.py verify": "convert verify",
+    "tools/convert.py compare": "convert compare",
     "tools/generate_rollouts.py": "rollouts",
     "tools/score_pairrm.py": "score",
     "examples/pretrain_sppo.py": "train",

@@ -29,6 +29,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
     from megatron_sppo.training.policy import build_policy
     from megatron_sppo.training.progress import Progress, resume_key
+    from megatron_sppo.training.saving import Saver
 
     # What can be refused is refused here, before the first second of compute.
     source, architecture, tokenizer = inputs.open_source(config)
@@ -63,6 +64,17 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         progress.warn_if_micro_batches_changed(batches.micro_batch_key)
         reference_GK = reference.read_for_resume(dataset, batches, progress.reference, config=config)
 
+    saver = Saver(
+        config.save,
+        policy,
+        optimizer,
+        scheduler,
+        progress=progress,
+        source=source,
+        in_background=config.run.async_save,
+        keep_last=config.run.keep_last,
+        needed=[config.load],
+    )
     # (log pi_theta / pi_t - (eta w - log Z))^2, averaged over the responses of a global batch, one update each.
     complete = loop.train(
         policy,
@@ -72,16 +84,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         config=config,
         train_iters=batches.train_iters,
         progress=progress,
-        save=lambda: checkpoint.save(
-            config.save,
-            policy,
-            optimizer,
-            scheduler,
-            progress=progress,
-            source=source,
-            keep_last=config.run.keep_last,
-            needed=[config.load],
-        ),
+        saver=saver,
     )
     parallel.shut_down()
     if not complete:

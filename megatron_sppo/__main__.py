@@ -30,7 +30,7 @@ COMMANDS = {
     "train": ("train", "Train pi_{t+1} from pi_t and a dataset of its judged responses."),
     "convert": (
         "convert",
-        "Convert a model between Hugging Face and Megatron-Core, and verify it.",
+        "Convert a model between Hugging Face and Megatron-Core, verify it, compare two.",
     ),
     "evaluate": ("evaluate", "Compare a policy's answers with the base's and the previous policy's, by a judge."),
     "report": ("report", "Write one self-contained report.html of a self-play run."),

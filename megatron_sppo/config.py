@@ -74,6 +74,7 @@ class Mark(enum.Enum):
     LAYOUT = "layout"
     TUNABLE = "tunable"
     DECIDES = "decides"
+    POSITIONAL = "positional"
 
 
 LAYOUT = Mark.LAYOUT
@@ -84,6 +85,8 @@ TUNABLE = Mark.TUNABLE
 such as a lower rate after a loss that was not finite. Iterations of self-play must share it."""
 DECIDES = Mark.DECIDES
 """Marks the exception within a section that is marked otherwise."""
+POSITIONAL = Mark.POSITIONAL
+"""Marks a field that may also be typed without its flag, before all flags, in the order of the fields."""
 
 
 class SettingsOf(tyro.constructors.PrimitiveConstructorSpec[Any]):
@@ -199,7 +202,7 @@ def parse(
     tokens = list(sys.argv[1:] if argv is None else argv)
     leaves = _leaves(config_class)
     if not {"-h", "--help"} & set(tokens):
-        tokens = _check_flags(tokens, leaves)
+        tokens = _check_flags(_with_flags(tokens, leaves), leaves)
         file = config_file(tokens)
         content = {} if file is None else _read_yaml(file)
         values = _leaf_values(content if of_file is None else of_file(content), leaves, place=str(file))
@@ -402,6 +405,13 @@ def _default_of(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return field.default
+
+
+def _with_flags(tokens: list[str], leaves: Mapping[str, _Leaf]) -> list[str]:
+    """Put the flags of positional settings before what is typed without them -> tokens."""
+    flags = [flag_of(key) for key, leaf in leaves.items() if leaf.mark is POSITIONAL]
+    bare = list(itertools.takewhile(lambda token: not token.startswith("-"), tokens))[: len(flags)]
+    return [part for pair in zip(flags, bare, strict=False) for part in pair] + tokens[len(bare) :]
 
 
 def _check_flags(tokens: list[str], leaves: Mapping[str, _Leaf]) -> list[str]:

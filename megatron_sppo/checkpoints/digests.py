@@ -101,6 +101,11 @@ class ItemDigests:
         self._start = self._position = 0
         self._items: list[Item] = []
 
+    @property
+    def position(self) -> int:
+        """Bytes told so far: where the next will lie."""
+        return self._position
+
     def update(self, block: Any) -> None:
         """Take the next bytes; cheapest in blocks of `BLOCK_BYTES` that are written right after."""
         self._item.update(block)
@@ -134,6 +139,8 @@ class DigestingStream(io.RawIOBase):
     def __init__(self, raw: IO[bytes], digests: ItemDigests) -> None:
         super().__init__()
         self._raw, self._digests = raw, digests
+        self.failure: OSError | None = None
+        """What the file said of a write that failed: a caller in between may raise something else."""
 
     def writable(self) -> bool:
         """Say that it can be written."""
@@ -145,7 +152,11 @@ class DigestingStream(io.RawIOBase):
         for start in range(0, len(view), BLOCK_BYTES):
             part = view[start : start + BLOCK_BYTES]
             self._digests.update(part)
-            self._raw.write(part)
+            try:
+                self._raw.write(part)
+            except OSError as error:
+                self.failure = error
+                raise
         return len(view)
 
     def close(self) -> None:
@@ -153,3 +164,17 @@ class DigestingStream(io.RawIOBase):
         if not self.closed:
             self._digests.end_item()
         super().close()
+
+
+def digested_files(directory: Path) -> dict[str, tuple[str, int]]:
+    """List the data files of a directory that was just written with their digests -> {name: (sha256, bytes)}.
+
+    Raises:
+        DataError: a `.digests` is damaged.
+    """
+    found = {}
+    for beside in sorted(Path(directory).glob(f"*{SUFFIX}")):
+        path = beside.with_suffix(".distcp")
+        digests = read_digests(path)
+        found[path.name] = digests.sha256, digests.bytes
+    return found

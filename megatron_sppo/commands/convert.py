@@ -3,13 +3,15 @@
 megatron-sppo convert import --hf DIR --megatron DIR [--dtype bfloat16] [--workers 8]
 megatron-sppo convert export --megatron DIR --hf DIR [--template HF_DIR] [--max-shard-size 5GB] [--workers 8]
 megatron-sppo convert verify --hf DIR --megatron DIR [--prompts FILE] [--json FILE] [--layerwise]
+megatron-sppo convert compare ONE OTHER [--prompts FILE] [--json FILE] [--no-logits] [--layerwise]
 """
 
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_sppo import config
 from megatron_sppo.storage import refuse_foreign_file, write_json
@@ -77,13 +79,35 @@ class VerifyConfig:
     """Hold one layer in memory, not a model. Done anyway where a model takes more than half of the free memory."""
 
 
-COMMANDS = {"import": ImportConfig, "export": ExportConfig, "verify": VerifyConfig}
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Name all that differs between two models. Exit 0: nothing; 1: each difference is a line; 2: one is unreadable."""
+
+    one: Annotated[Path, config.POSITIONAL]
+    """Hugging Face directory, root of a Megatron checkpoint, or one iter_* directory. `compare ONE OTHER` will do."""
+    other: Annotated[Path, config.POSITIONAL]
+    """The model to hold against it, likewise."""
+    prompts: Path | None = None
+    """Text file with a prompt per line, or JSONL with `prompt`; without it eight built-in prompts."""
+    json: Path | None = None
+    """File to write the report to."""
+    logits: bool = True
+    """Run both models on the prompts, where neither lacks a tensor."""
+    layerwise: bool = False
+    """Hold one layer in memory, not a model. Done anyway where a model takes more than half of the free memory."""
+
+
+COMMANDS = {"import": ImportConfig, "export": ExportConfig, "verify": VerifyConfig, "compare": CompareConfig}
+EXIT_DIFFERENT = 1
 
 
 def main(name: str, argv: Sequence[str] | None = None) -> None:
     """Do what the command says."""
     settings = config.parse_command(
-        COMMANDS, name=name, description="Convert between Hugging Face and Megatron-Core.", argv=argv
+        COMMANDS,
+        name=name,
+        description="Convert between Hugging Face and Megatron-Core.",
+        argv=argv,
     )
     from megatron_sppo.conversion import convert  # brings torch, which --help need not wait for
 
@@ -111,7 +135,6 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
 
             if settings.json is not None:
                 refuse_foreign_file(settings.json, ours="faults", flag="--json")
-
             report = verification.verify(
                 settings.hf, settings.megatron, prompts=settings.prompts, layerwise=settings.layerwise or None
             )
@@ -120,3 +143,20 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
             for line in verification.summary(report):
                 logger.info("%s", line)
             verification.enforce(report)
+        case CompareConfig():
+            from megatron_sppo.verification import compare as comparison
+
+            if settings.json is not None:
+                refuse_foreign_file(settings.json, ours="differences", flag="--json")
+            report = comparison.compare(
+                settings.one,
+                settings.other,
+                prompts=settings.prompts,
+                logits=settings.logits,
+                layerwise=settings.layerwise or None,
+            )
+            if settings.json is not None:
+                write_json(settings.json, report)
+            sys.stdout.writelines(f"{line}\n" for line in comparison.summary(report))
+            if report["differences"]:
+                sys.exit(EXIT_DIFFERENT)

@@ -78,12 +78,15 @@ class OpenedMegatron:
         return key, (*binding.index, *offsets), (*(1,) * len(binding.index), *shape)
 
 
-def open_megatron(megatron: Path, *, template: Path | None = None, leave_unchecked: bool = False) -> OpenedMegatron:
+def open_megatron(
+    megatron: Path, *, template: Path | None = None, leave_unchecked: bool = False, any_keys: bool = False
+) -> OpenedMegatron:
     """Open a Megatron checkpoint for reading: checksums of what will be read, keys and shapes.
 
     Args:
         template: Hugging Face directory that says what model it is.
         leave_unchecked: do not hash the weights now; the caller will while reading them (`unchecked`).
+        any_keys: let missing, mis-shaped and unknown keys pass, for a caller who names them all (`key_faults`).
 
     Raises:
         DataError: no checkpoint there, or its checksums do not hold.
@@ -131,7 +134,8 @@ def open_megatron(megatron: Path, *, template: Path | None = None, leave_uncheck
         side_files=side_files,
         unchecked=unchecked,
     )
-    _check_keys(opened, template)
+    if not any_keys:
+        _check_keys(opened, template)
     check_copy(Path(megatron), directory)
     return opened
 
@@ -211,33 +215,56 @@ def different_fields(one: Architecture, other: Architecture, *, names: tuple[str
     ]
 
 
-def _check_keys(opened: OpenedMegatron, template: Path | None) -> None:
-    """Compare the checkpoint's keys with the architecture's: missing, mis-shaped and unknown ones are named."""
-    if template is None:
-        blame, where = "It is a checkpoint of another model", "its architecture"
-    else:
-        blame = f"--template {template} describes another model than the checkpoint holds; give the right one"
-        where = str(template)
+@dataclass(frozen=True, kw_only=True)
+class KeyFaults:
+    """How a checkpoint's keys differ from those of its architecture."""
+
+    missing: tuple[str, ...]
+    misshapen: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    """{key: (shape that is there, shape that the architecture has)}."""
+    unknown: tuple[str, ...]
+    """Keys of a model for which the family has no rule."""
+
+
+def key_faults(opened: OpenedMegatron) -> KeyFaults:
+    """Hold the checkpoint's keys against the architecture's."""
     stored = opened.reader.shapes()
     stacked = megatron_shapes(opened.bindings, opened.architecture)
-    known = set()
+    missing, misshapen, known = dict[str, None](), {}, set()
     for binding in opened.bindings:
         key = opened.key_of(binding)
         known.add(key)
         wanted = stacked[key] if key in stacked else binding.mapping.megatron_shape(opened.architecture)
         if key not in stored:
-            raise ConversionError(
-                f"{opened.directory} lacks {binding.mapping.key}. {blame}, or the checkpoint is of no GPTModel."
-            )
+            missing[binding.mapping.key] = None
+            continue
         found = stored[key]
         # Megatron pads the vocabulary.
         rows_may_exceed = isinstance(binding.mapping, VocabRows) and found[0] >= wanted[0]
         if found != wanted and not (rows_may_exceed and found[1:] == wanted[1:]):
-            raise ConversionError(
-                f"{opened.directory} holds {key} of shape {list(found)} where {where} has {list(wanted)}. {blame}."
-            )
-    if unknown := sorted(key for key in stored if key.startswith(_MODEL_ROOTS) and key not in known):
+            misshapen[key] = found, wanted
+    unknown = sorted(key for key in stored if key.startswith(_MODEL_ROOTS) and key not in known)
+    return KeyFaults(missing=tuple(missing), misshapen=misshapen, unknown=tuple(unknown))
+
+
+def _check_keys(opened: OpenedMegatron, template: Path | None) -> None:
+    """Refuse keys that are missing, mis-shaped or unknown; the first is named."""
+    if template is None:
+        blame, where = "It is a checkpoint of another model", "its architecture"
+    else:
+        blame = f"--template {template} describes another model than the checkpoint holds; give the right one"
+        where = str(template)
+    faults = key_faults(opened)
+    if faults.missing:
         raise ConversionError(
-            f"{opened.directory} holds {some_of(unknown)}, for which the family "
+            f"{opened.directory} lacks {some_of(faults.missing)}. {blame}, or the checkpoint is of no GPTModel."
+        )
+    for key, (found, wanted) in faults.misshapen.items():
+        raise ConversionError(
+            f"{opened.directory} holds {key} of shape {list(found)} where {where} has {list(wanted)}. {blame}."
+        )
+    if faults.unknown:
+        raise ConversionError(
+            f"{opened.directory} holds {some_of(faults.unknown)}, for which the family "
             f"{opened.architecture.family!r} has no rule. {blame}."
         )

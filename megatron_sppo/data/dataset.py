@@ -3,8 +3,8 @@
 G = prompt groups, K = responses per prompt.
 """
 
-import functools
 import json
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,6 @@ class PreferenceDataset:
         self.num_groups, self.num_responses = self.manifest.num_prompts, self.manifest.num_responses
         self._opened: dict[str, Column] = {}
         ranges = self._verify_files(contents=verify_contents)
-        lengths = self._column("tokens").lengths.reshape(self.num_groups, self.num_responses + 1)
-        self.prompt_lengths: np.ndarray = lengths[:, 0]
-        """[G] int32, tokens."""
-        self.response_lengths: np.ndarray = lengths[:, 1:]
-        """[G, K] int32, tokens."""
         if verify_contents:
             for name in COLUMNS:
                 self._column(name)
@@ -55,22 +50,62 @@ class PreferenceDataset:
         """Hash of the contents; the reference sidecar does not enter."""
         return self.manifest.dataset_hash
 
-    @functools.cached_property
-    def prompt_lines(self) -> list[dict[str, Any]]:
-        """Lines of prompts.jsonl -> [G], each with at least `prompt_id`. Read when asked for: training never does.
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """[G] int32, tokens."""
+        return self.lengths[:, 0]
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        """[G, K] int32, tokens."""
+        return self.lengths[:, 1:]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[G, K + 1] int32, tokens of the prompt and of each response."""
+        return self._column("tokens").lengths.reshape(self.num_groups, self.num_responses + 1)
+
+    def raw_lines(self) -> Iterator[bytes]:
+        """Read prompts.jsonl line by line, as it lies there -> [G] lines with their ends. Training never does.
 
         Raises:
-            DataError: no JSON lines, another number of them, or one without a prompt_id.
+            DataError: another number of lines, after the last one.
         """
-        path = self.directory / PROMPTS_NAME
-        try:
-            with open(path, encoding="utf-8") as file:
-                lines = [json.loads(line) for line in file]
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} is not JSON lines ({error}). {_REMEDY}") from None
-        if len(lines) != self.num_groups or not all(isinstance(line, dict) and "prompt_id" in line for line in lines):
+        path, num_lines = self.directory / PROMPTS_NAME, 0
+        with open(path, "rb") as file:
+            for line in file:
+                num_lines += 1
+                yield line
+        if num_lines != self.num_groups:
             raise DataError(f"{path} does not hold {self.num_groups} lines with a prompt_id. {_REMEDY}")
+
+    def lines_of(self, groups: Collection[int]) -> dict[int, dict[str, Any]]:
+        """Read these groups' lines of prompts.jsonl, and the file up to the last of them -> {group: its line}.
+
+        A line has at least `prompt_id`.
+
+        Raises:
+            DataError: no JSON lines, too few of them, or one without a prompt_id.
+        """
+        path, wanted = self.directory / PROMPTS_NAME, set(groups)
+        assert all(0 <= group < self.num_groups for group in wanted)
+        lines: dict[int, dict[str, Any]] = {}
+        for group, raw in enumerate(self.raw_lines() if wanted else ()):
+            if group in wanted:
+                try:
+                    line = json.loads(raw)
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{path} is not JSON lines ({error}). {_REMEDY}") from None
+                if not isinstance(line, dict) or "prompt_id" not in line:
+                    raise DataError(f"{path} does not hold {self.num_groups} lines with a prompt_id. {_REMEDY}")
+                lines[group] = line
+                if len(lines) == len(wanted):
+                    break
         return lines
+
+    def token_span(self, start: int, stop: int) -> np.ndarray:
+        """Token ids of groups start .. stop - 1, prompt and responses end to end -> int32, from the disk."""
+        return self._column("tokens").span(start * (self.num_responses + 1), stop * (self.num_responses + 1))
 
     def prompt(self, group: int) -> np.ndarray:
         """Token ids of a prompt -> [prompt_lengths[group]] int32."""

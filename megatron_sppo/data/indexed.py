@@ -6,6 +6,7 @@ directions. It has no checksum, so that every file is listed with its sha256 in 
 
 import hashlib
 import struct
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,14 +26,35 @@ _DTYPES = dict(enumerate(("uint8", "int8", "int16", "int32", "int64", "float64",
 """Megatron's code of each numpy dtype."""
 
 
+class HashedFile:
+    """A file being written that is hashed on the way, so that nobody reads it again to know its manifest entry."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._digest, self._bytes = open(path, "wb"), hashlib.sha256(), 0
+
+    def write(self, content: bytes | memoryview) -> None:
+        """Append bytes."""
+        self._file.write(content)
+        self._digest.update(content)
+        self._bytes += len(content)
+
+    def close(self) -> None:
+        """Flush; once more does nothing."""
+        self._file.close()
+
+    @property
+    def entry(self) -> FileEntry:
+        """Size and hash of what was written so far."""
+        return FileEntry(sha256=self._digest.hexdigest(), bytes=self._bytes)
+
+
 class ColumnWriter:
     """One indexed dataset being written: a document per prompt group."""
 
     def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
         self._prefix, self._dtype = prefix, np.dtype(dtype)
-        self._file = open(f"{prefix}.bin", "wb")
-        self._lengths: list[int] = []
-        self._boundaries = [0]
+        self._file = HashedFile(Path(f"{prefix}.bin"))
+        self._lengths, self._boundaries = array("i"), array("q", [0])
 
     def append(self, sequences: Sequence[npt.ArrayLike]) -> None:
         """Add one document of one or more sequences."""
@@ -42,16 +64,31 @@ class ColumnWriter:
             self._lengths.append(values.size)
         self._boundaries.append(len(self._lengths))
 
-    def finish(self) -> None:
-        """Flush the .bin file and write the .idx file."""
+    def extend(self, values: np.ndarray, lengths: np.ndarray) -> None:
+        """Add documents of equally many sequences, all sequences end to end.
+
+        Args:
+            values: as many as `lengths` adds up to, of the column's dtype.
+            lengths: [documents, sequences of each].
+        """
+        assert values.dtype == self._dtype and values.size == lengths.sum(), "lengths of other values"
+        self._file.write(values.tobytes())
+        first, (documents, sequences) = len(self._lengths), lengths.shape
+        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
+        self._boundaries.frombytes((first + sequences * np.arange(1, documents + 1, dtype=np.int64)).tobytes())
+
+    def finish(self) -> dict[str, FileEntry]:
+        """Flush the .bin file and write the .idx file -> manifest entries by suffix, "bin" and "idx"."""
         self._file.close()
         code = next(code for code, name in _DTYPES.items() if name == self._dtype.name)
         lengths = np.array(self._lengths, dtype=np.int32)
-        with open(f"{self._prefix}.idx", "wb") as file:
-            file.write(_HEADER.pack(_MAGIC, _VERSION, code, len(lengths), len(self._boundaries)))
-            file.write(lengths.tobytes())
-            file.write(_offsets(lengths, self._dtype)[:-1].tobytes())
-            file.write(np.array(self._boundaries, dtype=np.int64).tobytes())
+        index = HashedFile(Path(f"{self._prefix}.idx"))
+        index.write(_HEADER.pack(_MAGIC, _VERSION, code, len(lengths), len(self._boundaries)))
+        index.write(lengths.tobytes())
+        index.write(_offsets(lengths, self._dtype)[:-1].tobytes())
+        index.write(self._boundaries.tobytes())
+        index.close()
+        return {"bin": self._file.entry, "idx": index.entry}
 
     def abandon(self) -> None:
         """Close the .bin file of a dataset that will not be kept."""
@@ -136,6 +173,10 @@ class Column:
     def sequence(self, index: int) -> np.ndarray:
         """Read one sequence -> [lengths[index]], a copy."""
         return self.values[self._starts[index] : self._starts[index + 1]].copy()
+
+    def span(self, start: int, stop: int) -> np.ndarray:
+        """Read sequences start .. stop - 1, end to end -> a view of `values`."""
+        return self.values[self._starts[start] : self._starts[stop]]
 
 
 def _read_index(path: Path, dtype: np.dtype, *, remedy: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -4,33 +4,32 @@ K = responses per prompt. The same groups in the same order give the same bytes.
 """
 
 import contextlib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-import torch
 
+from megatron_sppo.data.blocks import GroupBlock, GroupEncoder, TokenIds, targets_of
 from megatron_sppo.data.dataset import PreferenceDataset
-from megatron_sppo.data.indexed import ColumnWriter, file_entry
+from megatron_sppo.data.indexed import ColumnWriter, HashedFile
 from megatron_sppo.data.schema import (
     COLUMNS,
     PROMPTS_NAME,
     SCHEMA_VERSION,
     DatasetManifest,
+    FileEntry,
     LeftOut,
-    file_names,
     parse_selection,
     write_manifest,
 )
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.objective import preference_matrix, win_rates
 from megatron_sppo.objective.names import PREFERENCE_RULES
 from megatron_sppo.storage import atomic_directory, remove_stale_temporaries
 
-TokenIds = Sequence[int] | np.ndarray
+_GROUPS_PER_BLOCK = 4096
 
 
 class DatasetWriter:
@@ -70,7 +69,7 @@ class DatasetWriter:
             "selection": str(selected),
             "rollouts_sha256": rollouts_sha256,
         }
-        self._num_responses, self._vocab_size, self._preset = num_responses, vocab_size, preset
+        self._encoder = GroupEncoder(num_responses=num_responses, vocab_size=vocab_size, rule=preset)
         self._quarantined: list[LeftOut] = []
         self.num_prompts = 0
         self.manifest: DatasetManifest | None = None
@@ -90,7 +89,8 @@ class DatasetWriter:
                 column = ColumnWriter(self._temporary / name, np.int32 if name == "tokens" else np.float32)
                 stack.callback(column.abandon)
                 self._columns[name] = column
-            self._prompts: IO[str] = stack.enter_context(open(self._temporary / PROMPTS_NAME, "w", encoding="utf-8"))
+            self._prompts = HashedFile(self._temporary / PROMPTS_NAME)
+            stack.callback(self._prompts.close)
             self._stack = stack.pop_all()
         return self
 
@@ -124,46 +124,31 @@ class DatasetWriter:
         """
         if prompt_id is None:
             prompt_id = str(self.num_prompts + self.num_quarantined)
-        logits = np.array(judge_logits, dtype=np.float32)
-        if logits.ndim == 2:
-            np.fill_diagonal(logits, 0.0)
-        reason = self._fault(prompt_token_ids, response_token_ids, logits)
+        reason = self._encoder.add(
+            prompt_token_ids, response_token_ids, judge_logits, prompt_id=prompt_id, info=info or {}
+        )
         if reason is not None:
             self.quarantine(prompt_id, reason)
             return False
-        preferences = preference_matrix(torch.from_numpy(logits), rule=self._preset)
-        self._columns["tokens"].append([prompt_token_ids, *response_token_ids])
-        self._columns["win_rates"].append([win_rates(preferences).numpy()])
-        self._columns["preferences"].append([preferences.numpy()])
-        self._columns["judge_logits"].append([logits])
-        line = {"prompt_id": prompt_id, **(info or {})}
-        self._prompts.write(json.dumps(line, sort_keys=True, ensure_ascii=True) + "\n")
-        self.num_prompts += 1
+        self.extend(self._encoder.take())
         return True
+
+    def extend(self, block: GroupBlock) -> None:
+        """Add groups that were encoded for this dataset: with its preset, vocabulary and number of responses."""
+        columns, num_groups = self._columns, block.num_groups
+        columns["tokens"].extend(block.tokens, block.lengths)
+        for name, values in (
+            ("win_rates", block.win_rates),
+            ("preferences", block.preferences),
+            ("judge_logits", block.judge_logits),
+        ):
+            columns[name].extend(values, np.full((num_groups, 1), values[0].size if num_groups else 0))
+        self._prompts.write(block.lines)
+        self.num_prompts += num_groups
 
     def quarantine(self, prompt_id: str, reason: str) -> None:
         """Leave a prompt group out and say why in the manifest."""
         self._quarantined.append({"prompt_id": str(prompt_id), "reason": str(reason)})
-
-    def _fault(self, prompt_token_ids: TokenIds, responses: Sequence[TokenIds], logits: np.ndarray) -> str | None:
-        """Say why a group cannot be trained on -> one clause, or None."""
-        if len(responses) != self._num_responses:
-            return f"{len(responses)} responses, expected {self._num_responses}"
-        if len(prompt_token_ids) == 0:
-            return "the prompt has no tokens"
-        empty = [k for k, response in enumerate(responses) if len(response) == 0]
-        if empty:
-            return f"responses {empty} have no tokens"
-        if logits.shape != (self._num_responses, self._num_responses):
-            return f"judge logits have shape {list(logits.shape)}, expected {[self._num_responses] * 2}"
-        if not np.isfinite(logits[~np.eye(self._num_responses, dtype=bool)]).all():
-            return "judge logits are not finite"
-        limit = np.iinfo(np.int32).max if self._vocab_size is None else self._vocab_size - 1
-        for ids in (prompt_token_ids, *responses):
-            low, high = min(ids), max(ids)
-            if low < 0 or high > limit:
-                return f"token id {low if low < 0 else high} lies outside the vocabulary of {self._vocab_size}"
-        return None
 
     def _finish(self) -> None:
         if not self.num_prompts:
@@ -173,12 +158,13 @@ class DatasetWriter:
                 f"quarantined{first}. Check the rollouts, and the judge."
             )
         self._prompts.close()
-        for column in self._columns.values():
-            column.finish()
+        files: dict[str, FileEntry] = {}
+        for name, column in self._columns.items():
+            files |= {f"{name}.{suffix}": entry for suffix, entry in column.finish().items()}
         manifest = DatasetManifest(
             schema_version=SCHEMA_VERSION,
             num_prompts=self.num_prompts,
-            files={name: file_entry(self._temporary / name) for name in file_names()},
+            files={**files, PROMPTS_NAME: self._prompts.entry},
             quarantined=tuple(self._quarantined),
             **self._settings,
         )
@@ -207,15 +193,34 @@ def rebuild_dataset(
     with writer:
         for row in manifest.quarantined:
             writer.quarantine(row["prompt_id"], row["reason"])
-        for group, line in enumerate(source.prompt_lines):
-            info = {key: value for key, value in line.items() if key != "prompt_id"}
-            added = writer.append(
-                source.prompt(group),
-                [source.response(group, k) for k in range(source.num_responses)],
-                source.judge_logits(group),
-                prompt_id=line["prompt_id"],
-                info=info,
-            )
-            assert added, f"group {group} was in the dataset and is refused now"
+        for block in _blocks(source, rule=preset or manifest.preset):
+            writer.extend(block)
     assert writer.manifest is not None
     return writer.manifest
+
+
+def _blocks(source: PreferenceDataset, *, rule: str) -> Iterator[GroupBlock]:
+    """Read a dataset block by block, its preferences made anew; tokens and texts are copied as they lie there.
+
+    Raises:
+        DataError: the texts are not as many as the groups, or a logit is no number.
+    """
+    all_lines = source.raw_lines()
+    for start in range(0, source.num_groups, _GROUPS_PER_BLOCK):
+        stop = min(start + _GROUPS_PER_BLOCK, source.num_groups)
+        lines = list(islice(all_lines, stop - start))
+        logits = np.stack([source.judge_logits(group) for group in range(start, stop)])
+        if not np.isfinite(logits).all():
+            raise DataError(f"{source.directory / 'judge_logits.bin'} holds no numbers. Score the rollouts again.")
+        rates, preferences = targets_of(logits, rule=rule)
+        yield GroupBlock(
+            tokens=source.token_span(start, stop),
+            lengths=source.lengths[start:stop],
+            win_rates=rates,
+            preferences=preferences,
+            judge_logits=logits,
+            lines=b"".join(lines),
+            line_bytes=np.array([len(line) for line in lines], dtype=np.int64),
+        )
+    for _ in all_lines:
+        pass  # says that there are too many

@@ -242,7 +242,7 @@ def describe_judge(dataset: PreferenceDataset, counts: Counter[str]) -> dict[str
 
 def signal_counts(judge_logits_GKK: np.ndarray, *, rule: str) -> Counter[str]:
     """Count what there is to learn from a judge's verdicts -> pairs i < j and answers, by kind."""
-    logits = torch.from_numpy(judge_logits_GKK)
+    logits = torch.tensor(judge_logits_GKK)
     preferences = preference_matrix(logits, rule=rule)
     upper = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(diagonal=1)
     first, second = logits[:, upper], logits.transpose(-1, -2)[:, upper]

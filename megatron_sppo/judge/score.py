@@ -26,10 +26,11 @@ from megatron_sppo.judge.config import ScoreConfig
 from megatron_sppo.judge.diagnostics import check_signal, describe_judge, signal_counts
 from megatron_sppo.judge.load import load_judge
 from megatron_sppo.judge.protocol import Judge
-from megatron_sppo.judge.shard_scores import read_scores, score_rollouts
+from megatron_sppo.judge.shard_files import DAMAGE, ShardBlock, ShardKey, read_blocks, read_scores, scores_path
+from megatron_sppo.judge.shard_scores import score_rollouts
 from megatron_sppo.judge.work_list import WorkList
 from megatron_sppo.rollout.outcomes import outcome_warnings
-from megatron_sppo.rollout.records import MANIFEST_NAME, RolloutGroup, RolloutManifest, read_manifest, read_rows
+from megatron_sppo.rollout.records import MANIFEST_NAME, RolloutManifest, read_manifest
 from megatron_sppo.storage import (
     lock_until_exit,
     read_json,
@@ -75,7 +76,7 @@ def score(config: ScoreConfig, work: WorkList) -> dict[str, Any] | None:
     if work.rank != 0:
         # The first rank alone looks whether there is anything to do: it may be writing by the time others look.
         if work.ask():
-            score_rollouts(config.rollouts, judge, work_dir, work=work)
+            score_rollouts(config.rollouts, judge, work_dir, rule=preset, work=work)
         work.leave()
         return None
     lock_until_exit(work_dir, flag="--output")
@@ -87,6 +88,9 @@ def score(config: ScoreConfig, work: WorkList) -> dict[str, Any] | None:
         "selection": str(parse_selection(selection)),
     }
     done = finished(config.output, identity)
+    if done is None:
+        # Before any other rank writes: a host does not see which processes of another one still run.
+        remove_stale_temporaries(*(scores_path(work_dir, number) for number in range(len(manifest.shards))))
     work.tell(done is None)
     if done is None:
         remove_stale_temporaries(config.output)
@@ -100,7 +104,7 @@ def score(config: ScoreConfig, work: WorkList) -> dict[str, Any] | None:
             selection=selection,
             rollouts_sha256=rollouts_sha256,
         )
-        score_rollouts(config.rollouts, judge, work_dir, work=work)
+        score_rollouts(config.rollouts, judge, work_dir, rule=preset, work=work)
         with writer:
             counts = merge_scores(config.rollouts, manifest, judge, work_dir, writer, rule=preset)
             if not config.allow_no_signal and writer.num_prompts:
@@ -157,57 +161,53 @@ def _work_dir(output: Path) -> Path:
 def merge_scores(
     rollouts: Path, manifest: RolloutManifest, judge: Judge, work_dir: Path, writer: DatasetWriter, *, rule: str
 ) -> Counter[str]:
-    """Append every scored group to the writer, shard after shard -> counts over all shards.
+    """Join the files of all shards in the rollouts' order -> counts over all shards.
 
     The judge's own, `signal_counts` under the writer's rule, and how many answers there are and were cut in sampling.
 
     Raises:
-        DataError: a shard has no scores (they vanished between scoring and now).
+        DataError: a shard has no file (it vanished between scoring and now), or a damaged one.
     """
     for left_out in manifest.quarantined:
         writer.quarantine(**left_out)
     counts: Counter[str] = Counter()
     seen: set[str] = set()
     for number, entry in enumerate(manifest.shards):
-        scores = read_scores(work_dir, number, entry, judge)
-        if scores is None:
+        key = ShardKey(entry=entry, judge=judge, manifest=manifest, rule=rule)
+        scores = read_scores(work_dir, number, key)
+        try:
+            if scores is None:
+                raise FileNotFoundError
+            counts += scores.counts
+            for block in read_blocks(work_dir, number, key):
+                counts += _append(block, writer, seen, rule=rule)
+        except (FileNotFoundError, *DAMAGE):
             raise DataError(
                 f"{work_dir} holds no scores of {entry.file}. Run the same `megatron-sppo score` command again."
-            )
-        counts += scores.counts
-        place, added = -1, []
-        for row in read_rows(rollouts, entry, num_responses=manifest.num_responses, vocab_size=manifest.vocab_size):
-            if not isinstance(row, RolloutGroup):
-                writer.quarantine(**row)
-                continue
-            place += 1
-            if row.prompt_id in seen:
-                writer.quarantine(row.prompt_id, "the prompt_id occurs twice; the first one was kept")
-                continue
-            seen.add(row.prompt_id)
-            if place in scores.reasons:
-                writer.quarantine(row.prompt_id, scores.reasons[place])
-            elif writer.append(
-                row.prompt_token_ids,
-                [response.token_ids for response in row.responses],
-                scores.judge_logits[place],
-                prompt_id=row.prompt_id,
-                info=_texts(row),
-            ):
-                added.append(scores.judge_logits[place])
-                counts["answers"] += len(row.responses)
-                counts["cut_answers"] += sum(response.finish_reason == "length" for response in row.responses)
-        if added:
-            counts += signal_counts(np.stack(added), rule=rule)
+            ) from None
     return counts
 
 
-def _texts(group: RolloutGroup) -> dict[str, Any]:
-    """What prompts.jsonl keeps of a group beside its id."""
-    return {
-        "messages": list(group.messages),
-        "responses": [{"text": response.text, "finish_reason": response.finish_reason} for response in group.responses],
-    }
+def _append(block: ShardBlock, writer: DatasetWriter, seen: set[str], *, rule: str) -> Counter[str]:
+    """Append a block's groups, but those whose prompt_id was seen before -> counts over what was added."""
+    kept = []
+    for prompt_id, reason, is_rollout in block.rows:
+        is_new = prompt_id not in seen
+        if is_rollout and not is_new:
+            writer.quarantine(prompt_id, "the prompt_id occurs twice; the first one was kept")
+        elif reason is not None:
+            writer.quarantine(prompt_id, reason)
+        if is_rollout:
+            seen.add(prompt_id)
+            if reason is None:
+                kept.append(is_new)
+    kept_G = np.array(kept, dtype=bool)
+    if not kept_G.any():
+        return Counter()
+    groups = block.groups.only(kept_G)
+    writer.extend(groups)
+    num_cut = int(block.num_cut[kept_G].sum())
+    return Counter(answers=groups.win_rates.size, cut_answers=num_cut) + signal_counts(groups.judge_logits, rule=rule)
 
 
 def check_output(output: Path) -> None:

@@ -1,7 +1,7 @@
 """Which rank judges which shard: one list for all ranks, taken from the front whenever one is free.
 
 Who took a shard changes nothing in its scores, so the list keeps no record that could be wrong after a kill: what is
-done is what has a score file. The ranks share two counters in torch's key-value store, and no collective: none waits
+done is what has a score file. The ranks share a few counters in torch's key-value store, and no collective: none waits
 for another but the first, and that one only as long as something still moves.
 """
 
@@ -27,12 +27,21 @@ class WorkList:
         assert world_size == 1 or store is not None
         self.rank, self.world_size = rank, world_size
         self._store = store
-        self._counters = {"taken": 0, "pairs": 0, "left": 0}
+        self._counters = {"taken": 0, "finished": 0, "pairs": 0, "left": 0}
 
     def take(self, order: Sequence[int]) -> int | None:
         """Take the next of `order`, which must be the same on all ranks -> shard number, None when all are taken."""
         position = self._add("taken", 1) - 1
         return order[position] if position < len(order) else None
+
+    def finish(self) -> None:
+        """Say that a shard that was taken has its file."""
+        self._add("finished", 1)
+
+    @property
+    def num_finished(self) -> int:
+        """Shards that some rank has found finished, or has finished, in this run."""
+        return self._add("finished", 0)
 
     def report(self, num_pairs: int) -> None:
         """Add what this rank has judged to the run's count."""

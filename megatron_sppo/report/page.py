@@ -67,12 +67,17 @@ def write_report(run_dir: Path) -> Path:
         ConfigError: something else lies in the report's place.
     """
     path = Path(run_dir, REPORT_NAME)
-    if path.is_dir() or (path.is_file() and _TITLE.encode() not in path.read_bytes()[:4096]):
+    if path.is_dir() or (path.is_file() and not _is_report(path)):
         raise ConfigError(f"{path} is there and is no report of this command. Move it elsewhere.")
     page = render(read_run(run_dir))
     with atomic_file(path) as file:
         file.write(page)
     return path
+
+
+def _is_report(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return _TITLE.encode() in file.read(4096)
 
 
 def render(run: RunData) -> str:

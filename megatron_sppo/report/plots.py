@@ -13,7 +13,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from megatron_sppo.report.data import IterationData, PreferenceExample
+from megatron_sppo.report.data import MACHINE_METRICS, IterationData, PreferenceExample, StepMetrics
 
 _INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
 _COLORS = ("#2563a8", "#d9730d", "#2f8f5b", "#8e4fb5", "#b83a4b", "#4a7c8c")
@@ -36,6 +36,10 @@ STYLE: dict[Any, Any] = {
 }
 _LOG_SCALE_RATIO = 30.0
 _MAX_PANELS = 4
+_MAX_POINTS = 2000
+"""Of a line; a longer one keeps the smallest and the largest of each stretch, so that no spike is lost."""
+_MAX_DOTS = 20_000
+"""Of a panel of responses; of more, so many are drawn, evenly, and the outermost."""
 
 
 def win_rate_figure(iterations: Sequence[dict[str, Any]]) -> str | None:
@@ -68,20 +72,19 @@ def win_rate_figure(iterations: Sequence[dict[str, Any]]) -> str | None:
         return data_uri(figure)
 
 
-def loss_figure(metrics: Sequence[dict[str, Any]]) -> str | None:
+def loss_figure(metrics: StepMetrics) -> str | None:
     """Draw the loss of every step, iterations end to end -> data URI, or None without metrics."""
-    points = [(row["iteration"], row["loss"]) for row in metrics if isinstance(row.get("loss"), (int, float))]
-    if not points:
+    losses, numbers = metrics.losses, metrics.iterations
+    if not losses.size:
         return None
-    losses = np.array([loss for _, loss in points], dtype=np.float64)
-    numbers = np.array([iteration for iteration, _ in points])
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(1)
         for series, number in enumerate(np.unique(numbers)):
             steps = np.flatnonzero(numbers == number) + 1
             marker = "." if len(steps) <= 60 else None
             label = f"iteration {number}"
-            axes[0].plot(steps, losses[numbers == number], color=color_of(series), marker=marker, label=label)
+            style: dict[str, Any] = {"color": color_of(series), "marker": marker, "label": label}
+            axes[0].plot(*_thinned(steps, losses[numbers == number]), **style)
             if series:
                 axes[0].axvline(steps[0] - 0.5, color=_MUTED, linestyle=":", linewidth=1)
         finite = losses[np.isfinite(losses) & (losses > 0)]
@@ -92,25 +95,29 @@ def loss_figure(metrics: Sequence[dict[str, Any]]) -> str | None:
         return data_uri(figure)
 
 
-_MACHINE = {
-    "perf/mfu": ("model FLOPs, % of 989 TFLOP/s", 100.0),
-    "gpu/power_watts": ("power, W", 1.0),
-    "gpu/temperature_celsius": ("temperature, \N{DEGREE SIGN}C", 1.0),
-    "gpu/torch_peak_gib": ("peak memory, GiB", 1.0),
-}
+_MACHINE_LABELS = (
+    ("model FLOPs, % of 989 TFLOP/s", 100.0),
+    ("power, W", 1.0),
+    ("temperature, \N{DEGREE SIGN}C", 1.0),
+    ("peak memory, GiB", 1.0),
+)
+"""Label and factor of each of MACHINE_METRICS."""
 
 
-def machine_figure(metrics: Sequence[dict[str, Any]]) -> str | None:
+def machine_figure(metrics: StepMetrics) -> str | None:
     """Draw what the first rank's GPU did, iterations end to end -> data URI, or None where no GPU was sampled."""
-    sampled = [name for name in _MACHINE if any(isinstance(row.get(name), (int, float)) for row in metrics)]
-    if not sampled:
+    if not metrics.machine:
         return None
+    labels = dict(zip(MACHINE_METRICS, _MACHINE_LABELS, strict=True))
+    slow = np.flatnonzero(metrics.throttled) + 1
+    # Lines that would stand in one another are drawn once.
+    _, apart = np.unique(slow * (_MAX_POINTS // 4) // (len(metrics.throttled) + 1), return_index=True)
+    slow = slow if len(slow) <= _MAX_POINTS // 4 else slow[apart]
     with matplotlib.rc_context(STYLE):
-        figure, panels = new_figure(len(sampled), width=3.2, height=2.6)
-        for axes, name in zip(panels, sampled, strict=True):
-            label, factor = _MACHINE[name]
-            axes.plot(range(1, len(metrics) + 1), [factor * row.get(name, np.nan) for row in metrics], color=_COLORS[0])
-            slow = [step for step, row in enumerate(metrics, start=1) if row.get("gpu/throttled")]
+        figure, panels = new_figure(len(metrics.machine), width=3.2, height=2.6)
+        for axes, (name, values) in zip(panels, metrics.machine.items(), strict=True):
+            label, factor = labels[name]
+            axes.plot(*_thinned(np.arange(1, len(values) + 1), factor * values), color=_COLORS[0])
             for step in slow:
                 axes.axvline(step, color=_COLORS[1], linewidth=0.8)
             axes.set(xlabel="optimizer step", ylabel=label)
@@ -188,8 +195,9 @@ def _scatter(axes: Axes, data: IterationData) -> PathCollection:
     axes.axhline(0, color=_MUTED, linewidth=0.8)
     axes.axvline(0, color=_MUTED, linewidth=0.8)
     # Points are drawn as one picture: a hundred thousand SVG circles would stop a browser.
-    colors: dict[str, Any] = {"c": data.steps, "cmap": "viridis_r", "alpha": 0.7, "linewidths": 0}
-    points = axes.scatter(data.targets, data.log_ratios, s=11, rasterized=True, **colors)
+    dots = _drawn(data)
+    colors: dict[str, Any] = {"c": data.steps[dots], "cmap": "viridis_r", "alpha": 0.7, "linewidths": 0}
+    points = axes.scatter(data.targets[dots], data.log_ratios[dots], s=11, rasterized=True, **colors)
     ends = np.array([min(data.targets.min(), 0), max(data.targets.max(), 0)])
     bottom, top = axes.get_ylim()
     axes.plot(ends, ends, color=_MUTED, linestyle="--", linewidth=1.2)
@@ -202,6 +210,27 @@ def _scatter(axes: Axes, data: IterationData) -> PathCollection:
     axes.set_title(f"iteration {data.iteration}{label}")
     axes.set_xlabel("target, nats")
     return points
+
+
+def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Leave out points of a line that nobody could tell from their neighbours -> x and y, [_MAX_POINTS] at most."""
+    if len(y) <= _MAX_POINTS:
+        return x, y
+    kept = []
+    for part in np.array_split(np.arange(len(y)), _MAX_POINTS // 2):
+        values = y[part]
+        known = part[~np.isnan(values)] if np.isnan(values).any() else part
+        kept += sorted({known[y[known].argmin()], known[y[known].argmax()]}) if known.size else [part[0]]
+    return x[kept], y[kept]
+
+
+def _drawn(data: IterationData) -> np.ndarray:
+    """Choose the responses that are drawn -> indices: all, or evenly many of them and the outermost."""
+    if len(data.targets) <= _MAX_DOTS:
+        return np.arange(len(data.targets))
+    evenly = np.linspace(0, len(data.targets) - 1, _MAX_DOTS).astype(np.int64)
+    ends = [place for values in (data.targets, data.log_ratios) for place in (values.argmin(), values.argmax())]
+    return np.unique([*evenly, *ends])
 
 
 def new_figure(num_panels: int, *, width: float = 4.4, height: float = 3.2) -> tuple[Figure, list[Axes]]:

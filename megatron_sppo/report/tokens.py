@@ -48,20 +48,21 @@ def read_token_answers(path: Path) -> tuple[TokenAnswer, ...]:
     """
     if not path.is_file():
         return ()
-    by_group: dict[int, list[TokenAnswer]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            answer = _answer(json.loads(line))
-        except (ValueError, KeyError, TypeError):
-            raise DataError(
-                f"{path}, line {number} is no answer with its tokens. Delete the file and run the same command again."
-            ) from None
-        by_group.setdefault(answer.group, []).append(answer)
-    shown: list[TokenAnswer] = []
-    for group in list(by_group)[:NUM_SHOWN]:
-        ranked = sorted(by_group[group], key=lambda answer: -answer.win_rate)
-        shown += ranked if len(ranked) < 2 else [ranked[0], ranked[-1]]
-    return tuple(shown)
+    ends: dict[int, list[TokenAnswer]] = {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                answer = _answer(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                raise DataError(
+                    f"{path}, line {number} is no answer with its tokens. "
+                    "Delete the file and run the same command again."
+                ) from None
+            if answer.group in ends or len(ends) < NUM_SHOWN:
+                # The first of the best and the last of the worst.
+                ranked = sorted([*ends.get(answer.group, ()), answer], key=lambda answer: -answer.win_rate)
+                ends[answer.group] = ranked if len(ranked) < 2 else [ranked[0], ranked[-1]]
+    return tuple(answer for of_prompt in ends.values() for answer in of_prompt)
 
 
 def _answer(line: dict[str, Any]) -> TokenAnswer:

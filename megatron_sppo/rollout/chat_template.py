@@ -154,16 +154,38 @@ class ChatTokenizer:
         Raises:
             UnusablePrompt: the template refuses it, or its text holds a special token, which would forge a turn.
         """
-        for turn in prompt.messages:
-            self._refuse_special(turn["content"], f"the {turn['role']} message")
-        text = self._rendered(prompt.messages, add_generation_prompt=True)
-        token_ids = self._ids(text)
+        (tokenized,) = self.tokenize_all([prompt])
+        if isinstance(tokenized, UnusablePrompt):
+            raise tokenized
+        return tokenized
+
+    def tokenize_all(self, prompts: Sequence[Prompt]) -> list[TokenizedPrompt | UnusablePrompt]:
+        """Template prompts and tokenise them in one call -> for each, in order, what `tokenize` returns or raises."""
+        texts = [self._prompt_text(prompt) for prompt in prompts]
+        usable = [text for text in texts if isinstance(text, str)]
+        ids = iter(self._tokenizer(usable, add_special_tokens=False)["input_ids"] if usable else ())
+        return [
+            text if isinstance(text, UnusablePrompt) else self._tokenized(prompt, text, tuple(next(ids)))
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+
+    def _prompt_text(self, prompt: Prompt) -> str | UnusablePrompt:
+        """Render a prompt, if it is one that the template takes as it is -> text, or why not."""
+        try:
+            for turn in prompt.messages:
+                self._refuse_special(turn["content"], f"the {turn['role']} message")
+            return self._rendered(prompt.messages, add_generation_prompt=True)
+        except UnusablePrompt as reason:
+            return reason.with_traceback(None)
+
+    @staticmethod
+    def _tokenized(prompt: Prompt, text: str, token_ids: tuple[int, ...]) -> TokenizedPrompt | UnusablePrompt:
         if not token_ids:
-            raise UnusablePrompt("the chat template turns it into no tokens")
+            return UnusablePrompt("the chat template turns it into no tokens")
         for turn in prompt.messages:  # earlier answers may lose their reasoning, and nothing else may be lost
             said = turn["content"].rpartition("</think>")[2] if turn["role"] == "assistant" else turn["content"]
             if said.strip() not in text:
-                raise UnusablePrompt(f"the chat template does not render the {turn['role']} message as it is")
+                return UnusablePrompt(f"the chat template does not render the {turn['role']} message as it is")
         return TokenizedPrompt(prompt=prompt, text=text, token_ids=token_ids)
 
     def tokenize_answer(self, prompt: TokenizedPrompt, text: str) -> tuple[int, ...]:
@@ -254,7 +276,8 @@ class ChatTokenizer:
     def holds_marker(self, text: str, token_ids: Sequence[int], *, stop_token_ids: Sequence[int]) -> bool:
         """Tell whether an answer has a turn marker before its end -> bool."""
         inner = token_ids[:-1] if token_ids and token_ids[-1] in stop_token_ids else token_ids
-        return not self.markers.token_ids.isdisjoint(inner) or any(mark in f"\n{text}" for mark in self.markers.texts)
+        markers, behind_newline = self.markers, f"\n{text}"
+        return not markers.token_ids.isdisjoint(inner) or any(mark in behind_newline for mark in markers.texts)
 
     @property
     def eos_token_id(self) -> int | None:

@@ -179,8 +179,9 @@ class GenerateConfig:
     """Prompts to skip."""
     limit: PositiveInt | None = None
     """Most prompts to take."""
-    shard_size: PositiveInt = 64
-    """Prompts per shard: what a kill can cost. Larger shards keep big GPUs fuller."""
+    shard_size: PositiveInt | None = None
+    """Prompts per shard; the shards at work are what a kill can cost. None: that of the rollouts that --output already
+    has some of; else 512 where there is a GPU, 64 on a CPU or with --server."""
     max_model_len: PositiveInt | None = None
     """Most tokens of prompt and answer together; None takes the model's. Longer prompts are set aside."""
     allow_no_signal: Annotated[bool, LAYOUT] = False

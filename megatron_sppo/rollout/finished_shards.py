@@ -1,6 +1,7 @@
 """Which shards are done: `request.json` beside the shards, so that the same command resumes and another is refused.
 
-It holds the request (everything that decides the responses) and the entry of each finished shard. While shards are
+It holds the request (everything that decides the responses), what the prompts were found to be, and the entry of each
+finished shard. While shards are
 being finished, `finished.jsonl` takes a line for each, so that entering one costs the same however many there are; the
 last one, and the next opening, fold the lines into request.json. A shard is written first and entered second, so a kill
 costs at most the shards at work; one whose bytes are not those entered is redone.
@@ -18,7 +19,8 @@ from typing import IO, Any
 import msgspec
 
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.rollout.records import MANIFEST_NAME, Count, SetAside, ShardEntry, shard_name
+from megatron_sppo.rollout.prepared import PromptsRecord
+from megatron_sppo.rollout.records import MANIFEST_NAME, Count, EngineSteps, SetAside, ShardEntry, shard_name
 from megatron_sppo.storage import (
     explain_os_error,
     fsync_path,
@@ -45,6 +47,8 @@ class FinishedShard:
     """`outcomes.count_outcomes` of its answers."""
     refused: tuple[SetAside, ...] = ()
     """Prompts that no answer could be had to."""
+    engine_steps: EngineSteps | None = None
+    """Those until this shard was answered, since the one that was answered before it; None: not counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,16 @@ class _RequestFile:
 
     request: dict[str, Any]
     shards: dict[int, FinishedShard]
+    prompts: PromptsRecord | None = None
+    """None: written by a version that did not record them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlierJob:
+    """What an output directory says of the job that it was begun by."""
+
+    shard_size: int | None
+    prompts: PromptsRecord | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +80,21 @@ class FinishedShards:
     """The finished shards of one output directory. Open them with `open_finished_shards`."""
 
     def __init__(
-        self, directory: Path, request: dict[str, Any], finished: dict[int, FinishedShard], *, num_shards: int
+        self,
+        directory: Path,
+        request: dict[str, Any],
+        prompts: PromptsRecord,
+        finished: dict[int, FinishedShard],
+        *,
+        num_shards: int,
     ) -> None:
-        self._directory, self._request, self._finished = directory, request, finished
+        self._directory, self._request, self._prompts, self._finished = directory, request, prompts, finished
         self._num_shards = num_shards
         self._lines: IO[bytes] | None = None
 
-    def __contains__(self, index: int) -> bool:
-        """Tell whether shard `index` is finished."""
-        return index in self._finished
+    def missing(self) -> list[int]:
+        """List the shards that are not finished -> their numbers."""
+        return [index for index in range(self._num_shards) if index not in self._finished]
 
     def in_order(self) -> list[FinishedShard]:
         """List the finished shards by their numbers."""
@@ -86,6 +106,15 @@ class FinishedShards:
         for shard in self.in_order():
             total.update(shard.outcomes)
         return dict(total)
+
+    def engine_steps(self) -> EngineSteps | None:
+        """Sum the engine's steps over the finished shards -> None where none were counted."""
+        counted = [shard.engine_steps for shard in self._finished.values() if shard.engine_steps is not None]
+        if not counted:
+            return None
+        return EngineSteps(
+            total=sum(steps.total for steps in counted), under_half=sum(steps.under_half for steps in counted)
+        )
 
     def enter(self, index: int, shard: FinishedShard) -> None:
         """Record a shard whose file is in place: by a line, and with the last shard by request.json."""
@@ -119,15 +148,35 @@ class FinishedShards:
         """Write request.json whole, and end the lines that it now holds."""
         self.close()
         shards = {str(index): asdict(shard) for index, shard in sorted(self._finished.items())}
-        write_json(self._directory / REQUEST_NAME, {"request": self._request, "shards": shards})
+        content = {"request": self._request, "prompts": asdict(self._prompts), "shards": shards}
+        write_json(self._directory / REQUEST_NAME, content)
         (self._directory / LINES_NAME).unlink(missing_ok=True)
 
 
+def read_earlier_job(directory: Path) -> EarlierJob:
+    """Read what a directory of rollouts was begun with -> EarlierJob, of Nones where there is none.
+
+    Raises:
+        DataError: its request.json is damaged.
+    """
+    content = _read_request_file(directory)
+    size = content.request.get("shard_size") if content is not None else None
+    return EarlierJob(
+        shard_size=size if isinstance(size, int) and size > 0 else None,
+        prompts=content.prompts if content is not None else None,
+    )
+
+
 @contextlib.contextmanager
-def open_finished_shards(directory: Path, request: dict[str, Any], *, num_shards: int) -> Iterator[FinishedShards]:
+def open_finished_shards(
+    directory: Path, request: dict[str, Any], prompts: PromptsRecord, *, num_shards: int
+) -> Iterator[FinishedShards]:
     """Open or create the output directory for one request, alone -> FinishedShards, those whose files hold.
 
     Lists the directory once, and reads every finished shard once, for its digest.
+
+    Args:
+        prompts: kept beside the request; two records of the same request may differ.
 
     Raises:
         ConfigError: the directory belongs to another request (the first differing setting is named), holds something
@@ -139,30 +188,35 @@ def open_finished_shards(directory: Path, request: dict[str, Any], *, num_shards
     with locked(directory, flag="--output"):
         names = [MANIFEST_NAME, REQUEST_NAME, *(shard_name(index) for index in range(num_shards))]
         remove_stale_temporaries(*(directory / name for name in names))
-        entered = _entered(directory, request)
-        holding = _holding(directory, entered or {}, num_shards)
-        finished = FinishedShards(directory, request, holding, num_shards=num_shards)
+        before = _read_request_file(directory)
+        entered = {} if before is None else _entered(directory, before, request)
+        holding = _holding(directory, entered, num_shards)
+        finished = FinishedShards(directory, request, prompts, holding, num_shards=num_shards)
         if not finished.is_complete():
             (directory / MANIFEST_NAME).unlink(missing_ok=True)  # it must never name shards that are not there
-        if holding != entered or (directory / LINES_NAME).exists():
+        is_new = before is None or before.prompts != prompts or holding != entered
+        if is_new or (directory / LINES_NAME).exists():
             finished._fold()
         with contextlib.closing(finished):
             yield finished
 
 
-def _entered(directory: Path, request: dict[str, Any]) -> dict[int, FinishedShard] | None:
-    """Read request.json and the lines beside it -> the shards that they name; None where there is no request.json."""
+def _read_request_file(directory: Path) -> _RequestFile | None:
     path = directory / REQUEST_NAME
     if not path.is_file():
         return None
     damaged = f"{path.name} is damaged. Remove {directory} and run the command again."
-    content = read_json_as(path, _RequestFile, remedy=damaged, str_keys=True)
-    difference = _first_difference(content.request, request)
+    return read_json_as(path, _RequestFile, remedy=damaged, str_keys=True)
+
+
+def _entered(directory: Path, before: _RequestFile, request: dict[str, Any]) -> dict[int, FinishedShard]:
+    """Gather the shards of request.json and of the lines beside it, if they are this request's."""
+    difference = _first_difference(before.request, request)
     if difference is not None:
         raise ConfigError(
             f"{directory} holds rollouts of another request: {difference}. Use another --output, or remove it."
         )
-    return {**content.shards, **_entered_by_lines(directory / LINES_NAME)}
+    return {**before.shards, **_entered_by_lines(directory / LINES_NAME)}
 
 
 def _entered_by_lines(path: Path) -> dict[int, FinishedShard]:
@@ -175,7 +229,9 @@ def _entered_by_lines(path: Path) -> dict[int, FinishedShard]:
         except ValueError as error:
             logger.warning("%s, line %d is damaged (%s): its shard will be sampled again", path, number, error)
             continue
-        found[entered.index] = FinishedShard(entry=entered.entry, outcomes=entered.outcomes, refused=entered.refused)
+        found[entered.index] = FinishedShard(
+            entry=entered.entry, outcomes=entered.outcomes, refused=entered.refused, engine_steps=entered.engine_steps
+        )
     return found
 
 

@@ -1,11 +1,10 @@
 """The rollout stage: prompts in, K responses each out, shard by shard, the manifest last. The same command resumes."""
 
-import functools
+import contextlib
 import hashlib
-import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,15 @@ from tqdm import tqdm
 
 from megatron_sppo.checkpoints.model_files import ModelFiles, read_model_files
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.rollout.chat_template import ChatTokenizer, TokenizedPrompt, UnusablePrompt
+from megatron_sppo.rollout.chat_template import ChatTokenizer, TokenizedPrompt
 from megatron_sppo.rollout.config import GenerateConfig, Sampling
-from megatron_sppo.rollout.finished_shards import FinishedShard, FinishedShards, open_finished_shards
+from megatron_sppo.rollout.finished_shards import FinishedShard, FinishedShards, open_finished_shards, read_earlier_job
 from megatron_sppo.rollout.outcomes import count_outcomes, outcome_warnings
-from megatron_sppo.rollout.prompts import PromptSet, prompts_hash, read_prompts
+from megatron_sppo.rollout.prepared import PreparedPrompts, PromptsRecord, inputs_hash, prepare_prompts
+from megatron_sppo.rollout.prompts import PromptRows
 from megatron_sppo.rollout.records import (
     SCHEMA_VERSION,
+    EngineSteps,
     Response,
     RolloutGroup,
     RolloutManifest,
@@ -28,7 +29,7 @@ from megatron_sppo.rollout.records import (
     write_manifest,
     write_shard,
 )
-from megatron_sppo.rollout.sampler import Refusal, Sampler, check_responses
+from megatron_sppo.rollout.sampler import Answer, AnsweredShard, Refusal, Sampler, Shard, check_responses
 from megatron_sppo.rollout.server import ServerSampler
 from megatron_sppo.rollout.tables import warn_of_several_splits
 from megatron_sppo.rollout.vllm_engine import VllmSampler
@@ -39,10 +40,15 @@ SamplerFactory = Callable[[GenerateConfig, int], Sampler]
 """(config, tokens of the longest prompt with its answer) -> Sampler."""
 
 
+_SHARD_SIZE, _SHARD_SIZE_ON_GPU = 64, 512
+"""On GPUs a shard is done sooner, and fewer files are kinder to everyone after."""
+
+
 def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | None = None) -> RolloutManifest:
     """Sample the shards that are missing and write the manifest -> RolloutManifest.
 
-    Nothing is sampled, and no engine started, when the directory is complete.
+    When the directory is complete no engine is started and no prompt tokenised: the shards are read once, for their
+    digests.
 
     Args:
         make_sampler: starts the sampler; None starts vLLM, or talks to the servers that the config names.
@@ -51,31 +57,31 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
         ConfigError: settings that cannot be run; an output directory of another request.
         DataError: model, prompts or responses that cannot be used.
     """
-    prompt_set = read_prompts(
-        config.prompts, split=config.split, subset=config.subset, offset=config.offset, limit=config.limit
-    )
-    if config.split is None:
-        warn_of_several_splits(config.prompts, prompt_set.splits)
+    rows = PromptRows(config.prompts, **_chosen(config))
     files = read_model_files(config.model)
     tokenizer = ChatTokenizer(config.model, template=config.template)
     sampling = replace(config.sampling(), stop_token_ids=_stop_token_ids(tokenizer, files))
     settings = {**sampling.as_dict(), "chat_template_kwargs": tokenizer.arguments}
-    prompts, quarantined = _tokenize(config, prompt_set, tokenizer, files)
-    shards = [prompts[start : start + config.shard_size] for start in range(0, len(prompts), config.shard_size)]
-    request: dict[str, Any] = {
+    prompts = _Prompts(config, rows, tokenizer, room=_room(config, files))
+    identity = {
         "model_hash": files.model_hash,
         "tokenizer_hash": files.tokenizer_hash,
         "chat_template_hash": tokenizer.template_hash,
-        **settings,
-        "prompts_hash": prompts_hash(tuple(prompt.prompt for prompt in prompts)),
-        "shard_size": config.shard_size,
     }
-    with open_finished_shards(config.output, request, num_shards=len(shards)) as finished:
-        if not finished.is_complete():
-            sampler = functools.partial(make_sampler or _start_sampler, config)
-            _sample_missing(shards, finished, sampler, tokenizer, config.output, sampling, vocab_size=files.vocab_size)
-        else:
+    request = {
+        **identity,
+        **settings,
+        "prompts_hash": prompts.record.prompts_hash,
+        "shard_size": prompts.shard_size,
+    }
+    with (
+        open_finished_shards(config.output, request, prompts.record, num_shards=prompts.num_shards) as finished,
+        contextlib.closing(prompts),
+    ):
+        if finished.is_complete():
             logger.info("%s is complete: nothing to do", config.output)
+        elif missing := finished.missing():
+            _sample_missing(config, prompts, missing, finished, sampling, make_sampler, vocab_size=files.vocab_size)
         refused = [row for shard in finished.in_order() for row in shard.refused]
         if refused:
             logger.warning(
@@ -85,19 +91,107 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
         manifest = RolloutManifest(
             schema_version=SCHEMA_VERSION,
             model=str(config.model),
-            model_hash=files.model_hash,
-            tokenizer_hash=files.tokenizer_hash,
-            chat_template_hash=tokenizer.template_hash,
+            **identity,
             vocab_size=files.vocab_size,
             sampling=settings,
-            num_prompts=len(prompts) - len(refused),
+            num_prompts=prompts.record.num_prompts - len(refused),
             shards=tuple(shard.entry for shard in finished.in_order() if shard.entry.rows),
-            quarantined=(*quarantined, *refused),
+            quarantined=(*prompts.record.quarantined, *refused),
             outcomes=finished.outcomes(),
+            engine_steps=finished.engine_steps(),
         )
         _refuse_no_signal(config, finished.outcomes())
+        _tell_engine_steps(manifest.engine_steps)
         write_manifest(config.output, manifest)
     return manifest
+
+
+class _Prompts:
+    """The prompts of a job: what they are, and, from when they are needed, they themselves."""
+
+    def __init__(self, config: GenerateConfig, rows: PromptRows, tokenizer: ChatTokenizer, *, room: int) -> None:
+        """Learn what the prompts are: of the job that began the output, if its inputs were the same; else read them."""
+        self._config, self._rows, self.tokenizer, self._room = config, rows, tokenizer, room
+        self._prepared: PreparedPrompts | None = None
+        earlier = read_earlier_job(config.output)
+        self.shard_size = config.shard_size or earlier.shard_size or _default_shard_size(config)
+        self._inputs = inputs_hash(config.prompts, room=room, **_chosen(config))
+        is_known = earlier.prompts is not None and earlier.prompts.inputs == self._inputs
+        self.record = earlier.prompts if is_known and earlier.prompts is not None else self._prepare()
+        if self.record.quarantined:
+            left_out = self.record.quarantined
+            logger.warning(
+                "%d prompts set aside; the first: %s: %s",
+                *(len(left_out), left_out[0]["prompt_id"], left_out[0]["reason"]),
+            )
+
+    @property
+    def num_shards(self) -> int:
+        """Shards that the prompts fill; the last may be smaller."""
+        return -(-self.record.num_prompts // self.shard_size)
+
+    @property
+    def prepared(self) -> PreparedPrompts:
+        """The prompts as the sampler takes them.
+
+        Raises:
+            ConfigError: another version of this package read them otherwise, when the output was begun.
+        """
+        if self._prepared is None:
+            found = self._prepare()
+            if found.prompts_hash != self.record.prompts_hash:
+                raise ConfigError(
+                    f"{self._config.output} was begun with {self.record.num_prompts} prompts, which are read otherwise "
+                    f"now ({found.num_prompts}). Use another --output, or remove it."
+                )
+        assert self._prepared is not None
+        return self._prepared
+
+    def close(self) -> None:
+        """Give the space of the prompts back."""
+        if self._prepared is not None:
+            self._prepared.close()
+
+    def _prepare(self) -> PromptsRecord:
+        self._prepared, quarantined = prepare_prompts(
+            self._rows,
+            self.tokenizer,
+            room=self._room,
+            max_tokens=self._config.max_tokens,
+            beside=self._config.output,
+        )
+        if self._config.split is None:
+            warn_of_several_splits(self._config.prompts, self._rows.splits)
+        return PromptsRecord(
+            inputs=self._inputs,
+            prompts_hash=self._prepared.prompts_hash,
+            num_prompts=len(self._prepared),
+            quarantined=quarantined,
+        )
+
+
+def _chosen(config: GenerateConfig) -> dict[str, Any]:
+    """Which rows of the prompt file are taken."""
+    return {"split": config.split, "subset": config.subset, "offset": config.offset, "limit": config.limit}
+
+
+def _default_shard_size(config: GenerateConfig) -> int:
+    if config.servers.server:
+        return _SHARD_SIZE
+    import torch
+
+    return _SHARD_SIZE_ON_GPU if torch.cuda.is_available() else _SHARD_SIZE
+
+
+def _room(config: GenerateConfig, files: ModelFiles) -> int:
+    """Choose how long a prompt with its answer may be -> tokens."""
+    room = files.context_length if config.max_model_len is None else config.max_model_len
+    if room > files.context_length:
+        raise ConfigError(
+            f"max_model_len ({room}) is over the model's context ({files.context_length} tokens). "
+            f"Use --max-model-len {files.context_length}."
+        )
+    return room
 
 
 def shard_seed(seed: int, index: int) -> int:
@@ -155,83 +249,73 @@ def _refuse_no_signal(config: GenerateConfig, outcomes: Mapping[str, int]) -> No
         )
 
 
-def _tokenize(
-    config: GenerateConfig, prompt_set: PromptSet, tokenizer: ChatTokenizer, files: ModelFiles
-) -> tuple[list[TokenizedPrompt], tuple[SetAside, ...]]:
-    """Template and tokenise every prompt -> (those that can be sampled, all that were set aside)."""
-    room = files.context_length if config.max_model_len is None else config.max_model_len
-    if room > files.context_length:
-        raise ConfigError(
-            f"max_model_len ({room}) is over the model's context ({files.context_length} tokens). "
-            f"Use --max-model-len {files.context_length}."
-        )
-    kept: list[TokenizedPrompt] = []
-    num_too_long = 0
-    quarantined = list(prompt_set.quarantined)
-    for prompt in tqdm(prompt_set.prompts, desc="tokenize", unit="prompt", disable=None, leave=False):
-        try:
-            tokenized = tokenizer.tokenize(prompt)
-            needed = len(tokenized.token_ids) + config.max_tokens
-            if needed > room:
-                num_too_long += 1
-                raise UnusablePrompt(
-                    f"{len(tokenized.token_ids)} tokens and max_tokens {config.max_tokens} exceed {room}"
-                )
-            kept.append(tokenized)
-        except UnusablePrompt as reason:
-            quarantined.append({"prompt_id": prompt.prompt_id, "reason": str(reason)})
-    if quarantined:
-        first = quarantined[0]
-        logger.warning("%d prompts set aside; the first: %s: %s", len(quarantined), first["prompt_id"], first["reason"])
-    if not kept:
-        remedy = "Use a smaller --max-tokens or" if num_too_long else "Use a --chat-template that takes them or"
-        raise DataError(
-            f"no prompt of {config.prompts} can be sampled ({len(quarantined)} set aside; the first: "
-            f"{quarantined[0]['prompt_id']}: {quarantined[0]['reason']}). {remedy} other prompts."
-        )
-    return kept, tuple(quarantined)
-
-
 def _sample_missing(
-    shards: Sequence[Sequence[TokenizedPrompt]],
+    config: GenerateConfig,
+    prompts: _Prompts,
+    missing: Sequence[int],
     finished: FinishedShards,
-    make_sampler: Callable[[int], Sampler],
-    tokenizer: ChatTokenizer,
-    output: Path,
     sampling: Sampling,
+    make_sampler: SamplerFactory | None,
     *,
     vocab_size: int,
 ) -> None:
-    missing = [index for index in range(len(shards)) if index not in finished]
-    if not missing:
-        return
+    prepared, size, tokenizer = prompts.prepared, prompts.shard_size, prompts.tokenizer
     done = sum(shard.entry.rows for shard in finished.in_order())
-    total = sum(map(len, shards))
+    total = len(prepared)
     logger.info("%d of %d prompts to sample, %d responses each", total - done, total, sampling.num_responses)
-    longest = max(len(prompt.token_ids) for prompt in itertools.chain.from_iterable(shards))
+
+    def shards() -> Iterator[Shard]:
+        for index in missing:
+            seed = shard_seed(sampling.seed, index)
+            yield Shard(index=index, seed=seed, prompts=prepared.read(index * size, (index + 1) * size))
 
     def holds_marker(response: Response) -> bool:
         return tokenizer.holds_marker(response.text, response.token_ids, stop_token_ids=sampling.stop_token_ids)
 
-    sampler = make_sampler(longest + sampling.max_tokens)
+    sampler = (make_sampler or _start_sampler)(config, prepared.longest + sampling.max_tokens)
+    is_first = len(missing) > 1
     try:
         with tqdm(total=total, initial=done, desc="rollouts", unit="prompt", disable=None) as bar:
-            report = _rate_reporter(bar)
-            for index in missing:
-                prompts = shards[index]
-                answers = sampler.sample(
-                    prompts, sampling=sampling, seed=shard_seed(sampling.seed, index), on_progress=report
-                )
-                check_responses(prompts, answers, sampling=sampling, vocab_size=vocab_size)
-                groups, refused = _groups(prompts, answers)
-                outcomes = count_outcomes(groups, holds_marker)
-                entry = write_shard(output, index, groups)
-                finished.enter(index, FinishedShard(entry=entry, outcomes=outcomes, refused=tuple(refused)))
-                if index == missing[0] and len(missing) > 1:  # early, while there is something to save
+            for answered in sampler.sample(shards(), sampling=sampling, on_progress=_rate_reporter(bar)):
+                outcomes = _write(answered, config.output, finished, sampling, holds_marker, vocab_size=vocab_size)
+                if is_first:  # early, while there is something to save
                     for line in outcome_warnings(outcomes):
                         logger.warning("the first shard: %s", line)
+                is_first = False
     finally:
         sampler.close()
+    if left := finished.missing():
+        raise DataError(
+            f"the sampler answered {len(missing) - len(left)} of {len(missing)} shards. Run the same command again."
+        )
+
+
+def _write(
+    answered: AnsweredShard,
+    output: Path,
+    finished: FinishedShards,
+    sampling: Sampling,
+    holds_marker: Callable[[Response], bool],
+    *,
+    vocab_size: int,
+) -> dict[str, int]:
+    """Check a shard's answers, write them and enter it -> what became of them."""
+    prompts, answers, index = answered.shard.prompts, answered.answers, answered.shard.index
+    check_responses(prompts, answers, sampling=sampling, vocab_size=vocab_size)
+    groups, refused = _groups(prompts, answers)
+    outcomes = count_outcomes(groups, holds_marker)
+    entry = write_shard(output, index, groups)
+    shard = FinishedShard(entry=entry, outcomes=outcomes, refused=tuple(refused), engine_steps=answered.engine_steps)
+    finished.enter(index, shard)
+    return outcomes
+
+
+def _tell_engine_steps(steps: EngineSteps | None) -> None:
+    if steps is not None and steps.total:
+        logger.info(
+            "fewer than half of the engine's slots were busy in %.1f %% of its %d steps",
+            *(100 * steps.under_half / steps.total, steps.total),
+        )
 
 
 def _rate_reporter(bar: Any) -> Callable[[int, int], None]:
@@ -246,9 +330,7 @@ def _rate_reporter(bar: Any) -> Callable[[int, int], None]:
     return report
 
 
-def _groups(
-    prompts: Sequence[TokenizedPrompt], answers: Sequence[tuple[Response, ...] | Refusal]
-) -> tuple[list[RolloutGroup], list[SetAside]]:
+def _groups(prompts: Sequence[TokenizedPrompt], answers: Sequence[Answer]) -> tuple[list[RolloutGroup], list[SetAside]]:
     """Put prompts and answers together -> (rows, prompts that have no answers with the reason)."""
     pairs = list(zip(prompts, answers, strict=True))
     groups = [prompt.group(responses) for prompt, responses in pairs if not isinstance(responses, Refusal)]

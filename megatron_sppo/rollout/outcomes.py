@@ -3,7 +3,6 @@
 Counted while sampling, kept in the manifest, logged by whoever reads the rollouts.
 """
 
-import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 
@@ -65,5 +64,8 @@ def outcome_warnings(outcomes: Mapping[str, int] | None, *, names: Collection[st
 
 def mean_response_tokens(groups: Iterable[RolloutGroup]) -> float:
     """Average the lengths of all answers -> tokens."""
-    lengths = [len(response.token_ids) for group in groups for response in group.responses]
-    return statistics.fmean(lengths) if lengths else 0.0
+    num_tokens = num_responses = 0
+    for group in groups:
+        num_tokens += sum(len(response.token_ids) for response in group.responses)
+        num_responses += len(group.responses)
+    return num_tokens / num_responses if num_responses else 0.0

@@ -5,7 +5,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from megatron_sppo.rollout.conversations import (
 )
 from megatron_sppo.rollout.records import SetAside, Turn
 from megatron_sppo.rollout.tables import SplitRows, UnusableRow
-from megatron_sppo.storage import sha256_of_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,56 +40,102 @@ class PromptSet:
     """Those that the rows name, of all rows that were read."""
 
 
-def read_prompts(
-    path: Path, *, split: str | None = None, subset: str | None = None, offset: int = 0, limit: int | None = None
-) -> PromptSet:
-    """Read a prompt file or directory -> PromptSet, in file order.
+class PromptRows:
+    """The usable prompts of a file or directory, in file order, read as they are asked for and not kept."""
 
-    Args:
-        split: keep the rows whose `split` is this (in directories: the dataset's split).
-        subset: the one to read of a directory that holds several.
-        offset: good prompts to skip, after the split was chosen.
-        limit: most prompts to keep; None keeps all.
+    def __init__(
+        self,
+        path: Path,
+        *,
+        split: str | None = None,
+        subset: str | None = None,
+        offset: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        """Open the file or directory.
 
-    Raises:
-        ConfigError: the split or subset does not exist, or must be chosen; a negative offset or a limit below 1.
-        DataError: no such file, an unknown kind of file, or not one usable prompt.
-    """
-    path = Path(path)
-    if offset < 0 or (limit is not None and limit < 1):
-        raise ConfigError(f"offset is {offset} and limit {limit}. Use --offset 0 or more and --limit 1 or more.")
-    good: list[Prompt] = []
-    quarantined: list[SetAside] = []
-    first_row_of_id: dict[str, int] = {}
-    id_of_content: dict[str, str] = {}
-    rows = SplitRows(path, split, subset=subset, columns=PROMPT_COLUMNS, context=CONTEXT_COLUMNS)
-    for number, row, wanted in rows:
-        try:
-            prompt = prompt_of_row(row)
-            # Across splits too: a held-out prompt that is also trained on measures nothing.
-            _refuse_duplicate(prompt, number, first_row_of_id, id_of_content)
-        except UnusableRow as reason:
+        Args:
+            split: keep the rows whose `split` is this (in directories: the dataset's split).
+            subset: the one to read of a directory that holds several.
+            offset: good prompts to skip, after the split was chosen.
+            limit: most prompts to keep; None keeps all.
+
+        Raises:
+            ConfigError: the split or subset does not exist, or must be chosen; a negative offset or a limit below 1.
+            DataError: no such file.
+        """
+        if offset < 0 or (limit is not None and limit < 1):
+            raise ConfigError(f"offset is {offset} and limit {limit}. Use --offset 0 or more and --limit 1 or more.")
+        self.path, self._offset, self._limit = Path(path), offset, limit
+        self._rows = SplitRows(self.path, split, subset=subset, columns=PROMPT_COLUMNS, context=CONTEXT_COLUMNS)
+        self.quarantined: list[SetAside] = []
+        """Of the rows that were read so far. A row without an id is called "row-<number from 1>"."""
+
+    @property
+    def splits(self) -> set[str]:
+        """Those that the rows which were read so far name."""
+        return self._rows.splits
+
+    def __iter__(self) -> Iterator[Prompt]:
+        """Read the prompts, once.
+
+        Raises:
+            ConfigError: no row is of the split; the offset skips all prompts.
+            DataError: an unknown kind of file, an unreadable one, or not one usable prompt.
+        """
+        seen, num_good = _Seen(), 0
+        for number, row, wanted in self._rows:
+            try:
+                prompt = prompt_of_row(row)
+                # Across splits too: a held-out prompt that is also trained on measures nothing.
+                seen.refuse_duplicate(prompt, number)
+            except UnusableRow as reason:
+                if wanted:
+                    self.quarantined.append({"prompt_id": _name_of(row, number), "reason": str(reason)})
+                continue
             if wanted:
-                quarantined.append({"prompt_id": _name_of(row, number), "reason": str(reason)})
-            continue
-        if wanted:
-            good.append(prompt)
-            if limit is not None and len(good) == offset + limit:
-                break
-    if not good:
-        first = f"; the first: {quarantined[0]['prompt_id']}: {quarantined[0]['reason']}" if quarantined else ""
-        raise DataError(
-            f"{path} has no usable prompt ({len(quarantined)} rows set aside{first}). "
-            'Give rows such as {"prompt": "Why is the sky blue?"}.'
-        )
-    if offset >= len(good):
-        raise ConfigError(f"--offset {offset} skips all {len(good)} prompts of {path}. Use a smaller --offset.")
-    return PromptSet(prompts=tuple(good[offset:]), quarantined=tuple(quarantined), splits=tuple(sorted(rows.splits)))
+                num_good += 1
+                if num_good > self._offset:
+                    yield prompt
+                if self._limit is not None and num_good == self._offset + self._limit:
+                    break
+        if not num_good:
+            left_out = self.quarantined
+            first = f"; the first: {left_out[0]['prompt_id']}: {left_out[0]['reason']}" if left_out else ""
+            raise DataError(
+                f"{self.path} has no usable prompt ({len(left_out)} rows set aside{first}). "
+                'Give rows such as {"prompt": "Why is the sky blue?"}.'
+            )
+        if self._offset >= num_good:
+            raise ConfigError(
+                f"--offset {self._offset} skips all {num_good} prompts of {self.path}. Use a smaller --offset."
+            )
 
 
-def prompts_hash(prompts: tuple[Prompt, ...]) -> str:
-    """Hash ids and texts in order -> 64 hex digits."""
-    return sha256_of_json([[prompt.prompt_id, prompt.messages] for prompt in prompts])
+def read_prompts(path: Path, **chosen: Any) -> PromptSet:
+    """Read a prompt file or directory whole -> PromptSet, in file order. Arguments and errors are `PromptRows`'s."""
+    rows = PromptRows(path, **chosen)
+    prompts = tuple(rows)
+    return PromptSet(prompts=prompts, quarantined=tuple(rows.quarantined), splits=tuple(sorted(rows.splits)))
+
+
+class PromptsHash:
+    """The hash of prompts' ids and texts in their order, taken one by one: that of a JSON list of [id, messages]."""
+
+    def __init__(self) -> None:
+        self._digest, self._between = hashlib.sha256(b"["), b""
+
+    def add(self, prompt: Prompt) -> None:
+        """Take the next prompt."""
+        text = json.dumps([prompt.prompt_id, prompt.messages], sort_keys=True, separators=(",", ":"))
+        self._digest.update(self._between + text.encode())
+        self._between = b","
+
+    def hexdigest(self) -> str:
+        """Hash those that were taken -> 64 hex digits."""
+        digest = self._digest.copy()
+        digest.update(b"]")
+        return digest.hexdigest()
 
 
 def prompt_of_row(row: Any) -> Prompt:
@@ -118,16 +163,21 @@ def make_prompt(messages: Sequence[Turn], given: Any) -> Prompt:
     return Prompt(prompt_id=prompt_id, messages=turns)
 
 
-def _refuse_duplicate(
-    prompt: Prompt, number: int, first_row_of_id: dict[str, int], id_of_content: dict[str, str]
-) -> None:
-    content = _content_hash(prompt.messages)
-    if content in id_of_content:
-        raise UnusableRow(f"the same text as prompt {id_of_content[content]}")
-    if prompt.prompt_id in first_row_of_id:
-        raise UnusableRow(f"the same prompt_id as row {first_row_of_id[prompt.prompt_id]}")
-    first_row_of_id[prompt.prompt_id] = number
-    id_of_content[content] = prompt.prompt_id
+class _Seen:
+    """What rows before had, in some 300 bytes each: neither of their texts is kept."""
+
+    def __init__(self) -> None:
+        self._first_row_of_id: dict[str, int] = {}
+        self._id_of_content: dict[bytes, str] = {}
+
+    def refuse_duplicate(self, prompt: Prompt, number: int) -> None:
+        content = bytes.fromhex(_content_hash(prompt.messages))
+        if content in self._id_of_content:
+            raise UnusableRow(f"the same text as prompt {self._id_of_content[content]}")
+        if prompt.prompt_id in self._first_row_of_id:
+            raise UnusableRow(f"the same prompt_id as row {self._first_row_of_id[prompt.prompt_id]}")
+        self._first_row_of_id[prompt.prompt_id] = number
+        self._id_of_content[content] = prompt.prompt_id
 
 
 def _content_hash(messages: tuple[Turn, ...]) -> str:

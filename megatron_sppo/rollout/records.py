@@ -80,6 +80,15 @@ class ShardEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineSteps:
+    """How full an engine was, which computes up to a number of responses (its slots) at once, step by step."""
+
+    total: Count
+    under_half: Count
+    """Those with fewer than half of the slots busy: the tails, in which the engine waits for its longest answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutManifest:
     """What made the rollouts, and all of their files. A hash that the producer did not know is None: unchecked."""
 
@@ -97,6 +106,8 @@ class RolloutManifest:
     quarantined: tuple[SetAside, ...]
     outcomes: dict[str, Count] | None = None
     """What became of the answers (`outcomes.count_outcomes`); None: not counted."""
+    engine_steps: EngineSteps | None = None
+    """None: not counted, as with servers."""
 
     @property
     def num_responses(self) -> int:
@@ -140,7 +151,10 @@ def _line(group: RolloutGroup) -> bytes:
 def write_manifest(directory: Path, manifest: RolloutManifest) -> Path:
     """Write `manifest.json` -> its path. Call it last: its presence says that the rollouts are complete."""
     path = Path(directory, MANIFEST_NAME)
-    write_json(path, asdict(manifest))
+    content = asdict(manifest)
+    if manifest.engine_steps is None:
+        del content["engine_steps"]  # what versions before wrote stays the same to the byte when it is written again
+    write_json(path, content)
     return path
 
 

@@ -12,7 +12,6 @@ seeds (the default) a GPU server repeats a response as far as its batching allow
 """
 
 import contextlib
-import hashlib
 import logging
 import os
 import queue
@@ -20,7 +19,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from megatron_sppo.errors import ConfigError, DataError
@@ -28,7 +27,7 @@ from megatron_sppo.rollout.chat_template import TokenizedPrompt
 from megatron_sppo.rollout.config import Sampling, ServerConfig
 from megatron_sppo.rollout.openai_server import HttpError, OpenAIServer, ServerFault, UnusableReply
 from megatron_sppo.rollout.records import Response
-from megatron_sppo.rollout.sampler import Refusal
+from megatron_sppo.rollout.sampler import Answer, AnsweredShard, Refusal, Shard, ShardsUnderWay, prompt_seed
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +40,6 @@ _LONGEST_RETRY_AFTER_SECONDS = 120.0
 _TRY_LATER = (408, 425, 429)
 _OF_THE_ROW = (400, 413, 422)
 """What a server answers to a prompt that it cannot take, such as one that is too long for it."""
-
-
-_Answer = tuple[Response, ...] | Refusal
 
 
 class ServerSampler:
@@ -77,70 +73,73 @@ class ServerSampler:
             )
 
     def sample(
-        self,
-        prompts: Sequence[TokenizedPrompt],
-        *,
-        sampling: Sampling,
-        seed: int,
-        on_progress: Callable[[int, int], None],
-    ) -> list[_Answer]:
-        """Answer the prompts of one shard -> K responses each, or why there are none, in the prompts' order.
+        self, shards: Iterable[Shard], *, sampling: Sampling, on_progress: Callable[[int, int], None]
+    ) -> Iterator[AnsweredShard]:
+        """Answer shards -> each once, as soon as it is answered whole (`Sampler.sample`).
+
+        Shards are taken so early that as many requests as may be are in flight until the last shard.
 
         Raises:
             ConfigError: a server refuses the request itself, or every prompt from the first on.
             DataError: a prompt stayed unanswered after all retries.
         """
-        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-        finished: queue.SimpleQueue[tuple[int, _Answer | ValueError | None]] = queue.SimpleQueue()
+        waiting: queue.SimpleQueue[tuple[Shard, int] | None] = queue.SimpleQueue()
+        finished: queue.SimpleQueue[tuple[Shard, int, Answer | ValueError | None]] = queue.SimpleQueue()
         stop = threading.Event()
-        for position in range(len(prompts)):
-            waiting.put(position)
 
         def work() -> None:
-            while not stop.is_set():
+            while (place := waiting.get()) is not None and not stop.is_set():
+                outcome: Answer | ValueError | None = None
                 try:
-                    position = waiting.get_nowait()
-                except queue.Empty:
-                    return
-                outcome: _Answer | ValueError | None = None
-                try:
-                    outcome = self._answer(prompts[position], sampling, seed, stop)
+                    outcome = self._answer(*place, sampling, stop)
                 except _RowRefused as error:
                     outcome = Refusal(reason=str(error))
                 except (ConfigError, DataError) as error:
                     outcome = error
                 finally:
-                    finished.put((position, outcome))  # None: the thread crashed, and the caller must not wait
+                    finished.put((*place, outcome))  # None: the thread crashed, and the caller must not wait
 
-        num_workers = min(self._config.server_concurrency * len(self._pool.servers), len(prompts))
-        for _ in range(num_workers):
-            # Daemons: a hung server must not keep the process alive after an error or Ctrl-C.
-            threading.Thread(target=work, daemon=True).start()
-        answers: dict[int, _Answer] = {}
+        under_way, num_workers = ShardsUnderWay(shards), 0
+        most = self._config.server_concurrency * len(self._pool.servers)
         try:
-            while len(answers) < len(prompts):
-                position, outcome = finished.get()
+            while True:
+                # Half as much again as may be in flight: none of them waits while an answered shard is written.
+                while under_way.num_unanswered < most + (most + 1) // 2 and (shard := under_way.take()) is not None:
+                    for position in range(len(shard.prompts)):
+                        waiting.put((shard, position))
+                if not under_way.num_unanswered:
+                    return
+                for _ in range(min(most, under_way.num_unanswered) - num_workers):
+                    # Daemons: a hung server must not keep the process alive after an error or Ctrl-C.
+                    threading.Thread(target=work, daemon=True).start()
+                    num_workers += 1
+                shard, position, outcome = finished.get()
                 if isinstance(outcome, ValueError):
                     raise outcome
                 assert outcome is not None, "a request thread crashed; its traceback is above"
-                assert position not in answers
-                answers[position] = outcome
                 responses = () if isinstance(outcome, Refusal) else outcome
                 self._has_answered = self._has_answered or bool(responses)
                 on_progress(1, sum(len(response.token_ids) for response in responses))
+                answers = under_way.answer(shard, position, outcome)
+                if answers is not None:
+                    self._refuse_refusals(answers)
+                    yield AnsweredShard(shard=shard, answers=answers)
         finally:
             stop.set()
-        refused = [answer for answer in answers.values() if isinstance(answer, Refusal)]
+            for _ in range(num_workers):
+                waiting.put(None)
+
+    def _refuse_refusals(self, answers: Sequence[Answer]) -> None:
+        """Stop where a whole shard, and every prompt before, is refused: that is no fault of the prompts."""
+        refused = [answer for answer in answers if isinstance(answer, Refusal)]
         if refused and not self._has_answered:
             raise ConfigError(f"every prompt is refused: {refused[0].reason}. Check --server and --max-tokens.")
-        return [answers[position] for position in range(len(prompts))]
 
     def close(self) -> None:
         """Nothing to end: idle connections go with the process."""
 
-    def _answer(
-        self, prompt: TokenizedPrompt, sampling: Sampling, shard_seed: int, stop: threading.Event
-    ) -> tuple[Response, ...]:
+    def _answer(self, shard: Shard, position: int, sampling: Sampling, stop: threading.Event) -> tuple[Response, ...]:
+        prompt = shard.prompts[position]
         body: dict[str, Any] = {
             "prompt": list(prompt.token_ids),
             "n": sampling.num_responses,
@@ -156,7 +155,7 @@ class ServerSampler:
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
         }
-        seed = _prompt_seed(shard_seed, prompt.prompt.prompt_id) if self._config.server_seeds else None
+        seed = prompt_seed(shard, position) if self._config.server_seeds else None
         if seed is not None:
             body["seed"] = seed
         fault: ServerFault | None = None
@@ -343,7 +342,3 @@ def _responses(
             Response(text=text, token_ids=tuple(token_ids), finish_reason=choice["finish_reason"], seed=child_seed)
         )
     return tuple(responses)
-
-
-def _prompt_seed(shard_seed: int, prompt_id: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{shard_seed}:{prompt_id}".encode()).digest()[:6])

@@ -43,7 +43,11 @@ _LISTS = (
 _MESSAGES_AS_JSON = re.compile(r'\s*(\[\s*)?\{\s*"(role|content|from|value)"')
 _MESSAGES_AS_PYTHON = re.compile(r"\s*(\[\s*)?\{\s*'(role|content|from|value)'")
 """Messages in a CSV cell; the second is what pandas makes of them."""
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")
+"""What `errors="surrogateescape"` makes of bytes that are no UTF-8."""
 _MOST_CELL_BYTES = 1 << 30
+_ROWS_PER_BATCH = 1024
+"""Of a Parquet file, held as Python objects at once."""
 _SPLIT_WORD = re.compile(
     r"(?<![a-z])(train(ing)?|valid(ation)?|val|dev|test(ing)?|eval(uation)?|held[-_]?out)(?![a-z])", re.IGNORECASE
 )
@@ -231,7 +235,7 @@ def _csv_rows(path: Path) -> Rows:
 def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | UnusableRow:
     if len(cells) != len(header):
         return UnusableRow(f"the row has {len(cells)} cells, the header {len(header)}")
-    if any("\udc80" <= character <= "\udcff" for cell in cells for character in cell):
+    if any(map(_NOT_UTF8.search, cells)):
         return UnusableRow("the row is not UTF-8")
     row: dict[str, Any] = {name: cell or None for name, cell in zip(header, cells, strict=True)}
     for name, cell in row.items():
@@ -259,7 +263,7 @@ def _parquet_rows(path: Path, columns: frozenset[str] | None, context: frozenset
         if columns is not None and not columns.intersection(names):
             raise DataError(f"{path} has no column prompt or messages (it has: {', '.join(names)}). Rename the column.")
         chosen = names if columns is None else [name for name in names if name in columns | context]
-        for batch in file.iter_batches(columns=chosen):
+        for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=chosen):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

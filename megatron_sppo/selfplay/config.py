@@ -47,6 +47,10 @@ class RunConfig:
     """`split` of the prompts for the evaluation."""
     seed: Seed = 0
     """Decides the order of the prompts, the rollouts' seeds and the bootstrap. Training has its own `seed`."""
+    keep_last: Annotated[PositiveInt | None, LAYOUT] = None
+    """Iterations whose checkpoints and Hugging Face exports are kept, the newest ones; older ones are removed when an
+    iteration has ended. Start model, rollouts, datasets and results stay. None: all are kept. How many checkpoints each
+    iteration keeps is training's own setting: `training: {keep_last: 1}`."""
     training_processes: Annotated[PositiveInt, LAYOUT] = 1
     """Ranks of the training stage on this machine; above 1 it is started by torchrun."""
     training_launcher: Annotated[str | None, LAYOUT] = None

@@ -28,6 +28,7 @@ from megatron_sppo.selfplay.commands import (
 from megatron_sppo.selfplay.config import SelfPlayConfig
 from megatron_sppo.selfplay.process import interruptible
 from megatron_sppo.selfplay.prompt_parts import divide_prompts, write_prompts
+from megatron_sppo.selfplay.retention import retire_iterations
 from megatron_sppo.selfplay.stages import STATE_NAME, Stage, StageMachine, read_state
 from megatron_sppo.storage import locked, refuse_foreign
 
@@ -68,6 +69,7 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
         machine.end_orphans()
         if _is_finished(config, machine, paths):
             logger.info("%s is finished: nothing is left to do.", paths.run_dir)
+            retire_iterations(config, machine, paths, finished=config.run.iterations)
             return summary.read_summary(paths.run_dir)
         evaluates = _prepare(config, machine, paths)
         has_news = _run_all(start_stages(config, paths, evaluates=evaluates), machine)
@@ -77,6 +79,7 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
             is_summed_up = machine.state["summed_up"] >= iteration and (paths.run_dir / summary.SUMMARY_NAME).is_file()
             if has_news or not is_summed_up:
                 _sum_up(config, machine, paths, iteration)
+            retire_iterations(config, machine, paths, finished=iteration)
         machine.update(finished=True, iterations_done=config.run.iterations)
         return summary.read_summary(paths.run_dir)
 

@@ -2,7 +2,7 @@
 
 A stage is one command that a person could type. It is skipped when it is done, its inputs hash to what they did then
 and its outputs are still what it wrote. It is continued, by the same command, when it was cut off; it starts afresh,
-its old outputs removed, when its inputs are others.
+its old outputs removed, when its inputs are others. An output that was retired counts as what it was.
 """
 
 import logging
@@ -70,8 +70,20 @@ class StageMachine:
         self._write()
 
     def hash_of(self, path: Path) -> str:
-        """Hash a file or directory -> 64 hex digits, or "missing"."""
-        return self._hashes.of(path)
+        """Hash a file or directory -> 64 hex digits, or "missing"; of what was retired, what it was."""
+        return self._retired.get(self._relative(path)) or self._hashes.of(path)
+
+    def retire(self, path: Path, *, parts: Sequence[Path]) -> None:
+        """Remove parts of a finished stage's output: the stage stays done, and so do those that have read it.
+
+        The state says so before the first part goes; after a kill the next call goes on.
+        """
+        if parts := [part for part in parts if part.exists()]:
+            self.state["retired"] = self._retired | {self._relative(path): self.hash_of(path)}
+            self._write()
+            for part in parts:
+                _remove(part)
+            logger.info("removed for --keep-last: %s", ", ".join(self._relative(part) for part in parts))
 
     def update(self, **values: Any) -> None:
         """Set top-level values of the state and write it."""
@@ -104,7 +116,15 @@ class StageMachine:
         missing = [str(path) for path in stage.inputs if self.hash_of(path) == "missing"]
         if missing:
             raise DataError(f"{stage.name} needs {missing[0]}, which does not exist. Run the same command again.")
+        if gone := [path for path in map(self._relative, stage.inputs) if path in self._retired]:
+            raise DataError(
+                f"{stage.name} would have to run again, and --keep-last has removed what it reads of {gone[0]}. "
+                "Begin another run with another --output."
+            )
         self._clear_outputs(stage)
+        self.state["retired"] = {
+            path: digest for path, digest in self._retired.items() if path not in map(self._relative, stage.outputs)
+        }
         entry: dict[str, Any] = {
             "status": "running",
             "command": list(stage.command),
@@ -150,10 +170,7 @@ class StageMachine:
         entry = self.state["stages"].get(stage.name)
         if entry is not None and (entry["status"] == "done" or entry["inputs_sha256"] != self._inputs_sha256(stage)):
             for path in stage.outputs:
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+                _remove(path)
             entry["seconds"] = 0.0
         for path in stage.outputs:
             remove_stale_temporaries(path)
@@ -161,6 +178,12 @@ class StageMachine:
     def _inputs_sha256(self, stage: Stage) -> str:
         # The second entry has always been null; state.json of runs that were begun before has its hash.
         return sha256_of_json({"inputs": [self.hash_of(path) for path in stage.inputs], "settings": None})
+
+    @property
+    def _retired(self) -> dict[str, str]:
+        """Outputs of which parts were removed, and what they were -> {path within the run: sha256}."""
+        retired: dict[str, str] = self.state.get("retired", {})
+        return retired
 
     def _digests(self, paths: Sequence[Path]) -> dict[str, str]:
         return {self._relative(path): self.hash_of(path) for path in paths}
@@ -173,6 +196,13 @@ class StageMachine:
     def _write(self) -> None:
         self._hashes.save()
         write_json(self.path, self.state)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_state(run_dir: Path) -> dict[str, Any] | None:
@@ -191,7 +221,7 @@ def read_state(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _has_types(state: dict[str, Any]) -> bool:
-    parts, counts = ("config", "prompts", "versions"), ("iterations_done", "summed_up")
+    parts, counts = ("config", "prompts", "versions", "retired"), ("iterations_done", "summed_up")
     stages = state.get("stages")
     return (
         isinstance(stages, dict)

@@ -1,7 +1,7 @@
 """What a run has come to: summary.json, metrics.jsonl, TensorBoard events and the table at the end."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,24 +67,23 @@ def gather_metrics(paths: RunPaths, num_iterations: int) -> None:
                 file.write(json.dumps({"iteration": iteration, **row}) + "\n")
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines -> rows; none where there is no file.
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Read JSON lines -> rows, one in memory; none where there is no file.
 
     Raises:
         DataError: a line is no JSON object.
     """
     if not path.is_file():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number} is no JSON object. The file is damaged: remove the line.")
-        rows.append(row)
-    return rows
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number} is no JSON object. The file is damaged: remove the line.")
+            yield row
 
 
 def write_events(paths: RunPaths, iterations: Sequence[dict[str, Any]]) -> None:

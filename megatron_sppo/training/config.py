@@ -238,7 +238,11 @@ class RunConfig:
     """Steps between lines on the screen; metrics.jsonl has every step."""
     save_interval: PositiveInt | None = None
     """Steps between checkpoints; unset: only the last step is saved."""
-    keep_last: PositiveInt | None = None
+    async_save: Annotated[bool, LAYOUT] = False
+    """Write checkpoints while training goes on, by a forked process of each rank, which holds a copy of the weights and
+    the optimizer's state in the CPU's memory until then. One at a time: the next save waits for it, and the last one,
+    and the one at SIGTERM, are waited for."""
+    keep_last: Annotated[PositiveInt | None, LAYOUT] = None
     """Checkpoints of this run to keep under --save, the newest ones; older ones are removed after each save. Unset: all
     are kept."""
     tensorboard: bool = True

@@ -134,13 +134,14 @@ def _lines(
     decode: Callable[[Sequence[int]], list[str]] | None,
 ) -> Iterator[dict[str, Any]]:
     """Describe each response -> lines of the output file."""
+    prompts = dataset.lines_of(set(batches.index.group[rows].tolist()))
     for row, log_prob_T, reference_T in zip(rows, policy, reference, strict=True):
         group, response = int(batches.index.group[row]), int(batches.index.response[row])
         token_ids = dataset.response(group, response).tolist()
         texts = [None] * len(token_ids) if decode is None else decode(token_ids)
         log_ratio_T = log_prob_T.astype(np.float64) - reference_T
         yield {
-            "prompt_id": dataset.prompt_lines[group]["prompt_id"],
+            "prompt_id": prompts[group]["prompt_id"],
             "group": group,
             "response": response,
             "win_rate": float(dataset.win_rates(group)[response]),

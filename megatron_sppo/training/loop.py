@@ -26,6 +26,7 @@ from megatron_sppo.training.forward_step import gradient_step, log_probs, object
 from megatron_sppo.training.metrics import StepFiles, drift_per_token, response_metrics
 from megatron_sppo.training.policy import Policy
 from megatron_sppo.training.progress import Progress
+from megatron_sppo.training.saving import Saver
 from megatron_sppo.training.telemetry import GpuSampler, flops_metrics, straggler_metrics
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def train(
     config: TrainingConfig,
     train_iters: int,
     progress: Progress,
-    save: Callable[[], object],
+    saver: Saver,
 ) -> bool:
     """Train from `progress.step` to `train_iters` -> whether the run is complete (False: asked to stop, and saved).
 
@@ -59,8 +60,12 @@ def train(
         logs = (progress.step + 1) % config.run.log_interval == 0
         stopwatch.start()
         learning_rate = optimizer.param_groups[0]["lr"]
-        told = _Told(seconds=[stopwatch.last_seconds], stops=stop.asked)
-        metrics, rows, told = _step(policy, optimizer, plan, told, config=config, step=progress.step + 1)
+        told = _Told(seconds=[stopwatch.last_seconds], stops=stop.asked, writes=saver.is_writing())
+        try:
+            metrics, rows, told = _step(policy, optimizer, plan, told, config=config, step=progress.step + 1)
+        except DataError:  # on all ranks; what was begun is from before this step
+            saver.finish()
+            raise
         scheduler.step(increment=1)
         progress.step += 1
         progress.num_clipped += 0 < config.optimization.clip_grad < metrics["grad_norm"]
@@ -69,6 +74,10 @@ def train(
             metrics["sppo/ref_drift"] = progress.ref_drift[str(progress.step)]
         metrics["sppo/grad_clip_rate"] = progress.num_clipped / progress.step
         metrics |= _speed(plan, time.monotonic() - started, policy) | sampler.sample()
+        if not told.writes:
+            saver.finish()
+        if (waited := saver.pop_seconds()) > 0:
+            metrics["perf/save_seconds"] = waited
         if all(told.seconds):
             metrics |= straggler_metrics(told.seconds, warns=logs and writes)
         if files is not None:
@@ -80,7 +89,7 @@ def train(
         last = progress.step == train_iters
         interval = config.run.save_interval
         if last or told.stops or (interval is not None and progress.step % interval == 0):
-            save()
+            saver.save(wait=last or told.stops)
         if told.stops and not last:
             logger.warning(
                 "stopped by a signal after step %d of %d; the same command goes on", progress.step, train_iters
@@ -101,6 +110,8 @@ class _Told:
     """That each rank computed in the step before; 0 in a process's first."""
     stops: bool
     """A rank was asked to stop."""
+    writes: bool
+    """A rank is still writing a checkpoint in the background."""
 
 
 def _step(
@@ -151,15 +162,15 @@ def _tell(log_prob_N: Tensor, router_sums: Tensor, told: _Told) -> Callable[[], 
     A rank's seconds stand at its place, 0 for none. Collective.
     """
     place = launch()
-    ours = torch.zeros(place.world_size + 1, dtype=torch.float64)
-    ours[place.rank], ours[-1] = told.seconds[0], told.stops
+    ours = torch.zeros(place.world_size + 2, dtype=torch.float64)
+    ours[place.rank], ours[-2], ours[-1] = told.seconds[0], told.stops, told.writes
     parts = [log_prob_N, router_sums, parallel.to_device(ours)]
     read = parallel.sum_to_cpu(torch.cat(parts))
 
     def answer() -> tuple[Tensor, Tensor, _Told]:
         log_prob_N, router_sums, sums = read().split([len(part) for part in parts])
-        *seconds, stops = sums.tolist()
-        return log_prob_N, router_sums, _Told(seconds=seconds, stops=stops > 0)
+        *seconds, stops, writes = sums.tolist()
+        return log_prob_N, router_sums, _Told(seconds=seconds, stops=stops > 0, writes=writes > 0)
 
     return answer
 

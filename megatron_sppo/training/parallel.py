@@ -148,9 +148,14 @@ def initialize(config: ParallelConfig, *, seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True)
 
 
+def is_initialized() -> bool:
+    """Tell whether Megatron-Core's process groups are there."""
+    return bool(parallel_state.model_parallel_is_initialized())
+
+
 def shut_down() -> None:
     """Destroy all process groups, so that the process can end or start anew."""
-    if parallel_state.model_parallel_is_initialized():
+    if is_initialized():
         parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -169,6 +174,11 @@ def data_parallel_rank() -> int:
 def data_parallel_size() -> int:
     """Say how many shares the global batch is divided into -> int."""
     return parallel_state.get_data_parallel_world_size()
+
+
+def replicas() -> torch.distributed.ProcessGroup:
+    """Return the group of the ranks that hold the same parameters as this one."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def tensor_parallel_rank() -> int:

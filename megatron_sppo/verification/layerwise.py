@@ -121,14 +121,24 @@ def built_stage(opened: OpenedMegatron, dtype: str, *, on_meta: bool) -> Iterato
     config = ModelConfig(params_dtype="bfloat16" if dtype == "bfloat16" else "float32")
     if on_meta:  # which Transformer Engine's modules do not know
         config = dataclasses.replace(config, transformer_impl="torch")
-    parallel.initialize(layout, seed=0)
-    try:
+    with _process_groups(layout):
         settings = mcore_config(opened.architecture, config, layout)
         if on_meta:
             settings.use_cpu_initialization, settings.perform_initialization = True, False
         with torch.device("meta") if on_meta else contextlib.nullcontext():
             stage = build_stage(opened.architecture, settings, config, pre_process=True, post_process=True)
         yield stage.eval()
+
+
+@contextlib.contextmanager
+def _process_groups(layout: ParallelConfig) -> Iterator[None]:
+    """Have Megatron-Core's process groups for the block; within another block, that one's."""
+    if parallel.is_initialized():
+        yield
+        return
+    parallel.initialize(layout, seed=0)
+    try:
+        yield
     finally:
         parallel.shut_down()
 

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,6 @@ from megatron_sppo.training import parallel
 from megatron_sppo.training.checkpoint import load_stages
 from megatron_sppo.verification import layerwise as by_layer
 from megatron_sppo.verification.layerwise import Logits, built_stage, stage_logits
-from megatron_sppo.verification.probes import prompt_token_ids
 
 # S = tokens of a prompt, V = vocabulary, P = positions of all prompts
 
@@ -56,19 +55,55 @@ THRESHOLDS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model to be run: by Hugging Face's own class, or the one that training builds, where `opened` is given."""
+
+    directory: Path
+    opened: OpenedMegatron | None = None
+
+    @property
+    def name(self) -> str:
+        return "Hugging Face" if self.opened is None else "Megatron"
+
+    def whole(self, dtype: str, attention: str | None) -> AbstractContextManager[Logits]:
+        """Have all of it in memory."""
+        if self.opened is None:
+            return hf_logits(self.directory, dtype, attention)
+        return megatron_logits(self.opened, dtype)
+
+    def by_layer(
+        self, dtype: str, attention: str | None, on_layer: Callable[[], object]
+    ) -> AbstractContextManager[Logits]:
+        """Have a layer of it in memory at a time; `on_layer` is called after each."""
+        if self.opened is not None:
+            return by_layer.megatron_logits(self.opened, dtype, on_layer=on_layer)
+        logits = by_layer.hf_logits(self.directory, getattr(torch, dtype), attention=attention, on_layer=on_layer)
+        return contextlib.nullcontext(logits)
+
+
 def compare_models(
-    hf: Path, opened: OpenedMegatron, *, prompts: Path | None, dtype: str | None, layerwise: bool | None
+    models: tuple[Model, Model],
+    token_ids: list[list[int]],
+    *,
+    architecture: Architecture | None,
+    num_parameters: int,
+    dtype: str | None,
+    layerwise: bool | None,
 ) -> dict[str, Any]:
     """Run both models on the prompts -> statistics over all positions, and the thresholds for them.
 
     Args:
-        prompts, dtype, layerwise: as in `verify`.
+        models: the first is the reference, of two Hugging Face models, two of Megatron's, or one of each.
+        architecture: None where the family is none of ours, and transformers runs both.
+        num_parameters: of one model.
+        dtype, layerwise: as in `verify`.
     """
     dtype = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
-    token_ids = prompt_token_ids(hf, opened.architecture, prompts)
     if layerwise is None:
-        layerwise = _is_too_large(opened.architecture, dtype) or not _mcore_may_read(opened)
-    parts = list((_compare_by_layer if layerwise else _compare_whole)(hf, opened, token_ids, dtype))
+        layerwise = _is_too_large(num_parameters, dtype) or not all(map(_mcore_may_read, models))
+    attention = _attention(architecture)
+    parts = list((_compare_by_layer if layerwise else _compare_whole)(models, token_ids, dtype, attention))
     positions = sum(part["positions"] for part in parts)
 
     def mean(name: str) -> float:
@@ -83,6 +118,33 @@ def compare_models(
         **{name: mean(name) for name in ("mean_abs", "mean_kl", "argmax_agreement")},
         "thresholds": dataclasses.asdict(THRESHOLDS[dtype]),
     }
+
+
+def logit_faults(logits: dict[str, Any]) -> list[str]:
+    """Say in which of its statistics a comparison lies beyond its thresholds -> faults, in words."""
+    faults, limits = [], logits["thresholds"]
+    largest = limits["relative_max"] * logits["max_logit"]
+    # Written so that NaN, which compares false with everything, is a fault.
+    if not logits["max_abs"] <= largest:
+        faults.append(f"logits differ by up to {logits['max_abs']:.3g} ({logits['dtype']} allows {largest:.3g})")
+    if not logits["mean_kl"] <= limits["mean_kl"]:
+        faults.append(f"mean KL is {logits['mean_kl']:.3g} nats ({logits['dtype']} allows {limits['mean_kl']:.3g})")
+    if not logits["argmax_agreement"] >= limits["argmax_agreement"]:
+        faults.append(
+            f"the most likely token agrees at {logits['argmax_agreement']:.2%} of positions "
+            f"({logits['dtype']} needs {limits['argmax_agreement']:.0%})"
+        )
+    return faults
+
+
+def logit_summary(logits: dict[str, Any]) -> str:
+    """Word a comparison of logits -> one line."""
+    return (
+        f"logits ({logits['dtype']}, {logits['prompts']} prompts, {logits['positions']} positions): "
+        f"max |difference| {logits['max_abs']:.2e} of max |logit| {logits['max_logit']:.1f}, mean "
+        f"{logits['mean_abs']:.2e}; KL mean {logits['mean_kl']:.2e}, max {logits['max_kl']:.2e}; "
+        f"same most likely token at {logits['argmax_agreement']:.2%}"
+    )
 
 
 def compare_logits(reference_PV: Tensor, logits_PV: Tensor) -> dict[str, float]:
@@ -105,9 +167,9 @@ def compare_logits(reference_PV: Tensor, logits_PV: Tensor) -> dict[str, float]:
     }
 
 
-def _is_too_large(architecture: Architecture, dtype: str) -> bool:
+def _is_too_large(num_parameters: int, dtype: str) -> bool:
     """Whether one model would take more than half of the memory that is free, and so must be run by layers."""
-    needed = architecture.num_parameters() * getattr(torch, dtype).itemsize
+    needed = num_parameters * getattr(torch, dtype).itemsize
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if needed <= free / 2:
         return False
@@ -115,50 +177,48 @@ def _is_too_large(architecture: Architecture, dtype: str) -> bool:
     return True
 
 
-def _mcore_may_read(opened: OpenedMegatron) -> bool:
+def _mcore_may_read(model: Model) -> bool:
     """Whether mcore may load the checkpoint: it trusts pickles, and Megatron-LM's own hold more than data."""
     try:
-        check_metadata(opened.directory)
+        if model.opened is not None:
+            check_metadata(model.opened.directory)
     except DataError as error:
         logger.info("%s The weights are read without it, and the logits computed layer by layer.", error)
         return False
     return True
 
 
-def _attention(architecture: Architecture) -> str | None:
+def _attention(architecture: Architecture | None) -> str | None:
     """Name transformers' implementation to compare with; None: its default.
 
     The default silently leaves soft caps out (transformers 5.19, sdpa_attention.py).
     """
-    return "eager" if architecture.attention_softcap is not None else None
+    return "eager" if architecture is None or architecture.attention_softcap is not None else None
 
 
 @torch.no_grad()
 def _compare_by_layer(
-    hf: Path, opened: OpenedMegatron, token_ids: list[list[int]], dtype: str
+    models: tuple[Model, Model], token_ids: list[list[int]], dtype: str, attention: str | None
 ) -> Iterator[dict[str, float]]:
     """Run both sides with a layer in memory at a time, a batch of prompts after the other -> statistics per prompt."""
-    batches = list(by_layer.batches(token_ids))
-    bar = tqdm(total=2 * len(batches) * opened.architecture.num_layers, desc="layers", disable=None)
-    with bar, by_layer.megatron_logits(opened, dtype, on_layer=bar.update) as ours:
-        attention = _attention(opened.architecture)
-        reference = by_layer.hf_logits(hf, getattr(torch, dtype), attention=attention, on_layer=bar.update)
-        for batch in batches:
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(desc="layers", disable=None))
+        one, other = (stack.enter_context(model.by_layer(dtype, attention, bar.update)) for model in models)
+        for batch in by_layer.batches(token_ids):
             tokens_BS = by_layer.padded(batch)
-            pairs = zip(batch, reference(tokens_BS), ours(tokens_BS), strict=True)
-            yield from (compare_logits(one[: len(ids)], other[: len(ids)]) for ids, one, other in pairs)
+            pairs = zip(batch, one(tokens_BS), other(tokens_BS), strict=True)
+            yield from (compare_logits(first[: len(ids)], second[: len(ids)]) for ids, first, second in pairs)
 
 
 def _compare_whole(
-    hf: Path, opened: OpenedMegatron, token_ids: list[list[int]], dtype: str
+    models: tuple[Model, Model], token_ids: list[list[int]], dtype: str, attention: str | None
 ) -> Iterator[dict[str, float]]:
     """Run one whole model after the other -> statistics per prompt.
 
     One prompt at a time: float64 over all positions of a large vocabulary would not fit.
     """
-    reference = prompt_logits(hf_logits(hf, dtype, _attention(opened.architecture)), token_ids, "Hugging Face")
-    ours = prompt_logits(megatron_logits(opened, dtype), token_ids, "Megatron")
-    return (compare_logits(one, other) for one, other in zip(reference, ours, strict=True))
+    one, other = (prompt_logits(model.whole(dtype, attention), token_ids, model.name) for model in models)
+    return (compare_logits(first, second) for first, second in zip(one, other, strict=True))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
-from megatron_sppo.architecture import Architecture, read_architecture
+from megatron_sppo.architecture import read_architecture
 from megatron_sppo.checkpoints.megatron_checkpoint import HF_DIRECTORY
 from megatron_sppo.checkpoints.tokenizer import TEXT_FILES, is_tokenizer_of, tokenizer_hash
 from megatron_sppo.errors import DataError
@@ -46,28 +46,39 @@ _USER = ({"role": "user", "content": "?"},)
 
 
 def compare_tokenizers(hf: Path, directory: Path, found: str | None) -> dict[str, Any]:
-    """Compare the files that decide ids by the hash in model.json, the others by their bytes, and both by what they do.
-
-    Bytes may differ where nothing else does (a tokenizer saved again by another version); ids may differ where the
-    files that we know are the same (a setting in a file that we do not know).
+    """Hold a Hugging Face directory's tokenizer against a Megatron checkpoint's, and against the hash in model.json.
 
     Args:
         found: the hash of `hf`'s tokenizer.
     """
-    carried = directory / HF_DIRECTORY
     recorded = read_architecture(directory)[1].get("hash") if (directory / MODEL_FILE).is_file() else None
-    texts: dict[str, bool] = {}
-    for name in TEXT_FILES:
-        pair = [path.read_bytes() if path.is_file() else None for path in (hf / name, carried / name)]
-        if pair != [None, None]:
-            texts[name] = pair[0] == pair[1]
-    probes: list[str] | None = None
-    if found is not None and tokenizer_hash(carried) is not None:
-        probes = _different_probes(_tokenizer(hf), _tokenizer(carried))
     return {
         "hf_hash": found,
         "megatron_hash": recorded,
         "ids_same": found == recorded or (found is not None and is_tokenizer_of(hf, [recorded])),
+        **compare_texts(hf, directory / HF_DIRECTORY),
+    }
+
+
+def compare_texts(one: Path, other: Path) -> dict[str, Any]:
+    """Compare the files beside a tokenizer by their bytes, and two tokenizers by what they do.
+
+    Bytes may differ where nothing else does (a tokenizer saved again by another version); ids may differ where the
+    files that we know are the same (a setting in a file that we do not know).
+
+    Returns:
+        `texts`: {file: whether it is the same}; `texts_same`; `probes`: texts that were tried, 0 where one side has no
+        tokenizer; `different_probes`: those of them that the two treat differently.
+    """
+    texts: dict[str, bool] = {}
+    for name in TEXT_FILES:
+        pair = [path.read_bytes() if path.is_file() else None for path in (one / name, other / name)]
+        if pair != [None, None]:
+            texts[name] = pair[0] == pair[1]
+    probes: list[str] | None = None
+    if tokenizer_hash(one) is not None and tokenizer_hash(other) is not None:
+        probes = _different_probes(_tokenizer(one), _tokenizer(other))
+    return {
         "texts": texts,
         "texts_same": all(texts.values()),
         "probes": len(PROBES) if probes is not None else 0,
@@ -103,12 +114,14 @@ def _tokenizer(directory: Path) -> Any:
     return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
-def prompt_token_ids(hf: Path, architecture: Architecture, prompts: Path | None) -> list[list[int]]:
+def prompt_token_ids(
+    hf: Path, prompts: Path | None, *, vocab_size: int, max_position_embeddings: int
+) -> list[list[int]]:
     """Tokenize the prompts by Hugging Face's tokenizer -> one list of ids a prompt."""
     if tokenizer_hash(hf) is None:
         logger.warning("%s has no tokenizer: the logits are compared on random tokens", hf)
         generator = torch.Generator().manual_seed(0)
-        return [torch.randint(architecture.vocab_size, (32,), generator=generator).tolist() for _ in PROMPTS]
+        return [torch.randint(vocab_size, (32,), generator=generator).tolist() for _ in PROMPTS]
     tokenizer = _tokenizer(hf)
     if prompts is None:
         lists = [tokenizer(text)["input_ids"] for text in PROMPTS]
@@ -122,7 +135,7 @@ def prompt_token_ids(hf: Path, architecture: Architecture, prompts: Path | None)
                 logger.warning("prompt %s is left out: the chat template refuses it: %s", prompt.prompt_id, error)
         if not lists:
             raise DataError(f"the chat template of {hf} refuses every prompt of {prompts}. Leave out --prompts.")
-    limit = min(MAX_TOKENS, architecture.max_position_embeddings)
+    limit = min(MAX_TOKENS, max_position_embeddings)
     return [ids[:limit] for ids in lists]
 
 

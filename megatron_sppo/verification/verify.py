@@ -24,8 +24,8 @@ from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.conversion.mapping import hf_shapes
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, different_fields, open_megatron
 from megatron_sppo.errors import ConversionError
-from megatron_sppo.verification.logits import compare_models
-from megatron_sppo.verification.probes import compare_tokenizers
+from megatron_sppo.verification.logits import Model, compare_models, logit_faults, logit_summary
+from megatron_sppo.verification.probes import compare_tokenizers, prompt_token_ids
 
 SCHEMA_VERSION = 1
 
@@ -59,7 +59,19 @@ def verify(
     logits = None
     # Of weights that are absent or of another shape transformers makes up new ones, which are no model to compare with.
     if not different and not tensors["unusable"]:
-        logits = compare_models(hf, opened, prompts=prompts, dtype=dtype, layerwise=layerwise)
+        logits = compare_models(
+            (Model(directory=hf), Model(directory=directory, opened=opened)),
+            prompt_token_ids(
+                hf,
+                prompts,
+                vocab_size=opened.architecture.vocab_size,
+                max_position_embeddings=opened.architecture.max_position_embeddings,
+            ),
+            architecture=opened.architecture,
+            num_parameters=opened.architecture.num_parameters(),
+            dtype=dtype,
+            layerwise=layerwise,
+        )
     report = {
         "schema_version": SCHEMA_VERSION,
         "hf": str(hf),
@@ -85,12 +97,7 @@ def summary(report: dict[str, Any]) -> Iterator[str]:
         f"{tokenizer['probes'] - len(tokenizer['different_probes'])} of {tokenizer['probes']} probes are the same"
     )
     if logits is not None:
-        yield (
-            f"logits ({logits['dtype']}, {logits['prompts']} prompts, {logits['positions']} positions): "
-            f"max |difference| {logits['max_abs']:.2e} of max |logit| {logits['max_logit']:.1f}, mean "
-            f"{logits['mean_abs']:.2e}; KL mean {logits['mean_kl']:.2e}, max {logits['max_kl']:.2e}; "
-            f"same most likely token at {logits['argmax_agreement']:.2%}"
-        )
+        yield logit_summary(logits)
 
 
 def enforce(report: dict[str, Any]) -> None:
@@ -166,21 +173,7 @@ def _faults(report: dict[str, Any]) -> list[str]:
         faults += [f"{name} differs" for name, same in tokenizer["texts"].items() if not same]
     if probes := tokenizer["different_probes"]:
         faults.append(f"the tokenizers treat {len(probes)} texts differently, the first is {probes[0]!r}")
-    if logits is None:
-        return faults
-    limits = logits["thresholds"]
-    largest = limits["relative_max"] * logits["max_logit"]
-    # Written so that NaN, which compares false with everything, is a fault.
-    if not logits["max_abs"] <= largest:
-        faults.append(f"logits differ by up to {logits['max_abs']:.3g} ({logits['dtype']} allows {largest:.3g})")
-    if not logits["mean_kl"] <= limits["mean_kl"]:
-        faults.append(f"mean KL is {logits['mean_kl']:.3g} nats ({logits['dtype']} allows {limits['mean_kl']:.3g})")
-    if not logits["argmax_agreement"] >= limits["argmax_agreement"]:
-        faults.append(
-            f"the most likely token agrees at {logits['argmax_agreement']:.2%} of positions "
-            f"({logits['dtype']} needs {limits['argmax_agreement']:.0%})"
-        )
-    return faults
+    return faults if logits is None else faults + logit_faults(logits)
 
 
 def _same(same: bool) -> str:

@@ -66,10 +66,11 @@ def test_every_token_is_hugging_faces_and_sums_are_those_of_training(
     lines = inspected(trained, untied, tmp_path / "tokens.jsonl", world_size, flags)
     dataset = PreferenceDataset(trained / "data")
     assert {(line["group"], line["response"]) for line in lines} == set(np.ndindex(NUM_PROMPTS, NUM_RESPONSES))
+    texts = dataset.lines_of(range(NUM_PROMPTS))
     for line in lines:
         place = line["group"], line["response"]
         assert [token["id"] for token in line["tokens"]] == dataset.response(*place).tolist()
-        assert line["prompt_id"] == dataset.prompt_lines[line["group"]]["prompt_id"]
+        assert line["prompt_id"] == texts[line["group"]]["prompt_id"]
         assert line["win_rate"] == pytest.approx(dataset.win_rates(line["group"])[line["response"]])
         for token in line["tokens"]:
             assert token["log_ratio"] == pytest.approx(token["log_prob"] - token["reference_log_prob"], abs=1e-12)

@@ -77,6 +77,7 @@ def step_by_step(
     from megatron_sppo.training.forward_step import gradient_step
     from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
     from megatron_sppo.training.progress import Progress
+    from megatron_sppo.training.saving import Saver
 
     config, source, batches, policy = _begin(["--load", megatron, "--data", data, "--save", save, *argv])
     if first == 1:
@@ -94,7 +95,8 @@ def step_by_step(
                 for parameter in chunk.parameters():
                     parameter.copy_(kept.pop(0))
         optimizer.step()
-    checkpoint.save(Path(save), policy, optimizer, scheduler, progress=Progress(step=last), source=source)
+    saver = Saver(Path(save), policy, optimizer, scheduler, progress=Progress(step=last), source=source)
+    saver.save(wait=True)
     parallel.shut_down()
 
 
@@ -118,7 +120,7 @@ def _save_gradient(policy: Any, source: Path, root: Path) -> None:
     from megatron.core import dist_checkpointing
 
     from megatron_sppo.checkpoints import megatron_checkpoint
-    from megatron_sppo.training import checkpoint, parallel
+    from megatron_sppo.training import checkpoint, parallel, saving
 
     for chunk in policy.chunks:
         for parameter in chunk.parameters():
@@ -130,7 +132,7 @@ def _save_gradient(policy: Any, source: Path, root: Path) -> None:
     if parallel.is_rank_zero():
         target.mkdir(parents=True)
     torch.distributed.barrier()
-    checkpoint._mcore_save(checkpoint._model_state(policy.stages), target)
+    saving.write_state(checkpoint.describe_model(policy.stages), target)
     assert dist_checkpointing.check_is_distributed_checkpoint(str(target))
     if parallel.is_rank_zero():
         megatron_checkpoint.carry_model_files(source, target)

@@ -167,6 +167,29 @@ def test_a_finished_run_says_so_at_once(finished: tuple[Path, str], inputs: Path
     assert fingerprints(run_dir) == before
 
 
+def test_keep_last_removes_older_weights_and_the_run_stays_finished_and_can_be_reported(
+    finished: tuple[Path, str], inputs: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    metrics, page = ((run_dir / name).read_bytes() for name in ("metrics.jsonl", "report.html"))
+    for _ in range(2):
+        outcome = self_play(inputs, run_dir, "--keep-last", "1")
+        assert outcome.returncode == 0 and "is finished: nothing is left to do" in outcome.stderr
+    assert not (run_dir / "iter_1" / "hf").exists()
+    assert not list((run_dir / "iter_1").rglob("*.distcp"))
+    assert (run_dir / "iter_1" / "checkpoint" / "responses.jsonl").is_file()
+    for kept in ("base", "iter_2/checkpoint"):
+        assert list((run_dir / kept).glob("iter_*/*.distcp"))
+    assert (run_dir / "iter_2" / "hf" / "model.safetensors").is_file()
+    (run_dir / "report.html").unlink()
+    outcome = self_play(inputs, run_dir)
+    assert outcome.returncode == 0, outcome.stderr
+    done_again = [line for line in outcome.stderr.splitlines() if "done in" in line]
+    assert len(done_again) == 1 and "report: done in" in done_again[0]
+    assert (run_dir / "metrics.jsonl").read_bytes() == metrics
+    assert (run_dir / "report.html").read_bytes() == page
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -417,3 +417,29 @@ def test_a_holder_reads_back_from_what_it_keeps():
 @pytest.mark.parametrize(("value", "text"), [(5e-7, "5e-7"), (1e-12, "1e-12"), (1e20, "1e+20"), (0.1, "0.1"), (3, "3")])
 def test_numbers_are_spelled_as_people_type_them(value, text):
     assert config.spell(value) == text and float(config.spell(value)) == value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two paths."""
+
+    one: Annotated[Path, config.POSITIONAL]
+    other: Annotated[Path, config.POSITIONAL]
+    quiet: bool = False
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["a", "b", "--quiet"], ["a", "--other", "b", "--quiet"], ["--quiet", "--one", "a", "--other=b"]],
+    ids=["bare", "half", "flags"],
+)
+def test_a_positional_setting_is_typed_with_or_without_its_flag(argv: list[str]) -> None:
+    assert config.parse(Pair, name="pair", description="", argv=argv) == Pair(
+        one=Path("a"), other=Path("b"), quiet=True
+    )
+
+
+@pytest.mark.parametrize(("argv", "word"), [(["a"], "--other is missing"), (["a", "b", "c"], "c")])
+def test_too_few_or_too_many_positional_settings_are_refused(argv: list[str], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        config.parse(Pair, name="pair", description="", argv=argv)

@@ -51,7 +51,7 @@ def test_everything_comes_back_as_written(tmp_path):
     assert np.array_equal(dataset.all_win_rates(), np.stack([dataset.win_rates(g) for g in range(20)]))
     assert np.array_equal(dataset.all_preferences(), np.stack([dataset.preferences(g) for g in range(20)]))
     assert np.array_equal(dataset.all_judge_logits(), np.stack([dataset.judge_logits(g) for g in range(20)]))
-    assert [line["prompt_id"] for line in dataset.prompt_lines] == [f"p{g}" for g in range(20)]
+    assert [line["prompt_id"] for line in dataset.lines_of(range(20)).values()] == [f"p{g}" for g in range(20)]
 
 
 def test_megatrons_own_reader_opens_every_file(tmp_path):
@@ -250,7 +250,7 @@ def test_a_consistent_looking_but_wrong_dataset_is_refused_in_one_line(tmp_path,
     forge(directory, change, **manifest)
     with pytest.raises(DataError, match=message) as caught:
         # The prompts' texts are read last and only by who wants them: training does not.
-        assert PreferenceDataset(directory).prompt_lines is None
+        assert PreferenceDataset(directory).lines_of(range(6)) is None
     assert "\n" not in str(caught.value)
 
 

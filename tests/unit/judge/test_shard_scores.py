@@ -3,12 +3,17 @@
 Ranks are forked processes, kills are SIGKILL. The command line itself, torchrun included, is tests/e2e's to prove.
 """
 
+import json
 import multiprocessing
 import os
+import random
 import signal
 import threading
 import time
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,10 +26,12 @@ from megatron_sppo.errors import DataError
 from megatron_sppo.judge.diagnostics import describe_judge
 from megatron_sppo.judge.load import load_judge
 from megatron_sppo.judge.score import merge_scores
-from megatron_sppo.judge.shard_scores import _Shards, read_scores, score_rollouts, scores_path
+from megatron_sppo.judge.shard_files import ShardKey, is_complete, read_scores, scores_path
+from megatron_sppo.judge.shard_scores import _Shards, score_rollouts
 from megatron_sppo.judge.work_list import WorkList
-from megatron_sppo.rollout.records import read_manifest, read_rollouts
-from tests.unit.judge.groups import group_of
+from megatron_sppo.rollout.records import RolloutGroup, read_manifest, read_rollouts
+from tests.unit.judge.groups import group_of, random_group
+from tests.unit.judge.naive_dataset import dataset_files
 from tests.unit.judge.rollout_files import (
     encoded,
     random_rollouts,
@@ -61,7 +68,7 @@ def rollouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def score(rollouts: Path, work_dir: Path, work: WorkList | None = None, last_shard: int | None = None) -> None:
     judge = load_judge("rules:cyclic") if last_shard is None else DyingJudge(last_shard)
-    score_rollouts(rollouts, judge, work_dir, work=work)
+    score_rollouts(rollouts, judge, work_dir, rule="paper", work=work)
 
 
 def work_list(store: Path, rank: int, world_size: int) -> WorkList:
@@ -87,23 +94,36 @@ def run_ranks(rollouts: Path, work_dir: Path, store: Path, world_size: int, last
     return [process.exitcode for process in processes]
 
 
-def merge(rollouts: Path, work_dir: Path, output: Path, spec: str = "rules:cyclic") -> dict[str, bytes]:
+def merge(
+    rollouts: Path, work_dir: Path, output: Path, spec: str = "rules:cyclic", rule: str = "paper"
+) -> dict[str, bytes]:
     """Write the dataset -> the bytes of all of its files."""
     manifest = read_manifest(rollouts)
     writer = DatasetWriter(
         output, num_responses=manifest.num_responses, tokenizer_hash=manifest.tokenizer_hash,
-        vocab_size=manifest.vocab_size, judge=spec, preset="paper", selection="all", rollouts_sha256=None,
+        vocab_size=manifest.vocab_size, judge=spec, preset=rule, selection="all", rollouts_sha256=None,
     )  # fmt: skip
     with writer:
-        merge_scores(rollouts, manifest, load_judge(spec), work_dir, writer, rule="paper")
+        merge_scores(rollouts, manifest, load_judge(spec), work_dir, writer, rule=rule)
     return {path.name: path.read_bytes() for path in sorted(output.iterdir())}
 
 
+def key(rollouts: Path, number: int, spec: str = "rules:cyclic", rule: str = "paper") -> ShardKey:
+    manifest = read_manifest(rollouts)
+    return ShardKey(entry=manifest.shards[number], judge=load_judge(spec), manifest=manifest, rule=rule)
+
+
+def naive(rollouts: Path, groups: Sequence[RolloutGroup], rule: str = "paper", **changes: Any) -> dict[str, bytes]:
+    """What any way of scoring must write."""
+    manifest, judge = read_manifest(rollouts), load_judge("rules:cyclic")
+    fields = {"tokenizer_hash": manifest.tokenizer_hash, "vocab_size": manifest.vocab_size, "rollouts_sha256": None}
+    fields |= {"judge": "rules:cyclic", "selection": "all"}
+    return dataset_files(groups, lambda group: judge.judge_logits([group])[0], rule=rule, fields=fields, **changes)
+
+
 @pytest.fixture(scope="module")
-def undisturbed(rollouts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    root = tmp_path_factory.mktemp("undisturbed")
-    score(rollouts, root / "work")
-    return merge(rollouts, root / "work", root / "dataset")
+def undisturbed(rollouts: Path) -> dict[str, bytes]:
+    return naive(rollouts, list(read_rollouts(rollouts)))
 
 
 def test_the_dataset_holds_the_rollouts_and_the_judges_logits(rollouts: Path, undisturbed, tmp_path: Path) -> None:
@@ -116,7 +136,7 @@ def test_the_dataset_holds_the_rollouts_and_the_judges_logits(rollouts: Path, un
         np.testing.assert_array_equal(dataset.judge_logits(number), logits)
         assert dataset.prompt(number).tolist() == list(group.prompt_token_ids)
         assert [dataset.response(number, k).tolist() for k in range(4)] == [list(r.token_ids) for r in group.responses]
-        assert dataset.prompt_lines[number]["prompt_id"] == group.prompt_id
+        assert dataset.lines_of([number])[number]["prompt_id"] == group.prompt_id
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
@@ -136,10 +156,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     exit_codes = run_ranks(rollouts, work_dir, tmp_path / "first", world_size, last_shard // world_size)
     assert -signal.SIGKILL in exit_codes
     judge = load_judge("rules:cyclic")
-    entries = read_manifest(rollouts).shards
-    done = [number for number in range(NUM_SHARDS) if read_scores(work_dir, number, entries[number], judge)]
+    done = [number for number in range(NUM_SHARDS) if is_complete(work_dir, number, key(rollouts, number), verify=True)]
     assert len(done) < NUM_SHARDS and (world_size > 1 or len(done) == last_shard)
-    score_rollouts(rollouts, judge, work_dir)
+    score_rollouts(rollouts, judge, work_dir, rule="paper")
     assert judge.counts["pairs"] == (NUM_SHARDS - len(done)) * 2 * 4 * 3, "finished shards were judged again"
     assert merge(rollouts, work_dir, tmp_path / "dataset") == undisturbed
 
@@ -147,7 +166,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
 def test_ranks_take_the_largest_shard_first_and_none_twice(tmp_path: Path) -> None:
     groups = [group_of("why?", ["a", "b" * size], prompt_id=str(size)) for size in (10, 900, 400)]
     rollouts = write_rollouts(tmp_path / "r", groups, rows_per_shard=1)
-    shards = _Shards(rollouts, read_manifest(rollouts), load_judge("rules:concise"), tmp_path / "work")
+    shards = _Shards(rollouts, read_manifest(rollouts), load_judge("rules:concise"), tmp_path / "work", rule="paper")
     assert shards.largest_first == [1, 2, 0]
     works = [work_list(tmp_path / "store", rank, 2) for rank in range(2)]
     assert [works[turn % 2].take([1, 2, 0]) for turn in range(5)] == [1, 2, 0, None, None]
@@ -157,29 +176,67 @@ def test_the_first_rank_judges_what_a_silent_rank_has_taken(rollouts: Path, undi
     silent = work_list(tmp_path / "store", 1, 2)
     assert silent.take(range(NUM_SHARDS)) == 0, "the silent rank takes a shard and never judges it"
     judge = load_judge("rules:cyclic")
-    score_rollouts(rollouts, judge, tmp_path / "work", work=work_list(tmp_path / "store", 0, 2), patience=0.3)
+    score_rollouts(
+        rollouts, judge, tmp_path / "work", rule="paper", work=work_list(tmp_path / "store", 0, 2), patience=0.3
+    )
     assert judge.counts["pairs"] == silent.num_pairs == NUM_SHARDS * 2 * 12, "both ranks see the run's count"
     assert merge(rollouts, tmp_path / "work", tmp_path / "dataset") == undisturbed
 
 
 def test_scores_of_another_judge_are_not_taken(rollouts: Path, tmp_path: Path) -> None:
     score(rollouts, tmp_path)
-    assert score_rollouts(rollouts, load_judge("rules:cyclic"), tmp_path) == 0
-    assert score_rollouts(rollouts, load_judge("rules:concise"), tmp_path) == NUM_SHARDS * 2 * 12
+    assert score_rollouts(rollouts, load_judge("rules:cyclic"), tmp_path, rule="paper") == 0
+    assert score_rollouts(rollouts, load_judge("rules:concise"), tmp_path, rule="paper") == NUM_SHARDS * 2 * 12
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "flipped"])
-def test_a_damaged_score_file_is_judged_again(rollouts: Path, undisturbed, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "num_asked"), [("empty", 24), ("cut", 24), ("garbage", 24), ("judge_logits.npy", 24), ("block-00000", 0)]
+)
+def test_a_damaged_score_file_is_made_again(
+    rollouts: Path, undisturbed, tmp_path: Path, damage: str, num_asked: int
+) -> None:
+    """A flipped bit in the logits costs 2 prompts x 12 pairs; one in what is copied of the rollouts, no verdict."""
     score(rollouts, tmp_path / "work")
     path = scores_path(tmp_path / "work", 3)
-    content = path.read_bytes()
-    middle = len(content) // 3
-    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-    path.write_bytes(
-        {"empty": b"", "cut": content[: len(content) // 2], "garbage": b"x" * 99, "flipped": flipped}[damage]
-    )
-    assert score_rollouts(rollouts, load_judge("rules:cyclic"), tmp_path / "work") == 2 * 12
+    content = bytearray(path.read_bytes())
+    if damage in ("empty", "cut", "garbage"):
+        content = bytearray({"empty": b"", "cut": content[: len(content) // 2], "garbage": b"x" * 99}[damage])
+    else:
+        with zipfile.ZipFile(path) as archive:
+            member = archive.getinfo(damage)
+        content[member.header_offset + member.file_size] ^= 1
+    path.write_bytes(content)
+    assert score_rollouts(rollouts, load_judge("rules:cyclic"), tmp_path / "work", rule="paper") == num_asked
     assert merge(rollouts, tmp_path / "work", tmp_path / "dataset") == undisturbed
+
+
+def test_damage_after_the_scoring_stops_the_merge(rollouts: Path, tmp_path: Path) -> None:
+    score(rollouts, tmp_path / "work")
+    path = scores_path(tmp_path / "work", 3)
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"shard-00003.jsonl.*Run the same"):
+        merge(rollouts, tmp_path / "work", tmp_path / "dataset")
+    assert not (tmp_path / "dataset").exists()
+
+
+def test_scores_of_an_older_version_and_of_another_preset_are_kept(rollouts: Path, undisturbed, tmp_path: Path) -> None:
+    """What 0.1 left of a killed scoring: logits, reasons, counts and their key, no blocks."""
+    score(rollouts, tmp_path / "work")
+    for number in range(NUM_SHARDS // 2):
+        scores = read_scores(tmp_path / "work", number, key(rollouts, number))
+        with open(scores_path(tmp_path / "work", number), "wb") as file:
+            np.savez(
+                file, judge_logits=scores.judge_logits, reasons=json.dumps({}), counts=json.dumps(dict(scores.counts)),
+                key=json.dumps(key(rollouts, number).of_scores),
+            )  # fmt: skip
+    judge = load_judge("rules:cyclic")
+    for rule in ("paper", "official", "paper"):
+        assert score_rollouts(rollouts, judge, tmp_path / "work", rule=rule) == 0
+        expected = undisturbed if rule == "paper" else naive(rollouts, list(read_rollouts(rollouts)), rule)
+        assert merge(rollouts, tmp_path / "work", tmp_path / "dataset", rule=rule) == expected
+    assert not judge.counts, "the judge was asked"
 
 
 def test_vanished_scores_stop_the_merge(rollouts: Path, tmp_path: Path) -> None:
@@ -197,7 +254,7 @@ def test_a_flipped_bit_in_the_rollouts_is_found(tmp_path: Path) -> None:
     content[40] ^= 1
     shard.write_bytes(bytes(content))
     with pytest.raises(DataError, match="is damaged"):
-        score_rollouts(directory, load_judge("rules:concise"), tmp_path / "work")
+        score_rollouts(directory, load_judge("rules:concise"), tmp_path / "work", rule="paper")
 
 
 def _with_responses(*responses: object) -> dict:
@@ -288,7 +345,7 @@ def test_bad_rows_are_set_aside_with_their_reason_and_nothing_else_moves(tmp_pat
     )
     plain = write_raw_rollouts(tmp_path / "plain", [good], num_responses=2)
     for directory in (mixed, plain):
-        score_rollouts(directory, load_judge(spec), tmp_path / f"work-{directory.name}")
+        score_rollouts(directory, load_judge(spec), tmp_path / f"work-{directory.name}", rule="paper")
         merge(directory, tmp_path / f"work-{directory.name}", tmp_path / f"dataset-{directory.name}", spec)
     left, right = (PreferenceDataset(tmp_path / f"dataset-{name}") for name in ("mixed", "plain"))
     assert left.dataset_hash == right.dataset_hash, "a bad row changed its neighbours"
@@ -298,10 +355,27 @@ def test_bad_rows_are_set_aside_with_their_reason_and_nothing_else_moves(tmp_pat
         assert fragment in reason and "\n" not in reason, name
 
 
+def test_prompts_that_occur_twice_leave_the_bytes_of_the_others(tmp_path: Path) -> None:
+    """Within a shard and across shards, at the ends and in the middle of a block; lengths differ."""
+    rng = random.Random(3)
+    groups = [random_group(rng, number, 3, high=9) for number in (0, 1, 0, 2, 3, 1, 4, 4, 5, 5)]
+    rollouts = write_rollouts(tmp_path / "r", groups, rows_per_shard=5)
+    score(rollouts, tmp_path / "work")
+    first = {group.prompt_id: group for group in reversed(groups)}
+    again = [groups[place].prompt_id for place in (2, 5, 7, 9)]
+    reason = "the prompt_id occurs twice; the first one was kept"
+    expected = naive(
+        rollouts,
+        [group for group in groups if group is first[group.prompt_id]],
+        quarantined=[{"prompt_id": prompt_id, "reason": reason} for prompt_id in again],
+    )
+    assert merge(rollouts, tmp_path / "work", tmp_path / "dataset") == expected
+
+
 def test_a_prompt_id_that_occurs_twice_keeps_the_first(tmp_path: Path) -> None:
     other = raw_row("a", prompt_token_ids=[9])
     rollouts = write_raw_rollouts(tmp_path / "r", [[encoded(raw_row("a"))], [encoded(other)]], num_responses=2)
-    score_rollouts(rollouts, load_judge("rules:concise"), tmp_path / "work")
+    score_rollouts(rollouts, load_judge("rules:concise"), tmp_path / "work", rule="paper")
     merge(rollouts, tmp_path / "work", tmp_path / "dataset", "rules:concise")
     dataset = PreferenceDataset(tmp_path / "dataset")
     assert dataset.prompt(0).tolist() == [1, 2, 3]
@@ -310,7 +384,7 @@ def test_a_prompt_id_that_occurs_twice_keeps_the_first(tmp_path: Path) -> None:
 
 def test_rollouts_without_a_single_good_row_are_refused(tmp_path: Path) -> None:
     rollouts = write_raw_rollouts(tmp_path / "r", [[b"{", b"null"]], num_responses=2)
-    score_rollouts(rollouts, load_judge("rules:concise"), tmp_path / "work")
+    score_rollouts(rollouts, load_judge("rules:concise"), tmp_path / "work", rule="paper")
     with pytest.raises(DataError, match="2 were quarantined"):
         merge(rollouts, tmp_path / "work", tmp_path / "dataset", "rules:concise")
     assert not (tmp_path / "dataset").exists()
@@ -320,7 +394,7 @@ def test_diagnostics_tell_the_cyclic_judge_from_the_concise_one(rollouts: Path, 
     found = {}
     for spec in ("rules:cyclic", "rules:concise"):
         judge, work, output = load_judge(spec), tmp_path / f"{spec}-work", tmp_path / spec
-        score_rollouts(rollouts, judge, work)
+        score_rollouts(rollouts, judge, work, rule="paper")
         merge(rollouts, work, output, spec)
         found[spec] = describe_judge(PreferenceDataset(output), judge.counts)
     assert found["rules:concise"]["cycle_rate"] == 0 and found["rules:concise"]["cyclic_energy"] < 1e-9

@@ -2,11 +2,12 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
 from megatron_sppo.rollout.config import GenerateConfig, Sampling
 from megatron_sppo.rollout.records import Response
+from megatron_sppo.rollout.sampler import Answer, AnsweredShard, Shard
 
 END_OF_TURN = 2
 
@@ -20,14 +21,22 @@ class FakeSampler:
         self._seconds_per_shard = seconds_per_shard
 
     def sample(
+        self, shards: Iterable[Shard], *, sampling: Sampling, on_progress: Callable[[int, int], None]
+    ) -> Iterator[AnsweredShard]:
+        """Answer one shard after the other."""
+        for shard in shards:
+            answers = self.answers(shard.prompts, sampling=sampling, seed=shard.seed, on_progress=on_progress)
+            yield AnsweredShard(shard=shard, answers=answers)
+
+    def answers(
         self,
         prompts: Sequence[TokenizedPrompt],
         *,
         sampling: Sampling,
         seed: int,
         on_progress: Callable[[int, int], None],
-    ) -> list[tuple[Response, ...]]:
-        """Answer each prompt with K responses of 1 to max_tokens tokens."""
+    ) -> Sequence[Answer]:
+        """Answer each prompt of a shard with K responses of 1 to max_tokens tokens."""
         self.calls.append(([prompt.prompt.prompt_id for prompt in prompts], seed))
         time.sleep(self._seconds_per_shard)
         answers = []

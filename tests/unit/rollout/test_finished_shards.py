@@ -11,9 +11,11 @@ import pytest
 
 from megatron_sppo.errors import DataError
 from megatron_sppo.rollout.finished_shards import FinishedShard, open_finished_shards
+from megatron_sppo.rollout.prepared import PromptsRecord
 from megatron_sppo.rollout.records import Response, RolloutGroup, ShardEntry, shard_name, write_shard
 
 REQUEST = {"model_hash": "m", "seed": 0}
+PROMPTS = PromptsRecord(inputs="0" * 64, prompts_hash="1" * 64, num_prompts=5, quarantined=())
 NUM_SHARDS = 5
 
 
@@ -32,15 +34,15 @@ def shard_in(directory: Path, index: int) -> FinishedShard:
 
 def enter(directory: Path, *indexes: int, num_shards: int = NUM_SHARDS) -> list[FinishedShard]:
     """Open, enter some shards, leave -> what was finished then."""
-    with open_finished_shards(directory, REQUEST, num_shards=num_shards) as finished:
+    with open_finished_shards(directory, REQUEST, PROMPTS, num_shards=num_shards) as finished:
         for index in indexes:
             finished.enter(index, shard_in(directory, index))
         return finished.in_order()
 
 
 def found(directory: Path) -> list[int]:
-    with open_finished_shards(directory, REQUEST, num_shards=NUM_SHARDS) as finished:
-        return [index for index in range(NUM_SHARDS) if index in finished]
+    with open_finished_shards(directory, REQUEST, PROMPTS, num_shards=NUM_SHARDS) as finished:
+        return [index for index in range(NUM_SHARDS) if index not in finished.missing()]
 
 
 def test_entered_shards_are_found_again_with_what_was_entered(tmp_path: Path) -> None:
@@ -53,7 +55,7 @@ def test_entered_shards_are_found_again_with_what_was_entered(tmp_path: Path) ->
 def test_a_shard_is_entered_by_as_many_bytes_however_many_there_are(tmp_path: Path) -> None:
     """300 shards of one size, entered one by one: every entry but the last adds a line of its own and no more."""
     sizes = [0]
-    with open_finished_shards(tmp_path, REQUEST, num_shards=300) as finished:
+    with open_finished_shards(tmp_path, REQUEST, PROMPTS, num_shards=300) as finished:
         request = (tmp_path / "request.json").stat()
         for index in range(299):
             finished.enter(index, shard_in(tmp_path, index))
@@ -70,7 +72,7 @@ def test_each_line_is_on_the_disk_before_the_next_shard(tmp_path: Path, monkeypa
     synced: list[int] = []
     real = os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino) or real(file))
-    with open_finished_shards(tmp_path, REQUEST, num_shards=NUM_SHARDS) as finished:
+    with open_finished_shards(tmp_path, REQUEST, PROMPTS, num_shards=NUM_SHARDS) as finished:
         for index in range(3):
             finished.enter(index, shard_in(tmp_path, index))
             assert synced[-1] == (tmp_path / "finished.jsonl").stat().st_ino
@@ -91,8 +93,8 @@ def test_opening_many_shards_lists_the_directory_once(tmp_path: Path, monkeypatc
     for name in ("listdir", "scandir"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda place=".", real=real: listings.append(place) or real(place))
-    with open_finished_shards(tmp_path, REQUEST, num_shards=2000) as finished:
-        assert [index for index in range(2000) if index in finished] == list(present)
+    with open_finished_shards(tmp_path, REQUEST, PROMPTS, num_shards=2000) as finished:
+        assert finished.missing() == [index for index in range(2000) if index % 4]
     assert listings == [tmp_path]
 
 
@@ -133,7 +135,7 @@ def test_what_is_complete_is_opened_without_a_write(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with open_finished_shards(tmp_path, REQUEST, num_shards=NUM_SHARDS) as finished:
+    with open_finished_shards(tmp_path, REQUEST, PROMPTS, num_shards=NUM_SHARDS) as finished:
         shard = shard_in(tmp_path, 0)
 
         def refuse(_: int) -> None:

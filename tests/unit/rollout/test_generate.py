@@ -17,12 +17,16 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from megatron_sppo import storage
 from megatron_sppo.checkpoints.model_files import model_hash
 from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.rollout import finished_shards
+from megatron_sppo.rollout.chat_template import ChatTokenizer
 from megatron_sppo.rollout.config import GenerateConfig, TemplateConfig
 from megatron_sppo.rollout.generate import generate_rollouts, shard_seed
-from megatron_sppo.rollout.records import Response, read_manifest, read_rollouts
+from megatron_sppo.rollout.prompts import PromptRows
+from megatron_sppo.rollout.records import EngineSteps, Response, read_manifest, read_rollouts
 from megatron_sppo.rollout.sampler import Refusal
 from tests.unit.rollout.fake_sampler import FakeSampler, fake_factory
 
@@ -107,6 +111,104 @@ def test_a_complete_directory_starts_no_engine_and_stays_as_it_is(config: Genera
     assert files_of(config.output) == before
 
 
+def test_what_is_complete_is_read_once_and_no_prompt_is_parsed_or_tokenised(
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(config)
+    monkeypatch.setattr(ChatTokenizer, "tokenize_all", lambda *_: pytest.fail("prompts are tokenised"))
+    monkeypatch.setattr(PromptRows, "__iter__", lambda *_: pytest.fail("prompts are parsed"))
+    hashed: list[Path] = []
+    real = storage.sha256_of_file
+    monkeypatch.setattr(finished_shards, "sha256_of_file", lambda path: hashed.append(path) or real(path))
+    assert run(config) == []
+    assert hashed == [config.output / f"shard-{index:05d}.jsonl" for index in range(4)]
+
+
+def test_a_directory_without_a_record_of_its_prompts_gets_one(
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As versions before left it. The first run tokenises, and finds the same request; the second need not."""
+    run(config)
+    before = files_of(config.output)
+    request = json.loads(before["request.json"])
+    del request["prompts"]
+    (config.output / "request.json").write_text(json.dumps(request, indent=2) + "\n")
+    assert run(config) == []
+    assert files_of(config.output) == before
+
+
+def test_other_rows_behind_those_that_are_taken_change_nothing(config: GenerateConfig) -> None:
+    config = replace(config, limit=7)
+    run(config)
+    with open(config.prompts, "a") as file:
+        file.write(json.dumps({"prompt": "One more?"}) + "\n")
+    assert run(config) == []
+    (config.output / "shard-00001.jsonl").unlink()
+    assert run(config) == [["p3", "p4", "p5"]]
+
+
+def test_shards_that_are_answered_out_of_order_give_the_same_bytes(config: GenerateConfig, tmp_path: Path) -> None:
+    class Backwards(FakeSampler):
+        def sample(self, shards, *, sampling, on_progress):  # type: ignore[no-untyped-def]
+            return super().sample(list(shards)[::-1], sampling=sampling, on_progress=on_progress)
+
+    generate_rollouts(config, make_sampler=fake_factory(Backwards()))
+    run(replace(config, output=tmp_path / "in_order"))
+    assert files_of(config.output) == files_of(tmp_path / "in_order")
+
+
+def test_a_sampler_that_forgets_a_shard_ends_the_job(config: GenerateConfig) -> None:
+    class Forgetful(FakeSampler):
+        def sample(self, shards, *, sampling, on_progress):  # type: ignore[no-untyped-def]
+            return super().sample(list(shards)[:-1], sampling=sampling, on_progress=on_progress)
+
+    with pytest.raises(DataError, match="answered 3 of 4 shards"):
+        generate_rollouts(config, make_sampler=fake_factory(Forgetful()))
+    assert not (config.output / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(("has_gpu", "expected"), [(True, [512, 512, 76]), (False, [64] * 17 + [12])])
+def test_shards_are_larger_on_gpus_unless_the_user_says(
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch, has_gpu: bool, expected: list[int]
+) -> None:
+    import torch
+
+    config.prompts.write_text("".join(json.dumps({"prompt": f"Why {i}?"}) + "\n" for i in range(1100)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert [len(ids) for ids in run(replace(config, shard_size=None))] == expected
+    again = replace(config, output=config.output.with_name("explicit"), shard_size=600)
+    assert [len(ids) for ids in run(again)] == [600, 500]
+
+
+def test_a_run_goes_on_with_the_shard_size_that_it_was_begun_with(config: GenerateConfig) -> None:
+    with pytest.raises(Killed):
+        generate_rollouts(config, make_sampler=fake_factory(DyingSampler()))
+    assert run(replace(config, shard_size=None)) == [["p3", "p4", "p5"], ["p6", "p7", "p8"], ["p9"]]
+
+
+def test_how_full_the_engine_was_is_in_the_manifest_and_said(
+    config: GenerateConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Shard i takes 100 steps, i of which with fewer than half the slots; three before a kill, the fourth after it."""
+
+    class Counting(FakeSampler):
+        def sample(self, shards, *, sampling, on_progress):  # type: ignore[no-untyped-def]
+            for answered in super().sample(shards, sampling=sampling, on_progress=on_progress):
+                yield replace(answered, engine_steps=EngineSteps(total=100, under_half=answered.shard.index))
+                if answered.shard.index == 2:
+                    raise Killed
+
+    with pytest.raises(Killed):
+        generate_rollouts(config, make_sampler=fake_factory(Counting()))
+    caplog.set_level("INFO")
+    for _ in range(2):
+        caplog.clear()
+        generate_rollouts(config, make_sampler=fake_factory(Counting()))
+        assert read_manifest(config.output).engine_steps == EngineSteps(total=400, under_half=6)
+        said = "fewer than half of the engine's slots were busy in 1.5 % of its 400 steps"
+        assert said in [record.getMessage() for record in caplog.records]
+
+
 def test_the_engine_is_told_the_longest_prompt_with_its_answer(config: GenerateConfig) -> None:
     lengths = []
     generate_rollouts(config, make_sampler=lambda _, length: lengths.append(length) or FakeSampler())
@@ -121,10 +223,10 @@ class Killed(BaseException):
 class DyingSampler(FakeSampler):
     """Dies in its second shard."""
 
-    def sample(self, prompts, *, sampling, seed, on_progress):  # type: ignore[no-untyped-def]
+    def answers(self, prompts, *, sampling, seed, on_progress):  # type: ignore[no-untyped-def]
         if len(self.calls) == 1:
             raise Killed
-        return super().sample(prompts, sampling=sampling, seed=seed, on_progress=on_progress)
+        return super().answers(prompts, sampling=sampling, seed=seed, on_progress=on_progress)
 
 
 def test_an_interrupted_run_resumes_and_ends_with_the_same_bytes(config: GenerateConfig, tmp_path: Path) -> None:
@@ -235,7 +337,7 @@ def test_an_output_with_other_files_is_refused(config: GenerateConfig) -> None:
 
 def test_two_processes_cannot_write_to_one_directory(config: GenerateConfig) -> None:
     class Nested(FakeSampler):
-        def sample(self, prompts, *, sampling, seed, on_progress):  # type: ignore[no-untyped-def]
+        def answers(self, prompts, *, sampling, seed, on_progress):  # type: ignore[no-untyped-def]
             run(config)
             raise AssertionError("the second run was let in")
 
@@ -343,9 +445,9 @@ def test_the_templates_end_of_turn_stops_sampling(
     sampler, seen = FakeSampler(), []
 
     class Recording(FakeSampler):
-        def sample(self, prompts, *, sampling, seed, on_progress):  # type: ignore[no-untyped-def]
+        def answers(self, prompts, *, sampling, seed, on_progress):  # type: ignore[no-untyped-def]
             seen.append(sampling.stop_token_ids)
-            return sampler.sample(prompts, sampling=sampling, seed=seed, on_progress=on_progress)
+            return sampler.answers(prompts, sampling=sampling, seed=seed, on_progress=on_progress)
 
     generate_rollouts(replace(config, model=model_with_eos(tmp_path, **eos)), make_sampler=fake_factory(Recording()))
     assert set(seen) == {tuple(stops)}
@@ -382,7 +484,7 @@ class Answering(FakeSampler):
         super().__init__()
         self.answer, self.number = answer, 0
 
-    def sample(self, prompts, *, sampling, seed, on_progress):  # type: ignore[no-untyped-def]
+    def answers(self, prompts, *, sampling, seed, on_progress):  # type: ignore[no-untyped-def]
         answers = []
         for _ in prompts:
             made = [self.answer(self.number, k) for k in range(sampling.num_responses)]

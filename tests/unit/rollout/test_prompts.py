@@ -1,13 +1,16 @@
 """Proves that every kind of file gives the same prompts, and that unusable rows are counted with their reason."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.rollout.prompts import Prompt, prompts_hash, read_prompts
+from megatron_sppo.rollout import tables
+from megatron_sppo.rollout.prompts import Prompt, PromptRows, PromptsHash, read_prompts
+from megatron_sppo.storage import sha256_of_json
 
 ROWS: list[dict[str, Any]] = [
     {"prompt_id": "sky", "prompt": "Why is the sky blue?", "split": "train"},
@@ -232,8 +235,34 @@ def test_a_directory_without_data_is_named(tmp_path: Path) -> None:
 def test_the_hash_sees_ids_texts_and_order() -> None:
     first, second = (Prompt(prompt_id=name, messages=user(name)) for name in "ab")
     other_text = Prompt(prompt_id="a", messages=user("c"))
-    hashes = {prompts_hash(p) for p in [(first, second), (second, first), (first,), (other_text, second)]}
+    hashes = {hash_of(p) for p in [(first, second), (second, first), (first,), (other_text, second)]}
     assert len(hashes) == 4
+
+
+def test_the_hash_taken_one_by_one_is_that_of_the_whole_list() -> None:
+    """As it was taken by versions before, whose directories must still be resumed."""
+    prompts = [Prompt(prompt_id=f"p\u00fc{i}", messages=user(f"Why {i}? \u2600")) for i in range(3)]
+    for some in (prompts, prompts[:1], []):
+        assert hash_of(some) == sha256_of_json([[prompt.prompt_id, prompt.messages] for prompt in some])
+
+
+def hash_of(prompts: Iterable[Prompt]) -> str:
+    taken = PromptsHash()
+    for prompt in prompts:
+        taken.add(prompt)
+    return taken.hexdigest()
+
+
+def test_prompts_are_read_as_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[bytes] = []
+    real = tables._json_line
+    monkeypatch.setattr(tables, "_json_line", lambda line: lines.append(line) or real(line))
+    rows = PromptRows(write_rows(tmp_path / "rows.jsonl", [*ROWS, 5]))
+    prompts = iter(rows)
+    for number, expected in enumerate(IDS, start=1):
+        assert next(prompts).prompt_id == expected and len(lines) == number
+    assert next(prompts, None) is None
+    assert rows.quarantined == [{"prompt_id": "row-4", "reason": "the row is a int, not an object"}]
 
 
 # Columns as data sets publish them

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -20,7 +20,7 @@ from megatron_sppo.rollout.chat_template import TokenizedPrompt
 from megatron_sppo.rollout.config import Sampling, ServerConfig
 from megatron_sppo.rollout.prompts import Prompt
 from megatron_sppo.rollout.records import Response
-from megatron_sppo.rollout.sampler import Refusal
+from megatron_sppo.rollout.sampler import Answer, Refusal, Shard
 from megatron_sppo.rollout.server import ServerSampler
 
 SAMPLING = Sampling(num_responses=3, temperature=0.7, top_p=0.9, max_tokens=16, seed=0, stop_token_ids=(2, 7))
@@ -124,9 +124,18 @@ def sampler_of(*urls: str, **settings: Any) -> ServerSampler:
     return ServerSampler(config, max_model_len=40, first_pause_seconds=0.01)
 
 
+def answers_of(
+    sampler: ServerSampler, prompts: list[TokenizedPrompt], on_progress: Callable[[int, int], None] = lambda *_: None
+) -> Sequence[Answer]:
+    shard = Shard(index=0, seed=5, prompts=prompts)
+    (answered,) = sampler.sample([shard], sampling=SAMPLING, on_progress=on_progress)
+    assert answered.shard is shard
+    return answered.answers
+
+
 def sample(sampler: ServerSampler, prompts: list[TokenizedPrompt] = PROMPTS) -> list[tuple[Response, ...]]:
     progress: list[tuple[int, int]] = []
-    answers = sampler.sample(prompts, sampling=SAMPLING, seed=5, on_progress=lambda *step: progress.append(step))
+    answers = answers_of(sampler, prompts, on_progress=lambda *step: progress.append(step))
     assert progress == [(1, 6)] * len(prompts)
     return answers
 
@@ -170,6 +179,45 @@ def test_seeds_differ_by_prompt_and_repeat_by_shard_seed(serve) -> None:
     assert len(set(seeds.values())) == len(PROMPTS)
     assert [response.seed for response in first[3]] == [seeds[103], seeds[103] + 1, seeds[103] + 2]
     assert sample(sampler_of(server.url)) == first
+
+
+def test_as_many_requests_as_may_be_are_in_flight_across_the_borders_of_shards(serve) -> None:
+    """Shards of 2, of 8 requests at once: none is answered before 8 have come; only the last shards find fewer."""
+    together = threading.Barrier(8)
+
+    def fault(body: dict[str, Any], number: int) -> Any:
+        if number <= 16:
+            together.wait(timeout=20)
+        return None
+
+    server, taken = serve(fault), []
+
+    def shards() -> Iterator[Shard]:
+        for index in range(10):
+            taken.append(index)
+            yield Shard(index=index, seed=index, prompts=PROMPTS[2 * index : 2 * index + 2])
+
+    sampler = sampler_of(server.url, server_concurrency=8)
+    answers, seen = {}, []
+    for answered in sampler.sample(shards(), sampling=SAMPLING, on_progress=lambda *_: None):
+        answers[answered.shard.index] = answered.answers
+        seen.append(len(taken) - len(answers))
+    assert_all_answered([answer for index in range(10) for answer in answers[index]])
+    assert len(server.bodies) == len(PROMPTS)
+    assert max(seen) <= 8  # shards at work: what a kill would cost
+
+
+def test_a_shard_waits_for_no_other(serve) -> None:
+    """The first shard's prompt hangs until all others have been answered and given out."""
+    release = threading.Event()
+    server = serve(lambda body, number: release.wait(20) and None if body["prompt"] == [1, 100] else None)
+    shards = [Shard(index=i, seed=i, prompts=PROMPTS[5 * i : 5 * i + 5]) for i in range(4)]
+    order = []
+    for answered in sampler_of(server.url).sample(shards, sampling=SAMPLING, on_progress=lambda *_: None):
+        order.append(answered.shard.index)
+        if len(order) == 3:
+            release.set()
+    assert sorted(order[:3]) == [1, 2, 3] and order[3] == 0
 
 
 def test_seeds_can_be_left_out(serve) -> None:
@@ -349,11 +397,11 @@ def test_a_prompt_that_the_server_cannot_take_is_set_aside_and_its_neighbours_an
     refused = {103, 119}
     server = serve(lambda body, number: (status, TOO_LONG, {}) if body["prompt"][1] in refused else None)
     sampler = sampler_of(server.url)
-    answers = sampler.sample(PROMPTS, sampling=SAMPLING, seed=5, on_progress=lambda *_: None)
+    answers = answers_of(sampler, PROMPTS)
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         assert isinstance(answer, Refusal) == (prompt.token_ids[1] in refused)
     assert f"HTTP {status} {TOO_LONG}" in answers[3].reason
-    (again,) = sampler.sample(PROMPTS[3:4], sampling=SAMPLING, seed=5, on_progress=lambda *_: None)
+    (again,) = answers_of(sampler, PROMPTS[3:4])
     assert isinstance(again, Refusal)
 
 
@@ -398,5 +446,5 @@ def test_half_a_surrogate_pair_is_the_rows_fault(serve) -> None:
         return {"choices": choices} if body["prompt"][1] == 101 else None
 
     made = sampler_of(serve(fault).url)
-    answers = made.sample(PROMPTS[:3], sampling=SAMPLING, seed=5, on_progress=lambda *_: None)
+    answers = answers_of(made, PROMPTS[:3])
     assert [isinstance(answer, Refusal) for answer in answers] == [False, True, False]

@@ -237,13 +237,13 @@ def test_all_but_the_layout_decides() -> None:
             *("load", "data", "save", "micro_batch_size", "packed_sequence_size", "tensor_model_parallel_size"),
             *("pipeline_model_parallel_size", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
             *("virtual_pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"),
-            "sequence_parallel",
+            *("sequence_parallel", "keep_last"),
         },
         GenerateConfig: {"model", "prompts", "output", "allow_no_signal", "tensor_parallel_size", "server"},
         ScoreConfig: {"output", "rollouts", "allow_no_signal"},
         SelfPlayConfig: {
             *("model", "prompts", "output", "training_processes", "training_launcher", "rollout_command"),
-            *("rollout_tensor_parallel_size", "server", "allow_no_signal", "inspected_prompts"),
+            *("rollout_tensor_parallel_size", "server", "allow_no_signal", "inspected_prompts", "keep_last"),
         },
     }
     kinds: dict[type, Any] = {

@@ -153,6 +153,43 @@ def test_a_damaged_state_is_refused(run_dir: Path) -> None:
         StageMachine(run_dir)
 
 
+def test_what_was_retired_is_gone_and_neither_its_stage_nor_its_readers_run_again(run_dir: Path) -> None:
+    def reader(machine: StageMachine) -> bool:
+        target, copy = run_dir / "target", run_dir / "second"
+        command = (sys.executable, "-c", COPY, str(target / "copy.txt"), str(copy), str(run_dir.parent / "count"))
+        return machine.run(Stage(name="reader", command=command, inputs=(target,), outputs=(copy,)))
+
+    machine = StageMachine(run_dir)
+    assert machine.run(copy_stage(run_dir)) and reader(machine)
+    machine.retire(run_dir / "target", parts=(run_dir / "target" / "copy.txt", run_dir / "target" / "never.txt"))
+    assert (run_dir / "target").is_dir() and not (run_dir / "target" / "copy.txt").exists()
+    assert read_state(run_dir)["retired"] == {"target": read_state(run_dir)["stages"]["copy"]["outputs"]["target"]}
+    for again in (machine, StageMachine(run_dir)):
+        assert not again.run(copy_stage(run_dir)) and not reader(again)
+    assert times_run(run_dir) == 2
+
+
+def test_a_stage_that_must_run_again_and_reads_what_was_retired_says_so(run_dir: Path) -> None:
+    machine, source = StageMachine(run_dir), run_dir / "source.txt"
+    machine.run(copy_stage(run_dir))
+    machine.retire(source, parts=(source,))
+    assert machine.run(copy_stage(run_dir)) is False
+    (run_dir / "target" / "copy.txt").unlink()
+    with pytest.raises(DataError, match=r"copy would have to run again, and --keep-last has removed .* source\.txt"):
+        machine.run(copy_stage(run_dir))
+
+
+def test_a_stage_that_makes_its_retired_output_again_has_it_back(run_dir: Path) -> None:
+    machine = StageMachine(run_dir)
+    machine.run(copy_stage(run_dir))
+    machine.retire(run_dir / "target", parts=(run_dir / "target",))
+    (run_dir / "source.txt").write_text("two")
+    assert machine.run(copy_stage(run_dir)) is True
+    assert read_state(run_dir)["retired"] == {}
+    (run_dir / "target" / "copy.txt").write_text("harm")
+    assert machine.run(copy_stage(run_dir)) is True
+
+
 SLOW = """
 import pathlib, signal, subprocess, sys, time
 ready, ended = map(pathlib.Path, sys.argv[1:])

@@ -7,13 +7,12 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.errors import DataError
 from megatron_sppo.verification.probes import prompt_token_ids
-from tests.models import CHAT_TEMPLATE, byte_tokenizer, llama_config
+from tests.models import CHAT_TEMPLATE, byte_tokenizer
 
 STRICT = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}" + CHAT_TEMPLATE
-ARCHITECTURE = architecture_from_hf(llama_config())
+SIZES = {"vocab_size": 259, "max_position_embeddings": 512}
 TEXT = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -34,11 +33,11 @@ def test_a_prompt_that_the_template_refuses_is_left_out_and_named(
     model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The byte tokenizer's ids: one for each byte and each of the three special tokens of the text."""
-    (ids,) = prompt_token_ids(model, ARCHITECTURE, written(model / "rows.jsonl", "", "Be brief."))
+    (ids,) = prompt_token_ids(model, written(model / "rows.jsonl", "", "Be brief."), **SIZES)
     assert len(ids) == len(TEXT) - 2 * len("<|im_start|>") - len("<|im_end|>") + 3
     assert any("no system turns" in record.getMessage() for record in caplog.records)
 
 
 def test_where_every_prompt_is_refused_the_verification_says_so(model: Path) -> None:
     with pytest.raises(DataError, match="refuses every prompt"):
-        prompt_token_ids(model, ARCHITECTURE, written(model / "rows.jsonl", "Be brief."))
+        prompt_token_ids(model, written(model / "rows.jsonl", "Be brief."), **SIZES)

@@ -1,0 +1,187 @@
+"""Saves shared by data-parallel ranks, saves in the background, and saves of earlier versions: all resume bit for bit.
+
+Each run is examples/pretrain_sppo.py itself, forked from what the harness has imported, so that twenty lives cost
+little. What one rank writes is in tests/unit/training/test_saving.py; SIGTERM is in tests/e2e.
+"""
+
+import contextlib
+import os
+import pickle
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.conftest import write_dataset
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_layouts import SHARDED, SP, TP2
+from tests.distributed.test_pretrain import BASE, forget_after, losses, metrics, responses
+from tests.distributed.worlds import pretrain
+
+STEPS = 24
+RUN = "--lr 1e-4 --eta 100 --no-tensorboard"
+KILLS = 20
+
+Start = Callable[..., list[int]]
+
+
+@pytest.fixture
+def run(untied: Path, tmp_path: Path) -> Start:
+    """Run a function of the command line in a world of ranks -> what each returned."""
+    write_dataset(tmp_path / "data", untied.parent / "hf")
+
+    def start(save: Path, flags: str, *, world_size: int = 1, function: Callable[..., int] = pretrain) -> list[int]:
+        places = ["--load", str(untied), "--data", str(tmp_path / "data"), "--save", str(save)]
+        return run_ranks(function, world_size, [*places, *BASE.split(), *RUN.split(), *with_steps(flags)])
+
+    return start
+
+
+def with_steps(flags: str) -> list[str]:
+    return ["--train-iters", str(STEPS), *flags.split()]
+
+
+def numbers(save: Path) -> list[dict[str, float]]:
+    return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in metrics(save)]
+
+
+def written_by(checkpoint: Path) -> dict[str, int]:
+    """Bytes of the data files that each kind and rank has written, such as {"__0": 1, "optimizer__1": 2}."""
+    sizes: dict[str, int] = {}
+    for path in checkpoint.glob("*.distcp"):
+        writer = path.name.rpartition("_")[0]
+        sizes[writer] = sizes.get(writer, 0) + path.stat().st_size
+    return sizes
+
+
+@pytest.mark.parametrize("flags", ["", SHARDED])
+def test_data_parallel_ranks_share_what_is_to_be_written_and_nothing_is_written_twice(
+    run: Start, tmp_path: Path, flags: str
+) -> None:
+    run(tmp_path / "one", f"{flags} --train-iters 1")
+    run(tmp_path / "two", f"{flags} --train-iters 1", world_size=2)
+    one, two = (written_by(tmp_path / name / "iter_0000001") for name in ("one", "two"))
+    assert one.keys() == {"__0", "optimizer__0"} and two.keys() == {*one, "__1", "optimizer__1"}
+    for kind in ("", "optimizer"):
+        whole, parts = one[f"{kind}__0"], [two[f"{kind}__{rank}"] for rank in (0, 1)]
+        # A chunk that is cut in two has two headers of some 1 KiB.
+        assert whole <= sum(parts) < 1.1 * whole
+        assert max(parts) < 0.7 * whole
+    places = pickle.loads((tmp_path / "two/iter_0000001/.metadata").read_bytes()).storage_data.values()
+    assert sum(place.length for place in places) == sum(two.values())
+
+
+@pytest.mark.parametrize(
+    ("world_size", "flags"),
+    [
+        (1, "--async-save"),
+        (2, f"--async-save {SHARDED} --params-dtype bfloat16"),
+        (2, f"--async-save --tensor-model-parallel-size 2 {SP}"),
+    ],
+)
+def test_a_run_resumed_from_a_save_in_the_background_is_bit_exact(
+    run: Start, tmp_path: Path, world_size: int, flags: str
+) -> None:
+    save = tmp_path / "save"
+    flags += " --save-interval 3"
+    run(save, flags, world_size=world_size)
+    expected, order = numbers(save), responses(save)
+    assert len(list(save.glob("iter_*"))) == STEPS // 3 and len(expected) == STEPS
+    assert not list(save.glob(".iter_*"))
+    forget_after(save, 12)
+    assert run(save, flags, world_size=world_size) == [0] * world_size
+    assert numbers(save) == expected and responses(save) == order
+
+
+def test_a_run_resumes_in_another_layout_from_a_save_in_the_background(run: Start, tmp_path: Path) -> None:
+    save = tmp_path / "save"
+    run(save, f"--async-save --save-interval 12 {SHARDED}", world_size=2)
+    expected, order = losses(save), responses(save)
+    forget_after(save, 12)
+    assert run(save, f"--async-save --save-interval 12 {SHARDED} {TP2}", world_size=4) == [0] * 4
+    assert losses(save) == pytest.approx(expected, rel=1e-5) and responses(save) == order
+
+
+def test_saving_in_the_background_changes_no_number(run: Start, tmp_path: Path) -> None:
+    run(tmp_path / "waiting", f"--save-interval 3 {SHARDED}", world_size=2)
+    run(tmp_path / "background", f"--save-interval 3 {SHARDED} --async-save", world_size=2)
+    assert numbers(tmp_path / "background") == numbers(tmp_path / "waiting")
+
+
+def pretrain_as_saved_before(argv: list[str]) -> int:
+    """Run the script with saves as they were: Megatron-Core's own writer, one kind of file, no `.digests`."""
+    import inspect
+
+    from megatron.core import dist_checkpointing
+
+    from megatron_sppo.training import saving
+
+    def plan(state: dict, directory: Path) -> object:
+        known = inspect.signature(dist_checkpointing.save).parameters
+        settings = {"async_strategy": "mcore"} if "async_strategy" in known else {}
+        return dist_checkpointing.save(state, str(directory), async_sharded_save=True, **settings)
+
+    saving._plan = plan
+    return pretrain(argv)
+
+
+@pytest.mark.parametrize("flags", ["", SHARDED])
+def test_a_checkpoint_of_an_earlier_version_is_resumed_bit_exactly(run: Start, tmp_path: Path, flags: str) -> None:
+    save = tmp_path / "save"
+    run(save, f"--save-interval 12 {flags}", world_size=2, function=pretrain_as_saved_before)
+    expected = numbers(save)
+    assert not list(save.rglob("*.digests")) and not list(save.rglob("optimizer*.distcp"))
+    forget_after(save, 12)
+    assert run(save, f"--save-interval 12 {flags}", world_size=2) == [0, 0]
+    assert list(save.glob("iter_0000024/*.digests")) and numbers(save) == expected
+
+
+def live_and_die(save: str, seed: int, argv: list[str]) -> int:
+    """Start the run again and again, and kill each life by SIGKILL while it saves -> how many were killed."""
+    dice, kills = random.Random(seed), 0
+    while kills < KILLS:
+        process = os.fork()
+        if process == 0:
+            code = 1
+            try:
+                code = pretrain(argv)
+            finally:
+                os._exit(code)
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not list(Path(save).glob(".iter_*.partial")):
+            if os.waitpid(process, os.WNOHANG)[0]:
+                return kills  # it is complete
+            time.sleep(0.001)
+        time.sleep(dice.random() * 0.15)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        kills += 1
+    return kills
+
+
+def still_running(save: Path) -> list[str]:
+    """Processes with an open file of the run: a writer that outlived its parent."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if str(save) in os.readlink(link):
+                found.append(os.readlink(link))
+    return found
+
+
+def test_twenty_kills_in_the_midst_of_saves_lose_nothing(run: Start, untied: Path, tmp_path: Path) -> None:
+    """A life that is killed before it has published anything saves the same step again, to be killed elsewhere."""
+    steps = f"--train-iters {3 * KILLS}"  # more than the lives can do, most of which publish no save or one
+    run(tmp_path / "whole", steps)
+    save, flags = tmp_path / "killed", f"{steps} --save-interval 1 --async-save"
+    places = ["--load", str(untied), "--data", str(tmp_path / "data"), "--save", str(save)]
+    assert run_ranks(live_and_die, 1, str(save), 5, [*places, *BASE.split(), *RUN.split(), *flags.split()]) == [KILLS]
+    assert still_running(save) == []
+    published = len(list(save.glob("iter_*")))
+    assert published < 3 * KILLS
+    assert run(save, flags) == [0]
+    assert numbers(save) == numbers(tmp_path / "whole")
+    assert len(list(save.glob("iter_*"))) == 3 * KILLS and not list(save.glob(".iter_*"))
