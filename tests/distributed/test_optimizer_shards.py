@@ -22,6 +22,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -184,7 +185,11 @@ def load_by_both(places: Mapping[str, str], flags: str, root: str) -> None:
 def stored(directory: Path) -> dict[str, Tensor]:
     """Read all tensors of a checkpoint by torch's own loader -> {key: whole tensor}."""
     described = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
-    tensors = {key: torch.empty(found.size, dtype=found.properties.dtype) for key, found in described.items()}
+    tensors = {
+        key: torch.empty(found.size, dtype=found.properties.dtype)
+        for key, found in described.items()
+        if isinstance(found, TensorStorageMetadata)  # 0.19.2 keeps objects beside them
+    }
     dcp.load(tensors, checkpoint_id=directory, no_dist=True)
     return tensors
 
@@ -203,7 +208,10 @@ def written(directory: Path) -> Counter[int]:
     metadata = dcp.FileSystemReader(directory).read_metadata()
     found: Counter[int] = Counter()
     for index, place in metadata.storage_data.items():
-        (chunk,) = (c for c in metadata.state_dict_metadata[index.fqn].chunks if c.offsets == index.offset)
+        described = metadata.state_dict_metadata[index.fqn]
+        if not isinstance(described, TensorStorageMetadata):
+            continue
+        (chunk,) = (chunk for chunk in described.chunks if chunk.offsets == index.offset)
         found[int(re.search(r"__(\d+)_\d+\.distcp$", place.relative_path)[1])] += math.prod(chunk.sizes)
     return found
 
