@@ -302,11 +302,13 @@ class OutOfMemory(Exception):
 def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -> None:
     """Train as examples/pretrain_sppo.py does, with a clock between the steps (a rank that torchrun started)."""
     from megatron_sppo.training import checkpoint, inputs, loop, parallel, reference
+    from megatron_sppo.training.ahead import ahead
     from megatron_sppo.training.config import TrainingConfig
     from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
     from megatron_sppo.training.policy import build_policy
     from megatron_sppo.training.progress import Progress, resume_key
     from megatron_sppo.training.saving import Saver
+    from megatron_sppo.training.stopping import StopRequest
 
     class Unsaved(Saver):
         def save(self, *, wait: bool) -> Path:
@@ -333,16 +335,18 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
     progress = Progress(resume_key=resume_key(batches, config))
     progress.reference = reference.fingerprint(policy, dataset, batches, config)
     begin = clock()
-    reference_GK = reference.load_or_compute(policy, dataset, batches, progress.reference, config=config)
+    stop = StopRequest()
+    reference_GK = reference.load_or_compute(policy, dataset, batches, progress.reference, config=config, stop=stop)
     result: dict[str, Any] = {"reference": clock() - begin, "steps": [], "tokens": []}
 
     def clocked() -> Iterator[Any]:
         begin = clock()
-        for plan in batches.steps(first=1, last=batches.train_iters, reference_GK=reference_GK):
-            yield plan
-            result["tokens"].append(plan.num_tokens / settings["ranks"])  # a prompt counts as often as it is answered
-            result["steps"].append(clock() - begin)
-            begin = clock()
+        with ahead(batches.steps(first=1, last=batches.train_iters, reference_GK=reference_GK)) as plans:
+            for plan in plans:
+                yield plan
+                result["tokens"].append(plan.num_tokens / settings["ranks"])  # a prompt counts as often as its answers
+                result["steps"].append(clock() - begin)
+                begin = clock()
 
     loop.train(
         policy,
@@ -353,6 +357,7 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
         train_iters=batches.train_iters,
         progress=progress,
         saver=Unsaved(config.save, policy, optimizer, scheduler, progress=progress, source=source),
+        stop=stop,
     )
     rank = launch().rank
     if rank == 0:

@@ -25,7 +25,8 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     config = configuration.parse(TrainingConfig, name=name, description=__doc__ or "", argv=argv)
 
     # torch and Megatron-Core take seconds to import, which neither --help nor a refused setting needs.
-    from megatron_sppo.training import checkpoint, inputs, loop, parallel, reference
+    from megatron_sppo.training import checkpoint, inputs, loop, parallel, reference, stopping
+    from megatron_sppo.training.ahead import ahead
     from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
     from megatron_sppo.training.policy import build_policy
     from megatron_sppo.training.progress import Progress, resume_key
@@ -37,8 +38,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     batches = inputs.list_batches(config, dataset, architecture)
     key = resume_key(batches, config)
     resumed = inputs.find_resumable(config)
-    started = Progress(resume_key=key, micro_batch_key=batches.micro_batch_key)
-    progress = started if resumed is None else checkpoint.read_progress(resumed)
+    progress = Progress(resume_key=key) if resumed is None else checkpoint.read_progress(resumed)
     progress.check_resumes(key, config.save)
     if progress.step >= batches.train_iters:
         logger.info("%s is complete: %d steps are done, %d asked for", config.save, progress.step, batches.train_iters)
@@ -52,17 +52,28 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         checkpoint.load_weights(policy, source)
     optimizer = build_optimizer(policy.chunks, config.optimization, config.model, config.parallel)
     scheduler = build_scheduler(optimizer, config.optimization, train_iters=batches.train_iters)
+    stop = stopping.StopRequest()
 
     # log pi_t of every response, once, through the very micro-batches of training: before the first step log pi_theta
     # equals it, and every log-ratio is zero.
     if resumed is None:
+        progress.micro_batch_key = batches.micro_batch_key
         progress.reference = reference.fingerprint(policy, dataset, batches, config)
-        reference_GK = reference.load_or_compute(policy, dataset, batches, progress.reference, config=config)
+        reference_GK = reference.load_or_compute(policy, dataset, batches, progress.reference, config=config, stop=stop)
         progress.ref_drift = reference.drift_by_step(policy, dataset, batches, reference_GK)
     else:
+        # A run that is to be longer than it was needs pi_t once more, for the responses that it did not look at.
+        reference_GK = reference.read_for_resume(
+            policy,
+            dataset,
+            batches,
+            progress,
+            config=config,
+            stop=stop,
+            load_pi_t=lambda: checkpoint.load_weights(policy, inputs.open_source(config)[0]),
+        )
         checkpoint.resume(resumed, policy, optimizer, scheduler)
         progress.warn_if_micro_batches_changed(batches.micro_batch_key)
-        reference_GK = reference.read_for_resume(dataset, batches, progress.reference, config=config)
 
     saver = Saver(
         config.save,
@@ -75,20 +86,25 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         keep_last=config.run.keep_last,
         needed=[config.load],
     )
-    # (log pi_theta / pi_t - (eta w - log Z))^2, averaged over the responses of a global batch, one update each.
-    complete = loop.train(
-        policy,
-        optimizer,
-        scheduler,
-        batches.steps(first=progress.step + 1, last=batches.train_iters, reference_GK=reference_GK),
-        config=config,
-        train_iters=batches.train_iters,
-        progress=progress,
-        saver=saver,
-    )
+    # (log pi_theta / pi_t - (eta w - log Z))^2, averaged over the responses of a global batch, one update each; the
+    # next steps' micro-batches are made meanwhile.
+    remaining = batches.steps(first=progress.step + 1, last=batches.train_iters, reference_GK=reference_GK)
+    with ahead(remaining) as steps:
+        complete = loop.train(
+            policy,
+            optimizer,
+            scheduler,
+            steps,
+            config=config,
+            train_iters=batches.train_iters,
+            progress=progress,
+            saver=saver,
+            stop=stop,
+        )
+    stop.restore()
     parallel.shut_down()
     if not complete:
-        sys.exit(loop.SIGTERM_EXIT_CODE)
+        sys.exit(stopping.SIGTERM_EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import ctypes
 import dataclasses
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -82,6 +83,30 @@ def _number_of(variable: str, default: int) -> int:
         raise ConfigError(
             f"the environment variable {variable} is {text!r}, not the number that torchrun sets. Use: unset {variable}"
         ) from None
+
+
+SLURM_GRACE_SECONDS = 120.0
+"""Between SIGTERM and the end of a Slurm job, where nothing says otherwise: as examples/slurm asks for."""
+GRACE_SECONDS = 30.0
+"""Elsewhere; self-play gives its stages as long."""
+
+
+def default_grace_seconds() -> float:
+    """Say how long a process has between SIGTERM and SIGKILL -> seconds.
+
+    Slurm tells a job nothing of a batch script's `#SBATCH --signal`; of SBATCH_SIGNAL in its place, such as
+    "B:TERM@300", it does.
+    """
+    match = re.fullmatch(r"(?:[BR]+:)?(?:SIG)?(?:TERM|15)@(\d+)", os.environ.get("SBATCH_SIGNAL", "").strip())
+    if match and int(match[1]):
+        return float(match[1])
+    return SLURM_GRACE_SECONDS if os.environ.get("SLURM_JOB_ID") else GRACE_SECONDS
+
+
+def job_end_time() -> float | None:
+    """Say when Slurm ends this job -> seconds since 1970, or None where it does not tell (SLURM_JOB_END_TIME)."""
+    text = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(text) if text.isdigit() else None
 
 
 def death_with_parent(signum: int) -> Callable[[], object]:

@@ -5,13 +5,18 @@ n (n + 1) / 2 pairs of positions that see each other, and each pair costs 4 FLOP
 a weighted value). Norms, rotations, activations and the softmax are left out, as is usual.
 """
 
+from typing import Any, TypeVar
+
 from megatron_sppo.architecture import Architecture
+
+Count = TypeVar("Count", int, Any)
+"""An int, or an array of them."""
 
 BACKWARD_FACTOR = 2
 """A product's backward pass takes two of its size: one for its input, one for its weight."""
 
 
-def attended_positions(num_tokens: int) -> int:
+def attended_positions(num_tokens: Count) -> Count:
     """Count the positions that all positions of a causal document see, themselves included -> n (n + 1) / 2."""
     return num_tokens * (num_tokens + 1) // 2
 

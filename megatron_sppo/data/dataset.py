@@ -112,6 +112,15 @@ class PreferenceDataset:
         """Token ids of a response -> [response_lengths[group, response]] int32."""
         return self._column("tokens").sequence(group * (self.num_responses + 1) + 1 + response)
 
+    def gather_tokens(self, group_S: np.ndarray, part_S: np.ndarray, length_S: np.ndarray) -> np.ndarray:
+        """Join the ends of prompts and responses -> [sum of length_S] int32.
+
+        Args:
+            part_S: 0 for the group's prompt, 1 + k for its response k.
+            length_S: how many of the last tokens of each.
+        """
+        return self._column("tokens").gather(group_S * (self.num_responses + 1) + part_S, length_S)
+
     def win_rates(self, group: int) -> np.ndarray:
         """Win rates of a group -> [K] float32."""
         return self._column("win_rates").sequence(group)

@@ -174,6 +174,12 @@ class Column:
         """Read one sequence -> [lengths[index]], a copy."""
         return self.values[self._starts[index] : self._starts[index + 1]].copy()
 
+    def gather(self, index_S: np.ndarray, length_S: np.ndarray) -> np.ndarray:
+        """Read the last `length_S` values of each of several sequences, end to end -> [sum of length_S], a copy."""
+        begin_S = self._starts[index_S + 1] - length_S
+        before_S = np.cumsum(length_S) - length_S
+        return self.values[np.repeat(begin_S - before_S, length_S) + np.arange(length_S.sum())]
+
     def span(self, start: int, stop: int) -> np.ndarray:
         """Read sequences start .. stop - 1, end to end -> an array of their own; the file is not mapped for it."""
         first, last = int(self._starts[start]), int(self._starts[stop])

@@ -77,44 +77,61 @@ class MicroBatch:
         return dataclasses.replace(self, **changed)
 
 
-def sample_tokens(dataset: PreferenceDataset, index: TrainingIndex, row: int) -> tuple[np.ndarray, int]:
-    """Join a row's prompt (cut to its end if too long) and response -> token ids, the number that are the prompt's."""
-    group, num_prompt_tokens = int(index.group[row]), int(index.prompt_lengths[row])
-    prompt = dataset.prompt(group)[-num_prompt_tokens:]
-    return np.concatenate([prompt, dataset.response(group, int(index.response[row]))]), num_prompt_tokens
-
-
 @dataclass(frozen=True, kw_only=True)
-class _Document:
-    """A stretch of tokens that sees itself and all of the document that it continues: prompt and response, or one."""
+class _Documents:
+    """Stretches of tokens, each seeing itself and all of the document that it continues: prompt and response, or one.
+
+    D = documents, B = rows. Without shared prompts there is a document a row.
+    """
 
     tokens: np.ndarray
-    num_prompt_tokens: int
-    """How many of `tokens` are the prompt's: all of them where the responses lie in documents of their own."""
-    parent: int = -1
-    """Number of the document that this one continues; -1: none."""
-
-    @property
-    def response(self) -> np.ndarray:
-        return self.tokens[self.num_prompt_tokens :]
+    """Of all documents, end to end."""
+    labels_R: np.ndarray
+    length_D: np.ndarray
+    parent_D: np.ndarray
+    """Number of the document that each one continues; -1: none."""
+    prompt_B: np.ndarray
+    """The document with each row's prompt."""
+    response_B: np.ndarray
+    """The document with each row's response."""
 
 
 def _documents(
     dataset: PreferenceDataset, index: TrainingIndex, rows: np.ndarray, *, share_prompts: bool
-) -> list[_Document]:
+) -> _Documents:
     """Cut rows into documents: one a row; or the prompt of neighbouring rows, and one for each response."""
-    found: list[_Document] = []
-    prompt, group = -1, None
-    for row in rows:
-        sample, num_prompt_tokens = sample_tokens(dataset, index, int(row))
-        if not share_prompts:
-            found.append(_Document(tokens=sample, num_prompt_tokens=num_prompt_tokens))
-            continue
-        if group != index.group[row]:
-            prompt, group = len(found), index.group[row]
-            found.append(_Document(tokens=sample[:num_prompt_tokens], num_prompt_tokens=num_prompt_tokens))
-        found.append(_Document(tokens=sample[num_prompt_tokens:], num_prompt_tokens=0, parent=prompt))
-    return found
+    group = index.group[rows]
+    opens = np.diff(group, prepend=-1) != 0 if share_prompts else np.ones(len(rows), dtype=bool)
+    # [B, 2] parts, a prompt and a response, of which prompts that are there already are left out.
+    part = np.stack([np.zeros_like(group), 1 + index.response[rows]], axis=1)
+    length = np.stack([index.prompt_lengths[rows], index.response_lengths[rows]], axis=1)
+    taken = np.stack([opens, np.ones_like(opens)], axis=1)
+    length_S = length[taken]
+    tokens = dataset.gather_tokens(np.repeat(group, 2).reshape(-1, 2)[taken], part[taken], length_S)
+    labels_R = tokens[np.repeat(part[taken] > 0, length_S)]
+    if not share_prompts:
+        one_B = np.arange(len(rows))
+        return _Documents(
+            tokens=tokens,
+            labels_R=labels_R,
+            length_D=length.sum(axis=1),
+            parent_D=np.full(len(rows), -1),
+            prompt_B=one_B,
+            response_B=one_B,
+        )
+    document = np.cumsum(taken.reshape(-1)).reshape(-1, 2) - 1
+    response_B = document[:, 1]
+    prompt_B = np.maximum.accumulate(np.where(opens, document[:, 0], 0))
+    parent_D = np.full(len(length_S), -1)
+    parent_D[response_B] = prompt_B
+    return _Documents(
+        tokens=tokens,
+        labels_R=labels_R,
+        length_D=length_S,
+        parent_D=parent_D,
+        prompt_B=prompt_B,
+        response_B=response_B,
+    )
 
 
 def collate(
@@ -150,57 +167,64 @@ def collate(
     assert len(targets.win_rate) == len(rows) and multiple % document_multiple == 0
     assert not share_prompts or (packed and document_multiple == 1)
     documents = _documents(dataset, index, rows, share_prompts=share_prompts)
-    sizes = [-(-len(document.tokens) // document_multiple) * document_multiple for document in documents]
-    needed = max(sum(sizes) if packed else max(sizes, default=0), 1)
+    size_D = -(-documents.length_D // document_multiple) * document_multiple
+    needed = max(int(size_D.sum() if packed else size_D.max(initial=0)), 1)
     num_columns = -(-needed // multiple) * multiple if length is None else length
     assert needed <= num_columns and num_columns % multiple == 0, (
         f"{needed} tokens, length {num_columns}, multiple {multiple}"
     )
-    bounds, parents = np.cumsum([0, *sizes]), [document.parent for document in documents]
-    starts = [(0, int(begin)) if packed else (number, 0) for number, begin in enumerate(bounds[:-1])]
-    shape = (1 if packed else max(len(rows), 1, num_batch_rows or 1), num_columns)
-    tokens, position_ids, response_rows = _lay_out(documents, starts, sizes, shape=shape)
+    num_batch_rows = 1 if packed else max(len(rows), 1, num_batch_rows or 1)
+    bounds, parents = np.concatenate([[0], np.cumsum(size_D)]), documents.parent_D
+    begin_D = bounds[:-1] if packed else np.arange(len(rows)) * num_columns
+    tokens = np.zeros(num_batch_rows * num_columns, dtype=np.int64)
+    tokens[_spread(begin_D, documents.length_D)] = documents.tokens
     if packed and bounds[-1] < num_columns:
-        position_ids[0, bounds[-1] :] = np.arange(num_columns - bounds[-1])
-        bounds, parents = np.append(bounds, num_columns), [*parents, -1]
+        bounds, parents = np.append(bounds, num_columns), np.append(parents, -1)
+    position_ids = _packed_positions(bounds, parents, documents.length_D) if packed else np.arange(num_columns)
     return MicroBatch(
-        tokens=torch.from_numpy(tokens),
-        position_ids=torch.from_numpy(position_ids),
+        tokens=torch.from_numpy(tokens.reshape(num_batch_rows, num_columns)),
+        position_ids=torch.from_numpy(np.tile(position_ids, (num_batch_rows, 1))),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)) if packed else None,
-        parents=torch.tensor(parents, dtype=torch.int32) if share_prompts else None,
+        parents=torch.from_numpy(parents.astype(np.int32)) if share_prompts else None,
         max_seqlen=int(position_ids.max()) + 1 if packed else num_columns,
-        num_tokens=sum(len(document.tokens) for document in documents),
-        response_rows=torch.from_numpy(response_rows),
+        num_tokens=int(documents.length_D.sum()),
+        response_rows=torch.from_numpy(
+            _predicting(documents, begin_D, index, rows, shape=(num_batch_rows, num_columns))
+        ),
         sequence_index=torch.from_numpy(np.repeat(np.arange(len(rows)), index.response_lengths[rows])),
-        labels_R=torch.from_numpy(_joined([document.response for document in documents])),
+        labels_R=torch.from_numpy(documents.labels_R.astype(np.int64)),
         rows=torch.from_numpy(rows),
         lengths=torch.from_numpy(index.lengths[rows]),
         targets=targets,
     )
 
 
-def _lay_out(
-    documents: list[_Document], starts: list[tuple[int, int]], sizes: list[int], *, shape: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Write documents into [b, S] arrays -> tokens, position_ids, response_rows.
+def _spread(begin: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """List the places of stretches, one after another: begin, begin + 1, ... of each -> [sum of length]."""
+    return np.repeat(begin - (np.cumsum(length) - length), length) + np.arange(length.sum())
+
+
+def _packed_positions(bounds: np.ndarray, parents: np.ndarray, length_D: np.ndarray) -> np.ndarray:
+    """Number the columns of each document from 0, or on from the one that it continues -> [S]."""
+    before = np.zeros(len(parents), dtype=np.int64)
+    before[parents >= 0] = length_D[parents[parents >= 0]]
+    return _spread(before, np.diff(bounds))
+
+
+def _predicting(
+    documents: _Documents, begin_D: np.ndarray, index: TrainingIndex, rows: np.ndarray, *, shape: tuple[int, int]
+) -> np.ndarray:
+    """Find the position that predicts each response token -> [R], see `MicroBatch.response_rows`.
 
     Args:
-        starts: batch row and column of each document's first token.
-        sizes: tokens of each document, its own padding included.
+        begin_D: place of each document's first token in the [b, S] tensor, row after row.
     """
-    tokens, position_ids = np.zeros(shape, dtype=np.int64), np.tile(np.arange(shape[1]), (shape[0], 1))
-    response_rows = []
-    for document, (batch_row, begin), size in zip(documents, starts, sizes, strict=True):
-        shared = document.parent >= 0
-        before = len(documents[document.parent].tokens) if shared else 0
-        position_ids[batch_row, begin : begin + size] = np.arange(before, before + size)
-        end = begin + len(document.tokens)
-        tokens[batch_row, begin:end] = document.tokens
-        predicting = np.arange(begin + document.num_prompt_tokens - 1, end - 1)
-        if shared:
-            predicting[0] = starts[document.parent][1] + before - 1  # the prompt's last position
-        response_rows.append(predicting * shape[0] + batch_row)
-    return tokens, position_ids, _joined(response_rows)
+    num_prompt_tokens, num_response_tokens = index.prompt_lengths[rows], index.response_lengths[rows]
+    last_of_prompt = begin_D[documents.prompt_B] + num_prompt_tokens - 1
+    end = begin_D[documents.response_B] + documents.length_D[documents.response_B]
+    place_R = _spread(end - num_response_tokens - 1, num_response_tokens)
+    place_R[np.cumsum(num_response_tokens) - num_response_tokens] = last_of_prompt
+    return place_R % shape[1] * shape[0] + place_R // shape[1]
 
 
 def in_order_of_ranks(batch: MicroBatch, *, size: int) -> MicroBatch:
@@ -218,7 +242,3 @@ def in_order_of_ranks(batch: MicroBatch, *, size: int) -> MicroBatch:
         labels_R=batch.labels_R[order],
         rows_of_ranks=tuple(torch.bincount(rank_R, minlength=size).tolist()),
     )
-
-
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.empty(0, dtype=np.int64), *parts])

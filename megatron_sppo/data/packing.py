@@ -35,11 +35,31 @@ def pack(lengths_N: np.ndarray, *, budget: int, rows_per_loss: int = 1) -> list[
     if not len(lengths):
         return []
     units = lengths.reshape(-1, rows_per_loss)
-    pack_of_unit = _best_fit_decreasing(_unit_sizes(units, budget=budget), budget=budget)
-    order = np.argsort(pack_of_unit, kind="stable")
-    rows = (order[:, None] * rows_per_loss + np.arange(rows_per_loss)).reshape(-1)
-    bounds = np.cumsum(np.bincount(pack_of_unit))[:-1] * rows_per_loss
-    return np.split(rows, bounds)
+    size_U = _unit_sizes(units, budget=budget)
+    order, first, each, placed = _best_fit_decreasing(size_U, budget=budget)
+    # The units of a placement lie in packs that follow each other, so many in each.
+    begin = np.repeat(np.cumsum(placed) - placed, placed)
+    pack_of_unit = np.empty(len(size_U), dtype=np.int64)
+    pack_of_unit[order] = np.repeat(first, placed) + (np.arange(len(size_U)) - begin) // np.repeat(each, placed)
+    by_pack = np.argsort(pack_of_unit, kind="stable")
+    rows = (by_pack[:, None] * rows_per_loss + np.arange(rows_per_loss)).reshape(-1)
+    return cut(rows, np.bincount(pack_of_unit) * rows_per_loss)
+
+
+def count_packs(size_U: np.ndarray, *, budget: int) -> int:
+    """Count the packs that `pack` fills -> int."""
+    if not len(size_U):
+        return 0
+    _, first, each, placed = _best_fit_decreasing(
+        _unit_sizes(np.asarray(size_U, dtype=np.int64).reshape(-1, 1), budget=budget), budget=budget
+    )
+    return int((first + -(-placed // each)).max())
+
+
+def cut(values: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
+    """Cut an array into pieces of these sizes -> views."""
+    ends = np.cumsum(sizes).tolist()
+    return [values[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def _unit_sizes(units: np.ndarray, *, budget: int) -> np.ndarray:
@@ -55,42 +75,45 @@ def _unit_sizes(units: np.ndarray, *, budget: int) -> np.ndarray:
     return size
 
 
-def _best_fit_decreasing(size_U: np.ndarray, *, budget: int) -> np.ndarray:
-    """Give every unit its pack -> [U] int64, packs numbered from 0 in the order in which they were opened."""
+def _best_fit_decreasing(size_U: np.ndarray, *, budget: int) -> tuple[np.ndarray, ...]:
+    """Give every unit its pack -> (units from the longest, then of each placement: first pack, units a pack, units).
+
+    A placement puts units that follow each other in that order into packs that follow each other. Packs are numbered
+    from 0 in the order in which they were opened.
+    """
     order = np.argsort(-size_U, kind="stable")
-    pack_of_unit = np.empty(len(size_U), dtype=np.int64)
-    waiting: defaultdict[int, list[np.ndarray]] = defaultdict(list)  # room -> packs with exactly that room
+    starts = np.flatnonzero(np.diff(size_U[order], prepend=-1))
+    waiting: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)  # room -> (first pack, how many) with just it
     has_room = 0  # bit r is set where waiting[r] holds packs
     num_packs = 0
-    starts = np.flatnonzero(np.diff(size_U[order], prepend=-1))
-    for begin, end in zip(starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
-        size = int(size_U[order[begin]])
-        while begin < end:
+    placements: list[tuple[int, int, int]] = []
+    for size, left in zip(size_U[order[starts]].tolist(), np.diff(starts, append=len(order)).tolist(), strict=True):
+        while left:
             fitting = has_room >> size
             if fitting:
                 room = size + (fitting & -fitting).bit_length() - 1
-                packs = waiting[room].pop()
+                first, count = waiting[room].pop()
                 if not waiting[room]:
                     has_room ^= 1 << room
             else:
-                room = budget
-                packs = np.arange(num_packs, num_packs + -(-(end - begin) // (budget // size)))
-                num_packs += len(packs)
+                room, first, count = budget, num_packs, -(-left // (budget // size))
+                num_packs += count
             each = room // size
-            num_full, rest = divmod(min(end - begin, each * len(packs)), each)
+            num_full, rest = divmod(min(left, each * count), each)
             placed = num_full * each + rest
-            pack_of_unit[order[begin : begin + placed]] = np.repeat(packs, each)[:placed]
-            begin += placed
+            placements.append((first, each, placed))
+            left -= placed
             # At most three kinds are left: packs that took all they could, one that took the rest, and untouched ones.
-            for left, kept in (
-                (room - each * size, packs[:num_full]),
-                (room - rest * size, packs[num_full : num_full + (rest > 0)]),
-                (room, packs[num_full + (rest > 0) :]),
+            num_touched = num_full + (rest > 0)
+            for empty, begin, end in (
+                (room - each * size, 0, num_full),
+                (room - rest * size, num_full, num_touched),
+                (room, num_touched, count),
             ):
-                if left and len(kept):
-                    waiting[left].append(kept)
-                    has_room |= 1 << left
-    return pack_of_unit
+                if empty and begin < end:
+                    waiting[empty].append((first + begin, end - begin))
+                    has_room |= 1 << empty
+    return order, *np.array(placements, dtype=np.int64).T
 
 
 def document_cost(lengths_N: np.ndarray, *, crossover_length: float, context_N: np.ndarray | int = 0) -> np.ndarray:
@@ -127,23 +150,28 @@ def spread_by_cost(
     Args:
         size_I: [I], how much of a bin's capacity each item takes; None: 1 each.
     """
-    cost = np.asarray(cost_I, dtype=np.float64)
-    size = np.ones(len(cost), dtype=np.int64) if size_I is None else np.asarray(size_I)
+    cost_of = np.asarray(cost_I, dtype=np.float64)
+    size = [1] * len(cost_of) if size_I is None else np.asarray(size_I).tolist()
     assert num_bins > 0
-    least = int(size.min(initial=capacity))
+    least = min(size, default=capacity)
     room = [capacity] * num_bins
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     open_bins = [(0.0, index) for index in range(num_bins)]
-    for item in np.argsort(-cost, kind="stable").tolist():
+    order = np.argsort(-cost_of, kind="stable")
+    for item, cost in zip(order.tolist(), cost_of[order].tolist(), strict=True):
         passed = []
         while open_bins and room[open_bins[0][1]] < size[item]:
             passed.append(heapq.heappop(open_bins))
         if not open_bins:
             return None
-        load, index = heapq.heappop(open_bins)
+        load, index = open_bins[0]
         bins[index].append(item)
-        room[index] -= int(size[item])
-        for entry in (*passed, (load + float(cost[item]), index)):
-            if room[entry[1]] >= least:
-                heapq.heappush(open_bins, entry)
-    return [np.array(members, dtype=np.int64) for members in bins]
+        room[index] -= size[item]
+        if room[index] >= least:
+            heapq.heapreplace(open_bins, (load + cost, index))
+        else:
+            heapq.heappop(open_bins)
+        for entry in passed:
+            heapq.heappush(open_bins, entry)
+    flat = np.array([item for members in bins for item in members], dtype=np.int64)
+    return cut(flat, np.array([len(members) for members in bins]))

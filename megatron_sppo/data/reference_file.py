@@ -4,6 +4,7 @@ G = prompt groups, K = responses per prompt. A value is the summed log pi_t(y|x)
 needed it.
 """
 
+import base64
 import json
 import shutil
 import tempfile
@@ -17,11 +18,13 @@ import numpy as np
 from megatron_sppo.data.indexed import Column, ColumnWriter, file_entry, verify_file
 from megatron_sppo.data.schema import FileEntry, read_signed, write_signed
 from megatron_sppo.errors import DataError
-from megatron_sppo.storage import atomic_file, fsync_path, remove_stale_temporaries
+from megatron_sppo.storage import atomic_file, fsync_path, remove_stale_temporaries, sha256_of_json
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "reference.json"
 FILES = ("reference.bin", "reference.idx")
+PIECES_PREFIX = "reference.pieces-"
+"""Of the directory with what an unfinished pass has computed."""
 
 _REMEDY = "Delete reference.bin, reference.idx and reference.json there: they are computed again."
 
@@ -41,8 +44,7 @@ def write_reference(directory: Path, values_GK: np.ndarray, fingerprint: Mapping
         remove_stale_temporaries(directory / name)
     with tempfile.TemporaryDirectory() as scratch:
         column = ColumnWriter(Path(scratch, "reference"), np.float32)
-        for row in values_GK:
-            column.append([row])
+        column.extend(values_GK.reshape(-1), np.full((len(values_GK), 1), values_GK.shape[1]))
         column.finish()
         # The old manifest goes first: a crash from here on leaves "no reference", never old numbers with a new name.
         if Path(directory, MANIFEST_NAME).exists():
@@ -82,6 +84,64 @@ def read_reference(directory: Path, fingerprint: Mapping[str, Any]) -> np.ndarra
     if len(column.lengths) != shape[0] or (column.lengths != shape[1]).any():
         raise DataError(f"{directory / 'reference.idx'} does not hold {shape[0]} x {shape[1]} values. {_REMEDY}")
     return column.values.copy().reshape(shape)
+
+
+class Pieces:
+    """What a reference pass that is not done has computed, in files of their own beside its result's place.
+
+    Each is whole or not there, signed, and named by its number; those of another fingerprint lie in another directory.
+    """
+
+    def __init__(self, directory: Path, fingerprint: Mapping[str, Any], *, shape: tuple[int, int]) -> None:
+        """Name the pieces of one pass; nothing is read or written yet.
+
+        Args:
+            directory: where the finished reference will lie.
+            shape: of its values.
+        """
+        self._fingerprint, self._shape = _as_json(fingerprint), shape
+        key = sha256_of_json({"fingerprint": self._fingerprint, "shape": shape})
+        self.directory = Path(directory, f"{PIECES_PREFIX}{key[:12]}")
+        self._num_pieces = 0
+
+    def read(self) -> np.ndarray | None:
+        """Put all pieces together -> [G, K] float32, NaN where there is nothing; None where there is no piece.
+
+        Raises:
+            DataError: one is damaged.
+        """
+        values = np.full(self._shape, np.nan, dtype=np.float32)
+        paths = sorted(self.directory.glob("[0-9]*.json"))
+        for path in paths:
+            remedy = f"Delete {path}: what it held is computed again."
+            fields = read_signed(path, schema_version=SCHEMA_VERSION, remedy=remedy)
+            if set(fields) != {"schema_version", "fingerprint", "shape", "places", "values"}:
+                raise DataError(f"{path} is no piece of schema_version {SCHEMA_VERSION}. {remedy}")
+            places = np.frombuffer(base64.b64decode(fields["places"]), "<i8")
+            values.reshape(-1)[places] = np.frombuffer(base64.b64decode(fields["values"]), "<f4")
+        self._num_pieces = 1 + int(paths[-1].stem) if paths else 0
+        return values if paths else None
+
+    def write(self, places: np.ndarray, values: np.ndarray) -> None:
+        """Keep values that were computed since the last piece; the cost is theirs alone.
+
+        Args:
+            places: into the reference's values, row after row.
+            values: as many.
+        """
+        fields = {
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": self._fingerprint,
+            "shape": list(self._shape),
+            "places": base64.b64encode(places.astype("<i8").tobytes()).decode(),
+            "values": base64.b64encode(values.astype("<f4").tobytes()).decode(),
+        }
+        write_signed(self.directory / f"{self._num_pieces:06d}.json", fields)
+        self._num_pieces += 1
+
+    def remove(self) -> None:
+        """Remove all pieces; a pass that is killed in it finds some that its result holds too."""
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def _check_fingerprint(path: Path, *, stored: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -4,11 +4,12 @@ N = rows, U = units of a step: what a micro-batch takes whole (a row, a pair, or
 No randomness but `epoch_order`; no process groups: the caller says how many data-parallel ranks there are.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sppo.data.packing import assign_to_ranks, document_cost, pack, spread_by_cost
+from megatron_sppo.data.packing import assign_to_ranks, count_packs, cut, document_cost, pack, spread_by_cost
 from megatron_sppo.data.selection import TrainingIndex
 
 _EVEN = 1.005
@@ -34,16 +35,16 @@ def epoch_rows(index: TrainingIndex, *, seed: int, epoch: int, by_prompt: bool) 
         together = index.rows_per_pair
         order = epoch_order(index.num_rows // together, seed=seed, epoch=epoch)
         return (order[:, None] * together + np.arange(together)).reshape(-1)
-    starts = np.flatnonzero(np.diff(index.group, prepend=-1))
+    starts = _run_starts(index.group)
     sizes = np.diff(starts, append=index.num_rows)
     order = epoch_order(len(starts), seed=seed, epoch=epoch)
     before = np.cumsum(sizes[order]) - sizes[order]
     return np.repeat(starts[order] - before, sizes[order]) + np.arange(index.num_rows)
 
 
-def _runs(group_N: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
-    """Cut rows where the next one is of another prompt -> the rows of each run."""
-    return np.split(rows, np.flatnonzero(np.diff(group_N[rows])) + 1)
+def _run_starts(group_N: np.ndarray) -> np.ndarray:
+    """Find where rows of another prompt than the row before begin -> [runs] places."""
+    return np.flatnonzero(np.diff(group_N, prepend=-1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,25 +100,30 @@ def shared_prompt_units(
         capacity: tokens of a micro-batch.
         num_split: this many prompts, the shortest, have a unit for each row (or pair) in place of one for all.
     """
-    prompts = _runs(index.group, np.asarray(rows))
-    length = np.array([int(index.prompt_lengths[members[0]]) for members in prompts])
-    split = set(np.argsort(length, kind="stable")[:num_split].tolist())
-    found: list[np.ndarray] = []
-    for number, members in enumerate(prompts):
-        parts = list(np.arange(len(members)).reshape(-1, rows_per_loss))
-        budget = capacity - int(length[number])
-        if number not in split and index.response_lengths[members].sum() <= budget:
-            parts = [np.arange(len(members))]
-        elif number not in split:
-            parts = pack(index.response_lengths[members], budget=budget, rows_per_loss=rows_per_loss)
-        found += [members[np.sort(part)] for part in parts]
-    ordered = np.concatenate(found)
-    first = np.cumsum([0, *(len(members) for members in found[:-1])])
+    rows = np.asarray(rows)
+    starts = _run_starts(index.group[rows])
+    length_P = index.prompt_lengths[rows[starts]]
+    is_split = np.zeros(len(starts), dtype=bool)
+    is_split[np.argsort(length_P, kind="stable")[:num_split]] = True
+    is_too_long = ~is_split & (np.add.reduceat(index.response_lengths[rows], starts) > capacity - length_P)
+    size_P = np.diff(starts, append=len(rows))
+    place_in_prompt = np.arange(len(rows)) - np.repeat(starts, size_P)
+    begins_unit = (place_in_prompt == 0) | (np.repeat(is_split, size_P) & (place_in_prompt % rows_per_loss == 0))
+    ordered = rows.copy()
+    for prompt in np.flatnonzero(is_too_long).tolist():
+        begin = int(starts[prompt])
+        members = rows[begin : begin + int(size_P[prompt])]
+        budget = capacity - int(length_P[prompt])
+        for part in pack(index.response_lengths[members], budget=budget, rows_per_loss=rows_per_loss):
+            ordered[begin : begin + len(part)] = members[np.sort(part)]
+            begins_unit[begin] = True
+            begin += len(part)
+    first = np.flatnonzero(begins_unit)
     prompt_N, response_N = index.prompt_lengths[ordered], index.response_lengths[ordered]
     prompt_U = prompt_N[first]
     behind_N = document_cost(response_N, crossover_length=crossover_length, context_N=prompt_N)
     return Units(
-        rows=found,
+        rows=cut(ordered, np.diff(first, append=len(ordered))),
         num_tokens=prompt_U + np.add.reduceat(response_N, first),
         cost=document_cost(prompt_U, crossover_length=crossover_length) + np.add.reduceat(behind_N, first),
     )
@@ -132,11 +138,35 @@ def packed_tokens(
         share_prompts: neighbouring rows of one prompt lie behind one copy of it; goes with no `document_multiple`.
         document_multiple: each document's length is rounded up to it.
     """
-    if not share_prompts:
-        return int((-(-index.lengths[rows] // document_multiple) * document_multiple).sum())
-    assert document_multiple == 1
-    prompts = [index.prompt_lengths[run[0]] for run in _runs(index.group, rows) if len(run)]
-    return int(index.response_lengths[rows].sum() + sum(prompts))
+    (num_tokens,) = tokens_of_parts(index, [rows], share_prompts=share_prompts, document_multiple=document_multiple)
+    return int(num_tokens)
+
+
+def tokens_of_parts(
+    index: TrainingIndex, parts: Sequence[np.ndarray], *, share_prompts: bool = False, document_multiple: int = 1
+) -> np.ndarray:
+    """Count the tokens of each of several micro-batches as `packed_tokens` -> [parts] int64."""
+    bounds = np.cumsum([0, *map(len, parts)])
+    rows = np.concatenate([*parts, np.empty(0, dtype=np.int64)])
+    if share_prompts:
+        assert document_multiple == 1
+        again = follows_its_prompt(index, rows, bounds)
+        tokens = index.response_lengths[rows] + np.where(again, 0, index.prompt_lengths[rows])
+    else:
+        tokens = -(-index.lengths[rows] // document_multiple) * document_multiple
+    before = np.concatenate([[0], np.cumsum(tokens)])
+    return before[bounds[1:]] - before[bounds[:-1]]
+
+
+def follows_its_prompt(index: TrainingIndex, rows: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Tell the rows that lie behind the prompt of the row before -> [len(rows)] bool.
+
+    Args:
+        bounds: where each micro-batch begins in `rows`, and where the last one ends.
+    """
+    again = np.diff(index.group[rows], prepend=-1) == 0
+    again[bounds[bounds < len(rows)]] = False
+    return again
 
 
 def divide_step(
@@ -190,7 +220,7 @@ def divide_shared_step(
     none, half as many as there are ranks, as many, twice, ... or all; until the busiest rank has hardly more to do than
     the mean, or else whatever leaves it least. Rows of one prompt that meet in a micro-batch are side by side.
     """
-    num_prompts = len(_runs(index.group, rows))
+    num_prompts = len(_run_starts(index.group[rows]))
     num_split, least, best = 0, np.inf, None
     while num_split <= num_prompts:
         units = shared_prompt_units(
@@ -208,33 +238,53 @@ def divide_shared_step(
             num_ranks=data_parallel_size,
             count_multiple=count_multiple,
         )
-        busiest = max(float(units.cost[np.concatenate(rank)].sum()) for rank in shares)
+        busiest = float(_sums(units.cost, [np.concatenate(rank) for rank in shares]).max())
         if busiest < least:
-            least, best = busiest, _rows_of(units, shares)
+            least, best = busiest, (units, shares)
         if busiest * data_parallel_size <= _EVEN * units.cost.sum():
             break
         following = max(2 * num_split, -(-data_parallel_size // 2))
         num_split = num_prompts if num_split < num_prompts < following else following
     assert best is not None
-    return [[part[np.argsort(index.group[part], kind="stable")] for part in rank] for rank in best]
+    return _rows_of(*best, group_N=index.group)
 
 
 def _divide_units(
     cost_U: np.ndarray, size_U: np.ndarray, *, capacity: int, num_ranks: int, count_multiple: int
 ) -> list[list[np.ndarray]]:
     """Share units out as `divide_step` says -> for each rank, the units of its micro-batches."""
-    packs = pack(size_U, budget=capacity)
-    num_micro_batches = -(-len(packs) // (num_ranks * count_multiple)) * count_multiple
+    num_needed = count_packs(size_U, budget=capacity)
+    num_micro_batches = -(-num_needed // (num_ranks * count_multiple)) * count_multiple
     num_packs = num_micro_batches * num_ranks
-    even = spread_by_cost(cost_U, num_bins=num_packs, capacity=capacity, size_I=size_U)
-    if even is not None:
-        packs = even
-    packs += [np.empty(0, dtype=np.int64)] * (num_packs - len(packs))
-    pack_cost = np.array([cost_U[members].sum() for members in packs])
-    return [[packs[item] for item in rank] for rank in assign_to_ranks(pack_cost, num_ranks=num_ranks)]
+    packs = spread_by_cost(cost_U, num_bins=num_packs, capacity=capacity, size_I=size_U)
+    if packs is None:
+        packs = pack(size_U, budget=capacity)
+        packs += [np.empty(0, dtype=np.int64)] * (num_packs - len(packs))
+    return [[packs[item] for item in rank] for rank in assign_to_ranks(_sums(cost_U, packs), num_ranks=num_ranks)]
 
 
-def _rows_of(units: Units, shares: list[list[np.ndarray]]) -> list[list[np.ndarray]]:
-    """Put the rows in the units' places."""
-    nothing = np.empty(0, dtype=np.int64)
-    return [[np.concatenate([nothing, *(units.rows[unit] for unit in part)]) for part in rank] for rank in shares]
+def _sums(values: np.ndarray, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Add up the values of each part's members -> [parts], each to the bit what `values[part].sum()` is."""
+    size_P = np.array([len(part) for part in parts])
+    sums = np.zeros(len(parts))
+    for size in np.unique(size_P).tolist():
+        alike = np.flatnonzero(size_P == size).tolist()
+        sums[alike] = values[np.stack([parts[part] for part in alike])].sum(axis=1)
+    return sums
+
+
+def _rows_of(
+    units: Units, shares: list[list[np.ndarray]], *, group_N: np.ndarray | None = None
+) -> list[list[np.ndarray]]:
+    """Put the rows in the units' places -> row arrays; with `group_N`, those of one prompt side by side in each."""
+    parts = [part for rank in shares for part in rank]
+    unit = np.concatenate(parts)
+    size_of_unit = np.array([len(rows) for rows in units.rows])
+    first_of_unit, size = np.cumsum(size_of_unit) - size_of_unit, size_of_unit[unit]
+    behind = np.cumsum(size)
+    rows = np.concatenate(units.rows)[np.repeat(first_of_unit[unit] - (behind - size), size) + np.arange(size.sum())]
+    num_rows = np.diff(np.concatenate([[0], behind])[np.cumsum([0, *map(len, parts)])])
+    if group_N is not None:
+        rows = rows[np.lexsort((group_N[rows], np.repeat(np.arange(len(parts)), num_rows)))]
+    found = iter(cut(rows, num_rows))
+    return [[next(found) for _ in rank] for rank in shares]

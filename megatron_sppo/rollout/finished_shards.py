@@ -184,7 +184,8 @@ def open_finished_shards(
         DataError: its request.json is damaged.
     """
     directory = Path(directory)
-    refuse_foreign(directory, ours=(REQUEST_NAME,), flag="--output")
+    if not (directory / REQUEST_NAME).exists():
+        refuse_foreign(directory, ours=(), flag="--output")
     with locked(directory, flag="--output"):
         names = [MANIFEST_NAME, REQUEST_NAME, *(shard_name(index) for index in range(num_shards))]
         remove_stale_temporaries(*(directory / name for name in names))

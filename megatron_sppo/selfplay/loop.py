@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+from megatron_sppo.command_line import default_grace_seconds
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.rollout.outcomes import mean_response_tokens
 from megatron_sppo.rollout.records import read_rollouts
@@ -69,7 +70,8 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
         divide_prompts(config.run, config.evaluation)
         check_stages(config)
     with locked(paths.run_dir, flag="--output"), interruptible():
-        machine = StageMachine(paths.run_dir)
+        grace_seconds = config.training.run.grace_seconds or default_grace_seconds()
+        machine = StageMachine(paths.run_dir, grace_seconds=grace_seconds)
         machine.end_orphans()
         if _is_finished(config, machine, paths):
             logger.info("%s is finished: nothing is left to do.", paths.run_dir)

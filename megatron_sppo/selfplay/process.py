@@ -26,9 +26,6 @@ from typing import IO, TextIO
 
 from megatron_sppo.command_line import death_with_parent
 
-STOP_SECONDS = 30.0
-"""A stage has this long between SIGTERM and SIGKILL: training saves a checkpoint in it."""
-
 _TAIL_BYTES = 1 << 16
 _ERROR_LINE = re.compile(r"^(?:\[[^\]]*\]:?\s*)?([\w.-]+(?: [\w-]+)?: error: .+)$")
 _EXCEPTION_LINE = re.compile(r"^(?:\[[^\]]*\]:?\s*)?([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)$")
@@ -77,14 +74,15 @@ def identity_of(pid: int) -> ProcessIdentity:
     return ProcessIdentity(pid=pid, start_time=_start_time(pid), namespace=_namespace())
 
 
-def run_logged(command: Sequence[str], log_path: Path, *, on_start: Callable[[int], None]) -> int:
+def run_logged(command: Sequence[str], log_path: Path, *, on_start: Callable[[int], None], grace_seconds: float) -> int:
     """Run a command to its end, its output appended to `log_path` -> exit status.
 
     On a terminal the line that the command rewrites in place (a progress bar) is shown too. On `Interrupted` the
-    command is ended first: SIGTERM, SIGKILL after STOP_SECONDS.
+    command is ended first: SIGTERM, SIGKILL after the grace.
 
     Args:
         on_start: called with the process's id as soon as it runs.
+        grace_seconds: between SIGTERM and SIGKILL; training saves a checkpoint in it.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with open(log_path, "ab") as log:
@@ -112,7 +110,7 @@ def run_logged(command: Sequence[str], log_path: Path, *, on_start: Callable[[in
                 _relay(master, log, sys.stderr, process)
             return process.wait()
         except BaseException:
-            _stop(process)
+            _stop(process, grace_seconds=grace_seconds)
             raise
         finally:
             _kill_group(process.pid, signal.SIGKILL)  # what the command itself left behind
@@ -120,7 +118,7 @@ def run_logged(command: Sequence[str], log_path: Path, *, on_start: Callable[[in
                 os.close(master)
 
 
-def end_orphan(identity: ProcessIdentity) -> bool:
+def end_orphan(identity: ProcessIdentity, *, grace_seconds: float) -> bool:
     """End what is left of a stage whose loop was killed -> whether anything was.
 
     The kernel does not give a pid away while it names a process group, so a group without its leader is still ours.
@@ -130,7 +128,7 @@ def end_orphan(identity: ProcessIdentity) -> bool:
     if _start_time(identity.pid) not in ("", identity.start_time):
         return False
     _kill_group(identity.pid, signal.SIGTERM)
-    deadline = time.monotonic() + STOP_SECONDS
+    deadline = time.monotonic() + grace_seconds
     while _group_lives(identity.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     _kill_group(identity.pid, signal.SIGKILL)
@@ -166,10 +164,10 @@ def _tail(log_path: Path) -> list[str]:
     return [line for line in lines[starts[-1] + 1 if starts else 0 :] if line.strip()]
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes], *, grace_seconds: float) -> None:
     _kill_group(process.pid, signal.SIGTERM)
     try:
-        process.wait(timeout=STOP_SECONDS)
+        process.wait(timeout=grace_seconds)
     except subprocess.TimeoutExpired:
         _kill_group(process.pid, signal.SIGKILL)
         process.wait()

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sppo.command_line import GRACE_SECONDS
 from megatron_sppo.errors import DataError
 from megatron_sppo.selfplay.fingerprint import FileHashes
 from megatron_sppo.selfplay.process import (
@@ -55,7 +56,13 @@ class Stage:
 class StageMachine:
     """Runs stages at most once each."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, grace_seconds: float = GRACE_SECONDS) -> None:
+        """Open the run's state.
+
+        Args:
+            grace_seconds: that a stage has between SIGTERM and SIGKILL; training's own setting.
+        """
+        self._grace_seconds = grace_seconds
         self.run_dir = Path(run_dir)
         self.path = self.run_dir / STATE_NAME
         self.state = read_state(self.run_dir) or {"schema_version": SCHEMA_VERSION, "finished": False, "stages": {}}
@@ -65,7 +72,7 @@ class StageMachine:
         """End stages that a killed loop left running; call it under the run's lock."""
         for name, entry in self.state["stages"].items():
             process = entry.pop("process", None)
-            if process and end_orphan(ProcessIdentity(**process)):
+            if process and end_orphan(ProcessIdentity(**process), grace_seconds=self._grace_seconds):
                 logger.warning("%s was still running without its loop; it has been ended and will be continued.", name)
         self._write()
 
@@ -145,7 +152,7 @@ class StageMachine:
 
         returncode: int | None = None
         try:
-            returncode = run_logged(stage.command, log_path, on_start=note_process)
+            returncode = run_logged(stage.command, log_path, on_start=note_process, grace_seconds=self._grace_seconds)
         finally:
             entry.pop("process", None)
             entry["seconds"] = round(seconds_before + time.monotonic() - began, 3)

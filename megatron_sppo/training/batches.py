@@ -7,7 +7,8 @@ what any step holds, so resuming needs no more than the step's number.
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,14 @@ from megatron_sppo import flops
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.microbatch import MicroBatch, collate, in_order_of_ranks
 from megatron_sppo.data.selection import TrainingIndex, row_targets, training_index
-from megatron_sppo.data.steps import divide_shared_step, divide_step, epoch_rows, packed_tokens, step_units
+from megatron_sppo.data.steps import (
+    divide_shared_step,
+    divide_step,
+    epoch_rows,
+    follows_its_prompt,
+    step_units,
+    tokens_of_parts,
+)
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import token_multiple
 from megatron_sppo.objective import Targets
@@ -157,6 +165,11 @@ class Batches:
             logger.info("baseline estimate: log Z / eta is %.4f on average, half would be 0.5", over_eta)
 
     @property
+    def num_groups(self) -> int:
+        """G, the dataset's prompts."""
+        return self._dataset.num_groups
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one pass; the last may hold fewer responses."""
         return -(-self.index.num_rows // self._config.batch.global_batch_size)
@@ -193,43 +206,68 @@ class Batches:
         return {"dataset_hash": dataset_hash, "selection": str(self.selection), "num_rows": num_rows}
 
     def steps(self, *, first: int, last: int, reference_GK: np.ndarray | None = None) -> Iterator[StepPlan]:
-        """Yield the plans of steps `first`..`last`, counted from 1.
+        """Yield the plans of steps `first`..`last`: `plans`."""
+        return self.plans(range(first, last + 1), reference_GK=reference_GK)
+
+    def plans(self, steps: Iterable[int], *, reference_GK: np.ndarray | None = None) -> Iterator[StepPlan]:
+        """Yield the plans of steps, counted from 1; one after another, since the order of one epoch alone is kept.
 
         Args:
             reference_GK: log pi_t; or one for each epoch, one after another: [epochs * G, K].
         """
-        for step in range(first, last + 1):
-            yield self._plan(step, reference_GK)
+        num_groups = self.num_groups
+        for step in steps:
+            of_epoch, epoch = reference_GK, self.epoch_of(step)
+            if reference_GK is not None and len(reference_GK) > num_groups:
+                of_epoch = reference_GK[epoch * num_groups : (epoch + 1) * num_groups]
+                assert len(of_epoch) == num_groups, f"no reference of epoch {epoch}"
+            yield self.plan_of(self.rows_of(step), of_epoch)
 
-    def _plan(self, step: int, reference_GK: np.ndarray | None) -> StepPlan:
-        epoch, step_of_epoch = divmod(step - 1, self.steps_per_epoch)
-        size, num_groups = self._config.batch.global_batch_size, self._dataset.num_groups
-        if reference_GK is not None and len(reference_GK) > num_groups:
-            reference_GK = reference_GK[epoch * num_groups : (epoch + 1) * num_groups]
-            assert len(reference_GK) == num_groups, f"no reference of epoch {epoch}"
-        return self.plan_of(self._order(epoch)[step_of_epoch * size : (step_of_epoch + 1) * size], reference_GK)
+    def epoch_of(self, step: int) -> int:
+        """Say which epoch a step belongs to -> int, from 0."""
+        return (step - 1) // self.steps_per_epoch
+
+    def rows_of(self, step: int) -> np.ndarray:
+        """List the rows of a step's global batch -> [N] int64."""
+        size, step_of_epoch = self._config.batch.global_batch_size, (step - 1) % self.steps_per_epoch
+        return self._order(self.epoch_of(step))[step_of_epoch * size : (step_of_epoch + 1) * size]
 
     def plan_of(self, rows: np.ndarray, reference_GK: np.ndarray | None = None) -> StepPlan:
         """Plan one pass over given rows of the training index, units side by side -> StepPlan."""
-        index, share_prompts = self.index, self._config.batch.share_prompts
-        group, response = index.group[rows], index.response[rows]
+        index = self.index
         shares = self._shares(rows)
+        num_tokens, num_computed_tokens, attended_positions = self._counts(rows, shares)
         micro_batches = self._micro_batches(shares, reference_GK)
         real = sum(micro_batch.num_tokens for micro_batch in micro_batches)
         computed = sum(micro_batch.tokens.numel() for micro_batch in micro_batches)
         return StepPlan(
             rows=rows,
-            group=group,
-            response=response,
+            group=index.group[rows],
+            response=index.response[rows],
             targets=self._targets_of(rows, reference_GK),
             num_response_tokens=torch.from_numpy(index.response_lengths[rows]),
-            num_tokens=int(index.lengths[rows].sum()),
-            num_computed_tokens=sum(
-                packed_tokens(index, part, share_prompts=share_prompts) for share in shares for part in share
-            ),
-            attended_positions=sum(self._attended_positions(part) for share in shares for part in share),
+            num_tokens=num_tokens,
+            num_computed_tokens=num_computed_tokens,
+            attended_positions=attended_positions,
             micro_batches=micro_batches,
             padding_fraction=1 - real / (computed * self._config.parallel.context_parallel_size),
+        )
+
+    def _counts(self, rows: np.ndarray, shares: list[list[np.ndarray]]) -> tuple[int, int, int]:
+        """Count a global batch -> (tokens, tokens that are computed, positions that are attended to)."""
+        index = self.index
+        num_tokens = int(index.lengths[rows].sum())
+        attended = int(flops.attended_positions(index.lengths[rows]).sum())
+        if not self._config.batch.share_prompts:
+            return num_tokens, num_tokens, attended
+        parts = [part for share in shares for part in share]
+        ordered = np.concatenate(parts)
+        again = follows_its_prompt(index, ordered, np.cumsum([0, *map(len, parts)]))
+        seen_before = index.prompt_lengths[ordered[again]]
+        return (
+            num_tokens,
+            num_tokens - int(seen_before.sum()),
+            attended - int(flops.attended_positions(seen_before).sum()),
         )
 
     def _targets_of(self, rows: np.ndarray, reference_GK: np.ndarray | None) -> Targets:
@@ -284,23 +322,25 @@ class Batches:
     def _micro_batches(self, shares: list[list[np.ndarray]], reference_GK: np.ndarray | None) -> list[MicroBatch]:
         batch, layout = self._config.batch, self._config.parallel
         context_size = layout.context_parallel_size
-        whole = [
-            collate(
-                self._dataset,
-                self.index,
-                part,
-                targets=self._targets_of(part, reference_GK),
-                packed=batch.packing,
-                share_prompts=batch.share_prompts,
-                length=length,
-                multiple=self._multiple,
-                document_multiple=self._document_multiple,
-                num_batch_rows=num_batch_rows,
+        parts = shares[parallel.data_parallel_rank()]
+        targets, place = self._targets_of(np.concatenate(parts), reference_GK), 0
+        whole = []
+        for part, (length, num_batch_rows) in zip(parts, self._shapes(shares), strict=True):
+            here = slice(place, place := place + len(part))
+            whole.append(
+                collate(
+                    self._dataset,
+                    self.index,
+                    part,
+                    targets=targets.each(operator.itemgetter(here)),
+                    packed=batch.packing,
+                    share_prompts=batch.share_prompts,
+                    length=length,
+                    multiple=self._multiple,
+                    document_multiple=self._document_multiple,
+                    num_batch_rows=num_batch_rows,
+                )
             )
-            for part, (length, num_batch_rows) in zip(
-                shares[parallel.data_parallel_rank()], self._shapes(shares), strict=True
-            )
-        ]
         if context_size > 1:
             rank = parallel.context_parallel_rank()
             whole = [columns_of_rank(batch, rank=rank, size=context_size) for batch in whole]
@@ -311,40 +351,28 @@ class Batches:
     def _shapes(self, shares: list[list[np.ndarray]]) -> list[tuple[int | None, int | None]]:
         """Say which shape each micro-batch of this rank must have -> (columns, rows); None: what its rows need."""
         batch, layout = self._config.batch, self._config.parallel
-        share = shares[parallel.data_parallel_rank()]
-        together = [[part] for part in share]
-        if layout.expert_model_parallel_size > 1:
-            # Ranks that share out experts gather each other's tokens, as many from each.
-            together = [list(parts) for parts in zip(*shares, strict=True)]
+        num_micro_batches = len(shares[0])
+        if layout.pipeline_model_parallel_size == layout.expert_model_parallel_size == 1:
+            return [(None, None)] * num_micro_batches
+        # Ranks that share out experts gather each other's tokens, as many from each.
+        together = shares if layout.expert_model_parallel_size > 1 else [shares[parallel.data_parallel_rank()]]
+        parts = [part for share in together for part in share]
+        num_columns = self._num_columns(parts).reshape(-1, num_micro_batches).max(axis=0, initial=1)
+        num_rows = np.array([len(part) for part in parts]).reshape(-1, num_micro_batches).max(axis=0)
         if layout.pipeline_model_parallel_size > 1:
             # Pipeline stages exchange tensors of one shape throughout a step.
-            together = [[part for parts in together for part in parts]] * len(share)
-        elif layout.expert_model_parallel_size == 1:
-            return [(None, None)] * len(share)
-        shapes: list[tuple[int | None, int | None]] = []
-        for parts in together:
-            longest = max(1, *(self._num_columns(part) for part in parts))
-            num_batch_rows = None if batch.packing else max(len(part) for part in parts)
-            shapes.append((-(-longest // self._multiple) * self._multiple, num_batch_rows))
-        return shapes
+            num_columns[:], num_rows[:] = num_columns.max(), num_rows.max()
+        lengths = (-(-num_columns // self._multiple) * self._multiple).tolist()
+        return list(zip(lengths, [None] * num_micro_batches if batch.packing else num_rows.tolist(), strict=True))
 
-    def _attended_positions(self, rows: np.ndarray) -> int:
-        """Count the positions that the positions of a micro-batch see."""
-        seen = sum(map(flops.attended_positions, self.index.lengths[rows].tolist()))
-        if self._config.batch.share_prompts:
-            group = self.index.group[rows]
-            again = rows[1:][group[1:] == group[:-1]]  # behind the prompt of the row before
-            seen -= sum(map(flops.attended_positions, self.index.prompt_lengths[again].tolist()))
-        return seen
-
-    def _num_columns(self, rows: np.ndarray) -> int:
-        """Count the columns that a micro-batch of these rows needs."""
+    def _num_columns(self, parts: list[np.ndarray]) -> np.ndarray:
+        """Count the columns that each of several micro-batches needs -> [parts] int64."""
         batch, document_multiple = self._config.batch, self._document_multiple
         if batch.packing:
-            return packed_tokens(
-                self.index, rows, share_prompts=batch.share_prompts, document_multiple=document_multiple
+            return tokens_of_parts(
+                self.index, parts, share_prompts=batch.share_prompts, document_multiple=document_multiple
             )
-        longest = int(self.index.lengths[rows].max(initial=1))
+        longest = np.array([self.index.lengths[part].max(initial=1) for part in parts])
         return -(-longest // document_multiple) * document_multiple
 
 

@@ -88,7 +88,20 @@ def log_probs(policy: Policy, plan: StepPlan) -> Tensor:
 
     In the very micro-batches of `gradient_step`, so that the same weights give the same bits.
     """
-    return parallel.sum_to_cpu(_run_micro_batches(policy, plan, loss=lambda _, log_prob: log_prob, forward_only=True))()
+    return log_probs_and_sum(policy, plan, torch.zeros(0))[0]
+
+
+@torch.no_grad()
+def log_probs_and_sum(policy: Policy, plan: StepPlan, said: Tensor) -> tuple[Tensor, Tensor]:
+    """Do as `log_probs` and add up what the ranks say, by the same all-reduce -> (log pi, sum of `said`). Collective.
+
+    Args:
+        said: on the CPU, as much on every rank.
+    """
+    log_prob_N = _run_micro_batches(policy, plan, loss=lambda _, log_prob: log_prob, forward_only=True)
+    both = torch.cat([log_prob_N, parallel.to_device(said.double())])
+    log_prob_N, total = parallel.sum_to_cpu(both)().split([len(log_prob_N), len(said)])
+    return log_prob_N, total
 
 
 def _run_micro_batches(policy: Policy, plan: StepPlan, *, loss: Loss, forward_only: bool) -> Tensor:

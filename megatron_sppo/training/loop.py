@@ -2,11 +2,9 @@
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import torch
@@ -16,23 +14,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_sppo import flops
-from megatron_sppo.command_line import launch
+from megatron_sppo.command_line import default_grace_seconds, launch
 from megatron_sppo.errors import DataError
 from megatron_sppo.model.transformer_config import bfloat16_products
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import StepPlan
 from megatron_sppo.training.config import TrainingConfig
 from megatron_sppo.training.forward_step import gradient_step, log_probs, objective_terms
+from megatron_sppo.training.grace import Grace, checkpoint_bytes
 from megatron_sppo.training.metrics import StepFiles, drift_per_token, response_metrics
 from megatron_sppo.training.policy import Policy
 from megatron_sppo.training.progress import Progress
 from megatron_sppo.training.saving import Saver
+from megatron_sppo.training.stopping import StopRequest
 from megatron_sppo.training.telemetry import GpuSampler, flops_metrics, straggler_metrics
 
 logger = logging.getLogger(__name__)
-
-SIGTERM_EXIT_CODE = 143
-"""What a run that was asked to stop exits with, after it saved a checkpoint (128 + SIGTERM)."""
 
 
 def train(
@@ -45,13 +42,19 @@ def train(
     train_iters: int,
     progress: Progress,
     saver: Saver,
+    stop: StopRequest,
 ) -> bool:
     """Train from `progress.step` to `train_iters` -> whether the run is complete (False: asked to stop, and saved).
 
     Raises:
         DataError: the loss or the gradient is not finite; what is saved is from before that step.
     """
-    stop, sampler, stopwatch = _StopRequest(), GpuSampler(), _Stopwatch(policy)
+    sampler, stopwatch = GpuSampler(), _Stopwatch(policy)
+    grace = Grace(
+        config.save,
+        num_bytes=checkpoint_bytes(policy, config.optimization),
+        grace_seconds=config.run.grace_seconds or default_grace_seconds(),
+    )
     writes = parallel.is_rank_zero()
     files = StepFiles(config.save, progress.step + 1, tensorboard=config.run.tensorboard) if writes else None
     bar = tqdm(total=train_iters, initial=progress.step, desc="train", unit="step", disable=None if writes else True)
@@ -62,7 +65,7 @@ def train(
         learning_rate = optimizer.param_groups[0]["lr"]
         told = _Told(seconds=[stopwatch.last_seconds], stops=stop.asked, writes=saver.is_writing())
         try:
-            metrics, rows, told = _step(policy, optimizer, plan, told, config=config, step=progress.step + 1)
+            metrics, columns, told = _step(policy, optimizer, plan, told, config=config, step=progress.step + 1)
         except DataError:  # on all ranks; what was begun is from before this step
             saver.finish()
             raise
@@ -81,7 +84,7 @@ def train(
         if all(told.seconds):
             metrics |= straggler_metrics(told.seconds, warns=logs and writes)
         if files is not None:
-            files.write(progress.step, metrics, rows)
+            files.write(progress.step, metrics, columns)
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.4g}", grad_norm=f"{metrics['grad_norm']:.3g}")
             if logs:
@@ -89,7 +92,12 @@ def train(
         last = progress.step == train_iters
         interval = config.run.save_interval
         if last or told.stops or (interval is not None and progress.step % interval == 0):
+            if told.stops and not last:
+                grace.warn_at_signal(stop)
+            began = time.monotonic()
             saver.save(wait=last or told.stops)
+            if not config.run.async_save:
+                grace.note(time.monotonic() - began)
         if told.stops and not last:
             logger.warning(
                 "stopped by a signal after step %d of %d; the same command goes on", progress.step, train_iters
@@ -98,7 +106,6 @@ def train(
     bar.close()
     if files is not None:
         files.close()
-    stop.restore()
     return progress.step >= train_iters
 
 
@@ -116,8 +123,8 @@ class _Told:
 
 def _step(
     policy: Policy, optimizer: MegatronOptimizer, plan: StepPlan, told: _Told, *, config: TrainingConfig, step: int
-) -> tuple[dict[str, float], list[dict[str, float]], _Told]:
-    """Do one optimizer step -> (metrics, a line for each response, what the ranks told each other).
+) -> tuple[dict[str, float], dict[str, Any], _Told]:
+    """Do one optimizer step -> (metrics, columns [N] of the responses, what the ranks told each other).
 
     The CPU waits for the device once, where Megatron-Core reads the gradient's norm: all that is read besides has been
     copied before that. So a loss that is not finite is refused after the update that it spoilt, which nothing saves.
@@ -152,8 +159,7 @@ def _step(
     columns["log_ratio"] = log_ratio_N
     if target_N is not None:
         columns["target"] = target_N
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return metrics, [dict(zip(columns, row, strict=True)) for row in rows], told
+    return metrics, columns, told
 
 
 def _tell(log_prob_N: Tensor, router_sums: Tensor, told: _Told) -> Callable[[], tuple[Tensor, Tensor, _Told]]:
@@ -251,18 +257,3 @@ def _seconds_between(begin: Any, end: Any) -> float:
 def _line(step: int, train_iters: int, metrics: dict[str, float]) -> str:
     names = ("loss", "lr", "grad_norm", "rewards/margins", "perf/tokens_per_second")
     return f"step {step}/{train_iters} | " + " | ".join(f"{n} {metrics[n]:.4g}" for n in names if n in metrics)
-
-
-class _StopRequest:
-    """SIGTERM, told to all ranks with the results of a step so that all save the same one."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._previous = signal.signal(signal.SIGTERM, self._remember)
-
-    def _remember(self, _signal: int, _frame: FrameType | None) -> None:
-        self.asked = True
-
-    def restore(self) -> None:
-        """Give the signal back to whoever had it."""
-        signal.signal(signal.SIGTERM, self._previous)

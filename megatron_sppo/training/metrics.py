@@ -5,14 +5,16 @@ Names are TRL's where it has one; ours stand under `sppo/`.
 
 import json
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
 
-from megatron_sppo.storage import atomic_file
-
 logger = logging.getLogger(__name__)
+
+_BLOCK_BYTES = 1 << 16
 
 # N = responses of the global batch
 
@@ -69,8 +71,14 @@ class StepFiles:
 
             self._events = SummaryWriter(str(Path(directory, "tensorboard")), purge_step=first_step)
 
-    def write(self, step: int, metrics: dict[str, float], responses: list[dict[str, float]]) -> None:
-        """Append one step's lines and flush them."""
+    def write(self, step: int, metrics: dict[str, float], columns: dict[str, Any]) -> None:
+        """Append one step's lines and flush them.
+
+        Args:
+            columns: of responses.jsonl, arrays or tensors of the global batch's length.
+        """
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        responses = [dict(zip(columns, row, strict=True)) for row in rows]
         for file, lines in ((self._metrics, [metrics]), (self._responses, responses)):
             file.writelines(json.dumps({"step": step, **line}) + "\n" for line in lines)
             file.flush()
@@ -87,14 +95,33 @@ class StepFiles:
 
 
 def _keep_lines_before(path: Path, first_step: int) -> None:
+    """Cut off the lines of steps from `first_step` on, and one half-written: the end of the file, as steps go up.
+
+    What is kept is not read: a resumed run pays for what it does again.
+    """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] < first_step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            logger.warning("%s: dropped a line that a killed run left half-written", path)
-    with atomic_file(path) as file:
-        file.writelines(line + "\n" for line in kept)
+    with open(path, "r+b") as file:
+        for begin, line in _lines_from_the_end(file):
+            try:
+                if line.endswith(b"\n") and json.loads(line)["step"] < first_step:
+                    return
+            except (ValueError, KeyError, TypeError):
+                logger.warning("%s: dropped a line that a killed run left half-written", path)
+            file.truncate(begin)
+
+
+def _lines_from_the_end(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Yield lines from the last to the first with the byte at which each begins."""
+    begin, rest = file.seek(0, os.SEEK_END), b""
+    while begin > 0:
+        end, begin = begin, max(0, begin - _BLOCK_BYTES)
+        file.seek(begin)
+        first, *lines = (file.read(end - begin) + rest).splitlines(keepends=True)
+        offset = begin + len(first) + sum(map(len, lines))
+        for line in reversed(lines):
+            offset -= len(line)
+            yield offset, line
+        rest = first
+    if rest:
+        yield 0, rest

@@ -3,7 +3,7 @@
 import datetime
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -12,11 +12,13 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.command_line import launch
-from megatron_sppo.errors import ConfigError
+from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.training import cpu
 from megatron_sppo.training.config import ParallelConfig
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def check_layout(config: ParallelConfig, architecture: Architecture, *, world_size: int) -> None:
@@ -238,6 +240,24 @@ def reports_tokens() -> bool:
 def device() -> torch.device:
     """Return where this rank computes."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def broadcast_from_rank_zero(find: Callable[[], T]) -> T:
+    """Let rank 0 alone find something out, and send it to the others -> the same on every rank. Collective.
+
+    Raises:
+        ConfigError, DataError, OSError: what rank 0 ran into, on every rank.
+    """
+    message: list[Any] = [None, None]
+    if is_rank_zero():
+        try:
+            message[0] = find()
+        except (ConfigError, DataError, OSError) as fault:
+            message[1] = fault
+    torch.distributed.broadcast_object_list(message, src=0)
+    if message[1] is not None:
+        raise message[1]
+    return message[0]  # type: ignore[no-any-return]
 
 
 def sum_over_world(values: torch.Tensor) -> torch.Tensor:

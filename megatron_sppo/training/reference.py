@@ -6,6 +6,9 @@ silently: a reference of another model or precision shows as nats in the loss.
 
 import logging
 import os
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,14 @@ from megatron_sppo.data import reference_file
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.training import parallel
+from megatron_sppo.training.ahead import ahead
 from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import TrainingConfig
-from megatron_sppo.training.forward_step import log_probs
+from megatron_sppo.training.forward_step import log_probs, log_probs_and_sum
 from megatron_sppo.training.metrics import drift_per_token
 from megatron_sppo.training.policy import Policy, weights_hash
+from megatron_sppo.training.progress import Progress
+from megatron_sppo.training.stopping import SIGTERM_EXIT_CODE, StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -85,41 +91,63 @@ def say_what_it_carries(batches: Batches, config: TrainingConfig) -> None:
 
 
 def load_or_compute(
-    policy: Policy, dataset: PreferenceDataset, batches: Batches, expected: dict[str, Any], *, config: TrainingConfig
+    policy: Policy,
+    dataset: PreferenceDataset,
+    batches: Batches,
+    expected: dict[str, Any],
+    *,
+    config: TrainingConfig,
+    stop: StopRequest,
 ) -> np.ndarray:
-    """Read the reference log-probabilities, or run the reference pass and write them -> [G, K] float32, nats.
+    """Read the reference log-probabilities, and compute and write those that the run will look at and that are absent.
 
-    With `reference_per_epoch` one for each epoch, one after another: [epochs * G, K]. Responses that no step visits are
-    NaN. Collective.
+    What a killed pass had computed is kept in pieces (`reference_file.Pieces`) and goes on from there. The first value
+    of a response stays: log pi_t of steps that were trained on does not change when a longer run adds others.
+    Collective.
 
     Args:
         expected: `fingerprint` of this run.
+
+    Returns:
+        [G, K] float32, nats; with `reference_per_epoch` one for each epoch, one after another: [epochs * G, K].
+        Responses that no step visits may be NaN.
+
+    Raises:
+        SystemExit: a SIGTERM came before the end; what was computed by then is kept.
     """
-    directory = _directory(dataset, config)
-    stored = reference_file.read_reference(directory, expected)
-    torch.distributed.barrier()  # every rank has looked before one writes
-    if stored is not None:
-        logger.info("reference log-probabilities read from %s", directory)
-        return stored
-    values = np.concatenate(
-        [compute(policy, dataset, batches, epoch=epoch) for epoch in range(_num_passes(batches, config))]
-    )
-    if parallel.is_rank_zero():
-        reference_file.write_reference(directory, values, expected)
-    torch.distributed.barrier()
+    store = _Store(dataset, expected, config)
+    values = store.read()
+    if values is None:
+        values = store.nothing()
+    steps = _missing_steps(batches, values, first=1, num_passes=_num_passes(batches, config))
+    if not steps and not store.has_pieces:
+        logger.info("reference log-probabilities read from %s", store.directory)
+        return values
+    _complete(policy, batches, values, steps, store, config=config, stop=stop)
     return values
 
 
 def read_for_resume(
-    dataset: PreferenceDataset, batches: Batches, expected: dict[str, Any], *, config: TrainingConfig
+    policy: Policy,
+    dataset: PreferenceDataset,
+    batches: Batches,
+    progress: Progress,
+    *,
+    config: TrainingConfig,
+    stop: StopRequest,
+    load_pi_t: Callable[[], object],
 ) -> np.ndarray:
     """Read the reference that an interrupted run trained against -> as `load_or_compute`.
 
+    Where the run is to be longer than it was, and so visits responses whose log pi_t is not there yet, pi_t is loaded
+    to compute them; the policy's own weights are to be loaded afterwards. Collective.
+
     Raises:
-        ConfigError: it was not computed for the epochs that are asked for.
-        DataError: it is gone or is not the one that the checkpoint names. Computing it again is impossible: the policy
-            has moved on.
+        ConfigError: it was not computed for the epochs that are asked for, or pi_t is other than it was.
+        DataError: it is gone or is not the one that the checkpoint names.
+        SystemExit: as `load_or_compute`.
     """
+    expected = progress.reference
     stored_epochs = expected.get("epochs", {}).get("num_epochs", 1)
     if _num_passes(batches, config) > stored_epochs or (stored_epochs > 1 and not config.batch.reference_per_epoch):
         flag = "--reference-per-epoch" if stored_epochs > 1 else "--no-reference-per-epoch"
@@ -130,25 +158,153 @@ def read_for_resume(
             else f"{config.save} was trained against one reference pass, and pi_t is not here to compute others. "
             f"Use {flag}, or another --save."
         )
-    directory = _directory(dataset, config)
-    stored = reference_file.read_reference(directory, expected)
-    if stored is None:
+    store = _Store(dataset, expected, config)
+    values = store.read()
+    if values is None:
         raise DataError(
-            f"{directory} has no reference log-probabilities, but the checkpoint to resume from was trained against "
-            "some. Restore reference.*, or start anew with another --save."
+            f"{store.directory} has no reference log-probabilities, but the checkpoint to resume from was trained "
+            "against some. Restore reference.*, or start anew with another --save."
         )
-    return stored
-
-
-def compute(policy: Policy, dataset: PreferenceDataset, batches: Batches, *, epoch: int = 0) -> np.ndarray:
-    """Run the reference pass over an epoch's steps -> [G, K] float32 with NaN where no step looks. Collective."""
-    values = np.full((dataset.num_groups, dataset.num_responses), np.nan, dtype=np.float32)
-    first, last = batches.first_step(epoch), batches.first_step(epoch + 1) - 1
-    quiet = None if parallel.is_rank_zero() else True
-    steps = batches.steps(first=first, last=last)
-    for plan in tqdm(steps, total=last - first + 1, desc="reference", unit="step", disable=quiet):
-        values[plan.group, plan.response] = log_probs(policy, plan).float().numpy()
+    steps = _missing_steps(batches, values, first=progress.step + 1, num_passes=_num_passes(batches, config))
+    if not steps:
+        return values
+    load_pi_t()
+    if weights_hash(policy.stages) != expected["weights_hash"]:
+        raise ConfigError(
+            f"the reference in {store.directory} has no log pi_t of the responses of {len(steps)} steps that the run "
+            f"is now to do, and --load {config.load} is not the pi_t that computed it. Use the --load that the run "
+            "began with, or no more steps than it was to do then."
+        )
+    _complete(policy, batches, values, steps, store, config=config, stop=stop)
     return values
+
+
+class _Store:
+    """The reference on the disk: finished, or in pieces. Rank 0 alone looks at it and writes it."""
+
+    def __init__(self, dataset: PreferenceDataset, expected: dict[str, Any], config: TrainingConfig) -> None:
+        self.directory = _directory(dataset, config)
+        self.has_pieces = False
+        """There were pieces when it was read."""
+        num_passes = expected.get("epochs", {}).get("num_epochs", 1)
+        self._shape = (num_passes * dataset.num_groups, dataset.num_responses)
+        self._expected = expected
+        self._pieces = reference_file.Pieces(self.directory, expected, shape=self._shape)
+
+    def nothing(self) -> np.ndarray:
+        """Return what is to be filled -> NaN throughout."""
+        return np.full(self._shape, np.nan, dtype=np.float32)
+
+    def read(self) -> np.ndarray | None:
+        """Put together what there is -> values, NaN where they are absent; None: nothing. Collective."""
+
+        def find() -> tuple[np.ndarray | None, np.ndarray | None]:
+            return reference_file.read_reference(self.directory, self._expected), self._pieces.read()
+
+        stored, kept = parallel.broadcast_from_rank_zero(find)
+        self.has_pieces = kept is not None
+        if stored is None or kept is None:
+            return kept if stored is None else stored
+        return np.where(np.isnan(stored), kept, stored)
+
+    def keep(self, places: np.ndarray, values: np.ndarray) -> None:
+        """Write a piece with some of the values, where this is rank 0."""
+        if parallel.is_rank_zero():
+            places = np.unique(places)
+            self._pieces.write(places, values.reshape(-1)[places])
+
+    def publish(self, values: np.ndarray, *, replaces: bool) -> None:
+        """Write the reference, and remove its pieces. Collective.
+
+        Args:
+            replaces: some values were read. A run may train against them, so all lie in a piece while the old files are
+                gone and the new ones are not there yet.
+        """
+        if parallel.is_rank_zero():
+            if replaces:
+                self.keep(np.flatnonzero(~np.isnan(values)), values)
+            reference_file.write_reference(self.directory, values, self._expected)
+            self._pieces.remove()
+        torch.distributed.barrier()
+
+
+def _missing_steps(batches: Batches, values: np.ndarray, *, first: int, num_passes: int) -> list[int]:
+    """List the steps, from `first` on, that visit a response without a value; once for each pass -> steps."""
+    last = min(batches.train_iters, batches.first_step(num_passes) - 1)
+    if num_passes == 1 and batches.num_epochs > 1:
+        first = 1  # later epochs look at the whole of the first one's
+    return [
+        step for step in range(first, last + 1) if np.isnan(values.reshape(-1)[_places(batches, values, step)]).any()
+    ]
+
+
+def _places(batches: Batches, values: np.ndarray, step: int) -> np.ndarray:
+    """Find a step's responses among the values, row after row -> [N] int64."""
+    rows, before = batches.rows_of(step), batches.epoch_of(step) * batches.num_groups
+    assert before < len(values)
+    return (before + batches.index.group[rows]) * values.shape[1] + batches.index.response[rows]
+
+
+def _complete(
+    policy: Policy,
+    batches: Batches,
+    values: np.ndarray,
+    steps: list[int],
+    store: _Store,
+    *,
+    config: TrainingConfig,
+    stop: StopRequest,
+) -> None:
+    """Run the reference pass over steps, into the values that are NaN, and publish. Collective.
+
+    A piece is kept every so many seconds, and of what is left when a rank was asked to stop.
+    """
+    num_known = int((~np.isnan(values)).sum())
+    if num_known:
+        logger.info("the reference pass goes on: %d responses are there, %d steps are left", num_known, len(steps))
+    complete = _fill(policy, batches, values, steps, store.keep, seconds=config.run.reference_piece_seconds, stop=stop)
+    if not complete:
+        stop.restore()
+        parallel.shut_down()
+        sys.exit(SIGTERM_EXIT_CODE)
+    store.publish(values, replaces=num_known > 0)
+
+
+def _fill(
+    policy: Policy,
+    batches: Batches,
+    values: np.ndarray,
+    steps: list[int],
+    keep: Callable[[np.ndarray, np.ndarray], None],
+    *,
+    seconds: float,
+    stop: StopRequest,
+) -> bool:
+    """Compute log pi_t of steps where it is NaN -> whether all of it (False: asked to stop, and kept). Collective."""
+    flat, fresh, kept_at = values.reshape(-1), list[np.ndarray](), time.monotonic()
+    bar = tqdm(total=len(steps), desc="reference", unit="step", disable=None if parallel.is_rank_zero() else True)
+    with bar, ahead(batches.plans(steps)) as plans:
+        for done, (step, plan) in enumerate(zip(steps, plans, strict=True), start=1):
+            log_prob_N, asked = log_probs_and_sum(policy, plan, torch.tensor([float(stop.asked)]))
+            places = _places(batches, values, step)
+            absent = np.isnan(flat[places])
+            flat[places[absent]] = log_prob_N.float().numpy()[absent]
+            fresh.append(places[absent])
+            bar.update()
+            if done == len(steps):
+                break  # published whole; a SIGTERM now is for the first step of training
+            stops = float(asked) > 0
+            if stops or time.monotonic() - kept_at >= seconds:
+                keep(np.concatenate(fresh), values)
+                fresh, kept_at = [], time.monotonic()
+            if stops:
+                logger.warning(
+                    "stopped by a signal after step %d of %d of the reference pass; the same command goes on",
+                    done,
+                    len(steps),
+                )
+                return False
+    return True
 
 
 def drift_by_step(

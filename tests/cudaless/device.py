@@ -16,7 +16,9 @@ Not emulated: time, streams' order, the limits of kernels but those named here.
 """
 
 import contextlib
+import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -421,6 +423,18 @@ def install() -> None:
     runtime.answer_for_cuda()
     _mode = EmulatedCuda()
     _mode.__enter__()
+    threading.Thread.run = _emulated(threading.Thread.run)  # type: ignore[method-assign]
+
+
+def _emulated(run_thread: Callable[[threading.Thread], None]) -> Callable[[threading.Thread], None]:
+    """Let a thread begin with a mode of its own: a GPU is a process's, a mode a thread's."""
+
+    @functools.wraps(run_thread)
+    def run_in_mode(thread: threading.Thread) -> None:
+        with EmulatedCuda() if torch.cuda.is_available() else contextlib.nullcontext():
+            run_thread(thread)
+
+    return run_in_mode
 
 
 @contextlib.contextmanager

@@ -32,13 +32,13 @@ def _shut_down() -> Iterator[None]:
 def test_the_host_waits_once_a_step(flags: str, hf: Path, megatron: Path, tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", hf)  # 32 responses: four steps an epoch
 
-    def waits(train_iters: int) -> Counter[str]:
+    def waits(train_iters: int, save: str = "save") -> Counter[str]:
         device.LOG.clear()
-        places = ["--load", str(megatron), "--data", str(data), "--save", str(tmp_path / f"save{train_iters}")]
+        places = ["--load", str(megatron), "--data", str(data), "--save", str(tmp_path / f"{save}{train_iters}")]
         assert pretrain([*places, *FLAGS.split(), *flags.split(), "--train-iters", str(train_iters)]) == 0
         return Counter(f"{wait.what} {wait.shape} {wait.caller}" for wait in device.LOG)
 
-    waits(1)  # the reference pass, and what is made once a process
+    waits(4, "first")  # the reference pass of all four steps, and what is made once a process
     found = waits(4)
     found.subtract(waits(2))
     of_two_steps = {wait: count for wait, count in found.items() if count}

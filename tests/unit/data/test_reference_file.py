@@ -7,7 +7,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_sppo.data import reference_file as reference
-from megatron_sppo.data.reference_file import FILES, MANIFEST_NAME, read_reference, write_reference
+from megatron_sppo.data.reference_file import FILES, MANIFEST_NAME, Pieces, read_reference, write_reference
 from megatron_sppo.errors import DataError
 
 FINGERPRINT = {"model_hash": "abc", "precision": "bf16", "packing": True, "layers": (1, 2)}
@@ -91,3 +91,46 @@ def test_a_crash_on_the_way_leaves_no_reference_rather_than_a_mix(tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         write_reference(tmp_path, VALUES * 2, FINGERPRINT)
     assert read_reference(tmp_path, FINGERPRINT) is None
+
+
+def test_pieces_come_back_together_under_their_own_fingerprint_alone(tmp_path):
+    pieces = Pieces(tmp_path, FINGERPRINT, shape=(4, 3))
+    assert pieces.read() is None
+    pieces.write(np.array([0, 7]), np.array([-1.5, -2.25], dtype=np.float32))
+    again = Pieces(tmp_path, FINGERPRINT, shape=(4, 3))
+    assert np.flatnonzero(~np.isnan(again.read())).tolist() == [0, 7]
+    again.write(np.array([11]), np.array([-3.5e-3], dtype=np.float32))
+    values = Pieces(tmp_path, FINGERPRINT, shape=(4, 3)).read()
+    assert values.dtype == np.float32 and values.reshape(-1)[[0, 7, 11]].tolist() == [-1.5, -2.25, np.float32(-3.5e-3)]
+    assert int(np.isnan(values).sum()) == 9
+    assert Pieces(tmp_path, {**FINGERPRINT, "packing": False}, shape=(4, 3)).read() is None
+    assert Pieces(tmp_path, FINGERPRINT, shape=(8, 3)).read() is None
+    again.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_any_flipped_bit_in_a_piece_is_detected(tmp_path):
+    pieces = Pieces(tmp_path, FINGERPRINT, shape=(4, 3))
+    pieces.write(np.array([0, 7]), np.array([-1.5, -2.25], dtype=np.float32))
+    (path,) = pieces.directory.iterdir()
+    clean, rng = path.read_bytes(), random.Random(3)
+    for _ in range(40):
+        damaged = bytearray(clean)
+        damaged[rng.randrange(len(clean))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            values = pieces.read()
+        except DataError as error:
+            assert path.name in str(error)
+        else:  # white space between JSON's tokens
+            assert values.reshape(-1)[[0, 7]].tolist() == [-1.5, -2.25]
+
+
+def test_a_piece_costs_what_it_holds_however_many_there_are(tmp_path):
+    pieces, sizes = Pieces(tmp_path, FINGERPRINT, shape=(1000, 5)), []
+    for number in range(20):
+        pieces.write(np.arange(250) + 250 * number, np.full(250, -1.0, dtype=np.float32))
+        sizes.append(sum(path.stat().st_size for path in pieces.directory.iterdir()))
+    costs = np.diff(sizes, prepend=0)
+    assert set(costs.tolist()) == {costs[0]}
+    assert costs[0] <= 250 * 12 * 4 / 3 + 1024

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_sppo.errors import DataError
+from megatron_sppo.rollout import records
 from megatron_sppo.rollout.records import (
     Response,
     RolloutGroup,
@@ -95,6 +96,21 @@ def test_a_row_is_spelled_as_it_always_was_and_no_token_is_copied(
         )
     ]
     assert (tmp_path / "shard-00000.jsonl").read_bytes().decode().split("\n") == [*expected, ""]
+
+
+@pytest.mark.parametrize("held", [1 << 26, 100])
+def test_a_shard_is_read_once_or_where_it_is_large_not_held(
+    rollouts: Path, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    monkeypatch.setattr(records, "_MOST_HELD_BYTES", held)
+    whole: list[Path] = []
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: whole.append(path) or real(path))
+    entry = read_manifest(rollouts).shards[0]
+    assert list(read_shard(rollouts, entry)) == [group("a"), group("b")]
+    assert whole == ([rollouts / entry.file] if held > 100 else [])
+    with pytest.raises(DataError, match="is damaged: its sha256"):
+        list(read_shard(rollouts, replace(entry, sha256="0" * 64)))
 
 
 def test_rows_have_the_keys_of_the_contract(rollouts: Path) -> None:

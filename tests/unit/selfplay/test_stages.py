@@ -264,13 +264,12 @@ def test_a_killed_loop_takes_its_stage_along(run_dir: Path) -> None:
     assert not is_alive(helper)
 
 
-def test_the_next_command_ends_a_stage_that_would_not_go(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_sppo.selfplay.process.STOP_SECONDS", 0.5)
+def test_the_next_command_ends_a_stage_that_would_not_go(run_dir: Path) -> None:
     loop, stage, helper = start_slow_loop(run_dir, "never")
     loop.kill()
     loop.wait()
     assert is_alive(stage)
     with contextlib.suppress(ChildProcessError):
-        StageMachine(run_dir).end_orphans()
+        StageMachine(run_dir, grace_seconds=0.5).end_orphans()
     wait_for(lambda: not is_alive(stage) and not is_alive(helper))
     assert "process" not in read_state(run_dir)["stages"]["slow"]

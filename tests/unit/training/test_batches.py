@@ -89,6 +89,43 @@ def test_global_batches_do_not_depend_on_the_ranks_that_share_them(monkeypatch, 
     assert sorted(np.concatenate(expected).tolist()) == list(range(sum(len(step) for step in expected)))
 
 
+class OfAllRows(np.ndarray):
+    """A column of the training index, which a step may pick from and not compute with as a whole."""
+
+    def __getitem__(self, rows: Any) -> Any:
+        return np.asarray(self)[rows]
+
+    def __array_ufunc__(self, ufunc: np.ufunc, *_: Any, **__: Any) -> Any:
+        raise AssertionError(ufunc)
+
+    def __array_function__(self, function: Any, *_: Any, **__: Any) -> Any:
+        raise AssertionError(function)
+
+
+NUM_ROWS = 24 * 4
+"""Of the dataset above, under the selection of all responses."""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"micro_batch_size": 2}, {"packed_sequence_size": 40}, {"packed_sequence_size": 40, "share_prompts": True}],
+)
+def test_a_step_computes_with_its_own_rows_alone(monkeypatch, dataset, flags) -> None:
+    monkeypatch.setattr(parallel, "data_parallel_size", lambda: 2)
+    monkeypatch.setattr(parallel, "data_parallel_rank", lambda: 1)
+    monkeypatch.setattr(parallel, "context_parallel_rank", lambda: 0)
+    batches = Batches(dataset, config(**flags), max_length=64)
+    next(batches.steps(first=1, last=1))  # lists the epoch's rows
+    columns = ("group", "response", "prompt_lengths", "response_lengths")
+    guarded = {name: getattr(batches.index, name).view(OfAllRows) for name in columns}
+    lengths, batches.index = batches.index.lengths.view(OfAllRows), dataclasses.replace(batches.index, **guarded)
+    with pytest.raises(AssertionError, match="add"):
+        batches.index.prompt_lengths + batches.index.response_lengths  # what a guarded column does not let pass
+    batches.index.__dict__["lengths"] = lengths  # as kept since the first step
+    assert batches.index.num_rows == NUM_ROWS
+    assert len(list(batches.steps(first=2, last=6))) == 5
+
+
 def test_responses_of_a_prompt_meet_in_one_global_batch_where_it_is_shared(monkeypatch, dataset) -> None:
     """16 responses are four whole prompts, each laid down once; shuffled by responses they would be of many more."""
     for shared in True, False:

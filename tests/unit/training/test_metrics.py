@@ -37,7 +37,7 @@ def test_a_resumed_run_cuts_off_the_steps_that_it_does_again(tmp_path: Path) -> 
     path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
     (tmp_path / "responses.jsonl").write_text('{"step": 2, "log_ratio": 1.0}\n{"step": 3, "log_ratio": 1.0}\n')
     files = StepFiles(tmp_path, 3, tensorboard=False)
-    files.write(3, {"loss": 2.0}, [{"log_ratio": 2.0}, {"log_ratio": 3.0}])
+    files.write(3, {"loss": 2.0}, {"log_ratio": torch.tensor([2.0, 3.0])})
     files.close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 1, "loss": 1.0},
@@ -46,3 +46,24 @@ def test_a_resumed_run_cuts_off_the_steps_that_it_does_again(tmp_path: Path) -> 
     ]
     lines = [json.loads(line) for line in (tmp_path / "responses.jsonl").read_text().splitlines()]
     assert [(line["step"], line["log_ratio"]) for line in lines] == [(2, 1.0), (3, 2.0), (3, 3.0)]
+
+
+@pytest.mark.parametrize("num_redone", [0, 1, 2500, 5000])
+def test_a_resumed_run_reads_no_more_of_its_lines_than_it_cuts_off(tmp_path: Path, monkeypatch, num_redone) -> None:
+    """5,000 lines of about 60 bytes, ten a step: the last ones are cut off, one more is read."""
+    path, lines = tmp_path / "responses.jsonl", [json.dumps({"step": 1 + n // 10, "x": "y" * 40}) for n in range(5000)]
+    path.write_text("\n".join(lines) + "\n")
+    kept = 5000 - num_redone // 10 * 10
+    looked_at = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda line: looked_at.append(line) or loads(line))
+    StepFiles(tmp_path, 1 + kept // 10, tensorboard=False).close()
+    assert path.read_text().splitlines() == lines[:kept]
+    assert len(looked_at) <= 5000 - kept + 1
+
+
+def test_lines_longer_than_a_block_are_kept_whole_and_one_without_its_end_goes(tmp_path: Path) -> None:
+    path, long = tmp_path / "metrics.jsonl", json.dumps({"step": 1, "x": "y" * 200_000})
+    path.write_text(f"{long}\n{long}\n" + '{"step": 1}')
+    StepFiles(tmp_path, 2, tensorboard=False).close()
+    assert path.read_text() == f"{long}\n{long}\n"

@@ -1,0 +1,139 @@
+"""Proves that the cost of every stage grows no faster than its prompts, and a step's not at all: by counts of function
+calls, files opened, entries listed and bytes read, written and hashed, which no other load of a machine changes.
+
+Stages run whole, as `benchmarks.scale` runs them, at 200, 400 and 800 prompts, with a sampler and a judge that answer
+at once. What it does not prove: what compiled code does between two calls, and any number of seconds.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.instruments import CountedArray, Instruments
+from benchmarks.record import peak_in_child
+from benchmarks.scale_counts import LINEAR, SHORT_SIZES, count_stages, growth
+from benchmarks.scale_stages import STAGES
+
+PER_STEP = [name for name, stage in STAGES.items() if stage.is_per_step]
+PER_PROMPT = [name for name, stage in STAGES.items() if not stage.is_per_step]
+
+
+@pytest.fixture(scope="module")
+def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[float]]]:
+    """{stage: {count: at each size}}, taken in a process of their own: the counters stay in it for ever."""
+    counted: Any = peak_in_child(count_stages, tmp_path_factory.mktemp("scale"))
+    return counted
+
+
+@pytest.mark.parametrize("stage", PER_PROMPT)
+def test_twice_the_prompts_cost_a_stage_at_most_twice_as_much(counts: Any, stage: str) -> None:
+    grown = {count: growth(values, SHORT_SIZES, count) for count, values in counts[stage].items()}
+    assert max(counts[stage]["calls"]) > SHORT_SIZES[0] / 10  # it was the stage that was counted, not an empty one
+    assert {count: value for count, value in grown.items() if value > LINEAR} == {}, counts[stage]
+
+
+@pytest.mark.parametrize("stage", PER_STEP)
+def test_a_step_costs_the_same_whatever_the_size_of_the_dataset(counts: Any, stage: str) -> None:
+    assert max(counts[stage]["calls"]) > 10
+    for count, values in counts[stage].items():
+        assert max(values) <= 1.1 * min(values) + 4096 * count.startswith("bytes") + 8, (count, values)
+
+
+def _calls(size: int, _: Path) -> None:
+    for _ in range(size):
+        _nothing()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _opens(size: int, directory: Path) -> None:
+    (directory / "file").touch()
+    for _ in range(size):
+        open(directory / "file").close()
+
+
+def _entries(size: int, directory: Path) -> None:
+    for number in range(8):
+        (directory / str(number)).touch()
+    for _ in range(size):
+        list(directory.glob("*.json"))
+
+
+def _bytes_read(size: int, directory: Path) -> None:
+    (directory / "file").write_bytes(b"x" * 1000)
+    for _ in range(size):
+        (directory / "file").read_bytes()
+
+
+def _bytes_written(size: int, directory: Path) -> None:
+    with open(directory / "file", "wb", buffering=0) as file:
+        for _ in range(size):
+            file.write(b"x" * 1000)
+
+
+def _bytes_hashed(size: int, directory: Path) -> None:
+    digests = (hashlib.sha256(), hashlib.new("sha256"))
+    for number in range(size):
+        digests[number % 2].update(b"x" * 1000)
+    (directory / "file").write_bytes(b"x" * 1000)
+    with open(directory / "file", "rb") as file:
+        hashlib.file_digest(file, "sha256")
+
+
+@pytest.mark.parametrize("work", [_calls, _opens, _entries, _bytes_read, _bytes_written, _bytes_hashed])
+def test_the_instruments_see_work_that_grows_with_the_square_and_pass_what_is_linear(work: Any, tmp_path: Path) -> None:
+    linear, squared = peak_in_child(_grow, work.__name__, tmp_path)
+    assert linear <= LINEAR
+    assert squared > 1.5
+
+
+def _grow(name: str, directory: Path) -> tuple[float, float]:
+    """Count work of SIZE and of SIZE^2 pieces at three sizes -> the growth of either."""
+    sizes, work = (20, 40, 80), globals()[name]
+    found = []
+    for power in (1, 2):
+        values = []
+        for size in sizes:
+            costs = Instruments(functions_of=Path(__file__).parent)
+            with costs:
+                work(size**power, directory)
+            values.append(float(getattr(costs.total, name[1:])))
+        found.append(growth(values, sizes, name[1:]))
+    return found[0], found[1]
+
+
+def test_forked_children_are_counted_with_their_parent(tmp_path: Path) -> None:
+    hashed, written = peak_in_child(_fork, tmp_path)
+    assert hashed == 1_000_000
+    assert written >= 1_000_000
+
+
+def _fork(directory: Path) -> tuple[int, int]:
+    costs = Instruments()
+    with costs:
+        child = os.fork()
+        if child == 0:
+            hashlib.sha256(b"x" * 1_000_000)
+            (directory / "file").write_bytes(b"x" * 1_000_000)
+            os._exit(0)
+        os.waitpid(child, 0)
+    return costs.total.bytes_hashed, costs.total.bytes_written
+
+
+def test_arrays_count_what_is_added_and_looked_up() -> None:
+    array = np.arange(1000).view(CountedArray)
+    CountedArray.touched = 0
+    few = array[[1, 2, 3]]
+    assert CountedArray.touched == 3
+    _ = few + few
+    assert CountedArray.touched == 9
+    _ = (array + array)[few]
+    assert CountedArray.touched == 9 + 2000 + 3
+    _ = np.flatnonzero(array)
+    assert CountedArray.touched >= 2012 + 1000
