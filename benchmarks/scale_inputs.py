@@ -206,10 +206,6 @@ class SyntheticDataset:
         """Win rates -> [G, K]."""
         return self._win_rates
 
-    def prompt(self, group: int) -> np.ndarray:
-        """Token ids -> [prompt_lengths[group]]."""
-        return np.ones(self.prompt_lengths[group], np.int32)
-
-    def response(self, group: int, response: int) -> np.ndarray:
-        """Token ids -> [response_lengths[group, response]]."""
-        return np.ones(self.response_lengths[group, response], np.int32)
+    def gather_tokens(self, _group: np.ndarray, _part: np.ndarray, length: np.ndarray) -> np.ndarray:
+        """Token ids, end to end -> [sum of length]."""
+        return np.ones(int(length.sum()), np.int32)

@@ -71,23 +71,14 @@ def metrics_resumed(run: Run) -> dict[str, float]:
 
 
 def write_steps(directory: Path, num_prompts: int) -> None:
-    files, number = StepFiles(directory, 1, tensorboard=False), 0
-    values = np.random.default_rng(5).normal(size=(4096, 4)).tolist()
+    files = StepFiles(directory, 1, tensorboard=False)
+    values = np.random.default_rng(5).normal(size=(4096, 4))
     for step, start in enumerate(range(0, num_prompts * NUM_RESPONSES, 128), start=1):
-        rows = []
-        for number in range(start, min(start + 128, num_prompts * NUM_RESPONSES)):
-            log_prob, log_ratio, win_rate, target = values[number % 4096]
-            rows.append(
-                {
-                    "group": number // NUM_RESPONSES,
-                    "response": number % NUM_RESPONSES,
-                    "log_prob": log_prob,
-                    "log_ratio": log_ratio,
-                    "win_rate": win_rate,
-                    "target": target,
-                }
-            )
-        files.write(step, {"loss": 1.0, "lr": 1e-6, "grad_norm": 1.0}, rows)
+        number = np.arange(start, min(start + 128, num_prompts * NUM_RESPONSES))
+        columns = {"group": number // NUM_RESPONSES, "response": number % NUM_RESPONSES}
+        names = ("log_prob", "log_ratio", "win_rate", "target")
+        columns |= dict(zip(names, values[number % 4096].T, strict=True))
+        files.write(step, {"loss": 1.0, "lr": 1e-6, "grad_norm": 1.0}, columns)
     files.close()
 
 
