@@ -11,39 +11,22 @@ DIR/measured.json, and not measured again; that of another commit, given with --
 
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.instruments import COUNTS, in_child, install
+from benchmarks.instruments import in_child, install
+from benchmarks.record import describe_machine, write_results
+from benchmarks.scale_counts import SETTINGS, counted_sizes, sizes_of
+from benchmarks.scale_rows import rows_of
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.storage import read_json, write_json
 
 NAME = "scale.py"
-COUNTED = (500, 1000, 2000)
-"""Prompts, where calls of functions are counted."""
-PROMPTS = (2_000, 10_000, 60_000)
-SYNTHETIC = (*PROMPTS, 600_000)
-"""Of stages that need nothing but lengths and numbers."""
-SHARDS = (300, 1_000, 3_000, 9_375)
-"""Of which the last are those of 600,000 prompts."""
-HIDDEN_SIZES = (64, 128, 256)
-"""Of models of 4 to 17 million parameters."""
-SETTINGS = {"shard_size": 64, "tokens": 400, "global_batch_size": 1024, "num_steps": 20}
-_ONE_SIZE = ("commands", "reference pass", "save of RMSprop")
-_OF_LENGTHS = ("listing an epoch", "planning a step", "reference file")
-
-SHORT_SIZES = (200, 400, 800)
-SHORT_SETTINGS = {"shard_size": 8, "tokens": 40, "global_batch_size": 128, "num_steps": 4}
-LINEAR = 1.1
-"""What is linear grows by at most so many times its part: a tenth more is let pass."""
-_SLACK = {"calls": 64, "opens": 4, "listings": 4, "entries": 16}
-_SLACK_BYTES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +45,6 @@ class ScaleConfig:
     """Folder of the results; unset: named after the processor."""
 
 
-def sizes_of(name: str) -> tuple[int, ...]:
-    """List the sizes at which a stage's time and memory are taken -> ascending."""
-    from benchmarks.scale_checkpoints import CHECKPOINTS
-
-    if name in CHECKPOINTS:
-        return HIDDEN_SIZES[-1:] if name in _ONE_SIZE else HIDDEN_SIZES
-    if name.startswith("shards"):
-        return SHARDS
-    return SYNTHETIC if name in _OF_LENGTHS else PROMPTS
-
-
 def measure_stage(name: str, work: Path, size: int, counts_calls: bool) -> Any:
     """Measure one stage at one size, in this process, whose imports and first use are made before -> figures."""
     import megatron_sppo
@@ -89,44 +61,8 @@ def measure_stage(name: str, work: Path, size: int, counts_calls: bool) -> Any:
     return measure(name, place, size, functions_of=package if counts_calls else None, **SETTINGS)
 
 
-def count_stages(work: Path) -> dict[str, dict[str, list[float]]]:
-    """Count the stages that grow with prompts, at three small sizes -> {stage: {count: at each size}}.
-
-    In a process of its own: the counters stay in it for ever.
-    """
-    import megatron_sppo
-
-    install()
-    logging.disable(logging.WARNING)
-    from benchmarks.scale_stages import STAGES, measure
-
-    os.fsync = lambda _: None  # type: ignore[assignment]  # counts are taken, not seconds
-    package = Path(str(megatron_sppo.__file__)).parent
-    counted: dict[str, dict[str, list[float]]] = {}
-    for name in STAGES:
-        kind = "shards" if name.startswith("shards") else "prompts"
-        measure(name, work / f"{kind}-warm", 32, **SHORT_SETTINGS)
-        taken = [
-            measure(name, work / f"{kind}-{size}", size, functions_of=package, **SHORT_SETTINGS) for size in SHORT_SIZES
-        ]
-        kinds = [*COUNTS, *(["elements_a_step"] if "elements_a_step" in taken[0] else [])]
-        counted[name] = {count: [float(figures[count]) for figures in taken] for count in kinds}
-    return counted
-
-
-def growth(values: Sequence[float], sizes: Sequence[int], count: str) -> float:
-    """Say how a count grows from the second size to the third, as a multiple of its growth to the second -> 1: linear.
-
-    What a stage costs at any size drops out. Of next to nothing, no growth is told: 1.
-    """
-    first, second, third = values
-    slack = _SLACK.get(count, _SLACK_BYTES)
-    before, after = (second - first) / (sizes[1] - sizes[0]), (third - second) / (sizes[2] - sizes[1])
-    return 1.0 if abs(third - second) <= slack else after / max(before, slack / 4 / (sizes[1] - sizes[0]))
-
-
 def main() -> None:
-    """Measure the stages that are asked for, keep their figures, and write the results once all are there."""
+    """Measure the stages that are asked for, keep their figures, and write the results of all that were measured."""
     config = parse(ScaleConfig, name=NAME, description=str(__doc__))
     install()
     logging.disable(logging.WARNING)
@@ -145,12 +81,16 @@ def main() -> None:
             measured.setdefault(name, {})[key] = figures
             write_json(kept, measured)
             print(f"{name}, {size}{', counted' if counts_calls else ''}: {_words(figures)}", flush=True)
+    before = {} if config.before is None else read_json(config.before)
+    machine = config.machine or describe_machine()
+    write_results(
+        "scale", list(rows_of(measured, before)), machine=machine, packages=["torch", "megatron-core", "numpy"]
+    )
 
 
 def _runs(name: str, largest: int) -> Sequence[tuple[int, bool]]:
-    sizes = sizes_of(name)
-    counted = COUNTED if sizes[0] == PROMPTS[0] else ()
-    return [*((size, True) for size in counted), *((size, False) for size in sizes if size <= largest)]
+    counted = [(size, True) for size in counted_sizes(name)]
+    return [*counted, *((size, False) for size in sizes_of(name) if size <= largest)]
 
 
 def _words(figures: dict[str, float]) -> str:

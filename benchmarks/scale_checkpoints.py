@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,9 @@ from megatron_sppo.selfplay.commands import RunPaths, iteration_stages, start_st
 from megatron_sppo.selfplay.config import RolloutConfig, RunConfig, ScoringConfig, SelfPlayConfig
 from megatron_sppo.selfplay.stages import StageMachine
 from megatron_sppo.storage import write_json
-from megatron_sppo.training import loop, parallel, reference
+from megatron_sppo.training import parallel, reference
 from megatron_sppo.training.config import OptimizationConfig, TrainingConfig
+from megatron_sppo.training.saving import Saver
 
 _PROMPTS = 16
 
@@ -59,6 +59,11 @@ def training(run: Run) -> dict[str, float]:
 def training_resumed(run: Run) -> dict[str, float]:
     """Go on from that checkpoint for one step, and save."""
     return _train(run, 3)
+
+
+def training_in_background(run: Run) -> dict[str, float]:
+    """Train four steps, the save after the second written by another process while the next two are computed."""
+    return _train(run, 4, "--save-interval", "2", "--async-save", saved="saved-in-background")
 
 
 def training_by_two(run: Run) -> dict[str, float]:
@@ -110,21 +115,18 @@ def _remove_reference(dataset: Path) -> None:
 
 def _train(run: Run, train_iters: int, *flags: str, saved: str = "saved") -> dict[str, float]:
     waited: list[float] = []
-    original = loop.train
+    original = Saver.save
 
-    def watched(*arguments: Any, save: Callable[..., Any], **settings: Any) -> Any:
-        def timed(*arguments: Any, **settings: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return save(*arguments, **settings)
-            finally:
-                waited.append(time.perf_counter() - began)
+    def timed(self: Saver, *, wait: bool) -> Path:
+        began = time.perf_counter()
+        try:
+            return original(self, wait=wait)
+        finally:
+            waited.append(time.perf_counter() - began)
 
-        return original(*arguments, save=timed, **settings)
-
-    with patch.object(loop, "train", watched), run.costs:
+    with patch.object(Saver, "save", timed), run.costs:
         pretrain_sppo.main("train", _arguments(run.place, train_iters, saved, *flags))
-    return _sizes(run.place, saved) | {"seconds_waited": waited[-1] if waited else 0.0}
+    return _sizes(run.place, saved) | {"seconds_waited": waited[0] if waited else 0.0}
 
 
 def _arguments(place: Path, train_iters: int, saved: str, *flags: str) -> list[str]:
@@ -148,18 +150,15 @@ def _by_two(run: Run, what: str, train_iters: int) -> dict[str, float]:
 
 def _rank(what: str, place: Path, train_iters: int) -> None:
     """Be one of two ranks: train, and write what the save (or all of it) cost this rank."""
-    costs, original = Instruments(), loop.train
+    costs, original = Instruments(), Saver.save
 
-    def watched(*arguments: Any, save: Callable[..., Any], **settings: Any) -> Any:
-        def measured(*arguments: Any, **settings: Any) -> Any:
-            with costs:
-                return save(*arguments, **settings)
-
-        return original(*arguments, save=measured, **settings)
+    def measured(self: Saver, *, wait: bool) -> Path:
+        with costs:
+            return original(self, wait=wait)
 
     argv = _arguments(place, train_iters, "saved-by-two", "--use-distributed-optimizer")
     if what == "save":
-        with patch.object(loop, "train", watched):
+        with patch.object(Saver, "save", measured):
             pretrain_sppo.main("train", argv)
     else:
         with costs:
@@ -185,7 +184,7 @@ def bookkeeping(run: Run) -> dict[str, float]:
 
     The stages' outputs lie there already, and their commands do nothing.
     """
-    directory = run.place / "run"
+    directory = run.place / "books"
     if not directory.exists():
         (directory / "iter_1/eval").mkdir(parents=True)
         os.symlink(run.place / "base", directory / "base")
@@ -266,6 +265,7 @@ CHECKPOINTS: dict[str, Stage] = {
     "import, nothing to do": Stage(needs=("import",), measure=importing_again, unit="byte"),
     "training and a save": Stage(needs=("import",), measure=training, unit="byte"),
     "resuming and a save": Stage(needs=("training and a save",), measure=training_resumed, unit="byte"),
+    "save in the background": Stage(needs=("training and a save",), measure=training_in_background, unit="byte"),
     "save by two ranks": Stage(needs=("training and a save",), measure=training_by_two, unit="byte"),
     "resuming by two ranks": Stage(needs=("save by two ranks",), measure=resuming_by_two, unit="byte"),
     "save of RMSprop": Stage(needs=("training and a save",), measure=training_rmsprop, unit="byte"),

@@ -48,6 +48,10 @@ SHAPES: dict[str, Architecture] = {
         PUBLISHED["smollm2-135m"], num_layers=2, hidden_size=128, ffn_hidden_size=256, vocab_size=512,
         num_attention_heads=4, num_query_groups=2, kv_channels=32,
     ),
+    "32m": dataclasses.replace(
+        PUBLISHED["smollm2-135m"], num_layers=8, hidden_size=384, ffn_hidden_size=1024, vocab_size=32768,
+        num_attention_heads=6, num_query_groups=2, kv_channels=64,
+    ),
     "1b": PUBLISHED["llama3.2-1b"],
     "3b": PUBLISHED["llama3.2-3b"],
     "8b": dataclasses.replace(PUBLISHED["llama3-8b"], num_layers=8),
@@ -58,9 +62,9 @@ SHAPES: dict[str, Architecture] = {
 class TrainGpuConfig:
     """What is compared."""
 
-    shape: Literal["tiny", "1b", "3b", "8b"] = "1b"
+    shape: Literal["tiny", "32m", "1b", "3b", "8b"] = "1b"
     micro_batches: int = 4
-    """Micro-batches of 8192 tokens in a step (512 tokens in the dry run)."""
+    """Micro-batches of 8192 tokens in a step (512 tokens in the dry run, 1024 of the 32M shape, which is C10's)."""
     fp8_recipe: Literal["tensorwise", "blockwise", "delayed"] = "tensorwise"
     repeats: int = 5
     """Measured turns of each kind of step, after two that are not."""
@@ -70,7 +74,7 @@ class TrainGpuConfig:
     @property
     def documents(self) -> int:
         """Documents of a micro-batch."""
-        return 1 if self.shape == "tiny" else DOCUMENTS
+        return {"tiny": 1, "32m": 2}.get(self.shape, DOCUMENTS)
 
 
 def write_documents(directory: Path, architecture: Architecture, num_documents: int) -> Path:

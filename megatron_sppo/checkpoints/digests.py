@@ -116,7 +116,8 @@ class ItemDigests:
 
     def __init__(self) -> None:
         self._whole = hashlib.sha256()
-        self._item = hashlib.sha256()
+        self._item: Any = None
+        """None in the first item, which is all that there is: its digest is the whole's so far."""
         self._start = self._position = 0
         self._items: list[Item] = []
 
@@ -127,13 +128,15 @@ class ItemDigests:
 
     def update(self, block: Any) -> None:
         """Take the next bytes; cheapest in blocks of `BLOCK_BYTES` that are written right after."""
-        self._item.update(block)
+        if self._item is not None:
+            self._item.update(block)
         self._whole.update(block)
         self._position += memoryview(block).nbytes
 
     def end_item(self) -> None:
         """End the item that began where the one before it ended."""
-        self._items.append(Item(self._start, self._position - self._start, self._item.hexdigest()))
+        digest = (self._item or self._whole).hexdigest()
+        self._items.append(Item(self._start, self._position - self._start, digest))
         self._start, self._item = self._position, hashlib.sha256()
 
     def finish(self) -> FileDigests:

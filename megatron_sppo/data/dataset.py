@@ -16,6 +16,7 @@ from megatron_sppo.errors import DataError
 
 _REMEDY = "Score the rollouts again with `megatron-sppo score`."
 
+_ALL = slice(None)
 _WIN_RATE_TOLERANCE = 1e-5
 """Of a mean of up to thousands of float32 preferences, added up in another order."""
 
@@ -103,10 +104,6 @@ class PreferenceDataset:
                     break
         return lines
 
-    def token_span(self, start: int, stop: int) -> np.ndarray:
-        """Token ids of groups start .. stop - 1, prompt and responses end to end -> int32, from the disk."""
-        return self._column("tokens").span(start * (self.num_responses + 1), stop * (self.num_responses + 1))
-
     def prompt(self, group: int) -> np.ndarray:
         """Token ids of a prompt -> [prompt_lengths[group]] int32."""
         return self._column("tokens").sequence(group * (self.num_responses + 1))
@@ -136,17 +133,28 @@ class PreferenceDataset:
         """Raw judge logits of a group -> [K, K] float32."""
         return self._column("judge_logits").sequence(group).reshape(self.num_responses, -1)
 
-    def all_win_rates(self) -> np.ndarray:
-        """Win rates of every group -> [G, K] float32."""
-        return self._column("win_rates").values.copy().reshape(self.num_groups, self.num_responses)
+    def all_win_rates(self, groups: slice = _ALL) -> np.ndarray:
+        """Win rates of every group, or of a run of groups -> [G, K] float32."""
+        return self._values("win_rates", groups).reshape(-1, self.num_responses)
 
-    def all_preferences(self) -> np.ndarray:
-        """Preferences of every group -> [G, K, K] float32."""
-        return self._column("preferences").values.copy().reshape(self.num_groups, self.num_responses, -1)
+    def all_preferences(self, groups: slice = _ALL) -> np.ndarray:
+        """Preferences of every group, or of a run of groups -> [G, K, K] float32."""
+        return self._values("preferences", groups).reshape(-1, self.num_responses, self.num_responses)
 
-    def all_judge_logits(self) -> np.ndarray:
-        """Judge logits of every group -> [G, K, K] float32."""
-        return self._column("judge_logits").values.copy().reshape(self.num_groups, self.num_responses, -1)
+    def all_judge_logits(self, groups: slice = _ALL) -> np.ndarray:
+        """Judge logits of every group, or of a run of groups -> [G, K, K] float32."""
+        return self._values("judge_logits", groups).reshape(-1, self.num_responses, self.num_responses)
+
+    def all_tokens(self, groups: slice = _ALL) -> np.ndarray:
+        """Token ids of every group, or of a run of groups, prompts and responses end to end -> int32."""
+        return self._values("tokens", groups)
+
+    def _values(self, name: str, groups: slice) -> np.ndarray:
+        """Read a column for a run of groups -> an array that may be written to."""
+        start, stop, step = groups.indices(self.num_groups)
+        assert step == 1 and start <= stop
+        per_group = self.num_responses + 1 if name == "tokens" else 1
+        return self._column(name).span(start * per_group, stop * per_group)
 
     def _verify_files(self, *, contents: bool) -> dict[str, tuple[float, float]]:
         """Compare every file with its manifest entry -> the range of each column's values, if contents are read."""

@@ -168,7 +168,7 @@ class Column:
             raise DataError(f"{path} is empty. {remedy}")
         self.values: np.ndarray = np.memmap(path, dtype=wanted, mode="r").view(np.ndarray)
         """All sequences end to end, read-only, from the disk as they are asked for -> [sum of lengths]."""
-        self._starts = offsets // wanted.itemsize
+        self._starts, self._path = offsets // wanted.itemsize, path
 
     def sequence(self, index: int) -> np.ndarray:
         """Read one sequence -> [lengths[index]], a copy."""
@@ -181,8 +181,9 @@ class Column:
         return self.values[np.repeat(begin_S - before_S, length_S) + np.arange(length_S.sum())]
 
     def span(self, start: int, stop: int) -> np.ndarray:
-        """Read sequences start .. stop - 1, end to end -> a view of `values`."""
-        return self.values[self._starts[start] : self._starts[stop]]
+        """Read sequences start .. stop - 1, end to end -> an array of their own; the file is not mapped for it."""
+        first, last = int(self._starts[start]), int(self._starts[stop])
+        return np.fromfile(self._path, self.values.dtype, count=last - first, offset=first * self.values.itemsize)
 
 
 def _read_index(path: Path, dtype: np.dtype, *, remedy: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

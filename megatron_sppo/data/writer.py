@@ -29,7 +29,7 @@ from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.objective.names import PREFERENCE_RULES
 from megatron_sppo.storage import atomic_directory, remove_stale_temporaries
 
-_GROUPS_PER_BLOCK = 4096
+_GROUPS_PER_BLOCK = 512
 
 
 class DatasetWriter:
@@ -207,15 +207,15 @@ def _blocks(source: PreferenceDataset, *, rule: str) -> Iterator[GroupBlock]:
     """
     all_lines = source.raw_lines()
     for start in range(0, source.num_groups, _GROUPS_PER_BLOCK):
-        stop = min(start + _GROUPS_PER_BLOCK, source.num_groups)
-        lines = list(islice(all_lines, stop - start))
-        logits = np.stack([source.judge_logits(group) for group in range(start, stop)])
+        groups = slice(start, start + _GROUPS_PER_BLOCK)
+        lines = list(islice(all_lines, _GROUPS_PER_BLOCK))
+        logits = source.all_judge_logits(groups)
         if not np.isfinite(logits).all():
             raise DataError(f"{source.directory / 'judge_logits.bin'} holds no numbers. Score the rollouts again.")
         rates, preferences = targets_of(logits, rule=rule)
         yield GroupBlock(
-            tokens=source.token_span(start, stop),
-            lengths=source.lengths[start:stop],
+            tokens=source.all_tokens(groups),
+            lengths=source.lengths[groups],
             win_rates=rates,
             preferences=preferences,
             judge_logits=logits,
@@ -223,4 +223,4 @@ def _blocks(source: PreferenceDataset, *, rule: str) -> Iterator[GroupBlock]:
             line_bytes=np.array([len(line) for line in lines], dtype=np.int64),
         )
     for _ in all_lines:
-        pass  # says that there are too many
+        pass  # it says at its end whether they were as many as the groups

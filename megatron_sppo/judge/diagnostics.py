@@ -8,7 +8,7 @@ Verdicts without any signal stop a run before it writes: training on them moves 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import DataError
 from megatron_sppo.objective import preference_matrix, win_rates
-from megatron_sppo.objective.diagnostics import TIE_TOLERANCE, describe_preferences
+from megatron_sppo.objective.diagnostics import TIE_TOLERANCE, ScoredBlock, describe_preferences
 
 TIED = 0.2
 """A fifth of the judge's work is lost; a judge with graded verdicts ties on identical texts alone."""
@@ -37,6 +37,9 @@ UNREADABLE_REMEDY = (
 )
 NAMED_REASONS = 3
 """Why prompts were set aside: so many reasons are named, the commonest first; all stand in the manifest."""
+_GROUPS_PER_BLOCK = 1 << 16
+"""Prompts whose matrices are described at once: more are described in parts, in flat memory."""
+_GROUPS_PER_READ = 1 << 10
 _PLAIN_COUNTS = (
     "pairs", "identical_pairs", "truncated_sources", "truncated_candidates", "neutralised_markers", "leaning_answers",
 )  # fmt: skip
@@ -209,17 +212,7 @@ def describe_judge(dataset: PreferenceDataset, counts: Counter[str]) -> dict[str
     Args:
         counts: what the judge counted, and `signal_counts`.
     """
-    described = describe_preferences(
-        torch.from_numpy(dataset.all_judge_logits()),
-        torch.from_numpy(dataset.all_preferences()),
-        torch.from_numpy(dataset.all_win_rates()),
-        response_lengths_GK=torch.from_numpy(dataset.response_lengths),
-        # A prompt at a time: the token ids are gone through once and never all held.
-        responses=(
-            [dataset.response(group, k).tolist() for k in range(dataset.num_responses)]
-            for group in range(dataset.num_groups)
-        ),
-    )
+    described = describe_preferences(_scored(dataset), responses=_told_apart(dataset))
     diagnostics: dict[str, Any] = {
         "judge": dataset.manifest.judge,
         "num_prompts": dataset.num_groups,
@@ -240,8 +233,33 @@ def describe_judge(dataset: PreferenceDataset, counts: Counter[str]) -> dict[str
     }
 
 
+def _scored(dataset: PreferenceDataset) -> Iterator[ScoredBlock]:
+    for start in range(0, dataset.num_groups, _GROUPS_PER_BLOCK):
+        groups = slice(start, start + _GROUPS_PER_BLOCK)
+        yield ScoredBlock(
+            judge_logits_GKK=torch.from_numpy(dataset.all_judge_logits(groups)),
+            preferences_GKK=torch.from_numpy(dataset.all_preferences(groups)),
+            win_rate_GK=torch.from_numpy(dataset.all_win_rates(groups)),
+            response_lengths_GK=torch.from_numpy(dataset.response_lengths[groups]),
+        )
+
+
+def _told_apart(dataset: PreferenceDataset) -> Iterator[Sequence[Hashable]]:
+    """Give every prompt's answers by what tells them apart: their lengths, or their ids where two are as long."""
+    for start in range(0, dataset.num_groups, _GROUPS_PER_READ):
+        groups = slice(start, start + _GROUPS_PER_READ)
+        tokens, lengths = dataset.all_tokens(groups), dataset.lengths[groups]
+        for length, ids in zip(
+            lengths[:, 1:].tolist(), np.split(tokens, np.cumsum(lengths.sum(axis=1))[:-1]), strict=True
+        ):
+            if len(set(length)) == len(length):
+                yield length
+            else:
+                yield [part.tobytes() for part in np.split(ids[-sum(length) :], np.cumsum(length)[:-1])]
+
+
 def signal_counts(judge_logits_GKK: np.ndarray, *, rule: str) -> Counter[str]:
-    """Count what there is to learn from a judge's verdicts -> pairs i < j and answers, by kind."""
+    """Count what there is to learn from a judge's verdicts -> pairs i < j and answers, by kind, zeros too."""
     logits = torch.tensor(judge_logits_GKK)
     preferences = preference_matrix(logits, rule=rule)
     upper = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(diagonal=1)

@@ -7,7 +7,6 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,10 @@ from megatron_sppo.judge.config import EvaluateConfig
 from megatron_sppo.judge.diagnostics import UNREADABLE_REMEDY, fraction, verdict_shares, warnings
 from megatron_sppo.judge.load import load_judge
 from megatron_sppo.judge.protocol import Judge, Unjudged, judge_groups
+from megatron_sppo.judge.stored_groups import StoredGroups
 from megatron_sppo.objective import preference_matrix
 from megatron_sppo.objective.diagnostics import TIE_TOLERANCE
-from megatron_sppo.rollout.outcomes import mean_response_tokens
-from megatron_sppo.rollout.records import RolloutGroup, read_rollouts
+from megatron_sppo.rollout.records import RolloutGroup
 from megatron_sppo.storage import refuse_foreign_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -54,13 +53,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     judge = load_judge(
         config.judge, preset=config.preset, after=config.judge_after, verdict_tokens=config.verdict_tokens
     )
-    policy = groups_by_prompt(config.policy)
+    policy = StoredGroups(config.policy)
     rates: dict[str, dict[str, float]] = {}
     for name, directory in (("base", config.base), ("previous", config.previous)):
         if name == "previous" and config.previous == config.base:
             rates[name] = rates["base"]  # the first iteration: pi_1 is both
         else:
-            rates[name] = cross_win_rates(judge, policy, groups_by_prompt(directory), against=name)
+            rates[name] = cross_win_rates(judge, policy, StoredGroups(directory), against=name)
     if not config.allow_no_signal:
         check_signal(judge.counts, judge=judge.name)
     intervals = {
@@ -71,7 +70,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "judge": judge.name,
         "win_rate_vs_base": asdict(intervals["base"]),
         "win_rate_vs_previous": asdict(intervals["previous"]),
-        "mean_response_tokens": mean_response_tokens(policy.values()),
+        "mean_response_tokens": policy.mean_answer_tokens,
         "bootstrap_resamples": config.bootstrap_resamples,
         "warnings": warnings(_shares(judge.counts, policy)),
         "prompts": [
@@ -106,21 +105,15 @@ def check_signal(counts: Counter[str], *, judge: str) -> None:
     )
 
 
-def _shares(counts: Counter[str], policy: Mapping[str, RolloutGroup]) -> dict[str, float | None]:
+def _shares(counts: Counter[str], policy: StoredGroups) -> dict[str, float | None]:
     """Gather what is remarkable of an evaluation -> by the names of JUDGE_DIAGNOSTICS."""
-    reasons = [response.finish_reason for group in policy.values() for response in group.responses]
-    counts = counts + Counter(answers=len(reasons), cut_answers=reasons.count("length"))
+    counts = counts + Counter(answers=policy.num_answers, cut_answers=policy.num_cut_answers)
     return {
         **verdict_shares(counts),
         "order_disagreement": fraction(counts["order_bound_cross_pairs"], counts["cross_pairs"]),
         "cross_tie_rate": fraction(counts["tied_cross_pairs"], counts["cross_pairs"]),
         "unjudged": counts["unjudged"],
     }
-
-
-def groups_by_prompt(directory: Path) -> dict[str, RolloutGroup]:
-    """Read rollouts -> {prompt_id: group}, in their order."""
-    return {group.prompt_id: group for group in read_rollouts(directory)}
 
 
 def cross_win_rates(
@@ -131,6 +124,7 @@ def cross_win_rates(
     P is the paper's: sigmoid((L_ij - L_ji) / 2), both orders asked. A prompt that one side lacks is left out
     and counted.
 
+    Each side's groups are asked for once, a few at a time: they may lie on a disk.
     A prompt that the judge cannot judge is left out as well. What the verdicts are is counted in the judge's `counts`.
 
     Raises:
@@ -145,17 +139,18 @@ def cross_win_rates(
     with tqdm(total=len(shared), desc=f"judging against {against}", unit="prompt", disable=None) as bar:
         for start in range(0, len(shared), _PROMPTS_PER_CALL):
             prompt_ids = shared[start : start + _PROMPTS_PER_CALL]
-            joined = [join_groups(policy[prompt_id], opponent[prompt_id]) for prompt_id in prompt_ids]
-            for prompt_id, verdict in zip(prompt_ids, judge_groups(judge, joined), strict=True):
+            pairs = [(policy[prompt_id], opponent[prompt_id]) for prompt_id in prompt_ids]
+            verdicts = judge_groups(judge, [join_groups(ours, theirs) for ours, theirs in pairs])
+            for prompt_id, (ours, theirs), verdict in zip(prompt_ids, pairs, verdicts, strict=True):
                 if isinstance(verdict, Unjudged):
                     judge.counts["unjudged"] += 1
                     logger.warning("prompt %s is left out: %s.", prompt_id, verdict.reason)
                     continue
-                num_policy = len(policy[prompt_id].responses)
+                num_policy = len(ours.responses)
                 logits = torch.as_tensor(verdict, dtype=torch.float64)
                 preferences = preference_matrix(logits)[:num_policy, num_policy:]
                 rates[prompt_id] = preferences.mean().item()
-                _count(judge.counts, logits, preferences, policy[prompt_id], opponent[prompt_id])
+                _count(judge.counts, logits, preferences, ours, theirs)
             bar.update(len(prompt_ids))
     if not rates:
         raise DataError(f"{judge.name} could judge none of {len(shared)} prompts. The warnings above say why.")

@@ -43,6 +43,7 @@ from megatron_sppo.storage import (
 logger = logging.getLogger(__name__)
 
 DIAGNOSTICS_NAME = "diagnostics.json"
+_GROUPS_PER_BLOCK = 4096
 LEAVING_SECONDS = 60.0
 """The dataset is written: ranks that hang are waited for no longer than this."""
 
@@ -135,7 +136,10 @@ def rebuild(config: ScoreConfig, source: Path) -> dict[str, Any]:
     remove_stale_temporaries(config.output)
     dataset = PreferenceDataset(source)
     before = _read_diagnostics(source)
-    signal = signal_counts(dataset.all_judge_logits(), rule=config.preset or dataset.manifest.preset)
+    signal: Counter[str] = Counter()
+    for start in range(0, dataset.num_groups, _GROUPS_PER_BLOCK):
+        logits = dataset.all_judge_logits(slice(start, start + _GROUPS_PER_BLOCK))
+        signal.update(signal_counts(logits, rule=config.preset or dataset.manifest.preset))
     judged = {name: value for name, value in before.counts.items() if isinstance(value, int)}
     counts = Counter({name: value for name, value in judged.items() if name not in signal}) + signal
     if not config.allow_no_signal:
@@ -181,7 +185,7 @@ def merge_scores(
             counts += scores.counts
             for block in read_blocks(work_dir, number, key):
                 counts += _append(block, writer, seen, rule=rule)
-        except (FileNotFoundError, *DAMAGE):
+        except DAMAGE:
             raise DataError(
                 f"{work_dir} holds no scores of {entry.file}. Run the same `megatron-sppo score` command again."
             ) from None
@@ -246,7 +250,7 @@ def finished(output: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 def write_diagnostics(output: Path, identity: dict[str, Any], counts: Counter[str]) -> dict[str, Any]:
     """Describe the judge on the finished dataset, beside it -> what diagnostics.json holds."""
-    dataset = PreferenceDataset(output)
+    dataset = PreferenceDataset(output, verify_contents=False)  # hashed while it was written, just now
     identity = {**identity, "dataset": dataset.manifest.dataset_hash}
     diagnostics = {**describe_judge(dataset, counts), "identity": identity}
     write_json(output / DIAGNOSTICS_NAME, diagnostics)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
 import zipfile
 import zlib
 from collections import Counter
@@ -31,7 +32,10 @@ SCORES_VERSION = 4
 BLOCKS_VERSION = 1
 GROUPS_PER_WINDOW = 256
 """Groups judged at once, and those of a block: bounds the memory, whatever the size of a shard."""
-DAMAGE = (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
+DAMAGE = (
+    *(ValueError, LookupError, EOFError, TypeError, RuntimeError, OverflowError, OSError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 """What reading a damaged file raises."""
 _BLOCKS_NAME = "blocks.json"
 
@@ -171,7 +175,12 @@ def is_complete(work_dir: Path, number: int, key: ShardKey, *, verify: bool) -> 
         return False
     try:
         with zipfile.ZipFile(path) as archive:
-            return _num_blocks(archive, key) is not None and not (verify and archive.testzip())
+            if _num_blocks(archive, key) is None:
+                return False
+        # Not `testzip`: what counts is that it can be read as the merge reads it.
+        return not verify or (
+            read_scores(work_dir, number, key) is not None and all(read_blocks(work_dir, number, key))
+        )
     except DAMAGE:
         return False
 

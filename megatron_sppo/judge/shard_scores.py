@@ -137,15 +137,18 @@ class _Shards:
         stored = read_scores(self._work_dir, number, key)
         with atomic_file(path, "wb") as file, ShardFileWriter(file) as writer:
             scores = self._judge_shard(key, stored, writer, report)
-            if stored and len(stored.judge_logits) != len(scores.judge_logits):
+            if scores is None or (stored and stored.judge_logits.shape != scores.judge_logits.shape):
                 raise DataError(f"{path} holds the scores of other rows. Remove it, and run the same command again.")
             writer.finish(scores, key)
         return 0 if stored else scores.counts["pairs"]
 
     def _judge_shard(
         self, key: ShardKey, stored: ShardScores | None, writer: ShardFileWriter, report: Callable[[int], None]
-    ) -> ShardScores:
-        """Judge a shard, or take its stored verdicts, window by window, and encode it -> its scores."""
+    ) -> ShardScores | None:
+        """Judge a shard, or take its stored verdicts, window by window, and encode it -> its scores.
+
+        None where fewer verdicts are stored than there are groups.
+        """
         num_responses, vocab_size = self._manifest.num_responses, self._manifest.vocab_size
         encoder = GroupEncoder(num_responses=num_responses, vocab_size=vocab_size, rule=self._rule)
         before, verdicts = Counter(self._judge.counts), list[Verdict]()
@@ -157,6 +160,8 @@ class _Shards:
                 verdicts += judge_groups(self._judge, groups)
             else:
                 verdicts += stored.verdicts(first, first + len(groups))
+                if len(verdicts) < first + len(groups):
+                    return None
             writer.add(_encoded(window, verdicts[first:], encoder))
             report(len(window) * num_responses * (num_responses - 1))
         logits = np.full((len(verdicts), num_responses, num_responses), np.nan, dtype=np.float32)

@@ -247,6 +247,11 @@ def read_rows(
             yield row
 
 
+def read_group(line: bytes) -> RolloutGroup:
+    """Read again one line of a shard that `read_shard` has gone through -> RolloutGroup."""
+    return _group(line, vocab_size=None, num_responses=None)
+
+
 class _RowFault(ValueError):
     """Why a line is no rollout, as a clause."""
 

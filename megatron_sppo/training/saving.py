@@ -66,12 +66,8 @@ class Saver:
         self._policy, self._optimizer, self._scheduler, self._progress = policy, optimizer, scheduler, progress
         self._in_background, self._keep_last, self._needed = in_background, keep_last, needed
         self._begun: _Begun | None = None
+        self._validated = False
         self._seconds = 0.0
-
-    @property
-    def is_begun(self) -> bool:
-        """Tell whether a save waits for `finish`; the same on all ranks."""
-        return self._begun is not None
 
     def is_writing(self) -> bool:
         """Tell whether this rank is still writing; nobody waits for the answer."""
@@ -102,7 +98,8 @@ class Saver:
                     shutil.rmtree(left, ignore_errors=True)
                 partial.mkdir(parents=True)
             torch.distributed.barrier()
-            request = _plan(self._state(), partial)
+            request = _plan(self._state(), partial, validate=not self._validated)
+            self._validated = True
             request.add_finalize_fn(functools.partial(self._publish, partial, step))
             if wait or not self._in_background:
                 request.execute_sync()
@@ -169,14 +166,18 @@ def write_state(state: dict[str, Any], directory: Path) -> None:
     _plan(state, directory).execute_sync()
 
 
-def _plan(state: dict[str, Any], directory: Path) -> AsyncRequest:
-    """Decide which rank writes what -> what remains to be done. Collective."""
+def _plan(state: dict[str, Any], directory: Path, *, validate: bool = True) -> AsyncRequest:
+    """Decide which rank writes what, which is always validated -> what remains to be done. Collective.
+
+    Args:
+        validate: hold the ranks' states against each other before that, too; once in a run is enough.
+    """
     strategy = FullyParallelSaveStrategyWrapper(DigestingStrategy(), parallel.replicas())
     # 0.19.2's default strategy needs a package that 0.16.1 does not know of.
     known = inspect.signature(dist_checkpointing.save).parameters
     settings = {"async_strategy": "mcore"} if "async_strategy" in known else {}
     request = dist_checkpointing.save(
-        state, str(directory), strategy, validate_access_integrity=True, async_sharded_save=True, **settings
+        state, str(directory), strategy, validate_access_integrity=validate, async_sharded_save=True, **settings
     )
     assert request is not None
     return request

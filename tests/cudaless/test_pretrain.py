@@ -32,6 +32,7 @@ RUNS = {
     "delayed": (1, f"{FP8} delayed"),
     "tensorwise, sharded optimizer": (2, f"{FP8} tensorwise {SHARDED} --micro-batch-size 2"),
     "sharded optimizer, gathered late": (2, f"{SHARDED} {OVERLAP} overlap_param_gather=true --micro-batch-size 2"),
+    "sharded optimizer, saved in the background": (2, f"{SHARDED} --async-save --micro-batch-size 2"),
     "tensorwise, TP2 SP PP2": (4, f"{FP8} tensorwise {TP2} {SP} {PP2}"),
     "full recomputation": (1, f"{FP8} tensorwise --recompute-granularity full"),
 }

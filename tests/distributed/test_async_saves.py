@@ -5,6 +5,7 @@ little. What one rank writes is in tests/unit/training/test_saving.py; SIGTERM i
 """
 
 import contextlib
+import errno
 import os
 import pickle
 import random
@@ -86,10 +87,10 @@ def test_a_run_resumed_from_a_save_in_the_background_is_bit_exact(
     run: Start, tmp_path: Path, world_size: int, flags: str
 ) -> None:
     save = tmp_path / "save"
-    flags += " --save-interval 3"
+    flags += " --save-interval 6"
     run(save, flags, world_size=world_size)
     expected, order = numbers(save), responses(save)
-    assert len(list(save.glob("iter_*"))) == STEPS // 3 and len(expected) == STEPS
+    assert len(list(save.glob("iter_*"))) == STEPS // 6 and len(expected) == STEPS
     assert not list(save.glob(".iter_*"))
     forget_after(save, 12)
     assert run(save, flags, world_size=world_size) == [0] * world_size
@@ -105,12 +106,6 @@ def test_a_run_resumes_in_another_layout_from_a_save_in_the_background(run: Star
     assert losses(save) == pytest.approx(expected, rel=1e-5) and responses(save) == order
 
 
-def test_saving_in_the_background_changes_no_number(run: Start, tmp_path: Path) -> None:
-    run(tmp_path / "waiting", f"--save-interval 3 {SHARDED}", world_size=2)
-    run(tmp_path / "background", f"--save-interval 3 {SHARDED} --async-save", world_size=2)
-    assert numbers(tmp_path / "background") == numbers(tmp_path / "waiting")
-
-
 def pretrain_as_saved_before(argv: list[str]) -> int:
     """Run the script with saves as they were: Megatron-Core's own writer, one kind of file, no `.digests`."""
     import inspect
@@ -119,7 +114,7 @@ def pretrain_as_saved_before(argv: list[str]) -> int:
 
     from megatron_sppo.training import saving
 
-    def plan(state: dict, directory: Path) -> object:
+    def plan(state: dict, directory: Path, *, validate: bool) -> object:
         known = inspect.signature(dist_checkpointing.save).parameters
         settings = {"async_strategy": "mcore"} if "async_strategy" in known else {}
         return dist_checkpointing.save(state, str(directory), async_sharded_save=True, **settings)
@@ -137,6 +132,68 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed_bit_exactly(run: Start, t
     forget_after(save, 12)
     assert run(save, f"--save-interval 12 {flags}", world_size=2) == [0, 0]
     assert list(save.glob("iter_0000024/*.digests")) and numbers(save) == expected
+
+
+def pretrain_on_a_disk_that_fills_up(argv: list[str]) -> int:
+    """Run the script where the second rank's files take no more than a little of the save of step 6."""
+    from megatron_sppo.command_line import launch
+    from megatron_sppo.training import digesting_strategy
+
+    write = digesting_strategy._write_file
+
+    def refuse(bucket: tuple) -> list:
+        if launch().rank == 1 and ".iter_0000006.partial" in bucket[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(bucket)
+
+    digesting_strategy._write_file = refuse
+    return pretrain(argv)
+
+
+@pytest.mark.parametrize("flags", ["", "--async-save"])
+def test_a_disk_that_refuses_one_rank_ends_all_with_exit_code_2_and_leaves_the_checkpoint_before(
+    run: Start, tmp_path: Path, flags: str
+) -> None:
+    save, flags = tmp_path / "save", f"{flags} --save-interval 3"
+    assert run(save, flags, world_size=2, function=pretrain_on_a_disk_that_fills_up) == [2, 2]
+    assert [path.name for path in save.glob("*iter_0*")] == ["iter_0000003"]
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "3\n"
+    assert 6 <= len(numbers(save)) <= 9  # a save in the background is waited for by the next
+    run(tmp_path / "whole", "", world_size=2)
+    assert run(save, flags, world_size=2) == [0, 0]
+    assert numbers(save) == numbers(tmp_path / "whole")
+
+
+def stop_while_saving(save: str, argv: list[str]) -> int:
+    """Start the run and send it SIGTERM as soon as it saves -> its exit code."""
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            code = pretrain(argv)
+        finally:
+            os._exit(code)
+    while not list(Path(save).glob(".iter_*.partial")):
+        time.sleep(0.001)
+    os.kill(process, signal.SIGTERM)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def test_sigterm_in_the_midst_of_a_save_in_the_background_publishes_it_and_one_of_the_last_step(
+    run: Start, untied: Path, tmp_path: Path
+) -> None:
+    save, flags = tmp_path / "save", f"--train-iters {STEPS} --save-interval 4 --async-save"
+    places = ["--load", str(untied), "--data", str(tmp_path / "data"), "--save", str(save)]
+    argv = [*places, *BASE.split(), *RUN.split(), *flags.split()]
+    assert run_ranks(stop_while_saving, 1, str(save), argv) == [143]
+    done = len(numbers(save))
+    assert 4 <= done < STEPS
+    published = [int(path.name.removeprefix("iter_")) for path in sorted(save.glob("iter_*"))]
+    assert published == [*range(4, done, 4), done] and not list(save.glob(".iter_*"))
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == f"{done}\n"
+    run(tmp_path / "whole", "")
+    assert run(save, "--save-interval 4 --async-save") == [0]
+    assert numbers(save) == numbers(tmp_path / "whole")
 
 
 def live_and_die(save: str, seed: int, argv: list[str]) -> int:

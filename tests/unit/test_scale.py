@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.instruments import CountedArray, Instruments
 from benchmarks.record import peak_in_child
-from benchmarks.scale import LINEAR, SHORT_SIZES, count_stages, growth
+from benchmarks.scale_counts import LINEAR, SHORT_SIZES, count_stages, growth
 from benchmarks.scale_stages import STAGES
 
 PER_STEP = [name for name, stage in STAGES.items() if stage.is_per_step]

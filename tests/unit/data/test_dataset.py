@@ -20,6 +20,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from megatron_sppo import storage
 from megatron_sppo.data import indexed
+from megatron_sppo.data.blocks import GroupEncoder
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.indexed import Column, ColumnWriter
 from megatron_sppo.data.schema import file_names
@@ -285,6 +286,35 @@ def test_nothing_is_written_when_the_writing_fails_or_nothing_is_left(tmp_path):
     ):
         writer.quarantine("p", "judge is down")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_manifest_is_known_without_reading_a_file_again(tmp_path, monkeypatch):
+    """Hashes are taken while bytes are written: what the files hold on the disk is what they say."""
+
+    def refuse(path):
+        raise AssertionError(f"{path} is read again")
+
+    with monkeypatch.context() as patch:
+        for module in (indexed, storage):
+            patch.setattr(module, "sha256_of_file", refuse)
+        directory = write(tmp_path / "d", groups())
+    entries = PreferenceDataset(directory).manifest.files
+    assert {name: entry.bytes for name, entry in entries.items()} == {
+        name: (directory / name).stat().st_size for name in file_names()
+    }
+
+
+def test_blocks_of_any_size_give_the_bytes_of_single_groups(tmp_path):
+    rows = groups(num_groups=11)
+    write(tmp_path / "single", rows)
+    encoder = GroupEncoder(num_responses=4, vocab_size=VOCAB_SIZE, rule="paper")
+    with DatasetWriter(tmp_path / "blocks", **settings()) as writer:
+        for first, last in ((0, 1), (1, 1), (1, 8), (8, 11)):
+            for number in range(first, last):
+                assert encoder.add(*rows[number], prompt_id=f"p{number}", info={}) is None
+            writer.extend(encoder.take())
+    for name in (*file_names(), "manifest.json"):
+        assert (tmp_path / "blocks" / name).read_bytes() == (tmp_path / "single" / name).read_bytes(), name
 
 
 def test_a_failed_writer_leaves_the_older_dataset_alone(tmp_path):

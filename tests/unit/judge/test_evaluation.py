@@ -6,7 +6,7 @@ Not proved here: that a judge is any good.
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +63,33 @@ def test_prompts_that_one_side_lacks_are_left_out_and_said(caplog: pytest.LogCap
     theirs = {name: group(name, ["b"]) for name in ("q", "r")}
     assert list(cross_win_rates(TableJudge({}), ours, theirs, against="base")) == ["q"]
     assert "2 held-out answers have no counterpart" in caplog.text
+
+
+class Counted(Mapping):
+    """Groups that count how often each is asked for."""
+
+    def __init__(self, groups: Sequence[RolloutGroup]) -> None:
+        self.groups, self.read = {group.prompt_id: group for group in groups}, Counter()
+
+    def __getitem__(self, prompt_id: str) -> RolloutGroup:
+        self.read[prompt_id] += 1
+        return self.groups[prompt_id]
+
+    def __contains__(self, prompt_id: object) -> bool:
+        return prompt_id in self.groups
+
+    def __iter__(self):
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+
+def test_each_group_is_read_once_and_only_where_both_policies_have_it() -> None:
+    ours = Counted([group(f"p{number}", ["a"]) for number in range(40)])
+    theirs = Counted([group(f"p{number}", ["b"]) for number in range(39, 4, -1)])
+    assert len(cross_win_rates(TableJudge({}), ours, theirs, against="base")) == 35
+    assert ours.read == theirs.read == Counter(f"p{number}" for number in range(5, 40))
 
 
 def test_no_common_prompt_is_an_error() -> None:

@@ -3,15 +3,18 @@
 Ranks are forked processes, kills are SIGKILL. The command line itself, torchrun included, is tests/e2e's to prove.
 """
 
+import functools
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import threading
 import time
 import zipfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +164,40 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     score_rollouts(rollouts, judge, work_dir, rule="paper")
     assert judge.counts["pairs"] == (NUM_SHARDS - len(done)) * 2 * 4 * 3, "finished shards were judged again"
     assert merge(rollouts, work_dir, tmp_path / "dataset") == undisturbed
+
+
+def test_the_merge_reads_no_rollouts(rollouts: Path, undisturbed, tmp_path: Path) -> None:
+    """A shard is parsed once, by who judges it: they are gone when the dataset is written."""
+    copy = shutil.copytree(rollouts, tmp_path / "rollouts")
+    score(copy, tmp_path / "work")
+    for shard in copy.glob("shard-*"):
+        shard.unlink()
+    assert merge(copy, tmp_path / "work", tmp_path / "dataset") == undisturbed
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_the_directory_is_listed_as_often_for_twenty_shards_as_for_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_resumed: bool
+) -> None:
+    listings: dict[int, Counter[str]] = {}
+    for num_shards in (2, 20):
+        rollouts = random_rollouts(
+            tmp_path / f"r{num_shards}", num_prompts=num_shards, num_responses=2, rows_per_shard=1
+        )
+        work = tmp_path / f"work{num_shards}"
+        if is_resumed:
+            score(rollouts, work)
+        counted = listings[num_shards] = Counter()
+        with monkeypatch.context() as patch:
+            for name in ("listdir", "scandir"):
+                patch.setattr(os, name, functools.partial(_counted, counted, name, getattr(os, name)))
+            score(rollouts, work)
+    assert listings[2] == listings[20] and sum(listings[20].values()) <= 2
+
+
+def _counted(calls: Counter[str], name: str, function: Callable[..., Any], *args: Any) -> Any:
+    calls[name] += 1
+    return function(*args)
 
 
 def test_ranks_take_the_largest_shard_first_and_none_twice(tmp_path: Path) -> None:

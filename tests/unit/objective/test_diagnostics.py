@@ -8,6 +8,7 @@ import torch
 
 from megatron_sppo.objective import preference_matrix, win_rates
 from megatron_sppo.objective.diagnostics import (
+    ScoredBlock,
     curl_rms,
     cycle_rate,
     cyclic_energy,
@@ -88,18 +89,50 @@ def test_length_correlation_looks_within_prompts():
 
 def test_duplicates_are_counted_within_a_prompt_only():
     """(1, 2) twice in the first prompt: one repeat of six responses; across prompts it is none."""
-    assert duplicate_rate([[[1, 2], [1, 2], [3]], [[1, 2], [4], [5]]]) == pytest.approx(1 / 6)
+    assert duplicate_rate([[(1, 2), (1, 2), (3,)], [(1, 2), (4,), (5,)]]) == pytest.approx(1 / 6)
     assert duplicate_rate([]) is None
 
 
 def test_everything_together_on_the_circle():
     preferences = preference_matrix(CIRCLE)[None]
-    found = describe_preferences(
-        CIRCLE[None],
-        preferences,
-        win_rates(preferences),
+    block = ScoredBlock(
+        judge_logits_GKK=CIRCLE[None],
+        preferences_GKK=preferences,
+        win_rate_GK=win_rates(preferences),
         response_lengths_GK=torch.tensor([[3, 4, 5]]),
-        responses=[[[1], [2], [1]]],
     )
+    found = describe_preferences([block], responses=[["a", "b", "a"]])
     assert (found["cycle_rate"], found["order_inconsistency"], found["tie_rate"]) == (1.0, 0.0, 0.0)
     assert found["duplicate_rate"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("num_responses", [1, 2, 3, 5])
+def test_a_set_in_blocks_is_described_as_the_whole_of_it(num_responses):
+    generator = torch.Generator().manual_seed(num_responses)
+    logits = torch.randn(11, num_responses, num_responses, generator=generator)
+    lengths = torch.randint(1, 9, (11, num_responses), generator=generator)
+    preferences = preference_matrix(logits)
+    rates, flow = win_rates(preferences), (logits - logits.transpose(1, 2)) / 2
+    blocks = [
+        ScoredBlock(
+            judge_logits_GKK=logits[part],
+            preferences_GKK=preferences[part],
+            win_rate_GK=rates[part],
+            response_lengths_GK=lengths[part],
+        )
+        for part in (slice(0, 4), slice(4, 5), slice(5, 11))
+    ]
+    whole = {
+        "cycle_rate": cycle_rate(preferences),
+        "curl_rms": curl_rms(flow),
+        "cyclic_energy": cyclic_energy(flow),
+        "order_inconsistency": order_inconsistency(logits),
+        "order_disagreement": order_disagreement(logits),
+        "tie_rate": tie_rate(preferences),
+        "length_correlation": length_correlation(rates, lengths),
+        "duplicate_rate": None,
+    }
+    found = describe_preferences(blocks, responses=[])
+    assert list(found) == list(whole)
+    for name, value in whole.items():
+        assert found[name] is None if value is None else found[name] == pytest.approx(value, rel=1e-12), name

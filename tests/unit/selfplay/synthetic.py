@@ -148,7 +148,9 @@ def _write_training(folder: Path, rng: np.random.Generator, hostile: str) -> Non
         for g, rollout in enumerate(groups):
             logits = rng.normal(0, 1.5, (NUM_RESPONSES, NUM_RESPONSES)).astype(np.float32)
             responses = [response.token_ids for response in rollout.responses]
-            writer.append(rollout.prompt_token_ids, responses, logits, prompt_id=rollout.prompt_id)
+            texts = [{"text": answer.text, "finish_reason": answer.finish_reason} for answer in rollout.responses]
+            info = {"messages": list(rollout.messages), "responses": texts}
+            writer.append(rollout.prompt_token_ids, responses, logits, prompt_id=rollout.prompt_id, info=info)
             for k in range(NUM_RESPONSES):
                 target, step = float(rng.normal(0, 2)), g + 1
                 log_ratio = 0.03 * step * target + float(rng.normal(0, 0.05))

@@ -165,13 +165,13 @@ def test_what_is_written_in_the_background_is_what_stood_when_it_was_begun(
     ours.policy.stages[0].output_layer.weight.data.share_memory_()
     before = weights_hash(ours.policy.stages)
     target = ours.saver.save(wait=False)
-    assert ours.saver.is_begun and ours.saver.is_writing() and not target.exists()
+    assert ours.saver.is_writing() and not target.exists()
     ours.train_on()
     ours.progress.step = 4
     assert weights_hash(ours.policy.stages) != before and ours.saver.is_writing()
     (tmp_path / "go").touch()
     ours.saver.finish()
-    assert not ours.saver.is_begun and not ours.saver.is_writing()
+    assert not ours.saver.is_writing()
     assert (tmp_path / "save/latest_checkpointed_iteration.txt").read_text() == "3\n"
     checkpoint.load_weights(ours.policy, target)
     assert weights_hash(ours.policy.stages) == before
@@ -183,7 +183,6 @@ def test_the_next_save_publishes_the_one_that_is_still_being_written(run: Callab
     first = ours.saver.save(wait=False)
     ours.progress.step = 4
     second = ours.saver.save(wait=True)
-    assert not ours.saver.is_begun
     for target in (first, second):
         megatron_checkpoint.verify_checkpoint(target)
     assert (tmp_path / "save/latest_checkpointed_iteration.txt").read_text() == "4\n"
