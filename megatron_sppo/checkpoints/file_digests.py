@@ -94,7 +94,8 @@ class _Memory:
 
     def __init__(self) -> None:
         root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        self._path = Path(root, "megatron_sppo", "file_digests.json")
+        # "~" stays as it is for a user without HOME and without a name, as in many containers.
+        self._path = Path(root, "megatron_sppo", "file_digests.json") if os.path.isabs(root) else None
         self._entries = self._read()
 
     def recall(self, path: Path) -> str | None:
@@ -110,13 +111,15 @@ class _Memory:
             for path, (mark, digest) in found.items()
             if mark[1] >= REMEMBERED_BYTES and _is_settled(mark) and mark == _mark(path)
         }
-        if not added:
+        if not added or self._path is None:
             return
         entries = {name: entry for name, entry in self._read().items() if name not in added} | added
         with contextlib.suppress(OSError, DataError):  # a home that cannot be written: hashed again the next time
             write_json(self._path, dict(list(entries.items())[-_MOST_REMEMBERED:]))
 
     def _read(self) -> dict[str, Any]:
+        if self._path is None:
+            return {}
         with contextlib.suppress(DataError):
             content = read_json(self._path)
             return content if isinstance(content, dict) else {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,18 +179,27 @@ def merge_scores(
     seen: set[str] = set()
     for number, entry in enumerate(manifest.shards):
         key = ShardKey(entry=entry, judge=judge, manifest=manifest, rule=rule)
+        gone = f"{work_dir} holds no scores of {entry.file}. Run the same `megatron-sppo score` command again."
         scores = read_scores(work_dir, number, key)
-        try:
-            if scores is None:
-                raise FileNotFoundError
-            counts += scores.counts
-            for block in read_blocks(work_dir, number, key):
-                counts += _append(block, writer, seen, rule=rule)
-        except DAMAGE:
-            raise DataError(
-                f"{work_dir} holds no scores of {entry.file}. Run the same `megatron-sppo score` command again."
-            ) from None
+        if scores is None:
+            raise DataError(gone)
+        counts += scores.counts
+        for block in _blocks(work_dir, number, key, gone=gone):
+            counts += _append(block, writer, seen, rule=rule)
     return counts
+
+
+def _blocks(work_dir: Path, number: int, key: ShardKey, *, gone: str) -> Iterator[ShardBlock]:
+    """Read a shard's blocks; damage is `gone`. What the reader of them raises, such as of a full disk, is not damage."""
+    blocks = read_blocks(work_dir, number, key)
+    while True:
+        try:
+            block = next(blocks, None)
+        except DAMAGE:
+            raise DataError(gone) from None
+        if block is None:
+            return
+        yield block
 
 
 def _append(block: ShardBlock, writer: DatasetWriter, seen: set[str], *, rule: str) -> Counter[str]:

@@ -1,10 +1,9 @@
 """Which shards are done: `request.json` beside the shards, so that the same command resumes and another is refused.
 
 It holds the request (everything that decides the responses), what the prompts were found to be, and the entry of each
-finished shard. While shards are
-being finished, `finished.jsonl` takes a line for each, so that entering one costs the same however many there are; the
-last one, and the next opening, fold the lines into request.json. A shard is written first and entered second, so a kill
-costs at most the shards at work; one whose bytes are not those entered is redone.
+finished shard. While shards are being finished, `finished.jsonl` takes a line for each, so that entering one costs the
+same however many there are; the last one, and the next opening, fold the lines into request.json. A shard is written
+first and entered second, so a kill costs at most the shards at work; one whose bytes are not those entered is redone.
 """
 
 import contextlib
@@ -141,7 +140,8 @@ class FinishedShards:
     def close(self) -> None:
         """Close the lines; they stay where shards are missing."""
         if self._lines is not None:
-            self._lines.close()
+            with contextlib.suppress(OSError):  # of a line that could not be written `enter` has said so
+                self._lines.close()
             self._lines = None
 
     def _fold(self) -> None:

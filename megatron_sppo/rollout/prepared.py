@@ -45,12 +45,11 @@ class PreparedPrompts:
 
     def __init__(self, beside: Path) -> None:
         """Make the file, without a name and so gone with this process, on the disk that `beside` is or will be on."""
-        place = next(place for place in (beside, *beside.absolute().parents) if place.is_dir())
-        self._path = beside
+        self._place = next(place for place in (beside, *beside.absolute().parents) if place.is_dir())
         try:
-            self._file = tempfile.TemporaryFile(dir=place)
+            self._file = tempfile.TemporaryFile(dir=self._place)
         except OSError as error:
-            explain_os_error(error, place / "a temporary file")
+            explain_os_error(error, self._place / "a temporary file of the prompts")
             raise
         self._ends = array("Q", [0])
         self._hash = PromptsHash()
@@ -76,7 +75,7 @@ class PreparedPrompts:
                 self.longest = max(self.longest, len(prompt.token_ids))
             self._file.flush()
         except OSError as error:
-            explain_os_error(error, self._path / "a temporary file of the prompts")
+            explain_os_error(error, self._place / "a temporary file of the prompts")
             raise
 
     def read(self, start: int, stop: int) -> list[TokenizedPrompt]:

@@ -86,6 +86,18 @@ def test_a_home_that_cannot_be_written_only_costs_the_time(
     assert len(read_again) == 2
 
 
+def test_nothing_is_written_for_a_user_without_a_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_again: list[Path]
+) -> None:
+    file = written(tmp_path / "model" / "weights", b"weights")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it is where HOME and the user's name are unknown
+    monkeypatch.chdir(tmp_path)
+    at_rest()
+    assert sha256_of_files([file]) == sha256_of_files([file]) == [sha256(b"weights")]
+    assert len(read_again) == 2 and list(tmp_path.iterdir()) == [file.parent]
+
+
 @pytest.mark.parametrize("content", ["[1, 2", "7", '{"PATH": 3}', '{"PATH": [1, 2, 3, 4]}'])
 def test_a_damaged_memory_is_begun_anew(tmp_path: Path, read_again: list[Path], content: str) -> None:
     file = written(tmp_path / "weights", b"weights")

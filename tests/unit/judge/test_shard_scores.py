@@ -3,6 +3,7 @@
 Ranks are forked processes, kills are SIGKILL. The command line itself, torchrun included, is tests/e2e's to prove.
 """
 
+import errno
 import functools
 import json
 import multiprocessing
@@ -274,6 +275,18 @@ def test_scores_of_an_older_version_and_of_another_preset_are_kept(rollouts: Pat
         expected = undisturbed if rule == "paper" else naive(rollouts, list(read_rollouts(rollouts)), rule)
         assert merge(rollouts, tmp_path / "work", tmp_path / "dataset", rule=rule) == expected
     assert not judge.counts, "the judge was asked"
+
+
+def test_a_full_disk_in_the_merge_is_no_damage_of_the_scores(rollouts: Path, tmp_path: Path, monkeypatch) -> None:
+    score_rollouts(rollouts, load_judge("rules:cyclic"), tmp_path / "work", rule="paper")
+
+    def full(writer: DatasetWriter, block: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(DatasetWriter, "extend", full)
+    with pytest.raises(DataError, match=r"dataset could not be written: the disk is full"):
+        merge(rollouts, tmp_path / "work", tmp_path / "dataset")
+    assert not (tmp_path / "dataset").exists() and not list(tmp_path.glob(".dataset.tmp-*"))
 
 
 def test_vanished_scores_stop_the_merge(rollouts: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_memory_holds_no_prompt(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    prepared = PreparedPrompts(tmp_path)
+    prepared = PreparedPrompts(tmp_path / "not yet")
     prepared._file = open("/dev/full", "wb")
     with pytest.raises(DataError, match="temporary file of the prompts could not be written: the disk is full"):
         prepared.add([prompt(0)])
