@@ -190,7 +190,7 @@ def merge_scores(
 
 
 def _blocks(work_dir: Path, number: int, key: ShardKey, *, gone: str) -> Iterator[ShardBlock]:
-    """Read a shard's blocks; damage is `gone`. What the reader of them raises, such as of a full disk, is not damage."""
+    """Read a shard's blocks; damage is `gone`. What goes wrong with them afterwards, on a full disk say, is not."""
     blocks = read_blocks(work_dir, number, key)
     while True:
         try:

@@ -193,7 +193,8 @@ def read_record(content: dict[str, Any], *, place: Path) -> SelfPlayConfig:
 def check_unchanged(before: SelfPlayConfig, now: SelfPlayConfig, run_dir: Path) -> None:
     """Refuse to go on with a run under other settings, except those that do not decide its result.
 
-    More iterations change nothing of those done, unless the prompts are divided by their number.
+    More iterations change nothing of those done, unless the prompts are divided by their number. Nor does a shard size
+    that is left open: rollouts that were begun keep theirs, which earlier versions put into the record.
 
     Raises:
         ConfigError: names the first setting that differs, with both values.
@@ -201,6 +202,8 @@ def check_unchanged(before: SelfPlayConfig, now: SelfPlayConfig, run_dir: Path) 
     old, new = config_files.deciding(before), config_files.deciding(now)
     if now.run.prompts_per_iteration == "all" and now.run.iterations > before.run.iterations:
         old["run.iterations"] = new["run.iterations"]
+    if now.rollout.rollout_options.shard_size is None:
+        del old["rollout.rollout_options.shard_size"]
     for path, value in old.items():
         if new[path] != value:
             name = f"{path.partition('.')[0]}.{path.rpartition('.')[2]}"

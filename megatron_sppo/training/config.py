@@ -245,10 +245,10 @@ class RunConfig:
     keep_last: Annotated[PositiveInt | None, LAYOUT] = None
     """Checkpoints of this run to keep under --save, the newest ones; older ones are removed after each save. Unset: all
     are kept."""
-    grace_seconds: PositiveFloat | None = None
+    grace_seconds: Annotated[PositiveFloat | None, LAYOUT] = None
     """Seconds between SIGTERM and the end of the run, in which a checkpoint must be whole; a run says at start where it
     cannot be. Unset: what SBATCH_SIGNAL says (TERM@120), else 120 in a Slurm job and 30 elsewhere."""
-    reference_piece_seconds: PositiveFloat = 60.0
+    reference_piece_seconds: Annotated[PositiveFloat, LAYOUT] = 60.0
     """Seconds of the reference pass that a kill may cost: as often, what was computed since is kept, and the same
     command goes on from there."""
     tensorboard: bool = True

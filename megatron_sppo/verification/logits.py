@@ -23,8 +23,9 @@ from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.distcp import COMMON_FILE, check_metadata
 from megatron_sppo.checkpoints.megatron_checkpoint import BACKEND_FILE, MANIFEST_FILE, verify_checkpoint
 from megatron_sppo.checkpoints.pretrained import load_pretrained
+from megatron_sppo.command_line import one_line
 from megatron_sppo.conversion.megatron_model import OpenedMegatron
-from megatron_sppo.errors import DataError
+from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.training import parallel
 from megatron_sppo.training.checkpoint import load_stages
 from megatron_sppo.verification import layerwise as by_layer
@@ -236,7 +237,14 @@ def hf_logits(hf: Path, dtype: str, attention: str | None) -> Iterator[Logits]:
     """Load Hugging Face's model, with transformers' `attention` implementation (None: its default)."""
     from transformers import AutoModelForCausalLM
 
-    model = load_pretrained(AutoModelForCausalLM, hf, dtype=getattr(torch, dtype), attn_implementation=attention)
+    try:
+        model = load_pretrained(AutoModelForCausalLM, hf, dtype=getattr(torch, dtype), attn_implementation=attention)
+    except (ConversionError, DataError):
+        raise
+    except (OSError, ValueError) as error:
+        raise ConversionError(
+            f"transformers cannot load {hf} ({one_line(error)}). `convert compare --no-logits` compares all else."
+        ) from error
     model = model.to(parallel.device()).eval()
     yield lambda tokens_BS: model(input_ids=tokens_BS.to(parallel.device())).logits.float().cpu()
 

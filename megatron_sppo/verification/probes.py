@@ -10,11 +10,20 @@ import torch
 from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
 from megatron_sppo.architecture import read_architecture
 from megatron_sppo.checkpoints.megatron_checkpoint import HF_DIRECTORY
-from megatron_sppo.checkpoints.tokenizer import TEXT_FILES, is_tokenizer_of, tokenizer_hash
+from megatron_sppo.checkpoints.pretrained import UNUSABLE
+from megatron_sppo.checkpoints.tokenizer import (
+    TEXT_FILES,
+    TOKENIZER_FILE,
+    is_tokenizer_of,
+    parse_tokenizer,
+    tokenizer_hash,
+)
+from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import DataError
 from megatron_sppo.rollout.chat_template import TEMPLATE_FAULTS
 from megatron_sppo.rollout.prompts import read_prompts
 from megatron_sppo.rollout.records import Turn
+from megatron_sppo.storage import damage
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +118,21 @@ def _chat(tokenizer: Any, text: str) -> str | None:
 
 
 def _tokenizer(directory: Path) -> Any:
+    """Load a directory's tokenizer -> transformers' PreTrainedTokenizerBase.
+
+    Raises:
+        DataError: transformers can make nothing of its files.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    file = directory / TOKENIZER_FILE
+    try:
+        if file.is_file():
+            parse_tokenizer(file.read_text(encoding="utf-8"))  # transformers lets the library's plain Exception through
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, *UNUSABLE) as error:
+        fact = f"{directory} holds no readable tokenizer ({one_line(error)}). Fetch its files again."
+        raise DataError(damage(file, fact)) from None
 
 
 def prompt_token_ids(

@@ -55,10 +55,12 @@ def test_entered_shards_are_found_again_with_what_was_entered(tmp_path: Path) ->
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
 def test_a_full_disk_is_one_line_and_the_shard_is_redone(tmp_path: Path) -> None:
     enter(tmp_path, 3)
-    with pytest.raises(DataError, match=r"finished\.jsonl could not be written: the disk is full"):
-        with open_finished_shards(tmp_path, REQUEST, PROMPTS, num_shards=NUM_SHARDS) as finished:
-            (tmp_path / "finished.jsonl").symlink_to("/dev/full")
-            finished.enter(0, shard_in(tmp_path, 0))
+    with (
+        pytest.raises(DataError, match=r"finished\.jsonl could not be written: the disk is full"),
+        open_finished_shards(tmp_path, REQUEST, PROMPTS, num_shards=NUM_SHARDS) as finished,
+    ):
+        (tmp_path / "finished.jsonl").symlink_to("/dev/full")
+        finished.enter(0, shard_in(tmp_path, 0))
     (tmp_path / "finished.jsonl").unlink()
     assert found(tmp_path) == [3]
 

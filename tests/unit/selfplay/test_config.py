@@ -237,7 +237,7 @@ def test_all_but_the_layout_decides() -> None:
             *("load", "data", "save", "micro_batch_size", "packed_sequence_size", "tensor_model_parallel_size"),
             *("pipeline_model_parallel_size", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
             *("virtual_pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"),
-            *("sequence_parallel", "keep_last"),
+            *("sequence_parallel", "async_save", "keep_last", "grace_seconds", "reference_piece_seconds"),
         },
         GenerateConfig: {"model", "prompts", "output", "allow_no_signal", "tensor_parallel_size", "server"},
         ScoreConfig: {"output", "rollouts", "allow_no_signal"},
@@ -302,6 +302,18 @@ def test_a_run_that_an_earlier_version_began_goes_on(tmp_path: Path) -> None:
     check_unchanged(old, config, tmp_path / "out")
     with pytest.raises(ConfigError, match=r"training\.eta is 10.0, but .* was begun with 1000.0"):
         check_unchanged(old, read(tmp_path, "--training", "eta=10"), tmp_path / "out")
+
+
+def test_a_shard_size_that_an_earlier_version_recorded_need_not_be_given(tmp_path: Path) -> None:
+    """Its default was 64, and state.json has it; what is given must be it."""
+    before = json.loads(json.dumps(record(read(tmp_path))))
+    before["rollout"]["rollout_options"]["shard_size"] = 64
+    old = read_record(before, place=tmp_path / "state.json")
+    check_unchanged(old, read(tmp_path), tmp_path / "out")
+    given = ("--rollout-options", "max_model_len=512", "enforce_eager=true")
+    check_unchanged(old, read(tmp_path, *given, "shard_size=64"), tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"rollout\.shard_size is 128, but .* was begun with 64"):
+        check_unchanged(old, read(tmp_path, *given, "shard_size=128"), tmp_path / "out")
 
 
 def test_the_second_iteration_starts_from_the_first_s_model(tmp_path: Path) -> None:

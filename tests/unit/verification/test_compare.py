@@ -19,7 +19,7 @@ from megatron_sppo.commands import convert as command
 from megatron_sppo.conversion import convert
 from megatron_sppo.conversion.mapping import megatron_shapes
 from megatron_sppo.conversion.megatron_model import open_megatron
-from megatron_sppo.errors import ConversionError
+from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.verification.compare import compare
 from tests.models import MIXTURES, tiny_llama
 
@@ -193,3 +193,37 @@ def test_the_exit_code_tells(hf: Path, tmp_path: Path, capsys: pytest.CaptureFix
     (other / "model.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(ConversionError, match="damaged header|cut short"):
         command.main("convert", ["compare", str(hf), str(other)])
+
+
+def without_tokenizer(*names: str) -> Callable[[Path], None]:
+    """Leave a directory its weights, with the named other files as no program can read them."""
+
+    def damaged(hf: Path) -> None:
+        for file in hf.iterdir():
+            if "token" in file.name:
+                file.unlink()
+        for name in names:
+            (hf / name).write_text('{"model_type": "nonsense"}')
+
+    return damaged
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda hf: (hf / "tokenizer.json").write_text("{"), "holds no readable tokenizer"),
+        (lambda hf: (hf / "tokenizer.json").write_text('{"model": 3}'), "holds no readable tokenizer"),
+        (without_tokenizer("config.json"), r"transformers cannot load .* `convert compare --no-logits`"),
+        (lambda hf: (hf / "config.json").write_text("{}"), "holds no readable tokenizer|transformers cannot load"),
+    ],
+    ids=["no JSON", "no tokenizer", "unknown model", "empty config"],
+)
+def test_what_transformers_cannot_read_is_unreadable_and_no_difference(
+    hf: Path, tmp_path: Path, damage: Callable[[Path], Any], message: str
+) -> None:
+    """Exit 2, which DataError and ConversionError become, and not 1: a script would take that for a difference."""
+    other = tmp_path / "other"
+    shutil.copytree(hf, other)
+    damage(other)
+    with pytest.raises((ConversionError, DataError), match=message):
+        compare(hf, other)
