@@ -126,7 +126,12 @@ def iteration(counted: Counted) -> list[Event]:
     return counted.self_play()
 
 
-def moved(events: list[Event], what: str, stage: str, keep: Callable[[str], bool] = bool) -> int:
+def is_kept(file: str) -> bool:
+    """Leave out what training writes to learn how fast its disk is, at most a fixed amount (training/grace.py)."""
+    return not Path(file).name.startswith(".probe.")
+
+
+def moved(events: list[Event], what: str, stage: str, keep: Callable[[str], bool] = is_kept) -> int:
     return sum(e.num_bytes for e in events if (e.what, e.stage) == (what, stage) and (what == "hash" or keep(e.file)))
 
 

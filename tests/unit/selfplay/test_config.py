@@ -237,7 +237,7 @@ def test_all_but_the_layout_decides() -> None:
             *("load", "data", "save", "micro_batch_size", "packed_sequence_size", "tensor_model_parallel_size"),
             *("pipeline_model_parallel_size", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
             *("virtual_pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"),
-            *("sequence_parallel", "keep_last"),
+            *("sequence_parallel", "keep_last", "async_save"),
         },
         GenerateConfig: {"model", "prompts", "output", "allow_no_signal", "tensor_parallel_size", "server"},
         ScoreConfig: {"output", "rollouts", "allow_no_signal"},
