@@ -22,7 +22,7 @@ ONE_SIZE = ("commands", "reference pass", "save of RMSprop")
 OF_LENGTHS = ("listing an epoch", "planning a step", "reference file")
 
 SHORT_SIZES = (200, 400, 800)
-SHORT_SETTINGS = {"shard_size": 8, "tokens": 40, "global_batch_size": 128, "num_steps": 4}
+SHORT_SETTINGS = {"shard_size": 4, "tokens": 40, "global_batch_size": 128, "num_steps": 4}
 LINEAR = 1.1
 """What is linear grows by at most so many times its part: a tenth more is let pass."""
 _SLACK = {"calls": 64, "opens": 4, "listings": 4, "entries": 16}

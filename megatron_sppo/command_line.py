@@ -103,6 +103,20 @@ def default_grace_seconds() -> float:
     return SLURM_GRACE_SECONDS if os.environ.get("SLURM_JOB_ID") else GRACE_SECONDS
 
 
+TORCHRUN_GRACE_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+
+
+def torchrun_grace_seconds() -> float | None:
+    """Say how long torchrun, which hands SIGTERM on, lets its ranks live then -> seconds, or None without torchrun.
+
+    30 where nothing says otherwise (torch 2.13, distributed/launcher/api.py; ranks do not see its --shutdown-timeout).
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    text = os.environ.get(TORCHRUN_GRACE_VARIABLE, "").strip()
+    return float(text) if text.isdigit() else 30.0
+
+
 def job_end_time() -> float | None:
     """Say when Slurm ends this job -> seconds since 1970, or None where it does not tell (SLURM_JOB_END_TIME)."""
     text = os.environ.get("SLURM_JOB_END_TIME", "")

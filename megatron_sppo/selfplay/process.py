@@ -7,6 +7,7 @@ on the same run directory ends before it starts anything.
 import contextlib
 import fcntl
 import functools
+import math
 import os
 import pty
 import re
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TextIO
 
-from megatron_sppo.command_line import death_with_parent
+from megatron_sppo.command_line import TORCHRUN_GRACE_VARIABLE, death_with_parent
 
 _TAIL_BYTES = 1 << 16
 _ERROR_LINE = re.compile(r"^(?:\[[^\]]*\]:?\s*)?([\w.-]+(?: [\w-]+)?: error: .+)$")
@@ -78,7 +79,7 @@ def run_logged(command: Sequence[str], log_path: Path, *, on_start: Callable[[in
     """Run a command to its end, its output appended to `log_path` -> exit status.
 
     On a terminal the line that the command rewrites in place (a progress bar) is shown too. On `Interrupted` the
-    command is ended first: SIGTERM, SIGKILL after the grace.
+    command is ended first: SIGTERM, SIGKILL after the grace, which torchrun is told of: it would take 30 s.
 
     Args:
         on_start: called with the process's id as soon as it runs.
@@ -96,6 +97,7 @@ def run_logged(command: Sequence[str], log_path: Path, *, on_start: Callable[[in
                 stdout=log if slave is None else slave,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env={TORCHRUN_GRACE_VARIABLE: str(math.ceil(grace_seconds)), **os.environ},
                 preexec_fn=functools.partial(_end_with_parent, os.getpid(), death_with_parent(signal.SIGTERM)),
             )
         except FileNotFoundError as error:

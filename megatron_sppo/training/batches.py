@@ -279,12 +279,15 @@ class Batches:
         return dataclasses.replace(targets, reference_log_prob=torch.from_numpy(reference))
 
     def _order(self, epoch: int) -> np.ndarray:
-        """List an epoch's rows as they are trained on -> [rows]; the last epoch asked for is kept."""
-        batch = self._config.batch
-        if self._last_order is None or self._last_order[0] != epoch:
-            order = epoch_rows(self.index, seed=batch.seed, epoch=epoch, by_prompt=batch.share_prompts)
-            self._last_order = (epoch, order)
-        return self._last_order[1]
+        """List an epoch's rows as they are trained on -> [rows]; the last epoch asked for is kept.
+
+        The thread that makes batches ahead may ask for another epoch in between: what is kept is looked at once.
+        """
+        batch, last = self._config.batch, self._last_order
+        if last is None or last[0] != epoch:
+            last = epoch, epoch_rows(self.index, seed=batch.seed, epoch=epoch, by_prompt=batch.share_prompts)
+            self._last_order = last
+        return last[1]
 
     def _shares(self, rows: np.ndarray) -> list[list[np.ndarray]]:
         """Divide a global batch -> for each data-parallel rank, the rows of its micro-batches."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_sppo.command_line import job_end_time, launch
+from megatron_sppo.command_line import TORCHRUN_GRACE_VARIABLE, job_end_time, launch, torchrun_grace_seconds
 from megatron_sppo.storage import temporary_beside
 from megatron_sppo.training import parallel
 from megatron_sppo.training.config import OptimizationConfig
@@ -28,9 +28,11 @@ class Grace:
         Args:
             directory: where checkpoints go.
             num_bytes: of a checkpoint, `checkpoint_bytes`; the ranks write it together.
-            grace_seconds: between SIGTERM and the end.
+            grace_seconds: between SIGTERM and the end; torchrun may allow less.
         """
-        self._directory, self._num_bytes, self._grace_seconds = Path(directory), num_bytes, grace_seconds
+        self._directory, self._num_bytes = Path(directory), num_bytes
+        self._asked_seconds, torchrun = grace_seconds, torchrun_grace_seconds()
+        self._grace_seconds = grace_seconds if torchrun is None else min(grace_seconds, torchrun)
         self._seconds, self._is_measured = 0.0, False
         if parallel.is_rank_zero():
             share = -(-num_bytes // launch().world_size)
@@ -51,20 +53,25 @@ class Grace:
         return self._seconds > self._grace_seconds
 
     def _warn_if_too_short(self) -> None:
-        if self._is_too_short and parallel.is_rank_zero():
-            fitting = -(-int(2 * self._seconds) // 60) * 60
-            logger.warning(
-                "a checkpoint of %.3g GB %s about %.0f s%s, --grace-seconds is %.0f: one that SIGTERM asks for may not "
-                "be whole in time, and the run then goes on from the one before. Use a longer lead (sbatch "
-                "--signal=TERM@%d with --grace-seconds %d), and --save-interval with --async-save",
-                self._num_bytes / 1e9,
-                "took" if self._is_measured else "takes",
-                self._seconds,
-                "" if self._is_measured else " or more, by a trial of this disk",
-                self._grace_seconds,
-                fitting,
-                fitting,
-            )
+        if not self._is_too_short or not parallel.is_rank_zero():
+            return
+        fitting = -(-int(2 * self._seconds) // 60) * 60
+        fact, remedies = f"--grace-seconds is {self._asked_seconds:.0f}", []
+        if self._grace_seconds < self._asked_seconds:
+            fact = f"torchrun ends its ranks {self._grace_seconds:.0f} s after SIGTERM"
+            remedies.append(f"export {TORCHRUN_GRACE_VARIABLE}={fitting} before torchrun")
+        if self._seconds > self._asked_seconds:
+            remedies.append(f"a longer lead (sbatch --signal=TERM@{fitting} with --grace-seconds {fitting})")
+        logger.warning(
+            "a checkpoint of %.3g GB %s about %.0f s%s, %s: one that SIGTERM asks for may not be whole in time, and "
+            "the run then goes on from the one before. Use %s, and --save-interval with --async-save",
+            self._num_bytes / 1e9,
+            "took" if self._is_measured else "takes",
+            self._seconds,
+            "" if self._is_measured else " or more, by a trial of this disk",
+            fact,
+            ", ".join(remedies),
+        )
 
     def warn_at_signal(self, stop: StopRequest) -> None:
         """Say that the save which begins now may not be whole in time, if that is so."""

@@ -234,13 +234,15 @@ def _missing_steps(batches: Batches, values: np.ndarray, *, first: int, num_pass
     if num_passes == 1 and batches.num_epochs > 1:
         first = 1  # later epochs look at the whole of the first one's
     return [
-        step for step in range(first, last + 1) if np.isnan(values.reshape(-1)[_places(batches, values, step)]).any()
+        step
+        for step in range(first, last + 1)
+        if np.isnan(values.reshape(-1)[_places(batches, values, step, batches.rows_of(step))]).any()
     ]
 
 
-def _places(batches: Batches, values: np.ndarray, step: int) -> np.ndarray:
-    """Find a step's responses among the values, row after row -> [N] int64."""
-    rows, before = batches.rows_of(step), batches.epoch_of(step) * batches.num_groups
+def _places(batches: Batches, values: np.ndarray, step: int, rows: np.ndarray) -> np.ndarray:
+    """Find the responses of a step's rows among the values, row after row -> [N] int64."""
+    before = batches.epoch_of(step) * batches.num_groups
     assert before < len(values)
     return (before + batches.index.group[rows]) * values.shape[1] + batches.index.response[rows]
 
@@ -286,7 +288,7 @@ def _fill(
     with bar, ahead(batches.plans(steps)) as plans:
         for done, (step, plan) in enumerate(zip(steps, plans, strict=True), start=1):
             log_prob_N, asked = log_probs_and_sum(policy, plan, torch.tensor([float(stop.asked)]))
-            places = _places(batches, values, step)
+            places = _places(batches, values, step, plan.rows)
             absent = np.isnan(flat[places])
             flat[places[absent]] = log_prob_N.float().numpy()[absent]
             fresh.append(places[absent])

@@ -20,7 +20,9 @@ sys.stderr.write("\\nlast words\\n")
 RUNNER = """
 import pathlib, sys
 from megatron_sppo.selfplay.process import run_logged
-sys.exit(run_logged([sys.executable, "-c", sys.argv[1], "True"], pathlib.Path(sys.argv[2]), on_start=lambda pid: None))
+log = pathlib.Path(sys.argv[2])
+command = [sys.executable, "-c", sys.argv[1], "True"]
+sys.exit(run_logged(command, log, on_start=lambda pid: None, grace_seconds=30))
 """
 
 
@@ -50,21 +52,28 @@ def test_on_a_terminal_the_bar_is_shown_and_the_log_keeps_its_last_state(tmp_pat
 
 def test_without_a_terminal_the_output_goes_to_the_log_alone(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "stage.log"
-    assert run_logged([sys.executable, "-c", STAGE, "False"], log, on_start=lambda pid: None) == 0
+    assert run_logged([sys.executable, "-c", STAGE, "False"], log, on_start=lambda pid: None, grace_seconds=30) == 0
     assert last_lines(log, 1) == ["last words"]
     assert last_error(log) == "last words"
 
 
+def test_torchrun_is_told_the_grace_that_the_stage_has(tmp_path: Path) -> None:
+    log = tmp_path / "logs/stage.log"
+    command = ["sh", "-c", "echo told $TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]
+    assert run_logged(command, log, on_start=lambda pid: None, grace_seconds=9.5) == 0
+    assert log.read_text().endswith("told 10\n")
+
+
 def test_a_command_that_does_not_exist_is_named(tmp_path: Path) -> None:
     log = tmp_path / "stage.log"
-    assert run_logged(["/no/such/sampler", "--model", "m"], log, on_start=lambda pid: None) == 2
+    assert run_logged(["/no/such/sampler", "--model", "m"], log, on_start=lambda pid: None, grace_seconds=30) == 2
     assert last_error(log) == "self_play: error: /no/such/sampler does not exist."
 
 
 def test_attempts_are_kept_one_after_the_other(tmp_path: Path) -> None:
     log = tmp_path / "stage.log"
     for word in ("first", "second"):
-        run_logged([sys.executable, "-c", f"print({word!r})"], log, on_start=lambda pid: None)
+        run_logged([sys.executable, "-c", f"print({word!r})"], log, on_start=lambda pid: None, grace_seconds=30)
     lines = log.read_text().splitlines()
     assert [line for line in lines if not line.startswith("$ ")] == ["first", "second"]
     assert last_error(log) == "second"

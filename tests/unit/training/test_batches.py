@@ -256,3 +256,22 @@ def test_each_epoch_reads_its_own_reference_where_there_is_one(monkeypatch, data
             for micro_batch in plan.micro_batches:
                 own = wanted[np.argsort(plan.rows)[np.searchsorted(np.sort(plan.rows), micro_batch.rows.numpy())]]
                 np.testing.assert_array_equal(micro_batch.targets.reference_log_prob.numpy(), own)
+
+
+def test_a_thread_that_asks_for_another_epoch_does_not_change_what_is_listed(monkeypatch, dataset) -> None:
+    """Another thread asks in the worst instant: after this one's order is kept, before it is returned."""
+    batches = Batches(dataset, config(), max_length=64)
+    expected = {epoch: batches._order(epoch).copy() for epoch in (0, 1)}
+    assert not np.array_equal(expected[0], expected[1])
+    asks = True
+
+    class Overtaken(Batches):
+        def __setattr__(self, name: str, value: Any) -> None:
+            nonlocal asks
+            super().__setattr__(name, value)
+            if name == "_last_order" and asks:
+                asks = False
+                assert np.array_equal(self._order(1), expected[1])
+
+    batches.__class__ = Overtaken
+    assert np.array_equal(batches._order(0), expected[0]) and not asks

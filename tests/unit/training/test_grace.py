@@ -47,6 +47,29 @@ def test_a_checkpoint_that_takes_longer_than_the_grace_is_said_at_start_with_wha
     assert disk == [64 << 20] * 2
 
 
+def test_torchrun_ends_its_ranks_sooner_than_the_grace_unless_it_is_told(
+    tmp_path: Path,
+    disk: list[int],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: StopRequest,
+) -> None:
+    """50 GB at 1 GB/s; torchrun's own 30 s count, not the 120 that there would be."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    Grace(tmp_path, num_bytes=50 * GB, grace_seconds=120).warn_at_signal(stop)
+    at_start, at_signal = caplog.messages
+    assert "about 50 s or more, by a trial of this disk, torchrun ends its ranks 30 s after SIGTERM: one" in at_start
+    assert "Use export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120 before torchrun, and --save-interval" in at_start
+    assert "30 s are left" in at_signal
+    caplog.clear()
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
+    Grace(tmp_path, num_bytes=50 * GB, grace_seconds=120).warn_at_signal(stop)
+    assert caplog.messages == []
+    Grace(tmp_path, num_bytes=150 * GB, grace_seconds=120)
+    assert "--grace-seconds is 120: one" in caplog.messages[0] and "TORCH_ELASTIC" not in caplog.messages[0]
+
+
 def test_ranks_share_the_checkpoint_and_a_small_one_has_a_small_trial(
     tmp_path: Path, disk: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
