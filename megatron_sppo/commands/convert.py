@@ -72,7 +72,7 @@ class VerifyConfig:
     megatron: Path
     """Root of the Megatron checkpoint, or one iter_* directory."""
     prompts: Path | None = None
-    """Text file with a prompt per line, or JSONL with `prompt`; without it eight built-in prompts."""
+    """Prompts as `rollouts` takes them (JSONL with `prompt`, ...); without it eight built-in ones."""
     json: Path | None = None
     """File to write the report to."""
     layerwise: bool = False
@@ -88,7 +88,7 @@ class CompareConfig:
     other: Annotated[Path, config.POSITIONAL]
     """The model to hold against it, likewise."""
     prompts: Path | None = None
-    """Text file with a prompt per line, or JSONL with `prompt`; without it eight built-in prompts."""
+    """Prompts as `rollouts` takes them (JSONL with `prompt`, ...); without it eight built-in ones."""
     json: Path | None = None
     """File to write the report to."""
     logits: bool = True
