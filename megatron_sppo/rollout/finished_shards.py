@@ -195,8 +195,9 @@ def open_finished_shards(
         finished = FinishedShards(directory, request, prompts, holding, num_shards=num_shards)
         if not finished.is_complete():
             (directory / MANIFEST_NAME).unlink(missing_ok=True)  # it must never name shards that are not there
-        is_new = before is None or before.prompts != prompts or holding != entered
-        if is_new or (directory / LINES_NAME).exists():
+        # What is complete stays as it is to the byte, without a record too: others know it by its digest.
+        has_news = before is None or (before.prompts != prompts and not finished.is_complete())
+        if has_news or holding != entered or (directory / LINES_NAME).exists():
             finished._fold()
         with contextlib.closing(finished):
             yield finished

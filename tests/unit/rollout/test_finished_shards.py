@@ -159,3 +159,16 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path, monkeypatch
             finished.enter(0, shard)
         monkeypatch.undo()
     assert found(tmp_path) in ([0], [])
+
+
+@pytest.mark.parametrize("record", [None, asdict(PromptsRecord(**{**vars(PROMPTS), "inputs": "2" * 64}))])
+def test_a_complete_directory_of_an_earlier_version_stays_the_same_to_the_byte(tmp_path: Path, record: Any) -> None:
+    """Self-play knows a stage's output by its digest: a look by hand at a done stage must not make it begin anew."""
+    enter(tmp_path, *range(NUM_SHARDS))
+    (tmp_path / "manifest.json").write_text("{}")
+    content = json.loads((tmp_path / "request.json").read_text())
+    content.pop("prompts")
+    (tmp_path / "request.json").write_text(json.dumps(content | ({} if record is None else {"prompts": record})))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(enter(tmp_path)) == NUM_SHARDS
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
