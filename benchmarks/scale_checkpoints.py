@@ -49,16 +49,16 @@ def importing_again(run: Run) -> dict[str, float]:
 
 
 def training(run: Run) -> dict[str, float]:
-    """Train two steps from the imported model, and save."""
+    """Train an epoch of five steps from the imported model, and save."""
     small = replace(run, size=_PROMPTS, tokens=8, shard_size=_PROMPTS)
     rollouts(replace(small, costs=type(run.costs)()))
     score(replace(small, costs=type(run.costs)()))
-    return _train(run, 2)
+    return _train(run, 5)
 
 
 def training_resumed(run: Run) -> dict[str, float]:
-    """Go on from that checkpoint for one step, and save."""
-    return _train(run, 3)
+    """Go on from that checkpoint for one step of the next epoch, and save."""
+    return _train(run, 6)
 
 
 def training_in_background(run: Run) -> dict[str, float]:
@@ -68,12 +68,12 @@ def training_in_background(run: Run) -> dict[str, float]:
 
 def training_by_two(run: Run) -> dict[str, float]:
     """Train and save on two ranks that share out the optimizer: what a save costs each."""
-    return _by_two(run, "save", 2)
+    return _by_two(run, "save", 5)
 
 
 def resuming_by_two(run: Run) -> dict[str, float]:
     """Go on from that checkpoint on both ranks: what the command costs each, the save that ends it too."""
-    return _by_two(run, "all", 3)
+    return _by_two(run, "all", 6)
 
 
 def training_rmsprop(run: Run) -> dict[str, float]:

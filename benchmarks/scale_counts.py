@@ -10,6 +10,8 @@ from benchmarks.instruments import COUNTS, install
 COUNTED = (500, 1000, 2000)
 """Prompts, where calls of functions are counted."""
 COUNTED_SHARDS = (50, 100, 200)
+COUNTED_REPORT = (640, 1280, 2560)
+"""Prompts of the report, whose tenth, held out, fills whole shards."""
 PROMPTS = (2_000, 10_000, 60_000)
 SYNTHETIC = (*PROMPTS, 600_000)
 """Of stages that need nothing but lengths and numbers."""
@@ -44,6 +46,8 @@ def counted_sizes(name: str) -> tuple[int, ...]:
     """List the sizes at which a stage's calls are counted -> ascending, each twice the one before; none of a model."""
     if name.startswith("shards"):
         return COUNTED_SHARDS
+    if name == "report":
+        return COUNTED_REPORT
     return COUNTED if sizes_of(name)[0] == PROMPTS[0] else ()
 
 
@@ -75,9 +79,11 @@ def count_stages(work: Path) -> dict[str, dict[str, list[float]]]:
 def growth(values: Sequence[float], sizes: Sequence[int], count: str) -> float:
     """Say how a count grows from the second size to the third, as a multiple of its growth to the second -> 1: linear.
 
-    What a stage costs at any size drops out. Of next to nothing, no growth is told: 1.
+    What a stage costs at any size drops out.
     """
     first, second, third = values
     slack = _SLACK.get(count, _SLACK_BYTES)
-    before, after = (second - first) / (sizes[1] - sizes[0]), (third - second) / (sizes[2] - sizes[1])
-    return 1.0 if abs(third - second) <= slack else after / max(before, slack / 4 / (sizes[1] - sizes[0]))
+    linear = (second - first) * (sizes[2] - sizes[1]) / (sizes[1] - sizes[0])
+    if third - second <= linear + slack:  # a block or a shard more, by rounding, is no growth
+        return 1.0
+    return (third - second) / max(linear, slack / 2)

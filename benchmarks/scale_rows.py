@@ -76,7 +76,7 @@ def faults(largest: int) -> tuple[Fault, ...]:
         ),
         Fault(
             id="F1",
-            metric="bytes read again in training and a save beside the weights once, of the checkpoint's",
+            metric="bytes read in training from an import and a save beside the weights once, of the checkpoint's",
             figure=_share(first_save, "bytes_read", "checkpoint_bytes", less=(("weights_bytes", 1),)),
             most=0.05,
         ),
@@ -183,7 +183,7 @@ def faults(largest: int) -> tuple[Fault, ...]:
         ),
         Fault(
             id="F11",
-            metric="bytes a parameter of RMSprop's checkpoint, float32",
+            metric="bytes a parameter of RMSprop's checkpoint, float32 (mended before)",
             figure=lambda measured: 4 * _share("save of RMSprop", "checkpoint_bytes", "weights_bytes")(measured),
             most=12.2,
         ),
@@ -251,7 +251,8 @@ def _share_of_stream(measured: Measured) -> float:
 
 def rows_of(measured: Measured, before: Measured) -> Iterator[Row]:
     """Make rows of what was measured; what was not, in either, is left out."""
-    taken = [int(size) for size in measured.get("report", {}) if not size.startswith("counts")]
+    both = [found.get("report", {}) for found in (measured, before or measured)]
+    taken = [int(size) for size in both[0] if size in both[1] and not size.startswith("counts")]
     for fault in faults(max(taken, default=0)):
         ours, theirs = _figure(fault, measured), _figure(fault, before)
         if fault.id == "F7" and ours is not None:
