@@ -136,7 +136,7 @@ memory, which imports Megatron-Core.""",
         title="C10: a training step beside a supervised step",
         text="""\
 The same Megatron model, packs, gradient buffers and optimizer. The supervised step takes all positions through the
-vocabulary, by Megatron-Core's own head and loss; ours those of the answers. Five turns on a busy machine.""",
+vocabulary, by Megatron-Core's own head and loss; ours those of the answers. Seven turns on a busy machine.""",
         command="OMP_NUM_THREADS=1 python -m benchmarks.train_step",
         files=(f"{OTHER_CPU}/train_step",),
     ),
