@@ -1,10 +1,12 @@
 """What a run reads, opened and checked against each other before any process group exists."""
 
+import contextlib
 import functools
 import logging
 from pathlib import Path
 from typing import Any
 
+from megatron_sppo.architecture import FILE_NAME as ARCHITECTURE_FILE
 from megatron_sppo.architecture import Architecture, read_architecture
 from megatron_sppo.checkpoints import distcp, megatron_checkpoint
 from megatron_sppo.checkpoints.items import Items
@@ -12,7 +14,7 @@ from megatron_sppo.checkpoints.tokenizer import is_tokenizer_of
 from megatron_sppo.command_line import launch
 from megatron_sppo.config import is_written_of, write_yaml
 from megatron_sppo.data.dataset import PreferenceDataset
-from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.errors import ConfigError, ConversionError, DataError
 from megatron_sppo.flops import crossover_length
 from megatron_sppo.model.config import check_divisibility
 from megatron_sppo.model.transformer_engine import check_machine
@@ -41,9 +43,36 @@ def open_source(config: TrainingConfig, resumed: Path | None = None) -> tuple[Pa
         ConfigError: the layout does not divide the model, the ranks or the batch.
     """
     check_machine(config.model)
+    _refuse_layout(config)
     source, architecture, tokenizer = parallel.told_by_rank_zero(
         config.parallel, functools.partial(_describe_source, config.load, resumed)
     )
+    _check_layout(config, architecture)
+    return source, architecture, {**tokenizer, "directory": source / megatron_checkpoint.HF_DIRECTORY}
+
+
+def _refuse_layout(config: TrainingConfig) -> None:
+    """Refuse what the model forbids before ranks talk to each other: of those that were asked for some may never come.
+
+    By the model.json that is there, whoever verifies it later; without one nothing is refused yet.
+
+    Raises:
+        DataError: there is nothing to start from.
+        ConfigError: the layout does not divide the model, the ranks or the batch.
+    """
+    resumes = bool(megatron_checkpoint.iterations(config.save))
+    if not resumes and not config.load.is_dir():
+        megatron_checkpoint.resolve_checkpoint(config.load)
+    for root in (config.save, config.load)[not resumes :]:
+        directory = root if (root / ARCHITECTURE_FILE).is_file() else megatron_checkpoint.tracked_directory(root)
+        if directory is not None and (directory / ARCHITECTURE_FILE).is_file():
+            with contextlib.suppress(DataError, ConversionError):
+                architecture, _ = read_architecture(directory)
+                _check_layout(config, architecture)
+            return
+
+
+def _check_layout(config: TrainingConfig, architecture: Architecture) -> None:
     world_size = launch().world_size
     parallel.check_layout(config.parallel, architecture, world_size=world_size)
     check_divisibility(
@@ -53,7 +82,6 @@ def open_source(config: TrainingConfig, resumed: Path | None = None) -> tuple[Pa
         expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
     )
     config.check_batch(data_parallel_size=world_size // config.parallel.model_parallel_size)
-    return source, architecture, {**tokenizer, "directory": source / megatron_checkpoint.HF_DIRECTORY}
 
 
 def _describe_source(load: Path, resumed: Path | None) -> tuple[Path, Architecture, dict[str, Any]]:
@@ -118,6 +146,7 @@ def find_resumable(config: TrainingConfig) -> Path | None:
     Raises:
         DataError: there are checkpoints, and none is sound.
     """
+    _refuse_layout(config)
     found = parallel.told_by_rank_zero(config.parallel, functools.partial(_newest_in, config.save))
     if found is not None:
         logger.info("resuming from %s", found)

@@ -199,6 +199,11 @@ CASES = {
         environment={"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
         words=("3", "heads"),
     ),
+    "train: nothing to start from, and the other ranks never come": Case(
+        command=f"{TRAIN.replace('{megatron}', 'nowhere')} --global-batch-size 4",
+        environment={"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+        words=("nowhere", "is not a directory"),
+    ),
     "train: more ranks asked for than there are": Case(
         command=f"{TRAIN} --tensor-model-parallel-size 2 --global-batch-size 4", words=("2", "--nproc-per-node")
     ),
