@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_sppo.command_line import TORCHRUN_GRACE_VARIABLE, job_end_time, launch, torchrun_grace_seconds
-from megatron_sppo.storage import temporary_beside
+from megatron_sppo.storage import explain_os_error, temporary_beside
 from megatron_sppo.training import parallel
 from megatron_sppo.training.config import OptimizationConfig
 from megatron_sppo.training.policy import Policy
@@ -118,5 +118,8 @@ def _write_seconds(directory: Path, num_bytes: int) -> float:
             file.flush()
             os.fsync(file.fileno())
         return time.monotonic() - begin
+    except OSError as error:
+        explain_os_error(error, directory)
+        raise
     finally:
         path.unlink(missing_ok=True)
