@@ -78,7 +78,12 @@ def test_layer_by_layer_the_logits_are_those_of_the_whole_models(
     hf = family_model(tmp_path / "hf", family, **overrides)
     import_checkpoint(hf, tmp_path / "megatron")
     opened = open_megatron(tmp_path / "megatron")
-    token_ids = prompt_token_ids(hf, opened.architecture, None)
+    token_ids = prompt_token_ids(
+        hf,
+        None,
+        vocab_size=opened.architecture.vocab_size,
+        max_position_embeddings=opened.architecture.max_position_embeddings,
+    )
     attention = "eager" if opened.architecture.attention_softcap is not None else None
     whole = prompt_logits(hf_logits(hf, "float32", attention), token_ids, "whole")
     layers: list[int] = []
