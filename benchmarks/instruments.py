@@ -11,7 +11,6 @@ that are memory-mapped are in none of the counts. Bytes hashed are those that sh
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import resource
 import sys
@@ -252,27 +251,3 @@ def _status(key: str) -> int:
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     raise KeyError(key)
-
-
-def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run a function in a forked process, which has all imports and whose memory and seconds are its own -> its result.
-
-    Raises:
-        RuntimeError: the process ended without one.
-    """
-    context = multiprocessing.get_context("fork")
-    receiving, sending = context.Pipe(duplex=False)
-    child = context.Process(target=_send, args=(sending, function, arguments))
-    child.start()
-    sending.close()
-    try:
-        return receiving.recv()
-    except EOFError:
-        child.join()
-        raise RuntimeError(f"{function.__name__}{arguments} died with exit code {child.exitcode}") from None
-    finally:
-        child.join()
-
-
-def _send(connection: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    connection.send(function(*arguments))

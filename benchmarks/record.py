@@ -176,7 +176,20 @@ def ratio_of_medians(numerator: Sequence[float], denominator: Sequence[float]) -
 
 def peak_in_child(function: Callable[..., tuple[int, int]], *arguments: Any) -> tuple[int, int]:
     """Run `function(*arguments)` in a fresh process -> what it returns, its (bytes before, peak bytes)."""
-    context = multiprocessing.get_context("spawn")
+    peak: tuple[int, int] = in_child(function, *arguments, start_method="spawn")
+    return peak
+
+
+def in_child(function: Callable[..., Any], *arguments: Any, start_method: str) -> Any:
+    """Run a function in a process whose memory and seconds are its own -> its result.
+
+    Args:
+        start_method: "spawn", a fresh one; "fork", one that has all imports.
+
+    Raises:
+        RuntimeError: the process ended without one.
+    """
+    context: Any = multiprocessing.get_context(start_method)
     receiving, sending = context.Pipe(duplex=False)
     child = context.Process(target=_send, args=(sending, function, arguments))
     child.start()
@@ -190,7 +203,7 @@ def peak_in_child(function: Callable[..., tuple[int, int]], *arguments: Any) -> 
         child.join()
 
 
-def _send(connection: Connection, function: Callable[..., tuple[int, int]], arguments: tuple[Any, ...]) -> None:
+def _send(connection: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     connection.send(function(*arguments))
 
 

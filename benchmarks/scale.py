@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.instruments import in_child, install
-from benchmarks.record import describe_machine, write_results
+from benchmarks.instruments import install
+from benchmarks.record import describe_machine, in_child, write_results
 from benchmarks.scale_counts import SETTINGS, counted_sizes, sizes_of
 from benchmarks.scale_rows import rows_of
 from megatron_sppo.command_line import run as run_tool
@@ -77,7 +77,7 @@ def main() -> None:
             key = f"{'counts ' if counts_calls else ''}{size}"
             if key in measured.get(name, {}):
                 continue
-            figures = in_child(measure_stage, name, config.work.resolve(), size, counts_calls)
+            figures = in_child(measure_stage, name, config.work.resolve(), size, counts_calls, start_method="fork")
             measured.setdefault(name, {})[key] = figures
             write_json(kept, measured)
             print(f"{name}, {size}{', counted' if counts_calls else ''}: {_words(figures)}", flush=True)
