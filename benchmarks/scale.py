@@ -70,6 +70,7 @@ def main() -> None:
 
     if unknown := set(config.stages) - set(STAGES):
         raise ConfigError(f"{sorted(unknown)[0]!r} is no stage. Use --stages with some of: {', '.join(STAGES)}.")
+    config.work.mkdir(parents=True, exist_ok=True)
     kept = config.work / "measured.json"
     measured: dict[str, dict[str, Any]] = read_json(kept) if kept.is_file() else {}
     for name in config.stages or STAGES:
