@@ -102,6 +102,12 @@ def run_tasks(
     yield from drive(team, tasks, progress=progress, size_of=size_of)
 
 
+def logs_directory(output: Path) -> Path:
+    """Name the directory of the workers' logs: beside the output that they work for."""
+    output = Path(output)
+    return output.with_name(f"{output.name}.logs")
+
+
 def _run_here(
     make_worker: Callable[[], Worker[TaskT, ResultT]], tasks: Iterable[TaskT], progress: ProgressReport
 ) -> Iterator[tuple[TaskT, ResultT]]:

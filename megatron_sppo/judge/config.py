@@ -1,9 +1,10 @@
 """Settings of the two stages that ask a judge: scoring rollouts, and evaluating a policy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from megatron_sppo.cluster.config import PoolConfig
 from megatron_sppo.config import LAYOUT, PositiveInt, Seed, check_ranges
 from megatron_sppo.data.schema import parse_selection
 from megatron_sppo.errors import ConfigError
@@ -37,7 +38,9 @@ class ScoreConfig:
     allow_no_signal: Annotated[bool, LAYOUT] = False
     """Write the dataset even where no answer is preferred to another, so that training on it would change nothing."""
     max_requests: PositiveInt | None = None
-    """Most requests to an endpoint, of each rank; cached answers cost none. Finished shards are kept."""
+    """Most requests to an endpoint, divided among the workers (one that was killed begins its share anew); cached
+    answers cost none. Finished shards are kept."""
+    pool: PoolConfig = field(default_factory=PoolConfig)
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -82,6 +85,7 @@ class EvaluateConfig:
     """Resamples of the interval."""
     seed: Seed = 0
     """Seed of the resampling."""
+    pool: PoolConfig = field(default_factory=PoolConfig)
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -3,26 +3,28 @@
 M = answers per prompt and policy, N = prompts both policies answered, R = resamples
 """
 
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from megatron_sppo.cluster.progress import StageProgress, progress_file
 from megatron_sppo.errors import DataError
 from megatron_sppo.judge.config import EvaluateConfig
 from megatron_sppo.judge.diagnostics import UNREADABLE_REMEDY, fraction, verdict_shares, warnings
-from megatron_sppo.judge.load import load_judge
-from megatron_sppo.judge.protocol import Judge, Unjudged, judge_groups
+from megatron_sppo.judge.protocol import Judge, Unjudged, Verdict, judge_groups
 from megatron_sppo.judge.stored_groups import StoredGroups
+from megatron_sppo.judge.workers import PooledJudge, Progress, open_judge
 from megatron_sppo.objective import preference_matrix
 from megatron_sppo.objective.diagnostics import TIE_TOLERANCE
-from megatron_sppo.rollout.records import RolloutGroup
+from megatron_sppo.rollout.records import Response, RolloutGroup
 from megatron_sppo.storage import refuse_foreign_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -47,21 +49,23 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         DataError: rollouts that cannot be read, or no prompt that both policies answered.
             Or the judge calls every pair of different answers a tie.
-        ConfigError: a judge that cannot be loaded.
+        ConfigError: a judge that cannot be loaded, or a pool that cannot be had.
     """
     refuse_foreign_file(config.output, ours="win_rate_vs_base", flag="--output")
-    judge = load_judge(
-        config.judge, preset=config.preset, after=config.judge_after, verdict_tokens=config.verdict_tokens
+    policy, opponents = StoredGroups(config.policy), {"base": StoredGroups(config.base)}
+    if config.previous != config.base:  # in the first iteration pi_1 is both
+        opponents["previous"] = StoredGroups(config.previous)
+    judge = open_judge(
+        config.judge,
+        pool=config.pool,
+        preset=config.preset,
+        after=config.judge_after,
+        verdict_tokens=config.verdict_tokens,
     )
-    policy = StoredGroups(config.policy)
-    rates: dict[str, dict[str, float]] = {}
-    for name, directory in (("base", config.base), ("previous", config.previous)):
-        if name == "previous" and config.previous == config.base:
-            rates[name] = rates["base"]  # the first iteration: pi_1 is both
-        else:
-            rates[name] = cross_win_rates(judge, policy, StoredGroups(directory), against=name)
+    rates, counts = cross_win_rates(judge, policy, opponents, output=config.output)
+    rates.setdefault("previous", rates["base"])
     if not config.allow_no_signal:
-        check_signal(judge.counts, judge=judge.name)
+        check_signal(counts, judge=judge.name)
     intervals = {
         name: bootstrap(list(of_prompt.values()), resamples=config.bootstrap_resamples, seed=config.seed)
         for name, of_prompt in rates.items()
@@ -72,7 +76,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "win_rate_vs_previous": asdict(intervals["previous"]),
         "mean_response_tokens": policy.mean_answer_tokens,
         "bootstrap_resamples": config.bootstrap_resamples,
-        "warnings": warnings(_shares(judge.counts, policy)),
+        "warnings": warnings(_shares(counts, policy)),
         "prompts": [
             {
                 "prompt_id": prompt_id,
@@ -117,54 +121,124 @@ def _shares(counts: Counter[str], policy: StoredGroups) -> dict[str, float | Non
 
 
 def cross_win_rates(
-    judge: Judge, policy: Mapping[str, RolloutGroup], opponent: Mapping[str, RolloutGroup], *, against: str
-) -> dict[str, float]:
-    """Judge every answer of the policy against every one of the opponent -> {prompt_id: mean P(policy's > opponent's)}.
+    judge: PooledJudge,
+    policy: Mapping[str, RolloutGroup],
+    opponents: Mapping[str, Mapping[str, RolloutGroup]],
+    *,
+    output: Path,
+) -> tuple[dict[str, dict[str, float]], Counter[str]]:
+    """Judge every answer of the policy against every one of each opponent -> (rates, what the verdicts are).
 
-    P is the paper's: sigmoid((L_ij - L_ji) / 2), both orders asked. A prompt that one side lacks is left out
-    and counted.
+    The rates are {opponent: {prompt_id: mean P(policy's > opponent's)}}. P is the paper's:
+    sigmoid((L_ij - L_ji) / 2), both orders asked. A prompt that one side lacks is left out and counted, and so is one
+    that the judge cannot judge. Each side's groups are asked for once, a few at a time: they may lie on a disk.
 
-    Each side's groups are asked for once, a few at a time: they may lie on a disk.
-    A prompt that the judge cannot judge is left out as well. What the verdicts are is counted in the judge's `counts`.
+    Args:
+        output: what comes of it: the progress is told, and workers' logs are kept, beside it.
 
     Raises:
-        DataError: no prompt has answers of both, or none could be judged.
+        DataError: no prompt has answers of both, or none could be judged. Others are the pool's.
     """
+    shared = {name: _shared(policy, opponent, against=name) for name, opponent in opponents.items()}
+    found: dict[str, dict[str, float]] = {name: {} for name in opponents}
+    counts: Counter[str] = Counter()
+    total = sum(map(len, shared.values()))
+    stage = f"judging with {judge.name}"
+    with StageProgress(
+        progress_file(output), stage=stage, unit="prompts", total=total, done=0, amount_unit="pairs"
+    ) as progress:
+        judged = judge.work_off(_tasks(policy, opponents, shared), progress=progress, output=output)
+        with contextlib.closing(judged):
+            for task, result in judged:
+                counts += result.counts
+                for group, num_policy, verdict in zip(task.groups, task.num_policy, result.verdicts, strict=True):
+                    if isinstance(verdict, Unjudged):
+                        counts["unjudged"] += 1
+                        logger.warning("prompt %s is left out: %s.", group.prompt_id, verdict.reason)
+                        continue
+                    logits = torch.as_tensor(verdict, dtype=torch.float64)
+                    preferences = preference_matrix(logits)[:num_policy, num_policy:]
+                    found[task.against][group.prompt_id] = preferences.mean().item()
+                    _count(counts, logits, preferences, group.responses)
+    for name, prompt_ids in shared.items():
+        if not found[name]:
+            raise DataError(f"{judge.name} could judge none of {len(prompt_ids)} prompts. The warnings above say why.")
+        # In the prompts' order, whichever worker was first: the resampling draws by place.
+        found[name] = {prompt_id: found[name][prompt_id] for prompt_id in prompt_ids if prompt_id in found[name]}
+    return found, counts
+
+
+def _shared(policy: Mapping[str, RolloutGroup], opponent: Mapping[str, RolloutGroup], *, against: str) -> list[str]:
+    """Choose the prompts that both sides have answered -> prompt_ids."""
     shared = [prompt_id for prompt_id in policy if prompt_id in opponent]
     if not shared:
         raise DataError(f"policy and {against} answered no common prompt. Sample both on the same held-out prompts.")
     if left_out := len(policy) + len(opponent) - 2 * len(shared):
         logger.warning("%d held-out answers have no counterpart against %s and are left out.", left_out, against)
-    rates: dict[str, float] = {}
-    with tqdm(total=len(shared), desc=f"judging against {against}", unit="prompt", disable=None) as bar:
-        for start in range(0, len(shared), _PROMPTS_PER_CALL):
-            prompt_ids = shared[start : start + _PROMPTS_PER_CALL]
-            pairs = [(policy[prompt_id], opponent[prompt_id]) for prompt_id in prompt_ids]
-            verdicts = judge_groups(judge, [join_groups(ours, theirs) for ours, theirs in pairs])
-            for prompt_id, (ours, theirs), verdict in zip(prompt_ids, pairs, verdicts, strict=True):
-                if isinstance(verdict, Unjudged):
-                    judge.counts["unjudged"] += 1
-                    logger.warning("prompt %s is left out: %s.", prompt_id, verdict.reason)
-                    continue
-                num_policy = len(ours.responses)
-                logits = torch.as_tensor(verdict, dtype=torch.float64)
-                preferences = preference_matrix(logits)[:num_policy, num_policy:]
-                rates[prompt_id] = preferences.mean().item()
-                _count(judge.counts, logits, preferences, ours, theirs)
-            bar.update(len(prompt_ids))
-    if not rates:
-        raise DataError(f"{judge.name} could judge none of {len(shared)} prompts. The warnings above say why.")
-    return rates
+    return shared
 
 
-def _count(
-    counts: Counter[str], logits: Tensor, preferences: Tensor, policy: RolloutGroup, opponent: RolloutGroup
-) -> None:
+def _tasks(
+    policy: Mapping[str, RolloutGroup],
+    opponents: Mapping[str, Mapping[str, RolloutGroup]],
+    shared: Mapping[str, list[str]],
+) -> "Iterator[_PairsTask]":
+    """Give out a few prompts at a time -> tasks."""
+    batches = (
+        (name, prompt_ids[start : start + _PROMPTS_PER_CALL])
+        for name, prompt_ids in shared.items()
+        for start in range(0, len(prompt_ids), _PROMPTS_PER_CALL)
+    )
+    for index, (name, prompt_ids) in enumerate(batches):
+        pairs = [(policy[prompt_id], opponents[name][prompt_id]) for prompt_id in prompt_ids]
+        yield _PairsTask(
+            index=index,
+            against=name,
+            groups=tuple(join_groups(ours, theirs) for ours, theirs in pairs),
+            num_policy=tuple(len(ours.responses) for ours, _ in pairs),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PairsTask:
+    """Some prompts, each with both sides' answers in one group."""
+
+    index: int
+    against: str
+    groups: tuple[RolloutGroup, ...]
+    num_policy: tuple[int, ...]
+    """Of each group, how many answers are the policy's: the first ones."""
+
+    def __str__(self) -> str:
+        return f"the held-out prompts {self.groups[0].prompt_id} to {self.groups[-1].prompt_id} against {self.against}"
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.groups)
+
+    def judged(self, judge: Judge, on_progress: Progress) -> "_JudgedPairs":
+        before = Counter(judge.counts)
+        verdicts = judge_groups(judge, self.groups)
+        num_pairs = sum(len(group.responses) * (len(group.responses) - 1) for group in self.groups)
+        on_progress(len(self.groups), num_pairs)
+        return _JudgedPairs(index=self.index, verdicts=tuple(verdicts), counts=judge.counts - before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _JudgedPairs:
+    """What came of some prompts."""
+
+    index: int
+    verdicts: tuple[Verdict, ...]
+    counts: Counter[str]
+
+
+def _count(counts: Counter[str], logits: Tensor, preferences: Tensor, responses: Sequence[Response]) -> None:
     """Count the pairs of different answers, those that are tied, and those in which the same place wins both times."""
-    num_policy = len(policy.responses)
+    num_policy = len(preferences)
     there, back = logits[:num_policy, num_policy:], logits[num_policy:, :num_policy].T
-    theirs = [response.text for response in opponent.responses]
-    different = torch.tensor([[response.text != text for text in theirs] for response in policy.responses])
+    texts = [response.text for response in responses]
+    different = torch.tensor([[ours != theirs for theirs in texts[num_policy:]] for ours in texts[:num_policy]])
     tied = (preferences - 0.5).abs() <= TIE_TOLERANCE
     counts["cross_pairs"] += int(different.sum())
     counts["tied_cross_pairs"] += int((different & tied).sum())

@@ -22,8 +22,8 @@ from megatron_sppo.checkpoints.file_digests import sha256_of_files
 from megatron_sppo.checkpoints.pretrained import load_pretrained
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError, ConversionError
-from megatron_sppo.judge.model_files import load_tokenizer, local_directory
-from megatron_sppo.judge.protocol import Unjudged, Verdict, count_pairs, distinct
+from megatron_sppo.judge.model_files import default_dtype, load_tokenizer, local_directory
+from megatron_sppo.judge.protocol import JudgeIdentity, Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.judge.source import UnreadableGroup
 from megatron_sppo.rollout.chat_template import TEMPLATE_FAULTS
 from megatron_sppo.rollout.records import Turn
@@ -37,11 +37,29 @@ _PLAIN = ("QUESTION", "ANSWER", "QUESTION")
 """Texts that no template knows: what else their rendering holds is the template's own."""
 
 
+def reward_identity(checkpoint: str, *, dtype: str) -> JudgeIdentity:
+    """Name a reward model by its files, unloaded -> JudgeIdentity.
+
+    Raises:
+        ConfigError: no such checkpoint.
+    """
+    directory = local_directory(checkpoint, _FILES, spec="reward")
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    digests = dict(zip((path.name for path in files), sha256_of_files(files), strict=True))
+    return JudgeIdentity(
+        name=f"reward:{checkpoint} (Bradley-Terry)",
+        fingerprint=sha256_of_json({"reward": digests, "dtype": dtype}),
+    )
+
+
 class RewardJudge:
     """A sequence classifier with one logit; unless told otherwise float32 on the CPU, bfloat16 on a GPU."""
 
-    def __init__(self, checkpoint: str, *, dtype: str | None = None) -> None:
+    def __init__(self, checkpoint: str, *, dtype: str | None = None, device: str | None = None) -> None:
         """Load model and tokenizer.
+
+        Args:
+            device: "cpu" or "cuda"; None: a GPU where there is one.
 
         Raises:
             ConfigError: no such checkpoint, another number of logits, or no chat template.
@@ -50,8 +68,8 @@ class RewardJudge:
         from transformers import AutoModelForSequenceClassification
 
         directory = local_directory(checkpoint, _FILES, spec="reward")
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or ("float32" if self._device.type == "cpu" else "bfloat16")
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or default_dtype(self._device.type)
         try:
             self._model: Any = load_pretrained(
                 AutoModelForSequenceClassification, directory, dtype=getattr(torch, dtype)
@@ -70,10 +88,8 @@ class RewardJudge:
         if not self._tokenizer.chat_template:
             raise ConfigError(f"{directory} has no chat template. Add the one that it was trained with.")
         self._model.to(self._device).eval().requires_grad_(False)
-        self.name = f"reward:{checkpoint} (Bradley-Terry)"
-        files = sorted(path for path in directory.iterdir() if path.is_file())
-        digests = dict(zip((path.name for path in files), sha256_of_files(files), strict=True))
-        self.fingerprint = sha256_of_json({"reward": digests, "dtype": dtype})
+        identity = reward_identity(checkpoint, dtype=dtype)
+        self.name, self.fingerprint = identity.name, identity.fingerprint
         self.counts: Counter[str] = Counter()
         self._markers, self._marker_ids = self._find_markers(directory)
         self._num_embeddings = int(self._model.get_input_embeddings().num_embeddings)

@@ -32,7 +32,7 @@ from megatron_sppo.judge.load import load_judge
 from megatron_sppo.judge.score import merge_scores
 from megatron_sppo.judge.shard_files import ShardKey, is_complete, read_scores, scores_path
 from megatron_sppo.judge.shard_scores import _Shards, score_rollouts
-from megatron_sppo.judge.work_list import WorkList
+from megatron_sppo.judge.workers import pooled_here
 from megatron_sppo.rollout.records import RolloutGroup, read_manifest, read_rollouts
 from tests.unit.judge.groups import group_of, random_group
 from tests.unit.judge.naive_dataset import dataset_files
