@@ -232,7 +232,7 @@ def _inspection(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> Insp
         **training
         | {
             "load": paths.checkpoint(iteration),
-            "reference": paths.checkpoint(iteration - 1),
+            "reference": (paths.checkpoint(iteration - 1),),
             "data": paths.of(iteration, "dataset"),
             "save": Path(),
             "output": paths.token_log_ratios(iteration),

@@ -238,6 +238,7 @@ def test_all_but_the_layout_decides() -> None:
             *("pipeline_model_parallel_size", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
             *("virtual_pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"),
             *("sequence_parallel", "async_save", "keep_last", "grace_seconds", "reference_piece_seconds"),
+            "reference",
         },
         GenerateConfig: {"model", "prompts", "output", "allow_no_signal", "tensor_parallel_size", "server"},
         ScoreConfig: {"output", "rollouts", "allow_no_signal"},
