@@ -177,8 +177,8 @@ class ShardTask:
             scores = self._judge_windows(judge, writer, on_progress)
             if scores is None or (self.stored and self.stored.judge_logits.shape != scores.judge_logits.shape):
                 raise DataError(
-                    f"beside --output lie scores of {self} that are of other rows. Remove the hidden directory there that "
-                    "ends in .scores, and run the same command again."
+                    f"beside --output lie scores of {self} that are of other rows. Remove the hidden directory there "
+                    "that ends in .scores, and run the same command again."
                 )
             writer.finish(scores, self.key)
         return JudgedShard(index=self.index, file=file, num_pairs=0 if self.stored else scores.counts["pairs"])
