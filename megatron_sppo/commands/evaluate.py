@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_sppo.config import parse
+from megatron_sppo.config import parse, to_dict
 from megatron_sppo.judge.config import EvaluateConfig
 
 
@@ -20,9 +20,16 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     """Evaluate and print both win rates."""
     config = parse(Command, name=name, argv=argv, description=__doc__ or "")
     from megatron_sppo.judge.evaluation import evaluate  # brings torch, which --help need not wait for
-    from megatron_sppo.selfplay.summary import rate_text
+    from megatron_sppo.selfplay.summary import evaluation_metrics, rate_text
+    from megatron_sppo.tracking.run import start
 
-    result = evaluate(config)
+    settings = to_dict(config)
+    with start(
+        config.tracking, directory=config.output.parent, kind="evaluate", settings=settings, keeps_id=False
+    ) as tracked:
+        result = evaluate(config)
+        tracked.log(1, evaluation_metrics(result))
+        tracked.attach(config.output)
     if config.json:
         print(json.dumps({key: value for key, value in result.items() if key != "prompts"}))
         return

@@ -112,11 +112,10 @@ def iteration_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int, *,
         outputs=(dataset,),
     )
     previous = paths.checkpoint(iteration - 1)
+    training = replace(config.training, run=replace(config.training.run, tracking=config.tracking_of(iteration)))
     yield Stage(
         name=f"{prefix}-train",
-        command=_command(
-            config, "train", *_flags(replace(config.training, load=previous, data=dataset, save=checkpoint))
-        ),
+        command=_command(config, "train", *_flags(replace(training, load=previous, data=dataset, save=checkpoint))),
         inputs=(previous, dataset),
         outputs=(checkpoint,),
     )

@@ -5,7 +5,7 @@ stages' real configs, without what self-play decides.
 """
 
 import shlex
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +14,7 @@ from megatron_sppo.config import LAYOUT, NonNegativeInt, PositiveInt, Seed, Sett
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.config import ScoreConfig
 from megatron_sppo.rollout.config import GenerateConfig, Temperature, TopP
+from megatron_sppo.tracking.config import OFFLINE_NAME, TrackingConfig
 from megatron_sppo.training.config import TrainingConfig
 
 MIN_RESAMPLES = 2000
@@ -201,6 +202,7 @@ class SelfPlayConfig:
         TrainingConfig, SettingsOf(TrainingConfig, name="training", decided=_OF_TRAINING, by="self-play")
     ]
     """Settings of `megatron-sppo train`, NAME=VALUE. In YAML a mapping, such as `training: {lr: 5e-7}`."""
+    tracking: Annotated[TrackingConfig, LAYOUT] = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         if (self.rollout.server or self.rollout.rollout_options.servers.server) and self.run.iterations > 1:
@@ -208,6 +210,19 @@ class SelfPlayConfig:
                 f"server is given with {self.run.iterations} iterations, but a server keeps the model that it was "
                 "started with. Use --iterations 1, or leave --server out."
             )
+
+    def tracking_of(self, iteration: int) -> TrackingConfig:
+        """Spell who is told of an iteration's training: whom the run tells, unless training has its own -> config."""
+        own, shared = self.training.run.tracking, self.tracking
+        if own != TrackingConfig() or shared.tracker == TrackingConfig().tracker:
+            return own
+        name = shared.tracker_run_name or self.run.output.absolute().name
+        return replace(
+            shared,
+            tracker_run_name=f"{name}-iter_{iteration}",
+            tracker_group=shared.tracker_group or name,
+            tracker_dir=shared.tracker_dir or self.run.output / OFFLINE_NAME,
+        )
 
     @property
     def eval_num_responses(self) -> int:
