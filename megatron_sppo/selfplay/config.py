@@ -43,14 +43,17 @@ class RunConfig:
 
     model: Annotated[Path, LAYOUT]
     """Hugging Face directory of the start model: pi_1, and the base of the evaluation."""
-    prompts: Annotated[Path, LAYOUT]
-    """Prompts (JSONL, Parquet, dataset directory). Held-out rows are for the evaluation only."""
+    prompts: Annotated[tuple[Path, ...], LAYOUT]
+    """Prompts: a file (JSONL, Parquet, ...), a dataset directory or hub:NAME[:SUBSET][@SPLIT]. Several of them are one
+    for each iteration, such as the thirds of UltraFeedback that SPPO's authors publish. Held-out rows are for the
+    evaluation only."""
     output: Annotated[Path, LAYOUT]
     """Run directory. The same command again resumes it."""
     iterations: PositiveInt = 3
     """Rounds of rollouts, scoring and training."""
     prompts_per_iteration: Literal["disjoint", "all"] = "disjoint"
-    """disjoint: each iteration trains on its own part of the prompts (paper: thirds). all: on all of them."""
+    """disjoint: each iteration trains on its own part of the prompts (paper: thirds), or on its own --prompts where
+    there are several. all: on all of them."""
     max_prompts_per_iteration: PositiveInt | None = None
     """Most prompts of one iteration; the rest of its part is not used. None: all of them."""
     train_split: str | None = None
@@ -84,6 +87,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if not self.prompts:
+            raise ConfigError("prompts names no file. Use --prompts FILE or --prompts hub:NAME.")
+        if 1 < len(self.prompts) < self.iterations and self.prompts_per_iteration == "disjoint":
+            raise ConfigError(
+                f"{len(self.prompts)} prompts are given, each for an iteration of its own, and {self.iterations} "
+                f"iterations. Use --iterations {len(self.prompts)}, one --prompts, or --prompts-per-iteration all."
+            )
         for name in ("rollout_command", *LAUNCHERS):
             _check_command(name, getattr(self, name))
         if self.rollout_command and self.rollout_launcher:
@@ -262,7 +272,8 @@ def check_unchanged(before: SelfPlayConfig, now: SelfPlayConfig, run_dir: Path) 
         ConfigError: names the first setting that differs, with both values.
     """
     old, new = config_files.deciding(before), config_files.deciding(now)
-    if now.run.prompts_per_iteration == "all" and now.run.iterations > before.run.iterations:
+    is_divided = now.run.prompts_per_iteration == "disjoint" and len(now.run.prompts) == 1
+    if not is_divided and now.run.iterations > before.run.iterations:
         old["run.iterations"] = new["run.iterations"]
     if now.rollout.rollout_options.shard_size is None:
         del old["rollout.rollout_options.shard_size"]
