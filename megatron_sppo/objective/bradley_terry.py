@@ -17,8 +17,8 @@ _GRADIENT_TOLERANCE = 1e-12
 def bradley_terry(wins: Tensor, *, anchor: int) -> Tensor:
     """Fit strengths by maximum likelihood -> [..., P] float64 in nats, the anchor's 0; NaN where no maximum exists.
 
-    Maximises sum_pq wins_pq log sigmoid(s_p - s_q) (Hunter 2004), concave, by Newton's steps. Wins may be fractions: of a
-    mean preference of 0.7, 0.7 are one's and 0.3 the other's.
+    Maximises sum_pq wins_pq log sigmoid(s_p - s_q) (Hunter 2004), concave, by Newton's steps. Wins may be fractions: of
+    a mean preference of 0.7, 0.7 are one's and 0.3 the other's.
     No maximum exists where the players fall into two sets, and no one of the second ever beats one of the first: the
     strengths would go to infinity.
 

@@ -35,4 +35,3 @@ def hodge_split(flow: Tensor) -> HodgeSplit:
     score = flow.mean(dim=-1)
     transitive = score.unsqueeze(-1) - score.unsqueeze(-2)
     return HodgeSplit(score, transitive, flow - transitive)
-

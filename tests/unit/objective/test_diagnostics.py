@@ -38,8 +38,8 @@ def test_a_circle_is_all_cycle_and_a_ladder_none():
 
 
 def test_the_cyclic_share_s_interval_is_that_of_a_binomial_where_each_prompt_is_one_or_the_other():
-    """400 prompts of equal energy, half of them all circle: the share of a resample is binomial, 1.96 * sqrt(0.25 / 400)
-    = 0.049 about 1/2. Of equal prompts it has no width, of ties it is not defined."""
+    """400 prompts of equal energy, half of them all circle: a resample's share is binomial, 1.96 * sqrt(0.25 / 400) =
+    0.049 about 1/2. Of equal prompts it has no width, of ties it is not defined."""
     half = np.tile([0.0, 3.0], 200)
     low, high = cyclic_interval(half, np.full(400, 3.0), resamples=8000)
     assert (low, high) == pytest.approx((0.451, 0.549), abs=0.004)
