@@ -3,7 +3,7 @@
 import itertools
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +24,18 @@ class PromptParts:
     """Rows of the file that cannot be used."""
 
 
-def divide_prompts(run: RunConfig, evaluation: EvaluationConfig) -> PromptParts:
+def divide_prompts(run: RunConfig, evaluation: EvaluationConfig, *, keep_columns: Collection[str] = ()) -> PromptParts:
     """Read the prompts and divide them -> PromptParts. The same file and seed give the same parts.
+
+    Args:
+        keep_columns: columns that travel with the prompts, beside those that known judges read.
 
     Raises:
         DataError: the prompts cannot be read.
         ConfigError: no held-out rows where they are asked for, or fewer prompts than iterations.
     """
-    everything = read_prompts(run.prompts, split=run.train_split)
-    heldout = _heldout(run, evaluation, everything)
+    everything = read_prompts(run.prompts, split=run.train_split, keep_columns=keep_columns)
+    heldout = _heldout(run, evaluation, everything, keep_columns)
     heldout_ids = {prompt.prompt_id for prompt in heldout}
     training = [prompt for prompt in everything.prompts if prompt.prompt_id not in heldout_ids]
     random.Random(run.seed).shuffle(training)
@@ -49,14 +52,19 @@ def divide_prompts(run: RunConfig, evaluation: EvaluationConfig) -> PromptParts:
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
     """Write prompts as JSON lines, atomically; a file that holds just that is left alone."""
-    lines = [json.dumps({"prompt_id": prompt.prompt_id, "messages": list(prompt.messages)}) for prompt in prompts]
+    lines = [
+        json.dumps({"prompt_id": prompt.prompt_id, "messages": list(prompt.messages), **(prompt.columns or {})})
+        for prompt in prompts
+    ]
     text = "".join(f"{line}\n" for line in lines)
     if not (path.is_file() and path.read_text(encoding="utf-8") == text):
         with atomic_file(path) as file:
             file.write(text)
 
 
-def _heldout(run: RunConfig, evaluation: EvaluationConfig, everything: PromptSet) -> tuple[Prompt, ...]:
+def _heldout(
+    run: RunConfig, evaluation: EvaluationConfig, everything: PromptSet, keep_columns: Collection[str]
+) -> tuple[Prompt, ...]:
     count = evaluation.heldout_prompts
     if count == 0:
         return ()
@@ -68,7 +76,7 @@ def _heldout(run: RunConfig, evaluation: EvaluationConfig, everything: PromptSet
             )
         return tuple(random.Random(run.seed).sample(list(everything.prompts), count))
     try:
-        return read_prompts(run.prompts, split=run.heldout_split).prompts
+        return read_prompts(run.prompts, split=run.heldout_split, keep_columns=keep_columns).prompts
     except ConfigError:
         raise ConfigError(
             f'{run.prompts} has no rows with "split": "{run.heldout_split}" for the evaluation. '
