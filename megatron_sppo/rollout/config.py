@@ -155,8 +155,8 @@ class GenerateConfig:
     model: Annotated[Path, LAYOUT]
     """Hugging Face directory of the policy; its tokenizer and chat template make the prompts' token ids."""
     prompts: Annotated[Path, LAYOUT]
-    """File (.jsonl, .json, .csv, .tsv, .parquet, plain or .gz, .zst) or dataset directory: rows with `prompt` or
-    `messages`, or in the columns of ShareGPT, UltraFeedback, HH, Nectar, Alpaca or Orca."""
+    """File (.jsonl, .json, .csv, .tsv, .parquet, plain or .gz, .zst), dataset directory or hub:NAME[:SUBSET][@SPLIT]:
+    rows with `prompt` or `messages`, or in the columns of ShareGPT, UltraFeedback, HH, Nectar, Alpaca or Orca."""
     output: Annotated[Path, LAYOUT]
     """Directory for the rollouts; the same command again resumes there."""
     num_responses: PositiveInt
@@ -174,7 +174,7 @@ class GenerateConfig:
     split: str | None = None
     """Keep the rows of this split only, such as train or heldout."""
     subset: str | None = None
-    """The subset of a dataset directory that holds several."""
+    """The subset of a dataset directory, or of a data set of the hub, that holds several."""
     offset: NonNegativeInt = 0
     """Prompts to skip."""
     limit: PositiveInt | None = None
