@@ -11,7 +11,8 @@ import os
 import sys
 from typing import IO, Any
 
-from megatron_sppo.judge.checks import RefusedChecks, UncheckedAnswer, load_checks
+from megatron_sppo.judge.checks import Check, RefusedChecks, UncheckedAnswer
+from megatron_sppo.judge.own_scorer import load_scorer
 
 _GRACE_SECONDS = 10.0
 """The parent ends a check that takes too long; should it be gone, the child ends itself so much later."""
@@ -42,6 +43,29 @@ def main(target: str, seconds: float) -> None:
 def _reply(replies: IO[str], content: dict[str, Any]) -> None:
     replies.write(json.dumps(content) + "\n")
     replies.flush()
+
+
+def load_checks(target: str) -> tuple[Check, dict[str, str]]:
+    """Load what a target names -> (check, versions of what decides its verdicts).
+
+    Raises:
+        RefusedChecks: a library is missing, or a file without such a function.
+    """
+    try:
+        if target == "ifeval":
+            from megatron_sppo.judge.instructions import check_instructions, versions
+
+            return check_instructions, versions()
+        if target == "math":
+            from megatron_sppo.judge.mathematics import check_mathematics, versions
+
+            return check_mathematics, versions()
+    except ImportError as error:
+        raise RefusedChecks(
+            f"--judge verifiable:{target} needs a package that is not installed ({error}). "
+            "Run: pip install 'megatron-sppo[verifiable]'"
+        ) from None
+    return load_scorer(target), {}
 
 
 if __name__ == "__main__":
