@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from megatron_sppo.cluster.config import PoolConfig
 from megatron_sppo.config import LAYOUT, NonNegativeInt, PositiveFloat, PositiveInt, Range, Seed, check_ranges
 from megatron_sppo.errors import ConfigError
 
@@ -184,7 +185,7 @@ class GenerateConfig:
     the right answers of mathematical sets travel by themselves."""
     shard_size: PositiveInt | None = None
     """Prompts per shard; the shards at work are what a kill can cost. None: that of the rollouts that --output already
-    has some of; else 512 where there is a GPU, 64 on a CPU or with --server."""
+    has some of; else 64 on a CPU or with --server, and on GPUs as many as make 4096 shards, 16 to 512."""
     max_model_len: PositiveInt | None = None
     """Most tokens of prompt and answer together; None takes the model's. Longer prompts are set aside."""
     allow_no_signal: Annotated[bool, LAYOUT] = False
@@ -192,9 +193,16 @@ class GenerateConfig:
     template: TemplateConfig = field(default_factory=TemplateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     servers: ServerConfig = field(default_factory=ServerConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.servers.server and not self.pool.is_embedded:
+            given = f"--ray {self.pool.ray}" if self.pool.ray else f"--workers {self.pool.workers}"
+            raise ConfigError(
+                f"--server asks all servers from this process, and {given} starts engines. Use one of them; several "
+                "servers are --server URL URL."
+            )
         if self.max_model_len is not None and self.max_model_len <= self.max_tokens:
             raise ConfigError(
                 f"max_model_len ({self.max_model_len}) leaves no room for a prompt beside max_tokens "

@@ -22,7 +22,7 @@ _NOWHERE = Path("decided-by-self-play")
 _OF_ROLLOUTS: dict[str, Any] = {"model": _NOWHERE, "prompts": _NOWHERE, "output": _NOWHERE, "seed": 0}
 _OF_ROLLOUTS |= {"num_responses": 2, "max_tokens": 1}
 _OF_SCORING: dict[str, Any] = {"rollouts": _NOWHERE, "output": _NOWHERE, "from_dataset": None, "judge": "pairrm:"}
-_OF_TRAINING: dict[str, Any] = {"load": _NOWHERE, "data": _NOWHERE, "save": _NOWHERE}
+_OF_TRAINING: dict[str, Any] = {"load": _NOWHERE, "data": _NOWHERE, "save": _NOWHERE, "reference": ()}
 """What self-play decides of each stage, with stand-ins."""
 
 
@@ -61,6 +61,9 @@ class RunConfig:
     """`split` of the prompts for the evaluation."""
     seed: Seed = 0
     """Decides the order of the prompts, the rollouts' seeds and the bootstrap. Training has its own `seed`."""
+    past_policies: PositiveInt = 2
+    """Earlier policies that objective mnpo mixes with pi_t: those of so many iterations before it, as far as there are
+    any. Of no effect with other objectives."""
     keep_last: Annotated[PositiveInt | None, LAYOUT] = None
     """Iterations whose checkpoints and Hugging Face exports are kept, the newest ones; older ones are removed when an
     iteration has ended. Start model, rollouts, datasets and results stay. None: all are kept. How many checkpoints each
@@ -218,6 +221,22 @@ class SelfPlayConfig:
             raise ConfigError(
                 f"server is given with {self.run.iterations} iterations, but a server keeps the model that it was "
                 "started with. Use --iterations 1, or leave --server out."
+            )
+        if self.training.objective.objective == "mnpo":
+            self._check_past_policies()
+
+    def _check_past_policies(self) -> None:
+        """Refuse weights that are not one for each earlier policy, and to remove policies that will be read."""
+        past, weights = self.run.past_policies, self.training.objective.reference_weights
+        if weights and len(weights) != past:
+            raise ConfigError(
+                f"{len(weights)} reference_weights are given for past_policies {past}. "
+                f"Use --past-policies {len(weights)}, or as many weights."
+            )
+        if self.run.keep_last is not None and self.run.keep_last <= past:
+            raise ConfigError(
+                f"keep_last is {self.run.keep_last}, and objective mnpo reads pi_t and {past} policies before it. "
+                f"Use --keep-last {past + 1}, or a smaller --past-policies."
             )
 
     @property
