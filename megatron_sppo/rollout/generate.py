@@ -11,12 +11,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_sppo.checkpoints.model_files import ModelFiles, read_model_files
+from megatron_sppo.checkpoints.model_files import ModelFiles, model_hash, read_model_files
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import ChatTokenizer, TokenizedPrompt
 from megatron_sppo.rollout.config import GenerateConfig, Sampling
 from megatron_sppo.rollout.finished_shards import FinishedShard, FinishedShards, open_finished_shards, read_earlier_job
 from megatron_sppo.rollout.outcomes import count_outcomes, outcome_warnings
+from megatron_sppo.rollout.policy import Policy
 from megatron_sppo.rollout.prepared import PreparedPrompts, PromptsRecord, inputs_hash, prepare_prompts
 from megatron_sppo.rollout.prompts import PromptRows
 from megatron_sppo.rollout.records import (
@@ -344,5 +345,6 @@ def _groups(prompts: Sequence[TokenizedPrompt], answers: Sequence[Answer]) -> tu
 
 def _start_sampler(config: GenerateConfig, max_model_len: int) -> Sampler:
     if config.servers.server:
-        return ServerSampler(config.servers, max_model_len=max_model_len)
+        policy = Policy(directory=config.model, model_hash=model_hash(config.model), room=max_model_len)
+        return ServerSampler(config.servers, max_model_len=max_model_len, policy=policy)
     return VllmSampler(config.model, config=config.engine, max_model_len=max_model_len, seed=config.seed)

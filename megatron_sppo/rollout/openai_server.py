@@ -54,7 +54,7 @@ class HttpError(ServerFault):
 class OpenAIServer:
     """One base URL and its key. Threads may share it."""
 
-    def __init__(self, url: str, *, key: str, timeout_seconds: float) -> None:
+    def __init__(self, url: str, *, key: str, timeout_seconds: float, follows_redirects: bool = True) -> None:
         import openai  # a second of CPU time
 
         self._openai, self._key = openai, key
@@ -66,6 +66,7 @@ class OpenAIServer:
                 timeout=timeout_seconds,
                 max_retries=0,
                 http_client=openai.DefaultHttpxClient(
+                    follow_redirects=follows_redirects,
                     # A proxy cannot reach our own loopback.
                     trust_env=not _is_loopback(urlsplit(url).hostname or ""),
                     event_hooks={"request": [_strip], "response": [_bound]},
