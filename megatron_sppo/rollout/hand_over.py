@@ -121,7 +121,8 @@ def prove(server: AskedServer, policy: Policy, *, must_be_sure: bool) -> Proof:
     after = _ask(server, policy)
     fault = _fault(after, policy)
     if fault is not None:
-        raise Unproven(f"it answered that it had loaded {policy.directory}, but {fault}. Restart it, and see its log.")
+        remedy = "Restart it, and see its log" if after.sums is not None else _RESTART
+        raise Unproven(f"it answered that it had loaded {policy.directory}, but {fault}. {remedy}.")
     is_unchanged = after.log_probs == held.log_probs and not _is_exact(after, policy)
     if is_unchanged and must_be_sure and not _was_started_with(server, policy):
         raise Unproven(
@@ -189,7 +190,10 @@ def _fault(held: _Held, policy: Policy) -> str | None:
     if held.sums is not None:
         truth = policy.sums(held.dtypes)
         if other := [name for name, value in truth.items() if held.sums[name] != value]:
-            return f"{len(other)} of its {len(held.sums)} weights are others than in the files ({some_of(other, most=2)})"
+            return (
+                f"{len(other)} of its {len(held.sums)} weights are others than in {policy.directory} "
+                f"({some_of(other, most=2)})"
+            )
     if not held.distance <= max(kinds):
         return (
             f"its log-probabilities of fixed texts differ by {held.distance:.3f} standard deviations from those of "
@@ -271,7 +275,8 @@ def _load(server: AskedServer, policy: Policy, *, has_extension: bool) -> None:
         raise DiedLoading(f"it died or hung while it loaded {policy.directory.absolute()} ({error})") from None
     except HttpError as error:
         raise Unproven(
-            f"it does not load {policy.directory.absolute()} ({error}). Its machine must see that directory; see its log."
+            f"it does not load {policy.directory.absolute()} ({error}). "
+            "Its machine must see that directory; see its log."
         ) from None
     _reset_prefix_cache(server)
     logger.debug("weights were loaded in %.1f s", time.monotonic() - start)

@@ -1,10 +1,11 @@
 """A mix-in under vLLM's worker, by which a server tells exactly which weights it computes with.
 
-    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL_DIR --worker-extension-cls megatron_sppo.rollout.served_weights.ServedWeights
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL_DIR \\
+        --worker-extension-cls megatron_sppo.rollout.served_weights.ServedWeights
 
 Weights are named as in the files: fused ones (query, key and value; gate and up) are cut apart, and a rank of tensor or
-pipeline parallelism tells the sum of its share (`weight_sums`). On a CPU vLLM computes with packed copies; they are read
-out by a product with the identity, which is exact: it is what is computed with that counts, not what lies beside it.
+pipeline parallelism tells the sum of its share (`weight_sums`). On a CPU vLLM computes with packed copies; they are
+read out by a product with the identity, which is exact: what is computed with counts, not what lies beside it.
 
 Experts of a mixture are not told: kernels keep them in orders of their own.
 """
@@ -54,7 +55,7 @@ class ServedWeights:
         import torch
 
         worker: Any = self
-        head = getattr(worker.model_runner.get_model(), "lm_head", None)
+        head: Any = getattr(worker.model_runner.get_model(), "lm_head", None)
         if not hasattr(head, "cpu_linear") or not head.weight.numel():
             return {"packed": False}
         with torch.inference_mode():
@@ -113,15 +114,22 @@ def _linear(
         v = module.num_kv_heads * getattr(module, "v_head_size", module.head_size)
         kv_rank, copy = divmod(module.tp_rank, module.num_kv_head_replicas)
         kv_ranks = module.tp_size // module.num_kv_head_replicas
-        sizes = (q, kv, v)
-        wholes = (q * module.tp_size, kv * kv_ranks, v * kv_ranks)
-        firsts = (q * module.tp_rank, kv * kv_rank, v * kv_rank)
-        yield from _cut(full, last, packed, weight, sizes, wholes, firsts, kept=(True, copy == 0, copy == 0))
+        yield from _cut(
+            *(full, last, packed, weight),
+            sizes=(q, kv, v),
+            wholes=(q * module.tp_size, kv * kv_ranks, v * kv_ranks),
+            firsts=(q * module.tp_rank, kv * kv_rank, v * kv_rank),
+            kept=(True, copy == 0, copy == 0),
+        )
     elif isinstance(module, linear.MergedColumnParallelLinear):
         sizes = tuple(size // module.tp_size for size in module.output_sizes)
-        firsts = tuple(size * module.tp_rank for size in sizes)
-        kept = (True,) * len(sizes)
-        yield from _cut(full, last, packed, weight, sizes, tuple(module.output_sizes), firsts, kept=kept)
+        yield from _cut(
+            *(full, last, packed, weight),
+            sizes=sizes,
+            wholes=tuple(module.output_sizes),
+            firsts=tuple(size * module.tp_rank for size in sizes),
+            kept=(True,) * len(sizes),
+        )
     elif isinstance(module, linear.ColumnParallelLinear):
         yield full, weight, module.tp_rank * weight.shape[0], 0
     elif is_first:
@@ -133,10 +141,10 @@ def _cut(
     last: str,
     packed: dict[str, list[str]],
     weight: Any,
+    *,
     sizes: tuple[int, ...],
     wholes: tuple[int, ...],
     firsts: tuple[int, ...],
-    *,
     kept: tuple[bool, ...],
 ) -> Iterator[Piece]:
     """Cut a fused weight -> parts; where the files hold it fused as well, rows of the one weight.

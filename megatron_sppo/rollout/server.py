@@ -8,8 +8,8 @@ Servers must return token ids (vLLM's `return_token_ids`): text is never tokenis
 the one in the environment variable VLLM_API_KEY.
 
 Which weights a server holds is proven before it is asked, and it is given the policy's where it holds others
-(`hand_over`); an answer counts when the server still held them after it. With seeds (the default) a GPU server repeats a
-response as far as its batching allows, which is not to the bit.
+(`hand_over`); an answer counts when the server still held them after it. With seeds (the default) a GPU server repeats
+a response as far as its batching allows, which is not to the bit.
 """
 
 import logging
@@ -24,7 +24,7 @@ from typing import Any
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
 from megatron_sppo.rollout.config import Sampling, ServerConfig
-from megatron_sppo.rollout.hand_over import Unproven
+from megatron_sppo.rollout.hand_over import EXTENSION, Unproven, can_be_given_weights
 from megatron_sppo.rollout.openai_server import HttpError, NoReply, ServerFault, UnusableReply
 from megatron_sppo.rollout.policy import Policy
 from megatron_sppo.rollout.records import Response
@@ -210,6 +210,32 @@ class ServerSampler:
         raise DataError(
             f"prompt {prompt.prompt.prompt_id!r} failed {self._config.server_retries + 1} times (the last: {fault}). "
             "Finished shards are kept: check the servers and run the same command again."
+        )
+
+
+def check_takes_weights(config: ServerConfig) -> None:
+    """Refuse servers that cannot be given the weights of a next iteration; nothing is changed on them.
+
+    Raises:
+        ConfigError: no server answers, or none of those that do has vLLM's development routes.
+    """
+    faults = []
+    for url in config.server:
+        server = Server(url, config, policy=None)
+        try:
+            server.find_model(config.server_model, 0)
+            if can_be_given_weights(server):
+                continue
+            fault = "it takes no new weights: VLLM_SERVER_DEV_MODE=1 is not set there"
+        except ServerFault as error:
+            fault = str(error)
+        faults.append(f"{server.url}: {fault}")
+        logger.warning("server %s cannot be used: %s", server.url, fault)
+    if len(faults) == len(config.server):
+        raise ConfigError(
+            f"no server can take over the weights of a next iteration ({faults[0]}). "
+            f"Start them with `VLLM_SERVER_DEV_MODE=1 vllm serve MODEL_DIR --worker-extension-cls {EXTENSION}`, where "
+            "nobody else reaches them, or use --iterations 1."
         )
 
 

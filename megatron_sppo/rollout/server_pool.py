@@ -16,7 +16,7 @@ from typing import Any
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.rollout.config import ServerConfig
 from megatron_sppo.rollout.hand_over import CannotTell, DiedLoading, Proof, Unproven, prove, still_holds
-from megatron_sppo.rollout.openai_server import HttpError, OpenAIServer, ServerFault, UnusableReply
+from megatron_sppo.rollout.openai_server import HttpError, OpenAIServer, UnusableReply
 from megatron_sppo.rollout.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,8 @@ class Server:
         # A redirection leads to a server that nobody has proven.
         settings: Any = {"key": self._key, "timeout_seconds": self._timeout, "follows_redirects": False}
         self._api = OpenAIServer(f"{self.url}/v1", **settings)
-        self._bare_api = OpenAIServer(self.url, **settings)
+        # vLLM closes a connection on which it answered 500 (a method that its workers lack).
+        self._bare_api = OpenAIServer(self.url, keeps_connections=False, **settings)
         self._policy = policy
         self._proof: Proof | None = None
         self._lock = threading.Lock()
@@ -118,8 +119,7 @@ class Server:
                 return self._proof
             self.is_busy = True
             try:
-                self._proof = prove(self, policy, must_be_sure=must_be_sure)
-                self._confirmed = time.monotonic()
+                proof = prove(self, policy, must_be_sure=must_be_sure)
             except CannotTell as fault:
                 if must_be_sure:
                     self._leave_out(f"{fault}: which weights it holds cannot be told. Use a vLLM server")
@@ -135,9 +135,10 @@ class Server:
                 raise
             finally:
                 self.is_busy = False
-        done = "has loaded" if self._proof.was_loaded else "holds"
-        logger.info("server %s %s %s: %s", self.url, done, policy.directory, self._proof)
-        return self._proof
+            self._proof, self._confirmed = proof, time.monotonic()
+        done = "has loaded" if proof.was_loaded else "holds"
+        logger.info("server %s %s %s: %s", self.url, done, policy.directory, proof)
+        return proof
 
     def doubt(self) -> None:
         """Have the weights proven again before the next request: the server may be another process than before."""
