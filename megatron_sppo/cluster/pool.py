@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -76,7 +76,7 @@ def run_tasks(
     logs: Path,
     ahead: int = 0,
     size_of: Callable[[TaskT], int] = lambda _: 1,
-) -> Iterator[tuple[TaskT, ResultT]]:
+) -> Generator[tuple[TaskT, ResultT], None, None]:
     """Work a stage off -> (task, its result), each once, as soon as it is there, in any order.
 
     Args:
@@ -100,6 +100,12 @@ def run_tasks(
 
     team = RayTeam(make_worker, pool=pool, num_gpus=num_gpus, logs=logs, ahead=ahead)
     yield from drive(team, tasks, progress=progress, size_of=size_of)
+
+
+def logs_directory(output: Path) -> Path:
+    """Name the directory of the workers' logs: beside the output that they work for."""
+    output = Path(output)
+    return output.with_name(f"{output.name}.logs")
 
 
 def _run_here(

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_sppo.errors import DataError
-from megatron_sppo.storage import read_json_as, write_json
+from megatron_sppo.storage import read_json_as, remove_stale_temporaries, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ class StageProgress:
             done: before this run.
         """
         self._file, self._clock = file, clock
+        remove_stale_temporaries(file)
         self._names = {"stage": stage, "unit": unit, "amount_unit": amount_unit}
         self._total, self._done_before, self._done, self._amount = total, done, done, 0
         self._workers = self._workers_alive = 1

@@ -50,6 +50,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ConfigError: a judge that cannot be loaded.
     """
     refuse_foreign_file(config.output, ours="win_rate_vs_base", flag="--output")
+    assert config.policy is not None and config.base is not None and config.previous is not None
     judge = load_judge(
         config.judge, preset=config.preset, after=config.judge_after, verdict_tokens=config.verdict_tokens
     )
@@ -150,19 +151,29 @@ def cross_win_rates(
                 logits = torch.as_tensor(verdict, dtype=torch.float64)
                 preferences = preference_matrix(logits)[:num_policy, num_policy:]
                 rates[prompt_id] = preferences.mean().item()
-                _count(judge.counts, logits, preferences, ours, theirs)
+                there, back = logits[:num_policy, num_policy:], logits[num_policy:, :num_policy].T
+                count_cross_pairs(judge.counts, there, back, preferences, ours, theirs)
             bar.update(len(prompt_ids))
     if not rates:
         raise DataError(f"{judge.name} could judge none of {len(shared)} prompts. The warnings above say why.")
     return rates
 
 
-def _count(
-    counts: Counter[str], logits: Tensor, preferences: Tensor, policy: RolloutGroup, opponent: RolloutGroup
+def count_cross_pairs(
+    counts: Counter[str],
+    there: Tensor,
+    back: Tensor,
+    preferences: Tensor,
+    policy: RolloutGroup,
+    opponent: RolloutGroup,
 ) -> None:
-    """Count the pairs of different answers, those that are tied, and those in which the same place wins both times."""
-    num_policy = len(policy.responses)
-    there, back = logits[:num_policy, num_policy:], logits[num_policy:, :num_policy].T
+    """Count the pairs of different answers, those that are tied, and those in which the same place wins both times.
+
+    Args:
+        there: [M, M'], logits of the policy's answers shown first, against the opponent's.
+        back: [M, M'], logits of the opponent's shown first.
+        preferences: [M, M'], P of the policy's.
+    """
     theirs = [response.text for response in opponent.responses]
     different = torch.tensor([[response.text != text for text in theirs] for response in policy.responses])
     tied = (preferences - 0.5).abs() <= TIE_TOLERANCE

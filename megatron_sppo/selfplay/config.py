@@ -22,7 +22,7 @@ _NOWHERE = Path("decided-by-self-play")
 _OF_ROLLOUTS: dict[str, Any] = {"model": _NOWHERE, "prompts": _NOWHERE, "output": _NOWHERE, "seed": 0}
 _OF_ROLLOUTS |= {"num_responses": 2, "max_tokens": 1}
 _OF_SCORING: dict[str, Any] = {"rollouts": _NOWHERE, "output": _NOWHERE, "from_dataset": None, "judge": "pairrm:"}
-_OF_TRAINING: dict[str, Any] = {"load": _NOWHERE, "data": _NOWHERE, "save": _NOWHERE}
+_OF_TRAINING: dict[str, Any] = {"load": _NOWHERE, "data": _NOWHERE, "save": _NOWHERE, "reference": ()}
 """What self-play decides of each stage, with stand-ins."""
 
 
@@ -42,14 +42,17 @@ class RunConfig:
 
     model: Annotated[Path, LAYOUT]
     """Hugging Face directory of the start model: pi_1, and the base of the evaluation."""
-    prompts: Annotated[Path, LAYOUT]
-    """Prompts (JSONL, Parquet, dataset directory). Held-out rows are for the evaluation only."""
+    prompts: Annotated[tuple[Path, ...], LAYOUT]
+    """Prompts: a file (JSONL, Parquet, ...), a dataset directory or hub:NAME[:SUBSET][@SPLIT]. Several of them are one
+    for each iteration, such as the thirds of UltraFeedback that SPPO's authors publish. Held-out rows are for the
+    evaluation only."""
     output: Annotated[Path, LAYOUT]
     """Run directory. The same command again resumes it."""
     iterations: PositiveInt = 3
     """Rounds of rollouts, scoring and training."""
     prompts_per_iteration: Literal["disjoint", "all"] = "disjoint"
-    """disjoint: each iteration trains on its own part of the prompts (paper: thirds). all: on all of them."""
+    """disjoint: each iteration trains on its own part of the prompts (paper: thirds), or on its own --prompts where
+    there are several. all: on all of them."""
     max_prompts_per_iteration: PositiveInt | None = None
     """Most prompts of one iteration; the rest of its part is not used. None: all of them."""
     train_split: str | None = None
@@ -58,6 +61,9 @@ class RunConfig:
     """`split` of the prompts for the evaluation."""
     seed: Seed = 0
     """Decides the order of the prompts, the rollouts' seeds and the bootstrap. Training has its own `seed`."""
+    past_policies: PositiveInt = 2
+    """Earlier policies that objective mnpo mixes with pi_t: those of so many iterations before it, as far as there are
+    any. Of no effect with other objectives."""
     keep_last: Annotated[PositiveInt | None, LAYOUT] = None
     """Iterations whose checkpoints and Hugging Face exports are kept, the newest ones; older ones are removed when an
     iteration has ended. Start model, rollouts, datasets and results stay. None: all are kept. How many checkpoints each
@@ -83,6 +89,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if not self.prompts:
+            raise ConfigError("prompts names no file. Use --prompts FILE or --prompts hub:NAME.")
+        if 1 < len(self.prompts) < self.iterations and self.prompts_per_iteration == "disjoint":
+            raise ConfigError(
+                f"{len(self.prompts)} prompts are given, each for an iteration of its own, and {self.iterations} "
+                f"iterations. Use --iterations {len(self.prompts)}, one --prompts, or --prompts-per-iteration all."
+            )
         for name in ("rollout_command", *LAUNCHERS):
             _check_command(name, getattr(self, name))
         if self.rollout_command and self.rollout_launcher:
@@ -209,6 +222,22 @@ class SelfPlayConfig:
                 f"server_weights is trust with {self.run.iterations} iterations: servers would go on with the weights "
                 "of the first. Use --rollout-options server_weights=prove."
             )
+        if self.training.objective.objective == "mnpo":
+            self._check_past_policies()
+
+    def _check_past_policies(self) -> None:
+        """Refuse weights that are not one for each earlier policy, and to remove policies that will be read."""
+        past, weights = self.run.past_policies, self.training.objective.reference_weights
+        if weights and len(weights) != past:
+            raise ConfigError(
+                f"{len(weights)} reference_weights are given for past_policies {past}. "
+                f"Use --past-policies {len(weights)}, or as many weights."
+            )
+        if self.run.keep_last is not None and self.run.keep_last <= past:
+            raise ConfigError(
+                f"keep_last is {self.run.keep_last}, and objective mnpo reads pi_t and {past} policies before it. "
+                f"Use --keep-last {past + 1}, or a smaller --past-policies."
+            )
 
     @property
     def servers(self) -> ServerConfig:
@@ -259,7 +288,8 @@ def check_unchanged(before: SelfPlayConfig, now: SelfPlayConfig, run_dir: Path) 
         ConfigError: names the first setting that differs, with both values.
     """
     old, new = config_files.deciding(before), config_files.deciding(now)
-    if now.run.prompts_per_iteration == "all" and now.run.iterations > before.run.iterations:
+    is_divided = now.run.prompts_per_iteration == "disjoint" and len(now.run.prompts) == 1
+    if not is_divided and now.run.iterations > before.run.iterations:
         old["run.iterations"] = new["run.iterations"]
     if now.rollout.rollout_options.shard_size is None:
         del old["rollout.rollout_options.shard_size"]
