@@ -126,6 +126,10 @@ class ServerConfig:
 
     server: Annotated[tuple[str, ...], LAYOUT] = ()
     """URLs of running vLLM servers with this model, such as http://node1:8000; without any, vLLM runs here."""
+    server_weights: Annotated[Literal["ask", "prove", "trust"], LAYOUT] = "ask"
+    """What a server must show before it is sampled from. ask: that it holds the weights of --model, which it is given
+    where it holds others; one that cannot tell is sampled from with a warning. prove: one that cannot tell is left out.
+    trust: nothing is asked."""
     server_model: str | None = None
     """Name of the model on the servers; None takes the one that they serve."""
     server_concurrency: PositiveInt = 64

@@ -243,7 +243,7 @@ def _rollout_command(config: SelfPlayConfig, *, allow_no_signal: bool, **job: An
             options.engine,
             tensor_parallel_size=_given(options.engine.tensor_parallel_size, section.rollout_tensor_parallel_size),
         ),
-        servers=replace(options.servers, server=options.servers.server or section.server),
+        servers=config.servers,
     )
     return (*shlex.split(own), *_flags(settings)) if own else _command(config, "rollouts", *_flags(settings))
 

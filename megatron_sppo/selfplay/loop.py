@@ -17,6 +17,7 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.rollout.hub import is_hub_name
 from megatron_sppo.rollout.outcomes import mean_response_tokens
 from megatron_sppo.rollout.records import read_rollouts
+from megatron_sppo.rollout.server import check_takes_weights
 from megatron_sppo.selfplay import config as settings
 from megatron_sppo.selfplay import summary
 from megatron_sppo.selfplay.commands import (
@@ -78,6 +79,8 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
             logger.info("%s is finished: nothing is left to do.", paths.run_dir)
             retire_iterations(config, machine, paths, finished=config.run.iterations)
             return summary.read_summary(paths.run_dir)
+        if config.servers.server and config.run.iterations > 1 and not config.run.rollout_command:
+            check_takes_weights(config.servers)
         evaluates = _prepare(config, machine, paths)
         has_news = _run_all(start_stages(config, paths, evaluates=evaluates), machine)
         for iteration in range(1, config.run.iterations + 1):
