@@ -13,7 +13,7 @@ from megatron_sppo import config as config_files
 from megatron_sppo.config import LAYOUT, NonNegativeInt, PositiveInt, Seed, SettingsOf, check_ranges, flag_of
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.config import ScoreConfig
-from megatron_sppo.rollout.config import GenerateConfig, Temperature, TopP
+from megatron_sppo.rollout.config import GenerateConfig, ServerConfig, Temperature, TopP
 from megatron_sppo.tracking.config import OFFLINE_NAME, TrackingConfig
 from megatron_sppo.training.config import TrainingConfig
 
@@ -139,7 +139,8 @@ class RolloutConfig:
     rollout_tensor_parallel_size: Annotated[PositiveInt, LAYOUT] = 1
     """GPUs that share one sampler."""
     server: Annotated[tuple[str, ...], LAYOUT] = ()
-    """URLs of running vLLM servers. They cannot take over the weights of a new iteration: one iteration only."""
+    """URLs of running vLLM servers. They are given each iteration's weights, for which they must have been started with
+    VLLM_SERVER_DEV_MODE=1."""
     rollout_options: Annotated[
         GenerateConfig, SettingsOf(GenerateConfig, name="rollout_options", decided=_OF_ROLLOUTS, by="self-play")
     ] = field(default_factory=lambda: GenerateConfig(**_OF_ROLLOUTS))
@@ -158,7 +159,8 @@ class ScoringConfig:
     """Who prefers what, and which answers are trained on."""
 
     judge: str
-    """pairrm:HUB_ID_OR_DIR, rules:concise, rules:cyclic or endpoint:URL."""
+    """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval, verifiable:math,
+    python:FILE:FUNCTION, rules:concise or rules:cyclic."""
     preset: Literal["paper", "official"] = "paper"
     """How logits become preferences, and what the judge reads as the prompt."""
     selection: str = "all"
@@ -218,10 +220,10 @@ class SelfPlayConfig:
     tracking: Annotated[TrackingConfig, LAYOUT] = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        if (self.rollout.server or self.rollout.rollout_options.servers.server) and self.run.iterations > 1:
+        if self.servers.server and self.run.iterations > 1 and self.servers.server_weights == "trust":
             raise ConfigError(
-                f"server is given with {self.run.iterations} iterations, but a server keeps the model that it was "
-                "started with. Use --iterations 1, or leave --server out."
+                f"server_weights is trust with {self.run.iterations} iterations: servers would go on with the weights "
+                "of the first. Use --rollout-options server_weights=prove."
             )
         if self.training.objective.objective == "mnpo":
             self._check_past_policies()
@@ -251,6 +253,17 @@ class SelfPlayConfig:
             tracker_run_name=f"{name}-{stage}",
             tracker_group=shared.tracker_group or name,
             tracker_dir=shared.tracker_dir or self.run.output / OFFLINE_NAME,
+        )
+
+    @property
+    def servers(self) -> ServerConfig:
+        """The servers of rollouts; of several iterations they must prove what they hold."""
+        servers = self.rollout.rollout_options.servers
+        asked = servers.server_weights
+        return replace(
+            servers,
+            server=servers.server or self.rollout.server,
+            server_weights="prove" if asked == "ask" and self.run.iterations > 1 else asked,
         )
 
     @property

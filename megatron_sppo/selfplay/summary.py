@@ -28,6 +28,7 @@ def iteration_summary(paths: RunPaths, iteration: int, *, seconds: dict[str, flo
         "judge": result.get("judge", judge),
         "win_rate_vs_base": result.get("win_rate_vs_base"),
         "win_rate_vs_previous": result.get("win_rate_vs_previous"),
+        **({"accuracy": result["accuracy"]} if "accuracy" in result else {}),
         "mean_response_tokens": result.get("mean_response_tokens"),
         "seconds": seconds,
     }
@@ -109,6 +110,8 @@ def evaluation_metrics(result: dict[str, Any]) -> dict[str, float]:
     for opponent in ("base", "previous"):
         rate = result[f"win_rate_vs_{opponent}"]
         metrics |= {f"evaluation/win_rate_vs_{opponent}/{key}": rate[key] for key in ("mean", "low", "high") if rate}
+    for level in ("prompt_level", "instruction_level") if result.get("accuracy") else ():
+        metrics[f"evaluation/accuracy/{level}"] = result["accuracy"]["policy"][level]["mean"]
     if result["mean_response_tokens"] is not None:
         metrics["evaluation/mean_response_tokens"] = result["mean_response_tokens"]
     return metrics
@@ -135,15 +138,25 @@ def track(config: SelfPlayConfig, paths: RunPaths, iterations: Sequence[dict[str
 
 
 def result_table(summary: dict[str, Any]) -> str:
-    """Lay out a summary as plain text -> lines."""
-    header = ("iteration", "win rate vs base", "vs previous", "tokens", "seconds", "judge")
+    """Lay out a summary as plain text -> lines; strict accuracies, the start model's first, where the judge checks."""
+    iterations = summary["iterations"]
+    checks = any(entry.get("accuracy") for entry in iterations)
+    levels = {"instructions held": "instruction_level", "prompts held": "prompt_level"} if checks else {}
+    header = ("iteration", "win rate vs base", "vs previous", *levels, "tokens", "seconds", "judge")
     rows = [header]
-    for entry in summary["iterations"]:
+    if checks:
+        base = next(entry["accuracy"]["base"] for entry in iterations if entry.get("accuracy"))
+        tokens = summary.get("base_mean_response_tokens")
+        of_base = [rate_text(base[level]) for level in levels.values()]
+        rows.append(("start", "-", "-", *of_base, "-" if tokens is None else f"{tokens:.1f}", "-", "-"))
+    for entry in iterations:
+        accuracy = (entry.get("accuracy") or {}).get("policy")
         rows.append(
             (
                 str(entry["iteration"]),
                 rate_text(entry["win_rate_vs_base"]),
                 rate_text(entry["win_rate_vs_previous"]),
+                *(rate_text(accuracy and accuracy[level]) for level in levels.values()),
                 "-" if entry["mean_response_tokens"] is None else f"{entry['mean_response_tokens']:.1f}",
                 f"{sum(entry['seconds'].values()):.0f}",
                 entry["judge"],
