@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from megatron_sppo.config import LAYOUT, PositiveFloat, PositiveInt, Seed, check_ranges
+from megatron_sppo.config import LAYOUT, PositiveFloat, PositiveInt, Range, Seed, check_ranges
 from megatron_sppo.data.schema import parse_selection
 from megatron_sppo.errors import ConfigError
 
@@ -38,6 +38,9 @@ class ScoreConfig:
     scorer_seconds: PositiveFloat = 10.0
     """Longest time for one answer of a judge that checks (verifiable, python), seconds; what takes longer is ended, and
     its prompt set aside."""
+    similarity_gate: Annotated[float, Range(0, 1, above=True)] | None = None
+    """Answers that are this alike or more are equals, whatever the judge says: shared pairs of neighbouring words, as a
+    share of all. 0.9 levels answers that differ in a word or two. None: identical ones alone."""
     allow_no_signal: Annotated[bool, LAYOUT] = False
     """Write the dataset even where no answer is preferred to another, so that training on it would change nothing."""
     max_requests: PositiveInt | None = None
