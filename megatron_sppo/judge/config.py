@@ -18,8 +18,8 @@ class ScoreConfig:
     rollouts: Annotated[Path | None, LAYOUT] = None
     """Directory that `megatron-sppo rollouts` wrote."""
     judge: str | None = None
-    """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval, verifiable:math,
-    python:FILE:FUNCTION, matrices:FILE, rules:concise or rules:cyclic."""
+    """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, gpm:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval,
+    verifiable:math, python:FILE:FUNCTION, matrices:FILE, rules:concise or rules:cyclic."""
     from_dataset: Path | None = None
     """Rebuild this dataset's targets from its stored logits, in place of --rollouts and --judge."""
     preset: Literal["paper", "official"] | None = None
@@ -68,8 +68,8 @@ class EvaluateConfig:
     """Compare held-out answers: one policy with its base and predecessor, or any number of players with each other."""
 
     judge: str
-    """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval, verifiable:math,
-    python:FILE:FUNCTION, rules:concise or rules:cyclic."""
+    """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, gpm:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval,
+    verifiable:math, python:FILE:FUNCTION, rules:concise or rules:cyclic."""
     output: Path
     """JSON file with the result. RUN_DIR/tournament.json is shown in that run's report."""
     policy: Path | None = None

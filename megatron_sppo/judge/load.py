@@ -6,7 +6,7 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.protocol import Judge
 
 SPEC_FORMS = (
-    "pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval, verifiable:math, "
+    "pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, gpm:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval, verifiable:math, "
     "python:FILE:FUNCTION, matrices:FILE, rules:concise or rules:cyclic"
 )
 
@@ -65,6 +65,10 @@ def load_judge(
         from megatron_sppo.judge.reward import RewardJudge
 
         judge = RewardJudge(rest, dtype=dtype)
+    elif rest and kind == "gpm":
+        from megatron_sppo.judge.gpm import GeneralPreferenceJudge
+
+        judge = GeneralPreferenceJudge(rest, dtype=dtype)
     elif rest and kind == "verifiable":
         from megatron_sppo.judge.verifiable import load_verifiable
 
