@@ -202,7 +202,7 @@ def check_stages(config: SelfPlayConfig) -> None:
                 f"{spec} is a file of preferences between answers that exist: it cannot judge new ones. "
                 "Use --judge pairrm:HUB_ID_OR_DIR or another judge that reads."
             )
-        if kind not in ("pairrm", "reward", "endpoint"):
+        if kind not in ("pairrm", "reward", "gpm", "endpoint"):
             load_judge(spec, preset=config.scoring.preset)
 
 
