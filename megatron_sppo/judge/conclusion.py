@@ -6,20 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_sppo.judge.protocol import JudgeIdentity
+from megatron_sppo.judge.protocol import checker_of
 from megatron_sppo.storage import sha256_of_json
 
 if TYPE_CHECKING:
     from megatron_sppo.judge.protocol import Judge, Verdict
     from megatron_sppo.rollout.records import Response, RolloutGroup
-
-
-def conclusion_identity(judge: JudgeIdentity, marker: str) -> JudgeIdentity:
-    """Name a judge that is shown what stands behind a marker -> JudgeIdentity."""
-    return JudgeIdentity(
-        name=f"{judge.name}, after {marker}",
-        fingerprint=sha256_of_json({"judge": judge.fingerprint, "after": marker}),
-    )
 
 
 class ConclusionJudge:
@@ -33,9 +25,11 @@ class ConclusionJudge:
         self._judge, self._marker = judge, marker
         self._opening = marker.replace("/", "", 1) if "/" in marker else None
         """What begins the reasoning, where its end is spelled as a closing tag."""
-        identity = conclusion_identity(JudgeIdentity(name=judge.name, fingerprint=judge.fingerprint), marker)
-        self.name, self.fingerprint = identity.name, identity.fingerprint
+        self.name = f"{judge.name}, after {marker}"
+        self.fingerprint = sha256_of_json({"judge": judge.fingerprint, "after": marker})
         self.counts = judge.counts
+        checker = checker_of(judge)
+        self.passed = None if checker is None else lambda group: checker(self._concluded(group))
 
     def judge_logits(self, groups: Sequence[RolloutGroup]) -> Sequence[Verdict]:
         """Judge the conclusions -> what the judge gives."""

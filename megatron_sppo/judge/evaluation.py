@@ -3,7 +3,6 @@
 M = answers per prompt and policy, N = prompts both policies answered, R = resamples
 """
 
-import contextlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,16 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_sppo.cluster.progress import StageProgress, progress_file
 from megatron_sppo.errors import DataError
+from megatron_sppo.judge.accuracy import strict_accuracy
+from megatron_sppo.judge.batches import Batch, judge_in_batches
 from megatron_sppo.judge.config import EvaluateConfig
 from megatron_sppo.judge.diagnostics import UNREADABLE_REMEDY, fraction, verdict_shares, warnings
-from megatron_sppo.judge.protocol import Judge, Unjudged, Verdict, judge_groups
+from megatron_sppo.judge.protocol import Judge, Unjudged
 from megatron_sppo.judge.stored_groups import StoredGroups
-from megatron_sppo.judge.workers import PooledJudge, Progress, open_judge
+from megatron_sppo.judge.workers import PooledJudge, open_judge
 from megatron_sppo.objective import preference_matrix
 from megatron_sppo.objective.diagnostics import TIE_TOLERANCE
-from megatron_sppo.rollout.records import Response, RolloutGroup
+from megatron_sppo.rollout.records import RolloutGroup
 from megatron_sppo.storage import refuse_foreign_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -52,16 +52,21 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         ConfigError: a judge that cannot be loaded, or a pool that cannot be had.
     """
     refuse_foreign_file(config.output, ours="win_rate_vs_base", flag="--output")
-    policy, opponents = StoredGroups(config.policy), {"base": StoredGroups(config.base)}
-    if config.previous != config.base:  # in the first iteration pi_1 is both
-        opponents["previous"] = StoredGroups(config.previous)
+    assert config.policy is not None and config.base is not None and config.previous is not None
     judge = open_judge(
         config.judge,
         pool=config.pool,
         preset=config.preset,
         after=config.judge_after,
         verdict_tokens=config.verdict_tokens,
+        scorer_seconds=config.scorer_seconds,
     )
+    policy = StoredGroups(config.policy)
+    players = {"policy": policy, "base": StoredGroups(config.base)}
+    players["previous"] = players["base"] if config.previous == config.base else StoredGroups(config.previous)
+    opponents = {"base": players["base"]}
+    if players["previous"] is not players["base"]:  # in the first iteration pi_1 is both
+        opponents["previous"] = players["previous"]
     rates, counts = cross_win_rates(judge, policy, opponents, output=config.output)
     rates.setdefault("previous", rates["base"])
     if not config.allow_no_signal:
@@ -74,6 +79,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "judge": judge.name,
         "win_rate_vs_base": asdict(intervals["base"]),
         "win_rate_vs_previous": asdict(intervals["previous"]),
+        **_accuracies(judge.here, players, config),
         "mean_response_tokens": policy.mean_answer_tokens,
         "bootstrap_resamples": config.bootstrap_resamples,
         "warnings": warnings(_shares(counts, policy)),
@@ -90,6 +96,20 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         logger.warning("%s", warning)
     write_json(config.output, result)
     return result
+
+
+def _accuracies(judge: Judge | None, players: Mapping[str, StoredGroups], config: EvaluateConfig) -> dict[str, Any]:
+    """Check everybody's answers -> {"accuracy": {player: strict accuracy}}, {} where the judge checks nothing."""
+    if judge is None:  # a model, which only workers have
+        return {}
+    found: dict[str, Any] = {}
+    for name, groups in players.items():
+        if name == "previous" and groups is players["base"]:
+            found[name] = found["base"]
+        else:
+            settings = {"resamples": config.bootstrap_resamples, "seed": config.seed}
+            found[name] = strict_accuracy(judge, groups.values(), **settings)
+    return {"accuracy": found} if found["policy"] is not None else {}
 
 
 def check_signal(counts: Counter[str], *, judge: str) -> None:
@@ -121,45 +141,41 @@ def _shares(counts: Counter[str], policy: StoredGroups) -> dict[str, float | Non
 
 
 def cross_win_rates(
-    judge: PooledJudge,
+    judge: Judge | PooledJudge,
     policy: Mapping[str, RolloutGroup],
     opponents: Mapping[str, Mapping[str, RolloutGroup]],
     *,
-    output: Path,
+    output: Path | None = None,
 ) -> tuple[dict[str, dict[str, float]], Counter[str]]:
     """Judge every answer of the policy against every one of each opponent -> (rates, what the verdicts are).
 
     The rates are {opponent: {prompt_id: mean P(policy's > opponent's)}}. P is the paper's:
     sigmoid((L_ij - L_ji) / 2), both orders asked. A prompt that one side lacks is left out and counted, and so is one
-    that the judge cannot judge. Each side's groups are asked for once, a few at a time: they may lie on a disk.
+    that the judge cannot judge. Groups are asked for a few at a time: they may lie on a disk.
 
     Args:
-        output: what comes of it: the progress is told, and workers' logs are kept, beside it.
+        output: as `judge_in_batches`.
 
     Raises:
         DataError: no prompt has answers of both, or none could be judged. Others are the pool's.
     """
     shared = {name: _shared(policy, opponent, against=name) for name, opponent in opponents.items()}
+    total = sum(map(len, shared.values()))
     found: dict[str, dict[str, float]] = {name: {} for name in opponents}
     counts: Counter[str] = Counter()
-    total = sum(map(len, shared.values()))
-    stage = f"judging with {judge.name}"
-    with StageProgress(
-        progress_file(output), stage=stage, unit="prompts", total=total, done=0, amount_unit="pairs"
-    ) as progress:
-        judged = judge.work_off(_tasks(policy, opponents, shared), progress=progress, output=output)
-        with contextlib.closing(judged):
-            for task, result in judged:
-                counts += result.counts
-                for group, num_policy, verdict in zip(task.groups, task.num_policy, result.verdicts, strict=True):
-                    if isinstance(verdict, Unjudged):
-                        counts["unjudged"] += 1
-                        logger.warning("prompt %s is left out: %s.", group.prompt_id, verdict.reason)
-                        continue
-                    logits = torch.as_tensor(verdict, dtype=torch.float64)
-                    preferences = preference_matrix(logits)[:num_policy, num_policy:]
-                    found[task.against][group.prompt_id] = preferences.mean().item()
-                    _count(counts, logits, preferences, group.responses)
+    for pairs, judged in judge_in_batches(judge, _batches(policy, opponents, shared), total=total, output=output):
+        counts += judged.counts
+        for group, verdict, ours, theirs in zip(pairs.groups, judged.verdicts, pairs.ours, pairs.theirs, strict=True):
+            if isinstance(verdict, Unjudged):
+                counts["unjudged"] += 1
+                logger.warning("prompt %s is left out: %s.", group.prompt_id, verdict.reason)
+                continue
+            num_policy = len(ours.responses)
+            logits = torch.as_tensor(verdict, dtype=torch.float64)
+            preferences = preference_matrix(logits)[:num_policy, num_policy:]
+            found[pairs.against][group.prompt_id] = preferences.mean().item()
+            there, back = logits[:num_policy, num_policy:], logits[num_policy:, :num_policy].T
+            count_cross_pairs(counts, there, back, preferences, ours, theirs)
     for name, prompt_ids in shared.items():
         if not found[name]:
             raise DataError(f"{judge.name} could judge none of {len(prompt_ids)} prompts. The warnings above say why.")
@@ -178,67 +194,54 @@ def _shared(policy: Mapping[str, RolloutGroup], opponent: Mapping[str, RolloutGr
     return shared
 
 
-def _tasks(
+@dataclass(frozen=True, kw_only=True)
+class _Pairs(Batch):
+    """Some prompts, each with both sides' answers in one group."""
+
+    against: str
+    ours: tuple[RolloutGroup, ...]
+    theirs: tuple[RolloutGroup, ...]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what a worker does not need."""
+        return vars(self) | {"ours": (), "theirs": ()}
+
+
+def _batches(
     policy: Mapping[str, RolloutGroup],
     opponents: Mapping[str, Mapping[str, RolloutGroup]],
     shared: Mapping[str, list[str]],
-) -> "Iterator[_PairsTask]":
-    """Give out a few prompts at a time -> tasks."""
-    batches = (
+) -> Iterator[_Pairs]:
+    """Give out a few prompts at a time -> batches."""
+    parts = (
         (name, prompt_ids[start : start + _PROMPTS_PER_CALL])
         for name, prompt_ids in shared.items()
         for start in range(0, len(prompt_ids), _PROMPTS_PER_CALL)
     )
-    for index, (name, prompt_ids) in enumerate(batches):
-        pairs = [(policy[prompt_id], opponents[name][prompt_id]) for prompt_id in prompt_ids]
-        yield _PairsTask(
-            index=index,
-            against=name,
-            groups=tuple(join_groups(ours, theirs) for ours, theirs in pairs),
-            num_policy=tuple(len(ours.responses) for ours, _ in pairs),
-        )
+    for index, (name, prompt_ids) in enumerate(parts):
+        ours = tuple(policy[prompt_id] for prompt_id in prompt_ids)
+        theirs = tuple(opponents[name][prompt_id] for prompt_id in prompt_ids)
+        groups = tuple(map(join_groups, ours, theirs))
+        yield _Pairs(index=index, groups=groups, against=name, ours=ours, theirs=theirs)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _PairsTask:
-    """Some prompts, each with both sides' answers in one group."""
+def count_cross_pairs(
+    counts: Counter[str],
+    there: Tensor,
+    back: Tensor,
+    preferences: Tensor,
+    policy: RolloutGroup,
+    opponent: RolloutGroup,
+) -> None:
+    """Count the pairs of different answers, those that are tied, and those in which the same place wins both times.
 
-    index: int
-    against: str
-    groups: tuple[RolloutGroup, ...]
-    num_policy: tuple[int, ...]
-    """Of each group, how many answers are the policy's: the first ones."""
-
-    def __str__(self) -> str:
-        return f"the held-out prompts {self.groups[0].prompt_id} to {self.groups[-1].prompt_id} against {self.against}"
-
-    @property
-    def num_prompts(self) -> int:
-        return len(self.groups)
-
-    def judged(self, judge: Judge, on_progress: Progress) -> "_JudgedPairs":
-        before = Counter(judge.counts)
-        verdicts = judge_groups(judge, self.groups)
-        num_pairs = sum(len(group.responses) * (len(group.responses) - 1) for group in self.groups)
-        on_progress(len(self.groups), num_pairs)
-        return _JudgedPairs(index=self.index, verdicts=tuple(verdicts), counts=judge.counts - before)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _JudgedPairs:
-    """What came of some prompts."""
-
-    index: int
-    verdicts: tuple[Verdict, ...]
-    counts: Counter[str]
-
-
-def _count(counts: Counter[str], logits: Tensor, preferences: Tensor, responses: Sequence[Response]) -> None:
-    """Count the pairs of different answers, those that are tied, and those in which the same place wins both times."""
-    num_policy = len(preferences)
-    there, back = logits[:num_policy, num_policy:], logits[num_policy:, :num_policy].T
-    texts = [response.text for response in responses]
-    different = torch.tensor([[ours != theirs for theirs in texts[num_policy:]] for ours in texts[:num_policy]])
+    Args:
+        there: [M, M'], logits of the policy's answers shown first, against the opponent's.
+        back: [M, M'], logits of the opponent's shown first.
+        preferences: [M, M'], P of the policy's.
+    """
+    theirs = [response.text for response in opponent.responses]
+    different = torch.tensor([[response.text != text for text in theirs] for response in policy.responses])
     tied = (preferences - 0.5).abs() <= TIE_TOLERANCE
     counts["cross_pairs"] += int(different.sum())
     counts["tied_cross_pairs"] += int((different & tied).sum())
@@ -255,12 +258,18 @@ def join_groups(first: RolloutGroup, second: RolloutGroup) -> RolloutGroup:
         raise DataError(
             f"prompt {first.prompt_id!r} has other messages in one of the rollouts. Sample both from the same prompts."
         )
+    if first.columns and second.columns and first.columns != second.columns:
+        raise DataError(
+            f"answers to prompt {first.prompt_id!r} are to be checked against other columns in one of the rollouts. "
+            "Sample both from the same prompts."
+        )
     return RolloutGroup(
         prompt_id=first.prompt_id,
         messages=first.messages,
         prompt_token_ids=first.prompt_token_ids,
         responses=(*first.responses, *second.responses),
         prompt_text=first.prompt_text,
+        columns=first.columns or second.columns,
     )
 
 

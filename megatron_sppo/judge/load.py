@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from megatron_sppo.errors import ConfigError
-from megatron_sppo.judge.protocol import Judge, JudgeIdentity
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-SPEC_FORMS = "pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, matrices:FILE, rules:concise or rules:cyclic"
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.judge.protocol import Judge, JudgeIdentity, Verdict
+
+if TYPE_CHECKING:
+    from megatron_sppo.rollout.records import RolloutGroup
+
+SPEC_FORMS = (
+    "pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, gpm:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval, verifiable:math, "
+    "python:FILE:FUNCTION, matrices:FILE, rules:concise or rules:cyclic"
+)
 
 READS = {"paper": "message", "official": "template"}
 """What a judge that was trained on plain messages reads of a prompt, by --preset."""
@@ -20,6 +30,8 @@ def load_judge(
     max_requests: int | None = None,
     verdict_tokens: int = 1,
     after: str | None = None,
+    scorer_seconds: float = 10.0,
+    similarity_gate: float | None = None,
     device: str | None = None,
 ) -> Judge:
     """Load the judge that a SPEC names -> Judge. Each kind takes the settings that concern it.
@@ -31,8 +43,10 @@ def load_judge(
         dtype: precision of a local model, "float32" or "bfloat16"; None: float32 on the CPU, bfloat16 on a GPU.
         max_requests: most requests of this process to an endpoint; None: no limit.
         verdict_tokens: tokens that an endpoint may answer with; more than 1 for one that reasons first.
+        scorer_seconds: longest time of one answer's check, for judges that check.
+        similarity_gate: answers whose resemblance is this or more are equals; None: only identical ones are.
         after: judge only what follows this text in an answer, such as "</think>"; None: whole answers.
-        device: of a local model, "cpu" or "cuda"; None: a GPU where there is one.
+        device: of PairRM or a reward model, "cpu" or "cuda"; None: a GPU where there is one.
 
     Raises:
         ConfigError: unknown SPEC or setting, or a judge that cannot be loaded.
@@ -57,29 +71,50 @@ def load_judge(
         from megatron_sppo.judge.reward import RewardJudge
 
         judge = RewardJudge(rest, dtype=dtype, device=device)
+    elif rest and kind == "gpm":
+        from megatron_sppo.judge.gpm import GeneralPreferenceJudge
+
+        judge = GeneralPreferenceJudge(rest, dtype=dtype)
+    elif rest and kind == "verifiable":
+        from megatron_sppo.judge.verifiable import load_verifiable
+
+        judge = load_verifiable(rest, seconds=scorer_seconds)
+    elif rest and kind == "python":
+        from megatron_sppo.judge.verifiable import load_python
+
+        judge = load_python(rest, seconds=scorer_seconds)
     elif rest and kind == "endpoint":
         from megatron_sppo.judge.endpoint import EndpointJudge
 
         judge = EndpointJudge(rest, one_order=one_order, max_requests=max_requests, verdict_tokens=verdict_tokens)
     else:
         raise ConfigError(f"--judge {spec!r} is not a judge. Use {SPEC_FORMS}.")
-    if after is None:
-        return judge
-    from megatron_sppo.judge.conclusion import ConclusionJudge
-
-    return ConclusionJudge(judge, after)
+    return _wrapped(judge, similarity_gate=similarity_gate, after=after)
 
 
-def identify_model_judge(
-    spec: str, *, dtype: str, preset: str = "paper", one_order: bool = False, after: str | None = None
+def identify_judge(
+    spec: str,
+    *,
+    dtype: str,
+    preset: str = "paper",
+    one_order: bool = False,
+    similarity_gate: float | None = None,
+    after: str | None = None,
+    **settings: Any,
 ) -> JudgeIdentity:
-    """Name the judge that `load_judge` would load, of a kind that is a model (`is_model_judge`), by its files.
+    """Name the judge that `load_judge` would load with the same arguments -> JudgeIdentity.
+
+    PairRM and reward models are known by their files, unloaded; any other judge is loaded for it.
 
     Raises:
-        ConfigError: unknown setting, or no such checkpoint.
+        ConfigError: as `load_judge`.
     """
-    _check(preset, after)
     kind, _, rest = spec.partition(":")
+    if not rest or kind not in ("pairrm", "reward"):
+        shared = {"preset": preset, "one_order": one_order, "similarity_gate": similarity_gate, "after": after}
+        judge = load_judge(spec, dtype=dtype, **shared, **settings)  # type: ignore[arg-type]
+        return JudgeIdentity(name=judge.name, fingerprint=judge.fingerprint)
+    _check(preset, after)
     if kind == "pairrm":
         from megatron_sppo.judge.pairrm.judge import pairrm_identity
 
@@ -88,17 +123,32 @@ def identify_model_judge(
         from megatron_sppo.judge.reward import reward_identity
 
         identity = reward_identity(rest, dtype=dtype)
+    judge = _wrapped(_Unloaded(identity), similarity_gate=similarity_gate, after=after)
+    return JudgeIdentity(name=judge.name, fingerprint=judge.fingerprint)
+
+
+class _Unloaded:
+    """Stands for a judge that is known and not loaded."""
+
+    def __init__(self, identity: JudgeIdentity) -> None:
+        self.name, self.fingerprint = identity.name, identity.fingerprint
+        self.counts: Counter[str] = Counter()
+
+    def judge_logits(self, groups: Sequence[RolloutGroup]) -> Sequence[Verdict]:
+        raise AssertionError(f"{self.name} is not loaded: it cannot judge {len(groups)} groups")
+
+
+def _wrapped(judge: Judge, *, similarity_gate: float | None, after: str | None) -> Judge:
+    """Put around a judge what changes its verdicts, or what it sees -> Judge."""
+    if similarity_gate is not None:
+        from megatron_sppo.judge.similarity import SimilarityGate
+
+        judge = SimilarityGate(judge, similarity_gate)
     if after is None:
-        return identity
-    from megatron_sppo.judge.conclusion import conclusion_identity
+        return judge
+    from megatron_sppo.judge.conclusion import ConclusionJudge
 
-    return conclusion_identity(identity, after)
-
-
-def is_model_judge(spec: str) -> bool:
-    """Tell whether a SPEC names a model that is loaded where it judges: one that takes a GPU, and is not sent about."""
-    kind, _, rest = spec.partition(":")
-    return bool(rest) and kind in ("pairrm", "reward")
+    return ConclusionJudge(judge, after)
 
 
 def _check(preset: str, after: str | None) -> None:

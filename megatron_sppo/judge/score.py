@@ -66,6 +66,8 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         max_requests=config.max_requests,
         verdict_tokens=config.verdict_tokens,
         after=config.judge_after,
+        scorer_seconds=config.scorer_seconds,
+        similarity_gate=config.similarity_gate,
     )
     work_dir = _work_dir(config.output)
     lock_until_exit(work_dir, flag="--output")

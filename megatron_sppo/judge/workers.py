@@ -1,7 +1,7 @@
 """A judge that works on a pool: one in this process, or the same one in any number of Ray actors.
 
-The driver knows who judges without loading a model: by its files, which every worker's must equal. A judge without a
-model (rules, matrices) is sent to the workers as it is.
+The driver knows who judges without loading a model: by its files, which every worker's must equal. Rules and
+matrices are sent to the workers as they are.
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ from megatron_sppo.cluster.config import PoolConfig
 from megatron_sppo.cluster.pool import ProgressReport, logs_directory, run_tasks
 from megatron_sppo.cluster.worker import Numbered
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.judge.load import identify_model_judge, is_model_judge, load_judge
+from megatron_sppo.judge.load import identify_judge, load_judge
 from megatron_sppo.judge.model_files import default_dtype
 from megatron_sppo.judge.protocol import Judge
+
+_MODELS = ("pairrm", "reward", "gpm")
+"""Kinds of judges that are loaded where they judge, on a GPU where there are any."""
+_SENT = ("rules", "matrices")
+"""Kinds without a process or a connection of their own."""
 
 Progress = Callable[[int, int], None]
 """(prompts, pairs) judged since the last call."""
@@ -69,6 +74,8 @@ class PooledJudge:
     pool: PoolConfig = field(default_factory=PoolConfig)
     num_gpus: int = 0
     """Of each worker."""
+    here: Judge | None = None
+    """The judge itself, loaded in this process; None of one that is a model, with workers elsewhere."""
 
     def work_off(
         self, tasks: Iterable[JudgeTask], *, progress: ProgressReport, output: Path
@@ -92,7 +99,9 @@ class PooledJudge:
 
 def pooled_here(judge: Judge) -> PooledJudge:
     """Let a judge that is loaded work in this process -> PooledJudge."""
-    return PooledJudge(name=judge.name, fingerprint=judge.fingerprint, make_worker=lambda: JudgeWorker(judge))
+    return PooledJudge(
+        name=judge.name, fingerprint=judge.fingerprint, make_worker=lambda: JudgeWorker(judge), here=judge
+    )
 
 
 def open_judge(spec: str, *, pool: PoolConfig, max_requests: int | None = None, **settings: Any) -> PooledJudge:
@@ -107,36 +116,30 @@ def open_judge(spec: str, *, pool: PoolConfig, max_requests: int | None = None, 
     """
     if pool.is_embedded:
         return pooled_here(load_judge(spec, max_requests=max_requests, **settings))
-    if is_model_judge(spec):
-        return _open_model_judge(spec, pool=pool, **settings)
-    if not spec.startswith("endpoint:"):
-        judge = load_judge(spec, **settings)
-        return PooledJudge(name=judge.name, fingerprint=judge.fingerprint, make_worker=_Sent(judge), pool=pool)
-    # Only who asks the server knows which model it serves.
-    identity = load_judge(spec, **settings)
-    make_worker = _Loaded(
-        spec=spec,
-        settings={**settings, "max_requests": _share(max_requests, pool)},
-        fingerprint=identity.fingerprint,
-        environment=_endpoint_environment(),
-    )
-    return PooledJudge(name=identity.name, fingerprint=identity.fingerprint, make_worker=make_worker, pool=pool)
+    kind = spec.partition(":")[0]
+    if kind in _MODELS:
+        return _open_model(spec, pool=pool, **settings)
+    judge = load_judge(spec, **settings)
+    if kind in _SENT:
+        make_worker: Callable[[], JudgeWorker] = _Sent(judge)
+    else:
+        make_worker = _Loaded(
+            spec=_placed(spec),
+            settings={**settings, "max_requests": _share(max_requests, pool)},
+            fingerprint=judge.fingerprint,
+            environment=_endpoint_environment(),
+        )
+    return PooledJudge(name=judge.name, fingerprint=judge.fingerprint, make_worker=make_worker, pool=pool, here=judge)
 
 
-def _open_model_judge(
-    spec: str, *, pool: PoolConfig, dtype: str | None = None, device: str | None = None, **settings: Any
-) -> PooledJudge:
+def _open_model(spec: str, *, pool: PoolConfig, dtype: str | None = None, **settings: Any) -> PooledJudge:
     from megatron_sppo.cluster.ray_team import cluster_has_gpus
 
-    settings.pop("verdict_tokens", None)
-    device = device or ("cuda" if cluster_has_gpus(pool) else "cpu")
+    device = "cuda" if cluster_has_gpus(pool) else "cpu"
     dtype = dtype or default_dtype(device)
-    identity = identify_model_judge(spec, dtype=dtype, **settings)
-    kind, _, place = spec.partition(":")
-    if Path(place).is_dir():  # a worker's own directory is another; the name stays as it was typed
-        spec = f"{kind}:{Path(place).absolute()}"
+    identity = identify_judge(spec, dtype=dtype, **settings)
     make_worker = _Loaded(
-        spec=spec, settings={**settings, "dtype": dtype, "device": device}, fingerprint=identity.fingerprint
+        spec=_placed(spec), settings={**settings, "dtype": dtype, "device": device}, fingerprint=identity.fingerprint
     )
     return PooledJudge(
         name=identity.name,
@@ -145,6 +148,13 @@ def _open_model_judge(
         pool=pool,
         num_gpus=int(device == "cuda"),
     )
+
+
+def _placed(spec: str) -> str:
+    """Make a SPEC's path absolute: a worker's own directory is another -> SPEC."""
+    kind, _, place = spec.partition(":")
+    path, colon, function = place.rpartition(":") if kind == "python" else (place, "", "")
+    return f"{kind}:{Path(path).absolute()}{colon}{function}" if Path(path).exists() else spec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,6 +158,7 @@ def _training_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int) ->
             data=paths.of(iteration, "dataset"),
             save=save,
             reference=references,
+            run=replace(config.training.run, tracking=config.tracking_of(f"iter_{iteration}-{name}")),
         )
         settings.objective.row.mixture_weights(len(references))  # refuses what does not fit, before the first stage
         yield Stage(
@@ -202,7 +203,7 @@ def check_stages(config: SelfPlayConfig) -> None:
                 f"{spec} is a file of preferences between answers that exist: it cannot judge new ones. "
                 "Use --judge pairrm:HUB_ID_OR_DIR or another judge that reads."
             )
-        if kind not in ("pairrm", "reward", "endpoint"):
+        if kind not in ("pairrm", "reward", "gpm", "endpoint"):
             load_judge(spec, preset=config.scoring.preset)
 
 
@@ -232,7 +233,6 @@ def _rollout_command(config: SelfPlayConfig, *, allow_no_signal: bool, **job: An
     """
     section, own = config.rollout, config.run.rollout_command
     options = section.rollout_options
-    server = options.servers.server or section.server
     settings = replace(
         options,
         **job,
@@ -245,9 +245,9 @@ def _rollout_command(config: SelfPlayConfig, *, allow_no_signal: bool, **job: An
             options.engine,
             tensor_parallel_size=_given(options.engine.tensor_parallel_size, section.rollout_tensor_parallel_size),
         ),
-        servers=replace(options.servers, server=server),
+        servers=config.servers,
         # Servers are a pool of their own, and a command of the user's own promises none.
-        pool=options.pool if own or server else _pool(config, options.pool),
+        pool=options.pool if own or config.servers.server else _pool(config, options.pool),
     )
     return (*shlex.split(own), *_flags(settings)) if own else _command(config, "rollouts", *_flags(settings))
 
@@ -303,6 +303,7 @@ def _evaluation(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> Stag
         preset=config.scoring.preset,
         judge_after=config.scoring.judge_after,
         verdict_tokens=config.scoring.verdict_tokens,
+        scorer_seconds=config.scoring.scoring_options.scorer_seconds,
         allow_no_signal=config.scoring.allow_no_signal,
         output=paths.result(iteration),
         seed=config.run.seed,

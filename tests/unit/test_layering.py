@@ -17,10 +17,11 @@ PACKAGE = REPOSITORY / "megatron_sppo"
 GROUND = ("errors", "storage", "command_line", "config", "architecture", "flops")
 FLOORS = (
     GROUND,
-    ("objective", "checkpoints", "cluster"),
+    ("objective", "checkpoints", "cluster", "tracking"),
     ("rollout", "data", "model", "conversion"),
     ("judge", "training"),
     ("verification", "planning", "selfplay"),
+    ("evaluation",),
     ("report",),
     # megatron_sppo/examples is a link to examples/, and `megatron-sppo train` runs the story that stands there.
     ("examples",),

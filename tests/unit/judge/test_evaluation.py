@@ -5,7 +5,6 @@ Not proved here: that a judge is any good.
 
 import json
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 from megatron_sppo.errors import DataError
 from megatron_sppo.judge.config import EvaluateConfig
 from megatron_sppo.judge.evaluation import bootstrap, cross_win_rates, evaluate, join_groups
-from megatron_sppo.judge.workers import pooled_here
 from megatron_sppo.rollout.records import RolloutGroup
 from tests.unit.selfplay.synthetic import group, write_rollouts
 
@@ -40,8 +38,7 @@ class TableJudge:
 
 
 def rates_of(judge, policy: Mapping[str, RolloutGroup], opponent: Mapping[str, RolloutGroup]) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as directory:
-        rates, _ = cross_win_rates(pooled_here(judge), policy, {"base": opponent}, output=Path(directory, "result"))
+    rates, _ = cross_win_rates(judge, policy, {"base": opponent})
     return rates["base"]
 
 
