@@ -1,12 +1,13 @@
 """Settings of the two stages that ask a judge: scoring rollouts, and evaluating a policy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 from megatron_sppo.config import LAYOUT, PositiveFloat, PositiveInt, Range, Seed, check_ranges
 from megatron_sppo.data.schema import parse_selection
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.tracking.config import TrackingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +118,7 @@ class EvaluateConfig:
     """Resamples of the interval."""
     seed: Seed = 0
     """Seed of the resampling."""
+    tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(tracker=()))
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -157,6 +157,7 @@ def _training_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int) ->
             data=paths.of(iteration, "dataset"),
             save=save,
             reference=references,
+            run=replace(config.training.run, tracking=config.tracking_of(f"iter_{iteration}-{name}")),
         )
         settings.objective.row.mixture_weights(len(references))  # refuses what does not fit, before the first stage
         yield Stage(
