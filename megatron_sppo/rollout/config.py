@@ -184,6 +184,9 @@ class GenerateConfig:
     """Prompts to skip."""
     limit: PositiveInt | None = None
     """Most prompts to take."""
+    keep_columns: tuple[str, ...] = ()
+    """Columns of the prompts that travel with the answers to a judge of your own (python:FILE:FUNCTION). IFEval's and
+    the right answers of mathematical sets travel by themselves."""
     shard_size: PositiveInt | None = None
     """Prompts per shard; the shards at work are what a kill can cost. None: that of the rollouts that --output already
     has some of; else 64 on a CPU or with --server, and on GPUs as many as make 4096 shards, 16 to 512."""

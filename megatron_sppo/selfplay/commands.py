@@ -293,6 +293,7 @@ def _evaluation(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> Stag
         preset=config.scoring.preset,
         judge_after=config.scoring.judge_after,
         verdict_tokens=config.scoring.verdict_tokens,
+        scorer_seconds=config.scoring.scoring_options.scorer_seconds,
         allow_no_signal=config.scoring.allow_no_signal,
         output=paths.result(iteration),
         seed=config.run.seed,

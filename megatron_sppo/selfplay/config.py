@@ -158,7 +158,8 @@ class ScoringConfig:
     """Who prefers what, and which answers are trained on."""
 
     judge: str
-    """pairrm:HUB_ID_OR_DIR, rules:concise, rules:cyclic or endpoint:URL."""
+    """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval, verifiable:math,
+    python:FILE:FUNCTION, rules:concise or rules:cyclic."""
     preset: Literal["paper", "official"] = "paper"
     """How logits become preferences, and what the judge reads as the prompt."""
     selection: str = "all"

@@ -69,7 +69,7 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
     refuse_foreign(paths.run_dir, ours=(STATE_NAME,), inputs=inputs, flag="--output")
     if read_state(paths.run_dir) is None:
         # What would stop a later stage is found before a new run writes or computes anything.
-        divide_prompts(config.run, config.evaluation)
+        divide_prompts(config.run, config.evaluation, keep_columns=config.rollout.rollout_options.keep_columns)
         check_stages(config)
     with locked(paths.run_dir, flag="--output"), interruptible():
         grace_seconds = config.training.run.grace_seconds or default_grace_seconds()
@@ -120,7 +120,7 @@ def _are_there(paths: RunPaths, names: tuple[str, ...]) -> bool:
 
 def _prepare(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths) -> bool:
     """Write what the stages read beside each other's outputs -> whether there is something to evaluate on."""
-    parts = divide_prompts(config.run, config.evaluation)
+    parts = divide_prompts(config.run, config.evaluation, keep_columns=config.rollout.rollout_options.keep_columns)
     for iteration, prompts in enumerate(parts.iterations, start=1):
         write_prompts(paths.prompts(iteration), prompts)
     if parts.heldout:
