@@ -76,7 +76,7 @@ def judge_in_batches(
                     progress_file(output), stage=stage, unit="prompts", total=total, done=0, amount_unit="pairs"
                 )
             )
-        judged = pooled.work_off(batches, progress=progress, output=output or Path("."))
+        judged = pooled.work_off(batches, progress=progress, output=output or Path("evaluation"))
         yield from stack.enter_context(contextlib.closing(judged))
 
 
