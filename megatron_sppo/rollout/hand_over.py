@@ -12,6 +12,7 @@ server which came back with the weights it was started with is noticed later.
 """
 
 import logging
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 
 from megatron_sppo.checkpoints.hf_checkpoint import open_hf_checkpoint
 from megatron_sppo.errors import ConversionError, some_of
-from megatron_sppo.rollout.openai_server import HttpError, NoReply, ServerFault, UnusableReply
+from megatron_sppo.rollout.openai_server import EmptyReply, HttpError, NoReply, ServerFault, UnusableReply
 from megatron_sppo.rollout.policy import Policy
 from megatron_sppo.rollout.probes import TOLERANCE, TOLERANCES
 from megatron_sppo.rollout.weight_sums import Sums, added
@@ -75,6 +76,9 @@ class Proof:
     was_loaded: bool
     is_marked: bool
     """Whether it was told a name for the weights."""
+    salt: str | None
+    """Goes with each request: vLLM uses no prefix that was computed under another (`cache_salt`). None: it takes no new
+    weights, so its cache is of these."""
 
     def __str__(self) -> str:
         """Spell it for the log."""
@@ -112,10 +116,10 @@ def prove(server: AskedServer, policy: Policy, *, must_be_sure: bool) -> Proof:
         if fault is not None or must_be_sure:
             fault = fault or "whether it holds the policy's weights or those of an earlier iteration cannot be told"
             raise Unproven(f"{fault}, and it takes no new ones. {_RESTART}.")
-        return _proof(held, policy, was_loaded=False, is_marked=False)
+        return _proof(held, policy, was_loaded=False)
     _reset_prefix_cache(server)
     if fault is None and (_is_exact(held, policy) or _mark(server) == policy.mark):
-        return _proof(held, policy, was_loaded=False, is_marked=_set_mark(server, policy))
+        return _proof(held, policy, was_loaded=False, by=server)
     _check_fits(server, policy, held)
     _load(server, policy, has_extension=held.sums is not None)
     after = _ask(server, policy)
@@ -128,7 +132,7 @@ def prove(server: AskedServer, policy: Policy, *, must_be_sure: bool) -> Proof:
         raise Unproven(
             f"it answered that it had loaded {policy.directory}, but computes exactly what it did before. {_RESTART}."
         )
-    return _proof(after, policy, was_loaded=True, is_marked=_set_mark(server, policy))
+    return _proof(after, policy, was_loaded=True, by=server)
 
 
 def still_holds(server: AskedServer, policy: Policy, proof: Proof) -> bool:
@@ -211,13 +215,19 @@ def _num_told(held: _Held, policy: Policy) -> int:
     return len({policy.named(name) for name in held.sums or {}} - {None})
 
 
-def _proof(held: _Held, policy: Policy, *, was_loaded: bool, is_marked: bool) -> Proof:
+def _proof(held: _Held, policy: Policy, *, was_loaded: bool, by: AskedServer | None = None) -> Proof:
+    """Put a proof together.
+
+    Args:
+        by: a server that takes weights; it is told a name for those that it holds.
+    """
     return Proof(
         distance=held.distance,
         num_sums=_num_told(held, policy),
         num_weights=len(policy.files.entries),
         was_loaded=was_loaded,
-        is_marked=is_marked,
+        is_marked=by is not None and _set_mark(by, policy),
+        salt=None if by is None else f"{policy.mark}-{secrets.token_hex(8)}",
     )
 
 
@@ -291,7 +301,10 @@ def _call(server: AskedServer, method: str, **arguments: str) -> list[Any]:
 
 
 def _reset_prefix_cache(server: AskedServer) -> None:
-    """Let nothing that was computed with other weights be used again. It fails while requests are at work."""
+    """Let nothing that was computed with other weights be used again. It fails while requests are at work.
+
+    Older versions of vLLM (0.23) do not say whether it succeeded; there `Proof.salt` alone keeps old prefixes away.
+    """
     for attempt in range(_RESET_TRIES):
         if attempt:
             time.sleep(_RESET_PAUSE_SECONDS * 2 ** (attempt - 1))
@@ -299,12 +312,10 @@ def _reset_prefix_cache(server: AskedServer) -> None:
             success = server.control("/reset_prefix_cache", {}).get("success")
         except HttpError as error:
             raise Unproven(f"it does not reset its prefix cache ({error}). See its log.") from None
-        except UnusableReply:
-            success = None
+        except EmptyReply:
+            return
         if success is True:
             return
-        if success is None:
-            raise Unproven("it does not say whether it reset its prefix cache. Use a newer vLLM.")
     raise Unproven(
         "it does not reset its prefix cache: it is at work on requests of others. Give each job servers of its own."
     )
