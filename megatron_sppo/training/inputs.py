@@ -186,7 +186,7 @@ def _verify(checkpoint: Path, *, weights_only: bool) -> None:
     """
     small, data = megatron_checkpoint.sorted_files(checkpoint, weights_only=weights_only)
     megatron_checkpoint.verify_checkpoint(checkpoint, names=small)
-    megatron_checkpoint.listed_digests(checkpoint, names=data)
+    megatron_checkpoint.expected_digests(checkpoint, names=data)
     distcp.check_common(checkpoint)
 
 

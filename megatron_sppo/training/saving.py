@@ -25,7 +25,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sppo.checkpoints import digests, megatron_checkpoint, retention
+from megatron_sppo.checkpoints import megatron_checkpoint, retention
 from megatron_sppo.command_line import death_with_parent
 from megatron_sppo.errors import DataError
 from megatron_sppo.storage import explain_os_error, publish_directory
@@ -146,7 +146,7 @@ class Saver:
             # Those of the run's last checkpoint, which stays: what it was resumed from may have been removed since.
             last = megatron_checkpoint.tracked_directory(self._root) or self._source
             megatron_checkpoint.carry_model_files(last, partial)
-            megatron_checkpoint.write_manifest(partial, known=digests.digested_files(partial))
+            megatron_checkpoint.write_manifest(partial)
             publish_directory(partial, megatron_checkpoint.iteration_directory(self._root, step))
             megatron_checkpoint.publish(self._root, step)
             if self._keep_last is not None:
