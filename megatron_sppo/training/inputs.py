@@ -22,6 +22,7 @@ from megatron_sppo.storage import lock_until_exit, refuse_foreign
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import TrainingConfig
+from megatron_sppo.training.layout import check_layout
 from megatron_sppo.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def _refuse_layout(config: TrainingConfig) -> None:
 
 def _check_layout(config: TrainingConfig, architecture: Architecture) -> None:
     world_size = launch().world_size
-    parallel.check_layout(config.parallel, architecture, world_size=world_size)
+    check_layout(config.parallel, architecture, world_size=world_size)
     check_divisibility(
         config.model,
         architecture,

@@ -5,7 +5,7 @@ import pytest
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.training.config import ParallelConfig
-from megatron_sppo.training.parallel import check_layout
+from megatron_sppo.training.layout import check_layout
 
 DENSE = {
     "family": "llama",
