@@ -408,10 +408,27 @@ def _default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 def _with_flags(tokens: list[str], leaves: Mapping[str, _Leaf]) -> list[str]:
-    """Put the flags of positional settings before what is typed without them -> tokens."""
-    flags = [flag_of(key) for key, leaf in leaves.items() if leaf.mark is POSITIONAL]
-    bare = list(itertools.takewhile(lambda token: not token.startswith("-"), tokens))[: len(flags)]
-    return [part for pair in zip(flags, bare, strict=False) for part in pair] + tokens[len(bare) :]
+    """Put the flags of positional settings before what is typed without them, wherever it stands -> tokens."""
+    typed = {_snake(token.partition("=")[0]) for token in tokens}
+    left = [key for key, leaf in leaves.items() if leaf.mark is POSITIONAL and key not in typed]
+    found, of_flag = list[str](), 0.0
+    for token in tokens:
+        if token.startswith("-"):
+            of_flag = _num_values(token, leaves)
+        elif of_flag:
+            of_flag -= 1
+        elif left:
+            found.append(flag_of(left.pop(0)))
+        found.append(token)
+    return found
+
+
+def _num_values(token: str, leaves: Mapping[str, _Leaf]) -> float:
+    """Count the tokens behind a flag that are its values, at most -> 0, 1, or infinity."""
+    leaf, switch = leaves.get(_snake(token)), leaves.get(_snake(token).removeprefix("no_"))
+    if "=" in token or token in ("--debug", "--help", "-h") or (switch is not None and switch.is_switch):
+        return 0
+    return math.inf if leaf is not None and leaf.takes_many else 1
 
 
 def _check_flags(tokens: list[str], leaves: Mapping[str, _Leaf]) -> list[str]:

@@ -39,8 +39,7 @@ def listed_digests(directory: Path) -> dict[Path, str]:
     A file counts as listed while it has the listed size and was not modified after the manifest, which its writer
     finished last. One that was changed and keeps both is found by the stage that reads it, which checks what it reads.
     Manifests of checkpoints and datasets list `files: {name: {sha256, bytes}}`, those of rollouts
-    `shards: [{file, sha256}]`. Of a data file that was hashed item by item, `{name: {digests, bytes}}`, the sha256 is
-    that of its digests.
+    `shards: [{file, sha256}]`. The sha256 of a data file that was hashed item by item is that of its digests.
     """
     path = Path(directory, MANIFEST_NAME)
     with contextlib.suppress(DataError, OSError):  # damaged: its files are hashed, as if it were not there
@@ -64,13 +63,11 @@ def _entries(manifest: Any) -> list[tuple[str, str, int | None]]:
     named = [*files.items()] if isinstance(files, dict) else []
     if isinstance(shards, list):
         named += [(entry.get("file"), entry) for entry in shards if isinstance(entry, dict)]
-    entries = {name: entry for name, entry in named if isinstance(name, str) and isinstance(entry, dict)}
-    found = []
-    for name, entry in entries.items():
-        described = entry if "sha256" in entry else entries.get(str(entry.get("digests")), {})
-        if isinstance(described.get("sha256"), str):
-            found.append((name, described["sha256"], entry.get("bytes")))
-    return found
+    return [
+        (name, entry["sha256"], entry.get("bytes"))
+        for name, entry in named
+        if isinstance(name, str) and isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
+    ]
 
 
 def sha256_of_items(path: Path) -> str | None:

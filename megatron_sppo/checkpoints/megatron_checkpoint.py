@@ -4,9 +4,9 @@
     ROOT/model.json
     ROOT/iter_0000000/{.metadata, *.distcp, common.pt, metadata.json, model.json, hf/*, manifest.json}
 
-The manifest holds sha256 and size of every other file of its directory and is written last; for a data file with
-digests (`digests`) the sha256 of those stands. An iteration directory appears by a rename, and the tracker after it.
-Training shares these functions.
+The manifest holds sha256 and size of every other file of its directory and is written last; the sha256 of a data file
+with digests, which its entry names, is that of the digests. An iteration directory appears by a rename, and the tracker
+after it. Training shares these functions.
 """
 
 import logging
@@ -138,8 +138,8 @@ def write_manifest(directory: Path) -> None:
         name, beside = path.relative_to(directory).as_posix(), digests_path(path)
         if path.is_file() and name != MANIFEST_FILE:
             by_items = beside != path and beside.is_file()
-            content = {"digests": beside.name} if by_items else {"sha256": sha256_of_file(path)}
-            files[name] = {**content, "bytes": path.stat().st_size}
+            files[name] = {"sha256": sha256_of_file(beside if by_items else path), "bytes": path.stat().st_size}
+            files[name] |= {"digests": beside.name} if by_items else {}
     write_json(Path(directory, MANIFEST_FILE), {"schema_version": MANIFEST_VERSION, "files": files})
 
 
@@ -176,27 +176,22 @@ def listed_items(directory: Path, name: str, files: Mapping[str, Any]) -> FileDi
     beside = digests_path(Path(name)).as_posix()
     if beside == name or beside not in files:
         return None
-    _sized(directory, name, files)
-    path = contained(directory, beside)
-    expected = _sized(directory, beside, files).get("sha256")
-    check_digest(path, sha256_of_file(path), expected)
+    entry, expected = (_sized(directory, one, files) for one in (name, beside))
+    path, found = contained(directory, beside), sha256_of_file(contained(directory, beside))
+    check_digest(path, found, expected.get("sha256"))
+    if "digests" in entry:
+        check_digest(contained(directory, name), found, entry.get("sha256"))
     return read_digests(contained(directory, name))
 
 
 def expected_digests(directory: Path, *, names: Sequence[str] | None = None) -> dict[str, str]:
-    """Check files against the manifest by size alone -> {name: the sha256 that it must have}.
-
-    A file that was hashed item by item alone is checked too, and not among them.
+    """Check files against the manifest by size alone -> {name: the sha256 that it, or its digests, must have}.
 
     Raises:
         DataError: as `verify_checkpoint`, but for a wrong sha256.
     """
-    files, expected = listed_files(directory), {}
-    for name in files if names is None else names:
-        entry = _sized(directory, name, files)
-        if "sha256" in entry or digests_path(Path(name)).as_posix() not in files:
-            expected[name] = str(entry.get("sha256"))
-    return expected
+    files = listed_files(directory)
+    return {name: str(_sized(directory, name, files).get("sha256")) for name in (files if names is None else names)}
 
 
 def _sized(directory: Path, name: str, files: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from megatron_sppo.errors import ConfigError, ConversionError, DataError
 from megatron_sppo.flops import crossover_length
 from megatron_sppo.model.config import check_divisibility
 from megatron_sppo.model.transformer_engine import check_machine
-from megatron_sppo.storage import lock_until_exit, refuse_foreign
-from megatron_sppo.training import parallel
+from megatron_sppo.storage import lock_until_exit, refuse_foreign, remove_stale_temporaries
+from megatron_sppo.training import grace, parallel
 from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import TrainingConfig
 from megatron_sppo.training.layout import check_layout
@@ -194,6 +194,8 @@ def _verify(checkpoint: Path, *, weights_only: bool) -> None:
 def prepare_save_directory(config: TrainingConfig) -> None:
     """Take `--save` for this run alone and write the resolved config into it: a disk that refuses says so now.
 
+    What a run that was killed has left there under other names goes first.
+
     Raises:
         ConfigError: it holds something else, or another run is writing there.
     """
@@ -210,4 +212,6 @@ def prepare_save_directory(config: TrainingConfig) -> None:
                 "directory with --save."
             )
         lock_until_exit(config.save, flag="--save")
+        aside = {path.name[1:].partition(".")[0] for path in config.save.glob(f".{iterations}.old-*")}
+        remove_stale_temporaries(*(config.save / name for name in {*aside, grace.PROBE_NAME}))
         write_yaml(config, resolved)

@@ -1,11 +1,13 @@
 """Process groups: which rank holds what. The only reader in training of `parallel_state`."""
 
+import contextlib
 import datetime
 import functools
 import itertools
 import logging
 import pickle
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_BEAT_SECONDS = 5.0
 _uses = itertools.count()
 """Numbers what this process says by the launcher's store; every rank says the same things in the same order."""
 
@@ -62,7 +65,8 @@ def initialize(config: ParallelConfig, *, seed: int) -> None:
 def told_by_rank_zero(config: ParallelConfig, find: Callable[[], T]) -> T:
     """Let rank 0 alone find something out, and tell the others -> the same on every rank. Collective.
 
-    Needs no process group: it goes through the launcher's store. What is found is pickled.
+    Needs no process group: it goes through the launcher's store. What is found is pickled. It may take rank 0 longer
+    than the ranks' time-out, while it shows that it is at work.
 
     Raises:
         ConfigError, DataError, ConversionError, OSError: what rank 0 ran into, on every rank.
@@ -75,18 +79,50 @@ def told_by_rank_zero(config: ParallelConfig, find: Callable[[], T]) -> T:
     if place.rank == 0:
         found: T | None = None
         try:
-            found = find()
+            with _beating(store):
+                found = find()
         except (ConfigError, DataError, ConversionError, OSError) as error:
             fault = error
         store.set("found", pickle.dumps((found, fault)).hex())
         # This process may be the store, and may end before the others have heard.
         store.wait([f"heard by {rank}" for rank in range(1, place.world_size)])
     else:
+        _wait_while_beating(store, "found", seconds=60 * config.distributed_timeout_minutes)
         found, fault = pickle.loads(bytes.fromhex(store.get("found").decode()))  # noqa: S301 rank 0's own words
         store.set(f"heard by {place.rank}", "")
     if fault is not None:
         raise fault
     return found  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _beating(store: Store) -> Iterator[None]:
+    """Count up in the store for as long as the block takes, so that whoever waits for its end sees that it goes on."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(_BEAT_SECONDS):
+            store.add("beats", 1)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _wait_while_beating(store: Store, key: str, *, seconds: float) -> None:
+    """Wait for a key of the store, time and again for `seconds` while another rank is `_beating`."""
+    heard = 0
+    while True:
+        try:
+            return store.wait([key], datetime.timedelta(seconds=seconds))
+        except torch.distributed.DistStoreError:
+            if (beats := store.add("beats", 0)) == heard:
+                raise
+            heard = beats
 
 
 def _new_store(timeout: datetime.timedelta) -> Store:
@@ -212,6 +248,27 @@ def broadcast_from_rank_zero(find: Callable[[], T]) -> T:
     if message[1] is not None:
         raise message[1]
     return message[0]  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def failing_together(*faults: type[Exception]) -> Iterator[None]:
+    """Raise what one of the ranks runs into in the block on every rank, at its end. Collective over all ranks.
+
+    Nobody leaves the block before all have done.
+
+    Args:
+        faults: what is caught; anything else ends the rank that it befalls.
+    """
+    fault: Exception | None = None
+    try:
+        yield
+    except faults as error:
+        fault = error
+    if not int(sum_over_world(torch.tensor([fault is not None], dtype=torch.int, device=device()))):
+        return
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, fault)
+    raise next(one for one in found if one is not None)
 
 
 def sum_over_world(values: torch.Tensor) -> torch.Tensor:

@@ -90,7 +90,7 @@ def listed_by_items(run_dir: Path) -> Path:
     manifest = json.loads((directory / "manifest.json").read_text())
     content = (directory / "__0_0.digests").read_bytes()
     manifest["files"] |= {
-        "__0_0.distcp": {"digests": "__0_0.digests", "bytes": data.stat().st_size},
+        "__0_0.distcp": {"sha256": sha256(content), "bytes": data.stat().st_size, "digests": "__0_0.digests"},
         "__0_0.digests": {"sha256": sha256(content), "bytes": len(content)},
     }
     (directory / "manifest.json").write_text(json.dumps(manifest))
