@@ -204,7 +204,9 @@ def bookkeeping(run: Run) -> dict[str, float]:
             os.symlink(run.place / "prompts.jsonl", directory / f"prompts/{name}.jsonl")
     nowhere = Path("decided-by-self-play")
     config = SelfPlayConfig(
-        run=RunConfig(model=run.place / "model", prompts=run.place / "prompts.jsonl", output=directory, iterations=1),
+        run=RunConfig(
+            model=run.place / "model", prompts=(run.place / "prompts.jsonl",), output=directory, iterations=1
+        ),
         scoring=ScoringConfig(judge="rules:concise"),
         rollout=RolloutConfig(),
         training=TrainingConfig(load=nowhere, data=nowhere, save=nowhere, optimization=OptimizationConfig(lr=1e-6)),

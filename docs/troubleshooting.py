@@ -26,6 +26,7 @@ ROOMS = {
     "verification": "Verification (`megatron-sppo convert verify`)",
     "rollout": "Prompts and rollouts (`megatron-sppo rollouts`, `import-preferences`)",
     "judge": "Judges and scoring (`megatron-sppo score`, `evaluate`)",
+    "cluster": "Workers and clusters (`--workers`, `--ray`)",
     "data": "Datasets",
     "objective": "The objective",
     "selfplay": "Self-play (`megatron-sppo self-play`)",

@@ -31,7 +31,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     from megatron_sppo.selfplay.stages import StageFailed
     from megatron_sppo.selfplay.summary import result_table
 
-    run = replace(config.run, prompts=own_or_packaged(config.run.prompts))
+    run = replace(config.run, prompts=tuple(map(own_or_packaged, config.run.prompts)))
     try:
         summary = self_play(replace(config, run=run))
     except StageFailed as failure:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from megatron_sppo.cluster.config import PoolConfig
 from megatron_sppo.config import LAYOUT, NonNegativeInt, PositiveFloat, PositiveInt, Range, Seed, check_ranges
 from megatron_sppo.errors import ConfigError
 
@@ -155,8 +156,8 @@ class GenerateConfig:
     model: Annotated[Path, LAYOUT]
     """Hugging Face directory of the policy; its tokenizer and chat template make the prompts' token ids."""
     prompts: Annotated[Path, LAYOUT]
-    """File (.jsonl, .json, .csv, .tsv, .parquet, plain or .gz, .zst) or dataset directory: rows with `prompt` or
-    `messages`, or in the columns of ShareGPT, UltraFeedback, HH, Nectar, Alpaca or Orca."""
+    """File (.jsonl, .json, .csv, .tsv, .parquet, plain or .gz, .zst), dataset directory or hub:NAME[:SUBSET][@SPLIT]:
+    rows with `prompt` or `messages`, or in the columns of ShareGPT, UltraFeedback, HH, Nectar, Alpaca or Orca."""
     output: Annotated[Path, LAYOUT]
     """Directory for the rollouts; the same command again resumes there."""
     num_responses: PositiveInt
@@ -174,14 +175,14 @@ class GenerateConfig:
     split: str | None = None
     """Keep the rows of this split only, such as train or heldout."""
     subset: str | None = None
-    """The subset of a dataset directory that holds several."""
+    """The subset of a dataset directory, or of a data set of the hub, that holds several."""
     offset: NonNegativeInt = 0
     """Prompts to skip."""
     limit: PositiveInt | None = None
     """Most prompts to take."""
     shard_size: PositiveInt | None = None
     """Prompts per shard; the shards at work are what a kill can cost. None: that of the rollouts that --output already
-    has some of; else 512 where there is a GPU, 64 on a CPU or with --server."""
+    has some of; else 64 on a CPU or with --server, and on GPUs as many as make 4096 shards, 16 to 512."""
     max_model_len: PositiveInt | None = None
     """Most tokens of prompt and answer together; None takes the model's. Longer prompts are set aside."""
     allow_no_signal: Annotated[bool, LAYOUT] = False
@@ -189,9 +190,16 @@ class GenerateConfig:
     template: TemplateConfig = field(default_factory=TemplateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     servers: ServerConfig = field(default_factory=ServerConfig)
+    pool: PoolConfig = field(default_factory=PoolConfig)
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.servers.server and not self.pool.is_embedded:
+            given = f"--ray {self.pool.ray}" if self.pool.ray else f"--workers {self.pool.workers}"
+            raise ConfigError(
+                f"--server asks all servers from this process, and {given} starts engines. Use one of them; several "
+                "servers are --server URL URL."
+            )
         if self.max_model_len is not None and self.max_model_len <= self.max_tokens:
             raise ConfigError(
                 f"max_model_len ({self.max_model_len}) leaves no room for a prompt beside max_tokens "

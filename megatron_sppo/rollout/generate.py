@@ -3,15 +3,16 @@
 import contextlib
 import hashlib
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from megatron_sppo.checkpoints.model_files import ModelFiles, read_model_files
+from megatron_sppo.cluster.config import PoolConfig
+from megatron_sppo.cluster.pool import logs_directory, run_tasks
+from megatron_sppo.cluster.progress import StageProgress, progress_file
+from megatron_sppo.cluster.ray_team import cluster_has_gpus
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import ChatTokenizer, TokenizedPrompt
 from megatron_sppo.rollout.config import GenerateConfig, Sampling
@@ -29,19 +30,16 @@ from megatron_sppo.rollout.records import (
     write_manifest,
     write_shard,
 )
-from megatron_sppo.rollout.sampler import Answer, AnsweredShard, Refusal, Sampler, Shard, check_responses
-from megatron_sppo.rollout.server import ServerSampler
+from megatron_sppo.rollout.sampler import Answer, Refusal, Shard, check_responses
+from megatron_sppo.rollout.sampling_worker import SamplerFactory, ShardAnswers, WorkerFactory
 from megatron_sppo.rollout.tables import warn_of_several_splits
-from megatron_sppo.rollout.vllm_engine import VllmSampler
 
 logger = logging.getLogger(__name__)
 
-SamplerFactory = Callable[[GenerateConfig, int], Sampler]
-"""(config, tokens of the longest prompt with its answer) -> Sampler."""
-
-
-_SHARD_SIZE, _SHARD_SIZE_ON_GPU = 64, 512
-"""On GPUs a shard is done sooner, and fewer files are kinder to everyone after."""
+_SHARD_SIZE, _SHARD_SIZES_ON_GPU = 64, (16, 512)
+_SHARDS_ON_GPU = 4096
+"""An engine on a GPU takes shards in an endless stream, of whatever size. Small ones end all engines of a cluster at
+about the same time; of many prompts fewer files are kinder to everyone after."""
 
 
 def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | None = None) -> RolloutManifest:
@@ -81,7 +79,15 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
         if finished.is_complete():
             logger.info("%s is complete: nothing to do", config.output)
         elif missing := finished.missing():
-            _sample_missing(config, prompts, missing, finished, sampling, make_sampler, vocab_size=files.vocab_size)
+            make_worker = WorkerFactory(
+                config=config,
+                max_model_len=prompts.prepared.longest + sampling.max_tokens,
+                sampling=sampling,
+                model_hash=files.model_hash,
+                tokenizer_hash=files.tokenizer_hash,
+                make_sampler=make_sampler,
+            )
+            _sample_missing(make_worker, prompts, missing, finished, vocab_size=files.vocab_size)
         refused = [row for shard in finished.in_order() for row in shard.refused]
         if refused:
             logger.warning(
@@ -114,10 +120,12 @@ class _Prompts:
         self._config, self._rows, self.tokenizer, self._room = config, rows, tokenizer, room
         self._prepared: PreparedPrompts | None = None
         earlier = read_earlier_job(config.output)
-        self.shard_size = config.shard_size or earlier.shard_size or _default_shard_size(config)
         self._inputs = inputs_hash(config.prompts, room=room, **_chosen(config))
         is_known = earlier.prompts is not None and earlier.prompts.inputs == self._inputs
         self.record = earlier.prompts if is_known and earlier.prompts is not None else self._prepare()
+        self.shard_size = (
+            config.shard_size or earlier.shard_size or _default_shard_size(config, self.record.num_prompts)
+        )
         if self.record.quarantined:
             left_out = self.record.quarantined
             logger.warning(
@@ -175,12 +183,19 @@ def _chosen(config: GenerateConfig) -> dict[str, Any]:
     return {"split": config.split, "subset": config.subset, "offset": config.offset, "limit": config.limit}
 
 
-def _default_shard_size(config: GenerateConfig) -> int:
-    if config.servers.server:
+def _default_shard_size(config: GenerateConfig, num_prompts: int) -> int:
+    if config.servers.server or not _has_gpus(config.pool):
         return _SHARD_SIZE
+    least, most = _SHARD_SIZES_ON_GPU
+    return min(max(num_prompts // _SHARDS_ON_GPU, least), most)
+
+
+def _has_gpus(pool: PoolConfig) -> bool:
+    if pool.ray is not None:
+        return cluster_has_gpus(pool)
     import torch
 
-    return _SHARD_SIZE_ON_GPU if torch.cuda.is_available() else _SHARD_SIZE
+    return torch.cuda.is_available()
 
 
 def _room(config: GenerateConfig, files: ModelFiles) -> int:
@@ -250,15 +265,14 @@ def _refuse_no_signal(config: GenerateConfig, outcomes: Mapping[str, int]) -> No
 
 
 def _sample_missing(
-    config: GenerateConfig,
+    make_worker: WorkerFactory,
     prompts: _Prompts,
     missing: Sequence[int],
     finished: FinishedShards,
-    sampling: Sampling,
-    make_sampler: SamplerFactory | None,
     *,
     vocab_size: int,
 ) -> None:
+    config, sampling = make_worker.config, make_worker.sampling
     prepared, size, tokenizer = prompts.prepared, prompts.shard_size, prompts.tokenizer
     done = sum(shard.entry.rows for shard in finished.in_order())
     total = len(prepared)
@@ -272,18 +286,28 @@ def _sample_missing(
     def holds_marker(response: Response) -> bool:
         return tokenizer.holds_marker(response.text, response.token_ids, stop_token_ids=sampling.stop_token_ids)
 
-    sampler = (make_sampler or _start_sampler)(config, prepared.longest + sampling.max_tokens)
     is_first = len(missing) > 1
-    try:
-        with tqdm(total=total, initial=done, desc="rollouts", unit="prompt", disable=None) as bar:
-            for answered in sampler.sample(shards(), sampling=sampling, on_progress=_rate_reporter(bar)):
-                outcomes = _write(answered, config.output, finished, sampling, holds_marker, vocab_size=vocab_size)
+    with StageProgress(
+        progress_file(config.output), stage="rollouts", unit="prompts", total=total, done=done, amount_unit="tokens"
+    ) as progress:
+        answered = run_tasks(
+            make_worker,
+            shards(),
+            pool=config.pool,
+            num_gpus=config.engine.tensor_parallel_size,
+            progress=progress,
+            logs=logs_directory(config.output),
+            size_of=lambda shard: len(shard.prompts),
+        )
+        with contextlib.closing(answered):
+            for shard, answers in answered:
+                outcomes = _write(
+                    shard, answers, config.output, finished, sampling, holds_marker, vocab_size=vocab_size
+                )
                 if is_first:  # early, while there is something to save
                     for line in outcome_warnings(outcomes):
                         logger.warning("the first shard: %s", line)
                 is_first = False
-    finally:
-        sampler.close()
     if left := finished.missing():
         raise DataError(
             f"the sampler answered {len(missing) - len(left)} of {len(missing)} shards. Run the same command again."
@@ -291,7 +315,8 @@ def _sample_missing(
 
 
 def _write(
-    answered: AnsweredShard,
+    shard: Shard,
+    answered: ShardAnswers,
     output: Path,
     finished: FinishedShards,
     sampling: Sampling,
@@ -300,13 +325,12 @@ def _write(
     vocab_size: int,
 ) -> dict[str, int]:
     """Check a shard's answers, write them and enter it -> what became of them."""
-    prompts, answers, index = answered.shard.prompts, answered.answers, answered.shard.index
-    check_responses(prompts, answers, sampling=sampling, vocab_size=vocab_size)
-    groups, refused = _groups(prompts, answers)
+    check_responses(shard.prompts, answered.answers, sampling=sampling, vocab_size=vocab_size)
+    groups, refused = _groups(shard.prompts, answered.answers)
     outcomes = count_outcomes(groups, holds_marker)
-    entry = write_shard(output, index, groups)
-    shard = FinishedShard(entry=entry, outcomes=outcomes, refused=tuple(refused), engine_steps=answered.engine_steps)
-    finished.enter(index, shard)
+    entry = write_shard(output, shard.index, groups)
+    written = FinishedShard(entry=entry, outcomes=outcomes, refused=tuple(refused), engine_steps=answered.engine_steps)
+    finished.enter(shard.index, written)
     return outcomes
 
 
@@ -316,18 +340,6 @@ def _tell_engine_steps(steps: EngineSteps | None) -> None:
             "fewer than half of the engine's slots were busy in %.1f %% of its %d steps",
             *(100 * steps.under_half / steps.total, steps.total),
         )
-
-
-def _rate_reporter(bar: Any) -> Callable[[int, int], None]:
-    start, tokens = time.monotonic(), 0
-
-    def report(num_prompts: int, num_tokens: int) -> None:
-        nonlocal tokens
-        tokens += num_tokens
-        bar.set_postfix_str(f"{tokens / max(time.monotonic() - start, 1e-9):.0f} tokens/s", refresh=False)
-        bar.update(num_prompts)
-
-    return report
 
 
 def _groups(prompts: Sequence[TokenizedPrompt], answers: Sequence[Answer]) -> tuple[list[RolloutGroup], list[SetAside]]:
@@ -340,9 +352,3 @@ def _groups(prompts: Sequence[TokenizedPrompt], answers: Sequence[Answer]) -> tu
         if isinstance(refusal, Refusal)
     ]
     return groups, refused
-
-
-def _start_sampler(config: GenerateConfig, max_model_len: int) -> Sampler:
-    if config.servers.server:
-        return ServerSampler(config.servers, max_model_len=max_model_len)
-    return VllmSampler(config.model, config=config.engine, max_model_len=max_model_len, seed=config.seed)

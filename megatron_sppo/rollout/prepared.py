@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from megatron_sppo.errors import DataError
 from megatron_sppo.rollout.chat_template import ChatTokenizer, TokenizedPrompt, UnusablePrompt
+from megatron_sppo.rollout.hub import hub_fingerprint, is_hub_name
 from megatron_sppo.rollout.prompts import PromptRows, PromptsHash
 from megatron_sppo.rollout.records import Count, SetAside
 from megatron_sppo.storage import explain_os_error, sha256_of_file, sha256_of_json
@@ -132,13 +133,16 @@ def prepare_prompts(
 def inputs_hash(path: Path, **chosen: Any) -> str:
     """Hash what prompts are read from -> 64 hex digits, the same as long as the same prompts would be found.
 
-    A file's content counts, which is read once; of a directory, which may hold much else, names, sizes and times.
+    A file's content counts, which is read once; of a directory, which may hold much else, names, sizes and times; of a
+    data set of the hub its revision.
 
     Args:
         chosen: which of them are taken, and what decides whether they can be sampled.
     """
     content: Any = None
-    if path.is_dir():
+    if is_hub_name(path):
+        content = hub_fingerprint(path, subset=chosen.get("subset"), split=chosen.get("split"))
+    elif path.is_dir():
         stats = ((file, file.stat()) for file in sorted(path.rglob("*")) if file.is_file())
         content = [[str(file.relative_to(path)), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
     else:

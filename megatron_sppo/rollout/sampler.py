@@ -12,7 +12,7 @@ from typing import Protocol
 from megatron_sppo.errors import DataError
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
 from megatron_sppo.rollout.config import Sampling
-from megatron_sppo.rollout.records import EngineSteps, Response
+from megatron_sppo.rollout.records import EngineSteps, Response, shard_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,10 @@ class Shard:
     seed: int
     """The shard's own, so that a shard that is sampled again after a kill is the same where it can be."""
     prompts: Sequence[TokenizedPrompt]
+
+    def __str__(self) -> str:
+        """Name it by its file, for messages."""
+        return shard_name(self.index)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +60,7 @@ class Sampler(Protocol):
 
         Args:
             shards: taken one by one, each when there is room for it; what is taken and not yet answered is what a kill
-                costs.
+                costs. With shards at work it may end and have more later: where it did, it is asked again.
             sampling: the settings of the run; its own seed is not for use here.
             on_progress: call it with (prompts finished, tokens sampled) since the last call.
         """

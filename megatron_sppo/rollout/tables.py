@@ -2,7 +2,7 @@
 
 Read: JSON Lines, a JSON list, CSV, TSV and Parquet, plain or compressed (.gz, .zst); directories as the hub lays them
 (`train.jsonl`, `data/train-00000-of-00002.parquet`, `SUBSET/train/0000.parquet`, the `configs` of a README.md) and as
-`datasets.save_to_disk` writes them. A directory with several subsets or splits wants one chosen.
+`datasets.save_to_disk` writes them; `hub:NAME` as hub.py says. Of several subsets or splits one must be chosen.
 """
 
 import csv
@@ -22,6 +22,7 @@ from typing import IO, Any, cast
 import yaml
 
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.rollout.hub import hub_name, is_hub_name, load_hub_table
 from megatron_sppo.storage import damage, packaged_examples
 
 logger = logging.getLogger(__name__)
@@ -106,11 +107,11 @@ def table_rows(
     columns: frozenset[str] | None = None,
     context: frozenset[str] = frozenset(),
 ) -> Rows:
-    """Read any kind of file or directory -> rows in order; a directory's carry their `split`.
+    """Read any kind of file or directory, or a data set of the hub -> rows in order; all but a file's carry `split`.
 
     Args:
-        split: of a directory, the one to read; a file's rows may name their own and are all read.
-        subset: of a directory, the one to read.
+        split: of a directory or data set, the one to read; a file's rows may name their own and are all read.
+        subset: of a directory or data set, the one to read.
         columns: a Parquet file must have one of them, and others than these are not read; None: every column.
         context: columns that are read too, where a Parquet file has them.
 
@@ -119,13 +120,19 @@ def table_rows(
         DataError: no such file, an unknown or unreadable one.
     """
     read = functools.partial(_file_rows, columns=columns, context=context)
+    if is_hub_name(path):
+        name = hub_name(path, subset=subset, split=split)
+        table = load_hub_table(path, name)
+        if isinstance(table, Path):
+            return _directory_rows(table, name.split, name.subset, read)
+        return _with_split(_hub_rows(path, table.rows, columns, context), table.split)
     if path.is_dir():
         return _directory_rows(path, split, subset, read)
     if subset is not None:
         raise ConfigError(f"{path} is not a directory: it has no subsets. Leave out --subset.")
     if not path.is_file():
         raise DataError(
-            f"{path} does not exist. Give a dataset directory or a file ({_KNOWN}); "
+            f"{path} does not exist. Give a dataset directory, a file ({_KNOWN}) or hub:NAME; "
             f"{packaged_examples('data/*.jsonl')} is in the package."
         )
     return read(path)
@@ -423,6 +430,15 @@ def _saved_rows(path: Path, split: str | None) -> Rows:
         chosen = _choose("split", path, split, loaded)
         return _with_split(iter(loaded[chosen]), chosen)
     return iter(loaded)
+
+
+def _hub_rows(path: Path, table: Any, columns: frozenset[str] | None, context: frozenset[str]) -> Rows:
+    """Read a prepared data set, and of its columns those that are wanted -> rows."""
+    names = list(table.column_names)
+    if columns is not None and not columns.intersection(names):
+        raise DataError(f"{path} has no column prompt or messages (it has: {', '.join(names)}). Give another data set.")
+    chosen = names if columns is None else [name for name in names if name in columns | context]
+    yield from table.select_columns(chosen)
 
 
 def _with_split(rows: Rows, split: str) -> Rows:

@@ -12,11 +12,12 @@ from megatron_sppo.config import to_flags
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.config import EvaluateConfig, ScoreConfig
 from megatron_sppo.judge.load import load_judge
-from megatron_sppo.selfplay.config import SelfPlayConfig
+from megatron_sppo.selfplay.config import LAUNCHERS, SelfPlayConfig
 from megatron_sppo.selfplay.stages import Stage
 from megatron_sppo.training.config import InspectionConfig, TrainingConfig
 
 REPORT_NAME = "report.html"
+_OURS = (sys.executable, "-m", "megatron_sppo")
 
 _EVALUATION_SEED = 1_000_003
 """Added to the run's seed: held-out answers are never sampled with a training rollout's seed."""
@@ -77,7 +78,7 @@ def start_stages(config: SelfPlayConfig, paths: RunPaths, *, evaluates: bool) ->
     model = config.run.model
     yield Stage(
         name="import",
-        command=_command("convert", "import", "--hf", str(model), "--megatron", str(paths.base)),
+        command=_command(config, "convert", "import", "--hf", str(model), "--megatron", str(paths.base)),
         inputs=(model,),
         outputs=(paths.base,),
     )
@@ -106,28 +107,30 @@ def iteration_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int, *,
     )
     yield Stage(
         name=f"{prefix}-dataset",
-        command=_command("score", *_flags(_scoring(config, rollouts, dataset))),
+        command=_command(config, "score", *_flags(_scoring(config, rollouts, dataset))),
         inputs=(rollouts,),
         outputs=(dataset,),
     )
     previous = paths.checkpoint(iteration - 1)
     yield Stage(
         name=f"{prefix}-train",
-        command=_launched(config, "train", replace(config.training, load=previous, data=dataset, save=checkpoint)),
+        command=_command(
+            config, "train", *_flags(replace(config.training, load=previous, data=dataset, save=checkpoint))
+        ),
         inputs=(previous, dataset),
         outputs=(checkpoint,),
     )
     if config.evaluation.inspected_prompts:
         yield Stage(
             name=f"{prefix}-inspect",
-            command=_launched(config, "inspect", _inspection(config, paths, iteration)),
+            command=_command(config, "inspect", *_flags(_inspection(config, paths, iteration))),
             inputs=(checkpoint, previous, dataset),
             outputs=(paths.token_log_ratios(iteration),),
         )
     to_hugging_face = ("--megatron", str(checkpoint), "--hf", str(paths.of(iteration, "hf")))
     yield Stage(
         name=f"{prefix}-export",
-        command=_command("convert", "export", *to_hugging_face, "--template", str(config.run.model)),
+        command=_command(config, "convert", "export", *to_hugging_face, "--template", str(config.run.model)),
         inputs=(checkpoint,),
         outputs=(paths.of(iteration, "hf"),),
     )
@@ -138,7 +141,7 @@ def iteration_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int, *,
 
 def report_command(run_dir: Path) -> tuple[str, ...]:
     """Spell the command that writes report.html -> tokens."""
-    return _command("report", "--run", str(run_dir))
+    return (*_OURS, "report", "--run", str(run_dir))
 
 
 def check_stages(config: SelfPlayConfig) -> None:
@@ -203,7 +206,7 @@ def _rollout_command(config: SelfPlayConfig, *, allow_no_signal: bool, **job: An
         ),
         servers=replace(options.servers, server=options.servers.server or section.server),
     )
-    return (*shlex.split(own), *_flags(settings)) if own else _command("rollouts", *_flags(settings))
+    return (*shlex.split(own), *_flags(settings)) if own else _command(config, "rollouts", *_flags(settings))
 
 
 def _scoring(config: SelfPlayConfig, rollouts: Path, dataset: Path) -> ScoreConfig:
@@ -258,24 +261,21 @@ def _evaluation(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> Stag
     )
     return Stage(
         name=f"iter_{iteration}-eval",
-        command=_command("evaluate", *_flags(settings)),
+        command=_command(config, "evaluate", *_flags(settings)),
         inputs=(policy, base, previous),
         outputs=(paths.result(iteration),),
     )
 
 
-def _launched(config: SelfPlayConfig, name: str, settings: TrainingConfig) -> tuple[str, ...]:
-    """Spell how a command that runs on all training ranks is started -> tokens."""
-    processes, launcher = config.run.training_processes, [sys.executable]
-    if config.run.training_launcher:
-        launcher = shlex.split(config.run.training_launcher)
-    elif processes > 1:
-        launcher += ["-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return (*launcher, "-m", "megatron_sppo", name, *_flags(settings))
-
-
-def _command(name: str, *flags: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "megatron_sppo", name, *flags)
+def _command(config: SelfPlayConfig, name: str, *words: str) -> tuple[str, ...]:
+    """Spell a command of this package as its launcher starts it -> tokens."""
+    processes = config.run.training_processes
+    if launcher := config.run.launcher_of(name):
+        return (*launcher, *_OURS[1:], name, *words)
+    if processes > 1 and name in LAUNCHERS["training_launcher"]:
+        torchrun = ("-P", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+        return (_OURS[0], *torchrun, *_OURS[1:], name, *words)
+    return (*_OURS, name, *words)
 
 
 def _flags(settings: Any) -> Iterator[str]:

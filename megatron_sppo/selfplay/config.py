@@ -4,12 +4,13 @@ The everyday settings of the stages are flags of their own; `rollout_options`, `
 stages' real configs, without what self-play decides.
 """
 
+import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from megatron_sppo import config as config_files
-from megatron_sppo.config import LAYOUT, NonNegativeInt, PositiveInt, Seed, SettingsOf, check_ranges
+from megatron_sppo.config import LAYOUT, NonNegativeInt, PositiveInt, Seed, SettingsOf, check_ranges, flag_of
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.config import ScoreConfig
 from megatron_sppo.rollout.config import GenerateConfig, Temperature, TopP
@@ -25,20 +26,33 @@ _OF_TRAINING: dict[str, Any] = {"load": _NOWHERE, "data": _NOWHERE, "save": _NOW
 """What self-play decides of each stage, with stand-ins."""
 
 
+LAUNCHERS = {
+    "rollout_launcher": ("rollouts",),
+    "scoring_launcher": ("score", "evaluate"),
+    "inspection_launcher": ("inspect",),
+    "training_launcher": ("train", "inspect"),
+    "conversion_launcher": ("convert",),
+}
+"""Settings of RunConfig -> the commands that they start; of two that start the same the first that is set does."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """What is aligned, from what, and for how long."""
 
     model: Annotated[Path, LAYOUT]
     """Hugging Face directory of the start model: pi_1, and the base of the evaluation."""
-    prompts: Annotated[Path, LAYOUT]
-    """Prompts (JSONL, Parquet, dataset directory). Held-out rows are for the evaluation only."""
+    prompts: Annotated[tuple[Path, ...], LAYOUT]
+    """Prompts: a file (JSONL, Parquet, ...), a dataset directory or hub:NAME[:SUBSET][@SPLIT]. Several of them are one
+    for each iteration, such as the thirds of UltraFeedback that SPPO's authors publish. Held-out rows are for the
+    evaluation only."""
     output: Annotated[Path, LAYOUT]
     """Run directory. The same command again resumes it."""
     iterations: PositiveInt = 3
     """Rounds of rollouts, scoring and training."""
     prompts_per_iteration: Literal["disjoint", "all"] = "disjoint"
-    """disjoint: each iteration trains on its own part of the prompts (paper: thirds). all: on all of them."""
+    """disjoint: each iteration trains on its own part of the prompts (paper: thirds), or on its own --prompts where
+    there are several. all: on all of them."""
     max_prompts_per_iteration: PositiveInt | None = None
     """Most prompts of one iteration; the rest of its part is not used. None: all of them."""
     train_split: str | None = None
@@ -56,6 +70,15 @@ class RunConfig:
     training_launcher: Annotated[str | None, LAYOUT] = None
     """Command that starts training in place of python or torchrun, such as "srun torchrun --nnodes 4 ...". It is called
     with -m megatron_sppo train and training's flags."""
+    inspection_launcher: Annotated[str | None, LAYOUT] = None
+    """The same for -m megatron_sppo inspect, which runs on training's ranks. None: as training is started."""
+    rollout_launcher: Annotated[str | None, LAYOUT] = None
+    """Command that starts rollouts in python's place, such as "srun ray symmetric-run ... -- python". It is called with
+    -m megatron_sppo rollouts and its flags; what those are on a cluster say rollout_options, such as {ray: auto}."""
+    scoring_launcher: Annotated[str | None, LAYOUT] = None
+    """The same for -m megatron_sppo score, and for evaluate, which needs the same judges."""
+    conversion_launcher: Annotated[str | None, LAYOUT] = None
+    """The same for -m megatron_sppo convert, one process: for a node with memory and a fast disk."""
     rollout_command: Annotated[str | None, LAYOUT] = None
     """Command in place of `megatron-sppo rollouts`: the seam for a sampler of your own. It is called with
     --model, --prompts, --output, --num-responses, --max-tokens, --temperature, --top-p and --seed, and writes rollouts
@@ -63,6 +86,40 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if not self.prompts:
+            raise ConfigError("prompts names no file. Use --prompts FILE or --prompts hub:NAME.")
+        if 1 < len(self.prompts) < self.iterations and self.prompts_per_iteration == "disjoint":
+            raise ConfigError(
+                f"{len(self.prompts)} prompts are given, each for an iteration of its own, and {self.iterations} "
+                f"iterations. Use --iterations {len(self.prompts)}, one --prompts, or --prompts-per-iteration all."
+            )
+        for name in ("rollout_command", *LAUNCHERS):
+            _check_command(name, getattr(self, name))
+        if self.rollout_command and self.rollout_launcher:
+            raise ConfigError(
+                "rollout_command and rollout_launcher are both set, and a command of your own is called as it is. "
+                "Leave --rollout-launcher out, or put what it says into --rollout-command."
+            )
+
+    def launcher_of(self, command: str) -> list[str]:
+        """Find what starts a command of this package in python's place -> tokens, empty: python itself does."""
+        given = (getattr(self, name) for name, commands in LAUNCHERS.items() if command in commands)
+        return shlex.split(next((text for text in given if text), ""))
+
+
+def _check_command(name: str, text: str | None) -> None:
+    """Refuse a command that a shell could not read.
+
+    Raises:
+        ConfigError: it is empty, or a quote is left open.
+    """
+    try:
+        if text is None or shlex.split(text):
+            return
+        reason = "holds no command"
+    except ValueError as error:
+        reason = f"cannot be taken apart as a shell does ({error})"
+    raise ConfigError(f"{name} is {text!r}, which {reason}. Write {flag_of(name)} 'PROGRAM ARGUMENT ...'.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +257,8 @@ def check_unchanged(before: SelfPlayConfig, now: SelfPlayConfig, run_dir: Path) 
         ConfigError: names the first setting that differs, with both values.
     """
     old, new = config_files.deciding(before), config_files.deciding(now)
-    if now.run.prompts_per_iteration == "all" and now.run.iterations > before.run.iterations:
+    is_divided = now.run.prompts_per_iteration == "disjoint" and len(now.run.prompts) == 1
+    if not is_divided and now.run.iterations > before.run.iterations:
         old["run.iterations"] = new["run.iterations"]
     if now.rollout.rollout_options.shard_size is None:
         del old["rollout.rollout_options.shard_size"]

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_sppo.command_line import default_grace_seconds
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.rollout.hub import is_hub_name
 from megatron_sppo.rollout.outcomes import mean_response_tokens
 from megatron_sppo.rollout.records import read_rollouts
 from megatron_sppo.selfplay import config as settings
@@ -28,7 +29,7 @@ from megatron_sppo.selfplay.commands import (
 )
 from megatron_sppo.selfplay.config import SelfPlayConfig
 from megatron_sppo.selfplay.process import interruptible
-from megatron_sppo.selfplay.prompt_parts import divide_prompts, write_prompts
+from megatron_sppo.selfplay.prompt_parts import divide_prompts, hash_of_prompts, write_prompts
 from megatron_sppo.selfplay.retention import retire_iterations
 from megatron_sppo.selfplay.stages import STATE_NAME, Stage, StageMachine, read_state
 from megatron_sppo.storage import locked, refuse_foreign
@@ -63,7 +64,7 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
     if not (config.run.model / "config.json").is_file():
         raise ConfigError(f"{config.run.model} holds no config.json. Give --model a Hugging Face model directory.")
     paths = RunPaths(run_dir=config.run.output)
-    inputs = (config.run.model, config.run.prompts)
+    inputs = (config.run.model, *(path for path in config.run.prompts if not is_hub_name(path)))
     refuse_foreign(paths.run_dir, ours=(STATE_NAME,), inputs=inputs, flag="--output")
     if read_state(paths.run_dir) is None:
         # What would stop a later stage is found before a new run writes or computes anything.
@@ -97,11 +98,13 @@ def _is_finished(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths)
     if before is None:
         return False
     settings.check_unchanged(settings.read_record(before, place=machine.path), config, paths.run_dir)
-    for name in ("model", "prompts"):
-        path = getattr(config.run, name)
-        if machine.hash_of(path) != machine.state[f"{name}_sha256"]:
+    for name, named, found in (
+        ("model", str(config.run.model), machine.hash_of(config.run.model)),
+        ("prompts", ", ".join(map(str, config.run.prompts)), hash_of_prompts(config.run, machine.hash_of)),
+    ):
+        if found != machine.state[f"{name}_sha256"]:
             raise ConfigError(
-                f"{name} {path} has other content than when {paths.run_dir} was begun. "
+                f"{name} {named} has other content than when {paths.run_dir} was begun. "
                 "Restore it, or begin another run with another --output."
             )
     is_complete = machine.state["finished"] and machine.state["iterations_done"] >= config.run.iterations
@@ -122,7 +125,7 @@ def _prepare(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths) -> 
     machine.update(
         config=settings.record(config),
         model_sha256=machine.hash_of(config.run.model),
-        prompts_sha256=machine.hash_of(config.run.prompts),
+        prompts_sha256=hash_of_prompts(config.run, machine.hash_of),
         prompts={
             "iterations": [len(prompts) for prompts in parts.iterations],
             "heldout": len(parts.heldout),

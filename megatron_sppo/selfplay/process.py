@@ -30,7 +30,7 @@ from megatron_sppo.command_line import TORCHRUN_GRACE_VARIABLE, death_with_paren
 _TAIL_BYTES = 1 << 16
 _ERROR_LINE = re.compile(r"^(?:\[[^\]]*\]:?\s*)?([\w.-]+(?: [\w-]+)?: error: .+)$")
 _EXCEPTION_LINE = re.compile(r"^(?:\[[^\]]*\]:?\s*)?([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)$")
-_TORCHRUN_EXIT_CODE = re.compile(r"exitcode\s*:\s*(-?\d+)")
+_TORCHRUN_EXIT_CODE = re.compile(r"exitcode\s*:\s*(-?\d+)|SignalException: Process \d+ got signal: (\d+)")
 
 
 class Interrupted(BaseException):
@@ -148,11 +148,11 @@ def last_error(log_path: Path) -> str:
 
 
 def tool_exit_code(returncode: int, log_path: Path) -> int:
-    """Read a stage's own exit code -> int. torchrun itself ends with 1 whatever its ranks ended with."""
+    """Read a stage's own exit code -> int. torchrun itself ends with 1 whatever its ranks, or a signal, ended with."""
     if returncode == 1:
-        found = [match.group(1) for line in _tail(log_path) if (match := _TORCHRUN_EXIT_CODE.search(line))]
-        if found:
-            return int(found[0])
+        for line in reversed(_tail(log_path)):  # torchrun's root cause comes last
+            if match := _TORCHRUN_EXIT_CODE.search(line):
+                return int(match[1]) if match[1] else -int(match[2])
     return returncode
 
 

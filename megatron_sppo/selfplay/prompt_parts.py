@@ -3,14 +3,16 @@
 import itertools
 import json
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.rollout.prompts import Prompt, PromptSet, read_prompts
+from megatron_sppo.rollout.hub import hub_fingerprint, is_hub_name
+from megatron_sppo.rollout.prompts import Prompt, PromptSet, make_prompt, read_prompts
 from megatron_sppo.selfplay.config import EvaluationConfig, RunConfig
-from megatron_sppo.storage import atomic_file
+from megatron_sppo.storage import atomic_file, sha256_of_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,26 +27,52 @@ class PromptParts:
 
 
 def divide_prompts(run: RunConfig, evaluation: EvaluationConfig) -> PromptParts:
-    """Read the prompts and divide them -> PromptParts. The same file and seed give the same parts.
+    """Read the prompts and divide them -> PromptParts. The same sources and seed give the same parts.
 
     Raises:
         DataError: the prompts cannot be read.
         ConfigError: no held-out rows where they are asked for, or fewer prompts than iterations.
     """
-    everything = read_prompts(run.prompts, split=run.train_split)
-    heldout = _heldout(run, evaluation, everything)
-    heldout_ids = {prompt.prompt_id for prompt in heldout}
-    training = [prompt for prompt in everything.prompts if prompt.prompt_id not in heldout_ids]
-    random.Random(run.seed).shuffle(training)
-    num_parts = run.iterations if run.prompts_per_iteration == "disjoint" else 1
-    if len(training) < num_parts:
-        raise ConfigError(
-            f"{run.prompts} has {len(training)} prompts to train on ({len(heldout)} more are held out) for "
-            f"{run.iterations} disjoint parts. Use more prompts, --iterations 1 or --prompts-per-iteration all."
-        )
-    parts = tuple(part[: run.max_prompts_per_iteration] for part in _cut(training, num_parts))
-    iterations = parts if run.prompts_per_iteration == "disjoint" else parts * run.iterations
-    return PromptParts(iterations=iterations, heldout=heldout, num_quarantined=len(everything.quarantined))
+    sources = [read_prompts(path, split=run.train_split) for path in run.prompts]
+    heldout = _heldout(run, evaluation, sources)
+    # By their text: two sources may each have a prompt called 1.
+    held_texts = {_text(prompt) for prompt in heldout}
+    pools = [[prompt for prompt in source.prompts if _text(prompt) not in held_texts] for source in sources]
+    if run.prompts_per_iteration == "all":
+        pools = [list(_joined(pools))]
+    for pool in pools:
+        random.Random(run.seed).shuffle(pool)
+    if run.prompts_per_iteration == "disjoint" and len(pools) == 1:
+        if len(pools[0]) < run.iterations:
+            raise ConfigError(
+                f"{run.prompts[0]} has {len(pools[0])} prompts to train on ({len(heldout)} more are held out) for "
+                f"{run.iterations} disjoint parts. Use more prompts, --iterations 1 or --prompts-per-iteration all."
+            )
+        parts = _cut(pools[0], run.iterations)
+    else:
+        parts = tuple(map(tuple, pools * run.iterations if len(pools) == 1 else pools[: run.iterations]))
+    for number, part in enumerate(parts, start=1):
+        if not part:
+            raise ConfigError(
+                f"nothing is left of the prompts of iteration {number}: {len(heldout)} are held out. Use more prompts."
+            )
+    return PromptParts(
+        iterations=tuple(part[: run.max_prompts_per_iteration] for part in parts),
+        heldout=heldout,
+        num_quarantined=sum(len(source.quarantined) for source in sources),
+    )
+
+
+def hash_of_prompts(run: RunConfig, hash_of: Callable[[Path], str]) -> str:
+    """Hash the sources of a run's prompts -> 64 hex digits, one source's as it is.
+
+    Args:
+        hash_of: hashes a file or directory.
+    """
+    hashes = [
+        hub_fingerprint(path, split=run.train_split) if is_hub_name(path) else hash_of(path) for path in run.prompts
+    ]
+    return hashes[0] if len(hashes) == 1 else sha256_of_json(hashes)
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
@@ -56,24 +84,46 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
             file.write(text)
 
 
-def _heldout(run: RunConfig, evaluation: EvaluationConfig, everything: PromptSet) -> tuple[Prompt, ...]:
-    count = evaluation.heldout_prompts
+def _heldout(run: RunConfig, evaluation: EvaluationConfig, sources: Sequence[PromptSet]) -> tuple[Prompt, ...]:
+    count, named = evaluation.heldout_prompts, ", ".join(map(str, run.prompts))
     if count == 0:
         return ()
     if count is not None:
-        if count >= len(everything.prompts):
+        everything = _joined([source.prompts for source in sources])
+        if count >= len(everything):
             raise ConfigError(
-                f"heldout_prompts is {count}, but {run.prompts} has {len(everything.prompts)} prompts. "
-                f"Use --heldout-prompts {len(everything.prompts) // 4}."
+                f"heldout_prompts is {count}, but {named} has {len(everything)} prompts. "
+                f"Use --heldout-prompts {len(everything) // 4}."
             )
-        return tuple(random.Random(run.seed).sample(list(everything.prompts), count))
-    try:
-        return read_prompts(run.prompts, split=run.heldout_split).prompts
-    except ConfigError:
+        return tuple(random.Random(run.seed).sample(list(everything), count))
+    found, missing = list[Sequence[Prompt]](), 0
+    for path in run.prompts:
+        try:
+            found.append(read_prompts(path, split=run.heldout_split).prompts)
+        except ConfigError:
+            missing += 1
+    if missing == len(run.prompts):
         raise ConfigError(
-            f'{run.prompts} has no rows with "split": "{run.heldout_split}" for the evaluation. '
+            f'{named} has no rows with "split": "{run.heldout_split}" for the evaluation. '
             "Mark some, or use --heldout-prompts 64 (a random choice) or --heldout-prompts 0 (no evaluation)."
-        ) from None
+        )
+    return _joined(found)
+
+
+def _joined(sources: Sequence[Sequence[Prompt]]) -> tuple[Prompt, ...]:
+    """Put prompts of several sources together: a text once, and no id for two texts -> prompts."""
+    if len(sources) == 1:
+        return tuple(sources[0])
+    by_text = {_text(prompt): prompt for source in reversed(sources) for prompt in reversed(source)}
+    num_called = Counter(prompt.prompt_id for prompt in by_text.values())
+    return tuple(
+        prompt if num_called[prompt.prompt_id] == 1 else make_prompt(prompt.messages, None)
+        for prompt in reversed(by_text.values())
+    )
+
+
+def _text(prompt: Prompt) -> str:
+    return json.dumps(prompt.messages)
 
 
 def _cut(prompts: Sequence[Prompt], num_parts: int) -> tuple[tuple[Prompt, ...], ...]:

@@ -8,6 +8,7 @@ its old outputs removed, when its inputs are others. An output that was retired 
 import logging
 import shlex
 import shutil
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 STATE_NAME = "state.json"
 LOGS_NAME = "logs"
+_EXIT_SIGTERM = 128 + signal.SIGTERM
+"""Of a stage that somebody else has stopped, as Slurm does with all processes of a job: who started the loop can tell
+it from a failure, and start it again."""
 
 
 class StageFailed(RuntimeError):
@@ -240,6 +244,11 @@ def _has_types(state: dict[str, Any]) -> bool:
 
 def _failure(stage: Stage, returncode: int, log_path: Path) -> StageFailed:
     code = tool_exit_code(returncode, log_path)
+    if code in (-signal.SIGTERM, _EXIT_SIGTERM):
+        return StageFailed(
+            f"{stage.name} was stopped by SIGTERM. The same command goes on from here. Its log: {log_path}",
+            exit_code=_EXIT_SIGTERM,
+        )
     how = f"was killed by signal {-code}" if code < 0 else f"failed (exit code {code})"
     reason = last_error(log_path)
     return StageFailed(

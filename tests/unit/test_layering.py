@@ -17,7 +17,7 @@ PACKAGE = REPOSITORY / "megatron_sppo"
 GROUND = ("errors", "storage", "command_line", "config", "architecture", "flops")
 FLOORS = (
     GROUND,
-    ("objective", "checkpoints"),
+    ("objective", "checkpoints", "cluster"),
     ("rollout", "data", "model", "conversion"),
     ("judge", "training"),
     ("verification", "planning", "selfplay"),
@@ -31,6 +31,8 @@ FLOORS = (
 )
 
 BANS = {
+    # The pool knows nothing of models, answers or judges.
+    "cluster": {"megatron", "vllm", "transformers", "torch"},
     "rollout": {"megatron"},
     "judge": {"megatron", "megatron_sppo.model", "megatron_sppo.conversion"},
     "training": {"vllm", "transformers"},
@@ -137,6 +139,7 @@ def test_imports_go_upwards_only(path):
         ("data.writer", "from megatron_sppo.rollout.records import RolloutGroup"),
         ("rollout.samplers", "def f():\n    import megatron.core.datasets"),
         ("rollout.samplers", "from megatron_sppo.data.writer import DatasetWriter"),
+        ("cluster.pool", "from megatron_sppo.rollout.sampler import Shard"),
         ("judge.pairrm", "from megatron_sppo.model import policy"),
         ("data.writer", "def f():\n    from transformers import AutoTokenizer"),
         ("data.indexed", "from megatron.core.datasets.indexed_dataset import IndexedDataset"),

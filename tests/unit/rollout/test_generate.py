@@ -20,11 +20,12 @@ pytest.importorskip("transformers")
 from megatron_sppo import storage
 from megatron_sppo.checkpoints.model_files import model_hash
 from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
+from megatron_sppo.cluster.config import PoolConfig
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout import finished_shards
 from megatron_sppo.rollout.chat_template import ChatTokenizer
-from megatron_sppo.rollout.config import GenerateConfig, TemplateConfig
-from megatron_sppo.rollout.generate import generate_rollouts, shard_seed
+from megatron_sppo.rollout.config import GenerateConfig, ServerConfig, TemplateConfig
+from megatron_sppo.rollout.generate import _default_shard_size, generate_rollouts, shard_seed
 from megatron_sppo.rollout.prompts import PromptRows
 from megatron_sppo.rollout.records import EngineSteps, Response, read_manifest, read_rollouts
 from megatron_sppo.rollout.sampler import Refusal
@@ -171,8 +172,8 @@ def test_a_sampler_that_forgets_a_shard_ends_the_job(config: GenerateConfig) -> 
     assert not (config.output / "manifest.json").exists()
 
 
-@pytest.mark.parametrize(("has_gpu", "expected"), [(True, [512, 512, 76]), (False, [64] * 17 + [12])])
-def test_shards_are_larger_on_gpus_unless_the_user_says(
+@pytest.mark.parametrize(("has_gpu", "expected"), [(True, [16] * 68 + [12]), (False, [64] * 17 + [12])])
+def test_shards_are_small_on_gpus_unless_the_user_says(
     config: GenerateConfig, monkeypatch: pytest.MonkeyPatch, has_gpu: bool, expected: list[int]
 ) -> None:
     import torch
@@ -182,6 +183,23 @@ def test_shards_are_larger_on_gpus_unless_the_user_says(
     assert [len(ids) for ids in run(replace(config, shard_size=None))] == expected
     again = replace(config, output=config.output.with_name("explicit"), shard_size=600)
     assert [len(ids) for ids in run(again)] == [600, 500]
+
+
+@pytest.mark.parametrize(("num_prompts", "size"), [(20_000, 16), (600_000, 146), (10_000_000, 512)])
+def test_many_prompts_for_gpus_make_about_4096_shards(
+    config: GenerateConfig, monkeypatch: pytest.MonkeyPatch, num_prompts: int, size: int
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _default_shard_size(config, num_prompts) == size
+
+
+def test_servers_and_workers_together_are_refused(config: GenerateConfig) -> None:
+    servers = ServerConfig(server=("http://node1:8000",))
+    for pool, given in ((PoolConfig(workers=2), "--workers 2"), (PoolConfig(ray="auto"), "--ray auto")):
+        with pytest.raises(ConfigError, match=f"--server asks all servers from this process, and {given} starts"):
+            replace(config, servers=servers, pool=pool)
 
 
 def test_a_run_goes_on_with_the_shard_size_that_it_was_begun_with(config: GenerateConfig) -> None:

@@ -15,7 +15,7 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.config import EvaluateConfig, ScoreConfig
 from megatron_sppo.rollout.config import GenerateConfig
 from megatron_sppo.selfplay.commands import RunPaths, check_stages, iteration_stages, start_stages
-from megatron_sppo.selfplay.config import SelfPlayConfig, check_unchanged, read_record, record
+from megatron_sppo.selfplay.config import LAUNCHERS, SelfPlayConfig, check_unchanged, read_record, record
 from megatron_sppo.training.config import InspectionConfig, TrainingConfig
 
 YAML = """
@@ -137,6 +137,27 @@ def test_a_launcher_of_the_user_s_own_starts_the_training_command(tmp_path: Path
         assert spelled[stage][:9] == (*shlex.split(launcher), "-m", "megatron_sppo", name)
 
 
+def test_each_launcher_starts_its_stages_in_python_s_place_and_no_other(tmp_path: Path) -> None:
+    """By hand: which stage is started by which setting; what none starts is started by this python."""
+    started = {
+        "rollout-launcher": {"base-eval-rollouts", "iter_1-rollouts", "iter_1-eval-rollouts"},
+        "scoring-launcher": {"iter_1-dataset", "iter_1-eval"},
+        "inspection-launcher": {"iter_1-inspect"},
+        "training-launcher": {"iter_1-train", "iter_1-inspect"},
+        "conversion-launcher": {"import", "iter_1-export"},
+    }
+    plain = commands(read(tmp_path))
+    for name, stages in started.items():
+        spelled = commands(read(tmp_path, f"--{name}", f"srun --job-name '{name} 1' python"))
+        for stage, command in spelled.items():
+            expected = ("srun", "--job-name", f"{name} 1", "python") if stage in stages else (sys.executable,)
+            assert command == (*expected, *plain[stage][1:])
+    both = ("--training-launcher", "srun torchrun", "--inspection-launcher", "srun --nodes 1 torchrun")
+    spelled = commands(read(tmp_path, *both))
+    assert spelled["iter_1-inspect"][:4] == ("srun", "--nodes", "1", "torchrun")
+    assert spelled["iter_1-train"][:2] == ("srun", "torchrun")
+
+
 def test_settings_of_the_judge_hold_in_training_and_in_evaluation(tmp_path: Path) -> None:
     flags = ("--judge-after", "</think>", "--verdict-tokens", "512", "--allow-no-signal")
     for given in ((), flags):
@@ -194,6 +215,9 @@ def test_what_a_later_stage_would_refuse_is_refused_at_the_start(tmp_path: Path,
         (("--num-responses", "1"), "num_responses is 1"),
         (("--bootstrap-resamples", "100"), "at least 2000"),
         (("--server", "http://localhost:8000"), "a server keeps the model"),
+        (("--rollout-launcher", "srun 'python"), "rollout_launcher is .* No closing quotation.*Write --rollout-launch"),
+        (("--conversion-launcher", " "), "conversion_launcher is ' ', which holds no command"),
+        (("--rollout-launcher", "a", "--rollout-command", "b"), "rollout_command and rollout_launcher are both set"),
     ],
 )
 def test_impossible_settings_are_refused(tmp_path: Path, flags: tuple, message: str) -> None:
@@ -242,7 +266,7 @@ def test_all_but_the_layout_decides() -> None:
         GenerateConfig: {"model", "prompts", "output", "allow_no_signal", "tensor_parallel_size", "server"},
         ScoreConfig: {"output", "rollouts", "allow_no_signal"},
         SelfPlayConfig: {
-            *("model", "prompts", "output", "training_processes", "training_launcher", "rollout_command"),
+            *("model", "prompts", "output", "training_processes", "rollout_command", *LAUNCHERS),
             *("rollout_tensor_parallel_size", "server", "allow_no_signal", "inspected_prompts", "keep_last"),
         },
     }

@@ -19,7 +19,7 @@ def write_file(path: Path, *, num_train: int = 20, num_heldout: int = 5) -> Path
 
 
 def divide(path: Path, *, heldout_prompts: int | None = None, **run: object) -> PromptParts:
-    config = RunConfig(model=Path("m"), prompts=path, output=Path("o"), **run)
+    config = RunConfig(model=Path("m"), prompts=(path,), output=Path("o"), **run)
     return divide_prompts(config, EvaluationConfig(heldout_prompts=heldout_prompts))
 
 

@@ -113,6 +113,25 @@ def test_a_crash_is_passed_on_by_its_exception_with_exit_code_1(run_dir: Path) -
     assert failure.value.exit_code == 1
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os; os.kill(os.getpid(), 15)",
+        "import sys; sys.exit(143)",
+        "import sys; sys.exit('Root Cause:\\n  exitcode  : 143 (pid: 7)')",
+        "import sys; sys.exit('[rank1]:   exitcode  : -15 (pid: 7)')",
+        "class SignalException(Exception): pass\nraise SignalException('Process 7 got signal: 15')",
+    ],
+)
+def test_a_stage_that_somebody_else_has_stopped_ends_the_loop_with_143_and_goes_on(run_dir: Path, code: str) -> None:
+    """Slurm sends SIGTERM to every process of a job; torchrun then ends with 1, in one of the two ways shown."""
+    with pytest.raises(StageFailed, match="iter_1-train was stopped by SIGTERM. The same command goes on") as failure:
+        StageMachine(run_dir).run(failing_stage(code, run_dir))
+    assert failure.value.exit_code == 143
+    assert read_state(run_dir)["stages"]["iter_1-train"]["status"] == "failed"
+    assert StageMachine(run_dir).run(copy_stage(run_dir, name="iter_1-train")) is True
+
+
 def test_torchrun_s_report_of_exit_code_2_counts_as_2(run_dir: Path) -> None:
     code = (
         "import sys; print('tool.py: error: fact. Remedy.'); "

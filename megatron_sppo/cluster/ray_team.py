@@ -1,0 +1,262 @@
+"""A team of Ray actors: where they run, how they are called, and how a dead one comes back.
+
+Ray is imported here alone, and inside functions: a stage of one worker needs none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_sppo.cluster.config import PoolConfig
+from megatron_sppo.cluster.worker import Desk, Lost, Numbered, Reply, Worker
+from megatron_sppo.command_line import one_line
+from megatron_sppo.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_MIB = 1 << 20
+_OBJECT_STORE_BYTES, _LEAST_OBJECT_STORE_BYTES = 512 * _MIB, 80 * _MIB
+"""Of a Ray that is started here. Results wait in it until the driver takes them, which is at once."""
+_PASSED_ON = ("HF_", "VLLM_", "TOKENIZERS_", "TRANSFORMERS_", "CUDA_LAUNCH", "NCCL_", "OPENAI_")
+"""Beginnings of the environment variables that workers on other machines get from the driver."""
+_CLOSING_SECONDS = 20.0
+
+
+def connect(pool: PoolConfig) -> Any:
+    """Start a Ray on this machine, or join the one that the pool names -> the module `ray`. Again is no fault.
+
+    Raises:
+        ConfigError: Ray is not installed, or there is no such cluster.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    flag = f"--ray {pool.ray}" if pool.ray else f"--workers {pool.workers}"
+    try:
+        import ray
+    except ImportError as error:
+        raise ConfigError(
+            f"{flag} needs Ray, which cannot be imported ({error}). Install it (`pip install "
+            "'megatron-sppo[cluster]'`), or use --workers 1 without --ray."
+        ) from None
+    if ray.is_initialized():
+        return ray
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if pool.ray is None:
+        free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else _OBJECT_STORE_BYTES
+        settings |= {
+            "address": "local",
+            "num_cpus": pool.workers,
+            "include_dashboard": False,
+            "object_store_memory": max(_LEAST_OBJECT_STORE_BYTES, min(_OBJECT_STORE_BYTES, free // 2)),
+        }
+    else:
+        settings["address"] = pool.ray.strip()
+    try:
+        ray.init(**settings)
+    except (ConnectionError, ValueError, RuntimeError, OSError, TimeoutError) as error:
+        remedy = (
+            "Start one (`ray start --head`, on further nodes `ray start --address HOST:6379`), and run this on one of "
+            "its nodes; or leave --ray out"
+            if pool.ray
+            else "Use --workers 1"
+        )
+        raise ConfigError(f"{flag}: Ray does not start or answer ({one_line(error)[:300]}). {remedy}.") from None
+    return ray
+
+
+def cluster_has_gpus(pool: PoolConfig) -> bool:
+    """Tell whether workers of this pool, which is not embedded, find GPUs."""
+    return bool(connect(pool).cluster_resources().get("GPU", 0) >= 1)
+
+
+class RayTeam:
+    """Workers in Ray actors (`pool.Team`)."""
+
+    def __init__(
+        self,
+        make_worker: Callable[[], Worker[Any, Any]],
+        *,
+        pool: PoolConfig,
+        num_gpus: int,
+        logs: Path,
+        ahead: int = 0,
+    ) -> None:
+        """Place the actors; they start when the first call reaches them.
+
+        Args:
+            num_gpus: GPUs of one worker, where the cluster has any.
+            logs: directory for `worker-N.log`.
+
+        Raises:
+            ConfigError: no Ray, or a cluster that cannot hold one worker.
+        """
+        was_connected = _is_connected()
+        self._ray = connect(pool)
+        self._is_ours = not was_connected
+        self._logs = logs
+        self._places = _Places(self._ray, pool, num_gpus)
+        self.num_workers = self._places.num_workers
+        actor_class = self._ray.remote(Desk)
+        self._actors: dict[int, Any] = {}
+        self._calls: dict[Any, tuple[int, bool]] = {}
+        """Reference of a call under way -> (worker, whether it is a ping)."""
+        for worker in range(self.num_workers):
+            self._actors[worker] = actor_class.options(
+                max_restarts=-1, max_concurrency=4, **self._places.options(worker)
+            ).remote(make_worker, ahead=ahead, environment=_environment(), diverts_output=True)
+
+    def exchange(
+        self, worker: int, life: str | None, tasks: tuple[Numbered, ...] = (), *, has_more: bool, is_end: bool
+    ) -> None:
+        """Begin a call of a worker's desk."""
+        call = self._actors[worker].exchange.remote(life, tasks, has_more=has_more, is_end=is_end)
+        self._calls[call] = (worker, False)
+
+    def replies(self, seconds: float) -> list[tuple[int, Reply | Lost]]:
+        """Wait for calls to end -> (worker, its reply or how it was lost)."""
+        ray, came = self._ray, list[tuple[int, Reply | Lost]]()
+        if not self._calls:
+            time.sleep(seconds)
+            return came
+        ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=seconds)
+        if ready:  # and all others that have ended meanwhile
+            ready, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
+        for call in ready:
+            worker, is_ping = self._calls.pop(call)
+            try:
+                reply = ray.get(call)
+            except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+                # While an actor restarts every call fails at once: a ping that Ray tries again waits for it.
+                came.append((worker, Lost(why=_reason(error), is_final=is_ping)))
+                if not is_ping:
+                    ping = self._actors[worker].ping.options(max_task_retries=-1).remote()
+                    self._calls[ping] = (worker, True)
+                continue
+            if is_ping:
+                self.exchange(worker, None, has_more=True, is_end=False)
+                continue
+            self._keep_log(worker, reply.log)
+            came.append((worker, reply))
+        return came
+
+    def missing(self) -> str:
+        """Say what no node has free -> text."""
+        return f"no node of the cluster has {self._places.needs} free for one"
+
+    def dismiss(self, worker: int) -> None:
+        """Give a worker up."""
+        for call in [call for call, (called, _) in self._calls.items() if called == worker]:
+            del self._calls[call]
+        with contextlib.suppress(Exception):
+            self._ray.kill(self._actors.pop(worker), no_restart=True)
+
+    def close(self, *, is_orderly: bool) -> None:
+        """End all workers: after an orderly end they may release what they hold themselves."""
+        ray = self._ray
+        with contextlib.suppress(ray.exceptions.RayError):
+            if is_orderly:
+                self._calls.clear()
+                for worker in self._actors:
+                    self.exchange(worker, None, has_more=False, is_end=True)
+                deadline = time.monotonic() + _CLOSING_SECONDS
+                while self._calls and (left := deadline - time.monotonic()) > 0:
+                    for worker, reply in self.replies(left):
+                        if isinstance(reply, Reply) and not reply.has_ended:
+                            self.exchange(worker, None, has_more=False, is_end=True)
+        for actor in self._actors.values():
+            with contextlib.suppress(Exception):
+                ray.kill(actor, no_restart=True)
+        self._places.free()
+        if self._is_ours:
+            ray.shutdown()
+
+    def _keep_log(self, worker: int, text: bytes) -> None:
+        if text:
+            self._logs.mkdir(parents=True, exist_ok=True)
+            with open(self._logs / f"worker-{worker}.log", "ab") as file:
+                file.write(text)
+
+
+class _Places:
+    """Where workers go: one after the other where an engine fits a node, else in a placement group of its own."""
+
+    def __init__(self, ray: Any, pool: PoolConfig, num_gpus: int) -> None:
+        self._ray = ray
+        self._groups: list[Any] = []
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus, cpus = ([int(node.get(kind, 0)) for node in nodes] for kind in ("GPU", "CPU"))
+        self._num_gpus = num_gpus if sum(gpus) else 0
+        self.spans_nodes = bool(self._num_gpus) and max(gpus) < self._num_gpus
+        self.needs = f"{self._num_gpus} GPUs" if self._num_gpus else "a CPU"
+        if self.spans_nodes:
+            room = sum(gpus) // self._num_gpus
+        elif self._num_gpus:
+            room = sum(node // self._num_gpus for node in gpus)
+        else:
+            room = sum(node >= 1 for node in cpus) if pool.workers is None else sum(cpus)
+        if not room:
+            raise ConfigError(
+                f"one worker takes {self.needs}, the cluster has {sum(gpus)} GPUs and {sum(cpus)} CPUs on {len(nodes)} "
+                "nodes. Use a smaller --tensor-parallel-size, or more nodes."
+            )
+        self.num_workers = pool.workers or room
+        if room < self.num_workers:
+            logger.warning(
+                "the cluster has room for %d of %d workers (%s each): the others start when there is more",
+                *(room, self.num_workers, self.needs),
+            )
+
+    def options(self, worker: int) -> dict[str, Any]:
+        """Choose a worker's place -> options of its actor."""
+        if not self.spans_nodes:
+            strategy = "DEFAULT" if self._num_gpus else "SPREAD"
+            return {"num_cpus": 1, "num_gpus": self._num_gpus, "scheduling_strategy": strategy}
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        bundles = [{"CPU": 1, "GPU": 1}, *({"GPU": 1} for _ in range(self._num_gpus - 1))]
+        group = placement_group(bundles, strategy="PACK")
+        self._groups.append(group)
+        # The engine's own workers go into the group that the actor is in: it takes none of the GPUs itself.
+        place = PlacementGroupSchedulingStrategy(
+            group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
+        )
+        return {"num_cpus": 1, "num_gpus": 0, "scheduling_strategy": place}
+
+    def free(self) -> None:
+        """Give placement groups back."""
+        if self._groups:
+            from ray.util.placement_group import remove_placement_group
+
+            for group in self._groups:
+                with contextlib.suppress(Exception):
+                    remove_placement_group(group)
+
+
+def _is_connected() -> bool:
+    try:
+        import ray
+    except ImportError:
+        return False
+    return bool(ray.is_initialized())
+
+
+def _environment() -> dict[str, str | None]:
+    """Choose what workers find in their environment as the driver does -> {name: value; None: unset}.
+
+    Ray sets OMP_NUM_THREADS to the CPUs of an actor where it finds none: results depend on it on a CPU.
+    """
+    passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+    return {**passed, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")}
+
+
+def _reason(error: Exception) -> str:
+    """Find the line of Ray's message that says why -> text."""
+    text = one_line(error)
+    return text if len(text) <= 300 else f"{text[:300]}..."

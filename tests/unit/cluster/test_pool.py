@@ -1,0 +1,160 @@
+"""Proves the pool's loop with workers in threads: every task once, whatever dies; errors of workers end the stage.
+
+Real processes and Ray are in tests/e2e/test_cluster_pool.py.
+"""
+
+import random
+
+import pytest
+
+from megatron_sppo.cluster.config import PoolConfig
+from megatron_sppo.cluster.pool import drive, run_tasks
+from megatron_sppo.cluster.worker import WorkerCrashed
+from megatron_sppo.errors import ConfigError, DataError
+from tests.unit.cluster.workers import Progress, Squarer, Stream, Task, ThreadTeam
+
+
+def tasks(number):
+    return (Task(index) for index in range(number))
+
+
+def squares(number):
+    return {index: index**2 for index in range(number)}
+
+
+def collected(pairs):
+    found = {}
+    for task, result in pairs:
+        assert task.index == result.index and task.index not in found
+        found[task.index] = result.square
+    return found
+
+
+def test_one_worker_works_in_this_process_without_ray(monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    progress = Progress()
+    pairs = run_tasks(Squarer, tasks(7), pool=PoolConfig(), num_gpus=1, progress=progress, logs=tmp_path / "logs")
+    assert collected(pairs) == squares(7)
+    assert (progress.units, progress.amount) == (7, 70)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_several_workers_answer_every_task_once_and_report_all_of_it():
+    progress = Progress()
+    team = ThreadTeam(Squarer, 3)
+    assert collected(drive(team, tasks(40), progress=progress)) == squares(40)
+    assert (progress.units, progress.amount) == (40, 400)
+    assert team.is_closed
+    assert max(progress.seen) == (3, 3)
+
+
+def test_a_worker_that_streams_has_its_slots_filled_while_others_are_at_work():
+    streams = []
+
+    def make():
+        streams.append(Stream(slots=5))
+        return streams[-1]
+
+    assert collected(drive(ThreadTeam(make, 2, ahead=1), tasks(60), progress=Progress())) == squares(60)
+    assert [stream.most_at_work for stream in streams] == [5, 5]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_dead_workers_had_is_given_out_again_and_progress_ends_whole(seed):
+    chance, progress = random.Random(seed), Progress()
+    team = ThreadTeam(lambda: Squarer(seconds=0.005), 3, ahead=1)
+    found = {}
+    for number, (task, result) in enumerate(drive(team, tasks(60), progress=progress)):
+        assert task.index not in found
+        found[task.index] = result.square
+        if number % 6 == 5 and number < 56:
+            team.kill(chance.randrange(3))
+    assert found == squares(60)
+    assert progress.units == 60
+
+
+class Deadly(Squarer):
+    """Its process dies at task 5: the team is told, which is all that a thread can do of it."""
+
+    team: ThreadTeam
+    number = 0
+
+    def run(self, tasks, on_progress):
+        for task in tasks:
+            if task.index == 5:
+                Deadly.team.kill(next(n for n, desk in Deadly.team.desks.items() if desk._thread.ident == _ident()))
+                return
+            yield from super().run(iter([task]), on_progress)
+
+
+def _ident():
+    import threading
+
+    return threading.get_ident()
+
+
+def test_a_task_that_three_workers_die_at_ends_the_stage_and_is_named():
+    Deadly.team = team = ThreadTeam(Deadly, 2)
+    with pytest.raises(DataError, match="^task 5: 3 workers have died at it"):
+        collected(drive(team, tasks(20), progress=Progress()))
+    assert team.is_closed
+
+
+@pytest.mark.parametrize(
+    "error", [ConfigError("no model. Use --model DIR."), DataError("bad"), FileNotFoundError(2, "no", "x")]
+)
+def test_an_error_at_a_worker_s_start_is_raised_as_it_was(error):
+    def make():
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        collected(drive(ThreadTeam(make, 2), tasks(3), progress=Progress()))
+    assert str(raised.value) == str(error)
+
+
+def test_a_fault_in_a_worker_is_raised_with_its_traceback():
+    class Faulty(Squarer):
+        def run(self, tasks, on_progress):
+            next(tasks)
+            yield 1 / 0
+
+    with pytest.raises(WorkerCrashed, match=r"(?s)yield 1 / 0.*ZeroDivisionError"):
+        collected(drive(ThreadTeam(Faulty, 2), tasks(3), progress=Progress()))
+
+
+def test_a_worker_that_leaves_a_task_unanswered_is_a_fault():
+    class Lazy(Squarer):
+        def run(self, tasks, on_progress):
+            next(tasks)
+            return iter(())
+
+    with pytest.raises(WorkerCrashed, match="left 1 tasks without a result"):
+        collected(drive(ThreadTeam(Lazy, 1), tasks(3), progress=Progress()))
+
+
+def test_a_stage_without_workers_is_said_and_ended(caplog):
+    class Nobody(ThreadTeam):
+        def exchange(self, *args, **kwargs):
+            pass
+
+        def replies(self, seconds):
+            self.now += 20
+            return []
+
+        now = 0.0
+
+        def missing(self):
+            return "no node has 8 GPUs"
+
+    team = Nobody(Squarer, 2)
+    with pytest.raises(DataError, match=r"no worker has answered for 15 minutes: no node has 8 GPUs\."):
+        collected(drive(team, tasks(3), progress=Progress(), clock=lambda: team.now))
+    assert "no worker answers: no node has 8 GPUs" in caplog.text
+
+
+def test_settings_that_name_no_pool_are_refused():
+    with pytest.raises(ConfigError, match="ray is empty"):
+        PoolConfig(ray=" ")
+    with pytest.raises(ConfigError, match="workers is 0"):
+        PoolConfig(workers=0)
+    assert PoolConfig(workers=1).is_embedded and not PoolConfig(workers=1, ray="auto").is_embedded
