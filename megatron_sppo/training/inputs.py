@@ -52,6 +52,27 @@ def open_source(config: TrainingConfig, resumed: Path | None = None) -> tuple[Pa
     return source, architecture, {**tokenizer, "directory": source / megatron_checkpoint.HF_DIRECTORY}
 
 
+def open_references(config: TrainingConfig, architecture: Architecture) -> list[Path]:
+    """Find the checkpoints of further references -> `iter_*` directories. Collective.
+
+    Raises:
+        DataError: one does not exist, or is damaged.
+        ConfigError: one holds another model than pi_t's.
+    """
+    return [open_reference(config, root, architecture) for root in config.reference]
+
+
+def open_reference(config: TrainingConfig, root: Path, architecture: Architecture | None = None) -> Path:
+    """Find one further reference's checkpoint -> `iter_*` directory. Collective. Raises as `open_references`."""
+    source, theirs, _ = parallel.told_by_rank_zero(config.parallel, functools.partial(_describe_source, root, None))
+    if architecture is not None and theirs != architecture:
+        raise ConfigError(
+            f"{root} holds a model of another architecture than {config.load}. Give --reference checkpoints of the "
+            "same model."
+        )
+    return source
+
+
 def _refuse_layout(config: TrainingConfig) -> None:
     """Refuse what the model forbids before ranks talk to each other: of those that were asked for some may never come.
 
