@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_sppo.checkpoints.hf_checkpoint import open_hf_checkpoint
+from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
+from megatron_sppo.checkpoints.hf_files import CONFIG_FILE
 from megatron_sppo.errors import ConversionError, some_of
 from megatron_sppo.rollout.openai_server import EmptyReply, HttpError, NoReply, ServerFault, UnusableReply
 from megatron_sppo.rollout.policy import Policy
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 EXTENSION = "megatron_sppo.rollout.served_weights.ServedWeights"
 _RESTART = f"Restart it with VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls {EXTENSION}"
+_EXPERTS = ".experts."
+"""Part of the names of weights that the extension does not tell."""
+_OPTIONAL = ("lm_head.weight", ".inv_freq")
 _RESET_TRIES, _RESET_PAUSE_SECONDS = 8, 0.25
 """The pause doubles: half a minute in all, for requests of a run that was killed to end."""
 
@@ -237,30 +241,35 @@ def _check_fits(server: AskedServer, policy: Policy, held: _Held) -> None:
     Raises:
         Unproven: names the first difference.
     """
-    files = policy.files
+    new = _shapes(policy.files)
     remedy = f"Restart it with the model of --model: `vllm serve {policy.directory}`."
-    if held.sums is not None:
-        truth = policy.sums(held.dtypes)
-        if not truth:
-            raise Unproven(f"it runs another architecture: none of its weights is in {policy.directory}. {remedy}")
-        for name, (_, count) in truth.items():
-            if held.sums[name][1] != count:
-                raise Unproven(
-                    f"it runs another architecture: {name} has {held.sums[name][1]} numbers there and {count} in "
-                    f"{policy.directory}. {remedy}"
-                )
-        _check_seen(server, policy)
-    elif server.root is not None and (Path(server.root) / "config.json").is_file():
+    if server.root is not None and (Path(server.root) / CONFIG_FILE).is_file():
         try:
-            own = {name: entry.shape for name, entry in open_hf_checkpoint(Path(server.root)).entries.items()}
+            own = _shapes(open_hf_checkpoint(Path(server.root)))
         except ConversionError:
-            return  # not a directory that can be compared; the probes will tell
-        new = {name: entry.shape for name, entry in files.entries.items()}
+            own = new  # nothing that can be compared; what the server holds will tell
         if other := sorted(name for name in own.keys() | new.keys() if own.get(name) != new.get(name)):
             raise Unproven(
                 f"it was started with {server.root}, whose weights have other names or shapes than those in "
                 f"{policy.directory} ({some_of(other, most=2)}). {remedy}"
             )
+    if held.sums is None:
+        return
+    wrong = f"it runs another architecture than that of {policy.directory}"
+    told = {policy.named(name) for name in held.sums}
+    if more := [name for name in held.sums if policy.named(name) is None]:
+        raise Unproven(f"{wrong}: it has {some_of(more, most=2)} beside. {remedy}")
+    if missing := [name for name in new if name not in told and _EXPERTS not in name]:
+        raise Unproven(f"{wrong}: it has no {some_of(missing, most=2)}. {remedy}")
+    for name, (_, count) in policy.sums(held.dtypes).items():
+        if held.sums[name][1] != count:
+            raise Unproven(f"{wrong}: {name} has {held.sums[name][1]} numbers there and {count} here. {remedy}")
+    _check_seen(server, policy)
+
+
+def _shapes(files: HFCheckpoint) -> dict[str, tuple[int, ...]]:
+    """List what an engine must have a place for -> {name: shape}; what it computes or shares may lie in the files."""
+    return {name: entry.shape for name, entry in files.entries.items() if not name.endswith(_OPTIONAL)}
 
 
 def _check_seen(server: AskedServer, policy: Policy) -> None:

@@ -80,6 +80,7 @@ class HoldingVllm:
         self.salts: set[str | None] = set()
         self.redirects_to: str | None = None
         self.refuses_probes = False
+        self.says_root = True
         self.is_down = False
         self.calls: list[str] = []
         self.num_answers = 0
@@ -124,7 +125,8 @@ class HoldingVllm:
         if self.redirects_to and path != "/v1/models":
             return 307, {}
         if path == "/v1/models":
-            return 200, {"data": [{"id": "policy", "root": str(self.start), "max_model_len": 512}]}
+            root = str(self.start) if self.says_root else "/models/elsewhere"
+            return 200, {"data": [{"id": "policy", "root": root, "max_model_len": 512}]}
         if path == "/v1/completions":
             return self.complete(body)
         if not self.has_dev_mode:
@@ -382,10 +384,20 @@ def test_servers_that_take_no_weights_are_refused_before_a_run(serve, models, ca
     assert (good.held, good.calls) == (models.old, [])
 
 
-def test_files_of_another_shape_are_never_loaded(serve, models, tmp_path) -> None:
-    wide = tiny_llama(tmp_path / "wide", intermediate_size=128, scale=0.2)
-    for has_extension in (True, False):
-        server = serve(has_extension=has_extension)
-        with pytest.raises(ConfigError, match="another architecture|other names or shapes"):
-            sampler_of(server, model=wide)
-        assert "reload_weights" not in server.calls
+OTHER_SHAPES = {
+    "wider": {"intermediate_size": 128},
+    "deeper": {"num_hidden_layers": 3},
+    "flatter": {"num_hidden_layers": 1},
+}
+
+
+@pytest.mark.parametrize("shape", OTHER_SHAPES)
+@pytest.mark.parametrize(("has_extension", "says_root"), [(True, True), (True, False), (False, True)])
+def test_files_of_another_shape_are_never_loaded(
+    serve, models, tmp_path, shape: str, has_extension: bool, says_root: bool
+) -> None:
+    other = tiny_llama(tmp_path / "other", scale=0.2, **OTHER_SHAPES[shape])
+    server = serve(has_extension=has_extension, says_root=says_root)
+    with pytest.raises(ConfigError, match="another architecture|other names or shapes"):
+        sampler_of(server, model=other)
+    assert "reload_weights" not in server.calls
