@@ -26,6 +26,7 @@ ROOMS = {
     "verification": "Verification (`megatron-sppo convert verify`)",
     "rollout": "Prompts and rollouts (`megatron-sppo rollouts`, `import-preferences`)",
     "judge": "Judges and scoring (`megatron-sppo score`, `evaluate`)",
+    "evaluation": "Comparing players (`megatron-sppo evaluate --players`, `--run`)",
     "cluster": "Workers and clusters (`--workers`, `--ray`)",
     "data": "Datasets",
     "objective": "The objective",

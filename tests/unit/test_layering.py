@@ -21,6 +21,7 @@ FLOORS = (
     ("rollout", "data", "model", "conversion"),
     ("judge", "training"),
     ("verification", "planning", "selfplay"),
+    ("evaluation",),
     ("report",),
     # megatron_sppo/examples is a link to examples/, and `megatron-sppo train` runs the story that stands there.
     ("examples",),
