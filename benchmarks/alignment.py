@@ -130,7 +130,7 @@ def settings_of(config: AlignmentConfig, piece: Piece) -> dict[str, Any]:
     return {
         "run": {
             "model": str(config.model),
-            "prompts": str(_tuning_prompts(config) if piece.tunes else config.prompts),
+            "prompts": [str(_tuning_prompts(config) if piece.tunes else config.prompts)],
             "output": str(_run_dir(config, piece)),
             "iterations": 1 if piece.tunes else config.iterations * many,
             "max_prompts_per_iteration": max(1, config.prompts_per_iteration // many),

@@ -1,4 +1,4 @@
-"""Proves that the experiment on a language model runs, shares, goes on and compares: its short form, a tiny random Llama.
+"""Proves that the experiment on a language model runs, shares, goes on and compares: its short form on a tiny Llama.
 
 The sampler reads no weights and the judge is a rule, so no number means anything here; what they mean is declared in
 benchmarks/alignment.py.
@@ -78,4 +78,4 @@ def test_settings_are_those_that_were_declared(tmp_path: Path) -> None:
     many = alignment.settings_of(config, alignment.Piece(entry="sppo_many", seed=3, lr=2e-5, eta=30.0))["run"]
     assert (many["iterations"], many["max_prompts_per_iteration"]) == (9, 21)
     tuning = alignment.Piece(entry="sppo", seed=alignment.TUNING_SEED, lr=2e-5, eta=3.0, tunes=True)
-    assert alignment.settings_of(config, tuning)["run"]["prompts"] != str(config.prompts)
+    assert alignment.settings_of(config, tuning)["run"]["prompts"] != [str(config.prompts)]

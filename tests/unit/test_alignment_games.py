@@ -1,6 +1,6 @@
 """Proves that the exact games are what they are called, and that the experiment runs, in a short form.
 
-Numbers of the long form are in benchmarks/results/alignment; that docs/alignment.md has no others, in test_docs_numbers.
+Numbers of the long form are in benchmarks/results/alignment; that docs/alignment.md has no others, in test_docs.
 """
 
 import json

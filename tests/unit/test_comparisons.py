@@ -6,7 +6,7 @@ from benchmarks.comparisons import bootstrap_interval, holm, sign_flip_p
 
 
 def test_the_sign_flip_test_counts_the_ways_to_flip_signs() -> None:
-    """Of 1, 1, 1 (sum 3) two of eight ways reach 3; of 3, -1, 1 all with |sum| >= 3: 3+1+1, 3-1+1, 3+1-1, and mirrored."""
+    """Of 1, 1, 1 two of eight ways reach 3; of 3, -1, 1 those with 3+1+1, 3-1+1, 3+1-1, and their mirror images."""
     assert sign_flip_p([1, 1, 1]) == 2 / 8
     assert sign_flip_p([3, -1, 1]) == 6 / 8
     assert sign_flip_p([0.0, 0.0]) == 1
