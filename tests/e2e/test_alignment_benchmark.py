@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import alignment
 from tests.models import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,13 +68,3 @@ def test_the_short_form_runs_in_pieces_and_both_entries_begin_with_the_same_answ
     assert state["stages"]["iter_1-rollouts"]["command"] != state["stages"]["iter_1-train"]["command"]
     assert str(work / "runs/runs/sppo-seed0") in " ".join(state["stages"]["iter_1-rollouts"]["command"])
     assert not list((work / "runs/runs").glob("*/iter_1/checkpoint"))
-
-
-def test_settings_are_those_that_were_declared(tmp_path: Path) -> None:
-    config = alignment.AlignmentConfig(work=tmp_path, model=tmp_path, prompts=tmp_path / "p.jsonl")
-    settings = alignment.settings_of(config, alignment.Piece(entry="dpo", seed=3, lr=2e-5, eta=30.0))
-    assert settings["training"]["objective"] == "dpo" and settings["training"]["beta"] == 1 / 30
-    many = alignment.settings_of(config, alignment.Piece(entry="sppo_many", seed=3, lr=2e-5, eta=30.0))["run"]
-    assert (many["iterations"], many["max_prompts_per_iteration"]) == (9, 21)
-    tuning = alignment.Piece(entry="sppo", seed=alignment.TUNING_SEED, lr=2e-5, eta=3.0, tunes=True)
-    assert alignment.settings_of(config, tuning)["run"]["prompts"] != [str(config.prompts)]
