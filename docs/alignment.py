@@ -74,6 +74,7 @@ OMP_NUM_THREADS=1 python -m benchmarks.alignment_games
 """,
         objectives_table(result),
         verdict_lines(result["against_sppo"], base="sppo on all answers"),
+        expectation(result),
         """### All answers or best and worst, all pairs
 
 The same test against sppo on all answers, for variants that were trained beside:
@@ -88,6 +89,26 @@ chosen above, or falling with the root of their number as the theorem has it.
         verdict_lines(result["against_few"], base=f"{config['horizons'][0]} iterations"),
     ]
     return "\n".join(parts)
+
+
+def expectation(result: dict[str, Any]) -> str:
+    """Hold what was declared to be expected, and the start, against what was found -> Markdown."""
+    behind = {
+        (row["judge"], row["objective"]): row["p_holm"] < 0.05 and row["difference"] > 0
+        for row in result["against_sppo"]
+    }
+    different = [name for (judge, name), shown in behind.items() if judge == "transitive" and shown]
+    cyclic = {name: "shown" if behind["cyclic", name] else "not shown" for name in ("dpo", "ipo")}
+    worse = [
+        row["judge"]
+        for row in result["objectives"]
+        if _name(row) == "sppo, all" and statistics.fmean(row["gap"]) > result["start_gap"][row["judge"]]
+    ]
+    return f"""Expected beforehand: no difference under the transitive judge ({_list(different) or "none was shown"}); dpo
+behind under the cyclic judge ({cyclic["dpo"]}); ipo behind under it ({cyclic["ipo"]}). The last policy of sppo is further
+from a solution than the start was under: {_list(worse) or "no judge"}. There the theorem speaks of the average of all
+policies alone.
+"""
 
 
 def objectives_table(result: dict[str, Any]) -> str:
