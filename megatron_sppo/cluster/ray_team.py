@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,12 @@ class RayTeam:
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, tuple[int, bool]] = {}
         """Reference of a call under way -> (worker, whether it is a ping)."""
+        run = uuid.uuid4().hex[:12]
         for worker in range(self.num_workers):
+            log_name = f"megatron-sppo-{run}-worker-{worker}.log"
             self._actors[worker] = actor_class.options(
                 max_restarts=-1, max_concurrency=4, **self._places.options(worker)
-            ).remote(make_worker, ahead=ahead, environment=_environment(), diverts_output=True)
+            ).remote(make_worker, ahead=ahead, environment=_environment(), log_name=log_name)
 
     def exchange(
         self, worker: int, life: str | None, tasks: tuple[Numbered, ...] = (), *, has_more: bool, is_end: bool
