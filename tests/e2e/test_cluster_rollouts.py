@@ -100,13 +100,13 @@ def test_a_shard_that_three_actors_die_at_ends_the_stage_and_is_named(
     )
     assert done.returncode == 2, done.stderr
     assert "error: shard-00003.jsonl: 3 workers have died at it" in done.stderr.splitlines()[-1]
-    assert "bad shard" in (tmp_path / "rollouts.logs/worker-0.log").read_text()
+    assert "bad shard" in "".join(log.read_text() for log in tmp_path.glob("rollouts.logs/worker-*.log"))
 
 
 def test_what_cannot_be_had_is_one_line(nodes: ThreeNodes, tiny_llama_dir: Path, tmp_path: Path) -> None:
     dead = f"127.0.0.1:{free_port()}"
     for flags, words in (
-        (("--ray", dead), "Ray does not start or answer"),
+        (("--ray", dead), "nobody answers at 127.0.0.1:"),
         (("--temperature", "0.125", "--ray", nodes.address), "no such engine"),
     ):
         done = ended(start(tiny_llama_dir, tmp_path / "rollouts", *flags))
