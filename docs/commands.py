@@ -54,7 +54,8 @@ SUMMARIES = {
     "score": "Judge rollouts pair by pair: a rollout directory in, a preference dataset out. Under torchrun the ranks "
     "take shards from one list.",
     "self-play": "Align a model by self-play: rollouts, preferences, training and evaluation, iteration by iteration.",
-    "evaluate": "Compare a policy's answers with the base's and the previous policy's, by a judge.",
+    "evaluate": "Compare answers by a judge: a policy's with its base's and predecessor's, or all players' with each "
+    "other.",
     "report": "Write one self-contained report.html of a self-play run, from its directory alone.",
     "plan": "Plan a run before it is started: memory of each rank, FLOPs, time and traffic, and whether it fits. It "
     "needs no GPU. The file of `--config` may be one of `train` or of `self-play`.",

@@ -25,7 +25,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     config = configuration.parse(TrainingConfig, name=name, description=__doc__ or "", argv=argv)
 
     # torch and Megatron-Core take seconds to import, which neither --help nor a refused setting needs.
-    from megatron_sppo.training import checkpoint, inputs, loop, parallel, reference, stopping
+    from megatron_sppo.training import checkpoint, inputs, loop, other_references, parallel, reference, stopping
     from megatron_sppo.training.ahead import ahead
     from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
     from megatron_sppo.training.policy import build_policy
@@ -33,6 +33,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     from megatron_sppo.training.saving import Saver
 
     # What can be refused is refused here, before the first second of compute.
+    config.objective.row.mixture_weights(len(config.reference))
     resumed = inputs.find_resumable(config)
     source, architecture, tokenizer = inputs.open_source(config, resumed)
     dataset = inputs.open_dataset(config, architecture, tokenizer)
@@ -44,23 +45,37 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         logger.info("%s is complete: %d steps are done, %d asked for", config.save, progress.step, batches.train_iters)
         return
     reference.say_what_it_carries(batches, config)
+    further = inputs.open_references(config, architecture) if resumed is None else []
     inputs.prepare_save_directory(config)
+    tracked = inputs.start_trackers(config, first_step=progress.step + 1)
 
     parallel.initialize(config.parallel, seed=config.batch.seed)
     policy = build_policy(architecture, config.model, config.parallel)
+    stop = stopping.StopRequest()
+    # log pi of policies that the objective looks at beside pi_t: loaded one after another where pi_t will be trained.
+    others = other_references.load_or_compute(policy, dataset, batches, further, config=config, stop=stop)
     if resumed is None:
         checkpoint.load_weights(policy, source)
     optimizer = build_optimizer(policy.chunks, config.optimization, config.model, config.parallel)
     scheduler = build_scheduler(optimizer, config.optimization, train_iters=batches.train_iters)
-    stop = stopping.StopRequest()
 
     # log pi_t of every response, once, through the very micro-batches of training: before the first step log pi_theta
     # equals it, and every log-ratio is zero.
     if resumed is None:
         progress.micro_batch_key = batches.micro_batch_key
         progress.reference = reference.fingerprint(policy, dataset, batches, config)
-        reference_GK = reference.load_or_compute(policy, dataset, batches, progress.reference, config=config, stop=stop)
+        progress.other_references = [names for names, _ in others]
+        reference_GK = reference.load_or_compute(
+            policy,
+            dataset,
+            batches,
+            progress.reference,
+            config=config,
+            stop=stop,
+            known=next((values for names, values in others if names == progress.reference), None),
+        )
         progress.ref_drift = reference.drift_by_step(policy, dataset, batches, reference_GK)
+        reference_GK = other_references.beside(reference_GK, [values for _, values in others])
     else:
         # A run that is to be longer than it was needs pi_t once more, for the responses that it did not look at.
         reference_GK = reference.read_for_resume(
@@ -71,6 +86,10 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
             config=config,
             stop=stop,
             load_pi_t=lambda: checkpoint.load_weights(policy, inputs.open_source(config)[0]),
+        )
+        reference_GK = other_references.beside(
+            reference_GK,
+            other_references.read_for_resume(policy, dataset, batches, progress, config=config, stop=stop),
         )
         checkpoint.resume(resumed, policy, optimizer, scheduler)
         progress.warn_if_micro_batches_changed(batches.micro_batch_key)
@@ -84,12 +103,12 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         source=source,
         in_background=config.run.async_save,
         keep_last=config.run.keep_last,
-        needed=[config.load],
+        needed=[config.load, *config.reference],
     )
     # (log pi_theta / pi_t - (eta w - log Z))^2, averaged over the responses of a global batch, one update each; the
     # next steps' micro-batches are made meanwhile.
     remaining = batches.steps(first=progress.step + 1, last=batches.train_iters, reference_GK=reference_GK)
-    with ahead(remaining) as steps:
+    with tracked, ahead(remaining) as steps:
         complete = loop.train(
             policy,
             optimizer,
@@ -100,8 +119,12 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
             progress=progress,
             saver=saver,
             stop=stop,
+            tracked=tracked,
         )
-    stop.restore()
+    if complete:
+        stop.restore()
+    else:
+        stop.ignore_the_next()
     parallel.shut_down()
     if not complete:
         sys.exit(stopping.SIGTERM_EXIT_CODE)

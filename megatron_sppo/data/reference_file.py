@@ -1,7 +1,7 @@
 """Reference log-probabilities beside the dataset: computed once per iteration, bound to what computed them.
 
 G = prompt groups, K = responses per prompt. A value is the summed log pi_t(y|x) of one response, nats; NaN where no row
-needed it.
+needed it. Numbers of further policies lie in files that are named by their fingerprint (`name_of`).
 """
 
 import base64
@@ -21,68 +21,85 @@ from megatron_sppo.errors import DataError
 from megatron_sppo.storage import atomic_file, fsync_path, remove_stale_temporaries, sha256_of_json
 
 SCHEMA_VERSION = 1
-MANIFEST_NAME = "reference.json"
-FILES = ("reference.bin", "reference.idx")
+NAME = "reference"
+"""Of pi_t's numbers, before the endings."""
+MANIFEST_NAME = f"{NAME}.json"
+FILES = (f"{NAME}.bin", f"{NAME}.idx")
 PIECES_PREFIX = "reference.pieces-"
 """Of the directory with what an unfinished pass has computed."""
 
-_REMEDY = "Delete reference.bin, reference.idx and reference.json there: they are computed again."
+
+def name_of(fingerprint: Mapping[str, Any]) -> str:
+    """Name the files of a policy other than pi_t, before their endings -> such as "reference.0123456789ab"."""
+    return f"{NAME}.{sha256_of_json(_as_json(fingerprint))[:12]}"
 
 
-def write_reference(directory: Path, values_GK: np.ndarray, fingerprint: Mapping[str, Any]) -> None:
-    """Write reference.{bin,idx} and, last, reference.json; until then the directory holds no reference at all.
+def _remedy(name: str) -> str:
+    return f"Delete {name}.bin, {name}.idx and {name}.json there: they are computed again."
+
+
+def write_reference(
+    directory: Path, values_GK: np.ndarray, fingerprint: Mapping[str, Any], *, name: str = NAME
+) -> None:
+    """Write NAME.{bin,idx} and, last, NAME.json; until then the directory holds no such reference at all.
 
     Args:
         directory: the dataset's directory, or one under --save where the dataset is read-only.
         values_GK: [G, K] float32; NaN where not computed.
         fingerprint: JSON values that must agree for the numbers to be used: model, precision recipe, packing, dataset.
+        name: "reference" for pi_t, otherwise of `name_of`.
     """
     directory = Path(directory)
     assert values_GK.ndim == 2
     directory.mkdir(parents=True, exist_ok=True)
-    for name in (*FILES, MANIFEST_NAME):
-        remove_stale_temporaries(directory / name)
+    files, manifest = _files(name), Path(directory, f"{name}.json")
+    for file in (*files, manifest.name):
+        remove_stale_temporaries(directory / file)
     with tempfile.TemporaryDirectory() as scratch:
-        column = ColumnWriter(Path(scratch, "reference"), np.float32)
+        column = ColumnWriter(Path(scratch, name), np.float32)
         column.extend(values_GK.reshape(-1), np.full((len(values_GK), 1), values_GK.shape[1]))
         column.finish()
         # The old manifest goes first: a crash from here on leaves "no reference", never old numbers with a new name.
-        if Path(directory, MANIFEST_NAME).exists():
-            Path(directory, MANIFEST_NAME).unlink()
+        if manifest.exists():
+            manifest.unlink()
             fsync_path(directory)
-        for name in FILES:
-            with open(Path(scratch, name), "rb") as source, atomic_file(directory / name, "wb") as target:
+        for file in files:
+            with open(Path(scratch, file), "rb") as source, atomic_file(directory / file, "wb") as target:
                 shutil.copyfileobj(source, target)
     fields = {
         "schema_version": SCHEMA_VERSION,
         "num_prompts": values_GK.shape[0],
         "num_responses": values_GK.shape[1],
         "fingerprint": _as_json(fingerprint),
-        "files": {name: msgspec.to_builtins(file_entry(directory / name)) for name in FILES},
+        "files": {file: msgspec.to_builtins(file_entry(directory / file)) for file in files},
     }
-    write_signed(directory / MANIFEST_NAME, fields)
+    write_signed(manifest, fields)
 
 
-def read_reference(directory: Path, fingerprint: Mapping[str, Any]) -> np.ndarray | None:
+def _files(name: str) -> tuple[str, str]:
+    return f"{name}.bin", f"{name}.idx"
+
+
+def read_reference(directory: Path, fingerprint: Mapping[str, Any], *, name: str = NAME) -> np.ndarray | None:
     """Read reference log-probabilities made under exactly `fingerprint` -> [G, K] float32, or None if there are none.
 
     Raises:
         DataError: they were made under another fingerprint (each differing field is named), or are damaged.
     """
-    directory = Path(directory)
-    path = directory / MANIFEST_NAME
+    directory, remedy = Path(directory), _remedy(name)
+    path = directory / f"{name}.json"
     if not path.is_file():
         return None
-    fields = read_signed(path, schema_version=SCHEMA_VERSION, remedy=_REMEDY)
+    fields = read_signed(path, schema_version=SCHEMA_VERSION, remedy=remedy)
     if set(fields) != {"schema_version", "num_prompts", "num_responses", "fingerprint", "files"}:
-        raise DataError(f"{path} is no reference manifest of schema_version {SCHEMA_VERSION}. {_REMEDY}")
+        raise DataError(f"{path} is no reference manifest of schema_version {SCHEMA_VERSION}. {remedy}")
     _check_fingerprint(path, stored=fields["fingerprint"], wanted=_as_json(fingerprint))
-    for name in FILES:
-        verify_file(directory / name, FileEntry(**fields["files"][name]), checksum=True, remedy=_REMEDY)
-    column = Column(directory / "reference", np.float32, remedy=_REMEDY)
+    for file in _files(name):
+        verify_file(directory / file, FileEntry(**fields["files"][file]), checksum=True, remedy=remedy)
+    column = Column(directory / name, np.float32, remedy=remedy)
     shape = (fields["num_prompts"], fields["num_responses"])
     if len(column.lengths) != shape[0] or (column.lengths != shape[1]).any():
-        raise DataError(f"{directory / 'reference.idx'} does not hold {shape[0]} x {shape[1]} values. {_REMEDY}")
+        raise DataError(f"{directory / name}.idx does not hold {shape[0]} x {shape[1]} values. {remedy}")
     return column.values.copy().reshape(shape)
 
 

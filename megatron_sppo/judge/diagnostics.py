@@ -84,6 +84,7 @@ JUDGE_DIAGNOSTICS = (
         name="cyclic_energy", label="share of the logits that no score per answer explains", above=0.1,
         short="cyclic share", remedy="As for circles; if answers are near-duplicates, it is noise: sample hotter.",
     ),
+    JudgeDiagnostic(name="transitive_energy", label="share of the logits that one score per answer explains"),
     JudgeDiagnostic(
         name="order_inconsistency", label="position bias, mean |L_ij + L_ji| (nats)", above=1.0, short="position bias",
         remedy="Never use --one-order with this judge; a stronger judge minds the order less.",

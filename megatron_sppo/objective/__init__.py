@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_sppo.objective.game import duality_gap
     from megatron_sppo.objective.log_ratio import linear_log_probs, sequence_sums
-    from megatron_sppo.objective.loss import Targets, dpo_loss, ipo_loss, sppo_loss
+    from megatron_sppo.objective.loss import (
+        Targets,
+        dpo_loss,
+        forward_kl_penalty,
+        ipo_loss,
+        mirror_descent_loss,
+        reverse_kl_penalty,
+        sppo_loss,
+    )
     from megatron_sppo.objective.table import OBJECTIVES
     from megatron_sppo.objective.win_rate import log_partition, preference_matrix, win_rates
 
@@ -15,10 +23,13 @@ __all__ = [
     "Targets",
     "dpo_loss",
     "duality_gap",
+    "forward_kl_penalty",
     "ipo_loss",
     "linear_log_probs",
     "log_partition",
+    "mirror_descent_loss",
     "preference_matrix",
+    "reverse_kl_penalty",
     "sequence_sums",
     "sppo_loss",
     "win_rates",

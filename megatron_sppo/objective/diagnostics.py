@@ -7,11 +7,17 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_sppo.objective.hodge import hodge_split
+
 TIE_TOLERANCE = 1e-6
 """|P - 1/2| up to which a pair counts as tied: the rounding of a float32 sigmoid near 1/2."""
+
+INTERVAL_RESAMPLES, INTERVAL_SEED = 1000, 0
+"""Of the interval of the cyclic share."""
 
 Sums = tuple[float, ...]
 """What a number is made of: sums over prompts, so that those of two sets of prompts are added."""
@@ -37,18 +43,31 @@ def describe_preferences(
 ) -> dict[str, float | None]:
     """Compute every diagnostic of a scored set -> {name: value}, each named as its function here.
 
+    The cyclic share's complement, `transitive_energy`, and the bounds of its 95 % interval stand beside it.
+
     Args:
         blocks: the set's prompts, a block in memory at a time.
         responses: for each prompt, what tells its responses apart.
     """
     sums: dict[str, Sums] = {}
+    cyclic, whole = [np.zeros(0)], [np.zeros(0)]
     for block in blocks:
+        flow = block.flow_GKK.double()
+        cyclic.append(hodge_split(flow).cyclic.square().sum(dim=(-2, -1)).numpy())
+        whole.append(flow.square().sum(dim=(-2, -1)).numpy())
         for name, (sums_of, _) in _STATISTICS.items():
             of_block = sums_of(block)
             before = sums.get(name, (0.0,) * len(of_block))
             sums[name] = tuple(whole + part for whole, part in zip(before, of_block, strict=True))
     described = {name: value(*sums[name]) if sums else None for name, (_, value) in _STATISTICS.items()}
-    return {**described, "duplicate_rate": duplicate_rate(responses)}
+    share, interval = described["cyclic_energy"], cyclic_interval(np.concatenate(cyclic), np.concatenate(whole))
+    return {
+        **described,
+        "transitive_energy": None if share is None else 1 - share,
+        "cyclic_energy_low": interval and interval[0],
+        "cyclic_energy_high": interval and interval[1],
+        "duplicate_rate": duplicate_rate(responses),
+    }
 
 
 def cycle_rate(preferences_GKK: Tensor) -> float | None:
@@ -89,9 +108,27 @@ def cyclic_energy(flow_GKK: Tensor) -> float | None:
 
 def _energies(flow_GKK: Tensor) -> Sums:
     flow = flow_GKK.double()
-    score = flow.mean(dim=-1)
-    residual = flow - (score.unsqueeze(-1) - score.unsqueeze(-2))
-    return float(residual.square().sum()), float(flow.square().sum())
+    return float(hodge_split(flow).cyclic.square().sum()), float(flow.square().sum())
+
+
+def cyclic_interval(
+    cyclic_G: np.ndarray, whole_G: np.ndarray, *, resamples: int = INTERVAL_RESAMPLES, seed: int = INTERVAL_SEED
+) -> tuple[float, float] | None:
+    """Resample prompts -> 95 % percentile interval of `cyclic_energy`, None where it has no value itself.
+
+    Args:
+        cyclic_G: sum of squares of each prompt's cyclic part.
+        whole_G: that of its whole flow.
+    """
+    if not whole_G.sum() > 0:
+        return None
+    generator, shares = np.random.default_rng(seed), []
+    for _ in range(resamples):
+        rows = generator.integers(0, len(whole_G), len(whole_G))
+        if (whole := whole_G[rows].sum()) > 0:
+            shares.append(cyclic_G[rows].sum() / whole)
+    low, high = np.quantile(shares, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def order_inconsistency(judge_logits_GKK: Tensor) -> float | None:

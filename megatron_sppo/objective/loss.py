@@ -5,7 +5,7 @@ uclaml/SPPO and TRL call 1/eta `beta`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ class Targets:
     """bool: the winner of its pair; without pairs, a win rate above 1/2."""
     reference_log_prob: Tensor
     """float32, log pi_t(y|x), nats; NaN before the reference pass."""
+    other_log_prob: Tensor | None = None
+    """[B, R] float32, log pi_j(y|x) of each further reference, nats; None without."""
 
     def of(self, rows: Tensor) -> "Targets":
         """Pick rows by their numbers -> Targets of [len(rows)]."""
@@ -39,7 +41,8 @@ class Targets:
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Targets":
         """Change every column alike -> Targets."""
-        return Targets(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+        columns: dict[str, Tensor | None] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(column) for name, column in columns.items() if column is not None})
 
 
 def sppo_loss(log_ratio: Tensor, win_rate: Tensor, *, eta: float, log_z: Tensor | float | None = None) -> Tensor:
@@ -71,3 +74,41 @@ def dpo_loss(log_ratio_w: Tensor, log_ratio_l: Tensor, *, beta: float) -> Tensor
 def ipo_loss(log_ratio_w: Tensor, log_ratio_l: Tensor, *, beta: float) -> Tensor:
     """IPO of each pair, ((r_w - r_l) - 1 / (2 beta))^2 -> [P], float32. Azar et al. 2023, eq. 17."""
     return (at_least_float32(log_ratio_w) - at_least_float32(log_ratio_l) - 1 / (2 * beta)).square()
+
+
+def mirror_descent_loss(
+    log_ratio_w: Tensor, log_ratio_l: Tensor, *, eta: float, preference_gap: Tensor | float = 0.5
+) -> Tensor:
+    """Square of each pair's distance from a step of mirror descent, ((r_w - r_l) - eta * gap)^2 -> [P], float32.
+
+    A step from a policy rho is pi(y) ~ rho(y) exp(eta P(y > opponent)), so that (r_w - r_l) = eta (P_w - P_l), ratios
+    being log pi/rho. With that difference as `preference_gap` the loss is zero there. With 1/2, and winners that are
+    drawn by P(y > y') from pairs of the opponent's answers, it is least there: INPO (Zhang et al. 2024,
+    arXiv:2407.00617) and ONPO (Zhang et al. 2025, arXiv:2502.16852).
+
+    Args:
+        log_ratio_w, log_ratio_l: [P], nats, against rho.
+        eta: nats per unit of preference. INPO's and MNPO's papers call 1/eta `eta`.
+        preference_gap: P_w - P_l, [P] or one number.
+    """
+    return (at_least_float32(log_ratio_w) - at_least_float32(log_ratio_l) - eta * preference_gap).square()
+
+
+def reverse_kl_penalty(log_ratio: Tensor) -> Tensor:
+    """Square each log-ratio to a fixed policy mu -> [B], float32.
+
+    On answers of pi_theta its gradient is twice that of KL(pi_theta || mu). Tang et al. 2025 (arXiv:2503.00030).
+    """
+    return at_least_float32(log_ratio).square()
+
+
+def forward_kl_penalty(log_ratio: Tensor, *, largest: float = 10.0) -> Tensor:
+    """Compute mu(y)/pi_theta(y) of a fixed policy mu -> [B], float32.
+
+    On answers of pi_theta its gradient is that of KL(mu || pi_theta), by importance weights. Tang et al. 2025.
+
+    Args:
+        log_ratio: log pi_theta/mu, nats.
+        largest: nats of mu/pi_theta that it stops at, with no gradient beyond; the authors' code uses 5 to 100.
+    """
+    return (-at_least_float32(log_ratio)).clamp(max=largest).exp()

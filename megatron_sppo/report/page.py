@@ -1,14 +1,14 @@
 """One HTML page that tells a run's whole story and needs nothing beside it: no network, no script, no other file."""
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.judge.diagnostics import JUDGE_DIAGNOSTICS
+from megatron_sppo.judge.diagnostics import JUDGE_DIAGNOSTICS, JudgeDiagnostic
 from megatron_sppo.report import plots
 from megatron_sppo.report.data import AnswerPair, RunData, read_run
 from megatron_sppo.report.judge import judge_figure
@@ -217,11 +217,7 @@ def _diagnostics_table(run: RunData) -> str:
     rows = [
         [
             diagnostic.label,
-            *(
-                _number(data.diagnostics.get(diagnostic.name), digits=4)
-                + (" (!)" if diagnostic.is_remarkable(data.diagnostics.get(diagnostic.name)) else "")
-                for data in described
-            ),
+            *(_diagnostic(data.diagnostics, diagnostic) for data in described),
             diagnostic.remedy,
         ]
         for diagnostic in JUDGE_DIAGNOSTICS
@@ -229,6 +225,14 @@ def _diagnostics_table(run: RunData) -> str:
     ]
     header = ["", *(f"iteration {data.iteration}" for data in described), "where it is marked (!)"]
     return _table(header, rows) if rows else ""
+
+
+def _diagnostic(diagnostics: Mapping[str, Any], diagnostic: JudgeDiagnostic) -> str:
+    """Spell a number, its 95 % interval where there is one, and the mark of what is remarkable -> text."""
+    value = diagnostics.get(diagnostic.name)
+    low, high = (diagnostics.get(f"{diagnostic.name}_{bound}") for bound in ("low", "high"))
+    interval = "" if low is None or high is None else f" [{low:.4f}, {high:.4f}]"
+    return _number(value, digits=4) + interval + (" (!)" if diagnostic.is_remarkable(value) else "")
 
 
 def _answers(pairs: Iterable[AnswerPair], iterations: Sequence[dict[str, Any]]) -> str:

@@ -68,6 +68,10 @@ class RunPaths:
         """Hugging Face directory of the policy after an iteration; 0 is the start model -> path."""
         return config.run.model if iteration == 0 else self.of(iteration, "hf")
 
+    def auxiliary(self, iteration: int) -> Path:
+        """Megatron checkpoint of onpo's auxiliary policy after an iteration; 0 is the start model -> path."""
+        return self.base if iteration == 0 else self.of(iteration, "auxiliary")
+
     def checkpoint(self, iteration: int) -> Path:
         """Megatron checkpoint of the policy after an iteration; 0 is the start model -> path."""
         return self.base if iteration == 0 else self.of(iteration, "checkpoint")
@@ -111,15 +115,8 @@ def iteration_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int, *,
         inputs=(rollouts,),
         outputs=(dataset,),
     )
+    yield from _training_stages(config, paths, iteration)
     previous = paths.checkpoint(iteration - 1)
-    yield Stage(
-        name=f"{prefix}-train",
-        command=_command(
-            config, "train", *_flags(replace(config.training, load=previous, data=dataset, save=checkpoint))
-        ),
-        inputs=(previous, dataset),
-        outputs=(checkpoint,),
-    )
     if config.evaluation.inspected_prompts:
         yield Stage(
             name=f"{prefix}-inspect",
@@ -137,6 +134,49 @@ def iteration_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int, *,
     if evaluates:
         yield _heldout_rollouts(config, paths, iteration, name=f"{prefix}-eval-rollouts")
         yield _evaluation(config, paths, iteration)
+
+
+def _training_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> Iterator[Stage]:
+    """List what trains the policy of an iteration, with onpo its auxiliary policy before it -> stages.
+
+    Both of onpo's start from pi_t on the same data: the auxiliary takes its step from the auxiliary before it, and
+    pi_{t+1} takes the same step from the new one (Zhang et al. 2025, arXiv:2502.16852, algorithm 1).
+    """
+    objective, previous = config.training.objective, paths.checkpoint(iteration - 1)
+    trained = [("train", paths.of(iteration, "checkpoint"), _references(config, paths, iteration))]
+    if objective.objective == "onpo":
+        trained.insert(0, ("train-auxiliary", paths.auxiliary(iteration), (paths.auxiliary(iteration - 1),)))
+    for name, save, references in trained:
+        weights = objective.reference_weights
+        if objective.objective == "mnpo":
+            weights = weights[: len(references)]
+        settings = replace(
+            config.training,
+            objective=replace(objective, reference_weights=weights),
+            load=previous,
+            data=paths.of(iteration, "dataset"),
+            save=save,
+            reference=references,
+            run=replace(config.training.run, tracking=config.tracking_of(f"iter_{iteration}-{name}")),
+        )
+        settings.objective.row.mixture_weights(len(references))  # refuses what does not fit, before the first stage
+        yield Stage(
+            name=f"iter_{iteration}-{name}",
+            command=_command(config, "train", *_flags(settings)),
+            inputs=(previous, paths.of(iteration, "dataset"), *references),
+            outputs=(save,),
+        )
+
+
+def _references(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> tuple[Path, ...]:
+    """Choose the policies that the objective looks at beside pi_t -> checkpoints, the newest first."""
+    name = config.training.objective.objective
+    if name == "onpo":
+        return (paths.auxiliary(iteration),)
+    if name == "mnpo":
+        newest = iteration - 2
+        return tuple(paths.checkpoint(number) for number in range(newest, -1, -1)[: config.run.past_policies])
+    return (paths.base,) if name in ("inpo", "nash_md", "rspo") else ()
 
 
 def report_command(run_dir: Path) -> tuple[str, ...]:
@@ -162,7 +202,7 @@ def check_stages(config: SelfPlayConfig) -> None:
                 f"{spec} is a file of preferences between answers that exist: it cannot judge new ones. "
                 "Use --judge pairrm:HUB_ID_OR_DIR or another judge that reads."
             )
-        if kind not in ("pairrm", "reward", "endpoint"):
+        if kind not in ("pairrm", "reward", "gpm", "endpoint"):
             load_judge(spec, preset=config.scoring.preset)
 
 
@@ -204,7 +244,7 @@ def _rollout_command(config: SelfPlayConfig, *, allow_no_signal: bool, **job: An
             options.engine,
             tensor_parallel_size=_given(options.engine.tensor_parallel_size, section.rollout_tensor_parallel_size),
         ),
-        servers=replace(options.servers, server=options.servers.server or section.server),
+        servers=config.servers,
     )
     return (*shlex.split(own), *_flags(settings)) if own else _command(config, "rollouts", *_flags(settings))
 
@@ -235,7 +275,7 @@ def _inspection(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> Insp
         **training
         | {
             "load": paths.checkpoint(iteration),
-            "reference": paths.checkpoint(iteration - 1),
+            "reference": (paths.checkpoint(iteration - 1),),
             "data": paths.of(iteration, "dataset"),
             "save": Path(),
             "output": paths.token_log_ratios(iteration),
@@ -254,6 +294,7 @@ def _evaluation(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> Stag
         preset=config.scoring.preset,
         judge_after=config.scoring.judge_after,
         verdict_tokens=config.scoring.verdict_tokens,
+        scorer_seconds=config.scoring.scoring_options.scorer_seconds,
         allow_no_signal=config.scoring.allow_no_signal,
         output=paths.result(iteration),
         seed=config.run.seed,

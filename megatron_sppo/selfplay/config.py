@@ -5,7 +5,7 @@ stages' real configs, without what self-play decides.
 """
 
 import shlex
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,8 @@ from megatron_sppo import config as config_files
 from megatron_sppo.config import LAYOUT, NonNegativeInt, PositiveInt, Seed, SettingsOf, check_ranges, flag_of
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.config import ScoreConfig
-from megatron_sppo.rollout.config import GenerateConfig, Temperature, TopP
+from megatron_sppo.rollout.config import GenerateConfig, ServerConfig, Temperature, TopP
+from megatron_sppo.tracking.config import OFFLINE_NAME, TrackingConfig
 from megatron_sppo.training.config import TrainingConfig
 
 MIN_RESAMPLES = 2000
@@ -22,7 +23,7 @@ _NOWHERE = Path("decided-by-self-play")
 _OF_ROLLOUTS: dict[str, Any] = {"model": _NOWHERE, "prompts": _NOWHERE, "output": _NOWHERE, "seed": 0}
 _OF_ROLLOUTS |= {"num_responses": 2, "max_tokens": 1}
 _OF_SCORING: dict[str, Any] = {"rollouts": _NOWHERE, "output": _NOWHERE, "from_dataset": None, "judge": "pairrm:"}
-_OF_TRAINING: dict[str, Any] = {"load": _NOWHERE, "data": _NOWHERE, "save": _NOWHERE}
+_OF_TRAINING: dict[str, Any] = {"load": _NOWHERE, "data": _NOWHERE, "save": _NOWHERE, "reference": ()}
 """What self-play decides of each stage, with stand-ins."""
 
 
@@ -61,6 +62,9 @@ class RunConfig:
     """`split` of the prompts for the evaluation."""
     seed: Seed = 0
     """Decides the order of the prompts, the rollouts' seeds and the bootstrap. Training has its own `seed`."""
+    past_policies: PositiveInt = 2
+    """Earlier policies that objective mnpo mixes with pi_t: those of so many iterations before it, as far as there are
+    any. Of no effect with other objectives."""
     keep_last: Annotated[PositiveInt | None, LAYOUT] = None
     """Iterations whose checkpoints and Hugging Face exports are kept, the newest ones; older ones are removed when an
     iteration has ended. Start model, rollouts, datasets and results stay. None: all are kept. How many checkpoints each
@@ -135,7 +139,8 @@ class RolloutConfig:
     rollout_tensor_parallel_size: Annotated[PositiveInt, LAYOUT] = 1
     """GPUs that share one sampler."""
     server: Annotated[tuple[str, ...], LAYOUT] = ()
-    """URLs of running vLLM servers. They cannot take over the weights of a new iteration: one iteration only."""
+    """URLs of running vLLM servers. They are given each iteration's weights, for which they must have been started with
+    VLLM_SERVER_DEV_MODE=1."""
     rollout_options: Annotated[
         GenerateConfig, SettingsOf(GenerateConfig, name="rollout_options", decided=_OF_ROLLOUTS, by="self-play")
     ] = field(default_factory=lambda: GenerateConfig(**_OF_ROLLOUTS))
@@ -154,7 +159,8 @@ class ScoringConfig:
     """Who prefers what, and which answers are trained on."""
 
     judge: str
-    """pairrm:HUB_ID_OR_DIR, rules:concise, rules:cyclic or endpoint:URL."""
+    """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, gpm:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval,
+    verifiable:math, python:FILE:FUNCTION, rules:concise or rules:cyclic."""
     preset: Literal["paper", "official"] = "paper"
     """How logits become preferences, and what the judge reads as the prompt."""
     selection: str = "all"
@@ -211,13 +217,54 @@ class SelfPlayConfig:
         TrainingConfig, SettingsOf(TrainingConfig, name="training", decided=_OF_TRAINING, by="self-play")
     ]
     """Settings of `megatron-sppo train`, NAME=VALUE. In YAML a mapping, such as `training: {lr: 5e-7}`."""
+    tracking: Annotated[TrackingConfig, LAYOUT] = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        if (self.rollout.server or self.rollout.rollout_options.servers.server) and self.run.iterations > 1:
+        if self.servers.server and self.run.iterations > 1 and self.servers.server_weights == "trust":
             raise ConfigError(
-                f"server is given with {self.run.iterations} iterations, but a server keeps the model that it was "
-                "started with. Use --iterations 1, or leave --server out."
+                f"server_weights is trust with {self.run.iterations} iterations: servers would go on with the weights "
+                "of the first. Use --rollout-options server_weights=prove."
             )
+        if self.training.objective.objective == "mnpo":
+            self._check_past_policies()
+
+    def _check_past_policies(self) -> None:
+        """Refuse weights that are not one for each earlier policy, and to remove policies that will be read."""
+        past, weights = self.run.past_policies, self.training.objective.reference_weights
+        if weights and len(weights) != past:
+            raise ConfigError(
+                f"{len(weights)} reference_weights are given for past_policies {past}. "
+                f"Use --past-policies {len(weights)}, or as many weights."
+            )
+        if self.run.keep_last is not None and self.run.keep_last <= past:
+            raise ConfigError(
+                f"keep_last is {self.run.keep_last}, and objective mnpo reads pi_t and {past} policies before it. "
+                f"Use --keep-last {past + 1}, or a smaller --past-policies."
+            )
+
+    def tracking_of(self, stage: str) -> TrackingConfig:
+        """Spell who is told of a training stage: whom the run tells, unless training has its own -> config."""
+        own, shared = self.training.run.tracking, self.tracking
+        if own != TrackingConfig() or shared.tracker == TrackingConfig().tracker:
+            return own
+        name = shared.tracker_run_name or self.run.output.absolute().name
+        return replace(
+            shared,
+            tracker_run_name=f"{name}-{stage}",
+            tracker_group=shared.tracker_group or name,
+            tracker_dir=shared.tracker_dir or self.run.output / OFFLINE_NAME,
+        )
+
+    @property
+    def servers(self) -> ServerConfig:
+        """The servers of rollouts; of several iterations they must prove what they hold."""
+        servers = self.rollout.rollout_options.servers
+        asked = servers.server_weights
+        return replace(
+            servers,
+            server=servers.server or self.rollout.server,
+            server_weights="prove" if asked == "ask" and self.run.iterations > 1 else asked,
+        )
 
     @property
     def eval_num_responses(self) -> int:

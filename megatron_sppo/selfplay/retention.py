@@ -21,7 +21,8 @@ def retire_iterations(config: SelfPlayConfig, machine: StageMachine, paths: RunP
         if not all(_is_whole(config, machine, paths, number) for number in (finished, iteration)):
             continue
         checkpoint, export = paths.checkpoint(iteration), paths.hugging_face(config, iteration)
-        machine.retire(checkpoint, parts=tuple(checkpoint.glob(_ITERATIONS)))
+        for root in (checkpoint, paths.auxiliary(iteration)):
+            machine.retire(root, parts=tuple(root.glob(_ITERATIONS)))
         machine.retire(export, parts=(export,))
 
 

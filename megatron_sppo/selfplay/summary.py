@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_sppo.config import to_dict
 from megatron_sppo.errors import DataError
-from megatron_sppo.selfplay.commands import RunPaths
+from megatron_sppo.selfplay.commands import REPORT_NAME, RunPaths
+from megatron_sppo.selfplay.config import SelfPlayConfig
 from megatron_sppo.storage import atomic_directory, atomic_file, read_json, write_json
+from megatron_sppo.tracking.run import start
 
 SUMMARY_NAME = "summary.json"
 METRICS_NAME = "metrics.jsonl"
@@ -24,6 +28,7 @@ def iteration_summary(paths: RunPaths, iteration: int, *, seconds: dict[str, flo
         "judge": result.get("judge", judge),
         "win_rate_vs_base": result.get("win_rate_vs_base"),
         "win_rate_vs_previous": result.get("win_rate_vs_previous"),
+        **({"accuracy": result["accuracy"]} if "accuracy" in result else {}),
         "mean_response_tokens": result.get("mean_response_tokens"),
         "seconds": seconds,
     }
@@ -95,25 +100,63 @@ def write_events(paths: RunPaths, iterations: Sequence[dict[str, Any]]) -> None:
         SummaryWriter(str(directory)) as writer,
     ):
         for entry in iterations:
-            step = entry["iteration"]
-            for opponent in ("base", "previous"):
-                rate = entry[f"win_rate_vs_{opponent}"]
-                for key in ("mean", "low", "high") if rate else ():
-                    writer.add_scalar(f"evaluation/win_rate_vs_{opponent}/{key}", rate[key], step)
-            if entry["mean_response_tokens"] is not None:
-                writer.add_scalar("evaluation/mean_response_tokens", entry["mean_response_tokens"], step)
+            for name, value in evaluation_metrics(entry).items():
+                writer.add_scalar(name, value, entry["iteration"])
+
+
+def evaluation_metrics(result: dict[str, Any]) -> dict[str, float]:
+    """List the numbers of an evaluation, of its result or its entry in summary.json -> {"evaluation/...": value}."""
+    metrics: dict[str, float] = {}
+    for opponent in ("base", "previous"):
+        rate = result[f"win_rate_vs_{opponent}"]
+        metrics |= {f"evaluation/win_rate_vs_{opponent}/{key}": rate[key] for key in ("mean", "low", "high") if rate}
+    for level in ("prompt_level", "instruction_level") if result.get("accuracy") else ():
+        metrics[f"evaluation/accuracy/{level}"] = result["accuracy"]["policy"][level]["mean"]
+    if result["mean_response_tokens"] is not None:
+        metrics["evaluation/mean_response_tokens"] = result["mean_response_tokens"]
+    return metrics
+
+
+def track(config: SelfPlayConfig, paths: RunPaths, iterations: Sequence[dict[str, Any]]) -> None:
+    """Tell trackers of some iterations, an iteration a step, and hand them the report; none: only whether they answer.
+
+    TensorBoard has its events by `write_events`.
+
+    Raises:
+        ConfigError: a tracker cannot be started.
+    """
+    others = tuple(name for name in config.tracking.tracker if name != "tensorboard")
+    tracking = replace(config.tracking, tracker=others)
+    with start(tracking, directory=paths.run_dir, kind="self-play", settings=to_dict(config)) as tracked:
+        tracked.is_stopped = len(iterations) == 0 or iterations[-1]["iteration"] < config.run.iterations
+        for entry in iterations:
+            seconds = {f"seconds/{stage}": value for stage, value in entry["seconds"].items()}
+            tracked.log(entry["iteration"], evaluation_metrics(entry) | seconds)
+        if iterations:
+            tracked.attach(paths.run_dir / REPORT_NAME)
+            tracked.attach(paths.run_dir / SUMMARY_NAME)
 
 
 def result_table(summary: dict[str, Any]) -> str:
-    """Lay out a summary as plain text -> lines."""
-    header = ("iteration", "win rate vs base", "vs previous", "tokens", "seconds", "judge")
+    """Lay out a summary as plain text -> lines; strict accuracies, the start model's first, where the judge checks."""
+    iterations = summary["iterations"]
+    checks = any(entry.get("accuracy") for entry in iterations)
+    levels = {"instructions held": "instruction_level", "prompts held": "prompt_level"} if checks else {}
+    header = ("iteration", "win rate vs base", "vs previous", *levels, "tokens", "seconds", "judge")
     rows = [header]
-    for entry in summary["iterations"]:
+    if checks:
+        base = next(entry["accuracy"]["base"] for entry in iterations if entry.get("accuracy"))
+        tokens = summary.get("base_mean_response_tokens")
+        of_base = [rate_text(base[level]) for level in levels.values()]
+        rows.append(("start", "-", "-", *of_base, "-" if tokens is None else f"{tokens:.1f}", "-", "-"))
+    for entry in iterations:
+        accuracy = (entry.get("accuracy") or {}).get("policy")
         rows.append(
             (
                 str(entry["iteration"]),
                 rate_text(entry["win_rate_vs_base"]),
                 rate_text(entry["win_rate_vs_previous"]),
+                *(rate_text(accuracy and accuracy[level]) for level in levels.values()),
                 "-" if entry["mean_response_tokens"] is None else f"{entry['mean_response_tokens']:.1f}",
                 f"{sum(entry['seconds'].values()):.0f}",
                 entry["judge"],

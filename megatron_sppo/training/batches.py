@@ -213,7 +213,8 @@ class Batches:
         """Yield the plans of steps, counted from 1; one after another, since the order of one epoch alone is kept.
 
         Args:
-            reference_GK: log pi_t; or one for each epoch, one after another: [epochs * G, K].
+            reference_GK: log pi_t; or one for each epoch, one after another: [epochs * G, K]. With further references
+                [..., K, 1 + R], pi_t's first.
         """
         num_groups = self.num_groups
         for step in steps:
@@ -275,8 +276,11 @@ class Batches:
         targets = self._targets.of(torch.from_numpy(rows))
         if reference_GK is None:
             return targets
-        reference = reference_GK[self.index.group[rows], self.index.response[rows]]
-        return dataclasses.replace(targets, reference_log_prob=torch.from_numpy(reference))
+        reference = torch.from_numpy(reference_GK[self.index.group[rows], self.index.response[rows]])
+        if reference.ndim == 1:
+            return dataclasses.replace(targets, reference_log_prob=reference)
+        of_pi_t, others = reference[:, 0].contiguous(), reference[:, 1:].contiguous()
+        return dataclasses.replace(targets, reference_log_prob=of_pi_t, other_log_prob=others)
 
     def _order(self, epoch: int) -> np.ndarray:
         """List an epoch's rows as they are trained on -> [rows]; the last epoch asked for is kept.

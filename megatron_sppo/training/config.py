@@ -22,6 +22,7 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.objective.names import parse_baseline
 from megatron_sppo.objective.table import Objective, find_objective
+from megatron_sppo.tracking.config import TrackingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,18 +30,28 @@ class ObjectiveConfig:
     """What is minimised: ALGORITHM by name, its strength and its baseline."""
 
     objective: str = "sppo"
-    """One of sppo, sppo_single, sppo_hard, dpo, ipo. All but sppo train on pairs: best and worst of a prompt."""
+    """One of sppo, sppo_single, sppo_hard, rspo, dpo, ipo, inpo, onpo, mnpo, nash_md. All but sppo and rspo train on
+    pairs: best and worst of a prompt. rspo, inpo, onpo and nash_md look at one more policy, `reference`; mnpo, dpo and
+    ipo at any number of them."""
     eta: Annotated[float, Range(0, 1e6, above=True)] = 1000.0
     """Nats per unit of preference (uclaml/SPPO and TRL call 1/eta `beta`). Published runs use 1000."""
     baseline: str = "half"
-    """What stands for log Z: half, group_mean, estimate, or constant:C (eta * C). Only for sppo."""
+    """What stands for log Z: half, group_mean, estimate, or constant:C (eta * C). Only for sppo and rspo."""
     beta: PositiveFloat = 0.1
     """Strength of dpo and ipo, 1/nats. Not used by the others."""
+    reference_weights: Annotated[tuple[float, ...], Range(0, 1)] = ()
+    """Weight of each `reference` in the mixture of policies that log-ratios are taken against (a geometric one); pi_t
+    has the rest of 1. Unset: 1/3 with inpo and nash_md (their papers' tau / eta, and eta tau), 1 with onpo, all alike
+    and like pi_t with mnpo; dpo and ipo need them. Not used by rspo."""
+    reverse_kl_weight: NonNegativeFloat = 0.5
+    """Weight of rspo's penalty (log pi_theta/mu)^2, mu the `reference`. Only for rspo."""
+    forward_kl_weight: NonNegativeFloat = 0.0
+    """Weight of rspo's penalty mu/pi_theta, which stops at exp(10). Only for rspo."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
         name = self.row.name  # refuses one that is unknown
-        if parse_baseline(self.baseline) != "half" and name != "sppo":
+        if parse_baseline(self.baseline) != "half" and name not in ("sppo", "rspo"):
             raise ConfigError(
                 f"baseline {self.baseline} belongs to the objective sppo, not to {name}. Use --baseline half."
             )
@@ -48,7 +59,14 @@ class ObjectiveConfig:
     @property
     def row(self) -> Objective:
         """The objective's row of the table, at this strength."""
-        return find_objective(self.objective, eta=self.eta, beta=self.beta)
+        return find_objective(
+            self.objective,
+            eta=self.eta,
+            beta=self.beta,
+            reference_weights=self.reference_weights,
+            reverse_kl_weight=self.reverse_kl_weight,
+            forward_kl_weight=self.forward_kl_weight,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +270,8 @@ class RunConfig:
     """Seconds of the reference pass that a kill may cost: as often, what was computed since is kept, and the same
     command goes on from there."""
     tensorboard: bool = True
-    """Write TensorBoard events under --save/tensorboard."""
+    """Write TensorBoard events under --save/tensorboard, where tracker names it."""
+    tracking: Annotated[TrackingConfig, LAYOUT] = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -268,6 +287,9 @@ class TrainingConfig:
     """Dataset directory written by `megatron-sppo score`."""
     save: Annotated[Path, LAYOUT]
     """Where checkpoints, metrics.jsonl and the resolved config go. If it has a checkpoint, the run resumes from it."""
+    reference: Annotated[tuple[Path, ...], LAYOUT] = ()
+    """Megatron checkpoints (as --load) of further policies that the objective looks at beside pi_t, such as the start
+    model with inpo. log pi of each is computed once, by this model in this layout, before the first step."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimization: Annotated[OptimizationConfig, TUNABLE]
@@ -317,8 +339,8 @@ class InspectionConfig(TrainingConfig):
 
     load: Path
     """Megatron checkpoint of the policy, such as the --save of a training: a root or one iter_* directory."""
-    reference: Path
-    """Megatron checkpoint that it is compared with: pi_t, the --load of that training."""
+    reference: tuple[Path, ...]
+    """Megatron checkpoint that it is compared with: pi_t, the --load of that training. One."""
     output: Path
     """JSONL file to write, a line for each response."""
     num_prompts: PositiveInt = 4
@@ -330,3 +352,8 @@ class InspectionConfig(TrainingConfig):
     def __post_init__(self) -> None:
         check_ranges(self)
         super().__post_init__()
+        if len(self.reference) != 1:
+            raise ConfigError(
+                f"{len(self.reference)} checkpoints are given to compare {self.load} with. Use --reference DIR with "
+                "one, pi_t."
+            )

@@ -46,10 +46,10 @@ def inspect(config: InspectionConfig) -> dict[str, Any]:
     batch = dataclasses.replace(config.batch, selection="all")
     config = dataclasses.replace(config, objective=ObjectiveConfig(), batch=batch)
     policy_source, architecture, tokenizer = inputs.open_source(config)
-    reference_source, other, _ = inputs.open_source(dataclasses.replace(config, load=config.reference))
+    reference_source, other, _ = inputs.open_source(dataclasses.replace(config, load=config.reference[0]))
     if other != architecture:
         raise ConfigError(
-            f"{config.load} and {config.reference} hold models of different architectures. "
+            f"{config.load} and {config.reference[0]} hold models of different architectures. "
             "Give --reference the checkpoint that the policy was trained from."
         )
     dataset = inputs.open_dataset(config, architecture, tokenizer)

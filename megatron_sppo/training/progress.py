@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 _SAVED_AS = {"resume_key": "facts", "micro_batch_key": "packs"}
 """What checkpoints call it."""
+_ADDED_SETTINGS: dict[str, Any] = {"reference_weights": [], "reverse_kl_weight": 0.5, "forward_kl_weight": 0.0}
+"""Of no effect on the objectives that there were before."""
 
 
 @dataclass
@@ -29,6 +31,8 @@ class Progress:
     """What must be the same when the run is resumed."""
     reference: dict[str, Any] = field(default_factory=dict)
     """Fingerprint of the reference log-probabilities that the run trains against."""
+    other_references: list[dict[str, Any]] = field(default_factory=list)
+    """Fingerprints of the log-probabilities of further references, in the order of `--reference`."""
     micro_batch_key: dict[str, Any] = field(default_factory=dict)
     """What decided the micro-batches that they were computed in."""
     ref_drift: dict[str, float] = field(default_factory=dict)
@@ -36,7 +40,9 @@ class Progress:
 
     def to_json(self) -> dict[str, Any]:
         """Return what a checkpoint stores beside the step itself."""
-        return {_SAVED_AS.get(name, name): value for name, value in dataclasses.asdict(self).items() if name != "step"}
+        values = dataclasses.asdict(self)
+        left_out = {"step"} if self.other_references else {"step", "other_references"}
+        return {_SAVED_AS.get(name, name): value for name, value in values.items() if name not in left_out}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any], *, step: int) -> "Progress":
@@ -50,10 +56,12 @@ class Progress:
         Raises:
             ConfigError: names each differing setting with both values.
         """
+        # Runs that were begun by an earlier version know nothing of settings that were added since.
+        begun = _ADDED_SETTINGS | self.resume_key
         differing = [
-            f"{name} was {self.resume_key.get(name)!r}, is {value!r}"
+            f"{name} was {begun.get(name)!r}, is {value!r}"
             for name, value in resume_key.items()
-            if self.resume_key.get(name) != value
+            if begun.get(name) != value
         ]
         if differing:
             raise ConfigError(

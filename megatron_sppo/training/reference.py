@@ -98,6 +98,8 @@ def load_or_compute(
     *,
     config: TrainingConfig,
     stop: StopRequest,
+    name: str = reference_file.NAME,
+    known: np.ndarray | None = None,
 ) -> np.ndarray:
     """Read the reference log-probabilities, and compute and write those that the run will look at and that are absent.
 
@@ -107,6 +109,8 @@ def load_or_compute(
 
     Args:
         expected: `fingerprint` of this run.
+        name: of the files, `reference_file.name_of` for another policy than pi_t.
+        known: values that were computed under the same fingerprint for another use.
 
     Returns:
         [G, K] float32, nats; with `reference_per_epoch` one for each epoch, one after another: [epochs * G, K].
@@ -115,8 +119,11 @@ def load_or_compute(
     Raises:
         SystemExit: a SIGTERM came before the end; what was computed by then is kept.
     """
-    store = _Store(dataset, expected, config)
+    store = _Store(dataset, expected, config, name=name)
     values = store.read()
+    if values is None and known is not None:
+        store.publish(known, replaces=False)
+        values = known
     if values is None:
         values = store.nothing()
     steps = _missing_steps(batches, values, first=1, num_passes=_num_passes(batches, config))
@@ -158,22 +165,58 @@ def read_for_resume(
             else f"{config.save} was trained against one reference pass, and pi_t is not here to compute others. "
             f"Use {flag}, or another --save."
         )
-    store = _Store(dataset, expected, config)
+    return read_or_extend(
+        policy,
+        dataset,
+        batches,
+        expected,
+        first=progress.step + 1,
+        config=config,
+        stop=stop,
+        load_weights=load_pi_t,
+        flag=f"--load {config.load}",
+    )
+
+
+def read_or_extend(
+    policy: Policy,
+    dataset: PreferenceDataset,
+    batches: Batches,
+    expected: dict[str, Any],
+    *,
+    first: int,
+    config: TrainingConfig,
+    stop: StopRequest,
+    load_weights: Callable[[], object],
+    flag: str,
+    name: str = reference_file.NAME,
+) -> np.ndarray:
+    """Read what a run was trained against, and compute what steps from `first` on need beside -> [G, K]. Collective.
+
+    Args:
+        load_weights: brings the policy that computed it, where something is missing.
+        flag: that names it, for messages.
+        name: as `load_or_compute`.
+
+    Raises:
+        ConfigError, DataError, SystemExit: as `read_for_resume`.
+    """
+    store = _Store(dataset, expected, config, name=name)
     values = store.read()
     if values is None:
         raise DataError(
             f"{store.directory} has no reference log-probabilities, but the checkpoint to resume from was trained "
-            "against some. Restore reference.*, or start anew with another --save."
+            f"against some. Restore {name}.*, or start anew with another --save."
         )
-    steps = _missing_steps(batches, values, first=progress.step + 1, num_passes=_num_passes(batches, config))
+    steps = _missing_steps(batches, values, first=first, num_passes=_num_passes(batches, config))
     if not steps:
         return values
-    load_pi_t()
+    load_weights()
     if weights_hash(policy.stages) != expected["weights_hash"]:
         raise ConfigError(
-            f"the reference in {store.directory} has no log pi_t of the responses of {len(steps)} steps that the run "
-            f"is now to do, and --load {config.load} is not the pi_t that computed it. Use the --load that the run "
-            "began with, or no more steps than it was to do then."
+            f"the reference in {store.directory} has no log pi of the responses of {len(steps)} steps that the run is "
+            f"now to do, and {flag} is not the policy that computed it. Use the one that the run began with, or no "
+            "more steps than it was to do then."
         )
     _complete(policy, batches, values, steps, store, config=config, stop=stop)
     return values
@@ -182,7 +225,10 @@ def read_for_resume(
 class _Store:
     """The reference on the disk: finished, or in pieces. Rank 0 alone looks at it and writes it."""
 
-    def __init__(self, dataset: PreferenceDataset, expected: dict[str, Any], config: TrainingConfig) -> None:
+    def __init__(
+        self, dataset: PreferenceDataset, expected: dict[str, Any], config: TrainingConfig, *, name: str
+    ) -> None:
+        self._name = name
         self.directory = _directory(dataset, config)
         self.has_pieces = False
         """There were pieces when it was read."""
@@ -199,7 +245,8 @@ class _Store:
         """Put together what there is -> values, NaN where they are absent; None: nothing. Collective."""
 
         def find() -> tuple[np.ndarray | None, np.ndarray | None]:
-            return reference_file.read_reference(self.directory, self._expected), self._pieces.read()
+            stored = reference_file.read_reference(self.directory, self._expected, name=self._name)
+            return stored, self._pieces.read()
 
         stored, kept = parallel.broadcast_from_rank_zero(find)
         self.has_pieces = kept is not None
@@ -223,7 +270,7 @@ class _Store:
         if parallel.is_rank_zero():
             if replaces:
                 self.keep(np.flatnonzero(~np.isnan(values)), values)
-            reference_file.write_reference(self.directory, values, self._expected)
+            reference_file.write_reference(self.directory, values, self._expected, name=self._name)
             self._pieces.remove()
         torch.distributed.barrier()
 
@@ -266,7 +313,7 @@ def _complete(
         logger.info("the reference pass goes on: %d responses are there, %d steps are left", num_known, len(steps))
     complete = _fill(policy, batches, values, steps, store.keep, seconds=config.run.reference_piece_seconds, stop=stop)
     if not complete:
-        stop.restore()
+        stop.ignore_the_next()
         parallel.shut_down()
         sys.exit(SIGTERM_EXIT_CODE)
     store.publish(values, replaces=num_known > 0)

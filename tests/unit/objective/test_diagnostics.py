@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from megatron_sppo.objective.diagnostics import (
     curl_rms,
     cycle_rate,
     cyclic_energy,
+    cyclic_interval,
     describe_preferences,
     duplicate_rate,
     length_correlation,
@@ -33,6 +35,16 @@ def test_a_circle_is_all_cycle_and_a_ladder_none():
     assert curl_rms(LADDER[None]) == pytest.approx(0.0, abs=1e-6)
     assert cyclic_energy(CIRCLE[None]) == pytest.approx(1.0)
     assert cyclic_energy(LADDER[None]) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_cyclic_share_s_interval_is_that_of_a_binomial_where_each_prompt_is_one_or_the_other():
+    """400 prompts of equal energy, half of them all circle: a resample's share is binomial, 1.96 * sqrt(0.25 / 400) =
+    0.049 about 1/2. Of equal prompts it has no width, of ties it is not defined."""
+    half = np.tile([0.0, 3.0], 200)
+    low, high = cyclic_interval(half, np.full(400, 3.0), resamples=8000)
+    assert (low, high) == pytest.approx((0.451, 0.549), abs=0.004)
+    assert cyclic_interval(np.ones(7), np.full(7, 4.0)) == (0.25, 0.25)
+    assert cyclic_interval(np.zeros(7), np.zeros(7)) is None
 
 
 def test_cycles_and_curl_equal_naive_loops():
@@ -133,6 +145,12 @@ def test_a_set_in_blocks_is_described_as_the_whole_of_it(num_responses):
         "duplicate_rate": None,
     }
     found = describe_preferences(blocks, responses=[])
-    assert list(found) == list(whole)
+    of_cycles = {"transitive_energy", "cyclic_energy_low", "cyclic_energy_high"}
+    assert set(found) == {*whole, *of_cycles}
+    if (share := found["cyclic_energy"]) is None:
+        assert {found[name] for name in of_cycles} == {None}
+    else:
+        assert found["transitive_energy"] == pytest.approx(1 - share)
+        assert found["cyclic_energy_low"] <= share + 1e-12 and share - 1e-12 <= found["cyclic_energy_high"]
     for name, value in whole.items():
         assert found[name] is None if value is None else found[name] == pytest.approx(value, rel=1e-12), name

@@ -21,6 +21,8 @@ from megatron_sppo.objective import (
 from megatron_sppo.objective.table import OBJECTIVES, find_objective
 
 ETA = 1000.0
+FAMILY = ("rspo", "inpo", "onpo", "mnpo", "nash_md")
+"""Those that look at a further reference: test_family.py."""
 
 
 def random_pairs(num_pairs=16, seed=0):
@@ -32,15 +34,16 @@ def random_pairs(num_pairs=16, seed=0):
     return ratio, preference, chosen
 
 
-def targets(win_rate, *, preference=None, chosen=None, eta=ETA):
-    """Targets of responses whose baseline is eta / 2."""
+def targets(win_rate, *, preference=None, chosen=None, eta=ETA, other=None):
+    """Targets of responses whose baseline is eta / 2; `other` is by how much a further reference lies below pi_t."""
     preference = win_rate if preference is None else preference
     return Targets(
         win_rate=win_rate,
         log_z=torch.full_like(win_rate, eta / 2),
         preference=preference,
         chosen=preference > 0.5 if chosen is None else chosen,
-        reference_log_prob=torch.full_like(win_rate, torch.nan),
+        reference_log_prob=torch.full_like(win_rate, torch.nan if other is None else 0.0),
+        other_log_prob=None if other is None else -other.unsqueeze(1),
     )
 
 
@@ -135,9 +138,13 @@ def test_objectives_differ_where_it_matters():
     ratio, preference, chosen = random_pairs(num_pairs=4)
     ratio = ratio / 100
     win_rate = 0.5 + (preference - 0.5) / 3
-    given = targets(win_rate, preference=preference, chosen=chosen, eta=2.0)
-    losses = {name: round(row(name, eta=2.0, beta=0.5).loss(ratio, given).mean().item(), 9) for name in OBJECTIVES}
-    assert len(set(losses.values())) == len(OBJECTIVES) == 5, losses
+    alone = targets(win_rate, preference=preference, chosen=chosen, eta=2.0)
+    beside = targets(win_rate, preference=preference, chosen=chosen, eta=2.0, other=ratio.flip(0) / 2)
+    losses = {}
+    for name in OBJECTIVES:
+        given = beside if name in FAMILY else alone
+        losses[name] = round(row(name, eta=2.0, beta=0.5).loss(ratio, given).mean().item(), 9)
+    assert len(set(losses.values())) == len(OBJECTIVES) == 10, losses
 
 
 def test_bf16_ratios_are_widened_before_anything_is_subtracted():
@@ -149,7 +156,8 @@ def test_bf16_ratios_are_widened_before_anything_is_subtracted():
 def test_an_empty_batch_gives_an_empty_loss_with_a_gradient():
     for name, objective in OBJECTIVES.items():
         ratio = torch.zeros(0, requires_grad=True)
-        loss = objective.loss(ratio, targets(torch.zeros(0)))
+        other = torch.zeros(0) if name in FAMILY else None
+        loss = objective.loss(ratio, targets(torch.zeros(0), other=other))
         assert loss.shape == (0,), name
         loss.sum().backward()
         assert ratio.grad.shape == (0,)
@@ -164,7 +172,7 @@ def test_an_unknown_objective_is_refused(name):
 def test_the_loss_is_the_weighted_square_of_the_distance_to_the_target_where_there_is_one():
     ratio, preference, chosen = random_pairs(num_pairs=4)
     given = targets(0.5 + (preference - 0.5) / 3, preference=preference, chosen=chosen)
-    for name in OBJECTIVES:
+    for name in (name for name in OBJECTIVES if name not in FAMILY):
         target = row(name).target(given)
         assert (target is None) == (name in ("dpo", "ipo")) == (row(name).rows_per_loss == 2)
         if target is not None:
@@ -175,4 +183,7 @@ def test_the_loss_is_the_weighted_square_of_the_distance_to_the_target_where_the
 def test_targets_are_picked_and_moved_column_by_column():
     given = targets(torch.tensor([0.1, 0.6, 0.9])).of(torch.tensor([2, 0]))
     assert given.win_rate.tolist() == pytest.approx([0.9, 0.1]) and given.chosen.tolist() == [True, False]
-    assert {column.device.type for column in vars(given.to("meta")).values()} == {"meta"}
+    assert given.other_log_prob is None
+    both = targets(torch.tensor([0.1, 0.6]), other=torch.tensor([3.0, 4.0])).of(torch.tensor([1]))
+    assert both.other_log_prob.tolist() == [[-4.0]]
+    assert {column.device.type for column in vars(both.to("meta")).values()} == {"meta"}

@@ -16,6 +16,7 @@ from megatron_sppo.judge.config import EvaluateConfig, ScoreConfig
 from megatron_sppo.rollout.config import GenerateConfig
 from megatron_sppo.selfplay.commands import RunPaths, check_stages, iteration_stages, start_stages
 from megatron_sppo.selfplay.config import LAUNCHERS, SelfPlayConfig, check_unchanged, read_record, record
+from megatron_sppo.tracking.config import TrackingConfig
 from megatron_sppo.training.config import InspectionConfig, TrainingConfig
 
 YAML = """
@@ -158,6 +159,17 @@ def test_each_launcher_starts_its_stages_in_python_s_place_and_no_other(tmp_path
     assert spelled["iter_1-train"][:2] == ("srun", "torchrun")
 
 
+def test_trackers_of_a_run_are_those_of_its_training_under_names_of_its_own(tmp_path: Path) -> None:
+    spelled = commands(read(tmp_path, "--tracker", "wandb", "mlflow", "--tracker-offline"))
+    told = as_the_stage_reads(TrainingConfig, spelled["iter_1-train"]).run.tracking
+    assert (told.tracker, told.tracker_offline) == (("wandb", "mlflow"), True)
+    assert (told.tracker_run_name, told.tracker_group) == ("out-iter_1-train", "out")
+    assert told.tracker_dir == tmp_path / "out" / "trackers"
+    spelled = commands(read(tmp_path, "--tracker", "wandb", "--training", "tracker=[mlflow]"))
+    assert as_the_stage_reads(TrainingConfig, spelled["iter_1-train"]).run.tracking.tracker == ("mlflow",)
+    assert not [token for token in commands(read(tmp_path))["iter_1-train"] if token.startswith("--tracker")]
+
+
 def test_settings_of_the_judge_hold_in_training_and_in_evaluation(tmp_path: Path) -> None:
     flags = ("--judge-after", "</think>", "--verdict-tokens", "512", "--allow-no-signal")
     for given in ((), flags):
@@ -214,8 +226,11 @@ def test_what_a_later_stage_would_refuse_is_refused_at_the_start(tmp_path: Path,
         (("--iterations", "0"), "iterations is 0"),
         (("--num-responses", "1"), "num_responses is 1"),
         (("--bootstrap-resamples", "100"), "at least 2000"),
-        (("--server", "http://localhost:8000"), "a server keeps the model"),
-        (("--rollout-launcher", "srun 'python"), "rollout_launcher is .* No closing quotation.*Write --rollout-launch"),
+        (
+            ("--server", "http://a:1", "--rollout-options", "server_weights=trust"),
+            "go on with the weights of the first",
+        ),
+        (("--rollout-launcher", "srun 'python"), "rollout_launcher is .*No closing quotation.*Write --rollout-launch"),
         (("--conversion-launcher", " "), "conversion_launcher is ' ', which holds no command"),
         (("--rollout-launcher", "a", "--rollout-command", "b"), "rollout_command and rollout_launcher are both set"),
     ],
@@ -261,13 +276,23 @@ def test_all_but_the_layout_decides() -> None:
             *("load", "data", "save", "micro_batch_size", "packed_sequence_size", "tensor_model_parallel_size"),
             *("pipeline_model_parallel_size", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
             *("virtual_pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"),
-            *("sequence_parallel", "async_save", "keep_last", "grace_seconds", "reference_piece_seconds"),
+            *("sequence_parallel", "async_save", "keep_last", "grace_seconds", "reference_piece_seconds", *TRACKING),
+            "reference",
         },
-        GenerateConfig: {"model", "prompts", "output", "allow_no_signal", "tensor_parallel_size", "server"},
+        GenerateConfig: {
+            "model",
+            "prompts",
+            "output",
+            "allow_no_signal",
+            "tensor_parallel_size",
+            "server",
+            "server_weights",
+            *("workers", "ray"),
+        },
         ScoreConfig: {"output", "rollouts", "allow_no_signal"},
         SelfPlayConfig: {
             *("model", "prompts", "output", "training_processes", "rollout_command", *LAUNCHERS),
-            *("rollout_tensor_parallel_size", "server", "allow_no_signal", "inspected_prompts", "keep_last"),
+            *("rollout_tensor_parallel_size", "server", "allow_no_signal", "inspected_prompts", "keep_last", *TRACKING),
         },
     }
     kinds: dict[type, Any] = {
@@ -286,6 +311,7 @@ def test_all_but_the_layout_decides() -> None:
         assert leaf_names(kinds[kind]) - deciding_names == names
 
 
+TRACKING = {field.name for field in dataclasses.fields(TrackingConfig)}
 OWN = ("training.", "rollout.rollout_options.", "scoring.scoring_options.")
 """Of other commands, which have their own entry."""
 
@@ -366,3 +392,70 @@ def test_nothing_is_inspected_where_no_prompts_are(tmp_path: Path) -> None:
     config = read(tmp_path, "--inspected-prompts", "0")
     stages = iteration_stages(config, RunPaths(run_dir=tmp_path / "out"), 1, evaluates=False)
     assert [stage.name for stage in stages] == ["iter_1-rollouts", "iter_1-dataset", "iter_1-train", "iter_1-export"]
+
+
+def references(config: SelfPlayConfig, iteration: int) -> dict[str, tuple[list[str], list[str], str]]:
+    """Read the training stages of an iteration -> {stage: (references, their weights, what it saves)}, paths within."""
+    run_dir = config.run.output
+    found = {}
+    for stage in iteration_stages(config, RunPaths(run_dir=run_dir), iteration, evaluates=False):
+        if "train" in stage.name:
+            training = as_the_stage_reads(TrainingConfig, stage.command)
+            assert training.load == RunPaths(run_dir=run_dir).checkpoint(iteration - 1)
+            assert set(stage.inputs) == {training.load, training.data, *training.reference}
+            within = [str(path.relative_to(run_dir)) for path in (*training.reference, training.save)]
+            found[stage.name] = (within[:-1], list(training.objective.reference_weights), within[-1])
+    return found
+
+
+@pytest.mark.parametrize("objective", ["inpo", "nash_md", "rspo"])
+def test_the_start_model_is_the_fixed_reference_of_every_iteration(objective: str, tmp_path: Path) -> None:
+    config = read(tmp_path, "--training", f"objective={objective}", "micro_batch_size=2")
+    for iteration in (1, 3):
+        name = f"iter_{iteration}"
+        assert references(config, iteration) == {f"{name}-train": (["base"], [], f"{name}/checkpoint")}
+
+
+def test_mnpo_mixes_the_policies_of_the_last_iterations_as_far_as_there_are_any(tmp_path: Path) -> None:
+    weights = "reference_weights=[0.5, 0.25]"
+    config = read(tmp_path, "--past-policies", "2", "--training", "objective=mnpo", "micro_batch_size=2", weights)
+    of = [references(config, iteration)[f"iter_{iteration}-train"][:2] for iteration in (1, 2, 3, 4)]
+    assert of == [
+        ([], []),
+        (["base"], [0.5]),
+        (["iter_1/checkpoint", "base"], [0.5, 0.25]),
+        (["iter_2/checkpoint", "iter_1/checkpoint"], [0.5, 0.25]),
+    ]
+
+
+def test_onpo_trains_its_auxiliary_policy_first_and_takes_the_step_from_it(tmp_path: Path) -> None:
+    config = read(tmp_path, "--training", "objective=onpo", "micro_batch_size=2")
+    assert references(config, 1) == {
+        "iter_1-train-auxiliary": (["base"], [], "iter_1/auxiliary"),
+        "iter_1-train": (["iter_1/auxiliary"], [], "iter_1/checkpoint"),
+    }
+    assert references(config, 2) == {
+        "iter_2-train-auxiliary": (["iter_1/auxiliary"], [], "iter_2/auxiliary"),
+        "iter_2-train": (["iter_2/auxiliary"], [], "iter_2/checkpoint"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--training", "objective=mnpo", "reference_weights=[0.5]"),
+            "1 reference_weights are given for past_policies 2",
+        ),
+        (("--keep-last", "2", "--training", "objective=mnpo"), "Use --keep-last 3, or a smaller --past-policies"),
+        (("--training", "objective=inpo", "reference=[there]"), "training sets reference, which self-play decides"),
+        (("--training", "objective=sppo", "reference_weights=[0.5]"), "Leave --reference-weights out"),
+        (("--training", "objective=inpo", "reference_weights=[0.5, 0.1]"), "2 reference_weights, 0.6 in all"),
+    ],
+    ids=str,
+)
+def test_references_that_self_play_cannot_give_are_refused_at_the_start(
+    tmp_path: Path, flags: tuple, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_stages(read(tmp_path, *flags, "micro_batch_size=2"))

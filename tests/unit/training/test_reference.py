@@ -163,7 +163,7 @@ def test_a_resumed_run_that_is_to_be_longer_has_pi_t_compute_what_it_did_not_loo
     longer = Pass(monkeypatch, data, train_iters=3)
     assert len(computed(longer.resume(2))) == 24
     assert longer.visited == [longer.batches.rows_of(3).tolist()] and longer.loads == 1
-    with pytest.raises(ConfigError, match="log pi_t of the responses of 1 steps.*--load pi_t is not the pi_t"):
+    with pytest.raises(ConfigError, match="log pi of the responses of 1 steps.*--load pi_t is not the policy"):
         Pass(monkeypatch, data, train_iters=4).resume(3, load="another")
     for path in data.glob("reference.*"):
         path.unlink()
@@ -195,7 +195,7 @@ def test_a_reference_whose_extension_was_cut_off_while_it_was_published_is_all_t
     Pass(monkeypatch, data, train_iters=2).begin()
     longer = Pass(monkeypatch, data, train_iters=4)
 
-    def die(directory: Path, *_: Any) -> None:
+    def die(directory: Path, *_: Any, **__: Any) -> None:
         (directory / "reference.json").unlink()
         raise KeyboardInterrupt
 

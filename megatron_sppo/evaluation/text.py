@@ -1,0 +1,106 @@
+"""A tournament as plain text: one table of the players, one for each judge."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_SEEN = {True: "seen in training", False: "unseen in training", None: "whether training saw it is not known"}
+
+
+def tournament_text(result: Mapping[str, Any]) -> str:
+    """Lay out a result -> lines."""
+    parts = [_players(result)]
+    parts += [_judge(judge, result["baseline"]) for judge in result["judges"]]
+    parts += [_curve(curve) for curve in result["over_optimisation"] if curve["points"]]
+    commands = {player["model"]: player["lm_eval"] for player in result["players"] if player["lm_eval"]}
+    if commands:
+        parts.append("regressions, by lm-evaluation-harness:\n" + "\n".join(f"  {text}" for text in commands.values()))
+    return "\n\n".join(parts)
+
+
+def per_cent(value: Mapping[str, Any] | None) -> str:
+    """Spell a share with its interval -> "55.0 [51.7, 58.3]"; "-" where there is none."""
+    return number(value, factor=100.0, digits=1)
+
+
+def number(value: Mapping[str, Any] | None, *, factor: float = 1.0, digits: int = 2) -> str:
+    """Spell an estimate with its interval -> text; "-" where there is none."""
+    if value is None or value.get("mean") is None:
+        return "-"
+    mean = f"{factor * value['mean']:.{digits}f}"
+    if value["low"] is None:
+        return mean
+    return f"{mean} [{factor * value['low']:.{digits}f}, {factor * value['high']:.{digits}f}]"
+
+
+def _players(result: Mapping[str, Any]) -> str:
+    has_kl = any("kl_to_baseline" in player for player in result["players"])
+    header = ["player", "tokens", "characters", "cut, %", "distinct-2, %", "self-BLEU, %", *(["KL, nats"] * has_kl)]
+    rows = [
+        [
+            player["name"],
+            number(player["response_tokens"], digits=1),
+            number(player["response_characters"], digits=0),
+            per_cent(player["truncation_rate"]),
+            per_cent(player["distinct_2"]),
+            per_cent(player["self_bleu"]),
+            *([number(player.get("kl_to_baseline"))] * has_kl),
+        ]
+        for player in result["players"]
+    ]
+    return f"{result['num_prompts']} prompts, 95 % intervals over prompts\n{table([header, *rows])}"
+
+
+def _judge(judge: Mapping[str, Any], baseline: str) -> str:
+    lines = [f"judge {judge['judge']}, {_SEEN[judge['seen']]}, {judge['num_prompts']} prompts"]
+    rates = {row["player"]: row for row in judge["vs_baseline"]}
+    controlled = {row["player"]: row for row in judge.get("length_controlled", ())}
+    exploited = {row["player"]: row for row in judge["exploitability"]["players"]}
+    accuracy = judge.get("accuracy") or {}
+    header = ["player", f"win rate vs {baseline}, %", "A/A, %"]
+    header += ["length-controlled, %"] if controlled else []
+    header += ["Bradley-Terry, nats", "exploitability, %"]
+    header += ["prompts held, %", "instructions held, %"] if accuracy else []
+    rows = []
+    for strength in judge["bradley_terry"]:
+        name = strength["player"]
+        held = accuracy.get(name) or {}
+        rows.append(
+            [
+                name,
+                per_cent(rates.get(name)),
+                per_cent(judge["a_a"][name]),
+                *([per_cent(controlled.get(name))] if controlled else []),
+                number(strength),
+                per_cent(exploited[name]),
+                *([per_cent(held.get("prompt_level")), per_cent(held.get("instruction_level"))] if accuracy else []),
+            ]
+        )
+    lines.append(table([header, *rows]))
+    if judge["cycles"]:
+        lines.append(f"cyclic share of the log-odds between players: {per_cent(judge['cycles']['cyclic_share'])} %")
+    reasons = dict.fromkeys(row["reason"] for row in controlled.values() if "reason" in row)
+    doubtful = [name for name, row in controlled.items() if row.get("is_extreme") or not row.get("has_converged", True)]
+    if doubtful:
+        lines.append(
+            f"length-controlled rates of {', '.join(doubtful)}: the regression may have failed, for they lie far from "
+            "the win rates or liblinear did not converge"
+        )
+    return "\n".join([*lines, *(f"no length-controlled rate: {reason}" for reason in reasons)])
+
+
+def _curve(curve: Mapping[str, Any]) -> str:
+    judges = [rate["judge"] for rate in curve["points"][0]["win_rates"]]
+    rows = [
+        [str(point["iteration"]), *(per_cent(rate) for rate in point["win_rates"]), per_cent(point["gap"])]
+        for point in curve["points"]
+    ]
+    return f"over the iterations of {curve['run']}, win rate, %\n" + table(
+        [["iteration", *judges, "seen less unseen"], *rows]
+    )
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Align rows, the first a header -> lines."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
