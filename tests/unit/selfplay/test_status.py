@@ -81,7 +81,7 @@ def test_the_run_is_found_by_its_yaml_file_and_by_its_whole_command(
     file = run_dir.with_name("run.yaml")
     file.write_text(f"run:\n  output: {run_dir}\n  model: m\n  prompts: p\nscoring: {{judge: rules:concise}}\n")
     assert "iter_1-rollouts is under way" in said(capsys, "--config", file)
-    whole = ("--model", "m", "--prompts", "p", "--judge", "rules:concise", "--iterations", 3, "--output", run_dir)
+    whole = ("--model", "m", "--prompts", "p", "--judge", "rules:concise", "--training", "lr=1e-6", "--output", run_dir)
     assert "iter_1-rollouts is under way" in said(capsys, *whole)
 
 
