@@ -30,7 +30,7 @@ from megatron_sppo.selfplay.commands import (
 )
 from megatron_sppo.selfplay.config import SelfPlayConfig
 from megatron_sppo.selfplay.process import interruptible
-from megatron_sppo.selfplay.prompt_parts import divide_prompts, hash_of_prompts, write_prompts
+from megatron_sppo.selfplay.prompt_parts import divide_prompts, hash_of_prompts, refuse_uncheckable, write_prompts
 from megatron_sppo.selfplay.retention import retire_iterations
 from megatron_sppo.selfplay.stages import STATE_NAME, Stage, StageMachine, read_state
 from megatron_sppo.storage import locked, refuse_foreign
@@ -69,8 +69,10 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
     refuse_foreign(paths.run_dir, ours=(STATE_NAME,), inputs=inputs, flag="--output")
     if read_state(paths.run_dir) is None:
         # What would stop a later stage is found before a new run writes or computes anything.
-        divide_prompts(config.run, config.evaluation, keep_columns=config.rollout.rollout_options.keep_columns)
+        parts = divide_prompts(config.run, config.evaluation, keep_columns=config.rollout.rollout_options.keep_columns)
         check_stages(config)
+        for prompts in (*parts.iterations, parts.heldout):
+            refuse_uncheckable(config, prompts)
     with locked(paths.run_dir, flag="--output"), interruptible():
         grace_seconds = config.training.run.grace_seconds or default_grace_seconds()
         machine = StageMachine(paths.run_dir, grace_seconds=grace_seconds)
@@ -81,6 +83,8 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
             return summary.read_summary(paths.run_dir)
         if config.servers.server and config.run.iterations > 1 and not config.run.rollout_command:
             check_takes_weights(config.servers)
+        if _has_other_trackers(config):  # one that does not answer is said before anything is computed
+            _in_own_process(summary.track, config, paths, [])
         evaluates = _prepare(config, machine, paths)
         has_news = _run_all(start_stages(config, paths, evaluates=evaluates), machine)
         for iteration in range(1, config.run.iterations + 1):
@@ -172,7 +176,8 @@ def _sum_up(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths, iter
     start_seconds = {name: machine.seconds(name) for name in ("import", "base-eval-rollouts")}
     summary.write_summary(paths, entries, base_response_tokens=base_tokens, seconds=start_seconds)
     summary.gather_metrics(paths, iteration)
-    _in_own_process(summary.write_events, paths, entries)
+    if "tensorboard" in config.tracking.tracker:
+        _in_own_process(summary.write_events, paths, entries)
     machine.run(
         Stage(
             name="report",
@@ -181,7 +186,17 @@ def _sum_up(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths, iter
             outputs=(paths.run_dir / REPORT_NAME,),
         )
     )
+    if _has_other_trackers(config):
+        try:
+            _in_own_process(summary.track, config, paths, entries[min(machine.state["summed_up"], iteration - 1) :])
+        except ConfigError as error:  # it was there when the run began
+            logger.warning("%s The run goes on", error)
     machine.update(summed_up=iteration)
+
+
+def _has_other_trackers(config: SelfPlayConfig) -> bool:
+    """Whether anybody but TensorBoard is told of the run."""
+    return any(name != "tensorboard" for name in config.tracking.tracker)
 
 
 def _versions() -> dict[str, str]:
