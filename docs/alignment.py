@@ -105,9 +105,9 @@ def expectation(result: dict[str, Any]) -> str:
         if _name(row) == "sppo, all" and statistics.fmean(row["gap"]) > result["start_gap"][row["judge"]]
     ]
     return f"""Expected beforehand: no difference under the transitive judge
-({_list(different) or "none was shown"}); dpo behind under the cyclic judge ({cyclic["dpo"]}); ipo behind under it ({cyclic["ipo"]}). The last policy of sppo is
-further from a solution than the start was under: {_list(worse) or "no judge"}. There the theorem speaks of the average
-of all policies alone.
+({_list(different) or "none was shown"}); under the cyclic judge dpo behind ({cyclic["dpo"]}) and ipo behind
+({cyclic["ipo"]}). The last policy of sppo is further from a solution than the start was under:
+{_list(worse) or "no judge"}. There the theorem speaks of the average of all policies alone.
 """
 
 
