@@ -4,7 +4,6 @@ import importlib.util
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from megatron_sppo.errors import ConfigError, DataError
@@ -28,6 +27,8 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 RESULT_KEY = "tournament_version"
 """Every result has it, near its beginning: what lacks it is not written over."""
+RESULT_NAME = "tournament.json"
+"""Under this name in a run directory the run's report shows it."""
 
 
 def evaluate_players(config: EvaluateConfig) -> dict[str, Any]:
@@ -166,8 +167,3 @@ def _kl(field: Field, prompt_ids: Sequence[str], resampling: Resampling) -> dict
     from megatron_sppo.evaluation.kl import kl_to_baseline  # brings transformers, which only this needs
 
     return kl_to_baseline(field, prompt_ids, resampling)
-
-
-def result_path_of(run_dir: Path) -> Path:
-    """Say where a run's report looks for a tournament -> path."""
-    return run_dir / "tournament.json"

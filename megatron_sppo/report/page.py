@@ -8,12 +8,14 @@ from typing import Any
 import yaml
 
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.evaluation.text import judge_notes, judge_rows, judge_title, player_rows
 from megatron_sppo.judge.diagnostics import JUDGE_DIAGNOSTICS, JudgeDiagnostic
 from megatron_sppo.report import plots
 from megatron_sppo.report.data import AnswerPair, RunData, read_run
 from megatron_sppo.report.judge import judge_figure
 from megatron_sppo.report.tokens import CSS as TOKEN_CSS
 from megatron_sppo.report.tokens import token_html
+from megatron_sppo.report.tournament import tournament_figure
 from megatron_sppo.selfplay.commands import REPORT_NAME
 from megatron_sppo.selfplay.summary import rate_text
 from megatron_sppo.storage import atomic_file
@@ -96,6 +98,7 @@ def render(run: RunData) -> str:
         _cards(iterations),
         _section("Results", _results_table(run), _RESULTS_NOTE),
         f'<div class="panels">{"".join(figures)}</div>',
+        *_tournament(run.tournament),
         _figure("How the judge judges", judge_figure(run.iterations), _JUDGE_FIGURE_NOTE, is_wide=True),
         _section("The judge", _diagnostics_table(run), _JUDGE_NOTE),
         _figure("Log-ratio against target", plots.log_ratio_figure(run.iterations), _SCATTER_NOTE, is_wide=True),
@@ -127,6 +130,14 @@ _WIN_RATE_NOTE = (
     "prompts. 50 % is parity."
 )
 _LOSS_NOTE = "Mean squared residual a response, before each optimizer step."
+_TOURNAMENT_NOTE = (
+    "Left: mean preference of each player's answers over each other's. Right: win rates over the iterations, full "
+    "lines by judges that training asked, dashed ones by others: lines that part are over-optimisation."
+)
+_PLAYERS_NOTE = (
+    "On the prompts that all players answered. distinct-2 is the share of different word pairs among a prompt's "
+    "answers; self-BLEU compares each answer with the others of its prompt: the higher, the more alike."
+)
 _JUDGE_NOTE = "Measured on each iteration's training answers, from the matrices of diagnostics.json."
 _JUDGE_FIGURE_NOTE = "Measured on each iteration's training answers; the table below says what to do about each."
 _LENGTH_NOTE = "A judge that likes length shows here first."
@@ -225,6 +236,20 @@ def _diagnostics_table(run: RunData) -> str:
     ]
     header = ["", *(f"iteration {data.iteration}" for data in described), "where it is marked (!)"]
     return _table(header, rows) if rows else ""
+
+
+def _tournament(result: dict[str, Any] | None) -> list[str]:
+    """Lay out a comparison of players -> parts of the page, none without one."""
+    if result is None:
+        return []
+    header, *rows = player_rows(result)
+    parts = [_figure("Every iterate against every other", tournament_figure(result), _TOURNAMENT_NOTE, is_wide=True)]
+    for judge in result["judges"]:
+        columns, *lines = judge_rows(judge, result["baseline"])
+        parts.append(
+            _section(f"Players, by {judge_title(judge)}", _table(columns, lines), ". ".join(judge_notes(judge)))
+        )
+    return [*parts, _section("Players' answers", _table(header, rows), _PLAYERS_NOTE)]
 
 
 def _diagnostic(diagnostics: Mapping[str, Any], diagnostic: JudgeDiagnostic) -> str:
