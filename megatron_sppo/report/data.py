@@ -126,7 +126,8 @@ def _tournament(run_dir: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     result = read_json(path)
-    if not isinstance(result, dict) or result.get(RESULT_KEY) != SCHEMA_VERSION:
+    is_one = isinstance(result, dict) and {"players", "judges", "baseline", "over_optimisation"} <= set(result)
+    if not is_one or result.get(RESULT_KEY) != SCHEMA_VERSION:
         raise DataError(
             f"{path} is no comparison of version {SCHEMA_VERSION}. "
             f"Remove it, or: megatron-sppo evaluate --run {run_dir} --judge SPEC --output {path}"
