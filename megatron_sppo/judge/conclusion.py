@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_sppo.judge.protocol import checker_of
 from megatron_sppo.storage import sha256_of_json
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class ConclusionJudge:
         self.name = f"{judge.name}, after {marker}"
         self.fingerprint = sha256_of_json({"judge": judge.fingerprint, "after": marker})
         self.counts = judge.counts
+        checker = checker_of(judge)
+        self.passed = None if checker is None else lambda group: checker(self._concluded(group))
 
     def judge_logits(self, groups: Sequence[RolloutGroup]) -> Sequence[Verdict]:
         """Judge the conclusions -> what the judge gives."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from megatron_sppo.config import LAYOUT, PositiveInt, Seed, check_ranges
+from megatron_sppo.config import LAYOUT, PositiveFloat, PositiveInt, Seed, check_ranges
 from megatron_sppo.data.schema import parse_selection
 from megatron_sppo.errors import ConfigError
 
@@ -18,7 +18,8 @@ class ScoreConfig:
     rollouts: Annotated[Path | None, LAYOUT] = None
     """Directory that `megatron-sppo rollouts` wrote."""
     judge: str | None = None
-    """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, matrices:FILE, rules:concise or rules:cyclic."""
+    """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval, verifiable:math,
+    python:FILE:FUNCTION, matrices:FILE, rules:concise or rules:cyclic."""
     from_dataset: Path | None = None
     """Rebuild this dataset's targets from its stored logits, in place of --rollouts and --judge."""
     preset: Literal["paper", "official"] | None = None
@@ -34,6 +35,9 @@ class ScoreConfig:
     """Judge only what follows this text in an answer, such as "</think>"; default: whole answers."""
     verdict_tokens: PositiveInt = 1
     """Tokens that an endpoint may answer with: 1 for one letter, more for a judge that reasons before it."""
+    scorer_seconds: PositiveFloat = 10.0
+    """Longest time for one answer of a judge that checks (verifiable, python), seconds; what takes longer is ended, and
+    its prompt set aside."""
     allow_no_signal: Annotated[bool, LAYOUT] = False
     """Write the dataset even where no answer is preferred to another, so that training on it would change nothing."""
     max_requests: PositiveInt | None = None
@@ -61,7 +65,8 @@ class EvaluateConfig:
     """Compare held-out answers: one policy with its base and predecessor, or any number of players with each other."""
 
     judge: str
-    """pairrm:HUB_ID_OR_DIR, rules:concise, rules:cyclic or endpoint:URL."""
+    """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval, verifiable:math,
+    python:FILE:FUNCTION, rules:concise or rules:cyclic."""
     output: Path
     """JSON file with the result. RUN_DIR/tournament.json is shown in that run's report."""
     policy: Path | None = None
@@ -100,6 +105,9 @@ class EvaluateConfig:
     """Judge only what follows this text in an answer, such as "</think>"; default: whole answers."""
     verdict_tokens: PositiveInt = 1
     """Tokens that an endpoint may answer with: 1 for one letter, more for a judge that reasons before it."""
+    scorer_seconds: PositiveFloat = 10.0
+    """Longest time for one answer of a judge that checks (verifiable, python), seconds; what takes longer is ended, and
+    its prompt set aside."""
     allow_no_signal: bool = False
     """Report a win rate even where the judge has called every pair of different answers a tie."""
     bootstrap_resamples: PositiveInt = 2000

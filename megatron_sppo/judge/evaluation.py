@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_sppo.errors import DataError
+from megatron_sppo.judge.accuracy import strict_accuracy
 from megatron_sppo.judge.config import EvaluateConfig
 from megatron_sppo.judge.diagnostics import UNREADABLE_REMEDY, fraction, verdict_shares, warnings
 from megatron_sppo.judge.load import load_judge
@@ -52,15 +53,21 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     refuse_foreign_file(config.output, ours="win_rate_vs_base", flag="--output")
     assert config.policy is not None and config.base is not None and config.previous is not None
     judge = load_judge(
-        config.judge, preset=config.preset, after=config.judge_after, verdict_tokens=config.verdict_tokens
+        config.judge,
+        preset=config.preset,
+        after=config.judge_after,
+        verdict_tokens=config.verdict_tokens,
+        scorer_seconds=config.scorer_seconds,
     )
     policy = StoredGroups(config.policy)
+    players = {"policy": policy, "base": StoredGroups(config.base)}
+    players["previous"] = players["base"] if config.previous == config.base else StoredGroups(config.previous)
     rates: dict[str, dict[str, float]] = {}
-    for name, directory in (("base", config.base), ("previous", config.previous)):
-        if name == "previous" and config.previous == config.base:
+    for name in ("base", "previous"):
+        if name == "previous" and players[name] is players["base"]:
             rates[name] = rates["base"]  # the first iteration: pi_1 is both
         else:
-            rates[name] = cross_win_rates(judge, policy, StoredGroups(directory), against=name)
+            rates[name] = cross_win_rates(judge, policy, players[name], against=name)
     if not config.allow_no_signal:
         check_signal(judge.counts, judge=judge.name)
     intervals = {
@@ -71,6 +78,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "judge": judge.name,
         "win_rate_vs_base": asdict(intervals["base"]),
         "win_rate_vs_previous": asdict(intervals["previous"]),
+        **_accuracies(judge, players, config),
         "mean_response_tokens": policy.mean_answer_tokens,
         "bootstrap_resamples": config.bootstrap_resamples,
         "warnings": warnings(_shares(judge.counts, policy)),
@@ -87,6 +95,18 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         logger.warning("%s", warning)
     write_json(config.output, result)
     return result
+
+
+def _accuracies(judge: Judge, players: Mapping[str, StoredGroups], config: EvaluateConfig) -> dict[str, Any]:
+    """Check everybody's answers -> {"accuracy": {player: strict accuracy}}, {} where the judge checks nothing."""
+    found: dict[str, Any] = {}
+    for name, groups in players.items():
+        if name == "previous" and groups is players["base"]:
+            found[name] = found["base"]
+        else:
+            settings = {"resamples": config.bootstrap_resamples, "seed": config.seed}
+            found[name] = strict_accuracy(judge, groups.values(), **settings)
+    return {"accuracy": found} if found["policy"] is not None else {}
 
 
 def check_signal(counts: Counter[str], *, judge: str) -> None:
@@ -192,12 +212,18 @@ def join_groups(first: RolloutGroup, second: RolloutGroup) -> RolloutGroup:
         raise DataError(
             f"prompt {first.prompt_id!r} has other messages in one of the rollouts. Sample both from the same prompts."
         )
+    if first.columns and second.columns and first.columns != second.columns:
+        raise DataError(
+            f"answers to prompt {first.prompt_id!r} are to be checked against other columns in one of the rollouts. "
+            "Sample both from the same prompts."
+        )
     return RolloutGroup(
         prompt_id=first.prompt_id,
         messages=first.messages,
         prompt_token_ids=first.prompt_token_ids,
         responses=(*first.responses, *second.responses),
         prompt_text=first.prompt_text,
+        columns=first.columns or second.columns,
     )
 
 

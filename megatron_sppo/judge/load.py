@@ -5,7 +5,10 @@ from __future__ import annotations
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.protocol import Judge
 
-SPEC_FORMS = "pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, matrices:FILE, rules:concise or rules:cyclic"
+SPEC_FORMS = (
+    "pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval, verifiable:math, "
+    "python:FILE:FUNCTION, matrices:FILE, rules:concise or rules:cyclic"
+)
 
 READS = {"paper": "message", "official": "template"}
 """What a judge that was trained on plain messages reads of a prompt, by --preset."""
@@ -20,6 +23,7 @@ def load_judge(
     max_requests: int | None = None,
     verdict_tokens: int = 1,
     after: str | None = None,
+    scorer_seconds: float = 10.0,
 ) -> Judge:
     """Load the judge that a SPEC names -> Judge. Each kind takes the settings that concern it.
 
@@ -30,6 +34,7 @@ def load_judge(
         dtype: precision of a local model, "float32" or "bfloat16"; None: float32 on the CPU, bfloat16 on a GPU.
         max_requests: most requests of this process to an endpoint; None: no limit.
         verdict_tokens: tokens that an endpoint may answer with; more than 1 for one that reasons first.
+        scorer_seconds: longest time of one answer's check, for judges that check.
         after: judge only what follows this text in an answer, such as "</think>"; None: whole answers.
 
     Raises:
@@ -58,6 +63,14 @@ def load_judge(
         from megatron_sppo.judge.reward import RewardJudge
 
         judge = RewardJudge(rest, dtype=dtype)
+    elif rest and kind == "verifiable":
+        from megatron_sppo.judge.verifiable import load_verifiable
+
+        judge = load_verifiable(rest, seconds=scorer_seconds)
+    elif rest and kind == "python":
+        from megatron_sppo.judge.verifiable import load_python
+
+        judge = load_python(rest, seconds=scorer_seconds)
     elif rest and kind == "endpoint":
         from megatron_sppo.judge.endpoint import EndpointJudge
 

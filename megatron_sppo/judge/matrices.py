@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.judge.protocol import LARGEST_LOGIT, Unjudged, Verdict, count_pairs, distinct
+from megatron_sppo.judge.protocol import CERTAIN_LOGIT, LARGEST_LOGIT, Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.rollout.preferences import SUM_TOLERANCE
 from megatron_sppo.storage import sha256_of_file, sha256_of_json
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
 
 KINDS = ("preferences", "judge_logits")
-CERTAIN_LOGIT = 20.0
-"""Nats; what stands for a preference of exactly 1 or 0, and rounds to it in float32."""
 
 
 class MatricesJudge:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 LARGEST_LOGIT = 1e6
 """Nats: beyond it a judge is broken, and float32 sums of squares overflow."""
+CERTAIN_LOGIT = 20.0
+"""Nats; what stands for a preference of exactly 1 or 0, and rounds to it in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,14 @@ class Judge(Protocol):
         A fault of one row is its Unjudged, never an exception: others may be worth days of judging.
         """
         ...
+
+
+def checker_of(judge: Judge) -> Callable[[RolloutGroup], np.ndarray | Unjudged] | None:
+    """Find how a judge that checks answers does so -> its `passed`, None of judges that only compare.
+
+    `passed` checks a group's answers -> float64 [K, C] in [0, 1], one column a check of the prompt; or why it cannot.
+    """
+    return getattr(judge, "passed", None)
 
 
 def distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:

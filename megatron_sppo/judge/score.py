@@ -72,6 +72,7 @@ def score(config: ScoreConfig, work: WorkList) -> dict[str, Any] | None:
         max_requests=config.max_requests,
         verdict_tokens=config.verdict_tokens,
         after=config.judge_after,
+        scorer_seconds=config.scorer_seconds,
     )
     work_dir = _work_dir(config.output)
     check_output(config.output)

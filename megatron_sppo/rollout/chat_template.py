@@ -46,6 +46,7 @@ class TokenizedPrompt:
             prompt_token_ids=self.token_ids,
             responses=responses,
             prompt_text=self.text,
+            columns=self.prompt.columns,
         )
 
 

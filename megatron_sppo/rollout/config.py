@@ -126,6 +126,10 @@ class ServerConfig:
 
     server: Annotated[tuple[str, ...], LAYOUT] = ()
     """URLs of running vLLM servers with this model, such as http://node1:8000; without any, vLLM runs here."""
+    server_weights: Annotated[Literal["ask", "prove", "trust"], LAYOUT] = "ask"
+    """What a server must show before it is sampled from. ask: that it holds the weights of --model, which it is given
+    where it holds others; one that cannot tell is sampled from with a warning. prove: one that cannot tell is left out.
+    trust: nothing is asked."""
     server_model: str | None = None
     """Name of the model on the servers; None takes the one that they serve."""
     server_concurrency: PositiveInt = 64
@@ -180,6 +184,9 @@ class GenerateConfig:
     """Prompts to skip."""
     limit: PositiveInt | None = None
     """Most prompts to take."""
+    keep_columns: tuple[str, ...] = ()
+    """Columns of the prompts that travel with the answers to a judge of your own (python:FILE:FUNCTION). IFEval's and
+    the right answers of mathematical sets travel by themselves."""
     shard_size: PositiveInt | None = None
     """Prompts per shard; the shards at work are what a kill can cost. None: that of the rollouts that --output already
     has some of; else 64 on a CPU or with --server, and on GPUs as many as make 4096 shards, 16 to 512."""

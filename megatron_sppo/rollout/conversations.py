@@ -7,23 +7,29 @@ A prompt is what the first of these columns that a row has asks, with what the o
     instruction     a text (UltraFeedback); Alpaca's `input` follows it on a new line
     question, input    a text (Orca)
     chosen, rejected    the turns that both share (HH, TRL's implicit prompt)
+    problem         a text (MATH); question beside an answer (GSM8K)
 `system` or `system_prompt` come before it, `history` (pairs of question and answer) between the two. Two columns that
 say different things of one conversation make the row unusable: neither is preferred (a prompt may have the text of an
 instruction in it, as a rendering does).
 """
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from megatron_sppo.rollout.records import Turn, text_fault
 from megatron_sppo.rollout.tables import UnusableRow
 
 PROMPT_COLUMNS = frozenset(
-    {"prompt", "messages", "conversations", "conversation", "instruction", "question", "chosen", "rejected"}
+    {"prompt", "messages", "conversations", "conversation", "instruction", "question", "problem", "chosen", "rejected"}
 )
 """Any of them makes a prompt."""
 CONTEXT_COLUMNS = frozenset({"input", "system", "system_prompt", "history", "tools", "prompt_id", "split"})
+ANSWER_COLUMNS = ("answer", "final_answer", "gt_answer", "ground_truth", "reward_model", "solution")
+"""Where mathematical sets keep the right answer, the barest one first. verl's `reward_model` has it as a key."""
+CHECKED_COLUMNS = frozenset({"instruction_id_list", "kwargs", *ANSWER_COLUMNS})
+"""What judges check answers against: these travel with the prompt."""
 
 _ORCA = {"system", "system_prompt", "chosen", "rejected"}
 _ROLES = {
@@ -58,7 +64,8 @@ def _asked(row: dict[str, Any], shared: list[Turn]) -> list[Turn]:
     """Choose among the columns that may hold the prompt, and hold the others against it -> messages."""
     asked: list[Turn] | None = None
     # A lone `question` or `input` may be part of anything; beside what Orca's rows have it is the prompt.
-    names = ["prompt", "instruction", *(("question",) if _ORCA & set(row) else ())]
+    is_question = bool(_ORCA & set(row)) or any(row.get(name) is not None for name in ANSWER_COLUMNS)
+    names = ["prompt", "instruction", "problem", *(("question",) if is_question else ())]
     if _ORCA & set(row) and all(row.get(name) is None for name in names):
         names.append("input")
     for name in names:
@@ -83,6 +90,22 @@ def _asked(row: dict[str, Any], shared: list[Turn]) -> list[Turn]:
         found = ", ".join(map(str, list(row)[:12]))
         raise UnusableRow(f"the row has neither prompt nor messages, nor another column that asks (it has: {found})")
     return asked
+
+
+def kept_columns(row: dict[str, Any], names: Collection[str]) -> dict[str, Any] | None:
+    """Take the columns that travel with a prompt, those that hold something -> {name: value}; None where none does.
+
+    Raises:
+        UnusableRow: a value that JSON cannot hold, such as a date or NaN.
+    """
+    found = {name: row[name] for name in sorted(names) if row.get(name) is not None}
+    for name, value in found.items():
+        try:
+            json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UnusableRow(f"the column {name} cannot be kept ({reason})") from None
+    return found or None
 
 
 def with_context(turns: list[Turn], row: dict[str, Any]) -> list[Turn]:

@@ -180,7 +180,9 @@ class _Prompts:
 
 def _chosen(config: GenerateConfig) -> dict[str, Any]:
     """Which rows of the prompt file are taken."""
-    return {"split": config.split, "subset": config.subset, "offset": config.offset, "limit": config.limit}
+    chosen = {"split": config.split, "subset": config.subset, "offset": config.offset, "limit": config.limit}
+    # Left out where there are none: jobs that were begun before there were any are known by the rest.
+    return {**chosen, "keep_columns": config.keep_columns} if config.keep_columns else chosen
 
 
 def _default_shard_size(config: GenerateConfig, num_prompts: int) -> int:

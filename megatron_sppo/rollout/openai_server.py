@@ -54,10 +54,21 @@ class HttpError(ServerFault):
 class OpenAIServer:
     """One base URL and its key. Threads may share it."""
 
-    def __init__(self, url: str, *, key: str, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        key: str,
+        timeout_seconds: float,
+        follows_redirects: bool = True,
+        keeps_connections: bool = True,
+    ) -> None:
         import openai  # a second of CPU time
 
         self._openai, self._key = openai, key
+        limits = openai.DEFAULT_CONNECTION_LIMITS
+        if not keeps_connections:
+            limits = type(limits)(max_connections=limits.max_connections, max_keepalive_connections=0)
         self._headers: dict[str, Any] = {"Authorization": f"Bearer {key}" if key else openai.Omit()}
         try:
             self._client = openai.OpenAI(
@@ -66,6 +77,8 @@ class OpenAIServer:
                 timeout=timeout_seconds,
                 max_retries=0,
                 http_client=openai.DefaultHttpxClient(
+                    follow_redirects=follows_redirects,
+                    limits=limits,
                     # A proxy cannot reach our own loopback.
                     trust_env=not _is_loopback(urlsplit(url).hostname or ""),
                     event_hooks={"request": [_strip], "response": [_bound]},

@@ -1,19 +1,22 @@
 """Prompt files -> chat messages. Rows that cannot be used are set aside with their reason, never silently dropped.
 
-`tables` reads the files, `conversations` the columns; `prompt_id` and `split` are optional, other columns are ignored.
+`tables` reads the files, `conversations` the columns; `prompt_id` and `split` are optional. What judges check answers
+against travels with the prompt, other columns are ignored.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.conversations import (
+    CHECKED_COLUMNS,
     CONTEXT_COLUMNS,
     PROMPT_COLUMNS,
+    kept_columns,
     prompt_messages,
     refuse_bad_text,
 )
@@ -27,6 +30,8 @@ class Prompt:
 
     prompt_id: str
     messages: tuple[Turn, ...]
+    columns: dict[str, Any] | None = None
+    """What judges check answers against, by the columns of the prompt's row; None: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,7 @@ class PromptRows:
         subset: str | None = None,
         offset: int = 0,
         limit: int | None = None,
+        keep_columns: Collection[str] = (),
     ) -> None:
         """Open the file or directory.
 
@@ -59,6 +65,7 @@ class PromptRows:
             subset: the one to read of a directory that holds several.
             offset: good prompts to skip, after the split was chosen.
             limit: most prompts to keep; None keeps all.
+            keep_columns: columns that travel with the prompts, beside CHECKED_COLUMNS.
 
         Raises:
             ConfigError: the split or subset does not exist, or must be chosen; a negative offset or a limit below 1.
@@ -67,7 +74,14 @@ class PromptRows:
         if offset < 0 or (limit is not None and limit < 1):
             raise ConfigError(f"offset is {offset} and limit {limit}. Use --offset 0 or more and --limit 1 or more.")
         self.path, self._offset, self._limit = Path(path), offset, limit
-        self._rows = SplitRows(self.path, split, subset=subset, columns=PROMPT_COLUMNS, context=CONTEXT_COLUMNS)
+        if taken := (PROMPT_COLUMNS | CONTEXT_COLUMNS).intersection(keep_columns):
+            raise ConfigError(
+                f"keep_columns names {min(taken)}, a part of the prompt, which reaches judges as messages. "
+                "Leave it out."
+            )
+        self._kept = CHECKED_COLUMNS | set(keep_columns)
+        context = CONTEXT_COLUMNS | self._kept
+        self._rows = SplitRows(self.path, split, subset=subset, columns=PROMPT_COLUMNS, context=context)
         self.quarantined: list[SetAside] = []
         """Of the rows that were read so far. A row without an id is called "row-<number from 1>"."""
 
@@ -86,7 +100,7 @@ class PromptRows:
         seen, num_good = _Seen(), 0
         for number, row, wanted in self._rows:
             try:
-                prompt = prompt_of_row(row)
+                prompt = prompt_of_row(row, keep=self._kept)
                 # Across splits too: a held-out prompt that is also trained on measures nothing.
                 seen.refuse_duplicate(prompt, number)
             except UnusableRow as reason:
@@ -120,14 +134,16 @@ def read_prompts(path: Path, **chosen: Any) -> PromptSet:
 
 
 class PromptsHash:
-    """The hash of prompts' ids and texts in their order, taken one by one: that of a JSON list of [id, messages]."""
+    """The hash of prompts in their order, taken one by one: that of a JSON list of [id, messages] or, where a prompt
+    has columns that answers are checked against, [id, messages, columns]."""
 
     def __init__(self) -> None:
         self._digest, self._between = hashlib.sha256(b"["), b""
 
     def add(self, prompt: Prompt) -> None:
         """Take the next prompt."""
-        text = json.dumps([prompt.prompt_id, prompt.messages], sort_keys=True, separators=(",", ":"))
+        parts = [prompt.prompt_id, prompt.messages, *([prompt.columns] if prompt.columns else [])]
+        text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
         self._digest.update(self._between + text.encode())
         self._between = b","
 
@@ -138,8 +154,8 @@ class PromptsHash:
         return digest.hexdigest()
 
 
-def prompt_of_row(row: Any) -> Prompt:
-    """Read one row -> Prompt.
+def prompt_of_row(row: Any, *, keep: Collection[str] = CHECKED_COLUMNS) -> Prompt:
+    """Read one row -> Prompt, with those of the columns in `keep` that it has.
 
     Raises:
         UnusableRow: it has no prompt that could be answered.
@@ -148,19 +164,19 @@ def prompt_of_row(row: Any) -> Prompt:
         raise row
     if not isinstance(row, dict):
         raise UnusableRow(f"the row is a {type(row).__name__}, not an object")
-    return make_prompt(prompt_messages(row), row.get("prompt_id"))
+    return make_prompt(prompt_messages(row), row.get("prompt_id"), columns=kept_columns(row, keep))
 
 
-def make_prompt(messages: Sequence[Turn], given: Any) -> Prompt:
+def make_prompt(messages: Sequence[Turn], given: Any, *, columns: dict[str, Any] | None = None) -> Prompt:
     """Give messages the id that their row names, or the hash of their content -> Prompt."""
     turns = tuple(messages)
     if given is None or given == "":
-        return Prompt(prompt_id=_content_hash(turns)[:16], messages=turns)
+        return Prompt(prompt_id=_content_hash(turns)[:16], messages=turns, columns=columns)
     if isinstance(given, bool) or not isinstance(given, (str, int)):
         raise UnusableRow("prompt_id is neither a string nor an integer")
     prompt_id = str(given)
     refuse_bad_text(prompt_id, "prompt_id")
-    return Prompt(prompt_id=prompt_id, messages=turns)
+    return Prompt(prompt_id=prompt_id, messages=turns, columns=columns)
 
 
 class _Seen:

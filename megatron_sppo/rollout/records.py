@@ -71,6 +71,9 @@ class RolloutGroup:
     responses: Annotated[tuple[Response, ...], msgspec.Meta(min_length=1)]
     prompt_text: str | None = None
     """The templated prompt whose ids `prompt_token_ids` are; None where the producer did not keep it."""
+    columns: dict[str, Any] | None = None
+    """What judges check answers against, such as IFEval's instruction_id_list and kwargs; None, and then not in the
+    row: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +151,8 @@ def write_shard(directory: Path, index: int, groups: Iterable[RolloutGroup]) -> 
 def _line(group: RolloutGroup) -> bytes:
     """Spell a group as a line of a shard -> bytes. Not by `asdict`, which copies every token by itself."""
     row = {"schema_version": SCHEMA_VERSION, **vars(group), "responses": list(map(vars, group.responses))}
+    if group.columns is None:
+        del row["columns"]  # rows without them stay as earlier versions wrote them, to the byte
     return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 

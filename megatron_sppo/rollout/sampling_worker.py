@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_sppo.checkpoints.model_files import read_model_files
+from megatron_sppo.checkpoints.model_files import model_hash, read_model_files
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.rollout.config import GenerateConfig, Sampling
+from megatron_sppo.rollout.policy import Policy
 from megatron_sppo.rollout.records import EngineSteps
 from megatron_sppo.rollout.sampler import Answer, Sampler, Shard
 from megatron_sppo.rollout.server import ServerSampler
@@ -80,5 +81,6 @@ class SamplingWorker:
 def start_sampler(config: GenerateConfig, max_model_len: int) -> Sampler:
     """Start vLLM, or talk to the servers that the config names -> Sampler."""
     if config.servers.server:
-        return ServerSampler(config.servers, max_model_len=max_model_len)
+        policy = Policy(directory=config.model, model_hash=model_hash(config.model), room=max_model_len)
+        return ServerSampler(config.servers, max_model_len=max_model_len, policy=policy)
     return VllmSampler(config.model, config=config.engine, max_model_len=max_model_len, seed=config.seed)

@@ -7,70 +7,93 @@ belongs to exactly one request in flight, so no (prompt, k) is lost or doubled. 
 Servers must return token ids (vLLM's `return_token_ids`): text is never tokenised again. A server that wants a key gets
 the one in the environment variable VLLM_API_KEY.
 
-The server's weights cannot be checked from here; that it speaks the same token ids is (it echoes the prompt's). With
-seeds (the default) a GPU server repeats a response as far as its batching allows, which is not to the bit.
+Which weights a server holds is proven before it is asked, and it is given the policy's where it holds others
+(`hand_over`); an answer counts when the server still held them after it. With seeds (the default) a GPU server repeats
+a response as far as its batching allows, which is not to the bit.
 """
 
-import contextlib
 import logging
-import os
 import queue
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
 from megatron_sppo.rollout.config import Sampling, ServerConfig
-from megatron_sppo.rollout.openai_server import HttpError, OpenAIServer, ServerFault, UnusableReply
+from megatron_sppo.rollout.hand_over import EXTENSION, Unproven, can_be_given_weights
+from megatron_sppo.rollout.openai_server import HttpError, NoReply, ServerFault, UnusableReply
+from megatron_sppo.rollout.policy import Policy
 from megatron_sppo.rollout.records import Response
 from megatron_sppo.rollout.sampler import Answer, AnsweredShard, Refusal, Shard, ShardsUnderWay, prompt_seed
+from megatron_sppo.rollout.server_pool import RowRefused, Server, ServerPool, no_server
 
 logger = logging.getLogger(__name__)
 
-_FAILURES_UNTIL_DEAD = 3
-_DEAD_SECONDS = 30.0
 _LONGEST_PAUSE_SECONDS = 30.0
-_MODELS_TIMEOUT_SECONDS = 10.0
-_OTHER_LIMIT_NAME = "max_completion_tokens"
-_LONGEST_RETRY_AFTER_SECONDS = 120.0
-_TRY_LATER = (408, 425, 429)
-_OF_THE_ROW = (400, 413, 422)
-"""What a server answers to a prompt that it cannot take, such as one that is too long for it."""
 
 
 class ServerSampler:
     """Samples over one or several servers."""
 
-    def __init__(self, config: ServerConfig, *, max_model_len: int, first_pause_seconds: float = 0.5) -> None:
-        """Ask every server for its model.
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        max_model_len: int,
+        policy: Policy | None = None,
+        first_pause_seconds: float = 0.5,
+    ) -> None:
+        """Ask every server for its model, and have it hold the policy's weights.
 
         Args:
             max_model_len: tokens of the longest prompt with its answer; a server that allows less is refused.
+            policy: what servers have to hold; None: whatever they hold is sampled from.
             first_pause_seconds: before the first retry; doubled for each further one.
 
         Raises:
-            ConfigError: no server answers, or one serves another model or a shorter context.
+            ConfigError: no server answers, or one serves another model or a shorter context; none can be shown to hold
+                the policy's weights.
         """
         self._config = config
         self._first_pause_seconds = first_pause_seconds
-        self._pool = _Pool([_Server(url, config) for url in config.server])
-        faults = []
-        for server in self._pool.servers:
-            try:
-                server.find_model(config.server_model, max_model_len)
-            except ServerFault as fault:
-                faults.append(f"{server.url}: {fault}")
-                self._pool.report(server, ok=False, deadly=True)
-                logger.warning("server %s does not answer (%s)", server.url, fault)
+        asked = policy if config.server_weights != "trust" else None
+        self._pool = ServerPool([Server(url, config, policy=asked) for url in config.server])
+        faults = self._ask_all(max_model_len)
         self._has_answered = False
+        if any(server.unusable for server in self._pool.servers) and len(faults) == len(self._pool.servers):
+            raise ConfigError(no_server(self._pool.servers))
         if len(faults) == len(self._pool.servers):
             raise ConfigError(
                 f"no server answers ({faults[0]}). Start one with `vllm serve MODEL_DIR` and check --server."
             )
+
+    def _ask_all(self, max_model_len: int) -> list[str]:
+        """Make the servers ready, all at once -> faults of those that are not."""
+
+        def ask(server: Server) -> ServerFault | None:
+            try:
+                server.find_model(self._config.server_model, max_model_len)
+                server.make_ready()
+            except ServerFault as fault:
+                return fault
+            return None
+
+        faults = []
+        with ThreadPoolExecutor(max_workers=len(self._pool.servers)) as threads:
+            for server, fault in zip(self._pool.servers, threads.map(ask, self._pool.servers), strict=True):
+                if fault is None:
+                    continue
+                faults.append(f"{server.url}: {fault}")
+                if isinstance(fault, Unproven):
+                    logger.warning("server %s is left out: %s", server.url, fault)
+                    continue
+                self._pool.report(server, ok=False, deadly=True)
+                logger.warning("server %s does not answer (%s)", server.url, fault)
+        return faults
 
     def sample(
         self, shards: Iterable[Shard], *, sampling: Sampling, on_progress: Callable[[int, int], None]
@@ -92,7 +115,7 @@ class ServerSampler:
                 outcome: Answer | ValueError | None = None
                 try:
                     outcome = self._answer(*place, sampling, stop)
-                except _RowRefused as error:
+                except RowRefused as error:
                     outcome = Refusal(reason=str(error))
                 except (ConfigError, DataError) as error:
                     outcome = error
@@ -168,11 +191,18 @@ class ServerSampler:
             if stop.wait(self._pool.asked_to_wait(server)):
                 break
             try:
+                proof = server.make_ready()
                 reply = server.post_completion(body)
+                server.confirm(proof, since=time.monotonic())
                 responses = _responses(reply, prompt, sampling, seed)
             except ServerFault as error:
                 fault = error
                 logger.debug("%s: prompt %s: %s", server.url, prompt.prompt.prompt_id, error)
+                if isinstance(error, NoReply) or (isinstance(error, HttpError) and error.status >= 500):
+                    server.doubt()
+                elif isinstance(error, Unproven):
+                    logger.warning("server %s is left out: %s", server.url, error)
+                    continue
                 self._pool.report(server, ok=False, retry_after=error.retry_after)
                 continue
             self._pool.report(server, ok=True)
@@ -183,130 +213,30 @@ class ServerSampler:
         )
 
 
-class _RowRefused(Exception):
-    """The server answers, but not this prompt."""
+def check_takes_weights(config: ServerConfig) -> None:
+    """Refuse servers that cannot be given the weights of a next iteration; nothing is changed on them.
 
-
-class _Server:
-    """One base URL."""
-
-    def __init__(self, url: str, config: ServerConfig) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self._timeout = config.server_timeout
-        self._model: str | None = config.server_model
-        self._limit_name = "max_tokens"
-        self._key = os.environ.get("VLLM_API_KEY") or ""
-        if self._key and not re.fullmatch(r"[\x21-\x7e]+", self._key):
-            raise ConfigError(
-                "VLLM_API_KEY holds a space, a line's end or a character beyond ASCII: no HTTP header carries it. "
-                "Use `export VLLM_API_KEY=KEY` with the key alone."
-            )
-        self._api = OpenAIServer(f"{self.url}/v1", key=self._key, timeout_seconds=self._timeout)
-
-    def find_model(self, name: str | None, max_model_len: int) -> None:
-        """Learn the served model's name and check its context length."""
-        with self._worded(of_row=()):
-            reply = self._api.exchange("/models", timeout_seconds=min(self._timeout, _MODELS_TIMEOUT_SECONDS))
-        listed: Any = reply.get("data")
-        is_list = isinstance(listed, list) and all(isinstance(m, dict) and isinstance(m.get("id"), str) for m in listed)
-        models = {model["id"]: model for model in listed} if is_list else {}
-        if not models:
-            raise ConfigError(
-                f"{self.url} answers /v1/models without model names: it is no OpenAI API. Check --server."
-            )
-        names = list(models)
-        if name is None and len(names) != 1:
-            raise ConfigError(
-                f"{self.url} serves {len(names)} models ({', '.join(names)}). Choose with --server-model NAME."
-            )
-        if name is not None and name not in names:
-            raise ConfigError(
-                f"{self.url} does not serve {name!r} but {', '.join(names)}. Use --server-model {names[0]}."
-            )
-        self._model = name or names[0]
-        allowed = models[self._model].get("max_model_len")
-        if isinstance(allowed, int) and allowed < max_model_len:
-            raise ConfigError(
-                f"{self.url} allows {allowed} tokens, the longest prompt with its answer needs {max_model_len}. "
-                f"Restart it with --max-model-len {max_model_len}, or use --max-model-len {allowed} here."
-            )
-
-    def post_completion(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Send one completion request -> the reply's JSON object."""
-        if self._model is None:  # it did not answer at the start
-            self.find_model(None, 0)
-        body = {"model": self._model, **body}
-        limit, name = body.pop("max_tokens"), self._limit_name
-        with self._worded(of_row=_OF_THE_ROW):
-            try:
-                return self._api.exchange("/completions", {**body, name: limit})
-            except HttpError as refusal:  # of requests in flight each learns it by itself
-                wants_other = refusal.status in _OF_THE_ROW and _OTHER_LIMIT_NAME in refusal.words
-                if name == _OTHER_LIMIT_NAME or not wants_other:
-                    raise
-            logger.info("%s wants %s in place of max_tokens", self.url, _OTHER_LIMIT_NAME)
-            self._limit_name = _OTHER_LIMIT_NAME
-            return self._api.exchange("/completions", {**body, self._limit_name: limit})
-
-    @contextlib.contextmanager
-    def _worded(self, *, of_row: tuple[int, ...]) -> Iterator[None]:
-        """Tell refusals that another try cannot change, of the prompt or of everything; other faults pass through."""
+    Raises:
+        ConfigError: no server answers, or none of those that do has vLLM's development routes.
+    """
+    faults = []
+    for url in config.server:
+        server = Server(url, config, policy=None)
         try:
-            yield
-        except HttpError as error:
-            if error.status >= 500 or error.status in _TRY_LATER:
-                raise
-            if error.status in (401, 403):
-                is_set = "the key in VLLM_API_KEY is not its own" if self._key else "VLLM_API_KEY is not set"
-                raise ConfigError(
-                    f"{self.url} wants a key: {error}, and {is_set}. Use `export VLLM_API_KEY=KEY` with the KEY of its "
-                    "--api-key."
-                ) from None
-            if error.status in of_row:
-                raise _RowRefused(f"{self.url} refuses it: {error}") from None
-            raise ConfigError(f"{self.url} refuses the request: {error}. Check --server and its log.") from None
-
-
-class _Pool:
-    """Round-robin over the servers that live."""
-
-    def __init__(self, servers: list[_Server]) -> None:
-        self.servers = servers
-        self._lock = threading.Lock()
-        self._turn = 0
-        self._failures = {server.url: 0 for server in servers}
-        self._dead_until = {server.url: 0.0 for server in servers}
-        self._asked_until = {server.url: 0.0 for server in servers}
-
-    def next(self) -> _Server:
-        """Take the next server that lives and asks for no time; when none does, the one whose rest ends first."""
-        now = time.monotonic()
-        with self._lock:
-            for _ in self.servers:
-                server = self.servers[self._turn % len(self.servers)]
-                self._turn += 1
-                if max(self._dead_until[server.url], self._asked_until[server.url]) <= now:
-                    return server
-            return min(self.servers, key=lambda s: max(self._dead_until[s.url], self._asked_until[s.url]))
-
-    def asked_to_wait(self, server: _Server) -> float:
-        """Tell how long the server asked to be left alone from now -> seconds."""
-        with self._lock:
-            return max(0.0, self._asked_until[server.url] - time.monotonic())
-
-    def report(self, server: _Server, *, ok: bool, deadly: bool = False, retry_after: float | None = None) -> None:
-        """Count an attempt's outcome; several failures in a row rest the server, unless it says itself how long."""
-        with self._lock:
-            if retry_after is not None:
-                self._asked_until[server.url] = time.monotonic() + min(retry_after, _LONGEST_RETRY_AFTER_SECONDS)
-                return
-            self._failures[server.url] = 0 if ok else self._failures[server.url] + 1
-            if ok:
-                self._dead_until[server.url] = 0.0
-            elif deadly or self._failures[server.url] >= _FAILURES_UNTIL_DEAD:
-                if self._dead_until[server.url] <= time.monotonic() and not deadly:
-                    logger.warning("server %s keeps failing; left alone for %.0f s", server.url, _DEAD_SECONDS)
-                self._dead_until[server.url] = time.monotonic() + _DEAD_SECONDS
+            server.find_model(config.server_model, 0)
+            if can_be_given_weights(server):
+                continue
+            fault = "it takes no new weights: VLLM_SERVER_DEV_MODE=1 is not set there"
+        except ServerFault as error:
+            fault = str(error)
+        faults.append(f"{server.url}: {fault}")
+        logger.warning("server %s cannot be used: %s", server.url, fault)
+    if len(faults) == len(config.server):
+        raise ConfigError(
+            f"no server can take over the weights of a next iteration ({faults[0]}). "
+            f"Start them with `VLLM_SERVER_DEV_MODE=1 vllm serve MODEL_DIR --worker-extension-cls {EXTENSION}`, where "
+            "nobody else reaches them, or use --iterations 1."
+        )
 
 
 def _responses(
@@ -335,7 +265,7 @@ def _responses(
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise _RowRefused("an answer to it holds half a surrogate pair") from None
+            raise RowRefused("an answer to it holds half a surrogate pair") from None
         # vLLM gives sequence k of a request the seed that follows by k.
         child_seed = None if seed is None else seed + index
         responses.append(

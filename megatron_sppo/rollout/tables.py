@@ -38,7 +38,7 @@ _NOT_ROWS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.
 _SAVED_DICT = "dataset_dict.json"
 _LISTS = (
     *("messages", "conversations", "conversation", "history", "answers", "completions"),
-    *("probability", "rm_scores"),
+    *("probability", "rm_scores", "instruction_id_list", "kwargs"),
 )
 """Columns that hold a list; a CSV cell spells it as JSON."""
 _MESSAGES_AS_JSON = re.compile(r'\s*(\[\s*)?\{\s*"(role|content|from|value)"')

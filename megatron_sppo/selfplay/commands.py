@@ -243,7 +243,7 @@ def _rollout_command(config: SelfPlayConfig, *, allow_no_signal: bool, **job: An
             options.engine,
             tensor_parallel_size=_given(options.engine.tensor_parallel_size, section.rollout_tensor_parallel_size),
         ),
-        servers=replace(options.servers, server=options.servers.server or section.server),
+        servers=config.servers,
     )
     return (*shlex.split(own), *_flags(settings)) if own else _command(config, "rollouts", *_flags(settings))
 
@@ -293,6 +293,7 @@ def _evaluation(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> Stag
         preset=config.scoring.preset,
         judge_after=config.scoring.judge_after,
         verdict_tokens=config.scoring.verdict_tokens,
+        scorer_seconds=config.scoring.scoring_options.scorer_seconds,
         allow_no_signal=config.scoring.allow_no_signal,
         output=paths.result(iteration),
         seed=config.run.seed,

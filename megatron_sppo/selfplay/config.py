@@ -5,7 +5,7 @@ stages' real configs, without what self-play decides.
 """
 
 import shlex
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ from megatron_sppo import config as config_files
 from megatron_sppo.config import LAYOUT, NonNegativeInt, PositiveInt, Seed, SettingsOf, check_ranges, flag_of
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.config import ScoreConfig
-from megatron_sppo.rollout.config import GenerateConfig, Temperature, TopP
+from megatron_sppo.rollout.config import GenerateConfig, ServerConfig, Temperature, TopP
 from megatron_sppo.training.config import TrainingConfig
 
 MIN_RESAMPLES = 2000
@@ -138,7 +138,8 @@ class RolloutConfig:
     rollout_tensor_parallel_size: Annotated[PositiveInt, LAYOUT] = 1
     """GPUs that share one sampler."""
     server: Annotated[tuple[str, ...], LAYOUT] = ()
-    """URLs of running vLLM servers. They cannot take over the weights of a new iteration: one iteration only."""
+    """URLs of running vLLM servers. They are given each iteration's weights, for which they must have been started with
+    VLLM_SERVER_DEV_MODE=1."""
     rollout_options: Annotated[
         GenerateConfig, SettingsOf(GenerateConfig, name="rollout_options", decided=_OF_ROLLOUTS, by="self-play")
     ] = field(default_factory=lambda: GenerateConfig(**_OF_ROLLOUTS))
@@ -157,7 +158,8 @@ class ScoringConfig:
     """Who prefers what, and which answers are trained on."""
 
     judge: str
-    """pairrm:HUB_ID_OR_DIR, rules:concise, rules:cyclic or endpoint:URL."""
+    """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval, verifiable:math,
+    python:FILE:FUNCTION, rules:concise or rules:cyclic."""
     preset: Literal["paper", "official"] = "paper"
     """How logits become preferences, and what the judge reads as the prompt."""
     selection: str = "all"
@@ -216,10 +218,10 @@ class SelfPlayConfig:
     """Settings of `megatron-sppo train`, NAME=VALUE. In YAML a mapping, such as `training: {lr: 5e-7}`."""
 
     def __post_init__(self) -> None:
-        if (self.rollout.server or self.rollout.rollout_options.servers.server) and self.run.iterations > 1:
+        if self.servers.server and self.run.iterations > 1 and self.servers.server_weights == "trust":
             raise ConfigError(
-                f"server is given with {self.run.iterations} iterations, but a server keeps the model that it was "
-                "started with. Use --iterations 1, or leave --server out."
+                f"server_weights is trust with {self.run.iterations} iterations: servers would go on with the weights "
+                "of the first. Use --rollout-options server_weights=prove."
             )
         if self.training.objective.objective == "mnpo":
             self._check_past_policies()
@@ -237,6 +239,17 @@ class SelfPlayConfig:
                 f"keep_last is {self.run.keep_last}, and objective mnpo reads pi_t and {past} policies before it. "
                 f"Use --keep-last {past + 1}, or a smaller --past-policies."
             )
+
+    @property
+    def servers(self) -> ServerConfig:
+        """The servers of rollouts; of several iterations they must prove what they hold."""
+        servers = self.rollout.rollout_options.servers
+        asked = servers.server_weights
+        return replace(
+            servers,
+            server=servers.server or self.rollout.server,
+            server_weights="prove" if asked == "ask" and self.run.iterations > 1 else asked,
+        )
 
     @property
     def eval_num_responses(self) -> int:

@@ -17,6 +17,7 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.rollout.hub import is_hub_name
 from megatron_sppo.rollout.outcomes import mean_response_tokens
 from megatron_sppo.rollout.records import read_rollouts
+from megatron_sppo.rollout.server import check_takes_weights
 from megatron_sppo.selfplay import config as settings
 from megatron_sppo.selfplay import summary
 from megatron_sppo.selfplay.commands import (
@@ -68,7 +69,7 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
     refuse_foreign(paths.run_dir, ours=(STATE_NAME,), inputs=inputs, flag="--output")
     if read_state(paths.run_dir) is None:
         # What would stop a later stage is found before a new run writes or computes anything.
-        divide_prompts(config.run, config.evaluation)
+        divide_prompts(config.run, config.evaluation, keep_columns=config.rollout.rollout_options.keep_columns)
         check_stages(config)
     with locked(paths.run_dir, flag="--output"), interruptible():
         grace_seconds = config.training.run.grace_seconds or default_grace_seconds()
@@ -78,6 +79,8 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
             logger.info("%s is finished: nothing is left to do.", paths.run_dir)
             retire_iterations(config, machine, paths, finished=config.run.iterations)
             return summary.read_summary(paths.run_dir)
+        if config.servers.server and config.run.iterations > 1 and not config.run.rollout_command:
+            check_takes_weights(config.servers)
         evaluates = _prepare(config, machine, paths)
         has_news = _run_all(start_stages(config, paths, evaluates=evaluates), machine)
         for iteration in range(1, config.run.iterations + 1):
@@ -117,7 +120,7 @@ def _are_there(paths: RunPaths, names: tuple[str, ...]) -> bool:
 
 def _prepare(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths) -> bool:
     """Write what the stages read beside each other's outputs -> whether there is something to evaluate on."""
-    parts = divide_prompts(config.run, config.evaluation)
+    parts = divide_prompts(config.run, config.evaluation, keep_columns=config.rollout.rollout_options.keep_columns)
     for iteration, prompts in enumerate(parts.iterations, start=1):
         write_prompts(paths.prompts(iteration), prompts)
     if parts.heldout:

@@ -4,7 +4,7 @@ import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,15 +26,18 @@ class PromptParts:
     """Rows of the file that cannot be used."""
 
 
-def divide_prompts(run: RunConfig, evaluation: EvaluationConfig) -> PromptParts:
+def divide_prompts(run: RunConfig, evaluation: EvaluationConfig, *, keep_columns: Collection[str] = ()) -> PromptParts:
     """Read the prompts and divide them -> PromptParts. The same sources and seed give the same parts.
+
+    Args:
+        keep_columns: columns that travel with the prompts, beside those that known judges read.
 
     Raises:
         DataError: the prompts cannot be read.
         ConfigError: no held-out rows where they are asked for, or fewer prompts than iterations.
     """
-    sources = [read_prompts(path, split=run.train_split) for path in run.prompts]
-    heldout = _heldout(run, evaluation, sources)
+    sources = [read_prompts(path, split=run.train_split, keep_columns=keep_columns) for path in run.prompts]
+    heldout = _heldout(run, evaluation, sources, keep_columns)
     # By their text: two sources may each have a prompt called 1.
     held_texts = {_text(prompt) for prompt in heldout}
     pools = [[prompt for prompt in source.prompts if _text(prompt) not in held_texts] for source in sources]
@@ -77,14 +80,19 @@ def hash_of_prompts(run: RunConfig, hash_of: Callable[[Path], str]) -> str:
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
     """Write prompts as JSON lines, atomically; a file that holds just that is left alone."""
-    lines = [json.dumps({"prompt_id": prompt.prompt_id, "messages": list(prompt.messages)}) for prompt in prompts]
+    lines = [
+        json.dumps({"prompt_id": prompt.prompt_id, "messages": list(prompt.messages), **(prompt.columns or {})})
+        for prompt in prompts
+    ]
     text = "".join(f"{line}\n" for line in lines)
     if not (path.is_file() and path.read_text(encoding="utf-8") == text):
         with atomic_file(path) as file:
             file.write(text)
 
 
-def _heldout(run: RunConfig, evaluation: EvaluationConfig, sources: Sequence[PromptSet]) -> tuple[Prompt, ...]:
+def _heldout(
+    run: RunConfig, evaluation: EvaluationConfig, sources: Sequence[PromptSet], keep_columns: Collection[str]
+) -> tuple[Prompt, ...]:
     count, named = evaluation.heldout_prompts, ", ".join(map(str, run.prompts))
     if count == 0:
         return ()
@@ -99,7 +107,7 @@ def _heldout(run: RunConfig, evaluation: EvaluationConfig, sources: Sequence[Pro
     found, missing = list[Sequence[Prompt]](), 0
     for path in run.prompts:
         try:
-            found.append(read_prompts(path, split=run.heldout_split).prompts)
+            found.append(read_prompts(path, split=run.heldout_split, keep_columns=keep_columns).prompts)
         except ConfigError:
             missing += 1
     if missing == len(run.prompts):
@@ -117,7 +125,7 @@ def _joined(sources: Sequence[Sequence[Prompt]]) -> tuple[Prompt, ...]:
     by_text = {_text(prompt): prompt for source in reversed(sources) for prompt in reversed(source)}
     num_called = Counter(prompt.prompt_id for prompt in by_text.values())
     return tuple(
-        prompt if num_called[prompt.prompt_id] == 1 else make_prompt(prompt.messages, None)
+        prompt if num_called[prompt.prompt_id] == 1 else make_prompt(prompt.messages, None, columns=prompt.columns)
         for prompt in reversed(by_text.values())
     )
 

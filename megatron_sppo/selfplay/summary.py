@@ -24,6 +24,7 @@ def iteration_summary(paths: RunPaths, iteration: int, *, seconds: dict[str, flo
         "judge": result.get("judge", judge),
         "win_rate_vs_base": result.get("win_rate_vs_base"),
         "win_rate_vs_previous": result.get("win_rate_vs_previous"),
+        **({"accuracy": result["accuracy"]} if "accuracy" in result else {}),
         "mean_response_tokens": result.get("mean_response_tokens"),
         "seconds": seconds,
     }
@@ -100,20 +101,33 @@ def write_events(paths: RunPaths, iterations: Sequence[dict[str, Any]]) -> None:
                 rate = entry[f"win_rate_vs_{opponent}"]
                 for key in ("mean", "low", "high") if rate else ():
                     writer.add_scalar(f"evaluation/win_rate_vs_{opponent}/{key}", rate[key], step)
+            for level in ("prompt_level", "instruction_level") if entry.get("accuracy") else ():
+                mean = entry["accuracy"]["policy"][level]["mean"]
+                writer.add_scalar(f"evaluation/accuracy/{level}", mean, step)
             if entry["mean_response_tokens"] is not None:
                 writer.add_scalar("evaluation/mean_response_tokens", entry["mean_response_tokens"], step)
 
 
 def result_table(summary: dict[str, Any]) -> str:
-    """Lay out a summary as plain text -> lines."""
-    header = ("iteration", "win rate vs base", "vs previous", "tokens", "seconds", "judge")
+    """Lay out a summary as plain text -> lines; strict accuracies, the start model's first, where the judge checks."""
+    iterations = summary["iterations"]
+    checks = any(entry.get("accuracy") for entry in iterations)
+    levels = {"instructions held": "instruction_level", "prompts held": "prompt_level"} if checks else {}
+    header = ("iteration", "win rate vs base", "vs previous", *levels, "tokens", "seconds", "judge")
     rows = [header]
-    for entry in summary["iterations"]:
+    if checks:
+        base = next(entry["accuracy"]["base"] for entry in iterations if entry.get("accuracy"))
+        tokens = summary.get("base_mean_response_tokens")
+        of_base = [rate_text(base[level]) for level in levels.values()]
+        rows.append(("start", "-", "-", *of_base, "-" if tokens is None else f"{tokens:.1f}", "-", "-"))
+    for entry in iterations:
+        accuracy = (entry.get("accuracy") or {}).get("policy")
         rows.append(
             (
                 str(entry["iteration"]),
                 rate_text(entry["win_rate_vs_base"]),
                 rate_text(entry["win_rate_vs_previous"]),
+                *(rate_text(accuracy and accuracy[level]) for level in levels.values()),
                 "-" if entry["mean_response_tokens"] is None else f"{entry['mean_response_tokens']:.1f}",
                 f"{sum(entry['seconds'].values()):.0f}",
                 entry["judge"],

@@ -57,7 +57,9 @@ def test_a_server_run_writes_rollouts_and_reports_as_json(flags: dict[str, Any])
     assert [[response.token_ids for response in group.responses] for group in groups] == [[(3, 2), (4, 2)]] * 5
     assert read_manifest(flags["output"]).quarantined[0]["prompt_id"] == "row-6"
     assert again.returncode == 0
-    assert len(server.bodies) == 5
+    asked = [body for body in server.bodies if "prompt_logprobs" in body]
+    assert len(asked) == 1 and len(server.bodies) == 5 + len(asked)
+    assert "that it holds the weights of --model is not proven" in done.stderr
 
 
 def test_answers_that_run_on_and_are_cut_are_said_by_both_tools(flags: dict[str, Any], tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""The model that servers are to hold, as its files say: computed when first asked for, and once."""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
+from megatron_sppo.rollout.probes import MOST_TOKENS, Probes, compute_probes
+from megatron_sppo.rollout.weight_sums import Sums, weight_sum
+
+logger = logging.getLogger(__name__)
+
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+
+
+@dataclass(kw_only=True)
+class Policy:
+    """A Hugging Face directory that servers are proven against. Threads may share it."""
+
+    directory: Path
+    model_hash: str
+    room: int
+    """Tokens that servers take at least; probes are no longer."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _probes: Probes | None = None
+    _sums: dict[frozenset[tuple[str, str]], Sums] = field(default_factory=dict)
+    _files: HFCheckpoint | None = None
+
+    @property
+    def files(self) -> HFCheckpoint:
+        """The weights, opened and not read."""
+        if self._files is None:
+            self._files = open_hf_checkpoint(self.directory)
+        return self._files
+
+    @property
+    def mark(self) -> str:
+        """What a server is told to call these weights."""
+        return f"sppo-{self.model_hash[:32]}"
+
+    def probes(self) -> Probes:
+        """What the model gives for the fixed texts -> Probes."""
+        with self._lock:
+            if self._probes is None:
+                start = time.monotonic()
+                logger.info("computing log-probabilities of fixed texts with %s on this CPU", self.directory)
+                self._probes = compute_probes(self.directory, most_tokens=max(2, min(MOST_TOKENS, self.room - 1)))
+                logger.info("computed in %.0f s", time.monotonic() - start)
+            return self._probes
+
+    def named(self, name: str) -> str | None:
+        """Find the weight in the files that a server's weight is -> its name, or None: the files have none of it."""
+        if name in self.files.entries:
+            return name
+        if name.endswith(_HEAD):  # tied
+            return next((own for own in self.files.entries if own.endswith(_EMBEDDING)), None)
+        return None
+
+    def sums(self, dtypes: Mapping[str, str]) -> Sums:
+        """Sum the weights in the types that a server holds them in -> {the server's name: (sum, numbers)}.
+
+        Args:
+            dtypes: {the server's name: torch's name of its type}; what the files have none of is left out.
+        """
+        import torch
+
+        key = frozenset(dtypes.items())
+        with self._lock:
+            if key not in self._sums:
+                found: Sums = {}
+                by_own: dict[tuple[str, str], tuple[int, int]] = {}
+                for name, dtype in dtypes.items():
+                    own = self.named(name)
+                    if own is None:
+                        continue
+                    if (own, dtype) not in by_own:
+                        weight: Any = self.files.read(own).to(getattr(torch, dtype))
+                        by_own[own, dtype] = (weight_sum(weight), weight.numel())
+                    found[name] = by_own[own, dtype]
+                self._sums[key] = found
+            return self._sums[key]
