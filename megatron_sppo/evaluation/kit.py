@@ -15,6 +15,7 @@ from megatron_sppo.evaluation.over_optimisation import over_optimisation
 from megatron_sppo.evaluation.players import Field, Player, read_field
 from megatron_sppo.evaluation.standings import length_controlled, standings
 from megatron_sppo.evaluation.tournament import Tournament, hold, shared_prompts
+from megatron_sppo.judge.accuracy import strict_accuracy
 from megatron_sppo.judge.config import EvaluateConfig
 from megatron_sppo.judge.diagnostics import fraction, verdict_shares, warnings
 from megatron_sppo.judge.evaluation import check_signal
@@ -79,7 +80,13 @@ def _require_libraries(config: EvaluateConfig) -> None:
 
 
 def _load(spec: str, config: EvaluateConfig) -> Judge:
-    return load_judge(spec, preset=config.preset, after=config.judge_after, verdict_tokens=config.verdict_tokens)
+    return load_judge(
+        spec,
+        preset=config.preset,
+        after=config.judge_after,
+        verdict_tokens=config.verdict_tokens,
+        scorer_seconds=config.scorer_seconds,
+    )
 
 
 def _prompt_index(field: Field, table: DifficultyTable | None) -> dict[str, int]:
@@ -135,11 +142,25 @@ def _judge(
         "warnings": [f"{judge.name}: {text}" for text in warnings(_shares(held.counts, field, held.unjudged))],
         **standings(held, field, resampling),
     }
+    if (accuracy := _accuracies(judge, held, field, resampling)) is not None:
+        row["accuracy"] = accuracy
     if config.length_control != "none":
         row["length_controlled"] = length_controlled(
             held, field, resampling, model=config.length_control, table=table, prompt_index=prompt_index
         )
     return row
+
+
+def _accuracies(judge: Judge, held: Tournament, field: Field, resampling: Resampling) -> dict[str, Any] | None:
+    """Check everybody's answers -> {player: strict accuracies}, None where the judge checks nothing."""
+    found: dict[str, Any] = {}
+    for player in field.players:
+        groups = (player.groups[prompt_id] for prompt_id in held.prompt_ids)
+        accuracy = strict_accuracy(judge, groups, resamples=resampling.resamples, seed=resampling.seed)
+        if accuracy is not None:
+            company = {"judge": judge.name, "seed": resampling.seed}
+            found[player.name] = {k: v | company if isinstance(v, dict) else v for k, v in accuracy.items()}
+    return found or None
 
 
 def _shares(counts: Counter[str], field: Field, unjudged: int) -> dict[str, float | None]:

@@ -142,7 +142,10 @@ _JUDGE_NOTE = "Measured on each iteration's training answers, from the matrices 
 _JUDGE_FIGURE_NOTE = "Measured on each iteration's training answers; the table below says what to do about each."
 _LENGTH_NOTE = "A judge that likes length shows here first."
 _TIME_NOTE = "Wall-clock time of each stage, all attempts together."
-_RESULTS_NOTE = "Win rates in per cent with bootstrap 95 % intervals; tokens is the mean length of held-out answers."
+_RESULTS_NOTE = (
+    "Win rates in per cent with bootstrap 95 % intervals; tokens is the mean length of held-out answers. A/A compares "
+    "the policy's first answers with its last: one checkpoint, other seeds, so that what it differs from 50 % is noise."
+)
 _SCATTER_NOTE = (
     "Each point is a training response. SPPO regresses the log-ratio log pi(y|x) - log pi_t(y|x) onto the target; the "
     "dashed line is where it would arrive. The log-ratio is the one that the step found before its own update, so in a "
@@ -202,18 +205,30 @@ def _cards(iterations: Sequence[dict[str, Any]]) -> str:
 
 
 def _results_table(run: RunData) -> str:
+    iterations = run.summary["iterations"]
+    floor = any(entry.get("a_a") for entry in iterations)
+    checks = any(entry.get("accuracy") for entry in iterations)
+    levels = {"instruction_level": "instructions held", "prompt_level": "prompts held"} if checks else {}
     rows = [
         [
             str(entry["iteration"]),
             rate_text(entry["win_rate_vs_base"]),
             rate_text(entry["win_rate_vs_previous"]),
+            *[rate_text(entry.get("a_a"))] * floor,
+            *(rate_text(((entry.get("accuracy") or {}).get("policy") or {}).get(level)) for level in levels),
             _number(entry["mean_response_tokens"]),
             _duration(sum(entry["seconds"].values())),
             entry["judge"],
         ]
-        for entry in run.summary["iterations"]
+        for entry in iterations
     ]
-    return _table(["iteration", "win rate vs base", "vs previous", "tokens", "time", "judge"], rows)
+    if checks:
+        first = next(entry["accuracy"].get("base") or {} for entry in iterations if entry.get("accuracy"))
+        tokens = _number(run.summary.get("base_mean_response_tokens"))
+        of_start = [rate_text(first.get(level)) for level in levels]
+        rows.insert(0, ["start", "-", "-", *["-"] * floor, *of_start, tokens, "-", "-"])
+    header = ["iteration", "win rate vs base", "vs previous", *["A/A"] * floor, *levels.values()]
+    return _table([*header, "tokens", "time", "judge"], rows)
 
 
 def _seconds_table(iterations: Sequence[dict[str, Any]]) -> str:

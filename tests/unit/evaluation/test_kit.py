@@ -223,6 +223,21 @@ def test_few_prompts_have_no_length_controlled_rate_and_say_why(folder, run, tmp
     assert "no length-controlled rate: the length-controlled win rate needs 5 pairs" in capsys.readouterr().out
 
 
+def test_a_judge_that_checks_says_how_much_each_player_holds(run, tmp_path, capsys):
+    """A scorer of the user's own that passes answers of "cats": counted here by hand."""
+    (tmp_path / "scorer.py").write_text("def holds(answer, messages, columns):\n    return 'cats' in answer.lower()\n")
+    for name, answers in (("f", ["Cats purr.", "No."]), ("g", ["Cats.", "Some cats."])):
+        write_rollouts(tmp_path / name, [group(str(n), answers, prompt=f"Why {n}?") for n in range(6)])
+    players = ("--players", f"f={tmp_path / 'f'}", f"g={tmp_path / 'g'}", "--length-control", "none")
+    result = run(*players, judge=f"python:{tmp_path / 'scorer.py'}:holds")
+    accuracy = result["judges"][0]["accuracy"]
+    assert {name: found["prompt_level"]["mean"] for name, found in accuracy.items()} == {"f": 0.5, "g": 1.0}
+    assert {"low", "high", "num_prompts", "judge", "seed"} <= set(accuracy["f"]["prompt_level"])
+    # A win rate by a judge that checks is 1/2 + half the difference of the accuracies.
+    assert result["judges"][0]["vs_baseline"][0]["mean"] == pytest.approx(0.75)
+    assert "prompts held, %" in capsys.readouterr().out
+
+
 def test_distinct_n_is_counted_by_hand():
     """a b a / a b: unigrams a, b, a, a, b: 2 of 5 differ; bigrams ab, ba, ab: 2 of 3."""
     answers = [["a", "b", "a"], ["a", "b"]]

@@ -41,7 +41,9 @@ def test_the_numbers_in_the_table_are_the_result_s(run_dir):
     assert text in page
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"tournament_version": 0}', '{"tournament_version": 1}', '{"win_rate_vs_base": 1}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"tournament_version": 0}', '{"tournament_version": 1}', '{"win_rate_vs_base": 1}']
+)
 def test_what_is_no_comparison_is_told(tmp_path, content):
     run_dir = write_run(tmp_path / "run", num_iterations=1)
     (run_dir / "tournament.json").write_text(content)
