@@ -66,12 +66,12 @@ def metrics(run: Run) -> dict[str, float]:
 def metrics_resumed(run: Run) -> dict[str, float]:
     """Open those files again at the last step, as a resumed run does."""
     with run.costs:
-        StepFiles(run.place / "steps", run.size * NUM_RESPONSES // 128, tensorboard=False).close()
+        StepFiles(run.place / "steps", run.size * NUM_RESPONSES // 128).close()
     return {}
 
 
 def write_steps(directory: Path, num_prompts: int) -> None:
-    files = StepFiles(directory, 1, tensorboard=False)
+    files = StepFiles(directory, 1)
     values = np.random.default_rng(5).normal(size=(4096, 4))
     for step, start in enumerate(range(0, num_prompts * NUM_RESPONSES, 128), start=1):
         number = np.arange(start, min(start + 128, num_prompts * NUM_RESPONSES))

@@ -42,6 +42,7 @@ from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.conversion.hf_config import hf_from_architecture
 from megatron_sppo.data.steps import epoch_order
 from megatron_sppo.data.writer import DatasetWriter
+from megatron_sppo.tracking.run import TrackedRun
 
 NAME = "train_throughput.py"
 SEED = 1234
@@ -358,6 +359,7 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
         progress=progress,
         saver=Unsaved(config.save, policy, optimizer, scheduler, progress=progress, source=source),
         stop=stop,
+        tracked=TrackedRun({}),
     )
     rank = launch().rank
     if rank == 0:

@@ -28,6 +28,7 @@ ROOMS = {
     "judge": "Judges and scoring (`megatron-sppo score`, `evaluate`)",
     "evaluation": "Comparing players (`megatron-sppo evaluate --players`, `--run`)",
     "cluster": "Workers and clusters (`--workers`, `--ray`)",
+    "tracking": "Trackers (`--tracker`)",
     "data": "Datasets",
     "objective": "The objective",
     "selfplay": "Self-play (`megatron-sppo self-play`)",

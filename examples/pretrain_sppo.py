@@ -47,6 +47,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     reference.say_what_it_carries(batches, config)
     further = inputs.open_references(config, architecture) if resumed is None else []
     inputs.prepare_save_directory(config)
+    tracked = inputs.start_trackers(config, first_step=progress.step + 1)
 
     parallel.initialize(config.parallel, seed=config.batch.seed)
     policy = build_policy(architecture, config.model, config.parallel)
@@ -107,7 +108,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     # (log pi_theta / pi_t - (eta w - log Z))^2, averaged over the responses of a global batch, one update each; the
     # next steps' micro-batches are made meanwhile.
     remaining = batches.steps(first=progress.step + 1, last=batches.train_iters, reference_GK=reference_GK)
-    with ahead(remaining) as steps:
+    with tracked, ahead(remaining) as steps:
         complete = loop.train(
             policy,
             optimizer,
@@ -118,8 +119,12 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
             progress=progress,
             saver=saver,
             stop=stop,
+            tracked=tracked,
         )
-    stop.restore()
+    if complete:
+        stop.restore()
+    else:
+        stop.ignore_the_next()
     parallel.shut_down()
     if not complete:
         sys.exit(stopping.SIGTERM_EXIT_CODE)

@@ -5,6 +5,7 @@ reads; what is computed with it looks like any other result.
 """
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,14 @@ _NAMED = 5
 """Tensors that a message names; the others are counted."""
 
 
-def load_pretrained(model_class: Any, directory: Path | str | None, *, needed: str = "", **settings: Any) -> Any:
+def load_pretrained(
+    model_class: Any,
+    directory: Path | str | None,
+    *,
+    needed: str = "",
+    elsewhere: Collection[str] = (),
+    **settings: Any,
+) -> Any:
     """Load a model from safetensors on this machine -> the model, no weight of it made up.
 
     Tied weights and buffers that transformers computes are not expected in the files. Tensors that the model has no
@@ -34,6 +42,7 @@ def load_pretrained(model_class: Any, directory: Path | str | None, *, needed: s
         model_class: a class of transformers with `from_pretrained`, such as AutoModelForCausalLM.
         directory: None where `settings` hold config and state_dict.
         needed: names begin so of the weights that are looked at; the others may be made up, and must not be used.
+        elsewhere: tensors of the files that somebody else reads, and no warning names.
         settings: more for `from_pretrained`.
 
     Raises:
@@ -71,7 +80,7 @@ def load_pretrained(model_class: Any, directory: Path | str | None, *, needed: s
         for name, found, wanted in info["mismatched_keys"]
         if name.startswith(needed)
     )
-    unexpected = sorted(info["unexpected_keys"])
+    unexpected = sorted(set(info["unexpected_keys"]).difference(elsewhere))
     faults = [
         *([f"lacks {some_of(missing, most=_NAMED)}"] if missing else []),
         *([f"holds in another shape {some_of(mismatched, most=_NAMED)}"] if mismatched else []),

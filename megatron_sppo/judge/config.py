@@ -1,12 +1,13 @@
 """Settings of the two stages that ask a judge: scoring rollouts, and evaluating a policy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from megatron_sppo.config import LAYOUT, PositiveFloat, PositiveInt, Seed, check_ranges
+from megatron_sppo.config import LAYOUT, PositiveFloat, PositiveInt, Range, Seed, check_ranges
 from megatron_sppo.data.schema import parse_selection
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.tracking.config import TrackingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +19,8 @@ class ScoreConfig:
     rollouts: Annotated[Path | None, LAYOUT] = None
     """Directory that `megatron-sppo rollouts` wrote."""
     judge: str | None = None
-    """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval, verifiable:math,
-    python:FILE:FUNCTION, matrices:FILE, rules:concise or rules:cyclic."""
+    """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, gpm:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval,
+    verifiable:math, python:FILE:FUNCTION, matrices:FILE, rules:concise or rules:cyclic."""
     from_dataset: Path | None = None
     """Rebuild this dataset's targets from its stored logits, in place of --rollouts and --judge."""
     preset: Literal["paper", "official"] | None = None
@@ -38,6 +39,9 @@ class ScoreConfig:
     scorer_seconds: PositiveFloat = 10.0
     """Longest time for one answer of a judge that checks (verifiable, python), seconds; what takes longer is ended, and
     its prompt set aside."""
+    similarity_gate: Annotated[float, Range(0, 1, above=True)] | None = None
+    """Answers that are this alike or more are equals, whatever the judge says: shared pairs of neighbouring words, as a
+    share of all. 0.9 levels answers that differ in a word or two. None: identical ones alone."""
     allow_no_signal: Annotated[bool, LAYOUT] = False
     """Write the dataset even where no answer is preferred to another, so that training on it would change nothing."""
     max_requests: PositiveInt | None = None
@@ -65,8 +69,8 @@ class EvaluateConfig:
     """Compare held-out answers: one policy with its base and predecessor, or any number of players with each other."""
 
     judge: str
-    """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval, verifiable:math,
-    python:FILE:FUNCTION, rules:concise or rules:cyclic."""
+    """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, gpm:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval,
+    verifiable:math, python:FILE:FUNCTION, rules:concise or rules:cyclic."""
     output: Path
     """JSON file with the result. RUN_DIR/tournament.json is shown in that run's report."""
     policy: Path | None = None
@@ -114,6 +118,7 @@ class EvaluateConfig:
     """Resamples of the interval."""
     seed: Seed = 0
     """Seed of the resampling."""
+    tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(tracker=()))
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -6,7 +6,7 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.protocol import Judge
 
 SPEC_FORMS = (
-    "pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval, verifiable:math, "
+    "pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, gpm:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval, verifiable:math, "
     "python:FILE:FUNCTION, matrices:FILE, rules:concise or rules:cyclic"
 )
 
@@ -24,6 +24,7 @@ def load_judge(
     verdict_tokens: int = 1,
     after: str | None = None,
     scorer_seconds: float = 10.0,
+    similarity_gate: float | None = None,
 ) -> Judge:
     """Load the judge that a SPEC names -> Judge. Each kind takes the settings that concern it.
 
@@ -35,6 +36,7 @@ def load_judge(
         max_requests: most requests of this process to an endpoint; None: no limit.
         verdict_tokens: tokens that an endpoint may answer with; more than 1 for one that reasons first.
         scorer_seconds: longest time of one answer's check, for judges that check.
+        similarity_gate: answers whose resemblance is this or more are equals; None: only identical ones are.
         after: judge only what follows this text in an answer, such as "</think>"; None: whole answers.
 
     Raises:
@@ -63,6 +65,10 @@ def load_judge(
         from megatron_sppo.judge.reward import RewardJudge
 
         judge = RewardJudge(rest, dtype=dtype)
+    elif rest and kind == "gpm":
+        from megatron_sppo.judge.gpm import GeneralPreferenceJudge
+
+        judge = GeneralPreferenceJudge(rest, dtype=dtype)
     elif rest and kind == "verifiable":
         from megatron_sppo.judge.verifiable import load_verifiable
 
@@ -77,6 +83,10 @@ def load_judge(
         judge = EndpointJudge(rest, one_order=one_order, max_requests=max_requests, verdict_tokens=verdict_tokens)
     else:
         raise ConfigError(f"--judge {spec!r} is not a judge. Use {SPEC_FORMS}.")
+    if similarity_gate is not None:
+        from megatron_sppo.judge.similarity import SimilarityGate
+
+        judge = SimilarityGate(judge, similarity_gate)
     if after is None:
         return judge
     from megatron_sppo.judge.conclusion import ConclusionJudge

@@ -9,10 +9,8 @@ the response in its own chat template.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,10 +20,10 @@ from megatron_sppo.checkpoints.file_digests import sha256_of_files
 from megatron_sppo.checkpoints.pretrained import load_pretrained
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError, ConversionError
+from megatron_sppo.judge.chat_text import ChatText
 from megatron_sppo.judge.model_files import load_tokenizer, local_directory
 from megatron_sppo.judge.protocol import Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.judge.source import UnreadableGroup
-from megatron_sppo.rollout.chat_template import TEMPLATE_FAULTS
 from megatron_sppo.rollout.records import Turn
 from megatron_sppo.storage import sha256_of_json
 
@@ -33,8 +31,6 @@ if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
 
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
-_PLAIN = ("QUESTION", "ANSWER", "QUESTION")
-"""Texts that no template knows: what else their rendering holds is the template's own."""
 
 
 class RewardJudge:
@@ -67,56 +63,15 @@ class RewardJudge:
             raise ConfigError(
                 f"{directory} has {self._model.config.num_labels} labels, a reward model has 1. Give another --judge."
             )
-        if not self._tokenizer.chat_template:
-            raise ConfigError(f"{directory} has no chat template. Add the one that it was trained with.")
+        num_embeddings = int(self._model.get_input_embeddings().num_embeddings)
+        self._text = ChatText(self._tokenizer, directory, num_embeddings=num_embeddings)
         self._model.to(self._device).eval().requires_grad_(False)
         self.name = f"reward:{checkpoint} (Bradley-Terry)"
         files = sorted(path for path in directory.iterdir() if path.is_file())
         digests = dict(zip((path.name for path in files), sha256_of_files(files), strict=True))
         self.fingerprint = sha256_of_json({"reward": digests, "dtype": dtype})
         self.counts: Counter[str] = Counter()
-        self._markers, self._marker_ids = self._find_markers(directory)
-        self._num_embeddings = int(self._model.get_input_embeddings().num_embeddings)
         self._context = int(getattr(self._model.config, "max_position_embeddings", 0) or 2**31)
-
-    def _find_markers(self, directory: Path) -> tuple[re.Pattern[str], frozenset[int]]:
-        """Find what opens or ends a turn: special tokens, and added ones that the template writes around plain turns.
-
-        Other added tokens (runs of spaces, `<ul>`, `<think>`) are text, and are scored as transformers scores them.
-        """
-        plain = [
-            Turn(role=role, content=text) for role, text in zip(("user", "assistant", "user"), _PLAIN, strict=True)
-        ]
-        try:
-            rendered = [self._render(turns) for turns in (plain[:2], plain)]
-        except UnreadableGroup as error:
-            raise ConfigError(
-                f"{directory} has a chat template that cannot write a question and its answer ({error}). "
-                "Give the one that it was trained with."
-            ) from None
-        added = self._tokenizer.added_tokens_decoder.values()
-        special = {*self._tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-        of_template = {
-            token.content
-            for token in added
-            if token.content.strip() and all(token.content in text for text in rendered)
-        }
-        markers = sorted(special | of_template, key=len, reverse=True)
-        ids = {self._tokenizer.convert_tokens_to_ids(marker) for marker in markers}
-        # Words that the vocabulary lacks become the unknown token, which is no marker then.
-        pattern = "|".join(re.escape(marker) for marker in markers) or r"(?!)"
-        return re.compile(pattern), frozenset(ids - {None, self._tokenizer.unk_token_id})
-
-    def _render(self, turns: Sequence[Turn]) -> str:
-        """Write a conversation in the model's chat template -> text.
-
-        Raises:
-            UnreadableGroup: the template refuses it.
-        """
-        try:
-            return str(self._tokenizer.apply_chat_template(list(turns), tokenize=False))
-        except TEMPLATE_FAULTS as error:
-            raise UnreadableGroup(f"the judge's chat template refuses it: {one_line(error)}") from None
 
     @torch.inference_mode()
     def judge_logits(self, groups: Sequence[RolloutGroup]) -> Sequence[Verdict]:
@@ -137,32 +92,12 @@ class RewardJudge:
     def _score(self, group: RolloutGroup, text: str) -> float:
         """Run the model over one conversation, its beginning cut where it is too long -> score, nats."""
         turns = [*group.messages, Turn(role="assistant", content=text)]
-        # A marker inside a text would open a turn of its own: it is read as a space, as PairRM's judge does.
-        plain = [Turn(role=turn["role"], content=self._markers.sub(" ", turn["content"])) for turn in turns]
-        self.counts["neutralised_markers"] += sum(a != b for a, b in zip(plain, turns, strict=True))
-        ids = self._ids(self._render(plain))
+        plain, num_changed = self._text.neutralised(turns)
+        self.counts["neutralised_markers"] += num_changed
+        ids = self._text.ids(self._text.render(plain))
         if len(ids) > self._context:
             self.counts["truncated_candidates"] += 1
             ids = ids[-self._context :]
         self.counts["forwards"] += 1
         ids_1S = torch.tensor([ids], device=self._device)
         return float(self._model(input_ids=ids_1S, attention_mask=torch.ones_like(ids_1S)).logits[0, 0])
-
-    def _ids(self, rendered: str) -> list[int]:
-        """Tokenise a rendered conversation -> ids, the template's markers in them and no other ones.
-
-        Raises:
-            UnreadableGroup: the tokenizer's normalisation makes a marker of a text, or joins one with a text; or an id
-                is none of the model's; or there are none.
-        """
-        ids = list(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
-        written = [self._tokenizer.convert_tokens_to_ids(marker) for marker in self._markers.findall(rendered)]
-        if [token for token in ids if token in self._marker_ids] != [t for t in written if t in self._marker_ids]:
-            raise UnreadableGroup("the judge's tokenizer makes a turn marker of its text, or loses one beside it")
-        if not ids:
-            raise UnreadableGroup("the judge's chat template turns it into no tokens")
-        if max(ids) >= self._num_embeddings:
-            raise UnreadableGroup(
-                f"the judge's tokenizer gives it the id {max(ids)}, its model has {self._num_embeddings} embeddings"
-            )
-        return ids

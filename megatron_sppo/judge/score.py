@@ -73,6 +73,7 @@ def score(config: ScoreConfig, work: WorkList) -> dict[str, Any] | None:
         verdict_tokens=config.verdict_tokens,
         after=config.judge_after,
         scorer_seconds=config.scorer_seconds,
+        similarity_gate=config.similarity_gate,
     )
     work_dir = _work_dir(config.output)
     check_output(config.output)

@@ -157,6 +157,7 @@ def _training_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int) ->
             data=paths.of(iteration, "dataset"),
             save=save,
             reference=references,
+            run=replace(config.training.run, tracking=config.tracking_of(f"iter_{iteration}-{name}")),
         )
         settings.objective.row.mixture_weights(len(references))  # refuses what does not fit, before the first stage
         yield Stage(
@@ -201,7 +202,7 @@ def check_stages(config: SelfPlayConfig) -> None:
                 f"{spec} is a file of preferences between answers that exist: it cannot judge new ones. "
                 "Use --judge pairrm:HUB_ID_OR_DIR or another judge that reads."
             )
-        if kind not in ("pairrm", "reward", "endpoint"):
+        if kind not in ("pairrm", "reward", "gpm", "endpoint"):
             load_judge(spec, preset=config.scoring.preset)
 
 

@@ -14,6 +14,7 @@ from megatron_sppo.config import LAYOUT, NonNegativeInt, PositiveInt, Seed, Sett
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.config import ScoreConfig
 from megatron_sppo.rollout.config import GenerateConfig, ServerConfig, Temperature, TopP
+from megatron_sppo.tracking.config import OFFLINE_NAME, TrackingConfig
 from megatron_sppo.training.config import TrainingConfig
 
 MIN_RESAMPLES = 2000
@@ -158,8 +159,8 @@ class ScoringConfig:
     """Who prefers what, and which answers are trained on."""
 
     judge: str
-    """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval, verifiable:math,
-    python:FILE:FUNCTION, rules:concise or rules:cyclic."""
+    """pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, gpm:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval,
+    verifiable:math, python:FILE:FUNCTION, rules:concise or rules:cyclic."""
     preset: Literal["paper", "official"] = "paper"
     """How logits become preferences, and what the judge reads as the prompt."""
     selection: str = "all"
@@ -216,6 +217,7 @@ class SelfPlayConfig:
         TrainingConfig, SettingsOf(TrainingConfig, name="training", decided=_OF_TRAINING, by="self-play")
     ]
     """Settings of `megatron-sppo train`, NAME=VALUE. In YAML a mapping, such as `training: {lr: 5e-7}`."""
+    tracking: Annotated[TrackingConfig, LAYOUT] = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         if self.servers.server and self.run.iterations > 1 and self.servers.server_weights == "trust":
@@ -239,6 +241,19 @@ class SelfPlayConfig:
                 f"keep_last is {self.run.keep_last}, and objective mnpo reads pi_t and {past} policies before it. "
                 f"Use --keep-last {past + 1}, or a smaller --past-policies."
             )
+
+    def tracking_of(self, stage: str) -> TrackingConfig:
+        """Spell who is told of a training stage: whom the run tells, unless training has its own -> config."""
+        own, shared = self.training.run.tracking, self.tracking
+        if own != TrackingConfig() or shared.tracker == TrackingConfig().tracker:
+            return own
+        name = shared.tracker_run_name or self.run.output.absolute().name
+        return replace(
+            shared,
+            tracker_run_name=f"{name}-{stage}",
+            tracker_group=shared.tracker_group or name,
+            tracker_dir=shared.tracker_dir or self.run.output / OFFLINE_NAME,
+        )
 
     @property
     def servers(self) -> ServerConfig:

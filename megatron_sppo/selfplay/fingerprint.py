@@ -18,8 +18,9 @@ from megatron_sppo.storage import read_json, sha256_of_json, write_json
 
 CACHE_NAME = ".file_hashes.json"
 
-NOT_HASHED = (".*", "reference.*", "tensorboard", "*.log", "*.lock", "__pycache__")
-"""Names that do not count: temporaries, what training adds to a dataset (it carries its own fingerprint), logs."""
+NOT_HASHED = (".*", "reference.*", "tensorboard", "trackers", "trackers.json", "*.log", "*.lock", "__pycache__")
+"""Names that do not count: temporaries, what training adds to a dataset (it carries its own fingerprint), logs, what
+trackers keep."""
 
 
 class FileHashes:

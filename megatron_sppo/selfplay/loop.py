@@ -81,6 +81,8 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
             return summary.read_summary(paths.run_dir)
         if config.servers.server and config.run.iterations > 1 and not config.run.rollout_command:
             check_takes_weights(config.servers)
+        if _has_other_trackers(config):  # one that does not answer is said before anything is computed
+            _in_own_process(summary.track, config, paths, [])
         evaluates = _prepare(config, machine, paths)
         has_news = _run_all(start_stages(config, paths, evaluates=evaluates), machine)
         for iteration in range(1, config.run.iterations + 1):
@@ -172,7 +174,8 @@ def _sum_up(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths, iter
     start_seconds = {name: machine.seconds(name) for name in ("import", "base-eval-rollouts")}
     summary.write_summary(paths, entries, base_response_tokens=base_tokens, seconds=start_seconds)
     summary.gather_metrics(paths, iteration)
-    _in_own_process(summary.write_events, paths, entries)
+    if "tensorboard" in config.tracking.tracker:
+        _in_own_process(summary.write_events, paths, entries)
     machine.run(
         Stage(
             name="report",
@@ -181,7 +184,17 @@ def _sum_up(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths, iter
             outputs=(paths.run_dir / REPORT_NAME,),
         )
     )
+    if _has_other_trackers(config):
+        try:
+            _in_own_process(summary.track, config, paths, entries[min(machine.state["summed_up"], iteration - 1) :])
+        except ConfigError as error:  # it was there when the run began
+            logger.warning("%s The run goes on", error)
     machine.update(summed_up=iteration)
+
+
+def _has_other_trackers(config: SelfPlayConfig) -> bool:
+    """Whether anybody but TensorBoard is told of the run."""
+    return any(name != "tensorboard" for name in config.tracking.tracker)
 
 
 def _versions() -> dict[str, str]:

@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_sppo.config import to_dict
 from megatron_sppo.errors import DataError
-from megatron_sppo.selfplay.commands import RunPaths
+from megatron_sppo.selfplay.commands import REPORT_NAME, RunPaths
+from megatron_sppo.selfplay.config import SelfPlayConfig
 from megatron_sppo.storage import atomic_directory, atomic_file, read_json, write_json
+from megatron_sppo.tracking.run import start
 
 SUMMARY_NAME = "summary.json"
 METRICS_NAME = "metrics.jsonl"
@@ -96,16 +100,41 @@ def write_events(paths: RunPaths, iterations: Sequence[dict[str, Any]]) -> None:
         SummaryWriter(str(directory)) as writer,
     ):
         for entry in iterations:
-            step = entry["iteration"]
-            for opponent in ("base", "previous"):
-                rate = entry[f"win_rate_vs_{opponent}"]
-                for key in ("mean", "low", "high") if rate else ():
-                    writer.add_scalar(f"evaluation/win_rate_vs_{opponent}/{key}", rate[key], step)
-            for level in ("prompt_level", "instruction_level") if entry.get("accuracy") else ():
-                mean = entry["accuracy"]["policy"][level]["mean"]
-                writer.add_scalar(f"evaluation/accuracy/{level}", mean, step)
-            if entry["mean_response_tokens"] is not None:
-                writer.add_scalar("evaluation/mean_response_tokens", entry["mean_response_tokens"], step)
+            for name, value in evaluation_metrics(entry).items():
+                writer.add_scalar(name, value, entry["iteration"])
+
+
+def evaluation_metrics(result: dict[str, Any]) -> dict[str, float]:
+    """List the numbers of an evaluation, of its result or its entry in summary.json -> {"evaluation/...": value}."""
+    metrics: dict[str, float] = {}
+    for opponent in ("base", "previous"):
+        rate = result[f"win_rate_vs_{opponent}"]
+        metrics |= {f"evaluation/win_rate_vs_{opponent}/{key}": rate[key] for key in ("mean", "low", "high") if rate}
+    for level in ("prompt_level", "instruction_level") if result.get("accuracy") else ():
+        metrics[f"evaluation/accuracy/{level}"] = result["accuracy"]["policy"][level]["mean"]
+    if result["mean_response_tokens"] is not None:
+        metrics["evaluation/mean_response_tokens"] = result["mean_response_tokens"]
+    return metrics
+
+
+def track(config: SelfPlayConfig, paths: RunPaths, iterations: Sequence[dict[str, Any]]) -> None:
+    """Tell trackers of some iterations, an iteration a step, and hand them the report; none: only whether they answer.
+
+    TensorBoard has its events by `write_events`.
+
+    Raises:
+        ConfigError: a tracker cannot be started.
+    """
+    others = tuple(name for name in config.tracking.tracker if name != "tensorboard")
+    tracking = replace(config.tracking, tracker=others)
+    with start(tracking, directory=paths.run_dir, kind="self-play", settings=to_dict(config)) as tracked:
+        tracked.is_stopped = len(iterations) == 0 or iterations[-1]["iteration"] < config.run.iterations
+        for entry in iterations:
+            seconds = {f"seconds/{stage}": value for stage, value in entry["seconds"].items()}
+            tracked.log(entry["iteration"], evaluation_metrics(entry) | seconds)
+        if iterations:
+            tracked.attach(paths.run_dir / REPORT_NAME)
+            tracked.attach(paths.run_dir / SUMMARY_NAME)
 
 
 def result_table(summary: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.objective.names import parse_baseline
 from megatron_sppo.objective.table import Objective, find_objective
+from megatron_sppo.tracking.config import TrackingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +270,8 @@ class RunConfig:
     """Seconds of the reference pass that a kill may cost: as often, what was computed since is kept, and the same
     command goes on from there."""
     tensorboard: bool = True
-    """Write TensorBoard events under --save/tensorboard."""
+    """Write TensorBoard events under --save/tensorboard, where tracker names it."""
+    tracking: Annotated[TrackingConfig, LAYOUT] = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         check_ranges(self)

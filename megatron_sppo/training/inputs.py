@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from megatron_sppo.checkpoints import distcp, megatron_checkpoint
 from megatron_sppo.checkpoints.items import Items
 from megatron_sppo.checkpoints.tokenizer import is_tokenizer_of
 from megatron_sppo.command_line import launch
-from megatron_sppo.config import is_written_of, write_yaml
+from megatron_sppo.config import is_written_of, to_dict, write_yaml
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import ConfigError, ConversionError, DataError
 from megatron_sppo.flops import crossover_length
 from megatron_sppo.model.config import check_divisibility
 from megatron_sppo.model.transformer_engine import check_machine
 from megatron_sppo.storage import lock_until_exit, refuse_foreign
+from megatron_sppo.tracking.run import TrackedRun, start
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import TrainingConfig
@@ -231,3 +233,24 @@ def prepare_save_directory(config: TrainingConfig) -> None:
             )
         lock_until_exit(config.save, flag="--save")
         write_yaml(config, resolved)
+
+
+def start_trackers(config: TrainingConfig, *, first_step: int) -> TrackedRun:
+    """Start the trackers of a training run, on rank 0; the other ranks have none -> TrackedRun.
+
+    Raises:
+        ConfigError: a tracker cannot be started.
+    """
+    tracking, wants_events = config.run.tracking, config.run.tensorboard
+    if not parallel.is_rank_zero():
+        return TrackedRun({})
+    names = tuple(name for name in tracking.tracker if name != "tensorboard" or wants_events)
+    tracked = start(
+        replace(tracking, tracker=names),
+        directory=config.save,
+        kind="train",
+        settings=to_dict(config),
+        first_step=first_step,
+    )
+    tracked.attach(Path(config.save, RESOLVED_CONFIG_FILE))
+    return tracked

@@ -17,6 +17,7 @@ from megatron_sppo import flops
 from megatron_sppo.command_line import default_grace_seconds, launch
 from megatron_sppo.errors import DataError
 from megatron_sppo.model.transformer_config import bfloat16_products
+from megatron_sppo.tracking.run import TrackedRun
 from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import StepPlan
 from megatron_sppo.training.config import TrainingConfig
@@ -43,6 +44,7 @@ def train(
     progress: Progress,
     saver: Saver,
     stop: StopRequest,
+    tracked: TrackedRun,
 ) -> bool:
     """Train from `progress.step` to `train_iters` -> whether the run is complete (False: asked to stop, and saved).
 
@@ -56,7 +58,7 @@ def train(
         grace_seconds=config.run.grace_seconds or default_grace_seconds(),
     )
     writes = parallel.is_rank_zero()
-    files = StepFiles(config.save, progress.step + 1, tensorboard=config.run.tensorboard) if writes else None
+    files = StepFiles(config.save, progress.step + 1) if writes else None
     bar = tqdm(total=train_iters, initial=progress.step, desc="train", unit="step", disable=None if writes else True)
     for plan in steps:
         started = time.monotonic()
@@ -85,6 +87,7 @@ def train(
             metrics |= straggler_metrics(told.seconds, warns=logs and writes)
         if files is not None:
             files.write(progress.step, metrics, columns)
+            tracked.log(progress.step, metrics)
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.4g}", grad_norm=f"{metrics['grad_norm']:.3g}")
             if logs:
@@ -99,6 +102,7 @@ def train(
             if not config.run.async_save:
                 grace.note(time.monotonic() - began)
         if told.stops and not last:
+            tracked.is_stopped = True
             logger.warning(
                 "stopped by a signal after step %d of %d; the same command goes on", progress.step, train_iters
             )

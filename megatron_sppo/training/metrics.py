@@ -55,21 +55,16 @@ def drift_per_token(log_ratio_N: Tensor, num_tokens_N: Tensor) -> float:
 
 
 class StepFiles:
-    """What rank 0 appends each step: metrics.jsonl with TensorBoard, and a line for each response in responses.jsonl.
+    """What rank 0 appends each step: metrics.jsonl, and a line for each response in responses.jsonl.
 
     On resume, lines of steps that a killed run did after its last checkpoint are cut off: no step stands twice.
     """
 
-    def __init__(self, directory: Path, first_step: int, *, tensorboard: bool) -> None:
+    def __init__(self, directory: Path, first_step: int) -> None:
         paths = [Path(directory, name) for name in ("metrics.jsonl", "responses.jsonl")]
         for path in paths:
             _keep_lines_before(path, first_step)
         self._metrics, self._responses = (open(path, "a", encoding="utf-8") for path in paths)
-        self._events: Any = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._events = SummaryWriter(str(Path(directory, "tensorboard")), purge_step=first_step)
 
     def write(self, step: int, metrics: dict[str, float], columns: dict[str, Any]) -> None:
         """Append one step's lines and flush them.
@@ -82,16 +77,11 @@ class StepFiles:
         for file, lines in ((self._metrics, [metrics]), (self._responses, responses)):
             file.writelines(json.dumps({"step": step, **line}) + "\n" for line in lines)
             file.flush()
-        if self._events is not None:
-            for name, value in metrics.items():
-                self._events.add_scalar(name, value, step)
-            self._events.flush()
 
     def close(self) -> None:
-        """Close the files and the event writer."""
-        for file in (self._metrics, self._responses, self._events):
-            if file is not None:
-                file.close()
+        """Close the files."""
+        for file in (self._metrics, self._responses):
+            file.close()
 
 
 def _keep_lines_before(path: Path, first_step: int) -> None:

@@ -313,7 +313,7 @@ def _complete(
         logger.info("the reference pass goes on: %d responses are there, %d steps are left", num_known, len(steps))
     complete = _fill(policy, batches, values, steps, store.keep, seconds=config.run.reference_piece_seconds, stop=stop)
     if not complete:
-        stop.restore()
+        stop.ignore_the_next()
         parallel.shut_down()
         sys.exit(SIGTERM_EXIT_CODE)
     store.publish(values, replaces=num_known > 0)

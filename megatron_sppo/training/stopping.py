@@ -25,6 +25,10 @@ class StopRequest:
         if self.asked_at is None:
             self.asked_at = time.monotonic()
 
+    def ignore_the_next(self) -> None:
+        """Let no further signal end the process while it ends by itself: whoever asked may ask again."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python takes its own handlers away before it is gone
+
     def restore(self) -> None:
         """Give the signal back to whoever had it."""
         signal.signal(signal.SIGTERM, self._previous)

@@ -5,6 +5,7 @@ kill -9 at random moments, saves included, and SIGTERM. One process on the tiny 
 
 import contextlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -35,10 +36,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(root: Path, save: Path, stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
+def start(
+    root: Path, save: Path, *flags: str, stderr: int = subprocess.DEVNULL, **environment: str
+) -> subprocess.Popen:
     script = [sys.executable, str(REPOSITORY / "examples/pretrain_sppo.py")]
     paths = ["--load", str(root / "megatron"), "--data", str(root / "data"), "--save", str(save)]
-    return subprocess.Popen([*script, *paths, *FLAGS], stderr=stderr, stdin=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(
+        [*script, *paths, *FLAGS, *flags],
+        stderr=stderr,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | environment,
+    )
 
 
 def numbers(save: Path) -> list[dict[str, float]]:
@@ -92,6 +101,49 @@ def test_sigterm_saves_and_exits_with_143_and_the_same_command_goes_on(world: Pa
     assert (save / "latest_checkpointed_iteration.txt").read_text() == f"{stopped_at}\n"
     assert start(world, save).wait() == 0
     assert numbers(save) == numbers(world / "whole")
+
+
+def test_a_second_sigterm_changes_nothing_and_trackers_hear_of_each_step_once(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm signals every process of a job, and torchrun, which has it too, hands it on: ranks hear it twice, at any
+    moment up to their end."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # for the reader here: the run sees to itself
+    save, trackers = world / "stopped-twice", ("--tracker", "mlflow", "--tracker-offline")
+    process = start(world, save, *trackers, stderr=subprocess.PIPE)
+    wait_for_step(save, process, 3)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "stopped by a signal after step" in line:
+            break
+    while process.poll() is None:  # until it is gone
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.001)
+    assert process.wait() == 143
+    stopped_at = len(numbers(save))
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == f"{stopped_at}\n"
+    client = mlflow.MlflowClient(tracking_uri=(save / "trackers" / "mlruns").as_uri())
+    run_id = json.loads((save / "trackers.json").read_text())["mlflow"]
+    assert client.get_run(run_id).info.status == "KILLED"
+    assert start(world, save, *trackers).wait() == 0
+    assert numbers(save) == numbers(world / "whole")
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED" and run.data.params["optimization.lr"] == "0.0001"
+    losses = [(metric.step, metric.value) for metric in client.get_metric_history(run_id, "loss")]
+    assert losses == [(number, line["loss"]) for number, line in enumerate(numbers(save), start=1)]
+
+
+def test_a_tracker_that_cannot_be_started_is_refused_before_anything_is_computed(world: Path) -> None:
+    save = world / "untracked"
+    address = {"MLFLOW_TRACKING_URI": "http://me:hidden-word@127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    process = start(world, save, "--tracker", "mlflow", stderr=subprocess.PIPE, **address)
+    said = process.communicate()[1]
+    assert process.returncode == 2 and "hidden-word" not in said
+    assert "error: tracker mlflow cannot be started: " in said.splitlines()[-1]
+    assert not (save / "metrics.jsonl").exists()
 
 
 def test_a_second_run_on_the_same_save_is_refused_and_the_first_is_untouched(world: Path) -> None:

@@ -17,7 +17,7 @@ PACKAGE = REPOSITORY / "megatron_sppo"
 GROUND = ("errors", "storage", "command_line", "config", "architecture", "flops")
 FLOORS = (
     GROUND,
-    ("objective", "checkpoints", "cluster"),
+    ("objective", "checkpoints", "cluster", "tracking"),
     ("rollout", "data", "model", "conversion"),
     ("judge", "training"),
     ("verification", "planning", "selfplay"),

@@ -86,6 +86,13 @@ def test_every_number_has_its_interval_prompts_judge_and_seed(result):
         assert (value["judge"] is None) == path.startswith(".players"), path
 
 
+def test_trackers_are_told_every_number_under_a_name_of_its_own(result):
+    parts = {name: result[name] for name in ("players", "judges")}
+    names = [name for name, _ in evaluate._numbers(parts, "evaluation")]
+    assert len(set(names)) == len(names)
+    assert "evaluation/judges/rules:concise/vs_baseline/b_vs_a/mean" in names
+
+
 def test_judges_are_marked_as_seen_or_unseen(result, run):
     assert [(row["judge"], row["seen"]) for row in result["judges"]] == [
         ("rules:concise", True),

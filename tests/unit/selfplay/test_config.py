@@ -16,6 +16,7 @@ from megatron_sppo.judge.config import EvaluateConfig, ScoreConfig
 from megatron_sppo.rollout.config import GenerateConfig
 from megatron_sppo.selfplay.commands import RunPaths, check_stages, iteration_stages, start_stages
 from megatron_sppo.selfplay.config import LAUNCHERS, SelfPlayConfig, check_unchanged, read_record, record
+from megatron_sppo.tracking.config import TrackingConfig
 from megatron_sppo.training.config import InspectionConfig, TrainingConfig
 
 YAML = """
@@ -158,6 +159,17 @@ def test_each_launcher_starts_its_stages_in_python_s_place_and_no_other(tmp_path
     assert spelled["iter_1-train"][:2] == ("srun", "torchrun")
 
 
+def test_trackers_of_a_run_are_those_of_its_training_under_names_of_its_own(tmp_path: Path) -> None:
+    spelled = commands(read(tmp_path, "--tracker", "wandb", "mlflow", "--tracker-offline"))
+    told = as_the_stage_reads(TrainingConfig, spelled["iter_1-train"]).run.tracking
+    assert (told.tracker, told.tracker_offline) == (("wandb", "mlflow"), True)
+    assert (told.tracker_run_name, told.tracker_group) == ("out-iter_1-train", "out")
+    assert told.tracker_dir == tmp_path / "out" / "trackers"
+    spelled = commands(read(tmp_path, "--tracker", "wandb", "--training", "tracker=[mlflow]"))
+    assert as_the_stage_reads(TrainingConfig, spelled["iter_1-train"]).run.tracking.tracker == ("mlflow",)
+    assert not [token for token in commands(read(tmp_path))["iter_1-train"] if token.startswith("--tracker")]
+
+
 def test_settings_of_the_judge_hold_in_training_and_in_evaluation(tmp_path: Path) -> None:
     flags = ("--judge-after", "</think>", "--verdict-tokens", "512", "--allow-no-signal")
     for given in ((), flags):
@@ -218,7 +230,7 @@ def test_what_a_later_stage_would_refuse_is_refused_at_the_start(tmp_path: Path,
             ("--server", "http://a:1", "--rollout-options", "server_weights=trust"),
             "go on with the weights of the first",
         ),
-        (("--rollout-launcher", "srun 'python"), "rollout_launcher is .* No closing quotation.*Write --rollout-launch"),
+        (("--rollout-launcher", "srun 'python"), "rollout_launcher is .*No closing quotation.*Write --rollout-launch"),
         (("--conversion-launcher", " "), "conversion_launcher is ' ', which holds no command"),
         (("--rollout-launcher", "a", "--rollout-command", "b"), "rollout_command and rollout_launcher are both set"),
     ],
@@ -264,7 +276,7 @@ def test_all_but_the_layout_decides() -> None:
             *("load", "data", "save", "micro_batch_size", "packed_sequence_size", "tensor_model_parallel_size"),
             *("pipeline_model_parallel_size", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
             *("virtual_pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"),
-            *("sequence_parallel", "async_save", "keep_last", "grace_seconds", "reference_piece_seconds"),
+            *("sequence_parallel", "async_save", "keep_last", "grace_seconds", "reference_piece_seconds", *TRACKING),
             "reference",
         },
         GenerateConfig: {
@@ -275,11 +287,12 @@ def test_all_but_the_layout_decides() -> None:
             "tensor_parallel_size",
             "server",
             "server_weights",
+            *("workers", "ray"),
         },
         ScoreConfig: {"output", "rollouts", "allow_no_signal"},
         SelfPlayConfig: {
             *("model", "prompts", "output", "training_processes", "rollout_command", *LAUNCHERS),
-            *("rollout_tensor_parallel_size", "server", "allow_no_signal", "inspected_prompts", "keep_last"),
+            *("rollout_tensor_parallel_size", "server", "allow_no_signal", "inspected_prompts", "keep_last", *TRACKING),
         },
     }
     kinds: dict[type, Any] = {
@@ -298,6 +311,7 @@ def test_all_but_the_layout_decides() -> None:
         assert leaf_names(kinds[kind]) - deciding_names == names
 
 
+TRACKING = {field.name for field in dataclasses.fields(TrackingConfig)}
 OWN = ("training.", "rollout.rollout_options.", "scoring.scoring_options.")
 """Of other commands, which have their own entry."""
 

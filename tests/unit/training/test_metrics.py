@@ -36,7 +36,7 @@ def test_a_resumed_run_cuts_off_the_steps_that_it_does_again(tmp_path: Path) -> 
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
     (tmp_path / "responses.jsonl").write_text('{"step": 2, "log_ratio": 1.0}\n{"step": 3, "log_ratio": 1.0}\n')
-    files = StepFiles(tmp_path, 3, tensorboard=False)
+    files = StepFiles(tmp_path, 3)
     files.write(3, {"loss": 2.0}, {"log_ratio": torch.tensor([2.0, 3.0])})
     files.close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
@@ -57,7 +57,7 @@ def test_a_resumed_run_reads_no_more_of_its_lines_than_it_cuts_off(tmp_path: Pat
     looked_at = []
     loads = json.loads
     monkeypatch.setattr(json, "loads", lambda line: looked_at.append(line) or loads(line))
-    StepFiles(tmp_path, 1 + kept // 10, tensorboard=False).close()
+    StepFiles(tmp_path, 1 + kept // 10).close()
     assert path.read_text().splitlines() == lines[:kept]
     assert len(looked_at) <= 5000 - kept + 1
 
@@ -65,5 +65,5 @@ def test_a_resumed_run_reads_no_more_of_its_lines_than_it_cuts_off(tmp_path: Pat
 def test_lines_longer_than_a_block_are_kept_whole_and_one_without_its_end_goes(tmp_path: Path) -> None:
     path, long = tmp_path / "metrics.jsonl", json.dumps({"step": 1, "x": "y" * 200_000})
     path.write_text(f"{long}\n{long}\n" + '{"step": 1}')
-    StepFiles(tmp_path, 2, tensorboard=False).close()
+    StepFiles(tmp_path, 2).close()
     assert path.read_text() == f"{long}\n{long}\n"
