@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -171,3 +172,24 @@ def test_better_answers_win_and_the_first_iteration_s_previous_policy_is_the_bas
     assert result["win_rate_vs_previous"] == result["win_rate_vs_base"]
     assert result["mean_response_tokens"] == len(good)  # a token is a character in these rollouts
     assert json.loads((tmp_path / "result.json").read_text()) == result
+
+
+def test_a_judge_that_checks_gives_accuracies_beside_win_rates(tmp_path: Path) -> None:
+    """The policy's answers hold both instructions, the base's one of two: P = 1/2 + (1 - 1/2) / 2 = 3/4."""
+    columns = {
+        "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+        "kwargs": [{}, {"num_words": 4, "relation": "less than"}],
+    }
+    for name, text in (("policy", "so it is"), ("base", "so, it is")):
+        groups = [replace(group(f"p{n}", [text, text + "."]), columns=columns) for n in range(3)]
+        write_rollouts(tmp_path / name, groups)
+    result = evaluate(evaluate_config(tmp_path, judge="verifiable:ifeval"))
+    expected = {"policy": (1, 1), "base": (0, 0.5), "previous": (0, 0.5)}
+    assert result["win_rate_vs_base"]["mean"] == pytest.approx(0.75, abs=1e-6)
+    for name, (prompt_level, instruction_level) in expected.items():
+        accuracy = result["accuracy"][name]
+        assert (accuracy["prompt_level"]["mean"], accuracy["instruction_level"]["mean"]) == (
+            prompt_level,
+            instruction_level,
+        )
+        assert accuracy["num_instructions"] == 6
