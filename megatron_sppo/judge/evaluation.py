@@ -3,6 +3,8 @@
 M = answers per prompt and policy, N = prompts both policies answered, R = resamples
 """
 
+from __future__ import annotations
+
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +45,16 @@ class WinRate:
     num_prompts: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class CrossVerdicts:
+    """A policy against an opponent, by prompt_id."""
+
+    win_rates: dict[str, float]
+    """Mean P(policy's > opponent's)."""
+    a_a: dict[str, float]
+    """Mean P(policy's first answers > its last); no prompt that it answered once."""
+
+
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Judge the policy against the base and the previous policy and write the result -> its content.
 
@@ -67,8 +79,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     opponents = {"base": players["base"]}
     if players["previous"] is not players["base"]:  # in the first iteration pi_1 is both
         opponents["previous"] = players["previous"]
-    rates, counts = cross_win_rates(judge, policy, opponents, output=config.output)
-    rates.setdefault("previous", rates["base"])
+    verdicts, counts = cross_verdicts(judge, policy, opponents, output=config.output)
+    verdicts.setdefault("previous", verdicts["base"])
+    rates = {name: of_prompt.win_rates for name, of_prompt in verdicts.items()}
     if not config.allow_no_signal:
         check_signal(counts, judge=judge.name)
     intervals = {
@@ -79,9 +92,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "judge": judge.name,
         "win_rate_vs_base": asdict(intervals["base"]),
         "win_rate_vs_previous": asdict(intervals["previous"]),
+        "a_a": _noise_floor(verdicts["base"], config),
         **_accuracies(judge.here, players, config),
         "mean_response_tokens": policy.mean_answer_tokens,
         "bootstrap_resamples": config.bootstrap_resamples,
+        "bootstrap_seed": config.seed,
         "warnings": warnings(_shares(counts, policy)),
         "prompts": [
             {
@@ -96,6 +111,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         logger.warning("%s", warning)
     write_json(config.output, result)
     return result
+
+
+def _noise_floor(verdicts: CrossVerdicts, config: EvaluateConfig) -> dict[str, Any] | None:
+    """Compare the policy with itself -> an interval as of a win rate, None where it answered once."""
+    if not verdicts.a_a:
+        return None
+    return asdict(bootstrap(list(verdicts.a_a.values()), resamples=config.bootstrap_resamples, seed=config.seed))
 
 
 def _accuracies(judge: Judge | None, players: Mapping[str, StoredGroups], config: EvaluateConfig) -> dict[str, Any]:
@@ -147,11 +169,25 @@ def cross_win_rates(
     *,
     output: Path | None = None,
 ) -> tuple[dict[str, dict[str, float]], Counter[str]]:
-    """Judge every answer of the policy against every one of each opponent -> (rates, what the verdicts are).
+    """Judge every answer of the policy against every one of each opponent.
 
-    The rates are {opponent: {prompt_id: mean P(policy's > opponent's)}}. P is the paper's:
-    sigmoid((L_ij - L_ji) / 2), both orders asked. A prompt that one side lacks is left out and counted, and so is one
-    that the judge cannot judge. Groups are asked for a few at a time: they may lie on a disk.
+    As `cross_verdicts` -> ({opponent: {prompt_id: mean P(policy's > opponent's)}}, what the verdicts are).
+    """
+    verdicts, counts = cross_verdicts(judge, policy, opponents, output=output)
+    return {name: of_prompt.win_rates for name, of_prompt in verdicts.items()}, counts
+
+
+def cross_verdicts(
+    judge: Judge | PooledJudge,
+    policy: Mapping[str, RolloutGroup],
+    opponents: Mapping[str, Mapping[str, RolloutGroup]],
+    *,
+    output: Path | None = None,
+) -> tuple[dict[str, CrossVerdicts], Counter[str]]:
+    """Judge every answer of the policy against every one of each opponent -> (by opponent, what the verdicts are).
+
+    P is the paper's: sigmoid((L_ij - L_ji) / 2), both orders asked. A prompt that one side lacks is left out and
+    counted, and so is one that the judge cannot judge. Groups are asked for a few at a time: they may lie on a disk.
 
     Args:
         output: as `judge_in_batches`.
@@ -161,7 +197,8 @@ def cross_win_rates(
     """
     shared = {name: _shared(policy, opponent, against=name) for name, opponent in opponents.items()}
     total = sum(map(len, shared.values()))
-    found: dict[str, dict[str, float]] = {name: {} for name in opponents}
+    rates: dict[str, dict[str, float]] = {name: {} for name in opponents}
+    a_a: dict[str, dict[str, float]] = {name: {} for name in opponents}
     counts: Counter[str] = Counter()
     for pairs, judged in judge_in_batches(judge, _batches(policy, opponents, shared), total=total, output=output):
         counts += judged.counts
@@ -172,16 +209,26 @@ def cross_win_rates(
                 continue
             num_policy = len(ours.responses)
             logits = torch.as_tensor(verdict, dtype=torch.float64)
-            preferences = preference_matrix(logits)[:num_policy, num_policy:]
-            found[pairs.against][group.prompt_id] = preferences.mean().item()
+            matrix = preference_matrix(logits)
+            preferences = matrix[:num_policy, num_policy:]
+            rates[pairs.against][group.prompt_id] = preferences.mean().item()
+            if num_policy > 1:
+                a_a[pairs.against][group.prompt_id] = first_against_last(matrix[:num_policy, :num_policy])
             there, back = logits[:num_policy, num_policy:], logits[num_policy:, :num_policy].T
             count_cross_pairs(counts, there, back, preferences, ours, theirs)
     for name, prompt_ids in shared.items():
-        if not found[name]:
+        if not rates[name]:
             raise DataError(f"{judge.name} could judge none of {len(prompt_ids)} prompts. The warnings above say why.")
-        # In the prompts' order, whichever worker was first: the resampling draws by place.
-        found[name] = {prompt_id: found[name][prompt_id] for prompt_id in prompt_ids if prompt_id in found[name]}
-    return found, counts
+    verdicts = {
+        name: CrossVerdicts(win_rates=_ordered(rates[name], prompt_ids), a_a=_ordered(a_a[name], prompt_ids))
+        for name, prompt_ids in shared.items()
+    }
+    return verdicts, counts
+
+
+def _ordered(values: Mapping[str, float], prompt_ids: Sequence[str]) -> dict[str, float]:
+    """Put values into the prompts' order, whichever worker was first: the resampling draws by place."""
+    return {prompt_id: values[prompt_id] for prompt_id in prompt_ids if prompt_id in values}
 
 
 def _shared(policy: Mapping[str, RolloutGroup], opponent: Mapping[str, RolloutGroup], *, against: str) -> list[str]:
@@ -223,6 +270,19 @@ def _batches(
         theirs = tuple(opponents[name][prompt_id] for prompt_id in prompt_ids)
         groups = tuple(map(join_groups, ours, theirs))
         yield _Pairs(index=index, groups=groups, against=name, ours=ours, theirs=theirs)
+
+
+def first_against_last(preferences: Tensor) -> float:
+    """Compare the first half of a policy's answers to a prompt with the last -> mean P, NaN of one answer.
+
+    One checkpoint, other seeds: 1/2 but for noise, that of half as many answers, so never less than a win rate's own.
+    An odd number's middle answer plays on neither side.
+
+    Args:
+        preferences: [M, M], P of the policy's answers among themselves.
+    """
+    half = preferences.shape[0] // 2
+    return preferences[:half, -half:].mean().item() if half else float("nan")
 
 
 def count_cross_pairs(
