@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.instruments import install
 from benchmarks.record import describe_machine, in_child, write_results
-from benchmarks.scale_counts import SETTINGS, counted_sizes, sizes_of
+from benchmarks.scale_counts import OF_SHORT_ANSWERS, SETTINGS, SHORT_ANSWERS, counted_sizes, sizes_of
 from benchmarks.scale_rows import rows_of
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
@@ -51,14 +51,18 @@ def measure_stage(name: str, work: Path, size: int, counts_calls: bool) -> Any:
     from benchmarks.scale_checkpoints import CHECKPOINTS
     from benchmarks.scale_stages import measure
 
-    kind = "hidden" if name in CHECKPOINTS else "shards" if name.startswith("shards") else "prompts"
+    kind, settings = "prompts", SETTINGS
+    if name in OF_SHORT_ANSWERS:
+        kind, settings, name = "short", SHORT_ANSWERS, name.partition(",")[0]
+    elif name in CHECKPOINTS or name.startswith("shards"):
+        kind = "hidden" if name in CHECKPOINTS else "shards"
     if kind != "hidden":
         warm = SETTINGS | {"shard_size": 8, "tokens": 8, "global_batch_size": 16, "num_steps": 2}
         with tempfile.TemporaryDirectory(dir=work) as directory:
             measure(name, Path(directory), 32, **warm)
     package = Path(str(megatron_sppo.__file__)).parent
     place = work / f"{kind}-{size}{'-counted' if counts_calls else ''}"
-    return measure(name, place, size, functions_of=package if counts_calls else None, **SETTINGS)
+    return measure(name, place, size, functions_of=package if counts_calls else None, **settings)
 
 
 def main() -> None:
@@ -68,12 +72,13 @@ def main() -> None:
     logging.disable(logging.WARNING)
     from benchmarks.scale_checkpoints import STAGES  # here, so that children have it, and after the counters
 
-    if unknown := set(config.stages) - set(STAGES):
-        raise ConfigError(f"{sorted(unknown)[0]!r} is no stage. Use --stages with some of: {', '.join(STAGES)}.")
+    stages = (*STAGES, *OF_SHORT_ANSWERS)
+    if unknown := set(config.stages) - set(stages):
+        raise ConfigError(f"{sorted(unknown)[0]!r} is no stage. Use --stages with some of: {', '.join(stages)}.")
     config.work.mkdir(parents=True, exist_ok=True)
     kept = config.work / "measured.json"
     measured: dict[str, dict[str, Any]] = read_json(kept) if kept.is_file() else {}
-    for name in config.stages or STAGES:
+    for name in config.stages or stages:
         for size, counts_calls in _runs(name, config.largest):
             key = f"{'counts ' if counts_calls else ''}{size}"
             if key in measured.get(name, {}):

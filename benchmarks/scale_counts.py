@@ -20,6 +20,9 @@ SHARDS = (300, 1_000, 9_375)
 HIDDEN_SIZES = (64, 128, 256)
 """Of models of 4 to 17 million parameters."""
 SETTINGS = {"shard_size": 64, "tokens": 400, "global_batch_size": 1024, "num_steps": 20}
+OF_SHORT_ANSWERS = ("merge, short answers", "report, short answers")
+"""Stages whose rollouts would take 11 GB at 600,000 prompts: there with answers of 8 tokens."""
+SHORT_ANSWERS = SETTINGS | {"shard_size": 512, "tokens": 8}
 ONE_SIZE = ("commands", "reference pass", "save of RMSprop")
 OF_LENGTHS = ("listing an epoch", "planning a step", "reference file")
 
@@ -39,6 +42,8 @@ def sizes_of(name: str) -> tuple[int, ...]:
         return HIDDEN_SIZES[-1:] if name in ONE_SIZE else HIDDEN_SIZES
     if name.startswith("shards"):
         return SHARDS
+    if name in OF_SHORT_ANSWERS:
+        return (PROMPTS[0], *SYNTHETIC[-2:])
     return SYNTHETIC if name in OF_LENGTHS else PROMPTS
 
 
@@ -48,6 +53,8 @@ def counted_sizes(name: str) -> tuple[int, ...]:
         return COUNTED_SHARDS
     if name == "report":
         return COUNTED_REPORT
+    if name in OF_SHORT_ANSWERS:
+        return ()
     return COUNTED if sizes_of(name)[0] == PROMPTS[0] else ()
 
 

@@ -12,63 +12,33 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
 
 from megatron_sppo.data.schema import parse_selection
 from megatron_sppo.rollout.config import Sampling
 from megatron_sppo.rollout.records import Response
 from megatron_sppo.rollout.sampler import AnsweredShard, Shard
+from tests.models import tiny_llama
 
 NUM_RESPONSES, PROMPT_TOKENS, RESPONSE_TOKENS = 5, 150, 400
 VOCAB_SIZE = 32768
 _POOL = 64
 _CHARACTERS_OF_A_TOKEN = 4
-_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
-def write_model(directory: Path, *, hidden_size: int = 16, num_layers: int = 1) -> int:
-    """Write a Llama with random weights, a tokenizer of bytes and a chat template -> bytes of the weights."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    directory.mkdir(parents=True, exist_ok=True)
-    tokens = [*_MARKS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _MARKS])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {"eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    (directory / "chat_template.jinja").write_text(_TEMPLATE)
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False,
-        "dtype": "float32", "hidden_size": hidden_size, "intermediate_size": 2 * hidden_size, "hidden_act": "silu",
-        "num_hidden_layers": num_layers, "num_attention_heads": 2, "num_key_value_heads": 2,
-        "head_dim": hidden_size // 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "tie_word_embeddings": False,
-        "bos_token_id": 1, "eos_token_id": 2, "vocab_size": VOCAB_SIZE,
-    }  # fmt: skip
-    (directory / "config.json").write_text(json.dumps(config))
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (VOCAB_SIZE, hidden_size),
-        "model.norm.weight": (hidden_size,),
-        "lm_head.weight": (VOCAB_SIZE, hidden_size),
-    }
-    for layer in range(num_layers):
-        prefix = f"model.layers.{layer}."
-        shapes |= {f"{prefix}self_attn.{name}_proj.weight": (hidden_size, hidden_size) for name in "qkvo"}
-        shapes |= {f"{prefix}mlp.{name}_proj.weight": (2 * hidden_size, hidden_size) for name in ("gate", "up")}
-        shapes |= {f"{prefix}mlp.down_proj.weight": (hidden_size, 2 * hidden_size)}
-        shapes |= {f"{prefix}{name}_layernorm.weight": (hidden_size,) for name in ("input", "post_attention")}
-    generator = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
-    save_file(weights, str(directory / "model.safetensors"), metadata={"format": "pt"})
-    return sum(weight.numel() * 4 for weight in weights.values())
+def write_model(directory: Path, *, hidden_size: int = 16, num_layers: int = 1) -> None:
+    """Write a Llama with random weights, float32, and a tokenizer of bytes with a chat template."""
+    tiny_llama(
+        directory,
+        scale=0.02,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=hidden_size // 2,
+        max_position_embeddings=4096,
+        vocab_size=VOCAB_SIZE,
+    )
 
 
 def write_prompts(path: Path, number: int, *, tokens: int = PROMPT_TOKENS) -> None:

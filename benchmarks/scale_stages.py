@@ -207,8 +207,8 @@ def report(run: Run) -> dict[str, float]:
 def _make_run(run: Run, directory: Path) -> None:
     checkpoint, held_out = directory / "iter_1/checkpoint", directory / "iter_1/eval/rollouts"
     checkpoint.mkdir(parents=True)
-    for name in ("rollouts", "dataset"):
-        os.symlink((run.place / name).resolve(), directory / "iter_1" / name)
+    for name, source in (("rollouts", "rollouts"), ("dataset", "merged")):
+        os.symlink((run.place / source).resolve(), directory / "iter_1" / name)
     number = max(run.size // 10, 2)
     job = replace(_job(run), output=held_out, limit=number)
     sampler = FakeSampler(tokens=run.tokens)
@@ -252,7 +252,7 @@ STAGES: dict[str, Stage] = {
     "evaluation": Stage(needs=("rollouts",), measure=evaluate),
     "metrics": Stage(needs=(), measure=metrics),
     "metrics, resumed": Stage(needs=("metrics",), measure=metrics_resumed),
-    "report": Stage(needs=("scoring",), measure=report),
+    "report": Stage(needs=("merge",), measure=report),
     "listing an epoch": Stage(needs=(), measure=index),
     "planning a step": Stage(needs=(), measure=planning, unit="step", is_per_step=True),
     "collation": Stage(needs=("scoring",), measure=collation, unit="step", is_per_step=True),

@@ -125,10 +125,8 @@ read, written and hashed at 500, 1,000 and 2,000 prompts; a growth of 1 is linea
 them in every run of the tests. Seconds and memory stand beside them, at 2,000 prompts and at the largest size, from
 a machine that other work kept busy. Bytes of a model's files are held against those of its weights; a checkpoint of
 float32 with Adam is three times as large. A save writes each byte once, in one pass that hashes it for its tensor's
-digest, which a reader of that tensor checks, and for its file's; a run also tries the disk with 64 MiB to know how
-long its checkpoint takes. What is missed: an import has no digests of its tensors, so that it is read twice by whom
-it is first trained or compared, once to be hashed; and a plan counts a model's parameters by building it without
-memory, which imports Megatron-Core.""",
+digest, which a reader of that tensor checks; a run also tries the disk with 64 MiB to know how long its checkpoint
+takes.""",
         command="OMP_NUM_THREADS=1 python -m benchmarks.scale --work EMPTY_DIR --before MEASURED_BEFORE.json",
         files=(f"{OTHER_CPU}/scale",),
     ),

@@ -5,22 +5,19 @@ kebab-case. `--config FILE.yaml` holds the same names in snake_case, grouped by 
 the tokens that a user would have typed, put before the user's own: one path validates both, and the later one wins.
 A number's annotation says what it may be (`PositiveInt`, `Annotated[float, Range(0, 1)]`), and `check_ranges` holds it.
 `Annotated[PositiveInt, LAYOUT]` marks what a resumed run may change; `deciding` lists what it may not. A field marked
-`SettingsOf` holds the config of another command, which one flag takes as NAME=VALUE.
+`SettingsOf` holds the config of another command, which one flag takes as NAME=VALUE. Fields and their marks are in
+`config_fields`, texts on their way to them in `config_text`; what configs are written with can be had from here.
 """
 
 import contextlib
 import dataclasses
-import difflib
-import enum
 import io
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import sys
-import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,67 +26,78 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import tyro
 import yaml
 
+from megatron_sppo.config_fields import (
+    DECIDES,
+    LAYOUT,
+    POSITIONAL,
+    TUNABLE,
+    Fraction,
+    HoldsSettings,
+    Leaf,
+    Mark,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Seed,
+    check_ranges,
+    flag_of,
+    leaves_of,
+    name_of,
+    spell,
+    value_of,
+)
+from megatron_sppo.config_text import (
+    TextLoader,
+    check_flags,
+    check_required,
+    config_file,
+    keys_of,
+    leaf_values,
+    merged,
+    nearest,
+    plain_text,
+    read_yaml,
+    tokens_of_value,
+    with_flags,
+)
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.storage import atomic_file, own_or_packaged, packaged_examples
+from megatron_sppo.storage import atomic_file
+
+__all__ = [
+    "DECIDES",
+    "LAYOUT",
+    "POSITIONAL",
+    "TUNABLE",
+    "Fraction",
+    "NonNegativeFloat",
+    "NonNegativeInt",
+    "PositiveFloat",
+    "PositiveInt",
+    "Range",
+    "Seed",
+    "SettingsOf",
+    "check_ranges",
+    "config_file",
+    "deciding",
+    "flag_of",
+    "from_dict",
+    "is_written_of",
+    "parse",
+    "parse_command",
+    "spell",
+    "take_command",
+    "to_dict",
+    "to_flags",
+    "write_yaml",
+]
 
 ConfigT = TypeVar("ConfigT")
 logger = logging.getLogger(__name__)
 
-_BUILT_IN = ("config", "debug", "help")
-_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-    """The numbers that a setting may be, bounds included. NaN and infinities lie in no range."""
-
-    least: float
-    most: float
-    above: bool = False
-    """Leave `least` itself out."""
-    below: bool = False
-    """Leave `most` itself out."""
-
-    def __contains__(self, value: float) -> bool:
-        low = value > self.least if self.above else value >= self.least
-        return low and (value < self.most if self.below else value <= self.most) and math.isfinite(value)
-
-    def __str__(self) -> str:
-        return f"{'(' if self.above else '['}{self.least:.10g}, {self.most:.10g}{')' if self.below else ']'}"
-
-
-_MOST = 2**31 - 1
-"""Counts beyond it are typing errors, and overflow the int32 of indexed datasets and kernels."""
-PositiveInt = Annotated[int, Range(1, _MOST)]
-NonNegativeInt = Annotated[int, Range(0, _MOST)]
-Seed = Annotated[int, Range(0, 2**32 - 1)]
-PositiveFloat = Annotated[float, Range(0, 1e12, above=True)]
-NonNegativeFloat = Annotated[float, Range(0, 1e12)]
-Fraction = Annotated[float, Range(0, 1)]
-
-
-class Mark(enum.Enum):
-    """What a field's annotation says of it beside its type and range."""
-
-    LAYOUT = "layout"
-    TUNABLE = "tunable"
-    DECIDES = "decides"
-    POSITIONAL = "positional"
-
-
-LAYOUT = Mark.LAYOUT
-"""Marks a field (or a section) that decides where or how a run is computed, not what comes of it: a run that is resumed
-may have another value there. What is not marked decides, and must be the same."""
-TUNABLE = Mark.TUNABLE
-"""Marks a field (or a section) that decides what comes of a run, and yet may change where one training run is resumed,
-such as a lower rate after a loss that was not finite. Iterations of self-play must share it."""
-DECIDES = Mark.DECIDES
-"""Marks the exception within a section that is marked otherwise."""
-POSITIONAL = Mark.POSITIONAL
-"""Marks a field that may also be typed without its flag, before all flags, in the order of the fields."""
-
-
-class SettingsOf(tyro.constructors.PrimitiveConstructorSpec[Any]):
+class SettingsOf(tyro.constructors.PrimitiveConstructorSpec[Any], HoldsSettings):
     """Marks a field that is another command's config: `Annotated[TrainingConfig, SettingsOf(TrainingConfig, ...)]`.
 
     Its flag takes NAME=VALUE (VALUE may be a list or mapping in YAML's flow style) or a JSON object, several times; in
@@ -122,61 +130,29 @@ class SettingsOf(tyro.constructors.PrimitiveConstructorSpec[Any]):
     by: str
 
     def _read(self, texts: Sequence[str]) -> Any:
-        leaves, place = _leaves(self.config_class), f"section {self.name}"
+        leaves, place = leaves_of(self.config_class), f"section {self.name}"
         values: dict[str, Any] = {}
         for text in texts:
-            values |= _leaf_values(self._content(text), leaves, place=place)
+            values |= leaf_values(self._content(text), leaves, place=place)
         if own := [name for name in values if name in self.decided]:
             raise ConfigError(f"{self.name} sets {own[0]}, which {self.by} decides itself. Remove it.")
-        return _from_values(self.config_class, {**_plain_text(self.decided), **values}, leaves, place=place)
+        return _from_values(self.config_class, {**plain_text(self.decided), **values}, leaves, place=place)
 
     def _content(self, text: str) -> dict[str, Any]:
         """Read NAME=VALUE or a JSON object -> {name: text, None, list or dict}, as YAML would hold it."""
         name, equals, value = text.partition("=")
         try:
             if text.startswith("{"):
-                return dict(_plain_text(json.loads(text)))
+                return dict(plain_text(json.loads(text)))
             is_flow = value.startswith(("[", "{"))
-            flow = yaml.load(value, Loader=_TextLoader) if is_flow else value  # noqa: S506 (texts alone)
+            flow = yaml.load(value, Loader=TextLoader) if is_flow else value  # noqa: S506 (texts alone)
         except (ValueError, yaml.YAMLError):
             raise ConfigError(f"{self.name} holds {text!r}, which is not YAML. Quote the value.") from None
         if not equals:
             raise ConfigError(
                 f"{self.name} holds {text!r}. Write NAME=VALUE, or in YAML `{self.name}: {{NAME: VALUE}}`."
             )
-        return {_snake(name): None if flow == "None" else flow}
-
-
-def check_ranges(config: Any) -> None:
-    """Refuse a number outside the range that its field's annotation names; called by each config's `__post_init__`.
-
-    Raises:
-        ConfigError: names the setting, its value, its range and a value that will do.
-    """
-    for field, found in _ranges(type(config)):
-        value = getattr(config, field.name)
-        for number in value if isinstance(value, (tuple, list)) else (value,):
-            if number is not None and number not in found:
-                default, flag = _default_of(field), flag_of(field.name)
-                has_one = isinstance(default, (int, float))
-                remedy = f"Use for example {flag} {default:.10g}" if has_one else f"Give {flag} such a number"
-                raise ConfigError(f"{field.name} is {number}; it must be a number in {found}. {remedy}.")
-
-
-def _ranges(config_class: type[Any]) -> tuple[tuple[dataclasses.Field[Any], Range], ...]:
-    """Find the fields of a config that have a range -> (field, range) pairs, sections left to themselves."""
-    hints = typing.get_type_hints(config_class, include_extras=True)
-    return tuple(
-        (field, found) for field in dataclasses.fields(config_class) for found in _ranges_in(hints[field.name])
-    )
-
-
-def _ranges_in(annotation: Any) -> Iterator[Range]:
-    for member in typing.get_args(annotation):
-        if isinstance(member, Range):
-            yield member
-        else:
-            yield from _ranges_in(member)
+        return {name_of(name): None if flow == "None" else flow}
 
 
 def parse(
@@ -200,16 +176,16 @@ def parse(
         ConfigError: an unknown flag or key, a missing or impossible value; also what `__post_init__` raises, unchanged.
     """
     tokens = list(sys.argv[1:] if argv is None else argv)
-    leaves = _leaves(config_class)
+    leaves = leaves_of(config_class)
     if not {"-h", "--help"} & set(tokens):
-        tokens = _check_flags(_with_flags(tokens, leaves), leaves)
+        tokens = check_flags(with_flags(tokens, leaves), leaves)
         file = config_file(tokens)
-        content = {} if file is None else _read_yaml(file)
-        values = _leaf_values(content if of_file is None else of_file(content), leaves, place=str(file))
-        from_file = {key: _tokens_of_value(key, leaves[key], value, place=f"{file}: ") for key, value in values.items()}
-        _check_required(leaves, given=set(from_file) | _keys(tokens))
+        content = {} if file is None else read_yaml(file)
+        values = leaf_values(content if of_file is None else of_file(content), leaves, place=str(file))
+        from_file = {key: tokens_of_value(key, leaves[key], value, place=f"{file}: ") for key, value in values.items()}
+        check_required(leaves, given=set(from_file) | keys_of(tokens))
         for key in (key for key, leaf in leaves.items() if leaf.is_settings):
-            tokens = _merged(flag_of(key), from_file.pop(key, [])[1:], tokens)
+            tokens = merged(flag_of(key), from_file.pop(key, [])[1:], tokens)
         _say_what_is_replaced(tokens, from_file, file)
         return _construct(
             config_class, name, description, [t for group in from_file.values() for t in group], tokens, str(file)
@@ -223,8 +199,8 @@ def from_dict(config_class: type[ConfigT], content: Mapping[str, Any], *, place:
     Raises:
         ConfigError: as `parse`; `place` names where the content stands.
     """
-    leaves = _leaves(config_class)
-    return _from_values(config_class, _leaf_values(_plain_text(content), leaves, place=place), leaves, place=place)
+    leaves = leaves_of(config_class)
+    return _from_values(config_class, leaf_values(plain_text(content), leaves, place=place), leaves, place=place)
 
 
 def _say_what_is_replaced(tokens: Sequence[str], from_file: Mapping[str, list[str]], file: Path | None) -> None:
@@ -264,7 +240,7 @@ def take_command(
         tokens = tokens[len(debug) :]
         tokens += debug if tokens else []
     if not tokens or tokens[0] not in (*summaries, "-h", "--help"):
-        near = _nearest(tokens[0], list(summaries)) if tokens else ""
+        near = nearest(tokens[0], list(summaries)) if tokens else ""
         fact = f"no command {tokens[0]!r}. {near}" if tokens else "a command is missing. "
         known = ", ".join(f"{name} {command}" for command in summaries)
         raise ConfigError(f"{fact}Use one of: {known} (each has --help).")
@@ -295,8 +271,8 @@ def deciding(config: Any, *, free: Collection[Mark] = (LAYOUT,)) -> dict[str, An
     Paths are sections and name, such as "optimization.lr"; values as `to_dict` spells them.
     """
     found: dict[str, Any] = {}
-    for leaf in _leaves(type(config)).values():
-        path, value = ".".join(leaf.path), _value_of(config, leaf)
+    for leaf in leaves_of(type(config)).values():
+        path, value = ".".join(leaf.path), value_of(config, leaf)
         if leaf.is_settings:
             found |= {f"{path}.{name}": setting for name, setting in deciding(value, free=free).items()}
         elif leaf.mark not in free:
@@ -313,7 +289,7 @@ def write_yaml(config: Any, path: Path) -> None:
 def is_written_of(config: Any, path: Path) -> bool:
     """Whether a file is one that `write_yaml` wrote of a config of this class, and not somebody's own settings."""
     try:
-        return list(_read_yaml(path)) == list(to_dict(config))
+        return list(read_yaml(path)) == list(to_dict(config))
     except ConfigError:
         return False
 
@@ -324,281 +300,21 @@ def to_flags(config: Any) -> list[str]:
     Values that equal the default are left out; what the child lacks is its own ConfigError.
     """
     flags: list[str] = []
-    for key, leaf in _leaves(type(config)).items():
-        value = _value_of(config, leaf)
+    for key, leaf in leaves_of(type(config)).items():
+        value = value_of(config, leaf)
         if leaf.required or value != leaf.default:
-            flags += _tokens_of_value(key, leaf, _plain_text(value), place="")
+            flags += tokens_of_value(key, leaf, plain_text(value), place="")
     return flags
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Leaf:
-    """One flag: where it lives in the config, and what it takes."""
-
-    path: tuple[str, ...]
-    annotation: Any
-    default: Any
-    mark: Mark | None = None
-    """Its own, or else its section's."""
-    is_settings: bool = False
-    """Holds another command's config: marked SettingsOf."""
-
-    @property
-    def required(self) -> bool:
-        return self.default is dataclasses.MISSING and not self.is_settings
-
-    @property
-    def is_switch(self) -> bool:
-        return self.annotation is bool
-
-    def takes(self, member: type) -> bool:
-        """Whether the annotation is `member` or a union that has it."""
-        if typing.get_origin(self.annotation) in (typing.Union, types.UnionType):
-            return member in typing.get_args(self.annotation)
-        return self.annotation is member
-
-    @property
-    def takes_many(self) -> bool:
-        members = typing.get_args(self.annotation) if self.takes(type(None)) else (self.annotation,)
-        return self.is_settings or any(typing.get_origin(member) in (tuple, list) for member in members)
-
-
-def _leaves(
-    config_class: type[Any],
-    path: tuple[str, ...] = (),
-    default: Any = dataclasses.MISSING,
-    *,
-    mark: Mark | None = None,
-) -> dict[str, _Leaf]:
-    """List every leaf field by its name, sections opened -> {snake_case name: leaf}."""
-    assert dataclasses.is_dataclass(config_class), f"{config_class} is no dataclass"
-    hints = typing.get_type_hints(config_class, include_extras=True)
-    leaves: dict[str, _Leaf] = {}
-    for field in dataclasses.fields(config_class):
-        annotation, marks = hints[field.name], list[Any]()
-        if typing.get_origin(annotation) is Annotated:
-            annotation, *marks = typing.get_args(annotation)
-        own = next((found for found in marks if isinstance(found, Mark)), mark)
-        value = _default_of(field) if default is dataclasses.MISSING else getattr(default, field.name)
-        here = (*path, field.name)
-        is_settings = any(isinstance(mark, SettingsOf) for mark in marks)
-        if dataclasses.is_dataclass(annotation) and not is_settings:
-            assert isinstance(annotation, type)
-            found = _leaves(annotation, here, value, mark=own)
-        else:
-            leaf = _Leaf(path=here, annotation=annotation, default=value, mark=own, is_settings=is_settings)
-            found = {field.name: leaf}
-        for key, leaf in found.items():
-            assert key not in _BUILT_IN, f"{'.'.join(leaf.path)}: --{key} belongs to every tool; choose another name"
-            assert key not in leaves, f"{flag_of(key)} would be both {leaf.path} and {leaves[key].path}; rename one"
-            leaves[key] = leaf
-    return leaves
-
-
-def _value_of(config: Any, leaf: _Leaf) -> Any:
-    for name in leaf.path:
-        config = getattr(config, name)
-    return config
-
-
-def _default_of(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
-
-
-def _with_flags(tokens: list[str], leaves: Mapping[str, _Leaf]) -> list[str]:
-    """Put the flags of positional settings before what is typed without them -> tokens."""
-    flags = [flag_of(key) for key, leaf in leaves.items() if leaf.mark is POSITIONAL]
-    bare = list(itertools.takewhile(lambda token: not token.startswith("-"), tokens))[: len(flags)]
-    return [part for pair in zip(flags, bare, strict=False) for part in pair] + tokens[len(bare) :]
-
-
-def _check_flags(tokens: list[str], leaves: Mapping[str, _Leaf]) -> list[str]:
-    """Refuse flags that do not exist, naming the nearest one that does -> the tokens, in kebab-case."""
-    checked = []
-    for token in tokens:
-        if not token.startswith("--") or token == "--":
-            checked.append(token)
-            continue
-        flag, equals, value = token.partition("=")
-        key = _snake(flag)
-        switch = key.removeprefix("no_") if key not in leaves else key
-        known = key in leaves or key in _BUILT_IN or (switch in leaves and leaves[switch].is_switch)
-        if not known:
-            raise ConfigError(f"unknown flag {flag}. {_nearest(flag, _all_flags(leaves))}Run with --help for the list.")
-        if equals and (key == "debug" or (switch in leaves and leaves[switch].is_switch)):
-            raise ConfigError(f"{token}: {flag} takes no value. Use {flag_of(switch)} or {flag_of('no_' + switch)}.")
-        checked.append(flag_of(key) + equals + value)
-    return checked
-
-
-def _check_required(leaves: Mapping[str, _Leaf], *, given: set[str], within: str = "") -> None:
-    missing = [key for key, leaf in leaves.items() if leaf.required and key not in given]
-    if missing:
-        flags = ", ".join(flag_of(key) for key in missing)
-        verb, pronoun = ("is", "it") if len(missing) == 1 else ("are", "them")
-        raise ConfigError(
-            f"{flags} {verb} missing. Give {pronoun} on the command line or in the --config file{within}."
-        )
-
-
-def config_file(tokens: Sequence[str]) -> Path | None:
-    """Find the one `--config FILE` -> path or None."""
-    files = [token.partition("=")[2] for token in tokens if token.startswith("--config=")]
-    for position, token in enumerate(tokens):
-        if token == "--config":
-            following = tokens[position + 1 : position + 2]
-            if not following or following[0].startswith("--"):
-                raise ConfigError("--config needs a file. Use --config FILE.yaml.")
-            files += following
-    if len(files) > 1:
-        raise ConfigError(f"--config is given {len(files)} times ({', '.join(files)}). Give one file.")
-    return own_or_packaged(Path(files[0])) if files else None
-
-
-class _TextLoader(yaml.BaseLoader):
-    """YAML whose scalars stay as written ("1e-6", "no", "007"): the flag's type reads them. Plain null is None."""
-
-    def construct_scalar(self, node: Any) -> Any:
-        text = super().construct_scalar(node)
-        return None if node.style is None and text in ("null", "Null", "NULL", "None", "~", "") else text
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for position, key in enumerate(keys):
-            if key in keys[:position]:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key!r} is given twice", problem_mark=node.value[position][0].start_mark
-                )
-        return super().construct_mapping(node, deep=deep)
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    """Read a YAML mapping of texts -> dict; empty file, empty dict."""
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_TextLoader)  # noqa: S506 (texts alone)
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{file} does not exist. Give an existing YAML file to --config; in the package are "
-            f"{packaged_examples('configs/*.yaml')}."
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"{file} cannot be read ({error.strerror}). Give a readable YAML file to --config.") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{file} is not UTF-8 text. Give a YAML file to --config.") from None
-    except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
-        raise ConfigError(f"{file}{line}: {error.problem}. Fix the YAML there.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not valid YAML ({str(error).splitlines()[0]}). Fix it.") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file} holds a {type(content).__name__}, not `key: value` lines. Write one setting a line.")
-    return content
-
-
-def _leaf_values(content: Mapping[str, Any], leaves: Mapping[str, _Leaf], *, place: str) -> dict[str, Any]:
-    """Open the sections of a YAML mapping -> {leaf: its text, None, list or mapping}, in its order."""
-    sections = {section for leaf in leaves.values() for section in leaf.path[:-1]}
-    values: dict[str, Any] = {}
-    for section, key, value in _settings(content, sections, leaves, place):
-        if key not in leaves:
-            known = (
-                [*leaves, *sections] if section is None else [k for k, leaf in leaves.items() if section in leaf.path]
-            )
-            where = f" in section {section}" if section else ""
-            raise ConfigError(f"{place}: unknown key {key!r}{where}. {_nearest(key, known)}Remove or rename it.")
-        leaf = leaves[key]
-        if section is not None and section not in leaf.path:
-            home = leaf.path[-2] if len(leaf.path) > 1 else "no section"
-            raise ConfigError(f"{place}: {key!r} stands in section {section}, but belongs to {home}. Move it there.")
-        if key in values:
-            raise ConfigError(f"{place}: {key!r} is given twice, in a section and outside it. Keep one.")
-        values[key] = value
-    return values
-
-
 def _from_values(
-    config_class: type[ConfigT], values: Mapping[str, Any], leaves: Mapping[str, _Leaf], *, place: str
+    config_class: type[ConfigT], values: Mapping[str, Any], leaves: Mapping[str, Leaf], *, place: str
 ) -> ConfigT:
-    _check_required(leaves, given=set(values), within=f", in {place}")
-    tokens = [t for key, value in values.items() for t in _tokens_of_value(key, leaves[key], value, place=f"{place}: ")]
+    check_required(leaves, given=set(values), within=f", in {place}")
+    tokens = [t for key, value in values.items() for t in tokens_of_value(key, leaves[key], value, place=f"{place}: ")]
     for key in (key for key, leaf in leaves.items() if leaf.is_settings and key not in values):
         tokens.append(flag_of(key))
     return _construct(config_class, "", "", tokens, [], place)
-
-
-def _merged(flag: str, before: Sequence[str], tokens: Sequence[str]) -> list[str]:
-    """Gather all values of a flag behind those of the file -> tokens that have the flag once."""
-    values, rest, is_value = list(before), [], False
-    for token in tokens:
-        name, equals, value = token.partition("=")
-        if name == flag:
-            values += [value] if equals else []
-            is_value = not equals
-        elif token.startswith("--"):
-            rest.append(token)
-            is_value = False
-        else:
-            (values if is_value else rest).append(token)
-    return [*rest, flag, *values]
-
-
-def _settings(
-    content: Mapping[str, Any], sections: set[str], leaves: Mapping[str, _Leaf], place: str
-) -> Iterator[tuple[str | None, str, Any]]:
-    """Walk a YAML mapping -> (innermost section or None, key, value) triples."""
-    for name, value in content.items():
-        # A section may hold a setting of its own name, as in `objective: {objective: sppo}`.
-        if name not in sections or (name in leaves and not isinstance(value, dict)):
-            yield None, str(name), value
-        elif isinstance(value, dict):
-            for inner_section, key, inner in _settings(value, sections, leaves, place):
-                yield inner_section or name, key, inner
-        elif value is not None:
-            raise ConfigError(
-                f"{place}: {name} is a section and holds `key: value` lines, not {value!r}. Indent them below it."
-            )
-
-
-def _tokens_of_value(key: str, leaf: _Leaf, value: Any, *, place: str) -> list[str]:
-    """Spell one value (text, None, list or mapping of texts) as the tokens that a user would type."""
-    flag = flag_of(key)
-    if isinstance(value, dict) and leaf.is_settings:
-        return [flag, json.dumps(value)]
-    if isinstance(value, dict):
-        if not leaf.takes_many:
-            raise ConfigError(f"{place}{key!r} takes one value, not a mapping. Write `{key}: VALUE`.")
-        value = [f"{name}={_flow(item)}" for name, item in value.items()]
-    if isinstance(value, list):
-        if not leaf.takes_many or any(isinstance(item, (list, dict)) for item in value):
-            raise ConfigError(
-                f"{place}{key!r} cannot take {value}. Write `{key}: {'[A, B]' if leaf.takes_many else 'VALUE'}`."
-            )
-        return [flag, *("None" if item is None else item for item in value)]
-    if value is None:
-        if leaf.takes(type(None)):
-            return [f"{flag}=None"]
-        raise ConfigError(
-            f"{place}{key!r} is empty, but needs a value. Write `{key}: VALUE` or remove the line for the default."
-        )
-    if leaf.takes(bool) and value.lower() in (*_TRUE, *_FALSE):
-        true = value.lower() in _TRUE
-        return [(flag if true else flag_of("no_" + key)) if leaf.is_switch else f"{flag}={true}"]
-    if leaf.is_switch:
-        raise ConfigError(f"{place}{key!r} is {value!r}; it must be true or false.")
-    return [flag, value] if leaf.takes_many else [f"{flag}={value}"]
-
-
-def _flow(value: Any) -> str:
-    """Spell a mapping's value as YAML's flow style has it, null and numbers within lists as they stood -> text."""
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{name}: {_flow(item)}' for name, item in value.items())}}}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_flow, value))}]"
-    return "null" if value is None else str(value)
 
 
 def _construct(
@@ -683,40 +399,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _plain_text(value: Any) -> Any:
-    """Spell a value as YAML text would arrive: None, a text, or a list or mapping of such."""
-    if isinstance(value, Mapping):
-        return {name: _plain_text(item) for name, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain_text(item) for item in value]
-    return None if value is None else spell(value)
-
-
-def spell(value: Any) -> str:
-    """Spell a setting's value as people type it -> text that reads back as the same: 5e-7, not 5e-07."""
-    return re.sub(r"e([+-])0(\d)$", r"e\1\2", str(value)) if isinstance(value, float) else str(value)
-
-
-def _keys(tokens: Sequence[str]) -> set[str]:
-    return {_snake(token.partition("=")[0]) for token in tokens if token.startswith("--")}
-
-
-def _all_flags(leaves: Mapping[str, _Leaf]) -> list[str]:
-    flags = [flag_of(key) for key in (*leaves, *_BUILT_IN)]
-    return flags + [flag_of("no_" + key) for key, leaf in leaves.items() if leaf.is_switch]
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"Did you mean {close[0]}? " if close else ""
-
-
-def flag_of(name: str) -> str:
-    """Spell a setting's name as the user types it: global_batch_size -> "--global-batch-size"."""
-    return "--" + name.replace("_", "-")
-
-
-def _snake(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")

@@ -1,10 +1,11 @@
 """What a data file of a checkpoint holds, range by range: `NAME.digests` beside `NAME.distcp`, by whom wrote that.
 
-    {"schema_version": 1, "sha256": of the whole file, "bytes": its size, "items": [[offset, length, sha256], ...]}
+    {"schema_version": 2, "bytes": size of the file, "items": [[offset, length, sha256], ...]}
 
 An item is what a reader asks for at once: one tensor's chunk, or one object. Who reads it checks it by itself, without
-reading the rest of the file; the manifest, which has the sha256 of every file, has that of `NAME.digests` too. Where
-there is none (a checkpoint of an earlier version) the file's own sha256 in the manifest must do.
+reading the rest of the file. Items follow each other without gaps and make up the file: the manifest has the sha256 of
+`NAME.digests` in place of the file's own, and who writes a byte hashes it once. Version 1 has the file's sha256 beside.
+Where there are no digests (an import of an earlier version) the file's sha256 in the manifest must do.
 """
 
 import bisect
@@ -25,7 +26,7 @@ from megatron_sppo.storage import read_json_as
 
 SUFFIX = ".digests"
 BLOCK_BYTES = 1 << 20
-"""Hashed for the item, hashed for the file and written while it lies in a core's cache: memory is read once."""
+"""Hashed and written while it lies in a core's cache: memory is read once."""
 
 _Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 _Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -41,10 +42,9 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class FileDigests:
-    """Digests of one data file: of the whole, and of each item in it."""
+    """Digests of all items of one data file."""
 
-    schema_version: Literal[1] = 1
-    sha256: _Sha256
+    schema_version: Literal[1, 2] = 2
     bytes: _Count
     items: tuple[Item, ...]
 
@@ -96,6 +96,29 @@ class FileDigests:
                 "The checkpoint is damaged: use another one."
             )
 
+    def check_file(self, path: Path) -> None:
+        """Read a file once, from end to end, and compare each of its items with what was written.
+
+        Raises:
+            DataError: one differs, or the file is not made of these items.
+        """
+        with open(path, "rb") as file:
+            for offset, length, _ in self._in_order:
+                if offset != file.tell():
+                    break
+                digest = hashlib.sha256()
+                while left := offset + length - file.tell():
+                    block = file.read(min(left, BLOCK_BYTES))
+                    if not block:
+                        break
+                    digest.update(block)
+                self.check(path, offset=offset, length=length, found=digest.hexdigest())
+            if file.tell() != self.bytes or file.read(1):
+                raise DataError(
+                    f"{digests_path(path)} does not list all of {path.name}. The checkpoint is damaged: use another "
+                    "one."
+                )
+
 
 def digests_path(path: Path) -> Path:
     """Name the file beside a data file that holds its digests."""
@@ -115,9 +138,7 @@ class ItemDigests:
     """Digests of a file in the making: told every byte that goes into it, in order, and where each item ends."""
 
     def __init__(self) -> None:
-        self._whole = hashlib.sha256()
-        self._item: Any = None
-        """None in the first item, which is all that there is: its digest is the whole's so far."""
+        self._item = hashlib.sha256()
         self._start = self._position = 0
         self._items: list[Item] = []
 
@@ -128,31 +149,26 @@ class ItemDigests:
 
     def update(self, block: Any) -> None:
         """Take the next bytes; cheapest in blocks of `BLOCK_BYTES` that are written right after."""
-        if self._item is not None:
-            self._item.update(block)
-        self._whole.update(block)
+        self._item.update(block)
         self._position += memoryview(block).nbytes
 
     def end_item(self) -> None:
         """End the item that began where the one before it ended."""
-        digest = (self._item or self._whole).hexdigest()
-        self._items.append(Item(self._start, self._position - self._start, digest))
+        self._items.append(Item(self._start, self._position - self._start, self._item.hexdigest()))
         self._start, self._item = self._position, hashlib.sha256()
 
     def finish(self) -> FileDigests:
         """Return the digests of all that was told."""
         assert self._start == self._position, "the last item did not end"
-        return FileDigests(sha256=self._whole.hexdigest(), bytes=self._position, items=tuple(self._items))
+        return FileDigests(bytes=self._position, items=tuple(self._items))
 
-    def write(self, path: Path) -> FileDigests:
-        """Write the digests beside the data file `path`, on the disk when this returns -> what was written."""
-        digests = self.finish()
+    def write(self, path: Path) -> None:
+        """Write the digests beside the data file `path`, on the disk when this returns."""
         with open(digests_path(path), "w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(digests), file, separators=(",", ":"))
+            json.dump(dataclasses.asdict(self.finish()), file, separators=(",", ":"))
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
-        return digests
 
 
 class DigestingStream(io.RawIOBase):
@@ -186,17 +202,3 @@ class DigestingStream(io.RawIOBase):
         if not self.closed:
             self._digests.end_item()
         super().close()
-
-
-def digested_files(directory: Path) -> dict[str, tuple[str, int]]:
-    """List the data files of a directory that was just written with their digests -> {name: (sha256, bytes)}.
-
-    Raises:
-        DataError: a `.digests` is damaged.
-    """
-    found = {}
-    for beside in sorted(Path(directory).glob(f"*{SUFFIX}")):
-        path = beside.with_suffix(".distcp")
-        digests = read_digests(path)
-        found[path.name] = digests.sha256, digests.bytes
-    return found

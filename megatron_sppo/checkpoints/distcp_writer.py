@@ -6,7 +6,6 @@ alone, so it is made once for each, from memory that is never touched; the value
 
 import dataclasses
 import functools
-import hashlib
 import io
 import itertools
 import math
@@ -59,8 +58,8 @@ def write_distcp(
     objects: Mapping[str, Any],
     progress: Callable[[int], object],
     workers: int | None = None,
-) -> dict[str, tuple[str, int]]:
-    """Write `*.distcp` and `.metadata` -> {file: (sha256, bytes)}; the same bytes by any number of workers.
+) -> None:
+    """Write `*.distcp`, their digests and `.metadata`; the same bytes by any number of workers.
 
     Args:
         directory: an existing directory; the caller makes it appear atomically.
@@ -79,22 +78,19 @@ def write_distcp(
             layout.add(piece)
     with Transfer(workers=workers, progress=progress) as transfer:
         tasks = [
-            lambda name=name, parts=parts: transfer.gather(directory / name, parts)
-            for name, parts in layout.files.items()
+            lambda name=name, items=items: transfer.gather(directory / name, items)
+            for name, items in layout.files.items()
         ]
-        files = dict(zip(layout.files, transfer.run(tasks), strict=True))
+        transfer.run(tasks)
     content = dcp.Metadata(layout.tensors, None, layout.places, dcp.StorageMeta(), _DCP_VERSION)
-    raw = pickle.dumps(content)
-    (directory / METADATA_FILE).write_bytes(raw)
-    files[METADATA_FILE] = hashlib.sha256(raw).hexdigest(), len(raw)
-    return files
+    (directory / METADATA_FILE).write_bytes(pickle.dumps(content))
 
 
 class _Layout:
-    """What will lie where: the parts of each file, and what `.metadata` says of them."""
+    """What will lie where: the items of each file in parts, and what `.metadata` says of them."""
 
     def __init__(self) -> None:
-        self.files: dict[str, list[_Part]] = {}
+        self.files: dict[str, list[list[_Part]]] = {}
         self.tensors: dict[str, Any] = {}
         self.places: dict[Any, Any] = {}
         self._name, self._position = "", 0
@@ -133,7 +129,7 @@ class _Layout:
 
     def _place(self, index: Any, parts: Sequence[_Part], length: int) -> None:
         self.places[index] = filesystem._StorageInfo(self._name, self._position, length)
-        self.files[self._name] += parts
+        self.files[self._name].append(list(parts))
         self._position += length
 
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from megatron_sppo.checkpoints.digests import digests_path, read_digests
 from megatron_sppo.errors import DataError
 from megatron_sppo.storage import contained, read_json, sha256_of_file, write_json
 
@@ -38,7 +39,7 @@ def listed_digests(directory: Path) -> dict[Path, str]:
     A file counts as listed while it has the listed size and was not modified after the manifest, which its writer
     finished last. One that was changed and keeps both is found by the stage that reads it, which checks what it reads.
     Manifests of checkpoints and datasets list `files: {name: {sha256, bytes}}`, those of rollouts
-    `shards: [{file, sha256}]`.
+    `shards: [{file, sha256}]`. The sha256 of a data file that was hashed item by item is that of its digests.
     """
     path = Path(directory, MANIFEST_NAME)
     with contextlib.suppress(DataError, OSError):  # damaged: its files are hashed, as if it were not there
@@ -67,6 +68,21 @@ def _entries(manifest: Any) -> list[tuple[str, str, int | None]]:
         for name, entry in named
         if isinstance(name, str) and isinstance(entry, dict) and isinstance(entry.get("sha256"), str)
     ]
+
+
+def sha256_of_items(path: Path) -> str | None:
+    """Hash a data file by the digests of its items, as its manifest does -> sha256 of those.
+
+    None where it has none, has its own sha256 beside them, or is not what they say.
+    """
+    beside = digests_path(path)
+    if path != beside and beside.is_file():
+        with contextlib.suppress(DataError):
+            digests = read_digests(path)
+            if digests.schema_version > 1:
+                digests.check_file(path)
+                return sha256_of_file(beside)
+    return None
 
 
 def sha256_of_files(paths: Sequence[Path]) -> list[str]:

@@ -9,10 +9,10 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from megatron_sppo.checkpoints.digests import FileDigests, digests_path, read_digests
-from megatron_sppo.checkpoints.megatron_checkpoint import MANIFEST_FILE, check_digest, listed_digests, listed_files
+from megatron_sppo.checkpoints.digests import FileDigests, digests_path
+from megatron_sppo.checkpoints.megatron_checkpoint import MANIFEST_FILE, listed_files, listed_items
 from megatron_sppo.errors import DataError
-from megatron_sppo.storage import contained, sha256_of_file
+from megatron_sppo.storage import contained
 
 
 class Items:
@@ -62,14 +62,7 @@ class Items:
             DataError: they are not what was written.
         """
         if name not in self._digests:
-            beside = digests_path(Path(name)).as_posix()
-            found = None
-            if self._listed is not None and beside in self._listed:
-                expected = listed_digests(self._directory, names=[name, beside])[beside]
-                path = contained(self._directory, beside)
-                check_digest(path, sha256_of_file(path), expected)
-                found = read_digests(contained(self._directory, name))
-            self._digests[name] = found
+            self._digests[name] = listed_items(self._directory, name, self._listed or {})
         return self._digests[name]
 
 

@@ -4,8 +4,9 @@
     ROOT/model.json
     ROOT/iter_0000000/{.metadata, *.distcp, common.pt, metadata.json, model.json, hf/*, manifest.json}
 
-The manifest holds sha256 and size of every other file of its directory and is written last; an iteration directory
-appears by a rename, and the tracker after it. Training shares these functions.
+The manifest holds sha256 and size of every other file of its directory and is written last; the sha256 of a data file
+with digests, which its entry names, is that of the digests. An iteration directory appears by a rename, and the tracker
+after it. Training shares these functions.
 """
 
 import logging
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
-from megatron_sppo.checkpoints.digests import digests_path
+from megatron_sppo.checkpoints.digests import FileDigests, digests_path, read_digests
 from megatron_sppo.checkpoints.distcp import METADATA_FILE, data_files, read_metadata
 from megatron_sppo.checkpoints.file_digests import default_workers
 from megatron_sppo.errors import ConversionError, DataError
@@ -127,18 +128,18 @@ def _tracked(root: Path) -> tuple[Path | None, str]:
     return directory, ""
 
 
-def write_manifest(directory: Path, *, known: Mapping[str, tuple[str, int]] | None = None) -> None:
+def write_manifest(directory: Path) -> None:
     """Write the manifest over all files of an iteration directory; the last file to be written.
 
-    Args:
-        known: {relative name: (sha256, bytes)} of files that were hashed while they were written.
+    A file that was hashed item by item as it was written is not read again: the manifest names its digests.
     """
     files = {}
     for path in sorted(Path(directory).rglob("*")):
-        name = path.relative_to(directory).as_posix()
+        name, beside = path.relative_to(directory).as_posix(), digests_path(path)
         if path.is_file() and name != MANIFEST_FILE:
-            digest, size = (known or {}).get(name) or (sha256_of_file(path), path.stat().st_size)
-            files[name] = {"sha256": digest, "bytes": size}
+            by_items = beside != path and beside.is_file()
+            files[name] = {"sha256": sha256_of_file(beside if by_items else path), "bytes": path.stat().st_size}
+            files[name] |= {"digests": beside.name} if by_items else {}
     write_json(Path(directory, MANIFEST_FILE), {"schema_version": MANIFEST_VERSION, "files": files})
 
 
@@ -148,34 +149,64 @@ def verify_checkpoint(directory: Path, *, names: Sequence[str] | None = None) ->
     Raises:
         DataError: no manifest, or a file that is missing, changed or not in it.
     """
-    expected = listed_digests(directory, names=names)
+    files = listed_files(directory)
+    entries = {name: _sized(directory, name, files) for name in (files if names is None else names)}
+
+    def verify(name: str) -> None:
+        path, digests = contained(directory, name), listed_items(directory, name, files)
+        if digests is None:
+            check_digest(path, sha256_of_file(path), entries[name].get("sha256"))
+        else:
+            digests.check_file(path)
+
     with ThreadPoolExecutor(max_workers=default_workers()) as pool:  # hashing releases the GIL
-        paths = [Path(directory, name) for name in expected]
-        for path, found, wanted in zip(paths, pool.map(sha256_of_file, paths), expected.values(), strict=True):
-            check_digest(path, found, wanted)
+        for _ in pool.map(verify, entries):
+            pass
 
 
-def listed_digests(directory: Path, *, names: Sequence[str] | None = None) -> dict[str, str]:
-    """Check files against the manifest by size alone -> {name: the sha256 that each must have}.
+def listed_items(directory: Path, name: str, files: Mapping[str, Any]) -> FileDigests | None:
+    """Read the digests of a data file's items -> digests, or None where the manifest lists none.
+
+    Args:
+        files: of the manifest (`listed_files`).
+
+    Raises:
+        DataError: they are not what was written, or the data file is missing or of another size.
+    """
+    beside = digests_path(Path(name)).as_posix()
+    if beside == name or beside not in files:
+        return None
+    entry, expected = (_sized(directory, one, files) for one in (name, beside))
+    path, found = contained(directory, beside), sha256_of_file(contained(directory, beside))
+    check_digest(path, found, expected.get("sha256"))
+    if "digests" in entry:
+        check_digest(contained(directory, name), found, entry.get("sha256"))
+    return read_digests(contained(directory, name))
+
+
+def expected_digests(directory: Path, *, names: Sequence[str] | None = None) -> dict[str, str]:
+    """Check files against the manifest by size alone -> {name: the sha256 that it, or its digests, must have}.
 
     Raises:
         DataError: as `verify_checkpoint`, but for a wrong sha256.
     """
-    directory = Path(directory)
-    files, expected = listed_files(directory), {}
-    for name in files if names is None else names:
-        path, entry = contained(directory, name), files.get(name)
-        if not isinstance(entry, dict):
-            raise DataError(f"{path} is not in {MANIFEST_FILE}: it was added or renamed later. Use another checkpoint.")
-        if not path.is_file():
-            raise DataError(f"{path} is missing. The checkpoint is damaged: use another one.")
-        if path.stat().st_size != entry.get("bytes"):
-            raise DataError(
-                f"{path} has {path.stat().st_size} bytes, not {entry.get('bytes')}. "
-                "The checkpoint is damaged: use another one."
-            )
-        expected[name] = str(entry.get("sha256"))
-    return expected
+    files = listed_files(directory)
+    return {name: str(_sized(directory, name, files).get("sha256")) for name in (files if names is None else names)}
+
+
+def _sized(directory: Path, name: str, files: Mapping[str, Any]) -> dict[str, Any]:
+    """Find what a manifest says of a file, which must be there and have the size that it says -> entry."""
+    path, entry = contained(directory, name), files.get(name)
+    if not isinstance(entry, dict):
+        raise DataError(f"{path} is not in {MANIFEST_FILE}: it was added or renamed later. Use another checkpoint.")
+    if not path.is_file():
+        raise DataError(f"{path} is missing. The checkpoint is damaged: use another one.")
+    if path.stat().st_size != entry.get("bytes"):
+        raise DataError(
+            f"{path} has {path.stat().st_size} bytes, not {entry.get('bytes')}. "
+            "The checkpoint is damaged: use another one."
+        )
+    return entry
 
 
 def listed_files(directory: Path) -> dict[str, Any]:
@@ -233,7 +264,7 @@ def check_backend(directory: Path) -> None:
         )
 
 
-def check_digest(path: Path, found: str | None, expected: str) -> None:
+def check_digest(path: Path, found: str | None, expected: str | None) -> None:
     """Compare a file's sha256 with its manifest's.
 
     Raises:

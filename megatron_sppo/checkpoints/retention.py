@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sppo.checkpoints.megatron_checkpoint import (
+    expected_digests,
     iteration_directory,
     iterations,
-    listed_digests,
     tracked_directory,
 )
 from megatron_sppo.errors import DataError
@@ -58,7 +58,7 @@ def keep_last(root: Path, count: int, *, newest: int, needed: Sequence[Path] = (
 
 def _is_whole(directory: Path) -> bool:
     try:
-        listed_digests(directory)
+        expected_digests(directory)
     except DataError:
         return False
     return True

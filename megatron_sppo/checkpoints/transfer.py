@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sppo.checkpoints.digests import ItemDigests
 from megatron_sppo.checkpoints.file_digests import default_workers
 from megatron_sppo.checkpoints.safetensors_file import Span
 from megatron_sppo.errors import ConversionError
@@ -98,20 +99,20 @@ class Transfer:
             raise failure
         return [future.result() for future in futures]
 
-    def gather(self, path: Path, parts: Sequence[bytes | Span | Made]) -> tuple[str, int]:
-        """Write a file from its parts, one after another -> (sha256, bytes)."""
-        digest, size = hashlib.sha256(), 0
-        buffer = bytearray(BLOCK_BYTES)
+    def gather(self, path: Path, items: Sequence[Sequence[bytes | Span | Made]]) -> None:
+        """Write a file of items, each from its parts, one after another; and the items' digests beside it."""
+        digests, buffer = ItemDigests(), bytearray(BLOCK_BYTES)
         with open(path, "wb", buffering=0) as file:
-            for part in parts:
-                for block in self._blocks(part, buffer):
-                    digest.update(block)
-                    write_at(file.fileno(), block, size)
-                    size += len(block)
-                    if not isinstance(part, bytes):
-                        self.advance(len(block))
+            for item in items:
+                for part in item:
+                    for block in self._blocks(part, buffer):
+                        write_at(file.fileno(), block, digests.position)
+                        digests.update(block)
+                        if not isinstance(part, bytes):
+                            self.advance(len(block))
+                digests.end_item()
             os.fsync(file.fileno())  # here, where the other threads go on meanwhile
-        return digest.hexdigest(), size
+        digests.write(path)
 
     def scatter(self, source: Path, moves: Sequence[Move], *, hashed: Sequence[tuple[int, int]] | None) -> list[str]:
         """Send bytes of one file to their places -> sha256 of each of the `hashed` ranges.

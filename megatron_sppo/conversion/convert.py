@@ -127,7 +127,7 @@ def import_checkpoint(
         begin = time.monotonic()
         with atomic_directory(target, replaces=MANIFEST_FILE) as directory, _bar(total, "import") as bar:
             states = _extra_states(architecture)
-            written = write_distcp(directory, pieces, objects=states, progress=bar.update, workers=workers)
+            write_distcp(directory, pieces, objects=states, progress=bar.update, workers=workers)
             torch.save(_COMMON_STATE, directory / COMMON_FILE)
             (directory / "metadata.json").write_text(json.dumps(_METADATA_JSON))
             write_architecture(architecture, directory, tokenizer=_tokenizer_record(hf, tokenizer))
@@ -135,7 +135,7 @@ def import_checkpoint(
             copy_side_files(hf, directory / HF_DIRECTORY)
             if not left_out:
                 write_json(directory / HF_DIRECTORY / LAYOUT_FILE, source.layout())
-            write_manifest(directory, known=written)
+            write_manifest(directory)
         publish(megatron, IMPORT_ITERATION)
     logger.info(
         "imported %s to %s: %s parameters, %s", hf, target, f"{architecture.num_parameters():,}", _speed(total, begin)

@@ -24,13 +24,12 @@ if TYPE_CHECKING:
 def dimension(architecture: Architecture, name: str) -> int:
     """Return the size of a named dimension.
 
-    "hidden", "ffn", "gate_up" (two "ffn"), "query" (all heads), "key" (all key/value heads), "head", "vocab",
+    "hidden", "ffn", "query" (all heads), "key" (all key/value heads), "head", "vocab",
     "experts", "expert_ffn" (one).
     """
     return {
         "hidden": architecture.hidden_size,
         "ffn": architecture.ffn_hidden_size,
-        "gate_up": 2 * architecture.ffn_hidden_size,
         "query": architecture.query_channels,
         "key": architecture.key_channels,
         "head": architecture.kv_channels,
@@ -92,22 +91,30 @@ class TensorMapping:
         """The Megatron tensor's rows, in its order; together all rows of all parts. Here: one part after the other."""
         return [Run(part, 0, shape[0]) for part, shape in enumerate(self.part_shapes(architecture))]
 
+    def read_apart(self, architecture: Architecture) -> list[list[Run]]:
+        """The runs in groups, one for each part that Megatron-Core's checkpoints describe by itself. Here: one group.
+
+        The ranks that share a load read such parts, and may not be the same ranks.
+        """
+        return [self.runs(architecture)]
+
     def megatron_shape(self, architecture: Architecture) -> Shape:
         """Shape of the Megatron tensor, without the axes of layers and experts."""
         shapes = self.part_shapes(architecture)
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
-    def to_megatron(self, tensors: Sequence[Tensor], architecture: Architecture) -> Tensor:
-        """Make the Megatron tensor of the parts -> [*megatron_shape]."""
-        return _joined([tensors[part][start : start + rows] for part, start, rows in self.runs(architecture)])
-
     def to_hf(self, tensor: Tensor, architecture: Architecture) -> tuple[Tensor, ...]:
-        """Undo `to_megatron` -> tensors of `part_shapes`."""
+        """Divide the Megatron tensor among its parts: undo `to_megatron` -> tensors of `part_shapes`."""
         runs = self.runs(architecture)
         starts = itertools.accumulate((run.rows for run in runs), initial=0)
         placed = sorted(zip(runs, starts, strict=False))
         parts = itertools.groupby(placed, key=lambda pair: pair[0].part)
         return tuple(_joined([tensor[start : start + run.rows] for run, start in part]) for _, part in parts)
+
+
+def to_megatron(tensors: Mapping[int, Tensor], runs: Sequence[Run]) -> Tensor:
+    """Join runs of rows of a mapping's parts, {part: tensor}: with all runs, the Megatron tensor -> [rows, ...]."""
+    return _joined([tensors[part][start : start + rows] for part, start, rows in runs])
 
 
 def _joined(pieces: Sequence[Tensor]) -> Tensor:
@@ -190,6 +197,24 @@ class GateUp(TensorMapping):
 
     def part_shapes(self, architecture: Architecture) -> tuple[Shape, ...]:
         return ((dimension(architecture, self.width), architecture.hidden_size),) * 2
+
+    def read_apart(self, architecture: Architecture) -> list[list[Run]]:
+        return [[run] for run in self.runs(architecture)]
+
+
+@dataclass(frozen=True)
+class PackedGateUp(GateUp):
+    """The same where Hugging Face has one tensor too, of the same rows."""
+
+    def parts(self) -> tuple[str, ...]:
+        return (self.hf,)
+
+    def part_shapes(self, architecture: Architecture) -> tuple[Shape, ...]:
+        return ((2 * dimension(architecture, self.width), architecture.hidden_size),)
+
+    def runs(self, architecture: Architecture) -> list[Run]:
+        rows = dimension(architecture, self.width)
+        return [Run(0, 0, rows), Run(0, rows, rows)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from megatron_sppo.checkpoints.megatron_checkpoint import (
     MANIFEST_FILE,
     check_backend,
     check_copy,
-    listed_digests,
+    expected_digests,
     resolve_checkpoint,
     verify_checkpoint,
 )
@@ -136,7 +136,7 @@ def open_megatron(
     files = reader.files([*megatron_shapes(bindings, architecture), *(one.megatron_name for one in bindings)])
     unchecked: dict[str, str] = {}
     if has_manifest:
-        unchecked = listed_digests(directory, names=items.without_digests(files))
+        unchecked = expected_digests(directory, names=items.without_digests(files))
     if unchecked and not leave_unchecked:
         verify_checkpoint(directory, names=list(unchecked))
         unchecked = {}

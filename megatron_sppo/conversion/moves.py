@@ -10,7 +10,7 @@ from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.distcp_writer import Piece
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
 from megatron_sppo.checkpoints.hf_writer import Computed, Moved, Rows
-from megatron_sppo.conversion.mapping import Binding, megatron_shapes
+from megatron_sppo.conversion.mapping import Binding, Run, megatron_shapes, to_megatron
 from megatron_sppo.conversion.megatron_model import OpenedMegatron
 from megatron_sppo.errors import ConversionError
 
@@ -18,7 +18,7 @@ from megatron_sppo.errors import ConversionError
 def import_pieces(
     source: HFCheckpoint, bindings: Sequence[Binding], architecture: Architecture, cast: torch.dtype | None
 ) -> list[Piece]:
-    """Describe an import -> one piece per Megatron tensor and layer; nothing is read yet.
+    """Describe an import -> a piece for each part that is read apart of a Megatron tensor; nothing is read yet.
 
     Raises:
         ConversionError: layers of one Megatron tensor are of several types, and no cast makes them one.
@@ -38,26 +38,27 @@ def import_pieces(
                 )
         shape = mapping.megatron_shape(architecture)
         moves = all(cast in (None, kind) for kind in found)
-        runs = mapping.runs(architecture) if moves else ()
-        pieces.append(
-            Piece(
-                key=mapping.key,
-                offsets=(*index, *(0,) * len(shape)),
-                sizes=(*(1,) * len(index), *shape),
-                global_shape=shapes[mapping.key],
-                dtype=cast or dtype,
-                values=tuple(source.entries[names[part]].rows(start, rows) for part, start, rows in runs)
-                or functools.partial(_megatron_tensor, source, binding, architecture, cast),
+        first_row = 0
+        for runs in mapping.read_apart(architecture):
+            num_rows = sum(run.rows for run in runs)
+            pieces.append(
+                Piece(
+                    key=mapping.key,
+                    offsets=(*index, first_row, *(0,) * (len(shape) - 1)),
+                    sizes=(*(1,) * len(index), num_rows, *shape[1:]),
+                    global_shape=shapes[mapping.key],
+                    dtype=cast or dtype,
+                    values=tuple(source.entries[names[part]].rows(start, rows) for part, start, rows in runs)
+                    if moves
+                    else functools.partial(_megatron_rows, source, names, runs, cast or dtype),
+                )
             )
-        )
+            first_row += num_rows
     return pieces
 
 
-def _megatron_tensor(
-    source: HFCheckpoint, binding: Binding, architecture: Architecture, cast: torch.dtype | None
-) -> Tensor:
-    tensor = binding.mapping.to_megatron([source.read(name) for name in binding.hf_shapes], architecture)
-    return tensor.to(cast or tensor.dtype)
+def _megatron_rows(source: HFCheckpoint, names: Sequence[str], runs: Sequence[Run], dtype: torch.dtype) -> Tensor:
+    return to_megatron({part: source.read(names[part]) for part in sorted({run.part for run in runs})}, runs).to(dtype)
 
 
 def export_tensors(opened: OpenedMegatron, cast: torch.dtype | None) -> Iterator[Moved | Computed]:

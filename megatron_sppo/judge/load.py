@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.protocol import Judge
+from megatron_sppo.rollout.conversations import ANSWER_COLUMNS
 
 SPEC_FORMS = (
     "pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, gpm:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval, verifiable:math, "
     "python:FILE:FUNCTION, matrices:FILE, rules:concise or rules:cyclic"
 )
+
+NEEDED_COLUMNS = {
+    "verifiable:ifeval": frozenset({"instruction_id_list"}),
+    "verifiable:math": frozenset(ANSWER_COLUMNS),
+}
+"""Of a prompt, one of these, by judge: without it no answer to it can be checked."""
 
 READS = {"paper": "message", "official": "template"}
 """What a judge that was trained on plain messages reads of a prompt, by --preset."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -75,6 +76,11 @@ class ModelConfig:
         dtype: torch.dtype = getattr(torch, self.params_dtype)
         return dtype
 
+    @property
+    def type_bytes(self) -> int:
+        """Bytes of a value of `params_dtype`."""
+        return {"float32": 4, "bfloat16": 2}[self.params_dtype]
+
 
 def token_multiple(config: ModelConfig, *, tensor_model_parallel_size: int, sequence_parallel: bool) -> int:
     """Say what the tokens of a micro-batch must be a multiple of -> int.
@@ -144,3 +150,13 @@ def _fp8_remedy(config: ModelConfig, architecture: Architecture, tensor: int) ->
     if multiple > 16 and _unfit_size(architecture, 16, tensor, tensor) is None:
         return "Use --fp8-recipe tensorwise."
     return "Use --fp8 none."
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
+    """Round the vocabulary up to what every tensor-parallel size in use divides -> rows of the embedding.
+
+    A multiple of 128 suits the matrix units and is the same for every power of two up to 128, so that checkpoints of
+    one layout resume in another. Padded rows never enter a softmax.
+    """
+    multiple = math.lcm(128, tensor_model_parallel_size)
+    return -(-vocab_size // multiple) * multiple

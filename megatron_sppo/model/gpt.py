@@ -1,6 +1,5 @@
 """The policy: Megatron-Core's GPTModel whose last stage returns log-probabilities instead of logits."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_sppo.architecture import Architecture
-from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.model.config import ModelConfig, padded_vocab_size
 from megatron_sppo.model.layer_spec import layer_spec
 from megatron_sppo.model.router_losses import (
     PackedDocuments,
@@ -119,16 +118,6 @@ def _main_grad(weight: Tensor) -> _MainGrad | None:
     main_grad = getattr(weight, "main_grad", None)
     wrapped = hasattr(weight, "grad_added_to_main_grad") and main_grad is not None and main_grad.dtype == torch.float32
     return _MainGrad(weight) if wrapped else None
-
-
-def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
-    """Round the vocabulary up to what every tensor-parallel size in use divides -> rows of the embedding.
-
-    A multiple of 128 suits the matrix units and is the same for every power of two up to 128, so that checkpoints of
-    one layout resume in another. Padded rows never enter a softmax.
-    """
-    multiple = math.lcm(128, tensor_model_parallel_size)
-    return -(-vocab_size // multiple) * multiple
 
 
 def build_stage(

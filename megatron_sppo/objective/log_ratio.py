@@ -35,6 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_sppo.objective.chunk_size import NUM_BUFFERS, default_chunk_size
 from megatron_sppo.objective.log_ratio_passes import TorchPasses, slices, softcap_slope
 
 if TYPE_CHECKING:
@@ -43,13 +44,6 @@ if TYPE_CHECKING:
     Passes = TorchPasses | KernelPasses
 
 logger = logging.getLogger(__name__)
-
-_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 704 << 20}
-"""Logits of one chunk, in the weight's dtype. Larger on a GPU: what is kept need not be multiplied again."""
-
-NUM_BUFFERS = {"cpu": 8, "cuda": 2}
-"""Blocks that a chunk's logits are divided into. Few on a GPU: each is one more trip through the sum of grad_hidden."""
-
 
 _DRIVER = "libcuda.so.1"
 """Every process that uses a real GPU has it loaded."""
@@ -141,15 +135,6 @@ def linear_log_probs(
 def _keeps_logits_in_gradient(weight: Tensor, weight_gradient: WeightGradient | None) -> bool:
     """Say whether autograd's gradient of the weight is made in forward, so that its memory keeps logits until then."""
     return torch.is_grad_enabled() and weight.requires_grad and weight_gradient is None and weight.device.type != "cpu"
-
-
-def default_chunk_size(num_rows: int, element_size: int, *, device_type: str) -> int:
-    """Choose tokens per chunk whose logits over `num_rows` columns fit the budget -> at least 16.
-
-    A power of two on a CPU, a multiple of 16 elsewhere.
-    """
-    fitting = _CHUNK_BYTES.get(device_type, _CHUNK_BYTES["cuda"]) // (element_size * num_rows)
-    return max(16, 1 << max(fitting, 1).bit_length() - 1 if device_type == "cpu" else fitting // 16 * 16)
 
 
 def sequence_sums(log_prob: Tensor, sequence_index: Tensor, num_sequences: int) -> Tensor:

@@ -94,7 +94,7 @@ def activations(
         head=architecture.kv_channels,
         heads=architecture.num_attention_heads // tensor,
         width=width // (parallel.expert_tensor_parallel_size if architecture.num_moe_experts else tensor),
-        type_bytes=model.dtype.itemsize,
+        type_bytes=model.type_bytes,
     )
     items = _engine_layer if engine else _torch_layer
     whole = items(architecture, model, grid, shape, sizes, recompute=False)

@@ -56,7 +56,7 @@ def step_traffic(
         "expert": _expert(architecture, model, grid, tokens_per_rank),
         "pipeline": _pipeline(architecture, model, grid, tokens_per_rank),
         "gradients": _data(architecture, grid, FLOAT32 * (1 if parallel.use_distributed_optimizer else 2)),
-        "weights": _data(architecture, grid, model.dtype.itemsize) if parallel.use_distributed_optimizer else 0.0,
+        "weights": _data(architecture, grid, model.type_bytes) if parallel.use_distributed_optimizer else 0.0,
     }
     overlapped = any(pair.replace(" ", "").lower() == "overlap_grad_reduce=true" for pair in parallel.ddp_config)
     lines = []
@@ -82,7 +82,7 @@ def _tensor(architecture: Architecture, model: ModelConfig, grid: Grid, tokens: 
     size = grid.parallel.tensor_model_parallel_size
     if size == 1:
         return 0.0
-    unit = tokens * architecture.hidden_size * model.dtype.itemsize * (size - 1) / size
+    unit = tokens * architecture.hidden_size * model.type_bytes * (size - 1) / size
     backward = 6 if grid.parallel.sequence_parallel else 4
     return grid.most_layers(architecture.num_layers) * unit * (4 * _passes(model) + backward)
 
@@ -93,7 +93,7 @@ def _pipeline(architecture: Architecture, model: ModelConfig, grid: Grid, tokens
     if parallel.pipeline_model_parallel_size == 1:
         return 0.0
     split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return 2 * grid.num_chunks * tokens / split * architecture.hidden_size * model.dtype.itemsize
+    return 2 * grid.num_chunks * tokens / split * architecture.hidden_size * model.type_bytes
 
 
 def _context(architecture: Architecture, model: ModelConfig, grid: Grid, tokens: float) -> float:
@@ -103,7 +103,7 @@ def _context(architecture: Architecture, model: ModelConfig, grid: Grid, tokens:
     if size == 1:
         return 0.0
     keys = 2 * architecture.key_channels // parallel.tensor_model_parallel_size
-    once = tokens * (size - 1) * keys * model.dtype.itemsize
+    once = tokens * (size - 1) * keys * model.type_bytes
     return grid.most_layers(architecture.num_layers) * once * (_passes(model) + 2)
 
 
@@ -114,7 +114,7 @@ def _expert(architecture: Architecture, model: ModelConfig, grid: Grid, tokens: 
     if size == 1:
         return 0.0
     split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    once = tokens / split * (architecture.moe_router_topk or 0) * architecture.hidden_size * model.dtype.itemsize
+    once = tokens / split * (architecture.moe_router_topk or 0) * architecture.hidden_size * model.type_bytes
     return grid.most_layers(architecture.num_layers) * 2 * once * (size - 1) / size * (_passes(model) + 1)
 
 

@@ -64,7 +64,7 @@ def file_traffic(
     architecture: Architecture, config: PlanConfig, grid: Grid, *, num_steps: int, step_seconds: float
 ) -> FileTraffic:
     """Count an iteration's traffic with the file system, and a run's disk -> FileTraffic."""
-    narrow = config.model.dtype.itemsize
+    narrow = config.model.type_bytes
     moments = 1 if config.optimization.optimizer == "rmsprop" else 2
     state = (moments + (narrow < _FLOAT32)) * _FLOAT32
     parameters, busiest = architecture.num_parameters(), rank_elements(architecture, grid)

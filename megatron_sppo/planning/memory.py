@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from megatron_sppo.architecture import Architecture
-from megatron_sppo.model.config import ModelConfig
-from megatron_sppo.model.gpt import padded_vocab_size
-from megatron_sppo.objective.log_ratio import NUM_BUFFERS, default_chunk_size
+from megatron_sppo.model.config import ModelConfig, padded_vocab_size
+from megatron_sppo.objective.chunk_size import NUM_BUFFERS, default_chunk_size
 from megatron_sppo.planning.activations import FLOAT32, Activations, MicroBatchShape, activations
 from megatron_sppo.planning.config import MachineConfig
 from megatron_sppo.planning.parameters import Grid, Shard, buffer_elements, count, stage_shards
@@ -104,7 +103,7 @@ def stage_memory(
     return StageMemory(
         stage=stage,
         num_parameters=count(shards),
-        weights=sum(elements.values()) * model.dtype.itemsize,
+        weights=sum(elements.values()) * model.type_bytes,
         gradients=sum(elements.values()) * FLOAT32,
         optimizer=_optimizer(elements, model, grid, optimizer),
         fp8_weights=fp8,
@@ -116,7 +115,7 @@ def stage_memory(
 
 def _optimizer(elements: dict[bool, int], model: ModelConfig, grid: Grid, name: str) -> int:
     """Adam's two float32 moments or RMSprop's one, and a float32 copy of narrower weights -> bytes of a rank."""
-    each = ((1 if name == "rmsprop" else 2) + (model.dtype.itemsize < FLOAT32)) * FLOAT32
+    each = ((1 if name == "rmsprop" else 2) + (model.type_bytes < FLOAT32)) * FLOAT32
     if not grid.parallel.use_distributed_optimizer:
         return sum(elements.values()) * each
     return elements[False] // grid.optimizer_ranks * each + elements[True] // grid.expert_optimizer_ranks * each
@@ -143,8 +142,8 @@ def _pipeline_buffers(
     if parallel.pipeline_model_parallel_size == 1 or engine:
         return 0
     tokens = shape.num_tokens // (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
-    tensor = tokens * architecture.hidden_size * model.dtype.itemsize
-    came_in = stage > 0 and model.dtype.itemsize < FLOAT32
+    tensor = tokens * architecture.hidden_size * model.type_bytes
+    came_in = stage > 0 and model.type_bytes < FLOAT32
     went_out = stage < parallel.pipeline_model_parallel_size - 1
     return tensor * (came_in + went_out)
 
@@ -161,7 +160,7 @@ def _working(
     engine: bool,
 ) -> int:
     """Find the costliest moment of a backward pass, beyond what is kept -> bytes: a layer's, or the head's."""
-    layer = max(shard.numel for shard in shards if shard.name in _MATRICES) * model.dtype.itemsize
+    layer = max(shard.numel for shard in shards if shard.name in _MATRICES) * model.type_bytes
     layer += kept.recomputed + kept.working
     if not is_last:
         return layer
@@ -177,7 +176,7 @@ def head_workspace(
     Beside the gradient of the hidden states: first the ring of logits that forward left and the products of a block,
     then, the ring gone, the placeholder that autograd is given for the weight's gradient.
     """
-    tensor, narrow = grid.parallel.tensor_model_parallel_size, model.dtype.itemsize
+    tensor, narrow = grid.parallel.tensor_model_parallel_size, model.type_bytes
     rows = padded_vocab_size(architecture.vocab_size, tensor) // tensor
     tokens, hidden = shape.num_response_tokens, architecture.hidden_size
     chunk = model.head_chunk_size or default_chunk_size(rows, narrow, device_type="cuda" if engine else "cpu")

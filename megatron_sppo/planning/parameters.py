@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_sppo.architecture import Architecture
-from megatron_sppo.model.gpt import padded_vocab_size
+from megatron_sppo.model.config import padded_vocab_size
 from megatron_sppo.training.config import ParallelConfig
 
 _START_MULTIPLE = 64

@@ -14,7 +14,7 @@ from megatron_sppo.planning.files import FileTraffic, file_traffic
 from megatron_sppo.planning.memory import StageMemory, stage_memory
 from megatron_sppo.planning.parameters import Grid
 from megatron_sppo.planning.timing import StepTime, stage_seconds, step_time, workload
-from megatron_sppo.training.parallel import check_layout
+from megatron_sppo.training.layout import check_layout
 
 _BUBBLE_WORTH_A_WORD = 0.2
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sppo.checkpoints.pretrained import load_pretrained
-from megatron_sppo.errors import DataError
+from megatron_sppo.errors import ConversionError, DataError
 
 # N = probes, S = tokens of the longest, V = vocabulary
 
@@ -83,6 +83,8 @@ def compute_probes(model_dir: Path, *, most_tokens: int = MOST_TOKENS) -> Probes
     try:
         # transformers' default attention leaves soft caps out in silence (5.19, sdpa_attention.py).
         model = load_pretrained(AutoModelForCausalLM, model_dir, dtype="auto", attn_implementation="eager").eval()
+    except ConversionError:
+        raise
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sppo.checkpoints.file_digests import MANIFEST_NAME, listed_digests, sha256_of_files
+from megatron_sppo.checkpoints.file_digests import MANIFEST_NAME, listed_digests, sha256_of_files, sha256_of_items
 from megatron_sppo.errors import DataError
 from megatron_sppo.storage import read_json, sha256_of_json, write_json
 
@@ -61,6 +61,7 @@ class FileHashes:
         """Find each file's sha256: as it was noted, as its writer listed it, or from its bytes -> {file: sha256}."""
         marks = {file: _mark(file) for file in files}
         digests = {file: digest for file in files if (digest := self._noted(file, marks[file]) or listed.get(file))}
+        digests |= {file: digest for file in files if file not in digests and (digest := sha256_of_items(file))}
         unknown = [file for file in files if file not in digests]
         digests |= zip(unknown, sha256_of_files(unknown), strict=True)
         for file in files:

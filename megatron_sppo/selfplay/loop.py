@@ -30,7 +30,7 @@ from megatron_sppo.selfplay.commands import (
 )
 from megatron_sppo.selfplay.config import SelfPlayConfig
 from megatron_sppo.selfplay.process import interruptible
-from megatron_sppo.selfplay.prompt_parts import divide_prompts, hash_of_prompts, write_prompts
+from megatron_sppo.selfplay.prompt_parts import divide_prompts, hash_of_prompts, refuse_uncheckable, write_prompts
 from megatron_sppo.selfplay.retention import retire_iterations
 from megatron_sppo.selfplay.stages import STATE_NAME, Stage, StageMachine, read_state
 from megatron_sppo.storage import locked, refuse_foreign
@@ -69,8 +69,10 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
     refuse_foreign(paths.run_dir, ours=(STATE_NAME,), inputs=inputs, flag="--output")
     if read_state(paths.run_dir) is None:
         # What would stop a later stage is found before a new run writes or computes anything.
-        divide_prompts(config.run, config.evaluation, keep_columns=config.rollout.rollout_options.keep_columns)
+        parts = divide_prompts(config.run, config.evaluation, keep_columns=config.rollout.rollout_options.keep_columns)
         check_stages(config)
+        for prompts in (*parts.iterations, parts.heldout):
+            refuse_uncheckable(config, prompts)
     with locked(paths.run_dir, flag="--output"), interruptible():
         grace_seconds = config.training.run.grace_seconds or default_grace_seconds()
         machine = StageMachine(paths.run_dir, grace_seconds=grace_seconds)

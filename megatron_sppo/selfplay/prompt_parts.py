@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.judge.load import NEEDED_COLUMNS
 from megatron_sppo.rollout.hub import hub_fingerprint, is_hub_name
 from megatron_sppo.rollout.prompts import Prompt, PromptSet, make_prompt, read_prompts
-from megatron_sppo.selfplay.config import EvaluationConfig, RunConfig
-from megatron_sppo.storage import atomic_file, sha256_of_json
+from megatron_sppo.selfplay.config import EvaluationConfig, RunConfig, SelfPlayConfig
+from megatron_sppo.storage import atomic_file, packaged_examples, sha256_of_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,22 @@ def hash_of_prompts(run: RunConfig, hash_of: Callable[[Path], str]) -> str:
         hub_fingerprint(path, split=run.train_split) if is_hub_name(path) else hash_of(path) for path in run.prompts
     ]
     return hashes[0] if len(hashes) == 1 else sha256_of_json(hashes)
+
+
+def refuse_uncheckable(config: SelfPlayConfig, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts none of which has what a judge checks answers against: all of them would be set aside.
+
+    Raises:
+        ConfigError: names the judge and its columns.
+    """
+    for judge in (config.scoring.judge, config.eval_judge):
+        needed = NEEDED_COLUMNS.get(judge)
+        if needed and prompts and not any(needed.intersection(prompt.columns or ()) for prompt in prompts):
+            raise ConfigError(
+                f"--judge {judge} checks answers by {' or '.join(sorted(needed))}, which no prompt of "
+                f"{', '.join(map(str, config.run.prompts))} has in its row. Use prompts that carry it, such as "
+                f"{packaged_examples('data/instructions.jsonl')} for verifiable:ifeval, or another --judge."
+            )
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:

@@ -6,7 +6,6 @@ Megatron-Core (0.16.1, 0.19.2) asks for "cuda" by name in a few modules. Each re
 
 import contextlib
 import importlib
-import queue
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -69,7 +68,6 @@ def install() -> None:
             module: Any = importlib.import_module(name)
             module.torch = _TorchOnCpu()
     _route_without_transformer_engine()
-    _save_checkpoints_without_a_manager_process()
     _load_checkpoints_into_memory()
     _call_cpu_tensors_cuda_inside_the_optimizer()
 
@@ -103,24 +101,11 @@ def _route_without_transformer_engine() -> None:
         moe.te_general_gemm = None
 
 
-def _save_checkpoints_without_a_manager_process() -> None:
-    """A synchronous save starts a multiprocessing Manager that imports `__main__` again; a plain queue does."""
-    strategies = "megatron.core.dist_checkpointing.strategies"
-    for module in (importlib.import_module(f"{strategies}.{name}") for name in ("filesystem_async", "torch")):
-        for name in ("_get_write_results_queue", "get_write_results_queue"):
-            if hasattr(module, name):
-                setattr(module, name, _plain_queue)
-
-
 def _load_checkpoints_into_memory() -> None:
     """A parallel load makes room on "cuda" for what other ranks read (dist_checkpointing/mapping.py)."""
     sharded: Any = importlib.import_module("megatron.core.dist_checkpointing.mapping").ShardedTensor
     original: Callable[..., None] = sharded.init_data
     sharded.init_data = lambda self, _device, *arguments, **settings: original(self, "cpu", *arguments, **settings)
-
-
-def _plain_queue(*_: Any, **__: Any) -> "queue.Queue[Any]":
-    return queue.Queue()
 
 
 def _call_cpu_tensors_cuda_inside_the_optimizer() -> None:

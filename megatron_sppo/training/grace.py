@@ -16,6 +16,8 @@ from megatron_sppo.training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 
+PROBE_NAME = "probe"
+"""Of the file that is written to learn how fast the disk is, while it is there under a temporary name."""
 _PROBE_BYTES = 64 << 20
 
 
@@ -108,7 +110,7 @@ def checkpoint_bytes(policy: Policy, optimization: OptimizationConfig) -> int:
 
 def _write_seconds(directory: Path, num_bytes: int) -> float:
     """Write as many bytes beside the checkpoints, down to the disk, and remove them -> seconds."""
-    path = temporary_beside(directory / "probe")
+    path = temporary_beside(directory / PROBE_NAME)
     block = os.urandom(min(num_bytes, 1 << 20))
     begin = time.monotonic()
     try:

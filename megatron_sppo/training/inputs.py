@@ -19,11 +19,12 @@ from megatron_sppo.errors import ConfigError, ConversionError, DataError
 from megatron_sppo.flops import crossover_length
 from megatron_sppo.model.config import check_divisibility
 from megatron_sppo.model.transformer_engine import check_machine
-from megatron_sppo.storage import lock_until_exit, refuse_foreign
+from megatron_sppo.storage import lock_until_exit, refuse_foreign, remove_stale_temporaries
 from megatron_sppo.tracking.run import TrackedRun, start
-from megatron_sppo.training import parallel
+from megatron_sppo.training import grace, parallel
 from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import TrainingConfig
+from megatron_sppo.training.layout import check_layout
 from megatron_sppo.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ def _refuse_layout(config: TrainingConfig) -> None:
 
 def _check_layout(config: TrainingConfig, architecture: Architecture) -> None:
     world_size = launch().world_size
-    parallel.check_layout(config.parallel, architecture, world_size=world_size)
+    check_layout(config.parallel, architecture, world_size=world_size)
     check_divisibility(
         config.model,
         architecture,
@@ -209,12 +210,14 @@ def _verify(checkpoint: Path, *, weights_only: bool) -> None:
     """
     small, data = megatron_checkpoint.sorted_files(checkpoint, weights_only=weights_only)
     megatron_checkpoint.verify_checkpoint(checkpoint, names=small)
-    megatron_checkpoint.listed_digests(checkpoint, names=data)
+    megatron_checkpoint.expected_digests(checkpoint, names=data)
     distcp.check_common(checkpoint)
 
 
 def prepare_save_directory(config: TrainingConfig) -> None:
     """Take `--save` for this run alone and write the resolved config into it: a disk that refuses says so now.
+
+    What a run that was killed has left there under other names goes first.
 
     Raises:
         ConfigError: it holds something else, or another run is writing there.
@@ -232,6 +235,8 @@ def prepare_save_directory(config: TrainingConfig) -> None:
                 "directory with --save."
             )
         lock_until_exit(config.save, flag="--save")
+        aside = {path.name[1:].partition(".")[0] for path in config.save.glob(f".{iterations}.old-*")}
+        remove_stale_temporaries(*(config.save / name for name in {*aside, grace.PROBE_NAME}))
         write_yaml(config, resolved)
 
 

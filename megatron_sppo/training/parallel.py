@@ -1,11 +1,13 @@
 """Process groups: which rank holds what. The only reader in training of `parallel_state`."""
 
+import contextlib
 import datetime
 import functools
 import itertools
 import logging
 import pickle
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +16,6 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from megatron_sppo.architecture import Architecture
 from megatron_sppo.command_line import launch
 from megatron_sppo.errors import ConfigError, ConversionError, DataError
 from megatron_sppo.training import cpu
@@ -24,107 +25,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_BEAT_SECONDS = 5.0
 _uses = itertools.count()
 """Numbers what this process says by the launcher's store; every rank says the same things in the same order."""
-
-
-def check_layout(config: ParallelConfig, architecture: Architecture, *, world_size: int) -> None:
-    """Refuse a layout that does not divide the model or the world, before any process group exists.
-
-    Raises:
-        ConfigError: names both numbers and a size that fits.
-    """
-    tensor, pipeline = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
-    counts = _split_counts(config, architecture)
-    for what, count in counts.items():
-        if count % tensor:
-            fitting = _divisors(counts)
-            raise ConfigError(
-                f"tensor_model_parallel_size ({tensor}) does not divide the model's {count} {what}. "
-                f"Use --tensor-model-parallel-size with one of {fitting}."
-            )
-    _check_stages(config, architecture.num_layers)
-    if world_size % config.model_parallel_size:
-        raise ConfigError(
-            f"{world_size} ranks cannot be divided into model replicas of {config.model_parallel_size} "
-            f"(TP {tensor} x PP {pipeline} x CP {config.context_parallel_size}). "
-            f"Use torchrun --nproc-per-node {config.model_parallel_size} or a multiple of it."
-        )
-    _check_experts(config, architecture, world_size=world_size)
-
-
-def _check_stages(config: ParallelConfig, num_layers: int) -> None:
-    stages, chunks = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size or 1
-    ends = (config.decoder_first_pipeline_num_layers, config.decoder_last_pipeline_num_layers)
-    given = [layers for layers in ends if layers is not None]
-    between, rest = stages - len(given), num_layers - sum(given)
-    if not given:
-        if num_layers % (stages * chunks):
-            fitting = [size for size in range(1, num_layers + 1) if num_layers % size == 0]
-            raise ConfigError(
-                f"{num_layers} layers cannot be divided evenly into {stages * chunks} pipeline chunks. "
-                f"Use --pipeline-model-parallel-size (times virtual chunks) with one of {fitting}, or "
-                "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers."
-            )
-        return
-    if any(layers % chunks for layers in given):
-        raise ConfigError(
-            f"first and last stage of {given} layers cannot be divided evenly into {chunks} virtual chunks. "
-            f"Use multiples of {chunks}."
-        )
-    if rest != 0 if between == 0 else rest < 1 or rest % (between * chunks):
-        raise ConfigError(
-            f"{num_layers} layers without the {sum(given)} of first and last stage leave {rest}, which cannot be "
-            f"divided evenly into {between * chunks} pipeline chunks. Change --decoder-first-pipeline-num-layers or "
-            "--decoder-last-pipeline-num-layers."
-        )
-
-
-def _check_experts(config: ParallelConfig, architecture: Architecture, *, world_size: int) -> None:
-    ranks, experts = config.expert_model_parallel_size, architecture.num_moe_experts
-    if experts is None:
-        if ranks > 1:
-            raise ConfigError(
-                f"expert_model_parallel_size {ranks} divides the experts of a mixture, and this model is dense "
-                f"({architecture.family}). Use --expert-model-parallel-size 1."
-            )
-        return
-    if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
-        raise ConfigError(
-            "a mixture of experts under tensor parallelism needs sequence parallelism (Megatron-Core trains it with no "
-            "other). Add --sequence-parallel."
-        )
-    if experts % ranks:
-        fitting = [size for size in range(1, experts + 1) if experts % size == 0]
-        raise ConfigError(
-            f"expert_model_parallel_size ({ranks}) does not divide the model's {experts} experts. "
-            f"Use --expert-model-parallel-size with one of {fitting}."
-        )
-    # With experts left whole these ranks lie across the tensor-, context- and data-parallel ones of a stage.
-    stage_ranks = world_size // config.pipeline_model_parallel_size
-    if ranks > 1 and stage_ranks % ranks:
-        fitting = [size for size in range(1, stage_ranks + 1) if stage_ranks % size == 0 and experts % size == 0]
-        raise ConfigError(
-            f"the {stage_ranks} ranks of a pipeline stage cannot be divided into groups of "
-            f"expert_model_parallel_size {ranks}. Use --expert-model-parallel-size with one of {fitting}."
-        )
-
-
-def _split_counts(config: ParallelConfig, architecture: Architecture) -> dict[str, int]:
-    """Name what tensor parallelism splits -> {words: how many}."""
-    counts = {
-        "attention heads": architecture.num_attention_heads,
-        "key/value heads": architecture.num_query_groups,
-    }
-    if architecture.moe_ffn_hidden_size is None:
-        return {**counts, "feed-forward channels": architecture.ffn_hidden_size}
-    if config.expert_tensor_parallel_size > 1:
-        return {**counts, "feed-forward channels of an expert": architecture.moe_ffn_hidden_size}
-    return counts
-
-
-def _divisors(counts: dict[str, int]) -> list[int]:
-    return [size for size in range(1, min(counts.values()) + 1) if not any(n % size for n in counts.values())]
 
 
 def initialize(config: ParallelConfig, *, seed: int) -> None:
@@ -162,7 +65,8 @@ def initialize(config: ParallelConfig, *, seed: int) -> None:
 def told_by_rank_zero(config: ParallelConfig, find: Callable[[], T]) -> T:
     """Let rank 0 alone find something out, and tell the others -> the same on every rank. Collective.
 
-    Needs no process group: it goes through the launcher's store. What is found is pickled.
+    Needs no process group: it goes through the launcher's store. What is found is pickled. It may take rank 0 longer
+    than the ranks' time-out, while it shows that it is at work.
 
     Raises:
         ConfigError, DataError, ConversionError, OSError: what rank 0 ran into, on every rank.
@@ -175,18 +79,50 @@ def told_by_rank_zero(config: ParallelConfig, find: Callable[[], T]) -> T:
     if place.rank == 0:
         found: T | None = None
         try:
-            found = find()
+            with _beating(store):
+                found = find()
         except (ConfigError, DataError, ConversionError, OSError) as error:
             fault = error
         store.set("found", pickle.dumps((found, fault)).hex())
         # This process may be the store, and may end before the others have heard.
         store.wait([f"heard by {rank}" for rank in range(1, place.world_size)])
     else:
+        _wait_while_beating(store, "found", seconds=60 * config.distributed_timeout_minutes)
         found, fault = pickle.loads(bytes.fromhex(store.get("found").decode()))  # noqa: S301 rank 0's own words
         store.set(f"heard by {place.rank}", "")
     if fault is not None:
         raise fault
     return found  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _beating(store: Store) -> Iterator[None]:
+    """Count up in the store for as long as the block takes, so that whoever waits for its end sees that it goes on."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(_BEAT_SECONDS):
+            store.add("beats", 1)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _wait_while_beating(store: Store, key: str, *, seconds: float) -> None:
+    """Wait for a key of the store, time and again for `seconds` while another rank is `_beating`."""
+    heard = 0
+    while True:
+        try:
+            return store.wait([key], datetime.timedelta(seconds=seconds))
+        except torch.distributed.DistStoreError:
+            if (beats := store.add("beats", 0)) == heard:
+                raise
+            heard = beats
 
 
 def _new_store(timeout: datetime.timedelta) -> Store:
@@ -312,6 +248,27 @@ def broadcast_from_rank_zero(find: Callable[[], T]) -> T:
     if message[1] is not None:
         raise message[1]
     return message[0]  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def failing_together(*faults: type[Exception]) -> Iterator[None]:
+    """Raise what one of the ranks runs into in the block on every rank, at its end. Collective over all ranks.
+
+    Nobody leaves the block before all have done.
+
+    Args:
+        faults: what is caught; anything else ends the rank that it befalls.
+    """
+    fault: Exception | None = None
+    try:
+        yield
+    except faults as error:
+        fault = error
+    if not int(sum_over_world(torch.tensor([fault is not None], dtype=torch.int, device=device()))):
+        return
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, fault)
+    raise next(one for one in found if one is not None)
 
 
 def sum_over_world(values: torch.Tensor) -> torch.Tensor:

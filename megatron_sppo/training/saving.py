@@ -25,7 +25,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sppo.checkpoints import digests, megatron_checkpoint, retention
+from megatron_sppo.checkpoints import megatron_checkpoint, retention
 from megatron_sppo.command_line import death_with_parent
 from megatron_sppo.errors import DataError
 from megatron_sppo.storage import explain_os_error, publish_directory
@@ -93,11 +93,11 @@ class Saver:
         target = megatron_checkpoint.iteration_directory(self._root, step)
         partial = Path(self._root, f".{target.name}.partial")
         with _disk_errors_explained(partial):
-            if parallel.is_rank_zero():
-                for left in self._root.glob(".iter_*.partial"):  # of a run that was killed
-                    shutil.rmtree(left, ignore_errors=True)
-                partial.mkdir(parents=True)
-            torch.distributed.barrier()
+            with parallel.failing_together(OSError):
+                if parallel.is_rank_zero():
+                    for left in self._root.glob(".iter_*.partial"):  # of a run that was killed
+                        shutil.rmtree(left, ignore_errors=True)
+                    partial.mkdir(parents=True)
             request = _plan(self._state(), partial, validate=not self._validated)
             self._validated = True
             request.add_finalize_fn(functools.partial(self._publish, partial, step))
@@ -142,16 +142,16 @@ class Saver:
 
     def _publish(self, partial: Path, step: int) -> None:
         """Complete the directory, of which nothing large is read, and name it. Collective."""
-        if parallel.is_rank_zero():
-            # Those of the run's last checkpoint, which stays: what it was resumed from may have been removed since.
-            last = megatron_checkpoint.tracked_directory(self._root) or self._source
-            megatron_checkpoint.carry_model_files(last, partial)
-            megatron_checkpoint.write_manifest(partial, known=digests.digested_files(partial))
-            publish_directory(partial, megatron_checkpoint.iteration_directory(self._root, step))
-            megatron_checkpoint.publish(self._root, step)
-            if self._keep_last is not None:
-                retention.keep_last(self._root, self._keep_last, newest=step, needed=self._needed)
-        torch.distributed.barrier()
+        with parallel.failing_together(OSError, DataError):
+            if parallel.is_rank_zero():
+                # Those of the run's last checkpoint, which stays: what it was resumed from may have been removed since.
+                last = megatron_checkpoint.tracked_directory(self._root) or self._source
+                megatron_checkpoint.carry_model_files(last, partial)
+                megatron_checkpoint.write_manifest(partial)
+                publish_directory(partial, megatron_checkpoint.iteration_directory(self._root, step))
+                megatron_checkpoint.publish(self._root, step)
+                if self._keep_last is not None:
+                    retention.keep_last(self._root, self._keep_last, newest=step, needed=self._needed)
 
 
 class _Begun:
@@ -159,11 +159,6 @@ class _Begun:
 
     def __init__(self, partial: Path, request: AsyncRequest, writer: TemporalAsyncCaller) -> None:
         self.partial, self.request, self.writer = partial, request, writer
-
-
-def write_state(state: dict[str, Any], directory: Path) -> None:
-    """Write a sharded state into an empty directory, and wait for it. Collective."""
-    _plan(state, directory).execute_sync()
 
 
 def _plan(state: dict[str, Any], directory: Path, *, validate: bool = True) -> AsyncRequest:

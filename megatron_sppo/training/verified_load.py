@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
@@ -77,24 +76,11 @@ class Checkpoint:
         unknown = self._reader.items.without_digests(names)
         if not unknown:
             return
-        place, fault = launch(), None
+        place = launch()
         largest_first = sorted(unknown, key=lambda name: (-self._directory.joinpath(name).stat().st_size, name))
-        try:
+        with parallel.failing_together(*_REFUSALS):
             if mine := largest_first[place.rank :: place.world_size]:
                 megatron_checkpoint.verify_checkpoint(self._directory, names=mine)
-        except _REFUSALS as error:
-            fault = error
-        raise_together(fault)
-
-
-def raise_together(fault: Exception | None) -> None:
-    """Raise what one of the ranks ran into on every rank, and nothing where none did. Collective over all ranks."""
-    has_failed = torch.tensor([fault is not None], dtype=torch.int, device=parallel.device())
-    if not int(parallel.sum_over_world(has_failed)):
-        return
-    faults: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(faults, fault)
-    raise next(one for one in faults if one is not None)
 
 
 class _Strategy(torch_strategy.TorchDistLoadShardedStrategy):  # type: ignore[misc]
@@ -108,13 +94,11 @@ class _Strategy(torch_strategy.TorchDistLoadShardedStrategy):  # type: ignore[mi
         self._reader = reader
 
     def load(self, *arguments: Any, **settings: Any) -> Any:
-        loaded, fault = None, None
-        try:
-            loaded = super().load(*arguments, **settings)
-        except _FAILURES as error:
-            fault = worded(error, Path(self._reader.path))
-        raise_together(fault)
-        return loaded
+        with parallel.failing_together(*_REFUSALS):
+            try:
+                return super().load(*arguments, **settings)
+            except _FAILURES as error:
+                raise worded(error, Path(self._reader.path)) from error
 
 
 def worded(error: BaseException, checkpoint: Path) -> Exception:

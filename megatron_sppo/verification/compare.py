@@ -113,7 +113,7 @@ def summary(report: dict[str, Any]) -> Iterator[str]:
     yield f"{tensors['equal']} of {tensors['compared']} tensors are equal bit for bit"
     for name, reason in tensors["left_out"].items():
         yield f"left out: {name} ({reason})"
-    if tokenizer is None:
+    if tokenizer is None or not tokenizer["probes"]:
         yield "tokenizers: not compared, for one side carries none"
     else:
         same = tokenizer["probes"] - len(tokenizer["different_probes"])
@@ -342,7 +342,10 @@ def _differences(report: dict[str, Any]) -> list[str]:
     tokenizer = report["tokenizer"]
     if tokenizer is not None:
         tried = tokenizer["probes"] and not tokenizer["different_probes"]
-        if not tokenizer["ids_same"]:
+        if None in tokenizer["hashes"] and not tokenizer["ids_same"]:
+            lacking, having = ("one", "other") if tokenizer["hashes"][0] is None else ("other", "one")
+            found.append(f"{report[lacking]['path']} carries no tokenizer, {report[having]['path']} has one")
+        elif not tokenizer["ids_same"]:
             found.append("the tokenizers give other ids")
         # Where both tokenizers could be tried, what they do decides, not how their settings are spelled.
         found += [f"{name} differs" for name, same in tokenizer["texts"].items() if not same and not tried]

@@ -21,6 +21,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.test_layouts import SHARDED, SP, TP2
 from tests.distributed.test_pretrain import BASE, forget_after, losses, metrics, responses
 from tests.distributed.worlds import pretrain
+from tests.sharded_saves import save_by_megatron_core
 
 STEPS = 24
 RUN = "--lr 1e-4 --eta 100 --no-tensorboard"
@@ -108,18 +109,11 @@ def test_a_run_resumes_in_another_layout_from_a_save_in_the_background(run: Star
 
 def pretrain_as_saved_before(argv: list[str]) -> int:
     """Run the script with saves as they were: Megatron-Core's own writer, one kind of file, no `.digests`."""
-    import inspect
-
-    from megatron.core import dist_checkpointing
-
     from megatron_sppo.training import saving
 
-    def plan(state: dict, directory: Path, *, validate: bool) -> object:
-        known = inspect.signature(dist_checkpointing.save).parameters
-        settings = {"async_strategy": "mcore"} if "async_strategy" in known else {}
-        return dist_checkpointing.save(state, str(directory), async_sharded_save=True, **settings)
-
-    saving._plan = plan
+    saving._plan = lambda state, directory, *, validate: save_by_megatron_core(
+        state, directory, async_sharded_save=True
+    )
     return pretrain(argv)
 
 
@@ -150,12 +144,35 @@ def pretrain_on_a_disk_that_fills_up(argv: list[str]) -> int:
     return pretrain(argv)
 
 
-@pytest.mark.parametrize("flags", ["", "--async-save"])
+def pretrain_on_a_disk_that_fills_up_at_the_end(argv: list[str]) -> int:
+    """Run the script where what the first rank alone writes last, the manifest of step 6, finds no room."""
+    from megatron_sppo.checkpoints import megatron_checkpoint
+
+    write = megatron_checkpoint.write_manifest
+
+    def refuse(directory: Path) -> None:
+        if ".iter_0000006.partial" in str(directory):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(directory)
+
+    megatron_checkpoint.write_manifest = refuse
+    return pretrain(argv)
+
+
+@pytest.mark.parametrize(
+    ("flags", "full"),
+    [
+        ("", pretrain_on_a_disk_that_fills_up),
+        ("--async-save", pretrain_on_a_disk_that_fills_up),
+        ("--async-save", pretrain_on_a_disk_that_fills_up_at_the_end),
+    ],
+    ids=["second rank", "second rank, background", "first rank, background"],
+)
 def test_a_disk_that_refuses_one_rank_ends_all_with_exit_code_2_and_leaves_the_checkpoint_before(
-    run: Start, tmp_path: Path, flags: str
+    run: Start, tmp_path: Path, flags: str, full: Callable[..., int]
 ) -> None:
     save, flags = tmp_path / "save", f"{flags} --save-interval 3"
-    assert run(save, flags, world_size=2, function=pretrain_on_a_disk_that_fills_up) == [2, 2]
+    assert run(save, flags, world_size=2, function=full) == [2, 2]
     assert [path.name for path in save.glob("*iter_0*")] == ["iter_0000003"]
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "3\n"
     assert 6 <= len(numbers(save)) <= 9  # a save in the background is waited for by the next
@@ -164,8 +181,8 @@ def test_a_disk_that_refuses_one_rank_ends_all_with_exit_code_2_and_leaves_the_c
     assert numbers(save) == numbers(tmp_path / "whole")
 
 
-def stop_while_saving(save: str, argv: list[str]) -> int:
-    """Start the run and send it SIGTERM as soon as it saves -> its exit code."""
+def forked(argv: list[str]) -> int:
+    """Start the run in a child -> its process id."""
     process = os.fork()
     if process == 0:
         code = 1
@@ -173,6 +190,12 @@ def stop_while_saving(save: str, argv: list[str]) -> int:
             code = pretrain(argv)
         finally:
             os._exit(code)
+    return process
+
+
+def stop_while_saving(save: str, argv: list[str]) -> int:
+    """Start the run and send it SIGTERM as soon as it saves -> its exit code."""
+    process = forked(argv)
     while not list(Path(save).glob(".iter_*.partial")):
         time.sleep(0.001)
     os.kill(process, signal.SIGTERM)
@@ -200,13 +223,7 @@ def live_and_die(save: str, seed: int, argv: list[str]) -> int:
     """Start the run again and again, and kill each life by SIGKILL while it saves -> how many were killed."""
     dice, kills = random.Random(seed), 0
     while kills < KILLS:
-        process = os.fork()
-        if process == 0:
-            code = 1
-            try:
-                code = pretrain(argv)
-            finally:
-                os._exit(code)
+        process = forked(argv)
         until = time.monotonic() + 60
         while time.monotonic() < until and not list(Path(save).glob(".iter_*.partial")):
             if os.waitpid(process, os.WNOHANG)[0]:

@@ -88,10 +88,11 @@ def _logits(checkpoint: Path, layout: Any, tokens_BS: torch.Tensor) -> Answer | 
     from megatron_sppo.model.zigzag import zigzag_positions
     from megatron_sppo.training import parallel
     from megatron_sppo.training.checkpoint import load_weights
+    from megatron_sppo.training.layout import check_layout
     from megatron_sppo.training.policy import build_policy
 
     architecture, _ = read_architecture(checkpoint)
-    parallel.check_layout(layout, architecture, world_size=WORLD_SIZE)
+    check_layout(layout, architecture, world_size=WORLD_SIZE)
     policy = build_policy(architecture, ModelConfig(params_dtype="float32", transformer_impl="torch"), layout)
     load_weights(policy, checkpoint)
     length = tokens_BS.shape[1]

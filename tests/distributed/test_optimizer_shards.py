@@ -7,7 +7,6 @@ ranks; Adam (RMSprop is in test_rmsprop.py, runs that go on in test_pretrain.py)
 which keep their step elsewhere; the emulated GPU's runs resume with one (tests/cudaless).
 """
 
-import inspect
 import math
 import re
 from collections import Counter
@@ -35,6 +34,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.test_layouts import CP2, OVERLAP, PP2, SHARDED, TP2
 from tests.distributed.truth import reference_of
 from tests.models import MIXTURES, tiny_llama
+from tests.sharded_saves import save_by_megatron_core
 
 EP2 = "--expert-model-parallel-size 2"
 BASE = "--lr 1e-3 --eta 100 --global-batch-size 8 --micro-batch-size 2 --use-distributed-optimizer"
@@ -127,9 +127,7 @@ class Rank:
         if torch.distributed.get_rank() == 0:
             directory.mkdir()
         torch.distributed.barrier()
-        strategy = inspect.signature(dist_checkpointing.save).parameters.keys() & {"async_strategy"}
-        state = {"optimizer": self.described(is_loading=False)}
-        dist_checkpointing.save(state, str(directory), **dict.fromkeys(strategy, "mcore"))
+        save_by_megatron_core({"optimizer": self.described(is_loading=False)}, directory)
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:

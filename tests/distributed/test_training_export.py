@@ -6,7 +6,6 @@ does (its state dict, its directories), by Megatron-Core's own save.
 """
 
 import argparse
-import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tests.distributed.conftest import write_dataset
 from tests.distributed.harness import run_ranks
 from tests.distributed.worlds import pretrain
 from tests.models import MIXTURES, tiny_llama
+from tests.sharded_saves import save_by_megatron_core
 
 FLAGS = "--params-dtype bfloat16 --lr 1e-2 --eta 10 --global-batch-size 8 --micro-batch-size 2 --train-iters 2"
 LAYOUTS = {
@@ -123,7 +123,6 @@ def test_a_training_checkpoint_exports_to_its_rounded_masters(tmp_path: Path, la
 
 def save_as_megatron_lm(source: str, target: str, tensor: int, pipeline: int) -> None:
     """Save a loaded model with everything that Megatron-LM's training loop saves beside it."""
-    from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     from megatron_sppo.model.config import ModelConfig
@@ -155,8 +154,7 @@ def save_as_megatron_lm(source: str, target: str, tensor: int, pipeline: int) ->
     if rank == 0:
         Path(target).mkdir(parents=True)
     torch.distributed.barrier()
-    known = inspect.signature(dist_checkpointing.save).parameters
-    dist_checkpointing.save(state, target, **({"async_strategy": "mcore"} if "async_strategy" in known else {}))
+    save_by_megatron_core(state, Path(target))
     parallel.shut_down()
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from tests.sharded_saves import save_as_a_run
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -120,7 +122,7 @@ def _save_gradient(policy: Any, source: Path, root: Path) -> None:
     from megatron.core import dist_checkpointing
 
     from megatron_sppo.checkpoints import megatron_checkpoint
-    from megatron_sppo.training import checkpoint, parallel, saving
+    from megatron_sppo.training import checkpoint, parallel
 
     for chunk in policy.chunks:
         for parameter in chunk.parameters():
@@ -132,7 +134,7 @@ def _save_gradient(policy: Any, source: Path, root: Path) -> None:
     if parallel.is_rank_zero():
         target.mkdir(parents=True)
     torch.distributed.barrier()
-    saving.write_state(checkpoint.describe_model(policy.stages), target)
+    save_as_a_run(checkpoint.describe_model(policy.stages), target)
     assert dist_checkpointing.check_is_distributed_checkpoint(str(target))
     if parallel.is_rank_zero():
         megatron_checkpoint.carry_model_files(source, target)

@@ -1,5 +1,6 @@
 """Proves that every command explains itself in every spelling: exit code 0, its own name, nothing heavy imported for
-it, and less than a second of this machine's CPU time. (tests/e2e/test_wheel.py: the same of an installed wheel.)
+it, and less than a second of this machine's CPU time; and that a plan costs no more. (tests/e2e/test_wheel.py: the same
+of an installed wheel.)
 """
 
 import dataclasses
@@ -67,6 +68,12 @@ def test_help_reads_well_and_imports_nothing_heavy(arguments, usage):
     assert outcome.stdout.startswith(f"usage: {usage} ")
     assert "--help" in outcome.stdout
     assert "megatron_sppo.config" in outcome.imported
+    check_is_light(outcome)
+
+
+def test_a_plan_is_made_of_numbers_alone():
+    outcome = run("-m", "megatron_sppo", "plan", "--model", "llama3-70b", "--tensor-model-parallel-size", "8")
+    assert "70.554 billion weights" in outcome.stdout  # Meta: 70,553,706,496
     check_is_light(outcome)
 
 

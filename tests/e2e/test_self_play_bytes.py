@@ -157,10 +157,9 @@ NOTHING = 0.05
         ("score", 0, 0, 0),
         ("evaluate", 0, 0, 0),
         ("report", 0, 0, 0),
-        # Weights and Adam's moments at each save, into the sha256 of the tensor and of the file. The start model's
-        # import lists whole files, which are hashed first and read then; so does inspect's look at it.
-        ("train", 1 + SAVES * 3 * 2, 2, SAVES * 3),
-        ("inspect", 2, 3, 0),
+        # The start model's import; weights and Adam's moments at each save.
+        ("train", 1 + SAVES * 3, 1, SAVES * 3),
+        ("inspect", 2, 2, 0),  # both policies
         ("convert export", 1, 1, 1),
     ],
 )

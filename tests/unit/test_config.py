@@ -430,8 +430,15 @@ class Pair:
 
 @pytest.mark.parametrize(
     "argv",
-    [["a", "b", "--quiet"], ["a", "--other", "b", "--quiet"], ["--quiet", "--one", "a", "--other=b"]],
-    ids=["bare", "half", "flags"],
+    [
+        ["a", "b", "--quiet"],
+        ["--quiet", "a", "b"],
+        ["a", "--quiet", "b"],
+        ["a", "--other", "b", "--quiet"],
+        ["--other", "b", "--quiet", "a"],
+        ["--quiet", "--one", "a", "--other=b"],
+    ],
+    ids=["bare", "behind", "around", "half", "half behind", "flags"],
 )
 def test_a_positional_setting_is_typed_with_or_without_its_flag(argv: list[str]) -> None:
     assert config.parse(Pair, name="pair", description="", argv=argv) == Pair(

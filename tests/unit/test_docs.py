@@ -26,6 +26,7 @@ import yaml
 
 from megatron_sppo import config
 from megatron_sppo.__main__ import COMMANDS
+from megatron_sppo.config_fields import leaves_of
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.planning.config import read_plan
 from tests.fences import PAGES, REPOSITORY, Fence, commands, fences, indented_blocks
@@ -69,7 +70,7 @@ def test_the_page_of_commands_has_every_command_and_flag() -> None:
 
     sections = (DOCS / "commands.md").read_text(encoding="utf-8").split("\n## ")
     for name, kind in SETTINGS.items():
-        flags = {f"`--{key.replace('_', '-')}" for key in config._leaves(kind)}
+        flags = {f"`--{key.replace('_', '-')}" for key in leaves_of(kind)}
         assert flags <= set(re.findall(r"`--[a-z0-9-]+", "".join(sections))), name
     assert sum(section.count("\n| `--") for section in sections) > 150
 
@@ -186,7 +187,7 @@ def test_yaml_is_a_configuration_of_its_command(fence: Fence, tmp_path: Path) ->
     file = tmp_path / "settings.yaml"
     file.write_text(fence.text)
     given = {key for section in yaml.safe_load(fence.text).values() for key in section}
-    required = [key for key, leaf in config._leaves(kind).items() if leaf.required and key not in given]
+    required = [key for key, leaf in leaves_of(kind).items() if leaf.required and key not in given]
     argv = [f"--{key.replace('_', '-')}=placeholder" for key in required]
     config.parse(kind, name=fence.mark[1], description="", argv=["--config", str(file), *argv])
 

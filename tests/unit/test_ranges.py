@@ -12,7 +12,7 @@ import pytest
 
 from megatron_sppo import config
 from megatron_sppo.commands import convert, import_preferences
-from megatron_sppo.config import Range, _leaves
+from megatron_sppo.config_fields import Range, leaves_of
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.config import EvaluateConfig, ScoreConfig
 from megatron_sppo.model.transformer_config import parse_overrides
@@ -44,7 +44,7 @@ def parts(annotation: Any) -> Iterator[Any]:
 
 def numbers() -> Iterator[tuple[str, str, type, list[Range]]]:
     for command, kind in COMMANDS.items():
-        for name, leaf in _leaves(kind).items():
+        for name, leaf in leaves_of(kind).items():
             annotation = owner_hints(kind, leaf.path)
             found = list(parts(annotation))
             if number := next((kind for kind in (float, int) if kind in found), None):
@@ -65,7 +65,7 @@ def parse(command: str, *argv: str, but: str) -> Any:
     """Parse a command line that has all that is required, each with a plain value."""
     kind = COMMANDS[command]
     given: list[str] = []
-    for name, leaf in _leaves(kind).items():
+    for name, leaf in leaves_of(kind).items():
         if leaf.required and name != but:
             plain = next(part for part in parts(owner_hints(kind, leaf.path)) if part in REQUIRED)
             given.append(f"--{name.replace('_', '-')}={REQUIRED[plain]}")

@@ -1,14 +1,14 @@
 """Phi-3 (4k contexts) and Phi-4: Llama's model, with query, key and value, and gate and up, in one tensor each."""
 
 from megatron_sppo.conversion.families import llama
-from megatron_sppo.conversion.mapping import Copy, Family, FusedQKV, GateUp, PackedQKV, WindowKeys
+from megatron_sppo.conversion.mapping import Family, FusedQKV, GateUp, PackedGateUp, PackedQKV, WindowKeys
 
 ATTENTION, MLP = "decoder.layers.{layer}.self_attention", "decoder.layers.{layer}.mlp"
 
 MAPPINGS = (
     *(mapping for mapping in llama.MAPPINGS if not isinstance(mapping, (FusedQKV, GateUp))),
     PackedQKV(f"{ATTENTION}.linear_qkv.weight", "model.layers.{layer}.self_attn.qkv_proj.weight"),
-    Copy(f"{MLP}.linear_fc1.weight", "model.layers.{layer}.mlp.gate_up_proj.weight", ("gate_up", "hidden")),
+    PackedGateUp(f"{MLP}.linear_fc1.weight", "model.layers.{layer}.mlp.gate_up_proj.weight"),
 )
 
 FAMILY = Family(

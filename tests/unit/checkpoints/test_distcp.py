@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from megatron_sppo.checkpoints.digests import read_digests
 from megatron_sppo.checkpoints.distcp import DistcpReader, check_metadata, read_metadata
 from megatron_sppo.checkpoints.distcp_writer import Piece, write_distcp
 from megatron_sppo.errors import ConversionError, DataError
@@ -121,7 +122,7 @@ def test_a_payload_in_the_common_state_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
-def test_hashes_made_while_writing_are_those_of_the_files(tmp_path: Path) -> None:
+def test_digests_made_while_writing_are_those_of_the_items(tmp_path: Path) -> None:
     large = torch.randn(300, 1000)
     piece = Piece(
         key="large",
@@ -131,11 +132,14 @@ def test_hashes_made_while_writing_are_those_of_the_files(tmp_path: Path) -> Non
         dtype=torch.float32,
         values=lambda: large,
     )
-    files = write_distcp(tmp_path, [piece], objects={"x": None}, progress=lambda nbytes: None)
-    assert sorted(files) == [".metadata", "__0_0.distcp"]
-    for name, (digest, size) in files.items():
-        content = (tmp_path / name).read_bytes()
-        assert (hashlib.sha256(content).hexdigest(), len(content)) == (digest, size)
+    write_distcp(tmp_path, [piece], objects={"x": None}, progress=lambda nbytes: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".metadata", "__0_0.digests", "__0_0.distcp"]
+    content, found = (tmp_path / "__0_0.distcp").read_bytes(), read_digests(tmp_path / "__0_0.distcp")
+    assert found.bytes == len(content)
+    places = read_metadata(tmp_path).storage_data.values()
+    assert [item[:2] for item in found.items] == sorted((place.offset, place.length) for place in places)
+    for offset, length, digest in found.items:
+        assert hashlib.sha256(content[offset : offset + length]).hexdigest() == digest
 
 
 @pytest.mark.parametrize("module", ["builtins eval", "os system", "torch load", "torch.serialization load"])

@@ -4,7 +4,6 @@ The truth is the Hugging Face files themselves: after import, load by the host, 
 export, every tensor must come back bit for bit. Megatron-Core reads and writes; nothing of ours is between.
 """
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from megatron_sppo.checkpoints.distcp import check_metadata
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from tests.distributed.harness import run_ranks
 from tests.models import MIXTURES, tiny_llama
+from tests.sharded_saves import save_by_megatron_core
 
 
 def load_and_save(source: str, target: str, tensor: int, pipeline: int, with_optimizer: bool, expert: int) -> list[str]:
@@ -52,8 +52,7 @@ def load_and_save(source: str, target: str, tensor: int, pipeline: int, with_opt
     if parallel.is_rank_zero():
         Path(target).mkdir(parents=True)
     torch.distributed.barrier()
-    known = inspect.signature(dist_checkpointing.save).parameters
-    dist_checkpointing.save(state, target, **({"async_strategy": "mcore"} if "async_strategy" in known else {}))
+    save_by_megatron_core(state, Path(target))
     names = [name for name, _ in stage.named_parameters()]
     parallel.shut_down()
     return names

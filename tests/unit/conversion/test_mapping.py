@@ -1,6 +1,7 @@
 """Proves: each mapping lays rows as Megatron-Core's modules read them (written out row by row), and undoes itself."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from megatron_sppo.conversion.mapping import (
     Copy,
     FusedQKV,
     GateUp,
+    PackedGateUp,
     PackedQKV,
+    TensorMapping,
     VocabRows,
     bind,
     hf_shapes,
     megatron_shapes,
+    to_megatron,
 )
 from megatron_sppo.errors import ConversionError
 
@@ -43,13 +47,23 @@ def architecture(**changes: object) -> Architecture:
 EXPERTS = {"num_moe_experts": 3, "moe_router_topk": 2, "moe_ffn_hidden_size": 4}
 
 
+def fused_of(
+    mapping: TensorMapping, tensors: Sequence[torch.Tensor], shape: Architecture | None = None
+) -> torch.Tensor:
+    """Make the Megatron tensor of a mapping's parts, from the groups of rows that are read apart."""
+    shape = shape or architecture()
+    groups = mapping.read_apart(shape)
+    assert [run for group in groups for run in group] == mapping.runs(shape)
+    return torch.cat([to_megatron(dict(enumerate(tensors)), group) for group in groups])
+
+
 def test_qkv_rows_lie_group_by_group_queries_first() -> None:
     """4 heads over 2 groups, head dimension 2: group 0 has heads 0 and 1, so q rows 0-3, k rows 0-1, v rows 0-1."""
     rows = {name: [f"{name}{i}" for i in range(n)] for name, n in (("q", 8), ("k", 4), ("v", 4))}
     order = [*rows["q"][0:4], *rows["k"][0:2], *rows["v"][0:2], *rows["q"][4:8], *rows["k"][2:4], *rows["v"][2:4]]
     code = {name: float(i) for i, name in enumerate(order)}
     tensors = [torch.tensor([[code[row]] * 6 for row in rows[name]]) for name in "qkv"]
-    fused = FusedQKV("m.{layer}.qkv", "h.{layer}.{qkv}").to_megatron(tensors, architecture())
+    fused = fused_of(FusedQKV("m.{layer}.qkv", "h.{layer}.{qkv}"), tensors)
     assert fused[:, 0].tolist() == [float(i) for i in range(16)]
 
 
@@ -67,7 +81,7 @@ def test_qkv_and_gate_up_undo_themselves(groups: int, heads_per_group: int, head
     )
     for mapping in (FusedQKV("m", "h.{qkv}", columns=() if bias else ("hidden",)), GateUp("m", "h.{gate_up}")):
         tensors = [torch.randn(size) for size in mapping.part_shapes(shape)]
-        fused = mapping.to_megatron(tensors, shape)
+        fused = fused_of(mapping, tensors, shape)
         assert tuple(fused.shape) == mapping.megatron_shape(shape)
         back = mapping.to_hf(fused, shape)
         assert all(torch.equal(one, other) for one, other in zip(tensors, back, strict=True))
@@ -75,8 +89,19 @@ def test_qkv_and_gate_up_undo_themselves(groups: int, heads_per_group: int, head
 
 def test_gate_rows_come_before_up_rows() -> None:
     gate, up = torch.zeros(5, 6), torch.ones(5, 6)
-    fused = GateUp("m", "h.{gate_up}").to_megatron([gate, up], architecture())
+    fused = fused_of(GateUp("m", "h.{gate_up}"), [gate, up])
     assert fused[:, 0].tolist() == [0.0] * 5 + [1.0] * 5
+    packed = PackedGateUp("m", "h")
+    assert packed.part_shapes(architecture()) == ((10, 6),)
+    assert torch.equal(fused_of(packed, [fused]), fused)
+    assert torch.equal(*packed.to_hf(fused, architecture()), fused)
+
+
+@pytest.mark.parametrize("mapping", [GateUp("m", "h.{gate_up}"), PackedGateUp("m", "h")])
+def test_the_halves_of_a_gated_unit_are_read_apart(mapping: TensorMapping) -> None:
+    """As Megatron-Core describes them (apply_swiglu_sharded_factory): one half may be another rank's to read."""
+    groups = mapping.read_apart(architecture())
+    assert [sum(run.rows for run in group) for group in groups] == [5, 5]
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.experts is None])
@@ -99,8 +124,8 @@ def test_packed_rows_are_all_queries_then_all_keys_then_all_values() -> None:
     tensors = [torch.randn(size) for size in FusedQKV("m", "h.{qkv}").part_shapes(shape)]
     packed = PackedQKV("m", "h")
     assert packed.part_shapes(shape) == ((16, 6),)
-    fused = packed.to_megatron([torch.cat(tensors)], shape)
-    assert torch.equal(fused, FusedQKV("m", "h.{qkv}").to_megatron(tensors, shape))
+    fused = fused_of(packed, [torch.cat(tensors)], shape)
+    assert torch.equal(fused, fused_of(FusedQKV("m", "h.{qkv}"), tensors, shape))
     assert torch.equal(*packed.to_hf(fused, shape), torch.cat(tensors))
 
 

@@ -7,8 +7,7 @@ import pytest
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.model.config import ModelConfig, check_divisibility, token_multiple
-from megatron_sppo.model.gpt import padded_vocab_size
+from megatron_sppo.model.config import ModelConfig, check_divisibility, padded_vocab_size, token_multiple
 from megatron_sppo.model.transformer_config import bfloat16_products, transformer_config
 from megatron_sppo.model.transformer_engine import check_machine
 from megatron_sppo.planning.architectures import PUBLISHED
@@ -189,3 +188,9 @@ def test_fp8_s_settings_reach_megatron_core() -> None:
     with bfloat16_products(config):
         assert config.fp8 is None
     assert config.fp8 == "hybrid"
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_a_value_has_the_bytes_that_torch_gives_it(name: str) -> None:
+    config = ModelConfig(params_dtype=name)  # type: ignore[arg-type]
+    assert config.type_bytes == config.dtype.itemsize

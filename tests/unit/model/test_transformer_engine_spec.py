@@ -27,10 +27,11 @@ from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import PolicyModel, build_stage
 from megatron_sppo.model.transformer_config import transformer_config
-from megatron_sppo.training import checkpoint, parallel, saving
+from megatron_sppo.training import checkpoint, parallel
 from megatron_sppo.training.config import ParallelConfig
 from megatron_sppo.training.policy import weights_hash
 from tests.families import FAMILIES, family_model
+from tests.sharded_saves import save_as_a_run
 from tests.unit.planning.models import MIXTURE, TINY
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -113,7 +114,7 @@ def test_a_converted_checkpoint_loads_into_both_specs_and_a_trained_one_into_the
     for giver, taker in (("torch", "transformer_engine"), ("transformer_engine", "torch")):
         saved = tmp_path / f"by_{giver}"
         saved.mkdir()
-        saving.write_state(checkpoint.describe_model((models[giver],)), saved)
+        save_as_a_run(checkpoint.describe_model((models[giver],)), saved)
         fresh = build(architecture, taker)
         checkpoint.load_stages((fresh,), saved)
         assert_equal_weights({giver: models[giver], taker: fresh})

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sppo.checkpoints import file_digests
+from megatron_sppo.checkpoints.digests import ItemDigests
 from megatron_sppo.selfplay.fingerprint import CACHE_NAME, FileHashes
 
 
@@ -77,6 +78,36 @@ def test_a_checkpoint_that_was_only_touched_is_the_same(run_dir: Path) -> None:
     before = hashes.of(checkpoint)
     os.utime(checkpoint / "iter_0000010" / "__0_0.distcp")
     assert hashes.of(checkpoint) == before
+
+
+def listed_by_items(run_dir: Path) -> Path:
+    """Let the manifest of one checkpoint have the digests of the data file's items in place of its sha256 -> file."""
+    directory = run_dir / "iter_1" / "checkpoint" / "iter_0000020"
+    data, digests = directory / "__0_0.distcp", ItemDigests()
+    digests.update(data.read_bytes())
+    digests.end_item()
+    digests.write(data)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    content = (directory / "__0_0.digests").read_bytes()
+    manifest["files"] |= {
+        "__0_0.distcp": {"sha256": sha256(content), "bytes": data.stat().st_size, "digests": "__0_0.digests"},
+        "__0_0.digests": {"sha256": sha256(content), "bytes": len(content)},
+    }
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    return data
+
+
+def test_what_was_hashed_item_by_item_is_what_its_digests_are(run_dir: Path, hashed: list[str]) -> None:
+    """Untouched it is not read; touched it is the same, and changed another."""
+    data = listed_by_items(run_dir)
+    before = FileHashes(run_dir).of(data.parent)
+    assert hashed == ["manifest.json"]
+    os.utime(data)
+    assert FileHashes(run_dir).of(data.parent) == before
+    content = bytearray(data.read_bytes())
+    content[0] ^= 1
+    data.write_bytes(content)
+    assert FileHashes(run_dir).of(data.parent) != before
 
 
 def test_a_run_that_was_moved_is_not_hashed_again(run_dir: Path, tmp_path: Path, hashed: list[str]) -> None:

@@ -1,14 +1,17 @@
 """Proves: held-out prompts are never trained on, parts are disjoint, and the same file and seed give the same parts."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.rollout.prompts import read_prompts
-from megatron_sppo.selfplay.config import EvaluationConfig, RunConfig
-from megatron_sppo.selfplay.prompt_parts import PromptParts, divide_prompts, write_prompts
+from megatron_sppo.selfplay.config import EvaluationConfig, RunConfig, ScoringConfig
+from megatron_sppo.selfplay.prompt_parts import PromptParts, divide_prompts, refuse_uncheckable, write_prompts
 
 
 def write_file(path: Path, *, num_train: int = 20, num_heldout: int = 5) -> Path:
@@ -78,3 +81,31 @@ def test_what_is_written_reads_back_equal(tmp_path: Path) -> None:
     heldout = divide(write_file(tmp_path / "p.jsonl")).heldout
     write_prompts(tmp_path / "heldout.jsonl", heldout)
     assert read_prompts(tmp_path / "heldout.jsonl").prompts == heldout
+
+
+def test_what_judges_check_by_travels_with_the_prompts(tmp_path: Path) -> None:
+    row = {
+        "prompt": "Write.",
+        "split": "train",
+        "instruction_id_list": ["punctuation:no_comma"],
+        "kwargs": [{}],
+        "more": 1,
+    }
+    (tmp_path / "p.jsonl").write_text(
+        json.dumps(row) + "\n" + json.dumps({"prompt": "Held?", "split": "heldout"}) + "\n"
+    )
+    parts = divide(tmp_path / "p.jsonl", iterations=1, prompts_per_iteration="all")
+    write_prompts(tmp_path / "part.jsonl", parts.iterations[0])
+    (prompt,) = read_prompts(tmp_path / "part.jsonl").prompts
+    assert prompt == parts.iterations[0][0]
+    assert prompt.columns == {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+
+
+def test_prompts_that_a_judge_cannot_check_are_refused(tmp_path: Path) -> None:
+    path = write_file(tmp_path / "p.jsonl")
+    run = RunConfig(model=Path("m"), prompts=(path,), output=Path("o"))
+    parts = divide(path)
+    for judge, refused in (("verifiable:ifeval", True), ("verifiable:math", True), ("rules:concise", False)):
+        config: Any = SimpleNamespace(run=run, scoring=ScoringConfig(judge=judge), eval_judge=judge)
+        with pytest.raises(ConfigError, match="which no prompt of .*p.jsonl has") if refused else nullcontext():
+            refuse_uncheckable(config, parts.heldout)

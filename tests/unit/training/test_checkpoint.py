@@ -18,11 +18,12 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import PolicyModel, build_stage
 from megatron_sppo.model.normalization import RMSNorm
-from megatron_sppo.training import checkpoint, parallel, saving
+from megatron_sppo.training import checkpoint, parallel
 from megatron_sppo.training.config import ParallelConfig
 from megatron_sppo.training.policy import mcore_config, weights_hash
 from megatron_sppo.verification.verify import verify
 from tests.families import family_model
+from tests.sharded_saves import save_as_a_run
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_states_that_only_one_spec_saves_are_let_off_either_way(
     saved.mkdir()
     state = checkpoint.describe_model((with_states,))
     assert any("final_layernorm._extra_state" in name for name in state["model"])
-    saving.write_state(state, saved)
+    save_as_a_run(state, saved)
     monkeypatch.undo()
     checkpoint.load_stages((fresh,), saved)
     assert weights_hash((fresh,)) == weights_hash((with_states,)) == weights_hash((plain,))

@@ -20,7 +20,7 @@ from megatron_sppo.conversion import convert
 from megatron_sppo.conversion.mapping import megatron_shapes
 from megatron_sppo.conversion.megatron_model import open_megatron
 from megatron_sppo.errors import ConversionError, DataError
-from megatron_sppo.verification.compare import compare
+from megatron_sppo.verification.compare import compare, summary
 from tests.models import MIXTURES, tiny_llama
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -227,3 +227,13 @@ def test_what_transformers_cannot_read_is_unreadable_and_no_difference(
     damage(other)
     with pytest.raises((ConversionError, DataError), match=message):
         compare(hf, other)
+
+
+def test_a_side_without_a_tokenizer_is_said_to_have_none(hf: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(hf, other)
+    without_tokenizer()(other)
+    report = compare(other, hf, logits=False)
+    assert f"{other} carries no tokenizer, {hf} has one" in report["differences"]
+    assert not [sentence for sentence in report["differences"] if "other ids" in sentence]
+    assert "tokenizers: not compared, for one side carries none" in list(summary(report))
