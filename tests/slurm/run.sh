@@ -48,8 +48,10 @@ export PATH=$(dirname "$python"):\$PATH PYTHONPATH=$root
 export HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 SETUP
 export MEGATRON_SPPO_SETUP=$dir/setup.sh MEGATRON_SPPO=$root
-# The nodes share the machine's processes, and `ray stop` ends every Ray process that it sees.
-export MEGATRON_SPPO_PREFIX="unshare --mount --pid --fork --kill-child --mount-proc"
+# The nodes share the machine's processes, and `ray stop` ends every Ray process that it sees. The first process of a
+# namespace must reap what is left to it, as bash does.
+printf '#!/bin/bash\n"$@"\nexit $?\n' > "$dir/first.sh"
+export MEGATRON_SPPO_PREFIX="unshare --mount --pid --fork --kill-child --mount-proc bash $dir/first.sh"
 export MEGATRON_SPPO_RAY_OPTIONS="--num-cpus=1 --object-store-memory=100000000"
 
 submit() { on sbatch --parsable --nodes 2 --gpus-per-node 1 --output "$dir/%x-%j.log" "$@"; }
