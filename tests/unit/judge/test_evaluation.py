@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_sppo.commands.evaluate import main
 from megatron_sppo.errors import DataError
 from megatron_sppo.judge.config import EvaluateConfig
-from megatron_sppo.judge.evaluation import bootstrap, cross_win_rates, evaluate, join_groups
+from megatron_sppo.judge.evaluation import bootstrap, cross_verdicts, cross_win_rates, evaluate, join_groups
 from megatron_sppo.rollout.records import RolloutGroup
 from tests.unit.selfplay.synthetic import group, write_rollouts
 
@@ -126,6 +127,28 @@ def test_the_bootstrap_is_the_same_for_the_same_seed() -> None:
 def evaluate_config(tmp_path: Path, **changes: object) -> EvaluateConfig:
     paths = {"policy": tmp_path / "policy", "base": tmp_path / "base", "previous": tmp_path / "base"}
     return EvaluateConfig(**{**paths, "judge": "rules:concise", "output": tmp_path / "result.json", **changes})
+
+
+def test_the_noise_floor_compares_a_policy_s_first_answers_with_its_last() -> None:
+    """Three answers: the first against the last, the middle one on neither side. Two: the first against the second.
+    One: nothing. Pairs with the opponent do not enter."""
+    judge = TableJudge({("a", "c"): 2.0, ("c", "a"): -2.0, ("a", "b"): 9.0, ("d", "e"): 1.0, ("a", "x"): 50.0})
+    ours = {"p": group("p", ["a", "b", "c"]), "q": group("q", ["d", "e"]), "r": group("r", ["a"])}
+    theirs = {name: group(name, ["x"]) for name in ours}
+    found = cross_verdicts(judge, ours, theirs, against="base").a_a
+    assert found == {"p": pytest.approx(sigmoid(2)), "q": pytest.approx(sigmoid(0.5))}
+
+
+def test_the_result_has_the_noise_floor_beside_the_win_rates(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    groups = [group(f"p{n}", ["One answer.", "Another, rather longer answer here."]) for n in range(6)]
+    write_rollouts(tmp_path / "policy", groups)
+    write_rollouts(tmp_path / "base", [group(f"p{n}", ["the the the the"]) for n in range(6)])
+    places = {"policy": "policy", "base": "base", "previous": "base"}
+    paths = [f"--{name}={tmp_path / place}" for name, place in places.items()]
+    main("evaluate", [*paths, "--judge", "rules:concise", f"--output={tmp_path / 'result.json'}"])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["a_a"]["num_prompts"] == 6 and result["a_a"]["mean"] != 0.5
+    assert capsys.readouterr().out.count("(A/A ") == 2
 
 
 def test_a_policy_against_its_own_answers_wins_exactly_half(tmp_path: Path) -> None:
