@@ -60,7 +60,9 @@ def evaluate_players(config: EvaluateConfig) -> dict[str, Any]:
             for one, judge, spec in zip(held, judges, (config.judge, *config.more_judges), strict=True)
         ],
     }
-    result["over_optimisation"] = over_optimisation(held, [row["seen"] for row in result["judges"]], field, resampling)
+    result["over_optimisation"] = over_optimisation(
+        held, [row["seen"] for row in result["judges"]], field, resampling, distances=kl
+    )
     if config.export is not None:
         result["export"] = export_answers(config.export, field, prompt_ids)
     result["prompts"] = _per_prompt(held, field)
