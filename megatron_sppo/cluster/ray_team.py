@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -30,6 +31,7 @@ _OBJECT_STORE_BYTES, _LEAST_OBJECT_STORE_BYTES = 512 * _MIB, 80 * _MIB
 _PASSED_ON = ("HF_", "VLLM_", "TOKENIZERS_", "TRANSFORMERS_", "CUDA_LAUNCH", "NCCL_", "OPENAI_")
 """Beginnings of the environment variables that workers on other machines get from the driver."""
 _CLOSING_SECONDS, _LISTENING_SECONDS = 20.0, 10.0
+_REASON_CHARACTERS = 240
 _START_A_CLUSTER = (
     "Start one (`ray start --head`, on further nodes `ray start --address HOST:6379`) and run this on one of its "
     "nodes, or leave --ray out"
@@ -282,6 +284,12 @@ def _environment() -> dict[str, str | None]:
 
 
 def _reason(error: Exception) -> str:
-    """Find the line of Ray's message that says why -> text."""
+    """Find where Ray's message, of many lines, says what happened, and on which machine -> text."""
     text = one_line(error)
-    return text if len(text) <= 300 else f"{text[:300]}..."
+    where = re.search(r"\bip: (\S+)", text)
+    what = re.search(
+        r"(?:exit detail|The actor died because of an error raised in its creation task|Reason): *(.+)", text
+    )
+    said = what[1] if what else text
+    said = said if len(said) <= _REASON_CHARACTERS else f"{said[:_REASON_CHARACTERS]}..."
+    return f"{said} On {where[1]}" if where and where[1] not in said else said

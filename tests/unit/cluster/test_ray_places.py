@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_sppo.cluster.config import PoolConfig
-from megatron_sppo.cluster.ray_team import _Places
+from megatron_sppo.cluster.ray_team import _Places, _reason
 from megatron_sppo.errors import ConfigError
 
 
@@ -65,3 +65,21 @@ def test_what_the_cluster_cannot_hold_is_refused_at_once(nodes, num_gpus, words)
 def test_a_machine_that_has_too_few_gpus_will_not_have_more():
     with pytest.raises(ConfigError, match=r"3 workers take 4 GPUs each, this machine has 8 GPUs\. Use --workers 2\."):
         places([(8, 8)], num_gpus=4, workers=3, ray=None)
+
+
+# As Ray 2.60 words them.
+KILLED = """The actor died unexpectedly before finishing this task.
+\tclass_name: Desk
+\tactor_id: 0a1b
+\tpid: 4711
+\tnamespace: 77aa
+\tip: 10.0.0.3
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker \
+unexpectedly exits with a connection error code 2. End of file."""
+
+
+def test_of_ray_s_message_the_cause_and_the_machine_are_told():
+    told = _reason(RuntimeError(KILLED))
+    assert told == "Worker unexpectedly exits with a connection error code 2. End of file. On 10.0.0.3"
+    assert _reason(RuntimeError("The actor is temporarily unavailable")) == "The actor is temporarily unavailable"
+    assert len(_reason(RuntimeError("x" * 5000))) < 300
