@@ -66,6 +66,11 @@ class Worker(Protocol, Generic[TaskIn, ResultOut]):
 class WorkerCrashed(RuntimeError):
     """A fault of the program in a worker; the message holds the traceback from there."""
 
+    @property
+    def summary(self) -> str:
+        """The traceback's last line."""
+        return str(self).rpartition("\n")[2]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
