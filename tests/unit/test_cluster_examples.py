@@ -130,7 +130,10 @@ def test_the_loop_s_launchers_and_settings_are_ones_that_it_takes(tmp_path: Path
         assert launcher[0] == "srun" and "--container-image=a.sqsh" in launcher
         assert [word for word in ["apptainer", *programs] if word not in launcher] == []
     assert config.rollout.rollout_options.pool.ray == "auto"
-    assert config.run.launcher_of("rollouts")[-1] == "python" and config.run.launcher_of("convert") == []
+    *_, python, script, nodes = config.run.launcher_of("rollouts")
+    assert (python, Path(script).name, nodes) == ("python", "when_all_nodes.py", "2")
+    assert (SLURM / Path(script).name).is_file()
+    assert config.run.launcher_of("convert") == []
 
 
 def documents(name: str) -> list[dict[str, Any]]:
