@@ -13,7 +13,8 @@ SHELL := bash
 # (0.19) those that stand on Megatron-Core. On 3.12 and 3.13 vLLM was tried by hand (beside an ordinary build of torch).
 PYTHON ?=
 ITERATIONS ?= 2
-JUDGE ?= rules:concise
+JUDGE ?= verifiable:ifeval
+PROMPTS ?= examples/data/instructions.jsonl
 RUN ?= runs/demo
 
 TORCH := 2.13.0
@@ -60,7 +61,7 @@ help:
 	@echo 'make docs     the pages, in site/          make pages     write again those that are made from code'
 	@echo 'make clean    remove environments, caches and built models (not runs/)'
 	@echo
-	@echo 'make demo JUDGE=$(JUDGE) ITERATIONS=$(ITERATIONS) RUN=$(RUN)      JUDGE=pairrm:llm-blender/PairRM where a hub is reachable'
+	@echo 'make demo JUDGE=$(JUDGE) ITERATIONS=$(ITERATIONS) RUN=$(RUN)      JUDGE=rules:concise; pairrm:llm-blender/PairRM where a hub is reachable'
 
 interpreter:
 	@test -n "$(INTERPRETER)" || { echo "make: no usable $(or $(PYTHON),Python 3.11, 3.12 or 3.13) (with venv) was found. Install it (Debian, Ubuntu: apt-get install python3 python3-venv) or name another: make PYTHON=/path/to/python3.12" >&2; exit 2; }
@@ -98,7 +99,7 @@ $(SMOLLM2)/config.json: | $(VENV)/.installed
 
 demo: install $(SMOLLM2)/config.json
 	@TOKENIZERS_PARALLELISM=false $(BIN)/python tools/self_play.py --config examples/configs/smollm2_demo.yaml --model $(SMOLLM2) \
-	  --prompts examples/data/prompts.jsonl --output $(RUN) --iterations $(ITERATIONS) --judge $(JUDGE)
+	  --prompts $(PROMPTS) --output $(RUN) --iterations $(ITERATIONS) --judge $(JUDGE)
 
 # vLLM first: it holds numpy and transformers below their newest releases, and all targets are to see the same ones.
 test: install lint docs test-unit test-triton test-distributed test-cudaless test-e2e
@@ -150,7 +151,7 @@ test-gpu-emulated: $(ENGINE)/.unpacked
 
 # Pages that are made from code; one that is not what the code says now fails tests/unit/test_docs.py.
 pages: $(VENV)/.installed
-	@for page in troubleshooting commands benchmarks; do $(BIN)/python docs/$$page.py; done
+	@for page in troubleshooting commands benchmarks alignment; do $(BIN)/python docs/$$page.py; done
 
 docs: $(VENV)/.installed
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site

@@ -19,7 +19,7 @@ setup(
     python_requires=">=3.11",
     # megatron_sppo/examples is a link to examples/: a wheel gets a copy.
     packages=find_packages(include=["megatron_sppo", "megatron_sppo.*"]),
-    package_data={"megatron_sppo.examples": ["configs/*.yaml", "data/*", "slurm/*", "megatron_lm/*"]},
+    package_data={"megatron_sppo.examples": ["configs/*.yaml", "data/*", "slurm/*", "kuberay/*", "megatron_lm/*"]},
     entry_points={"console_scripts": ["megatron-sppo = megatron_sppo.__main__:main"]},
     install_requires=[
         "datasets>=3.0",
@@ -55,7 +55,7 @@ setup(
         # `evaluate` among players: length-controlled win rates, self-BLEU.
         "evaluation": ["nltk>=3.9", "scikit-learn>=1.8"],
         # Beside TensorBoard.
-        "trackers": ["mlflow-skinny>=3.0", "wandb>=0.19"],
+        "trackers": ["mlflow-skinny>=3.0", "wandb>=0.31"],
         "dev": [
             # The peer of the length-controlled win rate.
             "alpaca_eval>=0.6.6",

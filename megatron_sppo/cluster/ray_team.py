@@ -9,7 +9,10 @@ import contextlib
 import logging
 import os
 import shutil
+import socket
+import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,11 @@ _OBJECT_STORE_BYTES, _LEAST_OBJECT_STORE_BYTES = 512 * _MIB, 80 * _MIB
 """Of a Ray that is started here. Results wait in it until the driver takes them, which is at once."""
 _PASSED_ON = ("HF_", "VLLM_", "TOKENIZERS_", "TRANSFORMERS_", "CUDA_LAUNCH", "NCCL_", "OPENAI_")
 """Beginnings of the environment variables that workers on other machines get from the driver."""
-_CLOSING_SECONDS = 20.0
+_CLOSING_SECONDS, _LISTENING_SECONDS = 20.0, 10.0
+_START_A_CLUSTER = (
+    "Start one (`ray start --head`, on further nodes `ray start --address HOST:6379`) and run this on one of its "
+    "nodes, or leave --ray out"
+)
 
 
 def connect(pool: PoolConfig) -> Any:
@@ -57,17 +64,27 @@ def connect(pool: PoolConfig) -> Any:
         }
     else:
         settings["address"] = pool.ray.strip()
+        _check_listens(settings["address"], flag)
     try:
         ray.init(**settings)
     except (ConnectionError, ValueError, RuntimeError, OSError, TimeoutError) as error:
-        remedy = (
-            "Start one (`ray start --head`, on further nodes `ray start --address HOST:6379`), and run this on one of "
-            "its nodes; or leave --ray out"
-            if pool.ray
-            else "Use --workers 1"
-        )
+        remedy = _START_A_CLUSTER if pool.ray else "Use --workers 1"
         raise ConfigError(f"{flag}: Ray does not start or answer ({one_line(error)[:300]}). {remedy}.") from None
     return ray
+
+
+def _check_listens(address: str, flag: str) -> None:
+    """Refuse an address that nobody listens at: Ray would try it for minutes."""
+    if address == "auto":
+        last = Path(tempfile.gettempdir(), "ray", "ray_current_cluster")  # where `ray start` notes it
+        address = os.environ.get("RAY_ADDRESS") or (last.read_text().strip() if last.is_file() else "")
+    host, colon, port = address.rpartition(":")
+    if not colon or "://" in address:
+        return  # for Ray to say
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_LISTENING_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{flag}: nobody answers at {address} ({one_line(error)}). {_START_A_CLUSTER}.") from None
 
 
 def cluster_has_gpus(pool: PoolConfig) -> bool:
@@ -106,10 +123,12 @@ class RayTeam:
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, tuple[int, bool]] = {}
         """Reference of a call under way -> (worker, whether it is a ping)."""
+        run = uuid.uuid4().hex[:12]
         for worker in range(self.num_workers):
+            log_name = f"megatron-sppo-{run}-worker-{worker}.log"
             self._actors[worker] = actor_class.options(
                 max_restarts=-1, max_concurrency=4, **self._places.options(worker)
-            ).remote(make_worker, ahead=ahead, environment=_environment(), diverts_output=True)
+            ).remote(make_worker, ahead=ahead, environment=_environment(), log_name=log_name)
 
     def exchange(
         self, worker: int, life: str | None, tasks: tuple[Numbered, ...] = (), *, has_more: bool, is_end: bool

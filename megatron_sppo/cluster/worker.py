@@ -18,8 +18,9 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError, ConversionError, DataError
@@ -116,14 +117,15 @@ class Desk:
         *,
         ahead: int = 0,
         environment: Mapping[str, str | None] = MappingProxyType({}),
-        diverts_output: bool = False,
+        log_name: str | None = None,
     ) -> None:
         """Begin to start the worker, in a thread.
 
         Args:
             ahead: tasks that lie ready here beside those that the worker has taken.
             environment: variables to set, or with None to unset, before the worker's imports.
-            diverts_output: put into the replies what this process writes to stdout and stderr.
+            log_name: of a file in the temporary directory, for what this process writes to stdout and stderr until a
+                reply has it; None: it is left where it goes.
         """
         for name, value in environment.items():
             os.environ.pop(name, None)
@@ -136,9 +138,7 @@ class Desk:
         self._news = _News()
         self._num_at_work = 0
         self._is_hungry = self._is_ready = self._is_ending = self._has_ended = False
-        self._log = _Log()
-        if diverts_output:
-            self._log.divert()
+        self._log = _Log(log_name)
         self._thread = threading.Thread(target=self._live, daemon=True, name="worker")
         self._thread.start()
 
@@ -170,6 +170,8 @@ class Desk:
             self._is_ending = self._is_ending or is_end
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._has_news(has_more), timeout=seconds)
+            if self._has_ended:
+                self._log.remove()
             news, self._news = self._news, _News()
             return Reply(
                 life=self._life,
@@ -258,23 +260,37 @@ class _Tasks:
 
 
 class _Log:
-    """What this process writes to stdout and stderr, kept where the driver can have it."""
+    """What this process writes to stdout and stderr, until the driver has it.
 
-    def __init__(self) -> None:
-        self._file: IO[bytes] | None = None
+    It lies in a named file, so that the next process of this worker on the same machine can hand on the last words of
+    one that was killed.
+    """
 
-    def divert(self) -> None:
-        """Send both, those of C libraries and child processes too, to a nameless file."""
-        self._file = tempfile.TemporaryFile(buffering=0)
-        # Appending, so that writing does not depend on where we read.
-        writable = os.open(f"/proc/self/fd/{self._file.fileno()}", os.O_WRONLY | os.O_APPEND)
+    def __init__(self, name: str | None) -> None:
+        """Send both, those of C libraries and child processes too, to the file of that name; None: leave them."""
+        self._path = None if name is None else Path(tempfile.gettempdir(), name)
+        if self._path is None:
+            return
+        self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        self._offset = 0
         for descriptor in (1, 2):
-            os.dup2(writable, descriptor)
-        os.close(writable)
+            os.dup2(self._file, descriptor)
 
     def take(self) -> bytes:
-        """Take what was written since -> the beginning of it."""
-        return b"" if self._file is None else self._file.read(LOG_BYTES_PER_REPLY)
+        """Take what was written since -> the beginning of it. What was taken does not stay on the disk."""
+        if self._path is None:
+            return b""
+        text = os.pread(self._file, LOG_BYTES_PER_REPLY, self._offset)
+        self._offset += len(text)
+        if text and os.fstat(self._file).st_size == self._offset:
+            os.ftruncate(self._file, 0)  # writers append
+            self._offset = 0
+        return text
+
+    def remove(self) -> None:
+        """Remove the file: no other process will want it."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
 
 def _portable(error: Exception) -> Exception:

@@ -17,6 +17,21 @@ class Command(EvaluateConfig):
     """Print the result, without its prompts, as one JSON object."""
 
 
+def _lines(result: dict[str, Any]) -> Iterator[str]:
+    """Spell a policy's win rates, its noise floor beside each, and what it holds of what it was asked for -> lines."""
+    from megatron_sppo.selfplay.summary import rate_text
+
+    floor = f"  (A/A {rate_text(result['a_a'])})" if result["a_a"] else ""
+    for other in ("base", "previous"):
+        rate = result[f"win_rate_vs_{other}"]
+        prompts = f"on {rate['num_prompts']} prompts, by {result['judge']}"
+        yield f"win rate against {other:8}  {rate_text(rate)}  {prompts}{floor}"
+    for name, accuracy in result.get("accuracy", {}).items():
+        if accuracy is not None:
+            prompts, instructions = (rate_text(accuracy[f"{level}_level"]) for level in ("prompt", "instruction"))
+            yield f"strict accuracy of {name:8}  prompts {prompts}, instructions {instructions}"
+
+
 def main(name: str, argv: Sequence[str] | None = None) -> None:
     """Evaluate and print the win rates, or the players' tables."""
     config = parse(Command, name=name, argv=argv, description=__doc__ or "")
@@ -41,25 +56,26 @@ def _evaluate(config: EvaluateConfig) -> tuple[dict[str, Any], str, dict[str, fl
         parts = {name: result[name] for name in ("players", "judges")}
         return result, tournament_text(result), dict(_numbers(parts, "evaluation"))
     from megatron_sppo.judge.evaluation import evaluate
-    from megatron_sppo.selfplay.summary import evaluation_metrics, rate_text
+    from megatron_sppo.selfplay.summary import evaluation_metrics
 
     result = evaluate(config)
-    lines = []
-    for other in ("base", "previous"):
-        rate = result[f"win_rate_vs_{other}"]
-        prompts = f"on {rate['num_prompts']} prompts, by {result['judge']}"
-        lines.append(f"win rate against {other:8}  {rate_text(rate)}  {prompts}")
-    return result, "\n".join(lines), evaluation_metrics(result)
+    return result, "\n".join(_lines(result)), evaluation_metrics(result)
 
 
 def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
-    """List the numbers within a result -> (path, value) pairs; a list's entries go by their name, or their place."""
+    """List the numbers within a result -> (path, value) pairs; a list's entries go by their player, judge or place."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield from _numbers(item, f"{name}/{key}")
     elif isinstance(value, list):
         for place, item in enumerate(value):
-            title = item.get("name", item.get("judge", place)) if isinstance(item, dict) else place
-            yield from _numbers(item, f"{name}/{title}")
+            yield from _numbers(item, f"{name}/{_title(item, place)}")
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield name, float(value)
+
+
+def _title(item: Any, place: int) -> str:
+    """Name an entry of a list by its player and opponent, or its judge -> text."""
+    whose = [item.get(key) for key in ("name", "player", "opponent")] if isinstance(item, dict) else []
+    of_players = "_vs_".join(name for name in whose if isinstance(name, str))
+    return of_players or (str(item.get("judge", place)) if isinstance(item, dict) else str(place))

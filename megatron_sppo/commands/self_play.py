@@ -7,7 +7,8 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from megatron_sppo.config import LAYOUT, parse
 from megatron_sppo.selfplay.config import SelfPlayConfig
@@ -20,11 +21,27 @@ class Command(SelfPlayConfig):
 
     json: Annotated[bool, LAYOUT] = False
     """Print summary.json's content in place of the table."""
+    status: Annotated[bool, LAYOUT] = False
+    """Start nothing: print how far the run in --output is, from any terminal. No other setting is needed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusCommand:
+    """Of which run, and how to report it."""
+
+    output: Annotated[Path, LAYOUT]
+    """Run directory."""
+    json: Annotated[bool, LAYOUT] = False
+    status: Annotated[bool, LAYOUT] = True
 
 
 def main(name: str, argv: Sequence[str] | None = None) -> None:
-    """Run all iterations and print the table."""
-    config = parse(Command, name=name, argv=argv, description=__doc__ or "")
+    """Run all iterations and print the table; or print how far they are."""
+    tokens = list(sys.argv[1:] if argv is None else argv)
+    if "--status" in tokens and "--help" not in tokens:
+        _print_status(name, tokens)
+        return
+    config = parse(Command, name=name, argv=tokens, description=__doc__ or "")
     from megatron_sppo.selfplay.commands import REPORT_NAME  # --help need not wait for it
     from megatron_sppo.selfplay.loop import self_play
     from megatron_sppo.selfplay.process import Interrupted
@@ -44,3 +61,27 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         print(json.dumps(summary))
         return
     print(f"{result_table(summary)}\n\nreport: {config.run.output / REPORT_NAME}")
+
+
+def _print_status(name: str, tokens: list[str]) -> None:
+    """Print how far the run is that --output names, alone, in a run's whole command line, or in its YAML file."""
+    known = {"--status", "--json", "--output", "--config", "--debug"}
+    given = {token.partition("=")[0] for token in tokens if token.startswith("--")}
+    if given <= known:
+        of_file = _output_alone
+        found = parse(StatusCommand, name=name, argv=tokens, description=__doc__ or "", of_file=of_file)
+        output, is_json = found.output, found.json
+    else:
+        config = parse(Command, name=name, argv=tokens, description=__doc__ or "")
+        output, is_json = config.run.output, config.json
+    from megatron_sppo.selfplay.status import run_status, status_lines
+
+    status = run_status(output)
+    print(json.dumps(status) if is_json else "\n".join(status_lines(status)))
+
+
+def _output_alone(content: dict[str, Any]) -> dict[str, Any]:
+    """Take the run directory out of a run's YAML file, where it may stand in its section."""
+    section = content.get("run")
+    found = content | section if isinstance(section, dict) else content
+    return {"output": found["output"]} if "output" in found else {}

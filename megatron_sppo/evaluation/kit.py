@@ -4,7 +4,6 @@ import importlib.util
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from megatron_sppo.errors import ConfigError, DataError
@@ -16,6 +15,7 @@ from megatron_sppo.evaluation.over_optimisation import over_optimisation
 from megatron_sppo.evaluation.players import Field, Player, read_field
 from megatron_sppo.evaluation.standings import length_controlled, standings
 from megatron_sppo.evaluation.tournament import Tournament, hold, shared_prompts
+from megatron_sppo.judge.accuracy import strict_accuracy
 from megatron_sppo.judge.config import EvaluateConfig
 from megatron_sppo.judge.diagnostics import fraction, verdict_shares, warnings
 from megatron_sppo.judge.evaluation import check_signal
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 RESULT_KEY = "tournament_version"
 """Every result has it, near its beginning: what lacks it is not written over."""
+RESULT_NAME = "tournament.json"
+"""Under this name in a run directory the run's report shows it."""
 
 
 def evaluate_players(config: EvaluateConfig) -> dict[str, Any]:
@@ -58,7 +60,9 @@ def evaluate_players(config: EvaluateConfig) -> dict[str, Any]:
             for one, judge, spec in zip(held, judges, (config.judge, *config.more_judges), strict=True)
         ],
     }
-    result["over_optimisation"] = over_optimisation(held, [row["seen"] for row in result["judges"]], field, resampling)
+    result["over_optimisation"] = over_optimisation(
+        held, [row["seen"] for row in result["judges"]], field, resampling, distances=kl
+    )
     if config.export is not None:
         result["export"] = export_answers(config.export, field, prompt_ids)
     result["prompts"] = _per_prompt(held, field)
@@ -78,7 +82,13 @@ def _require_libraries(config: EvaluateConfig) -> None:
 
 
 def _load(spec: str, config: EvaluateConfig) -> Judge:
-    return load_judge(spec, preset=config.preset, after=config.judge_after, verdict_tokens=config.verdict_tokens)
+    return load_judge(
+        spec,
+        preset=config.preset,
+        after=config.judge_after,
+        verdict_tokens=config.verdict_tokens,
+        scorer_seconds=config.scorer_seconds,
+    )
 
 
 def _prompt_index(field: Field, table: DifficultyTable | None) -> dict[str, int]:
@@ -134,11 +144,25 @@ def _judge(
         "warnings": [f"{judge.name}: {text}" for text in warnings(_shares(held.counts, field, held.unjudged))],
         **standings(held, field, resampling),
     }
+    if (accuracy := _accuracies(judge, held, field, resampling)) is not None:
+        row["accuracy"] = accuracy
     if config.length_control != "none":
         row["length_controlled"] = length_controlled(
             held, field, resampling, model=config.length_control, table=table, prompt_index=prompt_index
         )
     return row
+
+
+def _accuracies(judge: Judge, held: Tournament, field: Field, resampling: Resampling) -> dict[str, Any] | None:
+    """Check everybody's answers -> {player: strict accuracies}, None where the judge checks nothing."""
+    found: dict[str, Any] = {}
+    for player in field.players:
+        groups = (player.groups[prompt_id] for prompt_id in held.prompt_ids)
+        accuracy = strict_accuracy(judge, groups, resamples=resampling.resamples, seed=resampling.seed)
+        if accuracy is not None:
+            company = {"judge": judge.name, "seed": resampling.seed}
+            found[player.name] = {k: v | company if isinstance(v, dict) else v for k, v in accuracy.items()}
+    return found or None
 
 
 def _shares(counts: Counter[str], field: Field, unjudged: int) -> dict[str, float | None]:
@@ -166,8 +190,3 @@ def _kl(field: Field, prompt_ids: Sequence[str], resampling: Resampling) -> dict
     from megatron_sppo.evaluation.kl import kl_to_baseline  # brings transformers, which only this needs
 
     return kl_to_baseline(field, prompt_ids, resampling)
-
-
-def result_path_of(run_dir: Path) -> Path:
-    """Say where a run's report looks for a tournament -> path."""
-    return run_dir / "tournament.json"

@@ -3,7 +3,8 @@
 Gao et al. 2023 (arXiv:2210.10760) plot both against the distance from the start; a gap that grows is Goodhart's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,27 @@ from megatron_sppo.evaluation.tournament import Tournament
 
 
 def over_optimisation(
-    held: Sequence[Tournament], seen: Sequence[bool | None], field: Field, resampling: Resampling
+    held: Sequence[Tournament],
+    seen: Sequence[bool | None],
+    field: Field,
+    resampling: Resampling,
+    *,
+    distances: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """Follow each run's iterates under each judge -> a curve a run, [] where no player is an iterate.
 
     `gap` is the mean win rate by judges that training saw less that by others, on the prompts that all of them judged.
+
+    Args:
+        distances: each player's KL to the baseline, where it was estimated.
     """
     curves = []
     for run in dict.fromkeys(player.run for player in field.players if player.run is not None):
         iterates = [p for p, player in enumerate(field.players) if player.run == run and player.iteration]
-        curves.append({"run": run, "points": [_point(held, seen, field, p, resampling) for p in iterates]})
+        points = [_point(held, seen, field, p, resampling) for p in iterates]
+        for point in points:
+            point["kl_to_baseline"] = distances.get(point["player"], {}).get("kl_to_baseline")
+        curves.append({"run": run, "points": points})
     return curves
 
 

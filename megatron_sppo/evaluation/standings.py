@@ -25,8 +25,8 @@ from megatron_sppo.evaluation.length_control import (
 from megatron_sppo.evaluation.players import Field
 from megatron_sppo.evaluation.tournament import Tournament
 from megatron_sppo.objective import duality_gap
-from megatron_sppo.objective.bradley_terry import bradley_terry
 from megatron_sppo.objective.hodge import hodge_split
+from megatron_sppo.objective.strengths import bradley_terry
 
 logger = logging.getLogger(__name__)
 

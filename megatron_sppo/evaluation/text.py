@@ -8,8 +8,9 @@ _SEEN = {True: "seen in training", False: "unseen in training", None: "whether t
 
 def tournament_text(result: Mapping[str, Any]) -> str:
     """Lay out a result -> lines."""
-    parts = [_players(result)]
-    parts += [_judge(judge, result["baseline"]) for judge in result["judges"]]
+    parts = [f"{result['num_prompts']} prompts, 95 % intervals over prompts\n{table(player_rows(result))}"]
+    for judge in result["judges"]:
+        parts.append("\n".join([judge_title(judge), table(judge_rows(judge, result["baseline"])), *judge_notes(judge)]))
     parts += [_curve(curve) for curve in result["over_optimisation"] if curve["points"]]
     commands = {player["model"]: player["lm_eval"] for player in result["players"] if player["lm_eval"]}
     if commands:
@@ -32,7 +33,8 @@ def number(value: Mapping[str, Any] | None, *, factor: float = 1.0, digits: int 
     return f"{mean} [{factor * value['low']:.{digits}f}, {factor * value['high']:.{digits}f}]"
 
 
-def _players(result: Mapping[str, Any]) -> str:
+def player_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """Lay out what is said of the players without a judge -> rows, the first a header."""
     has_kl = any("kl_to_baseline" in player for player in result["players"])
     header = ["player", "tokens", "characters", "cut, %", "distinct-2, %", "self-BLEU, %", *(["KL, nats"] * has_kl)]
     rows = [
@@ -47,11 +49,16 @@ def _players(result: Mapping[str, Any]) -> str:
         ]
         for player in result["players"]
     ]
-    return f"{result['num_prompts']} prompts, 95 % intervals over prompts\n{table([header, *rows])}"
+    return [header, *rows]
 
 
-def _judge(judge: Mapping[str, Any], baseline: str) -> str:
-    lines = [f"judge {judge['judge']}, {_SEEN[judge['seen']]}, {judge['num_prompts']} prompts"]
+def judge_title(judge: Mapping[str, Any]) -> str:
+    """Name a judge and whether training saw it -> text."""
+    return f"judge {judge['judge']}, {_SEEN[judge['seen']]}, {judge['num_prompts']} prompts"
+
+
+def judge_rows(judge: Mapping[str, Any], baseline: str) -> list[list[str]]:
+    """Lay out what one judge says of the players -> rows, the first a header; the A/A floor beside each win rate."""
     rates = {row["player"]: row for row in judge["vs_baseline"]}
     controlled = {row["player"]: row for row in judge.get("length_controlled", ())}
     exploited = {row["player"]: row for row in judge["exploitability"]["players"]}
@@ -75,17 +82,26 @@ def _judge(judge: Mapping[str, Any], baseline: str) -> str:
                 *([per_cent(held.get("prompt_level")), per_cent(held.get("instruction_level"))] if accuracy else []),
             ]
         )
-    lines.append(table([header, *rows]))
+    return [header, *rows]
+
+
+def judge_notes(judge: Mapping[str, Any]) -> list[str]:
+    """Say what stands in no row -> sentences: circles, and regressions that failed."""
+    notes = []
     if judge["cycles"]:
-        lines.append(f"cyclic share of the log-odds between players: {per_cent(judge['cycles']['cyclic_share'])} %")
-    reasons = dict.fromkeys(row["reason"] for row in controlled.values() if "reason" in row)
+        corrected = judge["cycles"]["cyclic_share_without_noise"]
+        without = "" if corrected is None else f", {100 * corrected:.1f} % without sampling noise"
+        share = per_cent(judge["cycles"]["cyclic_share"])
+        notes.append(f"cyclic share of the log-odds between players: {share} %{without}")
+    controlled = {row["player"]: row for row in judge.get("length_controlled", ())}
     doubtful = [name for name, row in controlled.items() if row.get("is_extreme") or not row.get("has_converged", True)]
     if doubtful:
-        lines.append(
+        notes.append(
             f"length-controlled rates of {', '.join(doubtful)}: the regression may have failed, for they lie far from "
             "the win rates or liblinear did not converge"
         )
-    return "\n".join([*lines, *(f"no length-controlled rate: {reason}" for reason in reasons)])
+    reasons = dict.fromkeys(row["reason"] for row in controlled.values() if "reason" in row)
+    return [*notes, *(f"no length-controlled rate: {reason}" for reason in reasons)]
 
 
 def _curve(curve: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from megatron_sppo.errors import DataError
 from megatron_sppo.evaluation.length_control import Comparisons
 from megatron_sppo.evaluation.players import Field, Player
-from megatron_sppo.judge.evaluation import count_cross_pairs, join_groups
+from megatron_sppo.judge.evaluation import count_cross_pairs, first_against_last, join_groups
 from megatron_sppo.judge.protocol import Judge, Unjudged, judge_groups
 from megatron_sppo.objective import preference_matrix
 from megatron_sppo.rollout.records import RolloutGroup
@@ -142,15 +142,9 @@ def _round(
 def _against_itself(preference: torch.Tensor, place: slice, second: slice | None) -> float:
     """Compare a player's answers with its own of other seeds -> mean P, NaN of one answer.
 
-    With a second sampling against that; without, the first half of the answers against the last, which as fewer answers
-    says more noise than there is, never less.
+    With a second sampling against that; without, the first half of the answers against the last.
     """
-    if second is None:
-        half = (place.stop - place.start) // 2
-        if not half:
-            return float("nan")
-        place, second = slice(place.start, place.start + half), slice(place.stop - half, place.stop)
-    return preference[place, second].mean().item()
+    return first_against_last(preference[place, place]) if second is None else preference[place, second].mean().item()
 
 
 def _together(judge: Judge, field: Field, rounds: Sequence[_Round], counts: Counter[str], unjudged: int) -> Tournament:

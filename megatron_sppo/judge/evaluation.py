@@ -3,6 +3,8 @@
 M = answers per prompt and policy, N = prompts both policies answered, R = resamples
 """
 
+from __future__ import annotations
+
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -42,6 +44,16 @@ class WinRate:
     num_prompts: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class CrossVerdicts:
+    """A policy against an opponent, by prompt_id."""
+
+    win_rates: dict[str, float]
+    """Mean P(policy's > opponent's)."""
+    a_a: dict[str, float]
+    """Mean P(policy's first answers > its last); no prompt that it answered once."""
+
+
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Judge the policy against the base and the previous policy and write the result -> its content.
 
@@ -62,12 +74,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     policy = StoredGroups(config.policy)
     players = {"policy": policy, "base": StoredGroups(config.base)}
     players["previous"] = players["base"] if config.previous == config.base else StoredGroups(config.previous)
-    rates: dict[str, dict[str, float]] = {}
+    verdicts: dict[str, CrossVerdicts] = {}
     for name in ("base", "previous"):
         if name == "previous" and players[name] is players["base"]:
-            rates[name] = rates["base"]  # the first iteration: pi_1 is both
+            verdicts[name] = verdicts["base"]  # the first iteration: pi_1 is both
         else:
-            rates[name] = cross_win_rates(judge, policy, players[name], against=name)
+            verdicts[name] = cross_verdicts(judge, policy, players[name], against=name)
+    rates = {name: of_prompt.win_rates for name, of_prompt in verdicts.items()}
     if not config.allow_no_signal:
         check_signal(judge.counts, judge=judge.name)
     intervals = {
@@ -78,9 +91,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "judge": judge.name,
         "win_rate_vs_base": asdict(intervals["base"]),
         "win_rate_vs_previous": asdict(intervals["previous"]),
+        "a_a": _noise_floor(verdicts["base"], config),
         **_accuracies(judge, players, config),
         "mean_response_tokens": policy.mean_answer_tokens,
         "bootstrap_resamples": config.bootstrap_resamples,
+        "bootstrap_seed": config.seed,
         "warnings": warnings(_shares(judge.counts, policy)),
         "prompts": [
             {
@@ -95,6 +110,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         logger.warning("%s", warning)
     write_json(config.output, result)
     return result
+
+
+def _noise_floor(verdicts: CrossVerdicts, config: EvaluateConfig) -> dict[str, Any] | None:
+    """Compare the policy with itself -> an interval as of a win rate, None where it answered once."""
+    if not verdicts.a_a:
+        return None
+    return asdict(bootstrap(list(verdicts.a_a.values()), resamples=config.bootstrap_resamples, seed=config.seed))
 
 
 def _accuracies(judge: Judge, players: Mapping[str, StoredGroups], config: EvaluateConfig) -> dict[str, Any]:
@@ -142,6 +164,16 @@ def cross_win_rates(
 ) -> dict[str, float]:
     """Judge every answer of the policy against every one of the opponent -> {prompt_id: mean P(policy's > opponent's)}.
 
+    As `cross_verdicts`.
+    """
+    return cross_verdicts(judge, policy, opponent, against=against).win_rates
+
+
+def cross_verdicts(
+    judge: Judge, policy: Mapping[str, RolloutGroup], opponent: Mapping[str, RolloutGroup], *, against: str
+) -> CrossVerdicts:
+    """Judge every answer of the policy against every one of the opponent -> win rates, and the policy's noise floor.
+
     P is the paper's: sigmoid((L_ij - L_ji) / 2), both orders asked. A prompt that one side lacks is left out
     and counted.
 
@@ -157,6 +189,7 @@ def cross_win_rates(
     if left_out := len(policy) + len(opponent) - 2 * len(shared):
         logger.warning("%d held-out answers have no counterpart against %s and are left out.", left_out, against)
     rates: dict[str, float] = {}
+    a_a: dict[str, float] = {}
     with tqdm(total=len(shared), desc=f"judging against {against}", unit="prompt", disable=None) as bar:
         for start in range(0, len(shared), _PROMPTS_PER_CALL):
             prompt_ids = shared[start : start + _PROMPTS_PER_CALL]
@@ -169,14 +202,30 @@ def cross_win_rates(
                     continue
                 num_policy = len(ours.responses)
                 logits = torch.as_tensor(verdict, dtype=torch.float64)
-                preferences = preference_matrix(logits)[:num_policy, num_policy:]
+                matrix = preference_matrix(logits)
+                preferences = matrix[:num_policy, num_policy:]
                 rates[prompt_id] = preferences.mean().item()
+                if num_policy > 1:
+                    a_a[prompt_id] = first_against_last(matrix[:num_policy, :num_policy])
                 there, back = logits[:num_policy, num_policy:], logits[num_policy:, :num_policy].T
                 count_cross_pairs(judge.counts, there, back, preferences, ours, theirs)
             bar.update(len(prompt_ids))
     if not rates:
         raise DataError(f"{judge.name} could judge none of {len(shared)} prompts. The warnings above say why.")
-    return rates
+    return CrossVerdicts(win_rates=rates, a_a=a_a)
+
+
+def first_against_last(preferences: Tensor) -> float:
+    """Compare the first half of a policy's answers to a prompt with the last -> mean P, NaN of one answer.
+
+    One checkpoint, other seeds: 1/2 but for noise, that of half as many answers, so never less than a win rate's own.
+    An odd number's middle answer plays on neither side.
+
+    Args:
+        preferences: [M, M], P of the policy's answers among themselves.
+    """
+    half = preferences.shape[0] // 2
+    return preferences[:half, -half:].mean().item() if half else float("nan")
 
 
 def count_cross_pairs(

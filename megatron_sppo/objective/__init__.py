@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_sppo.objective.game import duality_gap
+    from megatron_sppo.objective.hodge import hodge_split
     from megatron_sppo.objective.log_ratio import linear_log_probs, sequence_sums
     from megatron_sppo.objective.loss import (
         Targets,
@@ -15,15 +16,18 @@ if TYPE_CHECKING:
         reverse_kl_penalty,
         sppo_loss,
     )
+    from megatron_sppo.objective.strengths import bradley_terry
     from megatron_sppo.objective.table import OBJECTIVES
     from megatron_sppo.objective.win_rate import log_partition, preference_matrix, win_rates
 
 __all__ = [
     "OBJECTIVES",
     "Targets",
+    "bradley_terry",
     "dpo_loss",
     "duality_gap",
     "forward_kl_penalty",
+    "hodge_split",
     "ipo_loss",
     "linear_log_probs",
     "log_partition",
@@ -35,7 +39,7 @@ __all__ = [
     "win_rates",
 ]
 
-_MODULES = ("table", "win_rate", "loss", "log_ratio", "game")
+_MODULES = ("table", "win_rate", "loss", "log_ratio", "game", "strengths", "hodge")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,8 @@ import numpy as np
 
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.schema import MANIFEST_NAME
+from megatron_sppo.errors import DataError
+from megatron_sppo.evaluation.kit import RESULT_KEY, RESULT_NAME, SCHEMA_VERSION
 from megatron_sppo.report.tokens import TokenAnswer, read_token_answers
 from megatron_sppo.rollout.records import RolloutGroup, Turn, read_manifest, read_shard
 from megatron_sppo.selfplay.commands import RunPaths
@@ -92,6 +94,8 @@ class RunData:
     metrics: StepMetrics
     iterations: tuple[IterationData, ...]
     answers: tuple[AnswerPair, ...] = field(default=())
+    tournament: dict[str, Any] | None = None
+    """What `megatron-sppo evaluate --run` made of it."""
 
 
 def read_run(run_dir: Path) -> RunData:
@@ -108,7 +112,27 @@ def read_run(run_dir: Path) -> RunData:
         metrics=read_metrics(paths.run_dir / METRICS_NAME),
         iterations=tuple(_iteration(paths, entry) for entry in summary["iterations"]),
         answers=_answers(paths, summary["iterations"][-1]["iteration"]) if summary["iterations"] else (),
+        tournament=_tournament(run_dir),
     )
+
+
+def _tournament(run_dir: Path) -> dict[str, Any] | None:
+    """Read RUN_DIR/tournament.json -> its content, None without one.
+
+    Raises:
+        DataError: it is damaged, or of another version.
+    """
+    path = Path(run_dir, RESULT_NAME)
+    if not path.is_file():
+        return None
+    result = read_json(path)
+    is_one = isinstance(result, dict) and {"players", "judges", "baseline", "over_optimisation"} <= set(result)
+    if not is_one or result.get(RESULT_KEY) != SCHEMA_VERSION:
+        raise DataError(
+            f"{path} is no comparison of version {SCHEMA_VERSION}. "
+            f"Remove it, or: megatron-sppo evaluate --run {run_dir} --judge SPEC --output {path}"
+        )
+    return result
 
 
 def read_metrics(path: Path) -> StepMetrics:

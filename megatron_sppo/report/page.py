@@ -8,12 +8,14 @@ from typing import Any
 import yaml
 
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.evaluation.text import judge_notes, judge_rows, judge_title, player_rows
 from megatron_sppo.judge.diagnostics import JUDGE_DIAGNOSTICS, JudgeDiagnostic
 from megatron_sppo.report import plots
 from megatron_sppo.report.data import AnswerPair, RunData, read_run
 from megatron_sppo.report.judge import judge_figure
 from megatron_sppo.report.tokens import CSS as TOKEN_CSS
 from megatron_sppo.report.tokens import token_html
+from megatron_sppo.report.tournament import tournament_figure
 from megatron_sppo.selfplay.commands import REPORT_NAME
 from megatron_sppo.selfplay.summary import rate_text
 from megatron_sppo.storage import atomic_file
@@ -96,6 +98,7 @@ def render(run: RunData) -> str:
         _cards(iterations),
         _section("Results", _results_table(run), _RESULTS_NOTE),
         f'<div class="panels">{"".join(figures)}</div>',
+        *_tournament(run.tournament),
         _figure("How the judge judges", judge_figure(run.iterations), _JUDGE_FIGURE_NOTE, is_wide=True),
         _section("The judge", _diagnostics_table(run), _JUDGE_NOTE),
         _figure("Log-ratio against target", plots.log_ratio_figure(run.iterations), _SCATTER_NOTE, is_wide=True),
@@ -127,11 +130,22 @@ _WIN_RATE_NOTE = (
     "prompts. 50 % is parity."
 )
 _LOSS_NOTE = "Mean squared residual a response, before each optimizer step."
+_TOURNAMENT_NOTE = (
+    "Left: mean preference of each player's answers over each other's. Right: win rates over the iterations, full "
+    "lines by judges that training asked, dashed ones by others: lines that part are over-optimisation."
+)
+_PLAYERS_NOTE = (
+    "On the prompts that all players answered. distinct-2 is the share of different word pairs among a prompt's "
+    "answers; self-BLEU compares each answer with the others of its prompt: the higher, the more alike."
+)
 _JUDGE_NOTE = "Measured on each iteration's training answers, from the matrices of diagnostics.json."
 _JUDGE_FIGURE_NOTE = "Measured on each iteration's training answers; the table below says what to do about each."
 _LENGTH_NOTE = "A judge that likes length shows here first."
 _TIME_NOTE = "Wall-clock time of each stage, all attempts together."
-_RESULTS_NOTE = "Win rates in per cent with bootstrap 95 % intervals; tokens is the mean length of held-out answers."
+_RESULTS_NOTE = (
+    "Win rates in per cent with bootstrap 95 % intervals; tokens is the mean length of held-out answers. A/A compares "
+    "the policy's first answers with its last: one checkpoint, other seeds, so that what it differs from 50 % is noise."
+)
 _SCATTER_NOTE = (
     "Each point is a training response. SPPO regresses the log-ratio log pi(y|x) - log pi_t(y|x) onto the target; the "
     "dashed line is where it would arrive. The log-ratio is the one that the step found before its own update, so in a "
@@ -191,18 +205,30 @@ def _cards(iterations: Sequence[dict[str, Any]]) -> str:
 
 
 def _results_table(run: RunData) -> str:
+    iterations = run.summary["iterations"]
+    floor = any(entry.get("a_a") for entry in iterations)
+    checks = any(entry.get("accuracy") for entry in iterations)
+    levels = {"instruction_level": "instructions held", "prompt_level": "prompts held"} if checks else {}
     rows = [
         [
             str(entry["iteration"]),
             rate_text(entry["win_rate_vs_base"]),
             rate_text(entry["win_rate_vs_previous"]),
+            *[rate_text(entry.get("a_a"))] * floor,
+            *(rate_text(((entry.get("accuracy") or {}).get("policy") or {}).get(level)) for level in levels),
             _number(entry["mean_response_tokens"]),
             _duration(sum(entry["seconds"].values())),
             entry["judge"],
         ]
-        for entry in run.summary["iterations"]
+        for entry in iterations
     ]
-    return _table(["iteration", "win rate vs base", "vs previous", "tokens", "time", "judge"], rows)
+    if checks:
+        first = next(entry["accuracy"].get("base") or {} for entry in iterations if entry.get("accuracy"))
+        tokens = _number(run.summary.get("base_mean_response_tokens"))
+        of_start = [rate_text(first.get(level)) for level in levels]
+        rows.insert(0, ["start", "-", "-", *["-"] * floor, *of_start, tokens, "-", "-"])
+    header = ["iteration", "win rate vs base", "vs previous", *["A/A"] * floor, *levels.values()]
+    return _table([*header, "tokens", "time", "judge"], rows)
 
 
 def _seconds_table(iterations: Sequence[dict[str, Any]]) -> str:
@@ -225,6 +251,20 @@ def _diagnostics_table(run: RunData) -> str:
     ]
     header = ["", *(f"iteration {data.iteration}" for data in described), "where it is marked (!)"]
     return _table(header, rows) if rows else ""
+
+
+def _tournament(result: dict[str, Any] | None) -> list[str]:
+    """Lay out a comparison of players -> parts of the page, none without one."""
+    if result is None:
+        return []
+    header, *rows = player_rows(result)
+    parts = [_figure("Every iterate against every other", tournament_figure(result), _TOURNAMENT_NOTE, is_wide=True)]
+    for judge in result["judges"]:
+        columns, *lines = judge_rows(judge, result["baseline"])
+        parts.append(
+            _section(f"Players, by {judge_title(judge)}", _table(columns, lines), ". ".join(judge_notes(judge)))
+        )
+    return [*parts, _section("Players' answers", _table(header, rows), _PLAYERS_NOTE)]
 
 
 def _diagnostic(diagnostics: Mapping[str, Any], diagnostic: JudgeDiagnostic) -> str:

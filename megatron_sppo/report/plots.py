@@ -176,7 +176,7 @@ def preference_figure(examples: Sequence[PreferenceExample]) -> str | None:
             labels = [f"$y_{{{number}}}$" for number in range(1, num_responses + 1)]
             axes.set_xticks(range(num_responses), labels)
             axes.set_yticks(range(num_responses), labels)
-            axes.set_title(_short_title(example.prompt), fontsize=8.5)
+            axes.set_title(short_title(example.prompt), fontsize=8.5)
         figure.colorbar(image, ax=panels, shrink=0.6, pad=0.02, label="P(row beats column)")
         return data_uri(figure)
 
@@ -243,7 +243,7 @@ def color_of(series: int) -> str:
     return _COLORS[series % len(_COLORS)]
 
 
-def _short_title(text: str) -> str:
+def short_title(text: str) -> str:
     """Shorten a prompt to two lines that matplotlib takes as they are: a dollar sign would start its mathematics."""
     plain = "".join(character if character.isprintable() else " " for character in text)
     lines = textwrap.wrap(textwrap.shorten(plain, 62, placeholder=" ..."), 32) or [""]

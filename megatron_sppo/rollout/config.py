@@ -189,7 +189,7 @@ class GenerateConfig:
     the right answers of mathematical sets travel by themselves."""
     shard_size: PositiveInt | None = None
     """Prompts per shard; the shards at work are what a kill can cost. None: that of the rollouts that --output already
-    has some of; else 64 on a CPU or with --server, and on GPUs as many as make 4096 shards, 16 to 512."""
+    has some of; else 64 on a CPU or with --server, and on GPUs as many as make 16384 shards, 4 to 512."""
     max_model_len: PositiveInt | None = None
     """Most tokens of prompt and answer together; None takes the model's. Longer prompts are set aside."""
     allow_no_signal: Annotated[bool, LAYOUT] = False

@@ -36,10 +36,10 @@ from megatron_sppo.rollout.tables import warn_of_several_splits
 
 logger = logging.getLogger(__name__)
 
-_SHARD_SIZE, _SHARD_SIZES_ON_GPU = 64, (16, 512)
-_SHARDS_ON_GPU = 4096
-"""An engine on a GPU takes shards in an endless stream, of whatever size. Small ones end all engines of a cluster at
-about the same time; of many prompts fewer files are kinder to everyone after."""
+_SHARD_SIZE, _SHARD_SIZES_ON_GPU = 64, (4, 512)
+_SHARDS_ON_GPU = 16384
+"""An engine on a GPU takes shards in an endless stream, of whatever size. With small ones all engines of a cluster end
+at about the same time (benchmarks/rollout_simulation.py); of many prompts fewer files are kinder to everyone after."""
 
 
 def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | None = None) -> RolloutManifest:

@@ -12,15 +12,17 @@ server which came back with the weights it was started with is noticed later.
 """
 
 import logging
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_sppo.checkpoints.hf_checkpoint import open_hf_checkpoint
+from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
+from megatron_sppo.checkpoints.hf_files import CONFIG_FILE
 from megatron_sppo.errors import ConversionError, some_of
-from megatron_sppo.rollout.openai_server import HttpError, NoReply, ServerFault, UnusableReply
+from megatron_sppo.rollout.openai_server import EmptyReply, HttpError, NoReply, ServerFault, UnusableReply
 from megatron_sppo.rollout.policy import Policy
 from megatron_sppo.rollout.probes import TOLERANCE, TOLERANCES
 from megatron_sppo.rollout.weight_sums import Sums, added
@@ -29,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 EXTENSION = "megatron_sppo.rollout.served_weights.ServedWeights"
 _RESTART = f"Restart it with VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls {EXTENSION}"
+_EXPERTS = ".experts."
+"""Part of the names of weights that the extension does not tell."""
+_OPTIONAL = ("lm_head.weight", ".inv_freq")
 _RESET_TRIES, _RESET_PAUSE_SECONDS = 8, 0.25
 """The pause doubles: half a minute in all, for requests of a run that was killed to end."""
 
@@ -75,6 +80,9 @@ class Proof:
     was_loaded: bool
     is_marked: bool
     """Whether it was told a name for the weights."""
+    salt: str | None
+    """Goes with each request: vLLM uses no prefix that was computed under another (`cache_salt`). None: it takes no new
+    weights, so its cache is of these."""
 
     def __str__(self) -> str:
         """Spell it for the log."""
@@ -112,10 +120,10 @@ def prove(server: AskedServer, policy: Policy, *, must_be_sure: bool) -> Proof:
         if fault is not None or must_be_sure:
             fault = fault or "whether it holds the policy's weights or those of an earlier iteration cannot be told"
             raise Unproven(f"{fault}, and it takes no new ones. {_RESTART}.")
-        return _proof(held, policy, was_loaded=False, is_marked=False)
+        return _proof(held, policy, was_loaded=False)
     _reset_prefix_cache(server)
     if fault is None and (_is_exact(held, policy) or _mark(server) == policy.mark):
-        return _proof(held, policy, was_loaded=False, is_marked=_set_mark(server, policy))
+        return _proof(held, policy, was_loaded=False, by=server)
     _check_fits(server, policy, held)
     _load(server, policy, has_extension=held.sums is not None)
     after = _ask(server, policy)
@@ -128,7 +136,7 @@ def prove(server: AskedServer, policy: Policy, *, must_be_sure: bool) -> Proof:
         raise Unproven(
             f"it answered that it had loaded {policy.directory}, but computes exactly what it did before. {_RESTART}."
         )
-    return _proof(after, policy, was_loaded=True, is_marked=_set_mark(server, policy))
+    return _proof(after, policy, was_loaded=True, by=server)
 
 
 def still_holds(server: AskedServer, policy: Policy, proof: Proof) -> bool:
@@ -211,13 +219,19 @@ def _num_told(held: _Held, policy: Policy) -> int:
     return len({policy.named(name) for name in held.sums or {}} - {None})
 
 
-def _proof(held: _Held, policy: Policy, *, was_loaded: bool, is_marked: bool) -> Proof:
+def _proof(held: _Held, policy: Policy, *, was_loaded: bool, by: AskedServer | None = None) -> Proof:
+    """Put a proof together.
+
+    Args:
+        by: a server that takes weights; it is told a name for those that it holds.
+    """
     return Proof(
         distance=held.distance,
         num_sums=_num_told(held, policy),
         num_weights=len(policy.files.entries),
         was_loaded=was_loaded,
-        is_marked=is_marked,
+        is_marked=by is not None and _set_mark(by, policy),
+        salt=None if by is None else f"{policy.mark}-{secrets.token_hex(8)}",
     )
 
 
@@ -227,30 +241,35 @@ def _check_fits(server: AskedServer, policy: Policy, held: _Held) -> None:
     Raises:
         Unproven: names the first difference.
     """
-    files = policy.files
+    new = _shapes(policy.files)
     remedy = f"Restart it with the model of --model: `vllm serve {policy.directory}`."
-    if held.sums is not None:
-        truth = policy.sums(held.dtypes)
-        if not truth:
-            raise Unproven(f"it runs another architecture: none of its weights is in {policy.directory}. {remedy}")
-        for name, (_, count) in truth.items():
-            if held.sums[name][1] != count:
-                raise Unproven(
-                    f"it runs another architecture: {name} has {held.sums[name][1]} numbers there and {count} in "
-                    f"{policy.directory}. {remedy}"
-                )
-        _check_seen(server, policy)
-    elif server.root is not None and (Path(server.root) / "config.json").is_file():
+    if server.root is not None and (Path(server.root) / CONFIG_FILE).is_file():
         try:
-            own = {name: entry.shape for name, entry in open_hf_checkpoint(Path(server.root)).entries.items()}
+            own = _shapes(open_hf_checkpoint(Path(server.root)))
         except ConversionError:
-            return  # not a directory that can be compared; the probes will tell
-        new = {name: entry.shape for name, entry in files.entries.items()}
+            own = new  # nothing that can be compared; what the server holds will tell
         if other := sorted(name for name in own.keys() | new.keys() if own.get(name) != new.get(name)):
             raise Unproven(
                 f"it was started with {server.root}, whose weights have other names or shapes than those in "
                 f"{policy.directory} ({some_of(other, most=2)}). {remedy}"
             )
+    if held.sums is None:
+        return
+    wrong = f"it runs another architecture than that of {policy.directory}"
+    told = {policy.named(name) for name in held.sums}
+    if more := [name for name in held.sums if policy.named(name) is None]:
+        raise Unproven(f"{wrong}: it has {some_of(more, most=2)} beside. {remedy}")
+    if missing := [name for name in new if name not in told and _EXPERTS not in name]:
+        raise Unproven(f"{wrong}: it has no {some_of(missing, most=2)}. {remedy}")
+    for name, (_, count) in policy.sums(held.dtypes).items():
+        if held.sums[name][1] != count:
+            raise Unproven(f"{wrong}: {name} has {held.sums[name][1]} numbers there and {count} here. {remedy}")
+    _check_seen(server, policy)
+
+
+def _shapes(files: HFCheckpoint) -> dict[str, tuple[int, ...]]:
+    """List what an engine must have a place for -> {name: shape}; what it computes or shares may lie in the files."""
+    return {name: entry.shape for name, entry in files.entries.items() if not name.endswith(_OPTIONAL)}
 
 
 def _check_seen(server: AskedServer, policy: Policy) -> None:
@@ -291,7 +310,10 @@ def _call(server: AskedServer, method: str, **arguments: str) -> list[Any]:
 
 
 def _reset_prefix_cache(server: AskedServer) -> None:
-    """Let nothing that was computed with other weights be used again. It fails while requests are at work."""
+    """Let nothing that was computed with other weights be used again. It fails while requests are at work.
+
+    Older versions of vLLM (0.23) do not say whether it succeeded; there `Proof.salt` alone keeps old prefixes away.
+    """
     for attempt in range(_RESET_TRIES):
         if attempt:
             time.sleep(_RESET_PAUSE_SECONDS * 2 ** (attempt - 1))
@@ -299,12 +321,10 @@ def _reset_prefix_cache(server: AskedServer) -> None:
             success = server.control("/reset_prefix_cache", {}).get("success")
         except HttpError as error:
             raise Unproven(f"it does not reset its prefix cache ({error}). See its log.") from None
-        except UnusableReply:
-            success = None
+        except EmptyReply:
+            return
         if success is True:
             return
-        if success is None:
-            raise Unproven("it does not say whether it reset its prefix cache. Use a newer vLLM.")
     raise Unproven(
         "it does not reset its prefix cache: it is at work on requests of others. Give each job servers of its own."
     )

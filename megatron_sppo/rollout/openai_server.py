@@ -43,6 +43,10 @@ class UnusableReply(ServerFault):
     """Something else came back than an answer: perhaps from no API at all."""
 
 
+class EmptyReply(UnusableReply):
+    """It agreed, and said nothing."""
+
+
 class HttpError(ServerFault):
     """The server refuses."""
 
@@ -117,6 +121,8 @@ class OpenAIServer:
             content = json.loads(reply.content)
             if isinstance(content, dict):
                 return content
+        if not reply.content:
+            raise EmptyReply("no JSON object but ''")
         raise UnusableReply(f"no JSON object but {self.shown(reply.content.decode('utf-8', 'replace'))!r}")
 
     def shown(self, text: str) -> str:

@@ -192,7 +192,8 @@ class ServerSampler:
                 break
             try:
                 proof = server.make_ready()
-                reply = server.post_completion(body)
+                salt = {"cache_salt": proof.salt} if proof is not None and proof.salt else {}
+                reply = server.post_completion(body | salt)
                 server.confirm(proof, since=time.monotonic())
                 responses = _responses(reply, prompt, sampling, seed)
             except ServerFault as error:

@@ -75,6 +75,13 @@ def identity_of(pid: int) -> ProcessIdentity:
     return ProcessIdentity(pid=pid, start_time=_start_time(pid), namespace=_namespace())
 
 
+def lives(identity: ProcessIdentity) -> bool | None:
+    """Tell whether a process that was described still lives -> None where another machine would have to say."""
+    if identity.namespace != _namespace():
+        return None
+    return _group_lives(identity.pid) and _start_time(identity.pid) in ("", identity.start_time)
+
+
 def run_logged(command: Sequence[str], log_path: Path, *, on_start: Callable[[int], None], grace_seconds: float) -> int:
     """Run a command to its end, its output appended to `log_path` -> exit status.
 

@@ -36,6 +36,8 @@ LOGS_NAME = "logs"
 _EXIT_SIGTERM = 128 + signal.SIGTERM
 """Of a stage that somebody else has stopped, as Slurm does with all processes of a job: who started the loop can tell
 it from a failure, and start it again."""
+_SIGTERM_CODES = (-signal.SIGTERM, _EXIT_SIGTERM, 256 - signal.SIGTERM)
+"""As Popen, shells, and `sys.exit` of what Popen said (`ray symmetric-run`) spell it."""
 
 
 class StageFailed(RuntimeError):
@@ -244,7 +246,7 @@ def _has_types(state: dict[str, Any]) -> bool:
 
 def _failure(stage: Stage, returncode: int, log_path: Path) -> StageFailed:
     code = tool_exit_code(returncode, log_path)
-    if code in (-signal.SIGTERM, _EXIT_SIGTERM):
+    if code in _SIGTERM_CODES:
         return StageFailed(
             f"{stage.name} was stopped by SIGTERM. The same command goes on from here. Its log: {log_path}",
             exit_code=_EXIT_SIGTERM,

@@ -28,7 +28,7 @@ def iteration_summary(paths: RunPaths, iteration: int, *, seconds: dict[str, flo
         "judge": result.get("judge", judge),
         "win_rate_vs_base": result.get("win_rate_vs_base"),
         "win_rate_vs_previous": result.get("win_rate_vs_previous"),
-        **({"accuracy": result["accuracy"]} if "accuracy" in result else {}),
+        **{name: result[name] for name in ("a_a", "accuracy") if result.get(name) is not None},
         "mean_response_tokens": result.get("mean_response_tokens"),
         "seconds": seconds,
     }
@@ -142,13 +142,16 @@ def result_table(summary: dict[str, Any]) -> str:
     iterations = summary["iterations"]
     checks = any(entry.get("accuracy") for entry in iterations)
     levels = {"instructions held": "instruction_level", "prompts held": "prompt_level"} if checks else {}
-    header = ("iteration", "win rate vs base", "vs previous", *levels, "tokens", "seconds", "judge")
+    floor = any(entry.get("a_a") for entry in iterations)
+    header = (
+        "iteration", "win rate vs base", "vs previous", *["A/A"] * floor, *levels, "tokens", "seconds", "judge",
+    )  # fmt: skip
     rows = [header]
     if checks:
         base = next(entry["accuracy"]["base"] for entry in iterations if entry.get("accuracy"))
         tokens = summary.get("base_mean_response_tokens")
         of_base = [rate_text(base[level]) for level in levels.values()]
-        rows.append(("start", "-", "-", *of_base, "-" if tokens is None else f"{tokens:.1f}", "-", "-"))
+        rows.append(("start", "-", "-", *["-"] * floor, *of_base, "-" if tokens is None else f"{tokens:.1f}", "-", "-"))
     for entry in iterations:
         accuracy = (entry.get("accuracy") or {}).get("policy")
         rows.append(
@@ -156,6 +159,7 @@ def result_table(summary: dict[str, Any]) -> str:
                 str(entry["iteration"]),
                 rate_text(entry["win_rate_vs_base"]),
                 rate_text(entry["win_rate_vs_previous"]),
+                *[rate_text(entry.get("a_a"))] * floor,
                 *(rate_text(accuracy and accuracy[level]) for level in levels.values()),
                 "-" if entry["mean_response_tokens"] is None else f"{entry['mean_response_tokens']:.1f}",
                 f"{sum(entry['seconds'].values()):.0f}",

@@ -1,5 +1,5 @@
 """Proves: two real vLLM servers on the CPU sample for two iterations of a run, each iteration's weights given to them
-in place and proven to the bit; a server of another architecture is left out and survives, and so does the run.
+in place and proven to the bit.
 
 The model is tiny and ties its embedding to its output layer, of which vLLM on a CPU keeps an old copy when weights are
 loaded: without our extension's mending the second iteration could not be sampled. What is refused of servers that lie,
@@ -22,7 +22,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed (there is no CPU wheel for this Python)", allow_module_level=True)
 
 from megatron_sppo.rollout.hand_over import EXTENSION
-from tests.commands import run_process
+from tests.commands import REPOSITORY
 from tests.models import tiny_llama
 from tests.ports import free_ports
 
@@ -32,7 +32,7 @@ CONFIG = """
 run: {iterations: 2, max_prompts_per_iteration: 4}
 rollout: {num_responses: 2, max_tokens: 12, rollout_options: {server_seeds: false, max_model_len: 256}}
 scoring: {judge: rules:concise, allow_no_signal: true}
-evaluation: {heldout_prompts: 2, eval_num_responses: 1, inspected_prompts: 0}
+evaluation: {heldout_prompts: 0, inspected_prompts: 0}
 training: {eta: 10, lr: 1.0e-3, lr_decay_style: constant, micro_batch_size: 2, global_batch_size: 4}
 """
 
@@ -44,13 +44,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def urls(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """Three servers of the start model; the third is of one layer less."""
-    other = tiny_llama(tmp_path_factory.mktemp("models") / "other", scale=0.2, num_hidden_layers=1, **SHAPE)
-    ports, logs = free_ports(3), tmp_path_factory.mktemp("logs")
+    """Two servers that were started with the start model."""
+    ports, logs = free_ports(2), tmp_path_factory.mktemp("logs")
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     processes = []
-    for served, port in zip((model, model, other), ports, strict=True):
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(served)]
+    for port in ports:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
         command += ["--max-model-len", "256", "--max-num-seqs", "16", "--worker-extension-cls", EXTENSION]
         log = open(logs / f"{port}.log", "w")
@@ -78,7 +77,7 @@ def wait_for(url: str, process: "subprocess.Popen[bytes]") -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_two_iterations_are_sampled_by_two_servers_whose_weights_are_replaced_and_proven(
     model: Path, urls: list[str], tmp_path: Path
 ) -> None:
@@ -86,27 +85,20 @@ def test_two_iterations_are_sampled_by_two_servers_whose_weights_are_replaced_an
     prompts.write_text("".join(json.dumps({"prompt": f"What is {i} and {i}?"}) + "\n" for i in range(10)))
     (tmp_path / "run.yaml").write_text(CONFIG)
     flags = ["--config", tmp_path / "run.yaml", "--model", model, "--prompts", prompts, "--output", tmp_path / "run"]
-    done = run_process("tools/self_play.py", *flags, "--server", *urls)
+    command = [sys.executable, str(REPOSITORY / "tools/self_play.py"), *map(str, flags), "--server", *urls]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
 
     run = tmp_path / "run"
     num_weights = len(json.loads(header(model / "model.safetensors"))) - 1  # and the metadata
     proof = f"{num_weights} of {num_weights} weights are equal to the bit"
     for stage, verb, directory in (
-        ("base-eval-rollouts", "holds", model),
         ("iter_1-rollouts", "holds", model),
-        ("iter_1-eval-rollouts", "has loaded", run / "iter_1/hf"),
-        ("iter_2-rollouts", "holds", run / "iter_1/hf"),
-        ("iter_2-eval-rollouts", "has loaded", run / "iter_2/hf"),
+        ("iter_2-rollouts", "has loaded", run / "iter_1/hf"),
     ):
         log = (run / "logs" / f"{stage}.log").read_text()
-        for url in urls[:2]:
+        for url in urls:
             assert f"server {url} {verb} {directory}: {proof}" in log, (stage, log[-2000:])
-        assert f"server {urls[2]} is left out: it runs another architecture" in log
-    # No server died of being asked.
-    for url in urls:
-        with urllib.request.urlopen(f"{url}/health", timeout=60) as reply:
-            assert reply.status == 200
 
 
 def header(path: Path) -> bytes:

@@ -108,7 +108,8 @@ def test_a_round_of_self_play_on_the_packaged_config_and_prompts(installed: Path
     tiny_llama(empty / "model")
     given = {
         "--config": "examples/configs/smollm2_demo.yaml",
-        "--prompts": "examples/data/prompts.jsonl",
+        "--prompts": "examples/data/instructions.jsonl",
+        "--judge": "rules:concise",  # the sampler's bytes hold no instruction
         "--model": "model",
         "--output": "runs/demo",
         "--rollout-command": f"{sys.executable} {sampler / 'tests/e2e/fake_rollouts.py'}",

@@ -34,7 +34,7 @@ from tests.fences import PAGES, REPOSITORY, Fence, commands, fences, indented_bl
 DOCS = REPOSITORY / "docs"
 FENCES = [fence for page in PAGES for fence in fences(page)]
 LANGUAGES = {"bash", "json", "python", "text", "yaml"}
-OTHERS = {"cat", "cd", "git", "pre-commit", "source", "vllm"}
+OTHERS = {"cat", "cd", "git", "lm_eval", "pre-commit", "source", "vllm"}
 """Programs that are not ours: their arguments are not looked at."""
 OPTIONS_WITH_VALUE = {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint"}
 
@@ -51,10 +51,42 @@ def script(name: str) -> types.ModuleType:
 SETTINGS, SCRIPTS = (getattr(script("commands"), name) for name in ("COMMANDS", "SCRIPTS"))
 
 
-@pytest.mark.parametrize("name", ["troubleshooting", "commands", "benchmarks"])
+@pytest.mark.parametrize("name", ["troubleshooting", "commands", "benchmarks", "alignment"])
 def test_a_page_made_from_code_is_what_the_code_says_now(name: str) -> None:
     written = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     assert written == script(name).page(), f"run: python docs/{name}.py"
+
+
+def test_every_measured_number_of_the_alignment_page_is_one_of_a_committed_json() -> None:
+    """Every decimal fraction on the page: a number in the files, the mean of a list of them, or that in per cent."""
+    found: list[float] = []
+
+    def gather(value: object) -> None:
+        if isinstance(value, dict):
+            for inner in value.values():
+                gather(inner)
+        elif isinstance(value, list):
+            numbers = [one for one in value if isinstance(one, (int, float))]
+            found.extend([sum(numbers) / len(numbers)] if numbers else [])
+            for inner in value:
+                gather(inner)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.append(float(value))
+
+    contents = [json.loads(file.read_text()) for file in sorted(REPOSITORY.glob("benchmarks/results/alignment/*.json"))]
+    for content in contents:
+        gather(content)
+        runs = content.get("runs", [])
+        for entry in {run["entry"] for run in runs}:  # means over the seeds of an entry
+            for column in zip(*(run["iterations"] for run in runs if run["entry"] == entry), strict=True):
+                gather([one["win_rate_vs_base"]["mean"] for one in column])
+                gather([one["accuracy"]["prompt_level"] for one in column if "accuracy" in one])
+    page = re.sub(r"arXiv:\S+|v0\.2|AlpacaEval 2\.0|`[^`]*`", "", (DOCS / "alignment.md").read_text(encoding="utf-8"))
+    numbers = re.findall(r"(?<![\w.])-?\d+\.\d+", page)
+    assert len(numbers) > 50
+    for text in numbers:
+        digits = len(text.partition(".")[2])
+        assert any(f"{scale * one:.{digits}f}" == text for one in found for scale in (1, 100)), text
 
 
 def test_the_page_of_messages_has_every_message() -> None:

@@ -86,6 +86,13 @@ def test_every_number_has_its_interval_prompts_judge_and_seed(result):
         assert (value["judge"] is None) == path.startswith(".players"), path
 
 
+def test_trackers_are_told_every_number_under_a_name_of_its_own(result):
+    parts = {name: result[name] for name in ("players", "judges")}
+    names = [name for name, _ in evaluate._numbers(parts, "evaluation")]
+    assert len(set(names)) == len(names)
+    assert "evaluation/judges/rules:concise/vs_baseline/b_vs_a/mean" in names
+
+
 def test_judges_are_marked_as_seen_or_unseen(result, run):
     assert [(row["judge"], row["seen"]) for row in result["judges"]] == [
         ("rules:concise", True),
@@ -221,6 +228,21 @@ def test_few_prompts_have_no_length_controlled_rate_and_say_why(folder, run, tmp
     (row,) = result["judges"][0]["length_controlled"]
     assert row["mean"] is None and "needs 5 pairs of answers" in row["reason"]
     assert "no length-controlled rate: the length-controlled win rate needs 5 pairs" in capsys.readouterr().out
+
+
+def test_a_judge_that_checks_says_how_much_each_player_holds(run, tmp_path, capsys):
+    """A scorer of the user's own that passes answers of "cats": counted here by hand."""
+    (tmp_path / "scorer.py").write_text("def holds(answer, messages, columns):\n    return 'cats' in answer.lower()\n")
+    for name, answers in (("f", ["Cats purr.", "No."]), ("g", ["Cats.", "Some cats."])):
+        write_rollouts(tmp_path / name, [group(str(n), answers, prompt=f"Why {n}?") for n in range(6)])
+    players = ("--players", f"f={tmp_path / 'f'}", f"g={tmp_path / 'g'}", "--length-control", "none")
+    result = run(*players, judge=f"python:{tmp_path / 'scorer.py'}:holds")
+    accuracy = result["judges"][0]["accuracy"]
+    assert {name: found["prompt_level"]["mean"] for name, found in accuracy.items()} == {"f": 0.5, "g": 1.0}
+    assert {"low", "high", "num_prompts", "judge", "seed"} <= set(accuracy["f"]["prompt_level"])
+    # A win rate by a judge that checks is 1/2 + half the difference of the accuracies.
+    assert result["judges"][0]["vs_baseline"][0]["mean"] == pytest.approx(0.75)
+    assert "prompts held, %" in capsys.readouterr().out
 
 
 def test_distinct_n_is_counted_by_hand():

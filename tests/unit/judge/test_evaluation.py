@@ -7,14 +7,16 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_sppo.commands.evaluate import main
 from megatron_sppo.errors import DataError
 from megatron_sppo.judge.config import EvaluateConfig
-from megatron_sppo.judge.evaluation import bootstrap, cross_win_rates, evaluate, join_groups
+from megatron_sppo.judge.evaluation import bootstrap, cross_verdicts, cross_win_rates, evaluate, join_groups
 from megatron_sppo.rollout.records import RolloutGroup
 from tests.unit.selfplay.synthetic import group, write_rollouts
 
@@ -127,6 +129,28 @@ def evaluate_config(tmp_path: Path, **changes: object) -> EvaluateConfig:
     return EvaluateConfig(**{**paths, "judge": "rules:concise", "output": tmp_path / "result.json", **changes})
 
 
+def test_the_noise_floor_compares_a_policy_s_first_answers_with_its_last() -> None:
+    """Three answers: the first against the last, the middle one on neither side. Two: the first against the second.
+    One: nothing. Pairs with the opponent do not enter."""
+    judge = TableJudge({("a", "c"): 2.0, ("c", "a"): -2.0, ("a", "b"): 9.0, ("d", "e"): 1.0, ("a", "x"): 50.0})
+    ours = {"p": group("p", ["a", "b", "c"]), "q": group("q", ["d", "e"]), "r": group("r", ["a"])}
+    theirs = {name: group(name, ["x"]) for name in ours}
+    found = cross_verdicts(judge, ours, theirs, against="base").a_a
+    assert found == {"p": pytest.approx(sigmoid(2)), "q": pytest.approx(sigmoid(0.5))}
+
+
+def test_the_result_has_the_noise_floor_beside_the_win_rates(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    groups = [group(f"p{n}", ["One answer.", "Another, rather longer answer here."]) for n in range(6)]
+    write_rollouts(tmp_path / "policy", groups)
+    write_rollouts(tmp_path / "base", [group(f"p{n}", ["the the the the"]) for n in range(6)])
+    places = {"policy": "policy", "base": "base", "previous": "base"}
+    paths = [f"--{name}={tmp_path / place}" for name, place in places.items()]
+    main("evaluate", [*paths, "--judge", "rules:concise", f"--output={tmp_path / 'result.json'}"])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["a_a"]["num_prompts"] == 6 and result["a_a"]["mean"] != 0.5
+    assert capsys.readouterr().out.count("(A/A ") == 2
+
+
 def test_a_policy_against_its_own_answers_wins_exactly_half(tmp_path: Path) -> None:
     groups = [
         group(f"p{number}", [f"One answer {number}.", "Another, rather longer answer here."]) for number in range(6)
@@ -148,3 +172,24 @@ def test_better_answers_win_and_the_first_iteration_s_previous_policy_is_the_bas
     assert result["win_rate_vs_previous"] == result["win_rate_vs_base"]
     assert result["mean_response_tokens"] == len(good)  # a token is a character in these rollouts
     assert json.loads((tmp_path / "result.json").read_text()) == result
+
+
+def test_a_judge_that_checks_gives_accuracies_beside_win_rates(tmp_path: Path) -> None:
+    """The policy's answers hold both instructions, the base's one of two: P = 1/2 + (1 - 1/2) / 2 = 3/4."""
+    columns = {
+        "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+        "kwargs": [{}, {"num_words": 4, "relation": "less than"}],
+    }
+    for name, text in (("policy", "so it is"), ("base", "so, it is")):
+        groups = [replace(group(f"p{n}", [text, text + "."]), columns=columns) for n in range(3)]
+        write_rollouts(tmp_path / name, groups)
+    result = evaluate(evaluate_config(tmp_path, judge="verifiable:ifeval"))
+    expected = {"policy": (1, 1), "base": (0, 0.5), "previous": (0, 0.5)}
+    assert result["win_rate_vs_base"]["mean"] == pytest.approx(0.75, abs=1e-6)
+    for name, (prompt_level, instruction_level) in expected.items():
+        accuracy = result["accuracy"][name]
+        assert (accuracy["prompt_level"]["mean"], accuracy["instruction_level"]["mean"]) == (
+            prompt_level,
+            instruction_level,
+        )
+        assert accuracy["num_instructions"] == 6

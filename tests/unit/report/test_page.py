@@ -122,6 +122,15 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert page.open == []
 
 
+def test_the_cyclic_share_has_its_interval_beside_it(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / "run", num_iterations=1)
+    file = RunPaths(run_dir=run_dir).of(1, "dataset") / "diagnostics.json"
+    share = {"cyclic_energy": 0.25, "cyclic_energy_low": 0.2, "cyclic_energy_high": 0.3125, "transitive_energy": 0.75}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **share}))
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    assert "<span>0.2500</span> <span>[0.2000, 0.3125] (!)</span>" in page and "<span>0.7500</span>" in page
+
+
 def test_two_reports_of_a_run_are_the_same_bytes(run_dir: Path) -> None:
     assert write_report(run_dir).read_bytes() == write_report(run_dir).read_bytes()
 

@@ -172,7 +172,7 @@ def test_a_sampler_that_forgets_a_shard_ends_the_job(config: GenerateConfig) -> 
     assert not (config.output / "manifest.json").exists()
 
 
-@pytest.mark.parametrize(("has_gpu", "expected"), [(True, [16] * 68 + [12]), (False, [64] * 17 + [12])])
+@pytest.mark.parametrize(("has_gpu", "expected"), [(True, [4] * 275), (False, [64] * 17 + [12])])
 def test_shards_are_small_on_gpus_unless_the_user_says(
     config: GenerateConfig, monkeypatch: pytest.MonkeyPatch, has_gpu: bool, expected: list[int]
 ) -> None:
@@ -185,8 +185,8 @@ def test_shards_are_small_on_gpus_unless_the_user_says(
     assert [len(ids) for ids in run(again)] == [600, 500]
 
 
-@pytest.mark.parametrize(("num_prompts", "size"), [(20_000, 16), (600_000, 146), (10_000_000, 512)])
-def test_many_prompts_for_gpus_make_about_4096_shards(
+@pytest.mark.parametrize(("num_prompts", "size"), [(60_000, 4), (600_000, 36), (10_000_000, 512)])
+def test_many_prompts_for_gpus_make_about_16384_shards(
     config: GenerateConfig, monkeypatch: pytest.MonkeyPatch, num_prompts: int, size: int
 ) -> None:
     import torch

@@ -76,8 +76,11 @@ class HoldingVllm:
         """Success of the next resets; True when they are used up."""
         self.before_answer: Callable[[int], bool] = lambda number: True
         """Called at each completion; False: the connection is lost."""
+        self.says_whether_it_reset = True
+        self.salts: set[str | None] = set()
         self.redirects_to: str | None = None
         self.refuses_probes = False
+        self.says_root = True
         self.is_down = False
         self.calls: list[str] = []
         self.num_answers = 0
@@ -110,7 +113,7 @@ class HoldingVllm:
             request.close_connection = True
             return
         status, content = reply
-        data = json.dumps(content).encode()
+        data = b"" if content is None else json.dumps(content).encode()
         request.send_response(status)
         if 300 <= status < 400:
             request.send_header("Location", f"{self.redirects_to}{request.path}")
@@ -122,13 +125,16 @@ class HoldingVllm:
         if self.redirects_to and path != "/v1/models":
             return 307, {}
         if path == "/v1/models":
-            return 200, {"data": [{"id": "policy", "root": str(self.start), "max_model_len": 512}]}
+            root = str(self.start) if self.says_root else "/models/elsewhere"
+            return 200, {"data": [{"id": "policy", "root": root, "max_model_len": 512}]}
         if path == "/v1/completions":
             return self.complete(body)
         if not self.has_dev_mode:
             return 404, {"detail": "Not Found"}
         if path == "/reset_prefix_cache":
             self.calls.append("reset")
+            if not self.says_whether_it_reset:
+                return 200, None
             return 200, {"success": self.resets.pop(0) if self.resets else True}
         if path in ("/weight_info", "/update_weight_version") and self.knows_marks:
             self.mark = body.get("new_version", self.mark)
@@ -144,6 +150,7 @@ class HoldingVllm:
             places = [{str(token): {"logprob": value}} for token, value in zip(body["prompt"][1:], values, strict=True)]
             return 200, {"choices": [{"index": 0, "prompt_logprobs": [None, *places]}]}
         self.num_answers += 1
+        self.salts.add(body.get("cache_salt"))
         if not self.before_answer(self.num_answers):
             return None
         choices = [
@@ -314,6 +321,14 @@ def test_a_prefix_cache_that_is_busy_for_a_while_is_reset_again(serve, models) -
     assert_sampled_with(models, models.new, sample(sampler_of(server, model=models.new)))
 
 
+def test_no_prefix_of_before_is_used_where_vllm_does_not_say_whether_it_forgot_them(serve, models) -> None:
+    """vLLM 0.23 answers a reset with nothing. Each proof has a salt of its own, also of the same weights."""
+    server = serve(says_whether_it_reset=False)
+    for number, model in enumerate((models.new, models.new, models.old), start=1):
+        assert_sampled_with(models, model, sample(sampler_of(server, model=model)))
+        assert len(server.salts) == number and None not in server.salts
+
+
 @pytest.mark.parametrize("is_seen", [True, False], ids=["a connection is lost", "nobody notices"])
 @pytest.mark.parametrize("has_extension", [True, False])
 @pytest.mark.parametrize("knows_marks", [True, False])
@@ -369,10 +384,20 @@ def test_servers_that_take_no_weights_are_refused_before_a_run(serve, models, ca
     assert (good.held, good.calls) == (models.old, [])
 
 
-def test_files_of_another_shape_are_never_loaded(serve, models, tmp_path) -> None:
-    wide = tiny_llama(tmp_path / "wide", intermediate_size=128, scale=0.2)
-    for has_extension in (True, False):
-        server = serve(has_extension=has_extension)
-        with pytest.raises(ConfigError, match="another architecture|other names or shapes"):
-            sampler_of(server, model=wide)
-        assert "reload_weights" not in server.calls
+OTHER_SHAPES = {
+    "wider": {"intermediate_size": 128},
+    "deeper": {"num_hidden_layers": 3},
+    "flatter": {"num_hidden_layers": 1},
+}
+
+
+@pytest.mark.parametrize("shape", OTHER_SHAPES)
+@pytest.mark.parametrize(("has_extension", "says_root"), [(True, True), (True, False), (False, True)])
+def test_files_of_another_shape_are_never_loaded(
+    serve, models, tmp_path, shape: str, has_extension: bool, says_root: bool
+) -> None:
+    other = tiny_llama(tmp_path / "other", scale=0.2, **OTHER_SHAPES[shape])
+    server = serve(has_extension=has_extension, says_root=says_root)
+    with pytest.raises(ConfigError, match="another architecture|other names or shapes"):
+        sampler_of(server, model=other)
+    assert "reload_weights" not in server.calls

@@ -57,6 +57,13 @@ def third(number: int) -> bytes:
     return parquet([{"prompt": f"Third {number}, {n}?", "prompt_id": str(n)} for n in range(4)])
 
 
+def ifeval() -> bytes:
+    """google/IFEval: every argument in every mapping, null where it is another instruction's."""
+    arguments = [{"num_words": None, "relation": None}, {"num_words": 300, "relation": "at least"}]
+    names = ["punctuation:no_comma", "length_constraints:number_words"]
+    return parquet([{"key": 1000, "prompt": "Write.", "instruction_id_list": names, "kwargs": arguments}])
+
+
 THIRDS = [f"UCLA-AGI/data-mistral-7b-instruct-sppo-iter{number}" for number in (1, 2, 3)]
 SUBSETS = """---
 configs:
@@ -77,6 +84,7 @@ REPOSITORIES = {
         "main/train.jsonl": b'{"prompt": "main?"}',
         "socratic/train.jsonl": b'{"prompt": "socratic?"}',
     },
+    "google/IFEval": {"data/train-00000-of-00001.parquet": ifeval()},
     "owner/columns": {"data/train-00000-of-00001.parquet": parquet([{"body": "x"}])},
     **{name: {"data/train-00000-of-00001.parquet": third(n)} for n, name in enumerate(THIRDS, start=1)},
 }
@@ -86,6 +94,7 @@ FETCHED = (
     "owner/subsets",
     "owner/subsets:main",
     "owner/columns",
+    "google/IFEval",
     *THIRDS,
 )
 
@@ -110,7 +119,7 @@ def hub_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     counts = done.stdout.splitlines()
     assert re.search(r"main.*socratic.*Name a subset: hub:owner/subsets:SUBSET", counts.pop(2)), done.stdout
     assert "no column prompt or messages (it has: body)" in counts.pop(3), done.stdout
-    assert counts == ["5", "6", "1", "4", "4", "4"]
+    assert counts == ["5", "6", "1", "1", "4", "4", "4"]
     return home
 
 
@@ -129,6 +138,14 @@ def offline(hub_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def texts(name: str, **chosen: str) -> list[str]:
     return [prompt.messages[-1]["content"] for prompt in read_prompts(Path(name), **chosen).prompts]
+
+
+def test_ifeval_as_published_carries_what_its_judge_checks_by(offline: Path) -> None:
+    (prompt,) = read_prompts(Path("hub:google/IFEval")).prompts
+    assert prompt.columns == {
+        "instruction_id_list": ["punctuation:no_comma", "length_constraints:number_words"],
+        "kwargs": [{"num_words": None, "relation": None}, {"num_words": 300, "relation": "at least"}],
+    }
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,7 @@ def test_a_crash_is_passed_on_by_its_exception_with_exit_code_1(run_dir: Path) -
     [
         "import os; os.kill(os.getpid(), 15)",
         "import sys; sys.exit(143)",
+        "import sys; sys.exit(-15)",
         "import sys; sys.exit('Root Cause:\\n  exitcode  : 143 (pid: 7)')",
         "import sys; sys.exit('[rank1]:   exitcode  : -15 (pid: 7)')",
         "class SignalException(Exception): pass\nraise SignalException('Process 7 got signal: 15')",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sppo.objective.bradley_terry import bradley_terry
+from megatron_sppo.objective.strengths import bradley_terry
 
 
 def game_of(strength):
