@@ -34,10 +34,9 @@ from benchmarks.scale_steps import (
     write_steps,
 )
 from megatron_sppo.data.dataset import PreferenceDataset
-from megatron_sppo.judge import evaluation
+from megatron_sppo.judge import evaluation, workers
 from megatron_sppo.judge import score as scoring
 from megatron_sppo.judge.config import EvaluateConfig, ScoreConfig
-from megatron_sppo.judge.work_list import WorkList
 from megatron_sppo.report.page import write_report
 from megatron_sppo.rollout.config import GenerateConfig
 from megatron_sppo.rollout.generate import generate_rollouts
@@ -116,8 +115,8 @@ def decoding(run: Run) -> dict[str, float]:
 
 def score(run: Run) -> dict[str, float]:
     """Score the rollouts by a judge that answers at once: intake, score files, merge, diagnostics."""
-    with _fake_judge(scoring, run.costs), run.costs:
-        scoring.score(_scoring(run), WorkList())
+    with _fake_judge(run.costs), run.costs:
+        scoring.score(_scoring(run))
     return {}
 
 
@@ -130,15 +129,15 @@ def merge(run: Run) -> dict[str, float]:
             return original(*arguments, **settings)
 
     config = replace(_scoring(run), output=run.place / "merged")
-    with _fake_judge(scoring, Instruments()), patch.object(scoring, "merge_scores", measured):
-        scoring.score(config, WorkList())
+    with _fake_judge(Instruments()), patch.object(scoring, "merge_scores", measured):
+        scoring.score(config)
     return {}
 
 
 def score_again(run: Run) -> dict[str, float]:
     """Give the same command again, which finds nothing to judge."""
-    with _fake_judge(scoring, run.costs), run.costs:
-        scoring.score(_scoring(run), WorkList())
+    with _fake_judge(run.costs), run.costs:
+        scoring.score(_scoring(run))
     return {}
 
 
@@ -156,10 +155,10 @@ def _scoring(run: Run) -> ScoreConfig:
 
 
 @contextmanager
-def _fake_judge(module: Any, costs: Instruments) -> Iterator[None]:
+def _fake_judge(costs: Instruments) -> Iterator[None]:
     judge = FakeJudge()
     judge.judge_logits = costs.leave_out(judge.judge_logits)  # type: ignore[method-assign]
-    with patch.object(module, "load_judge", lambda *_, **__: judge):
+    with patch.object(workers, "load_judge", lambda *_, **__: judge):
         yield
 
 
@@ -189,7 +188,7 @@ def evaluate(run: Run) -> dict[str, float]:
         allow_no_signal=True,
         bootstrap_resamples=200,
     )
-    with _fake_judge(evaluation, run.costs), run.costs:
+    with _fake_judge(run.costs), run.costs:
         evaluation.evaluate(config)
     return {}
 

@@ -1,7 +1,7 @@
 """Judge rollouts pair by pair: a rollout directory in, a preference dataset out. The same command resumes.
 
-Under torchrun the ranks take shards from one list. With --from-dataset nothing is judged: the targets are rebuilt
-from the stored logits under another --preset or --selection.
+With --workers or --ray several workers judge shards at once, on this machine or on a Ray cluster. With --from-dataset
+nothing is judged: the targets are rebuilt from the stored logits under another --preset or --selection.
 """
 
 import json
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from megatron_sppo import config
 from megatron_sppo.command_line import launch
+from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.config import ScoreConfig
 
 logger = logging.getLogger(__name__)
@@ -28,15 +29,14 @@ class Command(ScoreConfig):
 def main(name: str, argv: Sequence[str] | None = None) -> None:
     """Parse the command line, judge or rebuild, report."""
     command = config.parse(Command, name=name, argv=argv, description=__doc__ or "")
+    if (world_size := launch().world_size) > 1:
+        raise ConfigError(
+            f"{name} is started as one of {world_size} ranks, but shares its work out itself. Run it once, without "
+            f"torchrun: {name} --workers {world_size}"
+        )
     from megatron_sppo.judge.score import rebuild, score  # brings torch, which --help need not wait for
-    from megatron_sppo.judge.work_list import open_work_list
 
-    if command.from_dataset is not None:
-        diagnostics = rebuild(command, command.from_dataset) if launch().rank == 0 else None
-    else:
-        diagnostics = score(command, open_work_list())
-    if diagnostics is None:
-        return
+    diagnostics = score(command) if command.from_dataset is None else rebuild(command, command.from_dataset)
     for warning in diagnostics.get("warnings", ()):
         logger.warning("%s", warning)
     for reason, number in diagnostics.get("quarantine_reasons", {}).items():

@@ -19,8 +19,7 @@ from megatron_sppo.judge.accuracy import strict_accuracy
 from megatron_sppo.judge.config import EvaluateConfig
 from megatron_sppo.judge.diagnostics import fraction, verdict_shares, warnings
 from megatron_sppo.judge.evaluation import check_signal
-from megatron_sppo.judge.load import load_judge
-from megatron_sppo.judge.protocol import Judge
+from megatron_sppo.judge.workers import PooledJudge, open_judge
 from megatron_sppo.storage import refuse_foreign_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -43,12 +42,12 @@ def evaluate_players(config: EvaluateConfig) -> dict[str, Any]:
     _require_libraries(config)
     table = None if config.difficulty_table is None else read_difficulty_table(config.difficulty_table)
     field = read_field(config)
-    judges = [_load(spec, config) for spec in (config.judge, *config.more_judges)]
+    judges = [_open(spec, config) for spec in (config.judge, *config.more_judges)]
     prompt_ids = shared_prompts(field)
     prompt_index = _prompt_index(field, table)
     resampling = Resampling(resamples=config.bootstrap_resamples, seed=config.seed)
     kl = _kl(field, prompt_ids, resampling) if config.kl else {}
-    held = [hold(judge, field, prompt_ids) for judge in judges]
+    held = [hold(judge, field, prompt_ids, output=config.output) for judge in judges]
     result: dict[str, Any] = {
         RESULT_KEY: SCHEMA_VERSION,
         "baseline": field.names[field.baseline],
@@ -81,9 +80,10 @@ def _require_libraries(config: EvaluateConfig) -> None:
         )
 
 
-def _load(spec: str, config: EvaluateConfig) -> Judge:
-    return load_judge(
+def _open(spec: str, config: EvaluateConfig) -> PooledJudge:
+    return open_judge(
         spec,
+        pool=config.pool,
         preset=config.preset,
         after=config.judge_after,
         verdict_tokens=config.verdict_tokens,
@@ -124,7 +124,7 @@ def _player(player: Player, prompt_ids: Sequence[str], resampling: Resampling) -
 
 def _judge(
     held: Tournament,
-    judge: Judge,
+    judge: PooledJudge,
     spec: str,
     field: Field,
     resampling: Resampling,
@@ -153,12 +153,14 @@ def _judge(
     return row
 
 
-def _accuracies(judge: Judge, held: Tournament, field: Field, resampling: Resampling) -> dict[str, Any] | None:
+def _accuracies(judge: PooledJudge, held: Tournament, field: Field, resampling: Resampling) -> dict[str, Any] | None:
     """Check everybody's answers -> {player: strict accuracies}, None where the judge checks nothing."""
+    if judge.here is None:  # a model, which only workers have
+        return None
     found: dict[str, Any] = {}
     for player in field.players:
         groups = (player.groups[prompt_id] for prompt_id in held.prompt_ids)
-        accuracy = strict_accuracy(judge, groups, resamples=resampling.resamples, seed=resampling.seed)
+        accuracy = strict_accuracy(judge.here, groups, resamples=resampling.resamples, seed=resampling.seed)
         if accuracy is not None:
             company = {"judge": judge.name, "seed": resampling.seed}
             found[player.name] = {k: v | company if isinstance(v, dict) else v for k, v in accuracy.items()}

@@ -11,16 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate, combinations, pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from megatron_sppo.errors import DataError
 from megatron_sppo.evaluation.length_control import Comparisons
 from megatron_sppo.evaluation.players import Field, Player
+from megatron_sppo.judge.batches import Batch, judge_in_batches
 from megatron_sppo.judge.evaluation import count_cross_pairs, first_against_last, join_groups
-from megatron_sppo.judge.protocol import Judge, Unjudged, judge_groups
+from megatron_sppo.judge.protocol import Judge, Unjudged
+from megatron_sppo.judge.workers import PooledJudge
 from megatron_sppo.objective import preference_matrix
 from megatron_sppo.rollout.records import RolloutGroup
 
@@ -66,28 +69,51 @@ def shared_prompts(field: Field) -> list[str]:
     return shared
 
 
-def hold(judge: Judge, field: Field, prompt_ids: Sequence[str]) -> Tournament:
+@dataclass(frozen=True, kw_only=True)
+class _Tables(Batch):
+    """Some prompts, each with all sides' answers in one group."""
+
+    tables: tuple[tuple[RolloutGroup, ...], ...]
+    """The sides' groups of each prompt."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what a worker does not need."""
+        return vars(self) | {"tables": ()}
+
+
+def _batches(field: Field, prompt_ids: Sequence[str]) -> Iterator[_Tables]:
+    """Give out a few prompts at a time -> batches."""
+    for index, start in enumerate(range(0, len(prompt_ids), _PROMPTS_PER_CALL)):
+        part = prompt_ids[start : start + _PROMPTS_PER_CALL]
+        tables = tuple(tuple(groups[prompt_id] for groups in _sides(field.players)) for prompt_id in part)
+        yield _Tables(index=index, groups=tuple(reduce(join_groups, table) for table in tables), tables=tables)
+
+
+def hold(
+    judge: Judge | PooledJudge, field: Field, prompt_ids: Sequence[str], *, output: Path | None = None
+) -> Tournament:
     """Ask a judge about every pair of answers to every prompt, in both orders -> Tournament.
+
+    Args:
+        output: as `judge_in_batches`.
 
     Raises:
         DataError: the same prompt_id has other messages with another player, or no prompt could be judged.
     """
-    rounds: list[_Round] = []
+    found: dict[str, _Round] = {}
     counts: Counter[str] = Counter()
-    with tqdm(total=len(prompt_ids), desc=f"judging by {judge.name}", unit="prompt", disable=None) as bar:
-        for start in range(0, len(prompt_ids), _PROMPTS_PER_CALL):
-            part = prompt_ids[start : start + _PROMPTS_PER_CALL]
-            tables = [[groups[prompt_id] for groups in _sides(field.players)] for prompt_id in part]
-            verdicts = judge_groups(judge, [reduce(join_groups, table) for table in tables])
-            for prompt_id, table, verdict in zip(part, tables, verdicts, strict=True):
-                if isinstance(verdict, Unjudged):
-                    logger.warning("prompt %s is left out: %s.", prompt_id, verdict.reason)
-                else:
-                    rounds.append(_round(prompt_id, table, verdict, field, counts))
-            bar.update(len(part))
+    for tables, judged in judge_in_batches(judge, _batches(field, prompt_ids), total=len(prompt_ids), output=output):
+        counts += judged.counts
+        for group, table, verdict in zip(tables.groups, tables.tables, judged.verdicts, strict=True):
+            if isinstance(verdict, Unjudged):
+                logger.warning("prompt %s is left out: %s.", group.prompt_id, verdict.reason)
+            else:
+                found[group.prompt_id] = _round(group.prompt_id, table, verdict, field, counts)
+    # In the prompts' order, whichever worker was first: the resampling draws by place.
+    rounds = [found[prompt_id] for prompt_id in prompt_ids if prompt_id in found]
     if not rounds:
         raise DataError(f"{judge.name} could judge none of {len(prompt_ids)} prompts. The warnings above say why.")
-    return _together(judge, field, rounds, counts, unjudged=len(prompt_ids) - len(rounds))
+    return _together(judge.name, field, rounds, counts, unjudged=len(prompt_ids) - len(rounds))
 
 
 def _sides(players: Sequence[Player]) -> Iterator[Mapping[str, RolloutGroup]]:
@@ -147,7 +173,7 @@ def _against_itself(preference: torch.Tensor, place: slice, second: slice | None
     return first_against_last(preference[place, place]) if second is None else preference[place, second].mean().item()
 
 
-def _together(judge: Judge, field: Field, rounds: Sequence[_Round], counts: Counter[str], unjudged: int) -> Tournament:
+def _together(judge: str, field: Field, rounds: Sequence[_Round], counts: Counter[str], unjudged: int) -> Tournament:
     of_players = []
     for p in range(len(field.players)):
         pairs = [of_prompt.pairs[p] for of_prompt in rounds]
@@ -158,12 +184,12 @@ def _together(judge: Judge, field: Field, rounds: Sequence[_Round], counts: Coun
         )
         of_players.append((comparisons, prompt))
     return Tournament(
-        judge=judge.name,
+        judge=judge,
         prompt_ids=tuple(of_prompt.prompt_id for of_prompt in rounds),
         preference_NPP=np.stack([of_prompt.preference_PP for of_prompt in rounds]),
         flow_NPP=np.stack([of_prompt.flow_PP for of_prompt in rounds]),
         a_a_NP=np.stack([of_prompt.a_a_P for of_prompt in rounds]),
         against_baseline=tuple(of_players),
-        counts=counts + judge.counts,
+        counts=counts,
         unjudged=unjudged,
     )

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from megatron_sppo.cluster.config import PoolConfig
 from megatron_sppo.config import LAYOUT, PositiveFloat, PositiveInt, Range, Seed, check_ranges
 from megatron_sppo.data.schema import parse_selection
 from megatron_sppo.errors import ConfigError
@@ -45,7 +46,9 @@ class ScoreConfig:
     allow_no_signal: Annotated[bool, LAYOUT] = False
     """Write the dataset even where no answer is preferred to another, so that training on it would change nothing."""
     max_requests: PositiveInt | None = None
-    """Most requests to an endpoint, of each rank; cached answers cost none. Finished shards are kept."""
+    """Most requests to an endpoint, divided among the workers (one that was killed begins its share anew); cached
+    answers cost none. Finished shards are kept."""
+    pool: PoolConfig = field(default_factory=PoolConfig)
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -118,6 +121,7 @@ class EvaluateConfig:
     """Resamples of the interval."""
     seed: Seed = 0
     """Seed of the resampling."""
+    pool: PoolConfig = field(default_factory=PoolConfig)
     tracking: TrackingConfig = field(default_factory=lambda: TrackingConfig(tracker=()))
 
     def __post_init__(self) -> None:
@@ -164,6 +168,7 @@ class EvaluateConfig:
             "more-judges": self.more_judges,
             "trained-on": self.trained_on,
             "second-sampling": self.second_sampling,
+            "length-control": self.length_control != "minimal",
             "difficulty-table": self.difficulty_table,
             "kl": self.kl,
             "export": self.export,

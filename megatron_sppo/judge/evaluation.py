@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from megatron_sppo.errors import DataError
 from megatron_sppo.judge.accuracy import strict_accuracy
+from megatron_sppo.judge.batches import Batch, judge_in_batches
 from megatron_sppo.judge.config import EvaluateConfig
 from megatron_sppo.judge.diagnostics import UNREADABLE_REMEDY, fraction, verdict_shares, warnings
-from megatron_sppo.judge.load import load_judge
-from megatron_sppo.judge.protocol import Judge, Unjudged, judge_groups
+from megatron_sppo.judge.protocol import Judge, Unjudged
 from megatron_sppo.judge.stored_groups import StoredGroups
+from megatron_sppo.judge.workers import PooledJudge, open_judge
 from megatron_sppo.objective import preference_matrix
 from megatron_sppo.objective.diagnostics import TIE_TOLERANCE
 from megatron_sppo.rollout.records import RolloutGroup
@@ -60,12 +61,13 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         DataError: rollouts that cannot be read, or no prompt that both policies answered.
             Or the judge calls every pair of different answers a tie.
-        ConfigError: a judge that cannot be loaded.
+        ConfigError: a judge that cannot be loaded, or a pool that cannot be had.
     """
     refuse_foreign_file(config.output, ours="win_rate_vs_base", flag="--output")
     assert config.policy is not None and config.base is not None and config.previous is not None
-    judge = load_judge(
+    judge = open_judge(
         config.judge,
+        pool=config.pool,
         preset=config.preset,
         after=config.judge_after,
         verdict_tokens=config.verdict_tokens,
@@ -74,15 +76,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     policy = StoredGroups(config.policy)
     players = {"policy": policy, "base": StoredGroups(config.base)}
     players["previous"] = players["base"] if config.previous == config.base else StoredGroups(config.previous)
-    verdicts: dict[str, CrossVerdicts] = {}
-    for name in ("base", "previous"):
-        if name == "previous" and players[name] is players["base"]:
-            verdicts[name] = verdicts["base"]  # the first iteration: pi_1 is both
-        else:
-            verdicts[name] = cross_verdicts(judge, policy, players[name], against=name)
+    opponents = {"base": players["base"]}
+    if players["previous"] is not players["base"]:  # in the first iteration pi_1 is both
+        opponents["previous"] = players["previous"]
+    verdicts, counts = cross_verdicts(judge, policy, opponents, output=config.output)
+    verdicts.setdefault("previous", verdicts["base"])
     rates = {name: of_prompt.win_rates for name, of_prompt in verdicts.items()}
     if not config.allow_no_signal:
-        check_signal(judge.counts, judge=judge.name)
+        check_signal(counts, judge=judge.name)
     intervals = {
         name: bootstrap(list(of_prompt.values()), resamples=config.bootstrap_resamples, seed=config.seed)
         for name, of_prompt in rates.items()
@@ -92,11 +93,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "win_rate_vs_base": asdict(intervals["base"]),
         "win_rate_vs_previous": asdict(intervals["previous"]),
         "a_a": _noise_floor(verdicts["base"], config),
-        **_accuracies(judge, players, config),
+        **_accuracies(judge.here, players, config),
         "mean_response_tokens": policy.mean_answer_tokens,
         "bootstrap_resamples": config.bootstrap_resamples,
         "bootstrap_seed": config.seed,
-        "warnings": warnings(_shares(judge.counts, policy)),
+        "warnings": warnings(_shares(counts, policy)),
         "prompts": [
             {
                 "prompt_id": prompt_id,
@@ -119,8 +120,10 @@ def _noise_floor(verdicts: CrossVerdicts, config: EvaluateConfig) -> dict[str, A
     return asdict(bootstrap(list(verdicts.a_a.values()), resamples=config.bootstrap_resamples, seed=config.seed))
 
 
-def _accuracies(judge: Judge, players: Mapping[str, StoredGroups], config: EvaluateConfig) -> dict[str, Any]:
+def _accuracies(judge: Judge | None, players: Mapping[str, StoredGroups], config: EvaluateConfig) -> dict[str, Any]:
     """Check everybody's answers -> {"accuracy": {player: strict accuracy}}, {} where the judge checks nothing."""
+    if judge is None:  # a model, which only workers have
+        return {}
     found: dict[str, Any] = {}
     for name, groups in players.items():
         if name == "previous" and groups is players["base"]:
@@ -160,59 +163,113 @@ def _shares(counts: Counter[str], policy: StoredGroups) -> dict[str, float | Non
 
 
 def cross_win_rates(
-    judge: Judge, policy: Mapping[str, RolloutGroup], opponent: Mapping[str, RolloutGroup], *, against: str
-) -> dict[str, float]:
-    """Judge every answer of the policy against every one of the opponent -> {prompt_id: mean P(policy's > opponent's)}.
+    judge: Judge | PooledJudge,
+    policy: Mapping[str, RolloutGroup],
+    opponents: Mapping[str, Mapping[str, RolloutGroup]],
+    *,
+    output: Path | None = None,
+) -> tuple[dict[str, dict[str, float]], Counter[str]]:
+    """Judge every answer of the policy against every one of each opponent.
 
-    As `cross_verdicts`.
+    As `cross_verdicts` -> ({opponent: {prompt_id: mean P(policy's > opponent's)}}, what the verdicts are).
     """
-    return cross_verdicts(judge, policy, opponent, against=against).win_rates
+    verdicts, counts = cross_verdicts(judge, policy, opponents, output=output)
+    return {name: of_prompt.win_rates for name, of_prompt in verdicts.items()}, counts
 
 
 def cross_verdicts(
-    judge: Judge, policy: Mapping[str, RolloutGroup], opponent: Mapping[str, RolloutGroup], *, against: str
-) -> CrossVerdicts:
-    """Judge every answer of the policy against every one of the opponent -> win rates, and the policy's noise floor.
+    judge: Judge | PooledJudge,
+    policy: Mapping[str, RolloutGroup],
+    opponents: Mapping[str, Mapping[str, RolloutGroup]],
+    *,
+    output: Path | None = None,
+) -> tuple[dict[str, CrossVerdicts], Counter[str]]:
+    """Judge every answer of the policy against every one of each opponent -> (by opponent, what the verdicts are).
 
-    P is the paper's: sigmoid((L_ij - L_ji) / 2), both orders asked. A prompt that one side lacks is left out
-    and counted.
+    P is the paper's: sigmoid((L_ij - L_ji) / 2), both orders asked. A prompt that one side lacks is left out and
+    counted, and so is one that the judge cannot judge. Groups are asked for a few at a time: they may lie on a disk.
 
-    Each side's groups are asked for once, a few at a time: they may lie on a disk.
-    A prompt that the judge cannot judge is left out as well. What the verdicts are is counted in the judge's `counts`.
+    Args:
+        output: as `judge_in_batches`.
 
     Raises:
-        DataError: no prompt has answers of both, or none could be judged.
+        DataError: no prompt has answers of both, or none could be judged. Others are the pool's.
     """
+    shared = {name: _shared(policy, opponent, against=name) for name, opponent in opponents.items()}
+    total = sum(map(len, shared.values()))
+    rates: dict[str, dict[str, float]] = {name: {} for name in opponents}
+    a_a: dict[str, dict[str, float]] = {name: {} for name in opponents}
+    counts: Counter[str] = Counter()
+    for pairs, judged in judge_in_batches(judge, _batches(policy, opponents, shared), total=total, output=output):
+        counts += judged.counts
+        for group, verdict, ours, theirs in zip(pairs.groups, judged.verdicts, pairs.ours, pairs.theirs, strict=True):
+            if isinstance(verdict, Unjudged):
+                counts["unjudged"] += 1
+                logger.warning("prompt %s is left out: %s.", group.prompt_id, verdict.reason)
+                continue
+            num_policy = len(ours.responses)
+            logits = torch.as_tensor(verdict, dtype=torch.float64)
+            matrix = preference_matrix(logits)
+            preferences = matrix[:num_policy, num_policy:]
+            rates[pairs.against][group.prompt_id] = preferences.mean().item()
+            if num_policy > 1:
+                a_a[pairs.against][group.prompt_id] = first_against_last(matrix[:num_policy, :num_policy])
+            there, back = logits[:num_policy, num_policy:], logits[num_policy:, :num_policy].T
+            count_cross_pairs(counts, there, back, preferences, ours, theirs)
+    for name, prompt_ids in shared.items():
+        if not rates[name]:
+            raise DataError(f"{judge.name} could judge none of {len(prompt_ids)} prompts. The warnings above say why.")
+    verdicts = {
+        name: CrossVerdicts(win_rates=_ordered(rates[name], prompt_ids), a_a=_ordered(a_a[name], prompt_ids))
+        for name, prompt_ids in shared.items()
+    }
+    return verdicts, counts
+
+
+def _ordered(values: Mapping[str, float], prompt_ids: Sequence[str]) -> dict[str, float]:
+    """Put values into the prompts' order, whichever worker was first: the resampling draws by place."""
+    return {prompt_id: values[prompt_id] for prompt_id in prompt_ids if prompt_id in values}
+
+
+def _shared(policy: Mapping[str, RolloutGroup], opponent: Mapping[str, RolloutGroup], *, against: str) -> list[str]:
+    """Choose the prompts that both sides have answered -> prompt_ids."""
     shared = [prompt_id for prompt_id in policy if prompt_id in opponent]
     if not shared:
         raise DataError(f"policy and {against} answered no common prompt. Sample both on the same held-out prompts.")
     if left_out := len(policy) + len(opponent) - 2 * len(shared):
         logger.warning("%d held-out answers have no counterpart against %s and are left out.", left_out, against)
-    rates: dict[str, float] = {}
-    a_a: dict[str, float] = {}
-    with tqdm(total=len(shared), desc=f"judging against {against}", unit="prompt", disable=None) as bar:
-        for start in range(0, len(shared), _PROMPTS_PER_CALL):
-            prompt_ids = shared[start : start + _PROMPTS_PER_CALL]
-            pairs = [(policy[prompt_id], opponent[prompt_id]) for prompt_id in prompt_ids]
-            verdicts = judge_groups(judge, [join_groups(ours, theirs) for ours, theirs in pairs])
-            for prompt_id, (ours, theirs), verdict in zip(prompt_ids, pairs, verdicts, strict=True):
-                if isinstance(verdict, Unjudged):
-                    judge.counts["unjudged"] += 1
-                    logger.warning("prompt %s is left out: %s.", prompt_id, verdict.reason)
-                    continue
-                num_policy = len(ours.responses)
-                logits = torch.as_tensor(verdict, dtype=torch.float64)
-                matrix = preference_matrix(logits)
-                preferences = matrix[:num_policy, num_policy:]
-                rates[prompt_id] = preferences.mean().item()
-                if num_policy > 1:
-                    a_a[prompt_id] = first_against_last(matrix[:num_policy, :num_policy])
-                there, back = logits[:num_policy, num_policy:], logits[num_policy:, :num_policy].T
-                count_cross_pairs(judge.counts, there, back, preferences, ours, theirs)
-            bar.update(len(prompt_ids))
-    if not rates:
-        raise DataError(f"{judge.name} could judge none of {len(shared)} prompts. The warnings above say why.")
-    return CrossVerdicts(win_rates=rates, a_a=a_a)
+    return shared
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pairs(Batch):
+    """Some prompts, each with both sides' answers in one group."""
+
+    against: str
+    ours: tuple[RolloutGroup, ...]
+    theirs: tuple[RolloutGroup, ...]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what a worker does not need."""
+        return vars(self) | {"ours": (), "theirs": ()}
+
+
+def _batches(
+    policy: Mapping[str, RolloutGroup],
+    opponents: Mapping[str, Mapping[str, RolloutGroup]],
+    shared: Mapping[str, list[str]],
+) -> Iterator[_Pairs]:
+    """Give out a few prompts at a time -> batches."""
+    parts = (
+        (name, prompt_ids[start : start + _PROMPTS_PER_CALL])
+        for name, prompt_ids in shared.items()
+        for start in range(0, len(prompt_ids), _PROMPTS_PER_CALL)
+    )
+    for index, (name, prompt_ids) in enumerate(parts):
+        ours = tuple(policy[prompt_id] for prompt_id in prompt_ids)
+        theirs = tuple(opponents[name][prompt_id] for prompt_id in prompt_ids)
+        groups = tuple(map(join_groups, ours, theirs))
+        yield _Pairs(index=index, groups=groups, against=name, ours=ours, theirs=theirs)
 
 
 def first_against_last(preferences: Tensor) -> float:

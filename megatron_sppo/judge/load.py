@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.judge.protocol import Judge
+from megatron_sppo.judge.protocol import Judge, JudgeIdentity, Verdict
 from megatron_sppo.rollout.conversations import ANSWER_COLUMNS
+
+if TYPE_CHECKING:
+    from megatron_sppo.rollout.records import RolloutGroup
 
 SPEC_FORMS = (
     "pairrm:HUB_ID_OR_DIR, reward:HUB_ID_OR_DIR, gpm:HUB_ID_OR_DIR, endpoint:URL, verifiable:ifeval, verifiable:math, "
@@ -32,6 +39,7 @@ def load_judge(
     after: str | None = None,
     scorer_seconds: float = 10.0,
     similarity_gate: float | None = None,
+    device: str | None = None,
 ) -> Judge:
     """Load the judge that a SPEC names -> Judge. Each kind takes the settings that concern it.
 
@@ -45,15 +53,13 @@ def load_judge(
         scorer_seconds: longest time of one answer's check, for judges that check.
         similarity_gate: answers whose resemblance is this or more are equals; None: only identical ones are.
         after: judge only what follows this text in an answer, such as "</think>"; None: whole answers.
+        device: of PairRM or a reward model, "cpu" or "cuda"; None: a GPU where there is one.
 
     Raises:
         ConfigError: unknown SPEC or setting, or a judge that cannot be loaded.
         ConversionError: a weight of the judge is not in its files.
     """
-    if preset not in READS:
-        raise ConfigError(f"--preset {preset!r} is unknown. Use --preset paper or --preset official.")
-    if after is not None and not after.strip():
-        raise ConfigError('--judge-after is empty. Use --judge-after "</think>", or leave it out.')
+    _check(preset, after)
     kind, _, rest = spec.partition(":")
     judge: Judge
     if rest and kind == "rules":
@@ -67,11 +73,11 @@ def load_judge(
     elif rest and kind == "pairrm":
         from megatron_sppo.judge.pairrm.judge import PairRMJudge
 
-        judge = PairRMJudge(rest, reads=READS[preset], one_order=one_order, dtype=dtype)
+        judge = PairRMJudge(rest, reads=READS[preset], one_order=one_order, dtype=dtype, device=device)
     elif rest and kind == "reward":
         from megatron_sppo.judge.reward import RewardJudge
 
-        judge = RewardJudge(rest, dtype=dtype)
+        judge = RewardJudge(rest, dtype=dtype, device=device)
     elif rest and kind == "gpm":
         from megatron_sppo.judge.gpm import GeneralPreferenceJudge
 
@@ -90,6 +96,57 @@ def load_judge(
         judge = EndpointJudge(rest, one_order=one_order, max_requests=max_requests, verdict_tokens=verdict_tokens)
     else:
         raise ConfigError(f"--judge {spec!r} is not a judge. Use {SPEC_FORMS}.")
+    return _wrapped(judge, similarity_gate=similarity_gate, after=after)
+
+
+def identify_judge(
+    spec: str,
+    *,
+    dtype: str,
+    preset: str = "paper",
+    one_order: bool = False,
+    similarity_gate: float | None = None,
+    after: str | None = None,
+    **settings: Any,
+) -> JudgeIdentity:
+    """Name the judge that `load_judge` would load with the same arguments -> JudgeIdentity.
+
+    PairRM and reward models are known by their files, unloaded; any other judge is loaded for it.
+
+    Raises:
+        ConfigError: as `load_judge`.
+    """
+    kind, _, rest = spec.partition(":")
+    if not rest or kind not in ("pairrm", "reward"):
+        shared = {"preset": preset, "one_order": one_order, "similarity_gate": similarity_gate, "after": after}
+        judge = load_judge(spec, dtype=dtype, **shared, **settings)  # type: ignore[arg-type]
+        return JudgeIdentity(name=judge.name, fingerprint=judge.fingerprint)
+    _check(preset, after)
+    if kind == "pairrm":
+        from megatron_sppo.judge.pairrm.judge import pairrm_identity
+
+        identity = pairrm_identity(rest, reads=READS[preset], one_order=one_order, dtype=dtype)
+    else:
+        from megatron_sppo.judge.reward import reward_identity
+
+        identity = reward_identity(rest, dtype=dtype)
+    judge = _wrapped(_Unloaded(identity), similarity_gate=similarity_gate, after=after)
+    return JudgeIdentity(name=judge.name, fingerprint=judge.fingerprint)
+
+
+class _Unloaded:
+    """Stands for a judge that is known and not loaded."""
+
+    def __init__(self, identity: JudgeIdentity) -> None:
+        self.name, self.fingerprint = identity.name, identity.fingerprint
+        self.counts: Counter[str] = Counter()
+
+    def judge_logits(self, groups: Sequence[RolloutGroup]) -> Sequence[Verdict]:
+        raise AssertionError(f"{self.name} is not loaded: it cannot judge {len(groups)} groups")
+
+
+def _wrapped(judge: Judge, *, similarity_gate: float | None, after: str | None) -> Judge:
+    """Put around a judge what changes its verdicts, or what it sees -> Judge."""
     if similarity_gate is not None:
         from megatron_sppo.judge.similarity import SimilarityGate
 
@@ -99,3 +156,10 @@ def load_judge(
     from megatron_sppo.judge.conclusion import ConclusionJudge
 
     return ConclusionJudge(judge, after)
+
+
+def _check(preset: str, after: str | None) -> None:
+    if preset not in READS:
+        raise ConfigError(f"--preset {preset!r} is unknown. Use --preset paper or --preset official.")
+    if after is not None and not after.strip():
+        raise ConfigError('--judge-after is empty. Use --judge-after "</think>", or leave it out.')

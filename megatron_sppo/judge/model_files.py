@@ -12,6 +12,11 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.storage import damage
 
 
+def default_dtype(device: str) -> str:
+    """Choose a judge's precision where nobody has -> "float32" on a CPU, "bfloat16" on a GPU."""
+    return "float32" if device == "cpu" else "bfloat16"
+
+
 def local_directory(name: str, patterns: tuple[str, ...], *, spec: str) -> Path:
     """Find a checkpoint: a directory, else a hub id in the cache or, unless HF_HUB_OFFLINE is set, on the hub.
 

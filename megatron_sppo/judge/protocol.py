@@ -33,13 +33,22 @@ Verdict = np.ndarray | Unjudged
 """float32 [K, K], or why there is none."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class JudgeIdentity:
+    """Which judge: what stored scores are known by."""
+
+    name: str
+    """The SPEC that it is loaded from: the dataset's manifest and the run's summary carry it."""
+    fingerprint: str
+    """Changes with everything that decides a logit (weights, limits, precision): only its own scores are resumed."""
+
+
 class Judge(Protocol):
     """Compares the K responses of a prompt. Heavy imports happen in the constructor, never on import."""
 
     name: str
-    """The SPEC that it was loaded from: the dataset's manifest and the run's summary carry it."""
     fingerprint: str
-    """Changes with everything that decides a logit (weights, limits, precision): only its own scores are resumed."""
+    """Both as JudgeIdentity's."""
     counts: Counter[str]
     """What happened since loading: pairs, forwards, identical pairs, truncations, neutralised markers."""
 

@@ -21,8 +21,8 @@ from megatron_sppo.checkpoints.pretrained import load_pretrained
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError, ConversionError
 from megatron_sppo.judge.chat_text import ChatText
-from megatron_sppo.judge.model_files import load_tokenizer, local_directory
-from megatron_sppo.judge.protocol import Unjudged, Verdict, count_pairs, distinct
+from megatron_sppo.judge.model_files import default_dtype, load_tokenizer, local_directory
+from megatron_sppo.judge.protocol import JudgeIdentity, Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.judge.source import UnreadableGroup
 from megatron_sppo.rollout.records import Turn
 from megatron_sppo.storage import sha256_of_json
@@ -33,11 +33,29 @@ if TYPE_CHECKING:
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
 
 
+def reward_identity(checkpoint: str, *, dtype: str) -> JudgeIdentity:
+    """Name a reward model by its files, unloaded -> JudgeIdentity.
+
+    Raises:
+        ConfigError: no such checkpoint.
+    """
+    directory = local_directory(checkpoint, _FILES, spec="reward")
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    digests = dict(zip((path.name for path in files), sha256_of_files(files), strict=True))
+    return JudgeIdentity(
+        name=f"reward:{checkpoint} (Bradley-Terry)",
+        fingerprint=sha256_of_json({"reward": digests, "dtype": dtype}),
+    )
+
+
 class RewardJudge:
     """A sequence classifier with one logit; unless told otherwise float32 on the CPU, bfloat16 on a GPU."""
 
-    def __init__(self, checkpoint: str, *, dtype: str | None = None) -> None:
+    def __init__(self, checkpoint: str, *, dtype: str | None = None, device: str | None = None) -> None:
         """Load model and tokenizer.
+
+        Args:
+            device: "cpu" or "cuda"; None: a GPU where there is one.
 
         Raises:
             ConfigError: no such checkpoint, another number of logits, or no chat template.
@@ -46,8 +64,8 @@ class RewardJudge:
         from transformers import AutoModelForSequenceClassification
 
         directory = local_directory(checkpoint, _FILES, spec="reward")
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or ("float32" if self._device.type == "cpu" else "bfloat16")
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or default_dtype(self._device.type)
         try:
             self._model: Any = load_pretrained(
                 AutoModelForSequenceClassification, directory, dtype=getattr(torch, dtype)
@@ -66,10 +84,8 @@ class RewardJudge:
         num_embeddings = int(self._model.get_input_embeddings().num_embeddings)
         self._text = ChatText(self._tokenizer, directory, num_embeddings=num_embeddings)
         self._model.to(self._device).eval().requires_grad_(False)
-        self.name = f"reward:{checkpoint} (Bradley-Terry)"
-        files = sorted(path for path in directory.iterdir() if path.is_file())
-        digests = dict(zip((path.name for path in files), sha256_of_files(files), strict=True))
-        self.fingerprint = sha256_of_json({"reward": digests, "dtype": dtype})
+        identity = reward_identity(checkpoint, dtype=dtype)
+        self.name, self.fingerprint = identity.name, identity.fingerprint
         self.counts: Counter[str] = Counter()
         self._context = int(getattr(self._model.config, "max_position_embeddings", 0) or 2**31)
 

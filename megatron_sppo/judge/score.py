@@ -1,6 +1,6 @@
 """The scoring stage: rollouts in, judged shard by shard, a preference dataset out.
 
-Scores of all shards are merged in the rollouts' order whatever the number of ranks.
+Scores of all shards are merged in the rollouts' order whatever the number of workers.
 
 # G = groups, K = responses per prompt
 """
@@ -16,20 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from megatron_sppo.command_line import launch
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.schema import file_names, parse_selection
 from megatron_sppo.data.writer import DatasetWriter, rebuild_dataset
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.judge.config import ScoreConfig
 from megatron_sppo.judge.diagnostics import check_signal, describe_judge, signal_counts
-from megatron_sppo.judge.load import load_judge
-from megatron_sppo.judge.protocol import Judge
+from megatron_sppo.judge.protocol import Judge, JudgeIdentity
 from megatron_sppo.judge.shard_files import DAMAGE, ShardBlock, ShardKey, read_blocks, read_scores, scores_path
 from megatron_sppo.judge.shard_scores import score_rollouts
-from megatron_sppo.judge.work_list import WorkList
+from megatron_sppo.judge.workers import PooledJudge, open_judge
 from megatron_sppo.rollout.outcomes import outcome_warnings
 from megatron_sppo.rollout.records import MANIFEST_NAME, RolloutManifest, read_manifest
 from megatron_sppo.storage import (
@@ -45,27 +42,24 @@ logger = logging.getLogger(__name__)
 
 DIAGNOSTICS_NAME = "diagnostics.json"
 _GROUPS_PER_BLOCK = 4096
-LEAVING_SECONDS = 60.0
-"""The dataset is written: ranks that hang are waited for no longer than this."""
 
 
-def score(config: ScoreConfig, work: WorkList) -> dict[str, Any] | None:
-    """Judge shards; the first rank then writes the dataset -> its diagnostics, None on the other ranks.
+def score(config: ScoreConfig) -> dict[str, Any]:
+    """Judge shards, on as many workers as the pool has, and write the dataset -> its diagnostics.
 
     Raises:
-        ConfigError: a judge that cannot be loaded, or an --output that holds something else.
+        ConfigError: a judge that cannot be loaded, a pool that cannot be had, or an --output that holds something else.
         DataError: rollouts that cannot be read, or verdicts that nothing can be learned from.
     """
     assert config.rollouts is not None and config.judge is not None
     preset, selection = config.preset or "paper", config.selection or "all"
     manifest = read_manifest(config.rollouts)
-    if work.rank == 0:
-        for line in outcome_warnings(manifest.outcomes, names=("turn_markers", "empty")):
-            logger.warning("%s: %s", config.rollouts, line)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(launch().local_rank % torch.cuda.device_count())
-    judge = load_judge(
+    for line in outcome_warnings(manifest.outcomes, names=("turn_markers", "empty")):
+        logger.warning("%s: %s", config.rollouts, line)
+    check_output(config.output)
+    judge = open_judge(
         config.judge,
+        pool=config.pool,
         preset=preset,
         one_order=config.one_order,
         dtype=config.dtype,
@@ -76,13 +70,6 @@ def score(config: ScoreConfig, work: WorkList) -> dict[str, Any] | None:
         similarity_gate=config.similarity_gate,
     )
     work_dir = _work_dir(config.output)
-    check_output(config.output)
-    if work.rank != 0:
-        # The first rank alone looks whether there is anything to do: it may be writing by the time others look.
-        if work.ask():
-            score_rollouts(config.rollouts, judge, work_dir, rule=preset, work=work)
-        work.leave()
-        return None
     lock_until_exit(work_dir, flag="--output")
     rollouts_sha256 = sha256_of_file(config.rollouts / MANIFEST_NAME)
     identity = {
@@ -93,11 +80,9 @@ def score(config: ScoreConfig, work: WorkList) -> dict[str, Any] | None:
     }
     done = finished(config.output, identity)
     if done is None:
-        # Before any other rank writes: a host does not see which processes of another one still run.
-        remove_stale_temporaries(*(scores_path(work_dir, number) for number in range(len(manifest.shards))))
-    work.tell(done is None)
-    if done is None:
-        remove_stale_temporaries(config.output)
+        remove_stale_temporaries(
+            config.output, *(scores_path(work_dir, number) for number in range(len(manifest.shards)))
+        )
         writer = DatasetWriter(
             config.output,
             num_responses=manifest.num_responses,
@@ -108,7 +93,7 @@ def score(config: ScoreConfig, work: WorkList) -> dict[str, Any] | None:
             selection=selection,
             rollouts_sha256=rollouts_sha256,
         )
-        score_rollouts(config.rollouts, judge, work_dir, rule=preset, work=work)
+        score_rollouts(config.rollouts, judge, work_dir, rule=preset, output=config.output)
         with writer:
             counts = merge_scores(config.rollouts, manifest, judge, work_dir, writer, rule=preset)
             if not config.allow_no_signal and writer.num_prompts:
@@ -121,7 +106,6 @@ def score(config: ScoreConfig, work: WorkList) -> dict[str, Any] | None:
         done = write_diagnostics(config.output, identity, counts)
     else:
         logger.info("%s is complete: nothing to judge.", config.output)
-    work.wait_for_leavers(LEAVING_SECONDS)
     shutil.rmtree(work_dir, ignore_errors=True)
     return done
 
@@ -166,7 +150,13 @@ def _work_dir(output: Path) -> Path:
 
 
 def merge_scores(
-    rollouts: Path, manifest: RolloutManifest, judge: Judge, work_dir: Path, writer: DatasetWriter, *, rule: str
+    rollouts: Path,
+    manifest: RolloutManifest,
+    judge: Judge | PooledJudge,
+    work_dir: Path,
+    writer: DatasetWriter,
+    *,
+    rule: str,
 ) -> Counter[str]:
     """Join the files of all shards in the rollouts' order -> counts over all shards.
 
@@ -179,21 +169,22 @@ def merge_scores(
         writer.quarantine(**left_out)
     counts: Counter[str] = Counter()
     seen: set[str] = set()
+    identity = JudgeIdentity(name=judge.name, fingerprint=judge.fingerprint)
     for number, entry in enumerate(manifest.shards):
-        key = ShardKey(entry=entry, judge=judge, manifest=manifest, rule=rule)
+        key, path = ShardKey.of(manifest, number, identity, rule=rule), scores_path(work_dir, number)
         gone = f"{work_dir} holds no scores of {entry.file}. Run the same `megatron-sppo score` command again."
-        scores = read_scores(work_dir, number, key)
+        scores = read_scores(path, key)
         if scores is None:
             raise DataError(gone)
         counts += scores.counts
-        for block in _blocks(work_dir, number, key, gone=gone):
+        for block in _blocks(path, key, gone=gone):
             counts += _append(block, writer, seen, rule=rule)
     return counts
 
 
-def _blocks(work_dir: Path, number: int, key: ShardKey, *, gone: str) -> Iterator[ShardBlock]:
+def _blocks(path: Path, key: ShardKey, *, gone: str) -> Iterator[ShardBlock]:
     """Read a shard's blocks; damage is `gone`. What goes wrong with them afterwards, on a full disk say, is not."""
-    blocks = read_blocks(work_dir, number, key)
+    blocks = read_blocks(path, key)
     while True:
         try:
             block = next(blocks, None)

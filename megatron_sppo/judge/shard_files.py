@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from megatron_sppo.data.blocks import GroupBlock
-from megatron_sppo.judge.protocol import Judge, Unjudged, Verdict
+from megatron_sppo.judge.protocol import JudgeIdentity, Unjudged, Verdict
 from megatron_sppo.rollout.records import RolloutManifest, ShardEntry
 
 logger = logging.getLogger(__name__)
@@ -85,9 +85,21 @@ class ShardKey:
     """What decides the content of a shard's file: another one's is not taken."""
 
     entry: ShardEntry
-    judge: Judge
-    manifest: RolloutManifest
+    judge: JudgeIdentity
+    num_responses: int
+    vocab_size: int | None
     rule: str
+
+    @classmethod
+    def of(cls, manifest: RolloutManifest, number: int, judge: JudgeIdentity, *, rule: str) -> ShardKey:
+        """Make the key of shard `number`."""
+        return cls(
+            entry=manifest.shards[number],
+            judge=judge,
+            num_responses=manifest.num_responses,
+            vocab_size=manifest.vocab_size,
+            rule=rule,
+        )
 
     @property
     def of_scores(self) -> list[object]:
@@ -98,7 +110,7 @@ class ShardKey:
     @property
     def of_blocks(self) -> list[object]:
         """What decides the blocks, beside the logits."""
-        return [BLOCKS_VERSION, self.rule, self.manifest.num_responses, self.manifest.vocab_size]
+        return [BLOCKS_VERSION, self.rule, self.num_responses, self.vocab_size]
 
 
 def scores_path(work_dir: Path, number: int) -> Path:
@@ -145,13 +157,12 @@ class ShardFileWriter:
                 np.lib.format.write_array(member, np.asanyarray(value), allow_pickle=False)  # type: ignore[no-untyped-call]
 
 
-def read_scores(work_dir: Path, number: int, key: ShardKey) -> ShardScores | None:
+def read_scores(file: Path | IO[bytes], key: ShardKey) -> ShardScores | None:
     """Read a shard's scores -> None where there are none of this shard by this judge, or they are damaged."""
-    path = scores_path(work_dir, number)
-    if not path.is_file():
+    if isinstance(file, Path) and not file.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with np.load(file, allow_pickle=False) as content:
             if json.loads(str(content["key"])) != key.of_scores:
                 return None
             return ShardScores(
@@ -160,38 +171,35 @@ def read_scores(work_dir: Path, number: int, key: ShardKey) -> ShardScores | Non
                 counts=Counter(json.loads(str(content["counts"]))),
             )
     except DAMAGE as error:
-        logger.warning("%s is damaged (%s): its shard is judged again.", path, error)
+        logger.warning("%s is damaged (%s): its shard is judged again.", file, error)
         return None
 
 
-def is_complete(work_dir: Path, number: int, key: ShardKey, *, verify: bool) -> bool:
+def is_complete(file: Path | IO[bytes], key: ShardKey, *, verify: bool) -> bool:
     """Look whether a shard's file is there, with scores and blocks under this key.
 
     Args:
         verify: read all of it, so that damage is found too.
     """
-    path = scores_path(work_dir, number)
-    if not path.is_file():
+    if isinstance(file, Path) and not file.is_file():
         return False
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             if _num_blocks(archive, key) is None:
                 return False
         # Not `testzip`: what counts is that it can be read as the merge reads it.
-        return not verify or (
-            read_scores(work_dir, number, key) is not None and all(read_blocks(work_dir, number, key))
-        )
+        return not verify or (read_scores(file, key) is not None and all(read_blocks(file, key)))
     except DAMAGE:
         return False
 
 
-def read_blocks(work_dir: Path, number: int, key: ShardKey) -> Iterator[ShardBlock]:
+def read_blocks(file: Path | IO[bytes], key: ShardKey) -> Iterator[ShardBlock]:
     """Read a complete shard's blocks, each checked before it is yielded -> blocks, one in memory.
 
     Raises:
         one of `DAMAGE`: the file is not what was written.
     """
-    with zipfile.ZipFile(scores_path(work_dir, number)) as archive:
+    with zipfile.ZipFile(file) as archive:
         num_blocks = _num_blocks(archive, key)
         if num_blocks is None:
             raise KeyError("it has no blocks")

@@ -1,28 +1,34 @@
 """Rollouts to judge logits, shard by shard: what a killed run has finished is not judged again.
 
-Every shard is scored by itself, in windows of fixed size, and leaves one file in the work directory. So the scores do
-not depend on how many ranks there are, which of them took the shard, or how often the run was killed.
+Every shard is judged by itself, in windows of fixed size, and leaves one file in the work directory. So the scores do
+not depend on how many workers there are, which of them took the shard, or how often the run was killed. A worker sees
+a shard's bytes and gives back those of its file: the driver alone reads and writes.
 
 # G = groups of a shard, K = responses per prompt
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
+import shutil
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
-from tqdm import tqdm
 
+from megatron_sppo.cluster.progress import StageProgress, progress_file
 from megatron_sppo.data.blocks import GroupEncoder
 from megatron_sppo.errors import DataError
-from megatron_sppo.judge.protocol import Judge, Unjudged, Verdict, judge_groups
+from megatron_sppo.judge.protocol import Judge, JudgeIdentity, Unjudged, Verdict, judge_groups
 from megatron_sppo.judge.shard_files import (
     GROUPS_PER_WINDOW,
     Row,
@@ -34,75 +40,66 @@ from megatron_sppo.judge.shard_files import (
     read_scores,
     scores_path,
 )
-from megatron_sppo.judge.work_list import WorkList
-from megatron_sppo.rollout.records import RolloutGroup, RolloutManifest, SetAside, ShardEntry, read_manifest, read_rows
+from megatron_sppo.judge.workers import PooledJudge, Progress
+from megatron_sppo.rollout.records import (
+    RolloutGroup,
+    RolloutManifest,
+    SetAside,
+    ShardEntry,
+    read_manifest,
+    read_rows,
+    shard_bytes,
+)
 from megatron_sppo.storage import atomic_file, contained
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_SECONDS = 1800.0
-"""After so long without a window or a shard from any rank, at least, the first one takes over."""
-_POLL_SECONDS = 0.2
+_MOST_HELD_BYTES = 1 << 28
+"""A larger score file waits on the disk of its worker until it is written."""
 
 
-def score_rollouts(
-    rollouts: Path,
-    judge: Judge,
-    work_dir: Path,
-    *,
-    rule: str,
-    work: WorkList | None = None,
-    patience: float = PATIENCE_SECONDS,
-) -> int:
-    """Judge shards that have no scores yet, for as long as the work list holds any -> pairs judged here and now.
-
-    The first rank then waits until every shard has scores. Should nothing move for `patience` seconds, it judges what
-    is left itself: a rank that hangs, or whose machine is gone, costs time and nothing else.
+def score_rollouts(rollouts: Path, judge: PooledJudge, work_dir: Path, *, rule: str, output: Path | None = None) -> int:
+    """Judge the shards that have no scores yet -> ordered pairs judged now.
 
     Args:
         rule: makes preferences of the logits.
-        work: what the ranks of this run share; None: this process is alone.
+        output: what comes of it: the progress is told, and the workers' logs are kept, beside it. None: `work_dir`.
 
     Raises:
-        DataError: rollouts that cannot be read, or that the judge cannot judge.
+        DataError: rollouts that cannot be read, or that the judge cannot judge. Others are the pool's.
     """
-    work, manifest = work or WorkList(), read_manifest(rollouts)
-    shards = _Shards(rollouts, manifest, judge, work_dir, rule=rule)
-    num_responses = manifest.num_responses
-    # One look for all ranks, by the first: the others find out about a shard when they take it.
-    rows = sum(manifest.shards[number].rows for number in shards.unfinished()) if work.rank == 0 else 0
-    total = work.num_pairs + rows * num_responses * (num_responses - 1)
-    start, num_pairs = time.monotonic(), 0
-    last_report, slowest = start, 0.0
-    # One bar for all ranks, on the first; quiet where stderr is no terminal.
-    disabled = True if work.rank else None
-    with tqdm(total=total, desc=f"judging with {judge.name}", unit="pair", disable=disabled) as bar:
-
-        def report(num_judged: int) -> None:
-            nonlocal last_report, slowest
-            now = time.monotonic()
-            last_report, slowest = now, max(slowest, now - last_report)
-            work.report(num_judged)
-            if not bar.disable:
-                bar.update(work.num_pairs - bar.n)
-
-        while (number := work.take(shards.largest_first)) is not None:
-            num_pairs += shards.judge(number, report)
-            work.finish()
-        if work.rank == 0:
-            # On a slow machine a window may take hours: others are given a multiple of what this rank's took.
-            num_pairs += _outlast(shards, work, report, max(patience, 4 * slowest))
+    manifest, output = read_manifest(rollouts), output or work_dir
+    shards = Shards(rollouts, manifest, judge, work_dir, rule=rule)
+    total, start, num_pairs = sum(entry.rows for entry in manifest.shards), time.monotonic(), 0
+    done = total - sum(manifest.shards[number].rows for number in shards.unfinished())
+    stage = f"judging with {judge.name}"
+    with StageProgress(
+        progress_file(output), stage=stage, unit="prompts", total=total, done=done, amount_unit="pairs"
+    ) as progress:
+        judged = judge.work_off(shards.tasks(), progress=progress, output=output)
+        with contextlib.closing(judged):
+            for task, shard in judged:
+                shards.write(task, shard)
+                num_pairs += shard.num_pairs
     seconds = time.monotonic() - start
     logger.info("%d pairs judged in %.1f s (%.1f pairs/s)", num_pairs, seconds, num_pairs / max(seconds, 1e-9))
     return num_pairs
 
 
-class _Shards:
+class Shards:
     """The shards of one directory, to be judged by one judge into one work directory."""
 
-    def __init__(self, rollouts: Path, manifest: RolloutManifest, judge: Judge, work_dir: Path, *, rule: str) -> None:
-        self._rollouts, self._manifest, self._judge, self._work_dir = Path(rollouts), manifest, judge, work_dir
-        self._rule = rule
+    def __init__(
+        self,
+        rollouts: Path,
+        manifest: RolloutManifest,
+        judge: Judge | JudgeIdentity | PooledJudge,
+        work_dir: Path,
+        *,
+        rule: str,
+    ) -> None:
+        self._rollouts, self._manifest, self._work_dir, self._rule = Path(rollouts), manifest, work_dir, rule
+        self._judge = JudgeIdentity(name=judge.name, fingerprint=judge.fingerprint)
         sizes = [self._bytes(entry) for entry in manifest.shards]
         self.largest_first = sorted(range(len(sizes)), key=lambda number: -sizes[number])
         """By bytes, so that what ends last is small."""
@@ -112,8 +109,7 @@ class _Shards:
         return path.stat().st_size if path.is_file() else 0  # `read_rows` says so with its remedy
 
     def _key(self, number: int) -> ShardKey:
-        entry = self._manifest.shards[number]
-        return ShardKey(entry=entry, judge=self._judge, manifest=self._manifest, rule=self._rule)
+        return ShardKey.of(self._manifest, number, self._judge, rule=self._rule)
 
     def unfinished(self) -> list[int]:
         """Choose the shards that nobody has finished, by one look at the directory -> numbers."""
@@ -121,49 +117,95 @@ class _Shards:
         return [
             number
             for number in range(len(self._manifest.shards))
-            if scores_path(self._work_dir, number).name not in there
-            or not is_complete(self._work_dir, number, self._key(number), verify=False)
+            if (path := scores_path(self._work_dir, number)).name not in there
+            or not is_complete(path, self._key(number), verify=False)
         ]
 
-    def judge(self, number: int, report: Callable[[int], None]) -> int:
-        """Judge one shard and write its file, unless there is a sound one -> ordered pairs judged.
+    def tasks(self) -> Iterator[ShardTask]:
+        """Give out what has no sound file yet, each shard looked at when its turn comes -> tasks.
 
-        Who takes a shard reads what a killed run has left of it, and nobody else. Scores without blocks, or with blocks
-        of another preset, are kept: the judge is not asked again.
+        Scores without blocks, or with blocks of another preset, go along: the judge is not asked again.
         """
-        key, path = self._key(number), scores_path(self._work_dir, number)
-        if is_complete(self._work_dir, number, key, verify=True):
-            return 0
-        stored = read_scores(self._work_dir, number, key)
-        with atomic_file(path, "wb") as file, ShardFileWriter(file) as writer:
-            scores = self._judge_shard(key, stored, writer, report)
-            if scores is None or (stored and stored.judge_logits.shape != scores.judge_logits.shape):
-                raise DataError(f"{path} holds the scores of other rows. Remove it, and run the same command again.")
-            writer.finish(scores, key)
-        return 0 if stored else scores.counts["pairs"]
+        for number in self.largest_first:
+            key, path = self._key(number), scores_path(self._work_dir, number)
+            if not is_complete(path, key, verify=True):
+                yield ShardTask(index=number, rollouts=self._rollouts, key=key, stored=read_scores(path, key))
 
-    def _judge_shard(
-        self, key: ShardKey, stored: ShardScores | None, writer: ShardFileWriter, report: Callable[[int], None]
-    ) -> ShardScores | None:
+    def write(self, task: ShardTask, shard: JudgedShard) -> None:
+        """Check what a worker made of a shard, and write its file."""
+        path = scores_path(self._work_dir, task.index)
+        assert is_complete(shard.file, task.key, verify=True), f"a worker made no scores of {task}"
+        shard.file.seek(0)
+        with atomic_file(path, "wb") as file:
+            shutil.copyfileobj(shard.file, file)
+        shard.file.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardTask:
+    """A shard to be judged. On its way to another process it takes the shard's bytes along."""
+
+    index: int
+    rollouts: Path
+    key: ShardKey
+    stored: ShardScores | None
+    """What a killed run, or one of another preset, has left."""
+    content: bytes | None = None
+    """The shard's bytes; None: they are read from the disk."""
+
+    def __str__(self) -> str:
+        """Name the shard."""
+        return str(self.rollouts / self.key.entry.file)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Read the shard now that it is sent: the driver holds no more than what is on its way."""
+        return vars(self) | {"content": self.content or shard_bytes(self.rollouts, self.key.entry)}
+
+    @property
+    def num_prompts(self) -> int:
+        """Rows of the shard."""
+        return self.key.entry.rows
+
+    def judged(self, judge: Judge, on_progress: Progress) -> JudgedShard:
+        """Judge the shard and encode it -> the file of its scores.
+
+        Raises:
+            DataError: the shard is damaged, or the stored scores are those of other rows.
+        """
+        file = cast(IO[bytes], tempfile.SpooledTemporaryFile(_MOST_HELD_BYTES))
+        with ShardFileWriter(file) as writer:
+            scores = self._judge_windows(judge, writer, on_progress)
+            if scores is None or (self.stored and self.stored.judge_logits.shape != scores.judge_logits.shape):
+                raise DataError(
+                    f"beside --output lie scores of {self} that are of other rows. Remove the hidden directory there "
+                    "that ends in .scores, and run the same command again."
+                )
+            writer.finish(scores, self.key)
+        return JudgedShard(index=self.index, file=file, num_pairs=0 if self.stored else scores.counts["pairs"])
+
+    def _judge_windows(self, judge: Judge, writer: ShardFileWriter, on_progress: Progress) -> ShardScores | None:
         """Judge a shard, or take its stored verdicts, window by window, and encode it -> its scores.
 
         None where fewer verdicts are stored than there are groups.
         """
-        num_responses, vocab_size = self._manifest.num_responses, self._manifest.vocab_size
-        encoder = GroupEncoder(num_responses=num_responses, vocab_size=vocab_size, rule=self._rule)
-        before, verdicts = Counter(self._judge.counts), list[Verdict]()
-        rows = read_rows(self._rollouts, key.entry, num_responses=num_responses, vocab_size=vocab_size)
+        key, stored = self.key, self.stored
+        num_responses, vocab_size = key.num_responses, key.vocab_size
+        encoder = GroupEncoder(num_responses=num_responses, vocab_size=vocab_size, rule=key.rule)
+        before, verdicts = Counter(judge.counts), list[Verdict]()
+        rows = read_rows(
+            self.rollouts, key.entry, num_responses=num_responses, vocab_size=vocab_size, content=self.content
+        )
         while window := list(islice(rows, GROUPS_PER_WINDOW)):
             groups = [row for row in window if isinstance(row, RolloutGroup)]
             first = len(verdicts)
             if stored is None:
-                verdicts += judge_groups(self._judge, groups)
+                verdicts += judge_groups(judge, groups)
             else:
                 verdicts += stored.verdicts(first, first + len(groups))
                 if len(verdicts) < first + len(groups):
                     return None
             writer.add(_encoded(window, verdicts[first:], encoder))
-            report(len(window) * num_responses * (num_responses - 1))
+            on_progress(len(window), 0 if stored else len(window) * num_responses * (num_responses - 1))
         logits = np.full((len(verdicts), num_responses, num_responses), np.nan, dtype=np.float32)
         reasons = {}
         for place, verdict in enumerate(verdicts):
@@ -172,8 +214,28 @@ class _Shards:
             else:
                 assert verdict.shape == (num_responses, num_responses) and verdict.dtype == np.float32
                 logits[place] = verdict
-        counts = stored.counts if stored else self._judge.counts - before
+        counts = stored.counts if stored else judge.counts - before
         return ShardScores(judge_logits=logits, reasons=reasons, counts=counts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedShard:
+    """What came of a shard."""
+
+    index: int
+    file: IO[bytes]
+    """Its score file, in the worker's process on its disk if it is large; sent, in memory."""
+    num_pairs: int
+    """Ordered pairs that the judge was asked about now."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send the file's bytes."""
+        self.file.seek(0)
+        return _arrived, (self.index, self.num_pairs, self.file.read())
+
+
+def _arrived(index: int, num_pairs: int, content: bytes) -> JudgedShard:
+    return JudgedShard(index=index, file=io.BytesIO(content), num_pairs=num_pairs)
 
 
 def _encoded(
@@ -203,19 +265,3 @@ def _texts(group: RolloutGroup) -> dict[str, Any]:
         "messages": list(group.messages),
         "responses": [{"text": response.text, "finish_reason": response.finish_reason} for response in group.responses],
     }
-
-
-def _outlast(shards: _Shards, work: WorkList, report: Callable[[int], None], patience: float) -> int:
-    """Wait until all shards are finished, and judge those that nobody moves on -> ordered pairs judged here."""
-    last, deadline = None, 0.0
-    while work.num_finished < len(shards.largest_first):
-        report(0)
-        state = (work.num_finished, work.num_pairs)
-        if state != last:
-            last, deadline = state, time.monotonic() + patience
-        elif time.monotonic() > deadline:
-            left = shards.unfinished()
-            logger.warning("%d shards of other ranks have not moved for %.0f s: judged here.", len(left), patience)
-            return sum(shards.judge(number, report) for number in left)
-        time.sleep(_POLL_SECONDS)
-    return 0

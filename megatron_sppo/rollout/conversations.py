@@ -64,8 +64,9 @@ def _asked(row: dict[str, Any], shared: list[Turn]) -> list[Turn]:
     """Choose among the columns that may hold the prompt, and hold the others against it -> messages."""
     asked: list[Turn] | None = None
     # A lone `question` or `input` may be part of anything; beside what Orca's rows have it is the prompt.
-    is_question = bool(_ORCA & set(row)) or any(row.get(name) is not None for name in ANSWER_COLUMNS)
-    names = ["prompt", "instruction", "problem", *(("question",) if is_question else ())]
+    names = ["prompt", "instruction", *(("question",) if _ORCA & set(row) else ())]
+    if all(row.get(name) is None for name in (*names, "messages", "conversations", "conversation")):
+        names += _mathematical(row)
     if _ORCA & set(row) and all(row.get(name) is None for name in names):
         names.append("input")
     for name in names:
@@ -106,6 +107,12 @@ def kept_columns(row: dict[str, Any], names: Collection[str]) -> dict[str, Any] 
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise UnusableRow(f"the column {name} cannot be kept ({reason})") from None
     return found or None
+
+
+def _mathematical(row: dict[str, Any]) -> list[str]:
+    """Find what asks in a row that has no other prompt -> columns: a problem (MATH), or a question with its answer."""
+    has_answer = any(row.get(name) is not None for name in ANSWER_COLUMNS)
+    return ["problem", *(("question",) if has_answer else ())]
 
 
 def with_context(turns: list[Turn], row: dict[str, Any]) -> list[Turn]:

@@ -232,17 +232,26 @@ def read_shard(
 
 
 def read_rows(
-    directory: Path, entry: ShardEntry, *, vocab_size: int | None, num_responses: int
+    directory: Path,
+    entry: ShardEntry,
+    *,
+    vocab_size: int | None,
+    num_responses: int,
+    content: bytes | None = None,
 ) -> Iterator[RolloutGroup | SetAside]:
     """Read one shard as `read_shard` does, for judging -> a group, or why there is none, for each line in file order.
 
     Set aside are rows that are no rollouts, and rollouts that a judge cannot compare or a policy cannot learn from: a
     conversation that does not end with the user, a text that is empty or that no tokenizer takes, an empty response.
 
+    Args:
+        content: the shard's bytes, where the directory is another machine's.
+
     Raises:
         DataError: the shard is missing, damaged or has another number of rows than its manifest says.
     """
-    for number, row in _rows(directory, entry, vocab_size=vocab_size, num_responses=num_responses):
+    rows = _rows(directory, entry, vocab_size=vocab_size, num_responses=num_responses, content=content)
+    for number, row in rows:
         if isinstance(row, _RowFault):
             yield SetAside(prompt_id=row.prompt_id or f"{entry.file}:{number}", reason=str(row))
         elif (reason := _unfit(row)) is not None:
@@ -250,6 +259,15 @@ def read_rows(
             yield SetAside(prompt_id=row.prompt_id if is_named else f"{entry.file}:{number}", reason=reason)
         else:
             yield row
+
+
+def shard_bytes(directory: Path, entry: ShardEntry) -> bytes:
+    """Read a shard as it lies on the disk, unchecked -> bytes.
+
+    Raises:
+        DataError: it is missing.
+    """
+    return _shard_path(directory, entry).read_bytes()
 
 
 def read_group(line: bytes) -> RolloutGroup:
@@ -266,15 +284,25 @@ class _RowFault(ValueError):
         """What the line calls itself, where that can be read."""
 
 
-def _rows(
-    directory: Path, entry: ShardEntry, *, vocab_size: int | None, num_responses: int | None
-) -> Iterator[tuple[int, RolloutGroup | _RowFault]]:
-    """Check a shard's bytes, then read it line by line -> (row number from 1, group or fault)."""
+def _shard_path(directory: Path, entry: ShardEntry) -> Path:
     path = contained(Path(directory), entry.file)
     if not path.is_file():
         raise DataError(f"{path} does not exist, but the manifest names it. {_WRITE_AGAIN}")
+    return path
+
+
+def _rows(
+    directory: Path,
+    entry: ShardEntry,
+    *,
+    vocab_size: int | None,
+    num_responses: int | None,
+    content: bytes | None = None,
+) -> Iterator[tuple[int, RolloutGroup | _RowFault]]:
+    """Check a shard's bytes, then read it line by line -> (row number from 1, group or fault)."""
+    path = Path(directory, entry.file) if content is not None else _shard_path(directory, entry)
     number = 0
-    with _verified(path, entry) as file:
+    with _verified(path, entry, content) as file:
         for number, line in enumerate(file, start=1):
             try:
                 yield number, _group(line, vocab_size=vocab_size, num_responses=num_responses)
@@ -284,10 +312,11 @@ def _rows(
         raise DataError(f"{path} has {number} rows, the manifest says {entry.rows}. {_WRITE_AGAIN}")
 
 
-def _verified(path: Path, entry: ShardEntry) -> IO[bytes]:
+def _verified(path: Path, entry: ShardEntry, content: bytes | None) -> IO[bytes]:
     """Check the bytes of a shard -> those bytes. It is read once, unless it is larger than what is held whole."""
-    is_held = path.stat().st_size <= _MOST_HELD_BYTES
-    file: IO[bytes] = io.BytesIO(path.read_bytes()) if is_held else open(path, "rb")
+    if content is None and path.stat().st_size <= _MOST_HELD_BYTES:
+        content = path.read_bytes()
+    file: IO[bytes] = open(path, "rb") if content is None else io.BytesIO(content)
     if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:  # type: ignore[arg-type]
         file.close()
         raise DataError(f"{path} is damaged: its sha256 is not the manifest's ({entry.sha256[:12]}...). {_WRITE_AGAIN}")

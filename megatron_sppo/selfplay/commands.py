@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_sppo.cluster.config import PoolConfig
 from megatron_sppo.config import to_flags
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.config import EvaluateConfig, ScoreConfig
@@ -245,6 +246,8 @@ def _rollout_command(config: SelfPlayConfig, *, allow_no_signal: bool, **job: An
             tensor_parallel_size=_given(options.engine.tensor_parallel_size, section.rollout_tensor_parallel_size),
         ),
         servers=config.servers,
+        # Servers are a pool of their own, and a command of the user's own promises none.
+        pool=options.pool if own or config.servers.server else _pool(config, options.pool),
     )
     return (*shlex.split(own), *_flags(settings)) if own else _command(config, "rollouts", *_flags(settings))
 
@@ -261,7 +264,13 @@ def _scoring(config: SelfPlayConfig, rollouts: Path, dataset: Path) -> ScoreConf
         judge_after=options.judge_after or section.judge_after,
         verdict_tokens=_given(options.verdict_tokens, section.verdict_tokens),
         allow_no_signal=options.allow_no_signal or section.allow_no_signal,
+        pool=_pool(config, options.pool),
     )
+
+
+def _pool(config: SelfPlayConfig, option: PoolConfig) -> PoolConfig:
+    """Choose a stage's own pool where it has one, and the run's otherwise -> PoolConfig."""
+    return config.run.pool if option == PoolConfig() else option
 
 
 def _given(option: int, setting: int) -> int:
@@ -299,6 +308,7 @@ def _evaluation(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> Stag
         output=paths.result(iteration),
         seed=config.run.seed,
         bootstrap_resamples=config.evaluation.bootstrap_resamples,
+        pool=_pool(config, config.scoring.scoring_options.pool),
     )
     return Stage(
         name=f"iter_{iteration}-eval",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from megatron_sppo import config as config_files
+from megatron_sppo.cluster.config import PoolConfig
 from megatron_sppo.config import LAYOUT, NonNegativeInt, PositiveInt, Seed, SettingsOf, check_ranges, flag_of
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.config import ScoreConfig
@@ -83,6 +84,7 @@ class RunConfig:
     """The same for -m megatron_sppo score, and for evaluate, which needs the same judges."""
     conversion_launcher: Annotated[str | None, LAYOUT] = None
     """The same for -m megatron_sppo convert, one process: for a node with memory and a fast disk."""
+    pool: PoolConfig = field(default_factory=PoolConfig)
     rollout_command: Annotated[str | None, LAYOUT] = None
     """Command in place of `megatron-sppo rollouts`: the seam for a sampler of your own. It is called with
     --model, --prompts, --output, --num-responses, --max-tokens, --temperature, --top-p and --seed, and writes rollouts

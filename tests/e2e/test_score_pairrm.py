@@ -1,4 +1,4 @@
-"""tools/score_pairrm.py as a user runs it: exit codes, resuming, torchrun, rebuilding targets.
+"""tools/score_pairrm.py as a user runs it: exit codes, resuming, rebuilding targets.
 
 PairRM is the tiny random one, so nothing here says what the published weights prefer.
 """
@@ -14,18 +14,16 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from torch.distributed import FileStore
 from tqdm import tqdm
 
 from megatron_sppo.data.dataset import PreferenceDataset
-from megatron_sppo.judge import score as stage
+from megatron_sppo.judge import workers
 from megatron_sppo.judge.config import ScoreConfig
-from megatron_sppo.judge.work_list import WorkList
+from megatron_sppo.judge.score import score
 from megatron_sppo.report.page import write_report
 from tests.commands import run_here
 from tests.models import byte_tokenizer
@@ -39,49 +37,7 @@ ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
 }  # fmt: skip
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TIMEOUT_SECONDS = 240
-
-
-def start(*arguments: object, ranks: int = 1) -> subprocess.Popen:
-    launcher = [] if ranks == 1 else TORCHRUN
-    command = [sys.executable, *launcher, str(TOOL), *map(str, arguments)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def run(*arguments: object, ranks: int = 1) -> str:
-    process = start(*arguments, ranks=ranks)
-    try:
-        output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        kill(process.pid)
-        raise
-    assert process.returncode == 0, errors
-    return output
-
-
-def family_of(pid: int) -> list[int]:
-    """Find a process and all of its descendants; torchrun's workers have sessions of their own."""
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        children.setdefault(int(fields[1]), []).append(int(path.parent.name))
-    family = [pid]
-    for member in family:
-        family += children.get(member, [])
-    return family
-
-
-def kill(pid: int) -> None:
-    """kill -9 a process with its descendants, the oldest first, so that nobody is left to clean up."""
-    for member in family_of(pid):
-        try:
-            os.kill(member, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -106,46 +62,13 @@ def pairrm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_pairrm(tmp_path_factory.mktemp("pairrm"))[0]
 
 
-def test_killed_under_torchrun_and_resumed_equals_one_undisturbed_process(
-    rollouts: Path, pairrm: Path, tmp_path: Path
-) -> None:
-    arguments = ["--rollouts", rollouts, "--judge", f"pairrm:{pairrm}", "--selection", "extremes"]
-    run(*arguments, "--output", tmp_path / "one")
-    output, work_dir = tmp_path / "two", tmp_path / ".two.scores"
-    process = start(*arguments, "--output", output, ranks=2)
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while len(list(work_dir.glob("scores-*.npz"))) < 3:
-        assert time.monotonic() < deadline and process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.005)
-    kill(process.pid)
-    process.communicate()
-    finished = sorted(work_dir.glob("scores-*.npz"))
-    assert not output.exists() and 3 <= len(finished) < 24
-    stamps = {path: path.stat().st_mtime_ns for path in finished}
-    replaced = []
-    process = start(*arguments, "--output", output, ranks=2)
-    while process.poll() is None:
-        for path, stamp in stamps.items():
-            try:
-                if path.stat().st_mtime_ns != stamp:
-                    replaced.append(path)
-            except FileNotFoundError:
-                break
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    assert process.communicate() and process.returncode == 0
-    assert not replaced, "finished shards were judged again"
-    assert contents(output) == contents(tmp_path / "one")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"], "something was left behind"
-
-
 NUM_KILLS = 20
 EVENTS = ("fsync", "replace", "rename", "rmdir")
 """Calls of `os` at which a run is killed, besides the judge's own."""
 
 
-def rank_main(arguments: dict, rank: int, world_size: int, store: Path, last_event: int | None) -> None:
-    """One rank of the tool: killed at event `last_event`, or leaves the number of its events beside the store."""
+def run_main(arguments: dict, events_file: Path, last_event: int | None) -> None:
+    """The stage: killed at event `last_event`, or leaves the number of its events in a file."""
     tqdm.set_lock(threading.RLock())  # its own is shared by forks: who is killed with it would stop the others for good
     events = itertools.count(1)
 
@@ -155,70 +78,63 @@ def rank_main(arguments: dict, rank: int, world_size: int, store: Path, last_eve
             if number == last_event:
                 os.kill(os.getpid(), signal.SIGKILL)
             if last_event is None:
-                store.with_name(f"events-{rank}").write_text(str(number))
+                events_file.write_text(str(number))
             return function(*positional, **named)
 
         return call
 
     for name in EVENTS:
         setattr(os, name, counted(getattr(os, name)))
-    load = stage.load_judge
+    load = workers.load_judge
 
     def load_judge(*positional, **named):
         judge = load(*positional, **named)
         judge.judge_logits = counted(judge.judge_logits)
         return judge
 
-    stage.load_judge = load_judge
-    work = WorkList(rank=rank, world_size=world_size, store=FileStore(str(store), world_size))
-    stage.score(ScoreConfig(**arguments), work)
+    workers.load_judge = load_judge
+    score(ScoreConfig(**arguments))
 
 
-def run_ranks(arguments: dict, world_size: int, store: Path, victim: tuple[int, int] | None = None) -> list[int]:
-    """Fork the ranks, the victim = (rank, event) to be killed; then kill the others, as torchrun does -> exit codes."""
-    store.unlink(missing_ok=True)
-    context = multiprocessing.get_context("fork")
-    processes = []
-    for rank in range(world_size):
-        last_event = victim[1] if victim and victim[0] == rank else (None if victim is None else 0)
-        processes.append(context.Process(target=rank_main, args=(arguments, rank, world_size, store, last_event)))
-        processes[-1].start()
-    while any(process.is_alive() for process in processes):
-        if any(process.exitcode for process in processes):
-            for process in processes:
-                process.kill()
-        time.sleep(0.002)
-    return [process.exitcode for process in processes]
+def run_forked(arguments: dict, events_file: Path, last_event: int | None = None) -> int:
+    """Run the stage in a forked process -> its exit code."""
+    process = multiprocessing.get_context("fork").Process(target=run_main, args=(arguments, events_file, last_event))
+    process.start()
+    process.join()
+    return process.exitcode
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_killed_at_random_points_of_judging_merging_and_publishing_the_bytes_are_the_same(
-    tmp_path: Path, world_size: int
-) -> None:
+def test_killed_at_random_points_of_judging_merging_and_publishing_the_bytes_are_the_same(tmp_path: Path) -> None:
     """Every file of the directory, manifest and diagnostics too. A last run of the same command always completes."""
     rollouts = random_rollouts(tmp_path / "rollouts", num_prompts=12, num_responses=3, rows_per_shard=2)
     arguments = {"rollouts": rollouts, "judge": "rules:cyclic", "selection": "extremes"}
-    undisturbed = {**arguments, "output": tmp_path / "undisturbed"}
-    assert run_ranks(undisturbed, 1, tmp_path / "store") == [0]
-    num_events = int((tmp_path / "events-0").read_text())
+    events_file = tmp_path / "events"
+    assert run_forked({**arguments, "output": tmp_path / "undisturbed"}, events_file) == 0
+    num_events = int(events_file.read_text())
     assert num_events > 40, "six shards, five atomic files, one directory and a manifest"
-    rng, victims = random.Random(world_size), []
-    while len(victims) < NUM_KILLS:
-        output = tmp_path / f"killed-{len(victims)}"
-        # The other ranks have but their share of the shards, and never write the dataset.
-        rank = rng.choice([0, rng.randrange(world_size)])
-        victim = (rank, rng.randint(1, num_events if rank == 0 else num_events // (8 * (world_size - 1))))
-        exit_codes = run_ranks({**arguments, "output": output}, world_size, tmp_path / "store", victim)
-        if exit_codes[rank] == -signal.SIGKILL:
-            victims.append(victim)
-            if (output / "manifest.json").is_file():
-                PreferenceDataset(output)  # what is there is whole
-            again = run_ranks({**arguments, "output": output}, world_size, tmp_path / "store")
-            assert again == [0] * world_size
-        assert contents(output) == contents(tmp_path / "undisturbed"), f"victim: {victim}"
+    rng = random.Random(1)
+    for number in range(NUM_KILLS):
+        output, last_event = tmp_path / f"killed-{number}", rng.randint(1, num_events)
+        assert run_forked({**arguments, "output": output}, events_file, last_event) == -signal.SIGKILL
+        if (output / "manifest.json").is_file():
+            PreferenceDataset(output)  # what is there is whole
+        assert run_forked({**arguments, "output": output}, events_file) == 0
+        assert contents(output) == contents(tmp_path / "undisturbed"), f"killed at {last_event}"
         shutil.rmtree(output)
-    left = {path.name for path in tmp_path.iterdir() if not path.name.startswith("events-")}
-    assert left - {"store"} == {"rollouts", "undisturbed"}, "something was left behind"
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"rollouts", "undisturbed", "events"}, "something was left behind"
+
+
+def test_under_torchrun_the_command_is_refused_with_the_one_that_shares_the_work(
+    rollouts: Path, tmp_path: Path
+) -> None:
+    arguments = ["--rollouts", rollouts, "--judge", "rules:concise", "--output", tmp_path / "d"]
+    done = subprocess.run(
+        [sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True, timeout=TIMEOUT_SECONDS,
+        env=ENVIRONMENT | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"},
+    )  # fmt: skip
+    assert done.returncode == 2 and "--workers 4" in done.stderr.splitlines()[-1], done.stderr
+    assert not (tmp_path / "d").exists()
 
 
 def test_the_same_command_again_says_that_it_is_complete(

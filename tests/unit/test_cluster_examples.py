@@ -125,12 +125,15 @@ def test_the_loop_s_launchers_and_settings_are_ones_that_it_takes(tmp_path: Path
     assert words[:3] == ["-m", "megatron_sppo", "self-play"]
     config = parse(SelfPlayConfig, name="self-play", description="", argv=words[3:])
     assert config.run.iterations == 5 and config.training.run.grace_seconds == 540  # of 600, a minute is Slurm's
-    for command, programs in (("rollouts", ["ray", "python"]), ("train", ["torchrun"])):
+    for command, programs in (("rollouts", ["ray"]), ("score", ["ray"]), ("train", ["torchrun"])):
         launcher = config.run.launcher_of(command)
         assert launcher[0] == "srun" and "--container-image=a.sqsh" in launcher
         assert [word for word in ["apptainer", *programs] if word not in launcher] == []
-    assert config.rollout.rollout_options.pool.ray == "auto"
-    assert config.run.launcher_of("rollouts")[-1] == "python" and config.run.launcher_of("convert") == []
+    assert config.run.pool.ray == "auto"
+    *_, python, script, nodes = config.run.launcher_of("rollouts")
+    assert (python, Path(script).name, nodes) == ("python", "when_all_nodes.py", "2")
+    assert (SLURM / Path(script).name).is_file()
+    assert config.run.launcher_of("convert") == []
 
 
 def documents(name: str) -> list[dict[str, Any]]:

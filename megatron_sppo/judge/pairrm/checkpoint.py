@@ -96,18 +96,55 @@ class PairRMCheckpoint:
     """Hash of the files that decide the logits."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """Where a checkpoint's files are."""
+
+    directory: Path
+    base: Path
+    """Of DeBERTa's own config and tokenizer."""
+    content: dict[str, Any]
+    """config.json's."""
+
+    @property
+    def is_native(self) -> bool:
+        """llm-blender's own format, not transformers'."""
+        return "ranker_type" in self.content
+
+    def fingerprint(self) -> str:
+        """Hash the files that decide the logits -> 64 hex digits."""
+        deciding = {path.name: path for path in sorted(self.directory.iterdir()) if _decides(path)}
+        if self.is_native:
+            deciding |= {f"base/{path.name}": path for path in sorted(self.base.iterdir()) if _decides_ids(path)}
+        return sha256_of_json(dict(zip(deciding, sha256_of_files(list(deciding.values())), strict=True)))
+
+
+def _find(name: str) -> _Found:
+    directory = local_directory(name, _FILES, spec="pairrm")
+    content = read_json(directory / "config.json")
+    if not isinstance(content, dict):
+        raise ConfigError(f"{directory / 'config.json'} is no JSON object. Give the directory of a PairRM checkpoint.")
+    base = _base_directory(content, directory) if "ranker_type" in content else directory
+    return _Found(directory=directory, base=base, content=content)
+
+
+def pairrm_fingerprint(name: str) -> str:
+    """Hash the files that decide the logits, none of them loaded -> 64 hex digits.
+
+    Raises:
+        ConfigError: no such checkpoint here or on the hub.
+    """
+    return _find(name).fingerprint()
+
+
 def load_pairrm(name: str, *, dtype: torch.dtype, device: torch.device) -> PairRMCheckpoint:
     """Load PairRM from a directory or a hub id, whichever format it has -> PairRMCheckpoint, in eval mode.
 
     Raises:
         ConfigError: no such checkpoint here or on the hub, or its files do not make a PairRM.
     """
-    directory = local_directory(name, _FILES, spec="pairrm")
-    content = read_json(directory / "config.json")
-    if not isinstance(content, dict):
-        raise ConfigError(f"{directory / 'config.json'} is no JSON object. Give the directory of a PairRM checkpoint.")
-    native = "ranker_type" in content
-    base = _base_directory(content, directory) if native else directory
+    found = _find(name)
+    directory, base, content, native = found.directory, found.base, found.content, found.is_native
     tokenizer = load_tokenizer(base, remedy="Download it again.")
     if native:
         tokenizer.add_tokens(list(MARKERS))
@@ -120,10 +157,6 @@ def load_pairrm(name: str, *, dtype: torch.dtype, device: torch.device) -> PairR
     _fill(network, tensors, directory)
     network.pretrained_model.to(dtype)
     network.head_layer.float()
-    deciding = {path.name: path for path in sorted(directory.iterdir()) if _decides(path)}
-    if native:
-        deciding |= {f"base/{path.name}": path for path in sorted(base.iterdir()) if _decides_ids(path)}
-    files = dict(zip(deciding, sha256_of_files(list(deciding.values())), strict=True))
     network.to(device).eval().requires_grad_(False)
     return PairRMCheckpoint(
         network=network,
@@ -133,7 +166,7 @@ def load_pairrm(name: str, *, dtype: torch.dtype, device: torch.device) -> PairR
         candidate_length=_number(
             content, "candidate_maxlength", _DEFAULT_CANDIDATE_LENGTH, directory, low=_LEAST_TOKENS
         ),
-        fingerprint=sha256_of_json(files),
+        fingerprint=found.fingerprint(),
     )
 
 

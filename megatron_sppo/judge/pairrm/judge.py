@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from megatron_sppo.judge.pairrm.checkpoint import load_pairrm
+from megatron_sppo.judge.model_files import default_dtype
+from megatron_sppo.judge.pairrm.checkpoint import load_pairrm, pairrm_fingerprint
 from megatron_sppo.judge.pairrm.text import PairRMTokens
-from megatron_sppo.judge.protocol import Unjudged, Verdict, count_pairs, distinct
+from megatron_sppo.judge.protocol import JudgeIdentity, Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.judge.source import UnreadableGroup, pairrm_texts
 from megatron_sppo.storage import sha256_of_json
 
@@ -58,6 +59,18 @@ class _Pair:
         return sum(map(len, self.parts))
 
 
+def pairrm_identity(checkpoint: str, *, reads: str, one_order: bool, dtype: str) -> JudgeIdentity:
+    """Name a PairRM by its files, unloaded -> JudgeIdentity. Arguments and errors: PairRMJudge's."""
+    fingerprint = pairrm_fingerprint(checkpoint)
+    return _identity(checkpoint, fingerprint, reads=reads, one_order=one_order, dtype=dtype)
+
+
+def _identity(checkpoint: str, files: str, *, reads: str, one_order: bool, dtype: str) -> JudgeIdentity:
+    deciding = {"pairrm": files, "preset": _PRESET_OF_READS[reads], "one_order": one_order, "dtype": f"torch.{dtype}"}
+    name = f"pairrm:{checkpoint}" + (", one order" if one_order else "")
+    return JudgeIdentity(name=name, fingerprint=sha256_of_json(deciding))
+
+
 class PairRMJudge:
     """PairRM from a hub id or a directory; unless told otherwise float32 on the CPU, bfloat16 on a GPU."""
 
@@ -88,18 +101,11 @@ class PairRMJudge:
         """
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         on_cpu = self._device.type == "cpu"
-        precision = getattr(torch, dtype or ("float32" if on_cpu else "bfloat16"))
-        loaded = load_pairrm(checkpoint, dtype=precision, device=self._device)
-        self.name = f"pairrm:{checkpoint}" + (", one order" if one_order else "")
+        dtype = dtype or default_dtype(self._device.type)
+        loaded = load_pairrm(checkpoint, dtype=getattr(torch, dtype), device=self._device)
+        identity = _identity(checkpoint, loaded.fingerprint, reads=reads, one_order=one_order, dtype=dtype)
+        self.name, self.fingerprint = identity.name, identity.fingerprint
         self.counts: Counter[str] = Counter()
-        self.fingerprint = sha256_of_json(
-            {
-                "pairrm": loaded.fingerprint,
-                "preset": _PRESET_OF_READS[reads],
-                "one_order": one_order,
-                "dtype": str(precision),
-            }
-        )
         self._network, self._encoder = loaded.network, loaded.encoder
         self._tokens = PairRMTokens(
             loaded.tokenizer,

@@ -84,8 +84,8 @@ def test_two_players_have_the_win_rate_and_interval_of_the_plain_evaluation():
     field = field_of(player("a", answers["a"]), player("b", answers["b"]))
     held = hold(ScoreJudge(), field, shared_prompts(field))
     (found,) = standings(held, field, RESAMPLING)["vs_baseline"]
-    rates = cross_win_rates(ScoreJudge(), field.players[1].groups, field.players[0].groups, against="a")
-    expected = bootstrap(list(rates.values()), resamples=400, seed=3)
+    rates, _ = cross_win_rates(ScoreJudge(), field.players[1].groups, {"a": field.players[0].groups})
+    expected = bootstrap(list(rates["a"].values()), resamples=400, seed=3)
     assert (found["mean"], found["low"], found["high"]) == pytest.approx((expected.mean, expected.low, expected.high))
     assert (found["num_prompts"], found["judge"], found["seed"]) == (30, "score", 3)
 

@@ -28,9 +28,11 @@ def write_rollouts(directory: Path, groups: Sequence[RolloutGroup], *, rows_per_
     return _finish(directory, entries, num_responses=len(groups[0].responses))
 
 
-def random_rollouts(directory: Path, *, num_prompts: int, num_responses: int, rows_per_shard: int) -> Path:
+def random_rollouts(
+    directory: Path, *, num_prompts: int, num_responses: int, rows_per_shard: int, seed: int = 8
+) -> Path:
     """Write random groups -> the directory."""
-    rng = random.Random(8)
+    rng = random.Random(seed)
     groups = [random_group(rng, number, num_responses, high=12) for number in range(num_prompts)]
     return write_rollouts(directory, groups, rows_per_shard=rows_per_shard)
 

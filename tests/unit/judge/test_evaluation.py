@@ -39,6 +39,11 @@ class TableJudge:
         return matrices
 
 
+def rates_of(judge, policy: Mapping[str, RolloutGroup], opponent: Mapping[str, RolloutGroup]) -> dict[str, float]:
+    rates, _ = cross_win_rates(judge, policy, {"base": opponent})
+    return rates["base"]
+
+
 def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
@@ -48,7 +53,7 @@ def test_the_win_rate_is_the_mean_over_cross_pairs_of_both_orders() -> None:
     have logits of 50 here, must not enter."""
     logits = {("a", "c"): 1.0, ("c", "a"): -3.0, ("a", "d"): 0.5, ("d", "b"): 2.0, ("a", "b"): 50.0, ("d", "c"): 50.0}
     judge = TableJudge(logits)
-    rates = cross_win_rates(judge, {"p": group("p", ["a", "b"])}, {"p": group("p", ["c", "d"])}, against="base")
+    rates = rates_of(judge, {"p": group("p", ["a", "b"])}, {"p": group("p", ["c", "d"])})
     expected = (sigmoid((1 + 3) / 2) + sigmoid(0.25) + sigmoid(0) + sigmoid(-1)) / 4
     assert rates == {"p": pytest.approx(expected, abs=1e-12)}
     assert judge.asked == [["a", "b", "c", "d"]]
@@ -56,14 +61,14 @@ def test_the_win_rate_is_the_mean_over_cross_pairs_of_both_orders() -> None:
 
 def test_numbers_of_answers_may_differ_between_policies() -> None:
     judge = TableJudge({("a", "x"): 4.0})
-    rates = cross_win_rates(judge, {"p": group("p", ["a"])}, {"p": group("p", ["x", "y", "z"])}, against="base")
+    rates = rates_of(judge, {"p": group("p", ["a"])}, {"p": group("p", ["x", "y", "z"])})
     assert rates["p"] == pytest.approx((sigmoid(2) + 0.5 + 0.5) / 3)
 
 
 def test_prompts_that_one_side_lacks_are_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
     ours = {name: group(name, ["a"]) for name in ("p", "q")}
     theirs = {name: group(name, ["b"]) for name in ("q", "r")}
-    assert list(cross_win_rates(TableJudge({}), ours, theirs, against="base")) == ["q"]
+    assert list(rates_of(TableJudge({}), ours, theirs)) == ["q"]
     assert "2 held-out answers have no counterpart" in caplog.text
 
 
@@ -90,13 +95,13 @@ class Counted(Mapping):
 def test_each_group_is_read_once_and_only_where_both_policies_have_it() -> None:
     ours = Counted([group(f"p{number}", ["a"]) for number in range(40)])
     theirs = Counted([group(f"p{number}", ["b"]) for number in range(39, 4, -1)])
-    assert len(cross_win_rates(TableJudge({}), ours, theirs, against="base")) == 35
+    assert len(rates_of(TableJudge({}), ours, theirs)) == 35
     assert ours.read == theirs.read == Counter(f"p{number}" for number in range(5, 40))
 
 
 def test_no_common_prompt_is_an_error() -> None:
     with pytest.raises(DataError, match="no common prompt"):
-        cross_win_rates(TableJudge({}), {"p": group("p", ["a"])}, {"q": group("q", ["b"])}, against="base")
+        rates_of(TableJudge({}), {"p": group("p", ["a"])}, {"q": group("q", ["b"])})
 
 
 def test_the_same_id_with_another_text_is_refused() -> None:
@@ -135,8 +140,8 @@ def test_the_noise_floor_compares_a_policy_s_first_answers_with_its_last() -> No
     judge = TableJudge({("a", "c"): 2.0, ("c", "a"): -2.0, ("a", "b"): 9.0, ("d", "e"): 1.0, ("a", "x"): 50.0})
     ours = {"p": group("p", ["a", "b", "c"]), "q": group("q", ["d", "e"]), "r": group("r", ["a"])}
     theirs = {name: group(name, ["x"]) for name in ours}
-    found = cross_verdicts(judge, ours, theirs, against="base").a_a
-    assert found == {"p": pytest.approx(sigmoid(2)), "q": pytest.approx(sigmoid(0.5))}
+    found, _ = cross_verdicts(judge, ours, {"base": theirs})
+    assert found["base"].a_a == {"p": pytest.approx(sigmoid(2)), "q": pytest.approx(sigmoid(0.5))}
 
 
 def test_the_result_has_the_noise_floor_beside_the_win_rates(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -149,6 +154,23 @@ def test_the_result_has_the_noise_floor_beside_the_win_rates(tmp_path: Path, cap
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["a_a"]["num_prompts"] == 6 and result["a_a"]["mean"] != 0.5
     assert capsys.readouterr().out.count("(A/A ") == 2
+
+
+def test_trackers_are_told_the_win_rates_and_get_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # for the reader here: the command sees to itself
+    write_rollouts(tmp_path / "policy", [group(f"p{n}", ["An answer that says something."]) for n in range(4)])
+    write_rollouts(tmp_path / "base", [group(f"p{n}", ["the the the the"]) for n in range(4)])
+    places = {"policy": "policy", "base": "base", "previous": "base", "output": "result.json"}
+    paths = [f"--{name}={tmp_path / place}" for name, place in places.items()]
+    tracker = ["--tracker", "mlflow", "--tracker-offline", "--tracker-run-name", "held out"]
+    main("evaluate", [*paths, "--judge", "rules:concise", *tracker])
+    result = json.loads((tmp_path / "result.json").read_text())
+    client = mlflow.MlflowClient(tracking_uri=(tmp_path / "trackers" / "mlruns").as_uri())
+    (run,) = client.search_runs([client.get_experiment_by_name("megatron-sppo").experiment_id])
+    assert run.info.run_name == "held out" and run.data.tags["kind"] == "evaluate"
+    assert run.data.metrics["evaluation/win_rate_vs_base/mean"] == result["win_rate_vs_base"]["mean"] > 0.5
+    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["result.json"]
 
 
 def test_a_policy_against_its_own_answers_wins_exactly_half(tmp_path: Path) -> None:

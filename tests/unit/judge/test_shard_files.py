@@ -13,6 +13,7 @@ import pytest
 from megatron_sppo.judge.load import load_judge
 from megatron_sppo.judge.shard_files import DAMAGE, ShardKey, is_complete, read_blocks, read_scores, scores_path
 from megatron_sppo.judge.shard_scores import score_rollouts
+from megatron_sppo.judge.workers import pooled_here
 from megatron_sppo.rollout.records import read_manifest
 from tests.unit.judge.rollout_files import random_rollouts
 
@@ -21,20 +22,19 @@ from tests.unit.judge.rollout_files import random_rollouts
 def scored(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
     """Rollouts of two prompts, and the work directory of their scoring."""
     rollouts = random_rollouts(tmp_path / "r", num_prompts=2, num_responses=3, rows_per_shard=2)
-    score_rollouts(rollouts, load_judge("rules:cyclic"), tmp_path / "work", rule="paper")
+    score_rollouts(rollouts, pooled_here(load_judge("rules:cyclic")), tmp_path / "work", rule="paper")
     logging.disable(logging.WARNING)
     yield rollouts, tmp_path / "work"
     logging.disable(logging.NOTSET)
 
 
 def key(rollouts: Path, *, spec: str = "rules:cyclic", rule: str = "paper") -> ShardKey:
-    manifest = read_manifest(rollouts)
-    return ShardKey(entry=manifest.shards[0], judge=load_judge(spec), manifest=manifest, rule=rule)
+    return ShardKey.of(read_manifest(rollouts), 0, load_judge(spec), rule=rule)
 
 
 def content(work: Path, wanted: ShardKey) -> Any:
     """All that a file says, in what can be compared; None where it has no scores."""
-    scores = read_scores(work, 0, wanted)
+    scores = read_scores(scores_path(work, 0), wanted)
     if scores is None:
         return None
     blocks = [
@@ -43,7 +43,7 @@ def content(work: Path, wanted: ShardKey) -> Any:
             block.num_cut.tolist(),
             *(getattr(value, "tolist", lambda v=value: v)() for value in vars(block.groups).values()),
         )
-        for block in read_blocks(work, 0, wanted)
+        for block in read_blocks(scores_path(work, 0), wanted)
     ]
     return scores.judge_logits.tolist(), scores.reasons, scores.counts, blocks
 
@@ -62,12 +62,13 @@ def test_no_flipped_bit_is_taken_for_what_was_written(scored) -> None:
         except DAMAGE:
             found = None
         assert found in (None, truth), f"byte {position}"
-        assert not is_complete(work, 0, wanted, verify=True) or found == truth, f"byte {position}"
+        assert not is_complete(scores_path(work, 0), wanted, verify=True) or found == truth, f"byte {position}"
 
 
 def test_another_judge_takes_nothing_and_another_rule_the_scores_alone(scored) -> None:
     rollouts, work = scored
-    assert is_complete(work, 0, key(rollouts), verify=False)
+    path = scores_path(work, 0)
+    assert is_complete(path, key(rollouts), verify=False)
     other_rule, other_judge = key(rollouts, rule="official"), key(rollouts, spec="rules:concise")
-    assert not is_complete(work, 0, other_rule, verify=False) and read_scores(work, 0, other_rule) is not None
-    assert not is_complete(work, 0, other_judge, verify=False) and read_scores(work, 0, other_judge) is None
+    assert not is_complete(path, other_rule, verify=False) and read_scores(path, other_rule) is not None
+    assert not is_complete(path, other_judge, verify=False) and read_scores(path, other_judge) is None

@@ -1,18 +1,19 @@
-"""Rollouts to a dataset: any number of ranks, any kill, any bad row; the result is one and the same directory.
+"""Rollouts to a dataset: any order of shards, any kill, any bad row; the result is one and the same directory.
 
-Ranks are forked processes, kills are SIGKILL. The command line itself, torchrun included, is tests/e2e's to prove.
+Kills are SIGKILL of a forked process. The command line is tests/e2e's to prove, and so are workers on a Ray cluster.
 """
 
 import errno
 import functools
+import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
 import threading
-import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,18 +22,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch.distributed import FileStore
 from tqdm import tqdm
 
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.writer import DatasetWriter
 from megatron_sppo.errors import DataError
+from megatron_sppo.judge import shard_scores
 from megatron_sppo.judge.diagnostics import describe_judge
 from megatron_sppo.judge.load import load_judge
+from megatron_sppo.judge.protocol import Judge
 from megatron_sppo.judge.score import merge_scores
-from megatron_sppo.judge.shard_files import ShardKey, is_complete, read_scores, scores_path
-from megatron_sppo.judge.shard_scores import _Shards, score_rollouts
-from megatron_sppo.judge.work_list import WorkList
+from megatron_sppo.judge.shard_files import ShardKey, read_scores, scores_path
+from megatron_sppo.judge.shard_scores import Shards, score_rollouts
+from megatron_sppo.judge.workers import pooled_here
 from megatron_sppo.rollout.records import RolloutGroup, read_manifest, read_rollouts
 from tests.unit.judge.groups import group_of, random_group
 from tests.unit.judge.naive_dataset import dataset_files
@@ -70,32 +72,23 @@ def rollouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_rollouts(directory, num_prompts=NUM_SHARDS * 2, num_responses=4, rows_per_shard=2)
 
 
-def score(rollouts: Path, work_dir: Path, work: WorkList | None = None, last_shard: int | None = None) -> None:
-    judge = load_judge("rules:cyclic") if last_shard is None else DyingJudge(last_shard)
-    score_rollouts(rollouts, judge, work_dir, rule="paper", work=work)
+def score(rollouts: Path, work_dir: Path, judge: str | Judge = "rules:cyclic", rule: str = "paper") -> int:
+    """Judge in this process -> pairs judged now."""
+    judge = load_judge(judge) if isinstance(judge, str) else judge
+    return score_rollouts(rollouts, pooled_here(judge), work_dir, rule=rule)
 
 
-def work_list(store: Path, rank: int, world_size: int) -> WorkList:
-    return WorkList(rank=rank, world_size=world_size, store=FileStore(str(store), world_size))
+def die_at(rollouts: Path, work_dir: Path, last_shard: int) -> None:
+    """Judge in a forked process that is killed at its shard number `last_shard`."""
 
+    def main() -> None:
+        tqdm.set_lock(threading.RLock())  # the one that fork shares may be held by a process that was killed
+        score(rollouts, work_dir, DyingJudge(last_shard))
 
-def run_ranks(rollouts: Path, work_dir: Path, store: Path, world_size: int, last_shard: int | None = None) -> list[int]:
-    """Run all ranks at once, and end them when one dies, as torchrun does -> exit codes."""
-
-    def rank_main(rank: int) -> None:
-        tqdm.set_lock(threading.RLock())  # the one that fork shares may be held by a rank that was killed
-        score(rollouts, work_dir, work_list(store, rank, world_size), last_shard)
-
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=rank_main, args=(rank,)) for rank in range(world_size)]
-    for process in processes:
-        process.start()
-    while any(process.is_alive() for process in processes):
-        if any(process.exitcode for process in processes):
-            for process in processes:
-                process.kill()
-        time.sleep(0.005)
-    return [process.exitcode for process in processes]
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def merge(
@@ -113,8 +106,7 @@ def merge(
 
 
 def key(rollouts: Path, number: int, spec: str = "rules:cyclic", rule: str = "paper") -> ShardKey:
-    manifest = read_manifest(rollouts)
-    return ShardKey(entry=manifest.shards[number], judge=load_judge(spec), manifest=manifest, rule=rule)
+    return ShardKey.of(read_manifest(rollouts), number, load_judge(spec), rule=rule)
 
 
 def naive(rollouts: Path, groups: Sequence[RolloutGroup], rule: str = "paper", **changes: Any) -> dict[str, bytes]:
@@ -143,28 +135,45 @@ def test_the_dataset_holds_the_rollouts_and_the_judges_logits(rollouts: Path, un
         assert dataset.lines_of([number])[number]["prompt_id"] == group.prompt_id
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_any_number_of_ranks_writes_the_same_bytes(
-    rollouts: Path, undisturbed, tmp_path: Path, world_size: int
+@pytest.mark.parametrize("seed", range(3))
+def test_judged_in_another_process_without_the_files_and_in_any_order_the_bytes_are_the_same(
+    rollouts: Path, undisturbed, tmp_path: Path, seed: int
 ) -> None:
-    assert run_ranks(rollouts, tmp_path / "work", tmp_path / "store", world_size) == [0] * world_size
+    """A task that was sent holds the shard: what a worker needs of the driver's disk is in it."""
+    copy = shutil.copytree(rollouts, tmp_path / "rollouts")
+    shards = Shards(copy, read_manifest(copy), load_judge("rules:cyclic"), tmp_path / "work", rule="paper")
+    sent = [(task, pickle.dumps(task)) for task in shards.tasks()]
+    shutil.rmtree(copy)
+    random.Random(seed).shuffle(sent)
+    for task, content in sent:
+        judged = pickle.loads(content).judged(load_judge("rules:cyclic"), lambda units, amount: None)
+        shards.write(task, pickle.loads(pickle.dumps(judged)))
     assert merge(rollouts, tmp_path / "work", tmp_path / "dataset") == undisturbed
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("last_shard", range(NUM_SHARDS))
-def test_a_killed_run_resumes_to_the_same_bytes(
-    rollouts: Path, undisturbed, tmp_path: Path, world_size: int, last_shard: int
-) -> None:
+def test_a_killed_run_resumes_to_the_same_bytes(rollouts: Path, undisturbed, tmp_path: Path, last_shard: int) -> None:
     work_dir = tmp_path / "work"
-    exit_codes = run_ranks(rollouts, work_dir, tmp_path / "first", world_size, last_shard // world_size)
-    assert -signal.SIGKILL in exit_codes
+    die_at(rollouts, work_dir, last_shard)
+    assert sum(scores_path(work_dir, number).exists() for number in range(NUM_SHARDS)) == last_shard
     judge = load_judge("rules:cyclic")
-    done = [number for number in range(NUM_SHARDS) if is_complete(work_dir, number, key(rollouts, number), verify=True)]
-    assert len(done) < NUM_SHARDS and (world_size > 1 or len(done) == last_shard)
-    score_rollouts(rollouts, judge, work_dir, rule="paper")
-    assert judge.counts["pairs"] == (NUM_SHARDS - len(done)) * 2 * 4 * 3, "finished shards were judged again"
+    assert score(rollouts, work_dir, judge) == judge.counts["pairs"] == (NUM_SHARDS - last_shard) * 2 * 4 * 3
     assert merge(rollouts, work_dir, tmp_path / "dataset") == undisturbed
+
+
+def test_what_a_worker_sends_back_is_checked_before_it_is_written(rollouts: Path, tmp_path: Path) -> None:
+    shards = Shards(rollouts, read_manifest(rollouts), load_judge("rules:cyclic"), tmp_path / "work", rule="paper")
+    first, second = itertools.islice(shards.tasks(), 2)
+    judged = second.judged(load_judge("rules:cyclic"), lambda units, amount: None)
+    with pytest.raises(AssertionError, match=first.key.entry.file):
+        shards.write(first, judged)
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_large_score_file_waits_on_the_disk(rollouts: Path, tmp_path: Path, monkeypatch, undisturbed) -> None:
+    monkeypatch.setattr(shard_scores, "_MOST_HELD_BYTES", 100)
+    score(rollouts, tmp_path / "work")
+    assert merge(rollouts, tmp_path / "work", tmp_path / "dataset") == undisturbed
 
 
 def test_the_merge_reads_no_rollouts(rollouts: Path, undisturbed, tmp_path: Path) -> None:
@@ -201,30 +210,17 @@ def _counted(calls: Counter[str], name: str, function: Callable[..., Any], *args
     return function(*args)
 
 
-def test_ranks_take_the_largest_shard_first_and_none_twice(tmp_path: Path) -> None:
+def test_the_largest_shard_is_judged_first(tmp_path: Path) -> None:
     groups = [group_of("why?", ["a", "b" * size], prompt_id=str(size)) for size in (10, 900, 400)]
     rollouts = write_rollouts(tmp_path / "r", groups, rows_per_shard=1)
-    shards = _Shards(rollouts, read_manifest(rollouts), load_judge("rules:concise"), tmp_path / "work", rule="paper")
-    assert shards.largest_first == [1, 2, 0]
-    works = [work_list(tmp_path / "store", rank, 2) for rank in range(2)]
-    assert [works[turn % 2].take([1, 2, 0]) for turn in range(5)] == [1, 2, 0, None, None]
-
-
-def test_the_first_rank_judges_what_a_silent_rank_has_taken(rollouts: Path, undisturbed, tmp_path: Path) -> None:
-    silent = work_list(tmp_path / "store", 1, 2)
-    assert silent.take(range(NUM_SHARDS)) == 0, "the silent rank takes a shard and never judges it"
-    judge = load_judge("rules:cyclic")
-    score_rollouts(
-        rollouts, judge, tmp_path / "work", rule="paper", work=work_list(tmp_path / "store", 0, 2), patience=0.3
-    )
-    assert judge.counts["pairs"] == silent.num_pairs == NUM_SHARDS * 2 * 12, "both ranks see the run's count"
-    assert merge(rollouts, tmp_path / "work", tmp_path / "dataset") == undisturbed
+    shards = Shards(rollouts, read_manifest(rollouts), load_judge("rules:concise"), tmp_path / "work", rule="paper")
+    assert [task.index for task in shards.tasks()] == shards.largest_first == [1, 2, 0]
 
 
 def test_scores_of_another_judge_are_not_taken(rollouts: Path, tmp_path: Path) -> None:
     score(rollouts, tmp_path)
-    assert score_rollouts(rollouts, load_judge("rules:cyclic"), tmp_path, rule="paper") == 0
-    assert score_rollouts(rollouts, load_judge("rules:concise"), tmp_path, rule="paper") == NUM_SHARDS * 2 * 12
+    assert score(rollouts, tmp_path, "rules:cyclic") == 0
+    assert score(rollouts, tmp_path, "rules:concise") == NUM_SHARDS * 2 * 12
 
 
 @pytest.mark.parametrize(
@@ -244,7 +240,7 @@ def test_a_damaged_score_file_is_made_again(
             member = archive.getinfo(damage)
         content[member.header_offset + member.file_size] ^= 1
     path.write_bytes(content)
-    assert score_rollouts(rollouts, load_judge("rules:cyclic"), tmp_path / "work", rule="paper") == num_asked
+    assert score(rollouts, tmp_path / "work", "rules:cyclic") == num_asked
     assert merge(rollouts, tmp_path / "work", tmp_path / "dataset") == undisturbed
 
 
@@ -263,7 +259,7 @@ def test_scores_of_an_older_version_and_of_another_preset_are_kept(rollouts: Pat
     """What 0.1 left of a killed scoring: logits, reasons, counts and their key, no blocks."""
     score(rollouts, tmp_path / "work")
     for number in range(NUM_SHARDS // 2):
-        scores = read_scores(tmp_path / "work", number, key(rollouts, number))
+        scores = read_scores(scores_path(tmp_path / "work", number), key(rollouts, number))
         with open(scores_path(tmp_path / "work", number), "wb") as file:
             np.savez(
                 file, judge_logits=scores.judge_logits, reasons=json.dumps({}), counts=json.dumps(dict(scores.counts)),
@@ -271,14 +267,14 @@ def test_scores_of_an_older_version_and_of_another_preset_are_kept(rollouts: Pat
             )  # fmt: skip
     judge = load_judge("rules:cyclic")
     for rule in ("paper", "official", "paper"):
-        assert score_rollouts(rollouts, judge, tmp_path / "work", rule=rule) == 0
+        assert score(rollouts, tmp_path / "work", judge, rule) == 0
         expected = undisturbed if rule == "paper" else naive(rollouts, list(read_rollouts(rollouts)), rule)
         assert merge(rollouts, tmp_path / "work", tmp_path / "dataset", rule=rule) == expected
     assert not judge.counts, "the judge was asked"
 
 
 def test_a_full_disk_in_the_merge_is_no_damage_of_the_scores(rollouts: Path, tmp_path: Path, monkeypatch) -> None:
-    score_rollouts(rollouts, load_judge("rules:cyclic"), tmp_path / "work", rule="paper")
+    score(rollouts, tmp_path / "work", "rules:cyclic")
 
     def full(writer: DatasetWriter, block: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -304,7 +300,7 @@ def test_a_flipped_bit_in_the_rollouts_is_found(tmp_path: Path) -> None:
     content[40] ^= 1
     shard.write_bytes(bytes(content))
     with pytest.raises(DataError, match="is damaged"):
-        score_rollouts(directory, load_judge("rules:concise"), tmp_path / "work", rule="paper")
+        score(directory, tmp_path / "work", "rules:concise")
 
 
 def _with_responses(*responses: object) -> dict:
@@ -395,7 +391,7 @@ def test_bad_rows_are_set_aside_with_their_reason_and_nothing_else_moves(tmp_pat
     )
     plain = write_raw_rollouts(tmp_path / "plain", [good], num_responses=2)
     for directory in (mixed, plain):
-        score_rollouts(directory, load_judge(spec), tmp_path / f"work-{directory.name}", rule="paper")
+        score(directory, tmp_path / f"work-{directory.name}", spec)
         merge(directory, tmp_path / f"work-{directory.name}", tmp_path / f"dataset-{directory.name}", spec)
     left, right = (PreferenceDataset(tmp_path / f"dataset-{name}") for name in ("mixed", "plain"))
     assert left.dataset_hash == right.dataset_hash, "a bad row changed its neighbours"
@@ -425,7 +421,7 @@ def test_prompts_that_occur_twice_leave_the_bytes_of_the_others(tmp_path: Path) 
 def test_a_prompt_id_that_occurs_twice_keeps_the_first(tmp_path: Path) -> None:
     other = raw_row("a", prompt_token_ids=[9])
     rollouts = write_raw_rollouts(tmp_path / "r", [[encoded(raw_row("a"))], [encoded(other)]], num_responses=2)
-    score_rollouts(rollouts, load_judge("rules:concise"), tmp_path / "work", rule="paper")
+    score(rollouts, tmp_path / "work", "rules:concise")
     merge(rollouts, tmp_path / "work", tmp_path / "dataset", "rules:concise")
     dataset = PreferenceDataset(tmp_path / "dataset")
     assert dataset.prompt(0).tolist() == [1, 2, 3]
@@ -434,7 +430,7 @@ def test_a_prompt_id_that_occurs_twice_keeps_the_first(tmp_path: Path) -> None:
 
 def test_rollouts_without_a_single_good_row_are_refused(tmp_path: Path) -> None:
     rollouts = write_raw_rollouts(tmp_path / "r", [[b"{", b"null"]], num_responses=2)
-    score_rollouts(rollouts, load_judge("rules:concise"), tmp_path / "work", rule="paper")
+    score(rollouts, tmp_path / "work", "rules:concise")
     with pytest.raises(DataError, match="2 were quarantined"):
         merge(rollouts, tmp_path / "work", tmp_path / "dataset", "rules:concise")
     assert not (tmp_path / "dataset").exists()
@@ -444,7 +440,7 @@ def test_diagnostics_tell_the_cyclic_judge_from_the_concise_one(rollouts: Path, 
     found = {}
     for spec in ("rules:cyclic", "rules:concise"):
         judge, work, output = load_judge(spec), tmp_path / f"{spec}-work", tmp_path / spec
-        score_rollouts(rollouts, judge, work, rule="paper")
+        score(rollouts, work, judge)
         merge(rollouts, work, output, spec)
         found[spec] = describe_judge(PreferenceDataset(output), judge.counts)
     assert found["rules:concise"]["cycle_rate"] == 0 and found["rules:concise"]["cyclic_energy"] < 1e-9

@@ -49,8 +49,9 @@ def test_ifeval_s_columns_are_kept_and_others_are_not(tmp_path: Path, name: str)
         ({"question": "2 + 2?", "answer": "#### 4"}, "2 + 2?", {"answer": "#### 4"}),
         ({"problem": "2 + 2?", "solution": "So $\\boxed{4}$"}, "2 + 2?", {"solution": "So $\\boxed{4}$"}),
         ({"prompt": "2 + 2?", "level": 5, "answer": None}, "2 + 2?", None),
+        ({"prompt": "Two and two?", "question": "2 + 2?", "answer": "4"}, "Two and two?", {"answer": "4"}),
     ],
-    ids=["GSM8K", "MATH", "neither"],
+    ids=["GSM8K", "MATH", "neither", "both"],
 )
 def test_mathematical_sets_are_read_with_their_answers(tmp_path: Path, row: Any, message: str, columns: Any) -> None:
     (prompt,) = read_prompts(file_of(tmp_path / "p.jsonl", row)).prompts

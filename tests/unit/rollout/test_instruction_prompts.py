@@ -63,3 +63,28 @@ def test_every_row_can_be_checked_without_data_of_nltk() -> None:
         columns = {name: row[name] for name in ("instruction_id_list", "kwargs")}
         passed = check_instructions("Well, this is an answer.", [{"role": "user", "content": row["prompt"]}], columns)
         assert len(passed) == len(row["instruction_id_list"])
+
+
+def test_checks_are_the_library_s_own_on_whole_samples() -> None:
+    """`evaluate_output_for_sample`, which takes a benchmark's sample whole, on every row of IFEval's kinds."""
+    from if_verifiable import IFEvalSample, evaluate_output_for_sample
+
+    from megatron_sppo.judge.instructions import IFEVAL, check_instructions
+
+    answers = (
+        '"a small note. The end."',
+        "* one\n* two",
+        "<<Title>>\nTHE SEA IS DEEP, AND *BLUE*.\nP.S. snow snow snow",
+    )
+    seen: set[tuple[str, float]] = set()
+    for number, row in enumerate(row for row in ROWS if set(row["instruction_id_list"]) <= set(IFEVAL)):
+        answer = answers[number % len(answers)]
+        columns = {name: row[name] for name in ("instruction_id_list", "kwargs")}
+        results, scores = evaluate_output_for_sample(
+            "ifeval", IFEvalSample(key=0, prompt=row["prompt"], **columns), answer
+        )
+        passed = check_instructions(answer, [{"role": "user", "content": row["prompt"]}], columns)
+        assert passed == [float(result.strict_pass) for result in results]
+        assert (sum(passed) / len(passed), float(all(passed))) == (scores.partial_strict, scores.binary_strict)
+        seen |= set(zip(row["instruction_id_list"], passed, strict=True))
+    assert len(seen) >= 24  # of 14 kinds, nearly all both passed and failed

@@ -289,10 +289,11 @@ def test_all_but_the_layout_decides() -> None:
             "server_weights",
             *("workers", "ray"),
         },
-        ScoreConfig: {"output", "rollouts", "allow_no_signal"},
+        ScoreConfig: {"output", "rollouts", "allow_no_signal", "workers", "ray"},
         SelfPlayConfig: {
             *("model", "prompts", "output", "training_processes", "rollout_command", *LAUNCHERS),
             *("rollout_tensor_parallel_size", "server", "allow_no_signal", "inspected_prompts", "keep_last", *TRACKING),
+            *("workers", "ray"),
         },
     }
     kinds: dict[type, Any] = {

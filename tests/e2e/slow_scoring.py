@@ -1,0 +1,51 @@
+"""tools/score_pairrm.py with judges that take their time, wherever they judge: it lasts long enough to be killed.
+
+SLOW_SECONDS: of a call, which is a shard. SLOW_LOG: file that each call appends its process to. SLOW_FIRST: the first
+process named there takes as many times longer.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_sppo.command_line import run
+from megatron_sppo.commands import score
+from megatron_sppo.judge import workers
+from megatron_sppo.judge.workers import JudgeWorker, _Loaded, _Sent
+
+SETTINGS = {name: os.environ.get(name, "") for name in ("SLOW_SECONDS", "SLOW_LOG", "SLOW_FIRST")}
+
+
+class SlowJudge:
+    """A judge that rests before each call."""
+
+    def __init__(self, judge: Any, settings: dict[str, str]) -> None:
+        self._judge, self._settings = judge, settings
+        self.name, self.fingerprint, self.counts = judge.name, judge.fingerprint, judge.counts
+
+    def judge_logits(self, groups: Any) -> Any:
+        seconds = float(self._settings["SLOW_SECONDS"] or 0)
+        if log := self._settings["SLOW_LOG"]:
+            with open(log, "a") as file:
+                file.write(f"{os.getpid()}\n")
+            if Path(log).read_text().split()[0] == str(os.getpid()):
+                seconds *= float(self._settings["SLOW_FIRST"] or 1)
+        time.sleep(seconds)
+        return self._judge.judge_logits(groups)
+
+
+class Slowed:
+    """Makes a worker slow where it is made. Pickled by value, since this file is the program."""
+
+    def __init__(self, make_worker: Any, settings: dict[str, str]) -> None:
+        self._make_worker, self._settings = make_worker, settings
+
+    def __call__(self) -> JudgeWorker:
+        return JudgeWorker(SlowJudge(self._make_worker()._judge, self._settings))
+
+
+if __name__ == "__main__":
+    workers._Loaded = lambda **fields: Slowed(_Loaded(**fields), SETTINGS)  # type: ignore[assignment,misc]
+    workers._Sent = lambda judge: Slowed(_Sent(judge), SETTINGS)  # type: ignore[assignment,misc]
+    run(lambda: score.main("slow_scoring.py"), name="slow_scoring.py")

@@ -1,0 +1,170 @@
+"""Proves scoring on a real Ray of three nodes: whatever is killed, the dataset has the bytes of one process.
+
+PairRM is the tiny random one; judges rest before each shard, so that a stage lasts long enough to be killed in.
+"""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray", reason="the extra `cluster` is not installed")
+
+from megatron_sppo.cluster.progress import read_progress
+from megatron_sppo.rollout.records import read_rollouts
+from tests.commands import run_here
+from tests.e2e.ray_cluster import ThreeNodes, kill, three_nodes, wait_until
+from tests.unit.judge.rollout_files import random_rollouts, write_rollouts
+from tests.unit.judge.tiny_pairrm import make_tiny_pairrm
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NUM_SHARDS = 60
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[ThreeNodes]:
+    yield from three_nodes()
+
+
+@pytest.fixture(scope="module")
+def rollouts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("rollouts") / "r"
+    return random_rollouts(directory, num_prompts=2 * NUM_SHARDS, num_responses=3, rows_per_shard=2)
+
+
+@pytest.fixture(scope="module")
+def pairrm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_pairrm(tmp_path_factory.mktemp("pairrm"))[0]
+
+
+def start(*arguments: object, seconds: float, **settings: object) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "SLOW_SECONDS": str(seconds), **{name: str(value) for name, value in settings.items()}}
+    command = [sys.executable, str(REPOSITORY / "tests/e2e/slow_scoring.py"), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: "subprocess.Popen[str]") -> str:
+    """Wait for a stage that must end well -> what it said."""
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    return errors
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def alone(output: Path, *arguments: object) -> dict[str, bytes]:
+    """What one process without Ray writes."""
+    done = run_here("tools/score_pairrm.py", *arguments, "--output", output)
+    assert done.returncode == 0, done.stderr
+    return files_of(output)
+
+
+class Stage:
+    """A stage under way, whose workers are killed."""
+
+    def __init__(self, nodes: ThreeNodes, output: Path, *arguments: object, seconds: float = 0.3) -> None:
+        self.nodes, self.output, self.num_kills = nodes, output, 0
+        self.work_dir = output.with_name(f".{output.name}.scores")
+        self.process = start(*arguments, "--output", output, "--ray", nodes.address, seconds=seconds)
+
+    def num_done(self) -> int:
+        return len(list(self.work_dir.glob("scores-*.npz")))
+
+    def kill_workers(self, chance: random.Random, *, rounds: int, num_workers: int) -> None:
+        """Kill some or all workers, several times: each time when all are at work and what had died before is done."""
+        for _ in range(rounds):
+            before = self.num_done()
+            wait_until(lambda: self._num_alive() == num_workers, f"{num_workers} workers")
+            wait_until(lambda: self.num_done() >= before + 2 * num_workers, "shards")  # noqa: B023 (called at once)
+            time.sleep(chance.uniform(0, 0.3))
+            for pid in chance.sample(pids := self.nodes.actors(), chance.randint(len(pids) - 1, len(pids))):
+                kill(pid)
+                self.num_kills += 1
+
+    def _num_alive(self) -> int:
+        assert self.process.poll() is None, self.process.communicate()[1]
+        progress = read_progress(self.output)
+        return progress.workers_alive if progress else 0
+
+
+def test_workers_a_node_and_the_driver_are_killed_and_the_bytes_are_those_of_one_process(
+    nodes: ThreeNodes, rollouts: Path, pairrm: Path, tmp_path: Path
+) -> None:
+    """Twenty kills in all. A shard that is judged is not judged again; nothing is left beside the dataset but logs."""
+    chance = random.Random(7)
+    rules = ["--rollouts", rollouts, "--judge", "rules:cyclic", "--selection", "extremes"]
+    stage = Stage(nodes, tmp_path / "rules", *rules)
+    stage.kill_workers(chance, rounds=4, num_workers=3)
+    assert "died" in ended(stage.process)
+    assert files_of(stage.output) == alone(tmp_path / "rules_alone", *rules)
+
+    neural = ["--rollouts", rollouts, "--judge", f"pairrm:{pairrm}"]
+    first = Stage(nodes, tmp_path / "neural", *neural, seconds=0.5)
+    first.kill_workers(chance, rounds=2, num_workers=3)
+    nodes.remove_a_node()
+    kill(first.process.pid)
+    first.process.communicate()
+    assert 0 < first.num_done() < NUM_SHARDS and not first.output.exists()
+    stamps = {path: path.stat().st_mtime_ns for path in first.work_dir.glob("scores-*.npz")}
+    wait_until(lambda: not nodes.actors(), "the end of the dead driver's workers")
+    second = Stage(nodes, tmp_path / "neural", *neural)
+    second.kill_workers(chance, rounds=max(1, 20 - stage.num_kills - first.num_kills), num_workers=2)
+    assert stamps == {path: path.stat().st_mtime_ns for path in stamps}, "a judged shard was judged again"
+    ended(second.process)
+    assert stage.num_kills + first.num_kills + second.num_kills >= 20
+    assert files_of(second.output) == alone(tmp_path / "neural_alone", *neural)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"rules", "rules_alone", "rules.logs", "neural", "neural_alone", "neural.logs"}
+
+
+def test_workers_of_a_ray_that_starts_here_wait_for_no_other(rollouts: Path, tmp_path: Path) -> None:
+    """One of two workers takes ten times as long for a shard: the other has judged most of them by then."""
+    arguments = ["--rollouts", rollouts, "--judge", "rules:concise"]
+    log = tmp_path / "log"
+    process = start(
+        *arguments, "--output", tmp_path / "two", "--workers", "2", seconds=0.1, SLOW_LOG=log, SLOW_FIRST=10
+    )
+    ended(process)
+    calls = Counter(log.read_text().split())
+    assert len(calls) == 2 and sum(calls.values()) == NUM_SHARDS
+    assert max(calls.values()) > 4 * min(calls.values()), calls
+    assert files_of(tmp_path / "two") == alone(tmp_path / "one", *arguments)
+
+
+def test_evaluation_on_a_cluster_writes_the_result_of_one_process(
+    nodes: ThreeNodes, pairrm: Path, tmp_path: Path
+) -> None:
+    groups = list(read_rollouts(random_rollouts(tmp_path / "r", num_prompts=40, num_responses=2, rows_per_shard=40)))
+    for shift, name in enumerate(("policy", "base", "previous")):
+        answers = [group.responses for group in groups[shift:] + groups[:shift]]
+        sampled = [replace(group, responses=given) for group, given in zip(groups, answers, strict=True)]
+        write_rollouts(tmp_path / name, sampled, rows_per_shard=10)
+    sides = [part for name in ("policy", "base", "previous") for part in (f"--{name}", tmp_path / name)]
+    arguments = [*sides, "--judge", f"pairrm:{pairrm}", "--judge-after", "</think>"]
+    for output, more in (("one.json", ()), ("pool.json", ("--ray", nodes.address))):
+        command = [sys.executable, "-m", "megatron_sppo", "evaluate", *map(str, arguments), *more]
+        done = subprocess.run([*command, "--output", tmp_path / output], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pool.json").read_bytes() == (tmp_path / "one.json").read_bytes()
+
+
+def test_a_judge_that_a_worker_cannot_load_is_one_line(nodes: ThreeNodes, rollouts: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text("{}")
+    output = tmp_path / "d"
+    process = start(
+        "--rollouts", rollouts, "--judge", f"pairrm:{empty}", "--output", output, "--ray", nodes.address, seconds=0
+    )
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 2, errors
+    assert "error: " in errors.splitlines()[-1] and str(empty) in errors.splitlines()[-1] and not output.exists()
