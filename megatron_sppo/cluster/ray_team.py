@@ -158,8 +158,7 @@ class RayTeam:
                 # While an actor restarts every call fails at once: a ping that Ray tries again waits for it.
                 came.append((worker, Lost(why=_reason(error), is_final=is_ping)))
                 if not is_ping:
-                    ping = self._actors[worker].ping.options(max_task_retries=-1).remote()
-                    self._calls[ping] = (worker, True)
+                    self._await(worker)
                 continue
             if is_ping:
                 self.exchange(worker, None, has_more=True, is_end=False)
@@ -167,6 +166,15 @@ class RayTeam:
             self._keep_log(worker, reply.log)
             came.append((worker, reply))
         return came
+
+    def restart(self, worker: int) -> None:
+        """End a worker's process and start it anew."""
+        self._ray.kill(self._actors[worker], no_restart=False)
+        self._await(worker)
+
+    def _await(self, worker: int) -> None:
+        """Have Ray call the actor as soon as it is back."""
+        self._calls[self._actors[worker].ping.options(max_task_retries=-1).remote()] = (worker, True)
 
     def missing(self) -> str:
         """Say what no node has free -> text."""
