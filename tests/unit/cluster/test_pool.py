@@ -122,6 +122,45 @@ def test_a_fault_in_a_worker_is_raised_with_its_traceback():
         collected(drive(ThreadTeam(Faulty, 2), tasks(3), progress=Progress()))
 
 
+def test_a_worker_that_breaks_down_is_started_anew_and_nothing_is_lost(caplog):
+    broken = []
+
+    class Fragile(Squarer):
+        """An engine that dies once, in a process that lives."""
+
+        def run(self, tasks, on_progress):
+            for task in tasks:
+                if task.index == 7 and not broken:
+                    broken.append(task)
+                    raise RuntimeError("EngineDeadError: the device fell off the bus")
+                yield from super().run(iter([task]), on_progress)
+
+    assert collected(drive(ThreadTeam(Fragile, 2), tasks(20), progress=Progress())) == squares(20)
+    assert "the device fell off the bus): 1 tasks are given out again" in caplog.text
+
+
+def test_a_worker_that_dies_where_others_work_is_given_up_and_its_tasks_are_not_blamed(caplog):
+    made = []
+
+    class Sick(Squarer):
+        """The first worker's machine is broken, before and after its restarts."""
+
+        def run(self, tasks, on_progress):
+            for task in tasks:
+                if team.desks[0]._thread.ident == _ident():
+                    raise RuntimeError("ECC error")
+                yield from Squarer(seconds=0.05).run(iter([task]), on_progress)
+
+    def make():
+        made.append(1)
+        return Sick()
+
+    team = ThreadTeam(make, 2)
+    assert collected(drive(team, tasks(40), progress=Progress())) == squares(40)
+    assert team.dismissed == [0]
+    assert "worker 0 is given up: it died 5 times" in caplog.text
+
+
 def test_a_worker_that_leaves_a_task_unanswered_is_a_fault():
     class Lazy(Squarer):
         def run(self, tasks, on_progress):
