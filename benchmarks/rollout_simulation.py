@@ -200,6 +200,10 @@ class SimulatedTeam:
         """Nothing is."""
         return "nothing"
 
+    def restart(self, worker: int) -> None:
+        """Engines have no faults."""
+        raise AssertionError(worker)
+
     def dismiss(self, worker: int) -> None:
         """Engines come back always."""
         raise AssertionError(worker)

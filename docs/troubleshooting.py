@@ -12,7 +12,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs/troubleshooting.md"
 KINDS = {
     **dict.fromkeys(("ConfigError", "DataError", "ConversionError", "StageFailed"), "line"),
-    **dict.fromkeys(("UnusablePrompt", "UnusableRow", "UnreadableGroup", "_RowRefused"), "row set aside because"),
+    **dict.fromkeys(("UnusablePrompt", "UnusableRow", "UnreadableGroup", "RowRefused"), "row set aside because"),
+    "Unproven": "server left out because",
     "warning": "warning",
 }
 """How a message is given, by the exception or the logger's method that takes it -> heading of its table."""
@@ -46,6 +47,8 @@ comes from.
 
 A *line* ends a command. A *warning* does not: the run goes on, and says so because the result may not be what you want.
 A *row set aside* is named in the manifest's `quarantined` with its reason, and counted; the other rows go on.
+A *server left out* is not sampled from; the warning that says so gives its reason. Others do its work, and where there
+are none the command ends.
 
 This page is written by `docs/troubleshooting.py` from the code itself.
 """
@@ -107,6 +110,7 @@ def messages(path: Path) -> Iterator[tuple[str, str]]:
 OTHERWISE = {
     "line": "what the line itself says, which depends on the case; else correct what it names",
     "row set aside because": "correct the row in its source, or leave it out",
+    "server left out because": "see the server's own log",
     "warning": "nothing, if it is what you want",
 }
 

@@ -15,11 +15,13 @@ from typing import Any, Protocol
 
 from megatron_sppo.cluster.config import PoolConfig
 from megatron_sppo.cluster.schedule import MOST_LOSSES, Schedule
-from megatron_sppo.cluster.worker import Lost, Numbered, Reply, ResultT, TaskT, Worker
+from megatron_sppo.cluster.worker import Lost, Numbered, Reply, ResultT, TaskT, Worker, WorkerCrashed
 from megatron_sppo.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+MOST_DEATHS = 5
+"""Of a worker that finishes nothing in between; then it is the worker, or its machine."""
 NO_WORKER_WARNING_SECONDS = 30.0
 NO_WORKER_SECONDS = 900.0
 """A stage without any living worker warns, and ends, after so long."""
@@ -57,6 +59,10 @@ class Team(Protocol):
         """Say what is missing where no worker lives -> text."""
         ...
 
+    def restart(self, worker: int) -> None:
+        """End a worker's process, which answers, and start it anew; its next reply is of its new life."""
+        ...
+
     def dismiss(self, worker: int) -> None:
         """Give a worker up."""
         ...
@@ -91,7 +97,7 @@ def run_tasks(
     Raises:
         ConfigError, DataError, ConversionError, OSError: what a worker raises, at its start or later; a pool that
             cannot be had; a task that three workers died at; no worker left.
-        WorkerCrashed: a fault of the program in a worker.
+        WorkerCrashed: a fault of the program, three times at the same task, or wherever it starts.
     """
     if pool.is_embedded:
         yield from _run_here(make_worker, tasks, progress)
@@ -132,7 +138,8 @@ class _Member:
 
     life: str | None = None
     is_ready: bool = False
-    num_failed_starts: int = 0
+    num_deaths: int = 0
+    """Since it has finished a task."""
     open_units: int = 0
     """Reported units of tasks that it has not finished."""
 
@@ -178,11 +185,21 @@ def drive(
                 if isinstance(reply, Lost):
                     _lose(worker, member, reply, schedule, roll, team, progress)
                     continue
-                for result in _accept(worker, member, reply, schedule, progress):
+                _accept(worker, member, reply, schedule, progress)
+                for result in reply.results:
                     task = schedule.finish(worker, result.index)
                     if task is not None:
                         member.open_units -= size_of(task)
+                        member.num_deaths = 0
                         yield task, result
+                if reply.failure is not None:
+                    if not isinstance(reply.failure, WorkerCrashed):
+                        raise reply.failure
+                    team.restart(worker)  # an engine may break down in a process that lives
+                    _lose(
+                        worker, member, Lost(why=reply.failure.summary), schedule, roll, team, progress, reply.failure
+                    )
+                    continue
                 given = schedule.give(worker, reply.num_wanted)
                 team.exchange(worker, member.life, given, has_more=schedule.has_more, is_end=False)
                 progress.workers(roll.num_ready, len(roll.members))
@@ -192,24 +209,18 @@ def drive(
         team.close(is_orderly=is_orderly)
 
 
-def _accept(
-    worker: int, member: _Member, reply: Reply, schedule: Schedule[TaskT], progress: ProgressReport
-) -> tuple[Any, ...]:
-    """Enter what a reply says of the worker -> its results."""
+def _accept(worker: int, member: _Member, reply: Reply, schedule: Schedule[TaskT], progress: ProgressReport) -> None:
+    """Enter what a reply says of the worker, but its results."""
     if member.life is not None and reply.life != member.life:  # it died and is back, between two calls
         schedule.lose(worker, why="its process ended between two calls")
         progress.add(-member.open_units, 0)
         member.open_units, member.is_ready = 0, False
-    member.life = reply.life
-    if reply.failure is not None:
-        raise reply.failure
-    assert not reply.has_ended, "a worker ended before it was told to"
-    if reply.is_ready and not member.is_ready:
-        member.is_ready, member.num_failed_starts = True, 0
+        member.num_deaths += 1
+    member.life, member.is_ready = reply.life, reply.is_ready
+    assert reply.failure is not None or not reply.has_ended, "a worker ended before it was told to"
     member.open_units += reply.units
     if reply.units or reply.amount:
         progress.add(reply.units, reply.amount)
-    return reply.results
 
 
 def _lose(
@@ -220,20 +231,31 @@ def _lose(
     roll: _Roll,
     team: Team,
     progress: ProgressReport,
+    fault: WorkerCrashed | None = None,
 ) -> None:
-    """Take back what a dead worker had; give up one that dies again and again before it has started."""
-    num_lost = schedule.lose(worker, why=lost.why)
+    """Take back what a dead worker had; give up one that does not start, or dies where others work.
+
+    Args:
+        fault: of the program, in the worker's process: raised in place of what says no more than that workers die.
+    """
+    try:
+        num_lost = schedule.lose(worker, why=lost.why, is_alone=len(roll.members) == 1)
+    except DataError as error:
+        raise fault or error from None
     progress.add(-member.open_units, 0)
-    if not member.is_ready:
-        member.num_failed_starts += 1
+    member.num_deaths += 1
     logger.warning("worker %d died (%s): %d tasks are given out again", worker, lost.why, num_lost)
+    cannot_start = not member.is_ready and member.num_deaths >= MOST_LOSSES
+    dies_alone = len(roll.members) > 1 and member.num_deaths >= MOST_DEATHS
     member.life, member.is_ready, member.open_units = None, False, 0
-    if lost.is_final or member.num_failed_starts >= MOST_LOSSES:
+    if lost.is_final or cannot_start or dies_alone:
         team.dismiss(worker)
         del roll.members[worker]
-        logger.warning("worker %d is given up: it cannot be started", worker)
+        logger.warning("worker %d is given up: it died %d times and finished nothing", worker, member.num_deaths)
         if not roll.members:
-            raise DataError(f"no worker is left; the last died before it had started: {lost.why}. See its log.")
+            raise fault or DataError(
+                f"no worker is left; the last died before it had started: {lost.why}. See its log."
+            )
     progress.workers(roll.num_ready, len(roll.members))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -30,6 +31,7 @@ _OBJECT_STORE_BYTES, _LEAST_OBJECT_STORE_BYTES = 512 * _MIB, 80 * _MIB
 _PASSED_ON = ("HF_", "VLLM_", "TOKENIZERS_", "TRANSFORMERS_", "CUDA_LAUNCH", "NCCL_", "OPENAI_")
 """Beginnings of the environment variables that workers on other machines get from the driver."""
 _CLOSING_SECONDS, _LISTENING_SECONDS = 20.0, 10.0
+_REASON_CHARACTERS = 240
 _START_A_CLUSTER = (
     "Start one (`ray start --head`, on further nodes `ray start --address HOST:6379`) and run this on one of its "
     "nodes, or leave --ray out"
@@ -150,12 +152,13 @@ class RayTeam:
             worker, is_ping = self._calls.pop(call)
             try:
                 reply = ray.get(call)
-            except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+            except ray.exceptions.RayTaskError:  # a fault of ours
+                raise
+            except ray.exceptions.RayError as error:  # its process or its node died, or a reply is lost with that
                 # While an actor restarts every call fails at once: a ping that Ray tries again waits for it.
                 came.append((worker, Lost(why=_reason(error), is_final=is_ping)))
                 if not is_ping:
-                    ping = self._actors[worker].ping.options(max_task_retries=-1).remote()
-                    self._calls[ping] = (worker, True)
+                    self._await(worker)
                 continue
             if is_ping:
                 self.exchange(worker, None, has_more=True, is_end=False)
@@ -163,6 +166,15 @@ class RayTeam:
             self._keep_log(worker, reply.log)
             came.append((worker, reply))
         return came
+
+    def restart(self, worker: int) -> None:
+        """End a worker's process and start it anew."""
+        self._ray.kill(self._actors[worker], no_restart=False)
+        self._await(worker)
+
+    def _await(self, worker: int) -> None:
+        """Have Ray call the actor as soon as it is back."""
+        self._calls[self._actors[worker].ping.options(max_task_retries=-1).remote()] = (worker, True)
 
     def missing(self) -> str:
         """Say what no node has free -> text."""
@@ -225,6 +237,11 @@ class _Places:
                 "nodes. Use a smaller --tensor-parallel-size, or more nodes."
             )
         self.num_workers = pool.workers or room
+        if room < self.num_workers and pool.ray is None:
+            raise ConfigError(
+                f"{self.num_workers} workers take {self.needs} each, this machine has {sum(gpus)} GPUs. "
+                f"Use --workers {room}."
+            )
         if room < self.num_workers:
             logger.warning(
                 "the cluster has room for %d of %d workers (%s each): the others start when there is more",
@@ -235,18 +252,17 @@ class _Places:
         """Choose a worker's place -> options of its actor."""
         if not self.spans_nodes:
             strategy = "DEFAULT" if self._num_gpus else "SPREAD"
-            return {"num_cpus": 1, "num_gpus": self._num_gpus, "scheduling_strategy": strategy}
+            return {"num_cpus": 0 if self._num_gpus else 1, "num_gpus": self._num_gpus, "scheduling_strategy": strategy}
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        bundles = [{"CPU": 1, "GPU": 1}, *({"GPU": 1} for _ in range(self._num_gpus - 1))]
-        group = placement_group(bundles, strategy="PACK")
+        group = placement_group([{"GPU": 1}] * self._num_gpus, strategy="PACK")
         self._groups.append(group)
         # The engine's own workers go into the group that the actor is in: it takes none of the GPUs itself.
         place = PlacementGroupSchedulingStrategy(
             group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
         )
-        return {"num_cpus": 1, "num_gpus": 0, "scheduling_strategy": place}
+        return {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": place}
 
     def free(self) -> None:
         """Give placement groups back."""
@@ -276,6 +292,12 @@ def _environment() -> dict[str, str | None]:
 
 
 def _reason(error: Exception) -> str:
-    """Find the line of Ray's message that says why -> text."""
+    """Find where Ray's message, of many lines, says what happened, and on which machine -> text."""
     text = one_line(error)
-    return text if len(text) <= 300 else f"{text[:300]}..."
+    where = re.search(r"\bip[:=] ?([\w.:]+)", text)
+    what = re.search(r"(?:exit detail|Reason): *(.+)", text)
+    said = what[1] if what else text
+    if "creation task" in text:  # a traceback, such as of a package that is not installed there
+        said = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+    said = said if len(said) <= _REASON_CHARACTERS else f"{said[:_REASON_CHARACTERS]}..."
+    return f"{said} On {where[1]}" if where and where[1] not in said else said

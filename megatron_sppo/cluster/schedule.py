@@ -8,7 +8,7 @@ from megatron_sppo.cluster.worker import TaskT
 from megatron_sppo.errors import DataError, some_of
 
 MOST_LOSSES = 3
-"""Workers that may die at a task before the task is held to be the reason."""
+"""Deaths of workers at a task by which the task is held to be the reason."""
 
 
 class Schedule(Generic[TaskT]):
@@ -20,7 +20,7 @@ class Schedule(Generic[TaskT]):
         self._returned: deque[TaskT] = deque()
         self._held: dict[int, dict[int, TaskT]] = {}
         self._unfinished: dict[int, TaskT] = {}
-        self._losses: dict[int, int] = {}
+        self._losses: dict[int, list[int]] = {}
         self._spare: TaskT | None = None
 
     @property
@@ -60,20 +60,27 @@ class Schedule(Generic[TaskT]):
             self._returned = deque(other for other in self._returned if other.index != index)
         return task
 
-    def lose(self, worker: int, *, why: str) -> int:
+    def lose(self, worker: int, *, why: str, is_alone: bool = False) -> int:
         """Take back what a worker has, which died -> how many tasks that are.
 
         Args:
             why: what is known of it, for the error.
+            is_alone: there is no other worker, so that it cannot be told whether it is the worker or the task.
 
         Raises:
-            DataError: a task was with three workers when they died.
+            DataError: workers, more than one where there are more, have died three times at a task.
         """
         lost = [task for task in self._held.pop(worker, {}).values() if task.index in self._unfinished]
         for task in lost:
-            self._losses[task.index] = self._losses.get(task.index, 0) + 1
+            self._losses.setdefault(task.index, []).append(worker)
         self._returned.extendleft(reversed(lost))
-        if deadly := [str(task) for task in lost if self._losses[task.index] >= MOST_LOSSES]:
+        losses = {str(task): self._losses[task.index] for task in lost}
+        deadly = [
+            name
+            for name, workers in losses.items()
+            if len(workers) >= MOST_LOSSES and (is_alone or len(set(workers)) > 1)
+        ]
+        if deadly:
             raise DataError(
                 f"{some_of(deadly)}: {MOST_LOSSES} workers have died at it, the last by: {why}. "
                 "See the workers' logs; finished work is kept: mend the cause and run the same command again."

@@ -66,6 +66,11 @@ class Worker(Protocol, Generic[TaskIn, ResultOut]):
 class WorkerCrashed(RuntimeError):
     """A fault of the program in a worker; the message holds the traceback from there."""
 
+    @property
+    def summary(self) -> str:
+        """The traceback's last line."""
+        return str(self).rpartition("\n")[2]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
@@ -226,8 +231,9 @@ class Desk:
     def _take(self) -> Any:
         """Take the next task; with none at work, wait for it -> None where none will come, or none lies ready."""
         with self._changed:
-            self._is_hungry = not self._ready
-            self._changed.notify_all()
+            if self._is_hungry == bool(self._ready):  # an engine asks at every step
+                self._is_hungry = not self._ready
+                self._changed.notify_all()
             if not self._num_at_work:
                 self._changed.wait_for(lambda: self._ready or self._is_ending)
             if not self._ready:

@@ -140,7 +140,7 @@ def _opened(entries: Sequence[tuple[str, Path]], *, known: Sequence[Player]) -> 
     prompts = _Prompts(rollouts[0].groups) if rollouts else None
     for name, path in entries:
         if not path.is_dir():
-            groups = _own_prompts(_rows(path)) if prompts is None else prompts.match(_rows(path), path)
+            groups = _own_prompts(_rows(path), path) if prompts is None else prompts.match(_rows(path), path)
             prompts = _Prompts(groups) if prompts is None else prompts
             opened[name] = Player(name=name, source=path, groups=groups)
     return [opened[name] for name, _ in entries]
@@ -150,12 +150,15 @@ def _response(row: dict[str, Any]) -> Response:
     return Response(text=row["output"], token_ids=(), finish_reason="stop", seed=None)
 
 
-def _own_prompts(rows: Sequence[dict[str, Any]]) -> dict[str, RolloutGroup]:
+def _own_prompts(rows: Sequence[dict[str, Any]], path: Path) -> dict[str, RolloutGroup]:
     """Gather rows where nobody's rollouts say what the prompts are -> groups by prompt_id, else by a hash."""
     groups: dict[str, RolloutGroup] = {}
     for row in rows:
-        prompt_id = str(row.get("prompt_id", sha256_of_json(row["instruction"])[:16]))
+        given = row.get("prompt_id")
+        prompt_id = sha256_of_json(row["instruction"])[:16] if given is None else str(given)
         before = groups[prompt_id].responses if prompt_id in groups else ()
+        if before and last_user_message(groups[prompt_id].messages) != row["instruction"]:
+            raise DataError(f"{path}: the prompt_id {prompt_id!r} has two instructions. Give each its own.")
         groups[prompt_id] = RolloutGroup(
             prompt_id=prompt_id,
             messages=({"role": "user", "content": row["instruction"]},),
@@ -220,6 +223,8 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("instruction", "output")):
             raise DataError(f"{path}, row {number} is no answer. {_FORM}")
+        if not isinstance(row.get("prompt_id"), (str, int, type(None))):
+            raise DataError(f"{path}, row {number}: its prompt_id is neither a string nor an integer. {_FORM}")
     if not rows:
         raise DataError(f"{path} holds no answer. {_FORM}")
     return list(rows)

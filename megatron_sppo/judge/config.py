@@ -168,6 +168,7 @@ class EvaluateConfig:
             "more-judges": self.more_judges,
             "trained-on": self.trained_on,
             "second-sampling": self.second_sampling,
+            "length-control": self.length_control != "minimal",
             "difficulty-table": self.difficulty_table,
             "kl": self.kl,
             "export": self.export,

@@ -143,10 +143,11 @@ class Objective:
         if targets.other_log_prob is None:
             assert not self.num_references[0], f"{self.name} needs the log-probabilities of a further reference"
             return log_ratio
-        weights = self.mixture_weights(targets.other_log_prob.shape[1])
-        apart = targets.reference_log_prob.unsqueeze(1) - targets.other_log_prob
-        # No matrix product: a GPU may take one in TF32, and log-probabilities have hundreds of nats.
-        return log_ratio + (apart * apart.new_tensor(weights)).sum(dim=1)
+        others = targets.other_log_prob.unbind(dim=1)
+        # Not by a matrix of weights: making one would have the CPU wait for a GPU, and a product may be taken in TF32.
+        for weight, log_prob in zip(self.mixture_weights(len(others)), others, strict=True):
+            log_ratio = log_ratio + weight * (targets.reference_log_prob - log_prob)
+        return log_ratio
 
     def _win_rate(self, targets: "Targets") -> "tuple[Tensor, Tensor | None]":
         """Choose the win rate of `sppo_loss` and its log Z: None, eta / 2, of all but win rates -> [B], [B] or None."""

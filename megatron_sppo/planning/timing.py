@@ -150,7 +150,10 @@ def stage_seconds(architecture: Architecture, config: PlanConfig, grid: Grid, st
     num_pairs = given.num_prompts * given.num_responses * (given.num_responses - 1)
     judging = num_pairs * pair_tokens * 2 * _PAIRRM_BACKBONE / (machine.judge_tflops * _TERA * grid.world_size)
     forward_share = 1 / (1 + flops.BACKWARD_FACTOR)
-    reference = -(-work.num_rows // work.rows_per_step) * step.seconds * forward_share
+    passes = 1 + max(
+        len(config.reference), config.objective.row.num_references[0]
+    )  # pi_t's, and the objective's others
+    reference = passes * -(-work.num_rows // work.rows_per_step) * step.seconds * forward_share
     return {
         "rollouts": _rollout_seconds(architecture, config, grid),
         "judging (PairRM)": judging,

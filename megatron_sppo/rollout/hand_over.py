@@ -119,7 +119,8 @@ def prove(server: AskedServer, policy: Policy, *, must_be_sure: bool) -> Proof:
     if not can_be_given_weights(server):
         if fault is not None or must_be_sure:
             fault = fault or "whether it holds the policy's weights or those of an earlier iteration cannot be told"
-            raise Unproven(f"{fault}, and it takes no new ones. {_RESTART}.")
+            way_out = "" if must_be_sure else ", or use --server-weights trust if it holds them in another form"
+            raise Unproven(f"{fault}, and it takes no new ones. {_RESTART}{way_out}.")
         return _proof(held, policy, was_loaded=False)
     _reset_prefix_cache(server)
     if fault is None and (_is_exact(held, policy) or _mark(server) == policy.mark):

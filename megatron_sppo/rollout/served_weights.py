@@ -76,7 +76,8 @@ def _pieces(model: Any) -> Iterator[Piece]:
     packed: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
     is_first = get_tensor_model_parallel_rank() == 0
     seen: set[int] = set()
-    for path, module in model.named_modules():
+    for place, module in model.named_modules():
+        path = place.replace(".base_layer", "")  # what vLLM wraps for adapters
         own = dict(module.named_parameters(recurse=False))
         if any(parameter.dim() > 2 for parameter in own.values()):
             continue  # experts

@@ -29,7 +29,7 @@ from megatron_sppo.rollout.openai_server import HttpError, NoReply, ServerFault,
 from megatron_sppo.rollout.policy import Policy
 from megatron_sppo.rollout.records import Response
 from megatron_sppo.rollout.sampler import Answer, AnsweredShard, Refusal, Shard, ShardsUnderWay, prompt_seed
-from megatron_sppo.rollout.server_pool import RowRefused, Server, ServerPool, no_server
+from megatron_sppo.rollout.server_pool import RowRefused, Server, ServerPool, refuse_all
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class ServerSampler:
         faults = self._ask_all(max_model_len)
         self._has_answered = False
         if any(server.unusable for server in self._pool.servers) and len(faults) == len(self._pool.servers):
-            raise ConfigError(no_server(self._pool.servers))
+            refuse_all(self._pool.servers)
         if len(faults) == len(self._pool.servers):
             raise ConfigError(
                 f"no server answers ({faults[0]}). Start one with `vllm serve MODEL_DIR` and check --server."

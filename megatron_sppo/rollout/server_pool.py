@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.rollout.config import ServerConfig
@@ -251,7 +251,7 @@ class ServerPool:
         with self._lock:
             usable = [server for server in self.servers if server.unusable is None]
             if not usable:
-                raise ConfigError(no_server(self.servers))
+                refuse_all(self.servers)
             for _ in self.servers:
                 server = self.servers[self._turn % len(self.servers)]
                 self._turn += 1
@@ -282,7 +282,13 @@ class ServerPool:
                 self._dead_until[server.url] = time.monotonic() + _DEAD_SECONDS
 
 
-def no_server(servers: Sequence[Server]) -> str:
-    """Word that no server is left -> an error's message."""
-    left_out = [f"{server.url}: {server.unusable}" for server in servers if server.unusable]
-    return f"no server holds the weights of --model ({left_out[0].rstrip('.')}). Check --server and the servers' logs."
+def refuse_all(servers: Sequence[Server]) -> NoReturn:
+    """Say why no server is left.
+
+    Raises:
+        ConfigError: always.
+    """
+    reasons = [f"{server.url}: {server.unusable}" for server in servers if server.unusable]
+    raise ConfigError(
+        f"no server holds the weights of --model ({reasons[0].rstrip('.')}). Check --server and the servers' logs."
+    )

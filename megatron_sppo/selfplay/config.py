@@ -74,7 +74,8 @@ class RunConfig:
     """Ranks of the training stage on this machine; above 1 it is started by torchrun."""
     training_launcher: Annotated[str | None, LAYOUT] = None
     """Command that starts training in place of python or torchrun, such as "srun torchrun --nnodes 4 ...". It is called
-    with -m megatron_sppo train and training's flags."""
+    with -m megatron_sppo train and training's flags, and must hand SIGTERM on: srun kills its tasks instead,
+    examples/slurm/step.sh does not."""
     inspection_launcher: Annotated[str | None, LAYOUT] = None
     """The same for -m megatron_sppo inspect, which runs on training's ranks. None: as training is started."""
     rollout_launcher: Annotated[str | None, LAYOUT] = None

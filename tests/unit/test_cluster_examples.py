@@ -36,10 +36,12 @@ SCONTROL = """#!/bin/bash
 echo "$@" >> "$CALLS"
 case "$1 $2" in
   "show hostnames") printf 'n1\\nn2\\n' ;;
+  "--signal=TERM 17") kill -TERM "$(cat "$ARGV.pid")" ;;
   "show job") echo "JobState=$STATE PreemptTime=${PREEMPTED:-None}" ;;
 esac
 """
 PROGRAM = """#!/bin/bash
+echo $$ > "$ARGV.pid"
 printf '%s\\n' "$@" > "$ARGV"
 trap 'echo got it >> "$CALLS"; exit 143' TERM
 for ((i = 0; i < ${WAITS:-0}; i++)); do sleep 0.1; done
@@ -55,13 +57,14 @@ def start(
     stands = tmp_path / "bin"
     stands.mkdir()
     sleep = '#!/bin/bash\\n[[ $1 == 300 ]] || exec /bin/sleep "$@"\\n'.replace("\\n", "\n")
-    for name, text in (("scontrol", SCONTROL), (program, PROGRAM), ("sleep", sleep)):
+    for name, text in (("scontrol", SCONTROL), ("scancel", SCONTROL), (program, PROGRAM), ("sleep", sleep)):
         (stands / name).write_text(text)
         (stands / name).chmod(0o755)
     (stands / "getent").write_text("#!/bin/bash\necho 10.0.0.1 STREAM n1\n")
     (stands / "getent").chmod(0o755)
     calls, argv = tmp_path / "calls", tmp_path / "argv"
     of_slurm = {"SLURM_JOB_ID": "17", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_GPUS_ON_NODE": "4"}
+    (tmp_path / "examples").symlink_to(REPOSITORY / "examples")  # as in a checkout
     own = {"SLURM_SUBMIT_DIR": str(tmp_path), "CALLS": str(calls), "ARGV": str(argv), "STATE": "RUNNING"}
     path = {"PATH": f"{stands}:{os.environ['PATH']}"}
     process = subprocess.Popen(
@@ -125,12 +128,15 @@ def test_the_loop_s_launchers_and_settings_are_ones_that_it_takes(tmp_path: Path
     assert words[:3] == ["-m", "megatron_sppo", "self-play"]
     config = parse(SelfPlayConfig, name="self-play", description="", argv=words[3:])
     assert config.run.iterations == 5 and config.training.run.grace_seconds == 540  # of 600, a minute is Slurm's
-    for command, programs in (("rollouts", ["ray", "python"]), ("train", ["torchrun"])):
+    for command, programs in (("rollouts", ["ray"]), ("score", ["ray"]), ("train", ["torchrun"])):
         launcher = config.run.launcher_of(command)
-        assert launcher[0] == "srun" and "--container-image=a.sqsh" in launcher
+        assert launcher[0].endswith("/examples/slurm/step.sh") and "--container-image=a.sqsh" in launcher
         assert [word for word in ["apptainer", *programs] if word not in launcher] == []
-    assert config.rollout.rollout_options.pool.ray == "auto"
-    assert config.run.launcher_of("rollouts")[-1] == "python" and config.run.launcher_of("convert") == []
+    assert config.run.pool.ray == "auto"
+    *_, python, script, nodes = config.run.launcher_of("rollouts")
+    assert (python, Path(script).name, nodes) == ("python", "when_all_nodes.py", "2")
+    assert (SLURM / Path(script).name).is_file()
+    assert config.run.launcher_of("convert") == []
 
 
 def documents(name: str) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ from tests.fences import PAGES, REPOSITORY, Fence, commands, fences, indented_bl
 DOCS = REPOSITORY / "docs"
 FENCES = [fence for page in PAGES for fence in fences(page)]
 LANGUAGES = {"bash", "json", "python", "text", "yaml"}
-OTHERS = {"cat", "cd", "git", "lm_eval", "pre-commit", "source", "vllm"}
+OTHERS = {"cat", "cd", "envsubst", "git", "kubectl", "lm_eval", "pre-commit", "source", "vllm"}
 """Programs that are not ours: their arguments are not looked at."""
 OPTIONS_WITH_VALUE = {"--nnodes", "--nproc-per-node", "--rdzv-backend", "--rdzv-endpoint"}
 

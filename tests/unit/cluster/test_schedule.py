@@ -65,6 +65,16 @@ def test_a_task_that_three_workers_die_at_is_named():
         schedule.lose(7, why="out of memory")
 
 
+def test_a_task_is_not_blamed_for_one_worker_that_always_dies_unless_there_is_no_other():
+    schedule = Schedule([Task(0)])
+    for _ in range(9):
+        schedule.give(4, 1)
+        schedule.lose(4, why="killed")
+    schedule.give(4, 1)
+    with pytest.raises(DataError, match="^task 0: 3 workers have died"):
+        schedule.lose(4, why="killed", is_alone=True)
+
+
 def test_workers_without_tasks_may_die_as_they_like():
     schedule = Schedule([Task(0)])
     for _ in range(10):

@@ -119,6 +119,10 @@ class ThreadTeam:
                 came.append((worker, reply))
         return came
 
+    def restart(self, worker: int) -> None:
+        self.desks[worker] = Desk(self._make, ahead=self._ahead)
+        self.exchange(worker, None, has_more=True, is_end=False)
+
     def missing(self) -> str:
         return "nothing"
 

@@ -207,6 +207,7 @@ def test_the_same_command_gives_the_same_result_and_another_seed_other_intervals
         (("--players", "a=a", "b=b", "--more-judges", "rules:none"), ConfigError, "rules:none is unknown"),
         (("--players", "a=a", "b=b", "--export", "x.json"), ConfigError, "is a file. Give --export a directory"),
         (("--policy", "a", "--base", "b", "--previous", "b", "--baseline", "a"), ConfigError, "--baseline is of"),
+        (("--policy=a", "--base=b", "--previous=b", "--length-control=none"), ConfigError, "--length-control is of"),
     ],
 )  # fmt: skip
 def test_bad_input_is_told_and_nothing_is_written(run, tmp_path, flags, error, message):

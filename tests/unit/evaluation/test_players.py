@@ -66,6 +66,11 @@ def test_files_of_answers_alone_meet_on_their_instructions(place):
     second = answers([{"instruction": "Two?", "output": "c"}], "s.json")
     f, s = field(f"f={first}", f"s={second}").players
     assert list(s.groups) == [list(f.groups)[1]]
+    nulls = answers([{"instruction": f"{n}?", "output": "a", "prompt_id": None} for n in range(3)], "n.json")
+    assert len(field(f"n={nulls}", f"m={nulls}").players[0].groups) == 3
+    twice = answers([{"instruction": f"{n}?", "output": "a", "prompt_id": 7} for n in range(2)], "t.json")
+    with pytest.raises(DataError, match="the prompt_id '7' has two instructions"):
+        field(f"t={twice}", f"m={nulls}")
 
 
 def test_a_run_brings_its_start_and_every_iterate_and_the_judge_that_trained_it(place):
@@ -128,6 +133,7 @@ def test_names_that_cannot_be_are_refused(place, players, changes, message):
         ('[{"instruction": "Why p?"}]', "row 1 is no answer. Write"),
         ('[{"instruction": "Why p?", "output": 3}]', "row 1 is no answer"),
         ("[3]", "row 1 is no answer"),
+        ('[{"instruction": "Why p?", "output": "x", "prompt_id": [1]}]', "row 1: its prompt_id is neither a string"),
         ('[{"instruction": "Another?", "output": "x"}]', "answers no prompt of the other players"),
         ('[{"instruction": "Why p?", "output": "x", "prompt_id": "q"}]', "row 1: prompt 'q' has another instruction"),
     ],

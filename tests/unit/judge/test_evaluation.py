@@ -156,6 +156,23 @@ def test_the_result_has_the_noise_floor_beside_the_win_rates(tmp_path: Path, cap
     assert capsys.readouterr().out.count("(A/A ") == 2
 
 
+def test_trackers_are_told_the_win_rates_and_get_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # for the reader here: the command sees to itself
+    write_rollouts(tmp_path / "policy", [group(f"p{n}", ["An answer that says something."]) for n in range(4)])
+    write_rollouts(tmp_path / "base", [group(f"p{n}", ["the the the the"]) for n in range(4)])
+    places = {"policy": "policy", "base": "base", "previous": "base", "output": "result.json"}
+    paths = [f"--{name}={tmp_path / place}" for name, place in places.items()]
+    tracker = ["--tracker", "mlflow", "--tracker-offline", "--tracker-run-name", "held out"]
+    main("evaluate", [*paths, "--judge", "rules:concise", *tracker])
+    result = json.loads((tmp_path / "result.json").read_text())
+    client = mlflow.MlflowClient(tracking_uri=(tmp_path / "trackers" / "mlruns").as_uri())
+    (run,) = client.search_runs([client.get_experiment_by_name("megatron-sppo").experiment_id])
+    assert run.info.run_name == "held out" and run.data.tags["kind"] == "evaluate"
+    assert run.data.metrics["evaluation/win_rate_vs_base/mean"] == result["win_rate_vs_base"]["mean"] > 0.5
+    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["result.json"]
+
+
 def test_a_policy_against_its_own_answers_wins_exactly_half(tmp_path: Path) -> None:
     groups = [
         group(f"p{number}", [f"One answer {number}.", "Another, rather longer answer here."]) for number in range(6)

@@ -1,6 +1,7 @@
 """Times and traffic: arithmetic on round numbers, and three published runs."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from megatron_sppo.planning.communication import step_traffic
 from megatron_sppo.planning.config import MachineConfig, PlanConfig, SubjectConfig, WorkloadConfig
 from megatron_sppo.planning.parameters import Grid
 from megatron_sppo.planning.plan import make_plan, make_report
-from megatron_sppo.planning.timing import step_time, workload
+from megatron_sppo.planning.timing import stage_seconds, step_time, workload
 from megatron_sppo.training.config import BatchConfig, ObjectiveConfig, ParallelConfig
 
 LLAMA_8B = PUBLISHED["llama3-8b"]
@@ -127,6 +128,19 @@ def test_rows_of_an_iteration(objective: str, selection: str | None, trained: in
     )
     work = workload(config)
     assert (work.num_rows, work.num_steps) == (expected, -(-expected // 8))
+
+
+def test_each_further_reference_is_one_more_pass() -> None:
+    """inpo has one whatever is given; mnpo as many as are."""
+    grid = Grid(parallel=ParallelConfig(), world_size=8)
+    batch = BatchConfig(micro_batch_size=2, global_batch_size=16)
+    seconds = {}
+    for name, references in (("ipo", ()), ("inpo", ()), ("mnpo", (Path("a"), Path("b")))):
+        objective = ObjectiveConfig(objective=name)
+        config = PlanConfig(objective=objective, batch=batch, reference=references)
+        step = step_time(LLAMA_8B, config, grid)
+        seconds[name] = stage_seconds(LLAMA_8B, config, grid, step)["reference pass"]
+    assert seconds["inpo"] == pytest.approx(2 * seconds["ipo"]) and seconds["mnpo"] == pytest.approx(3 * seconds["ipo"])
 
 
 def test_what_does_not_fit_says_what_to_do() -> None:

@@ -12,12 +12,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from megatron_sppo.config import parse
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.report.data import IterationData, read_run
 from megatron_sppo.report.page import write_report
 from megatron_sppo.report.plots import regression_slope
 from megatron_sppo.selfplay.commands import RunPaths
-from megatron_sppo.selfplay.summary import gather_metrics, rate_text, result_table, write_events
+from megatron_sppo.selfplay.config import SelfPlayConfig
+from megatron_sppo.selfplay.summary import gather_metrics, rate_text, result_table, track, write_events
 from tests.unit.selfplay.synthetic import write_run
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp;\x00\u202e $\\frac{1}{0}$ {braces} %s"
@@ -232,6 +234,27 @@ def test_win_rates_are_tensorboard_scalars_by_iteration(run_dir: Path) -> None:
     events = accumulator.EventAccumulator(str(run_dir / "tensorboard")).Reload()
     scalars = events.Scalars("evaluation/win_rate_vs_base/mean")
     assert [(event.step, round(event.value, 4)) for event in scalars] == [(1, 0.54), (2, 0.58)]
+
+
+def test_mlflow_has_win_rates_by_iteration_and_the_report_in_one_run(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told once at the start, which only opens the run, and again after each iteration."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # for the reader here: the run sees to itself
+    (run_dir / "report.html").write_text("<p>the report</p>")
+    entries = json.loads((run_dir / "summary.json").read_text())["iterations"]
+    flags = ["--model=m", "--prompts=p", f"--output={run_dir}", "--judge=rules:concise", "--training", "lr=1e-6"]
+    flags += ["--tracker", "tensorboard", "mlflow", "--tracker-offline", "--iterations", "2"]
+    config = parse(SelfPlayConfig, name="self-play", description="", argv=flags)
+    for told in ([], entries[:1], entries[1:]):
+        track(config, RunPaths(run_dir=run_dir), told)
+    client = mlflow.MlflowClient(tracking_uri=(run_dir / "trackers" / "mlruns").as_uri())
+    (run,) = client.search_runs([client.get_experiment_by_name("megatron-sppo").experiment_id])
+    history = client.get_metric_history(run.info.run_id, "evaluation/win_rate_vs_base/mean")
+    assert [(metric.step, round(metric.value, 4)) for metric in history] == [(1, 0.54), (2, 0.58)]
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"report.html", "summary.json"}
+    assert run.info.status == "FINISHED" and run.data.params["scoring.judge"] == "rules:concise"
 
 
 def test_the_table_says_all_in_plain_text(run_dir: Path) -> None:

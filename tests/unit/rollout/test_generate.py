@@ -319,6 +319,30 @@ def test_the_manifest_is_withdrawn_while_a_shard_is_redone(config: GenerateConfi
     assert not (config.output / "manifest.json").exists()
 
 
+def test_what_answers_are_checked_by_stands_in_the_rows_and_belongs_to_the_request(config: GenerateConfig) -> None:
+    rows = [json.loads(line) for line in config.prompts.read_text().splitlines()]
+
+    def write(kwargs: list[dict[str, Any]]) -> None:
+        columns = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": kwargs, "tests": ["a", 1.5, None]}
+        config.prompts.write_text("".join(json.dumps({**row, **columns}) + "\n" for row in rows))
+
+    write([{"num_words": None}])
+    keeping = replace(config, keep_columns=("tests",))
+    run(keeping)
+    expected = {
+        "instruction_id_list": ["punctuation:no_comma"],
+        "kwargs": [{"num_words": None}],
+        "tests": ["a", 1.5, None],
+    }
+    assert [group.columns for group in read_rollouts(config.output)] == [expected] * NUM_PROMPTS
+    before = files_of(config.output)
+    assert run(keeping) == [] and files_of(config.output) == before
+    for changed in (config, keeping):  # without "tests", and with other arguments
+        with pytest.raises(ConfigError, match="prompts_hash was"):
+            run(changed)
+        write([{"num_words": 3}])
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [

@@ -130,6 +130,30 @@ def test_every_shard_has_the_same_answers_whatever_is_in_flight() -> None:
         assert [response.seed for response in alone.answers[0]] == [first_seed + k for k in range(K)]
 
 
+def test_shards_that_come_one_by_one_while_others_are_at_work_are_all_answered_and_alike() -> None:
+    """As in a worker of a pool: the iterator ends where nothing lies ready yet, and is asked again."""
+    waiting, llm = shards_of(16, 320), FakeLLM()
+    together = {one.shard.index: one.answers for one in answered(FakeLLM(), waiting)}
+    asked = 0
+
+    class OneByOne:
+        def __iter__(self) -> "OneByOne":
+            return self
+
+        def __next__(self) -> Shard:
+            nonlocal asked
+            asked += 1
+            if not waiting or (asked % 3 and llm.has_unfinished_requests()):
+                raise StopIteration
+            return waiting.pop(0)
+
+    stream = RequestStream(llm, one_at_a_time=False)
+    request = lambda shard, position: (list(shard.prompts[position].token_ids), stream.seed_of(shard, position))  # noqa: E731
+    found = {one.shard.index: one.answers for one in stream.answer(OneByOne(), request, lambda *_: None)}
+    assert found == together
+    assert sum(busy == SLOTS for busy in llm.busy) > len(llm.busy) / 4  # it streamed
+
+
 def test_no_more_shards_are_taken_than_keep_the_engine_full() -> None:
     """The next is taken when less than 1.5 times the slots is left to compute, and not before; until the last, none
     of the slots is ever free."""
