@@ -118,7 +118,7 @@ def comparisons_of(annotations: Sequence[Mapping[str, Any]]) -> Comparisons:
             isinstance(row.get(key), str) for key in ("output_1", "output_2")
         ):
             raise DataError(
-                f"annotation {number} is none of alpaca_eval's: output_1 and output_2 are texts, preference a number in "
+                f"annotation {number} is none of alpaca_eval's: output_1 and output_2 are texts, preference one in "
                 f"[1, 2], 0 or null, and here {value!r}. Give its annotations.json."
             )
         preference.append(np.nan if value is None else 0.5 if value == 0 else value - 1)
