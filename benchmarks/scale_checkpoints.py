@@ -233,7 +233,7 @@ runpy.run_module("megatron_sppo", run_name="__main__")
 def commands(run: Run) -> dict[str, float]:
     """Start commands as a user does, on next to nothing -> CPU seconds and imported modules of each."""
     small = replace(run, size=_PROMPTS, tokens=8, shard_size=_PROMPTS, costs=Instruments())
-    for name in ("rollouts", "scoring", "report"):
+    for name in ("rollouts", "merge", "report"):
         STAGES[name].measure(replace(small, costs=Instruments()))
     answers, figures = str(run.place / "rollouts"), {}
     lines = {

@@ -70,8 +70,8 @@ def faults(largest: int) -> tuple[Fault, ...]:
     return (
         Fault(
             id="F1",
-            metric="bytes that the thread which waits for a save hashes, of the checkpoint's",
-            figure=_share(first_save, "bytes_hashed_waiting", "checkpoint_bytes"),
+            metric="bytes that the thread which waits for a save hashes beside weights it loads, of the checkpoint's",
+            figure=_share(first_save, "bytes_hashed_waiting", "checkpoint_bytes", less=(("weights_bytes", 1),)),
             most=0.02,
         ),
         Fault(

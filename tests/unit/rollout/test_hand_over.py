@@ -8,6 +8,7 @@ workers themselves tell is in tests/e2e/test_self_play_servers.py and test_serve
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,11 +23,13 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.rollout import hand_over
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
 from megatron_sppo.rollout.config import Sampling, ServerConfig
+from megatron_sppo.rollout.openai_server import UnusableReply
 from megatron_sppo.rollout.policy import Policy
 from megatron_sppo.rollout.probes import Probes, compute_probes
 from megatron_sppo.rollout.prompts import Prompt
 from megatron_sppo.rollout.sampler import Shard
 from megatron_sppo.rollout.server import ServerSampler, check_takes_weights
+from megatron_sppo.rollout.server_pool import Server
 from megatron_sppo.rollout.weight_sums import weight_sum
 from tests.models import tiny_llama
 
@@ -347,6 +350,31 @@ def test_a_server_that_came_back_with_its_start_weights_is_given_the_new_ones_fi
     sampler = sampler_of(server, model=models.new, server_concurrency=1)
     assert_sampled_with(models, models.new, sample(sampler))
     assert server.calls.count("reload_weights") == 2
+
+
+def test_an_answer_from_before_a_second_proof_is_void(serve, models) -> None:
+    """One thread's answer came from a server that had been restarted; another thread has had it proven again since."""
+    fake = serve()
+    config = ServerConfig(server=(fake.url,), server_weights="prove")
+    server = Server(fake.url, config, policy=Policy(directory=models.new, model_hash="a" * 64, room=512))
+    first = server.make_ready()
+    server.confirm(first, since=time.monotonic())
+    fake.restart()
+    server.doubt()
+    second = server.make_ready()
+    with pytest.raises(UnusableReply, match="restarted or given other weights while it answered"):
+        server.confirm(first, since=time.monotonic())
+    assert server.make_ready() is not second
+
+
+def test_a_server_that_hangs_while_it_loads_is_passed_by(serve, models, caplog) -> None:
+    release = threading.Event()
+    hung, good = serve(loads=lambda asked: release.wait(60) and None), serve()
+    sampler = sampler_of(hung, good, model=models.new, server_timeout=3.0)
+    assert_sampled_with(models, models.new, sample(sampler))
+    release.set()
+    assert f"{hung.url} does not answer (it died or hung while it loaded {models.new}" in caplog.text
+    assert hung.num_answers == 0
 
 
 def test_a_server_that_died_in_loading_twice_is_left_alone(serve, models, monkeypatch) -> None:
