@@ -294,10 +294,10 @@ def _environment() -> dict[str, str | None]:
 def _reason(error: Exception) -> str:
     """Find where Ray's message, of many lines, says what happened, and on which machine -> text."""
     text = one_line(error)
-    where = re.search(r"\bip: (\S+)", text)
-    what = re.search(
-        r"(?:exit detail|The actor died because of an error raised in its creation task|Reason): *(.+)", text
-    )
+    where = re.search(r"\bip[:=] ?([\w.:]+)", text)
+    what = re.search(r"(?:exit detail|Reason): *(.+)", text)
     said = what[1] if what else text
+    if "creation task" in text:  # a traceback, such as of a package that is not installed there
+        said = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
     said = said if len(said) <= _REASON_CHARACTERS else f"{said[:_REASON_CHARACTERS]}..."
     return f"{said} On {where[1]}" if where and where[1] not in said else said

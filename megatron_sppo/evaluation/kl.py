@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from megatron_sppo.checkpoints.model_files import model_hash
+from megatron_sppo.checkpoints.pretrained import load_pretrained
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.evaluation.estimates import Resampling, mean_of
 from megatron_sppo.evaluation.players import Field, Player
@@ -69,7 +70,7 @@ def _load(player: Player) -> Any:
         raise DataError(
             f"{directory} holds another model than the one that sampled {player.name}. Sample again, or leave --kl out."
         )
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return load_pretrained(AutoModelForCausalLM, directory, dtype=torch.float32).eval()
 
 
 def _log_probs(model: Any, player: Player, prompt_ids: Sequence[str], *, by: str) -> np.ndarray:

@@ -76,10 +76,16 @@ KILLED = """The actor died unexpectedly before finishing this task.
 \tip: 10.0.0.3
 The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker \
 unexpectedly exits with a connection error code 2. End of file."""
+UNMADE = """The actor died because of an error raised in its creation task, \
+\x1b[36mray::Desk.__init__()\x1b[39m (pid=4711, ip=10.0.0.3, actor_id=0a1b, repr=<Desk>)
+  File "python/ray/includes/common.pxi", line 1, in x
+ModuleNotFoundError: No module named 'megatron_sppo'
+"""
 
 
 def test_of_ray_s_message_the_cause_and_the_machine_are_told():
     told = _reason(RuntimeError(KILLED))
     assert told == "Worker unexpectedly exits with a connection error code 2. End of file. On 10.0.0.3"
+    assert _reason(RuntimeError(UNMADE)) == "ModuleNotFoundError: No module named 'megatron_sppo' On 10.0.0.3"
     assert _reason(RuntimeError("The actor is temporarily unavailable")) == "The actor is temporarily unavailable"
     assert len(_reason(RuntimeError("x" * 5000))) < 300
