@@ -20,22 +20,27 @@ _GRACE_SECONDS = 10.0
 
 def main(target: str, seconds: float) -> None:
     """Check answers until the parent closes its end."""
-    # What a check prints must not be read as an answer.
+    # What a check prints must not be read as an answer, and what it reads must not be a request.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    process = os.getpid()
     try:
         check, versions = load_checks(target)
     except RefusedChecks as refusal:
         _reply(replies, {"refused": str(refusal)})
         return
     _reply(replies, {"ready": versions})
-    for line in sys.stdin:
+    for line in requests:
         faulthandler.dump_traceback_later(seconds + _GRACE_SECONDS, exit=True)
         try:
             asked = json.loads(line)
             reply: dict[str, Any] = {"passed": check(asked["answer"], asked["messages"], asked["columns"])}
         except UncheckedAnswer as reason:
             reply = {"unjudged": str(reason)}
+        if os.getpid() != process:  # a check has forked and come back twice: a second reply would be the next answer's
+            os._exit(0)
         faulthandler.cancel_dump_traceback_later()
         _reply(replies, reply)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import random
 import re
 from typing import Any
@@ -34,6 +35,7 @@ _RESOURCES = {
     "averaged_perceptron_tagger_eng": "taggers/averaged_perceptron_tagger_eng",
     "stopwords": "corpora/stopwords",
 }
+_LISTS = ("keywords", "forbidden_words")
 _LACKING = re.compile(r"download\(['\"](\w+)['\"]\)")
 
 
@@ -105,11 +107,13 @@ def read_columns(columns: dict[str, Any]) -> tuple[list[str], list[dict[str, Any
 
 
 def refuse_chance(name: str, given: dict[str, Any]) -> None:
-    """Refuse arguments that leave the check to chance: the library draws what is missing or impossible.
+    """Refuse arguments that leave the check to chance, for the library draws what is missing or impossible, or to none.
 
     Raises:
         UncheckedAnswer: names the instruction and its arguments.
     """
+    if wrong := [key for key, value in given.items() if not _is_argument(key, value)]:
+        raise UncheckedAnswer(f"{name} cannot be checked with {wrong[0]} {given[wrong[0]]!r} in kwargs")
     checker = INSTRUCTIONS[name](name)
     before = random.getstate()
     with _Faults(name):
@@ -120,6 +124,15 @@ def refuse_chance(name: str, given: dict[str, Any]) -> None:
             f"{name} needs {wanted}, of which kwargs gives {given or 'none'}: what is missing or impossible "
             "would be drawn at random"
         )
+
+
+def _is_argument(key: str, value: Any) -> bool:
+    """Look whether a value can be an argument: to the library a text is a list of letters, and "" is in every answer."""
+    if key in _LISTS:
+        return isinstance(value, list) and all(isinstance(word, str) and word for word in value)
+    if isinstance(value, str):
+        return value != ""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class _Faults:

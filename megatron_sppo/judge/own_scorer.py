@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import math
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -14,6 +14,8 @@ from typing import Any
 
 from megatron_sppo.judge.checks import Check, RefusedChecks, UncheckedAnswer
 from megatron_sppo.rollout.records import Turn
+
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def load_scorer(target: str) -> Check:
@@ -35,17 +37,37 @@ def load_scorer(target: str) -> Check:
     def check(answer: str, messages: list[Turn], columns: dict[str, Any]) -> list[float]:
         with _told(path, f"{function}()"):
             score = scorer(answer, messages, columns)
-        # numpy's and torch's numbers are numbers too.
-        number = score.item() if callable(getattr(score, "item", None)) else score
-        if not isinstance(number, (bool, int, float)) or not math.isfinite(number) or not 0 <= number <= 1:
-            shown = repr(score)
+        if (number := _number(score)) is None:
             raise UncheckedAnswer(
-                f"{function}() of {path.name} returned {shown[:60]}{'...' if shown[60:] else ''}: a score is a number "
-                "in [0, 1], or True or False"
+                f"{function}() of {path.name} returned {_shown(score)}: a score is a number in [0, 1], or True or False"
             )
-        return [float(number)]
+        return [number]
 
     return check
+
+
+def _number(score: object) -> float | None:
+    """Take a scorer's result as a number in [0, 1] -> it, None where it is none."""
+    with contextlib.suppress(Exception):  # foreign objects: an array of two has no item()
+        item = getattr(score, "item", None)  # numpy's and torch's numbers are numbers too
+        number = item() if callable(item) else score
+        if isinstance(number, (bool, int, float)) and 0 <= number <= 1:  # NaN is not
+            return float(number)
+    return None
+
+
+def _shown(score: object) -> str:
+    """Spell what a scorer has returned -> text that is the same in every process."""
+    try:
+        text = _stable(repr(score))
+    except Exception:  # noqa: BLE001 (foreign objects)
+        text = f"an object of type {type(score).__name__}"
+    return text[:60] + ("..." if text[60:] else "")
+
+
+def _stable(text: str) -> str:
+    """Leave out of a text what differs from process to process, and what no file can hold -> text."""
+    return _ADDRESS.sub("", text).encode(errors="backslashreplace").decode()
 
 
 def _imported(path: Path) -> ModuleType:
@@ -72,6 +94,6 @@ def _told(path: Path, what: str) -> Iterator[None]:
         traceback.print_exc()
         places = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = getattr(error, "lineno", None) or (places[-1] if places else None)
-        text = " ".join(str(error).split())
+        text = _stable(" ".join(str(error).split())[:200])
         place = f" (line {line} of {path.name})" if line else ""
-        raise UncheckedAnswer(f"{what} raises {type(error).__name__}: {text[:200]}{place}") from None
+        raise UncheckedAnswer(f"{what} raises {': '.join(filter(None, (type(error).__name__, text)))}{place}") from None

@@ -26,7 +26,7 @@ from megatron_sppo.storage import sha256_of_file, sha256_of_json
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
 
-CHECKS_VERSION = 1
+CHECKS_VERSION = 2
 """Raised when what is made of the checks changes: stored scores of another version are not resumed."""
 KINDS = ("ifeval", "math")
 

@@ -139,6 +139,15 @@ def test_kwargs_as_text_and_ifbench_are_read(ifeval: Judge) -> None:
         ),
         # A keyword is a regular expression to the library.
         ({"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["(a"]}]}, "cannot be checked"),
+        # A text in place of a list would be looked for letter by letter.
+        ({"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": "an"}]}, "with keywords 'an'"),
+        ({"instruction_id_list": ["keywords:forbidden_words"], "kwargs": [{"forbidden_words": [""]}]}, "cannot be"),
+        # Every answer ends with nothing.
+        ({"instruction_id_list": ["startend:end_checker"], "kwargs": [{"end_phrase": ""}]}, "with end_phrase ''"),
+        (
+            {"instruction_id_list": ["detectable_format:number_bullet_lists"], "kwargs": [{"num_bullets": True}]},
+            "with num_bullets True",
+        ),
     ],
     ids=str,
 )
@@ -171,6 +180,7 @@ def test_data_of_nltk_that_is_not_there_is_named_and_not_guessed(
         ("reward_model", {"style": "rule", "ground_truth": "7"}, r"\boxed{7}", 1),
         ("final_answer", ["$x+1$"], "$1+x$", 1),
         ("ground_truth", "5", "I do not know", 0),
+        ("answer", "$18", r"She makes \$18 every day.", 1),
     ],
 )
 def test_a_result_is_compared_with_the_right_one(
@@ -212,6 +222,15 @@ def too_much(answer, messages, columns): return 1.5
 def nothing(answer, messages, columns): pass
 def raises(answer, messages, columns):
     return columns["missing"]
+def two_numbers(answer, messages, columns):
+    import numpy
+    return numpy.array([0.25, 0.5])
+def far_too_much(answer, messages, columns): return 10**400
+def an_object(answer, messages, columns): return (answer for _ in answer)
+def asks(answer, messages, columns): return float(input())
+def forks(answer, messages, columns):
+    os.fork()
+    return columns["share"][answer]
 def takes_one(answer): return 1
 """
 
@@ -244,6 +263,10 @@ def test_a_scorer_of_one_s_own_may_print_and_return_any_number(
         ("too_much", "returned 1.5: a score is a number in [0, 1]"),
         ("nothing", "returned None"),
         ("raises", "raises KeyError: 'missing' (line 26 of my_scorer.py)"),
+        ("two_numbers", "returned array([0.25, 0.5 ]): a score is a number"),
+        ("far_too_much", "returned 1000000"),
+        ("an_object", "returned <generator object an_object.<locals>.<genexpr>>: a score"),  # no address in it
+        ("asks", "asks() raises EOFError"),  # the requests are not its input
         ("takes_one", "takes_one() raises TypeError"),
     ],
 )
@@ -251,6 +274,12 @@ def test_a_scorer_that_fails_costs_its_prompt_and_says_why(scorers: Path, functi
     judge = load_judge(f"python:{scorers}:{function}")
     for _ in range(2):  # and is there for the next one
         assert reason in reason_of(judge, with_columns(["four"], {}))
+
+
+def test_a_scorer_that_forks_and_returns_twice_answers_once(scorers: Path) -> None:
+    judge = load_judge(f"python:{scorers}:forks")
+    share = {str(number): number / 8 for number in range(8)}
+    assert judge.passed(with_columns(list(share), {"share": share}))[:, 0].tolist() == list(share.values())
 
 
 def test_a_scorer_that_hangs_is_ended_and_the_next_prompt_is_judged(scorers: Path) -> None:
