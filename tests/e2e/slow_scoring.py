@@ -1,7 +1,7 @@
 """tools/score_pairrm.py with judges that take their time, wherever they judge: it lasts long enough to be killed.
 
-SLOW_SECONDS: of a call, which is a shard. SLOW_LOG: file that each call appends its process to. SLOW_FIRST: the first
-process named there takes as many times longer.
+SLOW_SECONDS: of a call, which is a shard. SLOW_PAUSE: while this file is there, no call ends. SLOW_LOG: file that each
+call appends its process to. SLOW_FIRST: the first process named there takes as many times longer.
 """
 
 import os
@@ -14,7 +14,7 @@ from megatron_sppo.commands import score
 from megatron_sppo.judge import workers
 from megatron_sppo.judge.workers import JudgeWorker, _Loaded, _Sent
 
-SETTINGS = {name: os.environ.get(name, "") for name in ("SLOW_SECONDS", "SLOW_LOG", "SLOW_FIRST")}
+SETTINGS = {name: os.environ.get(name, "") for name in ("SLOW_SECONDS", "SLOW_PAUSE", "SLOW_LOG", "SLOW_FIRST")}
 
 
 class SlowJudge:
@@ -32,6 +32,8 @@ class SlowJudge:
             if Path(log).read_text().split()[0] == str(os.getpid()):
                 seconds *= float(self._settings["SLOW_FIRST"] or 1)
         time.sleep(seconds)
+        while self._settings["SLOW_PAUSE"] and os.path.exists(self._settings["SLOW_PAUSE"]):
+            time.sleep(0.02)
         return self._judge.judge_logits(groups)
 
 
