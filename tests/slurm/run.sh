@@ -34,7 +34,10 @@ has_lines() { [[ -e $1 ]] && (( $(wc -l < "$1") >= $2 )); }
 exists() { compgen -G "$1" > /dev/null; }
 restarted() { (( $(restarts "$1") >= $2 )) && [[ $(state "$1") == PENDING ]]; }
 watched=
-go_now() { on scontrol update "JobId=$1" StartTime=now; }  # Slurm waits two minutes before it starts a job again
+go_now() {  # Slurm waits two minutes before it starts a job again, for what is left of it to end
+  sleep 10
+  on scontrol update "JobId=$1" StartTime=now
+}
 is_over() { [[ $(state "$1") != @(PENDING|RUNNING|COMPLETING|CONFIGURING|REQUEUED) ]]; }
 
 "$here/cluster.sh" up "$dir/slurm"
