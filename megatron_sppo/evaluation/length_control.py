@@ -13,7 +13,7 @@ N = annotations (pairs of answers), T = rows of the table, F = features
 
 import csv
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -100,6 +100,33 @@ class Comparisons:
         return Comparisons(
             preference_N=self.preference_N[rows], delta_length_N=self.delta_length_N[rows], index_N=index_N
         )
+
+
+def comparisons_of(annotations: Sequence[Mapping[str, Any]]) -> Comparisons:
+    """Take alpaca_eval's annotations of one model (output_2) against one baseline (output_1) -> Comparisons, in order.
+
+    A preference is in [1, 2], 2 where the model wins; 0 is a draw, as 1.5, and None no verdict.
+
+    Raises:
+        DataError: a row without both outputs, or whose preference is none of these.
+    """
+    preference = []
+    for number, row in enumerate(annotations, start=1):
+        value = row.get("preference")
+        is_number = isinstance(value, (int, float)) and (np.isnan(value) or value == 0 or 1 <= value <= 2)
+        if not (value is None or is_number) or not all(
+            isinstance(row.get(key), str) for key in ("output_1", "output_2")
+        ):
+            raise DataError(
+                f"annotation {number} is none of alpaca_eval's: output_1 and output_2 are texts, preference one in "
+                f"[1, 2], 0 or null, and here {value!r}. Give its annotations.json."
+            )
+        preference.append(np.nan if value is None else 0.5 if value == 0 else value - 1)
+    return Comparisons(
+        preference_N=np.array(preference, dtype=np.float64),
+        delta_length_N=np.array([len(row["output_1"]) - len(row["output_2"]) for row in annotations]),
+        index_N=np.arange(len(annotations)),
+    )
 
 
 class _Design(NamedTuple):

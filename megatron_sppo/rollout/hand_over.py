@@ -212,7 +212,13 @@ def _fault(held: _Held, policy: Policy) -> str | None:
 
 
 def _is_exact(held: _Held, policy: Policy) -> bool:
-    return held.sums is not None and _num_told(held, policy) > 0
+    """Whether sums tell of every weight; those of experts are never told."""
+    return held.sums is not None and not _untold(held.sums, policy)
+
+
+def _untold(sums: Sums, policy: Policy) -> list[str]:
+    told = {policy.named(name) for name in sums}
+    return [name for name in _shapes(policy.files) if name not in told and _EXPERTS not in name]
 
 
 def _num_told(held: _Held, policy: Policy) -> int:
@@ -257,10 +263,9 @@ def _check_fits(server: AskedServer, policy: Policy, held: _Held) -> None:
     if held.sums is None:
         return
     wrong = f"it runs another architecture than that of {policy.directory}"
-    told = {policy.named(name) for name in held.sums}
     if more := [name for name in held.sums if policy.named(name) is None]:
         raise Unproven(f"{wrong}: it has {some_of(more, most=2)} beside. {remedy}")
-    if missing := [name for name in new if name not in told and _EXPERTS not in name]:
+    if missing := _untold(held.sums, policy):
         raise Unproven(f"{wrong}: it has no {some_of(missing, most=2)}. {remedy}")
     for name, (_, count) in policy.sums(held.dtypes).items():
         if held.sums[name][1] != count:

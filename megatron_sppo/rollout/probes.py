@@ -83,8 +83,8 @@ def compute_probes(model_dir: Path, *, most_tokens: int = MOST_TOKENS) -> Probes
     try:
         # transformers' default attention leaves soft caps out in silence (5.19, sdpa_attention.py).
         model = load_pretrained(AutoModelForCausalLM, model_dir, dtype="auto", attn_implementation="eager").eval()
-    except ConversionError:
-        raise
+    except ConversionError as error:
+        raise ConversionError(f"{error} Or use --server-weights trust, if the servers hold it all the same.") from None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(

@@ -7,14 +7,15 @@ Weights are named as in the files: fused ones (query, key and value; gate and up
 pipeline parallelism tells the sum of its share (`weight_sums`). On a CPU vLLM computes with packed copies; they are
 read out by a product with the identity, which is exact: what is computed with counts, not what lies beside it.
 
-Experts of a mixture are not told: kernels keep them in orders of their own.
+Experts of a mixture are not told: kernels keep them in orders of their own. Nor are quantized weights: the files have
+other numbers.
 """
 
 import os
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_sppo.rollout.weight_sums import Sums, added, weight_sum
+from megatron_sppo.rollout.weight_sums import Sums, added, can_be_summed, weight_sum
 
 _IDENTITY_ROWS = 512
 
@@ -90,6 +91,9 @@ def _pieces(model: Any) -> Iterator[Piece]:
                 continue
             seen.add(id(parameter))
             weight = _unpacked(module) if computes_with_copy else parameter.data
+            is_scale = isinstance(module, LinearBase) and name not in ("weight", "bias")
+            if is_scale or not can_be_summed(weight):
+                continue  # quantized
             full = f"{path}.{name}" if path else name
             if isinstance(module, VocabParallelEmbedding):
                 yield from _vocabulary_rows(full, module, weight)

@@ -21,6 +21,11 @@ _EXPONENT = {2: {"bfloat16": 0x7F80, "float16": 0x7C00}, 4: {"float32": 0x7F8000
 _WIDTH = 32
 
 
+def can_be_summed(weight: Any) -> bool:
+    """Tell whether a weight is of a type that `weight_sum` takes; quantized ones are not."""
+    return str(weight.dtype).removeprefix("torch.") in _EXPONENT.get(weight.element_size(), {})
+
+
 def weight_sum(weight: Any, *, first_row: int = 0, first_column: int = 0) -> int:
     """Sum a weight, or the part of it that begins at a row and a column -> int in [0, 2**64).
 

@@ -14,6 +14,7 @@ from megatron_sppo.errors import DataError
 from megatron_sppo.evaluation.length_control import (
     GLM_NAMES,
     Comparisons,
+    comparisons_of,
     fit_length_control,
     read_difficulty_table,
     refit_length_control,
@@ -51,6 +52,7 @@ def annotations(seed, *, length_bias=0.004, ties=False, hard=False):
         preference = preference.round()
     if ties:
         preference[::5] = 0.5
+        preference[1::9] = -1  # 0 in the file: a draw too
     return pd.DataFrame(
         {
             "preference": preference + 1,
@@ -64,11 +66,7 @@ def annotations(seed, *, length_bias=0.004, ties=False, hard=False):
 
 
 def ours(frame):
-    return Comparisons(
-        preference_N=(frame["preference"] - 1).to_numpy(),
-        delta_length_N=(frame["output_1"].str.len() - frame["output_2"].str.len()).to_numpy(),
-        index_N=np.arange(len(frame)),
-    )
+    return comparisons_of(frame.to_dict("records"))
 
 
 @pytest.mark.parametrize(
@@ -95,6 +93,14 @@ def test_annotations_without_a_verdict_are_left_out_as_theirs_are(table_file, mo
     )
     fit = fit_length_control(ours(frame), model="v1", table=read_difficulty_table(table_file))
     assert 100 * fit.mean == pytest.approx(theirs["length_controlled_winrate"], abs=1e-6)
+
+
+def test_what_is_no_annotation_is_refused():
+    row = {"output_1": "a", "output_2": "b", "preference": 1.5}
+    assert comparisons_of([{**row, "preference": None}]).preference_N[0] != 0.5
+    for change in ({"preference": 3}, {"preference": "2"}, {"preference": 0.5}, {"output_1": None}):
+        with pytest.raises(DataError, match="annotation 2 is none of alpaca_eval's"):
+            comparisons_of([row, {**row, **change}])
 
 
 def test_a_judge_that_sees_length_alone_is_corrected_to_about_one_half():

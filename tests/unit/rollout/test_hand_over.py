@@ -83,6 +83,7 @@ class HoldingVllm:
         self.salts: set[str | None] = set()
         self.redirects_to: str | None = None
         self.refuses_probes = False
+        self.tells: Callable[[str], bool] = lambda name: True
         self.says_root = True
         self.is_down = False
         self.calls: list[str] = []
@@ -177,7 +178,7 @@ class HoldingVllm:
         if not self.has_extension:
             return 500, {"error": {"message": f"'CPUWorker' object has no attribute '{method}'"}}
         if method == "sppo_weights":
-            sums = self.models.sums[self.held]
+            sums = {name: value for name, value in self.models.sums[self.held].items() if self.tells(name)}
             return 200, {"results": [{"sums": sums, "dtypes": dict.fromkeys(sums, "float32"), "data_parallel": 1}]}
         if method == "sppo_files":
             seen = {path.name: path.stat().st_size for path in Path(arguments["directory"]).iterdir()}
@@ -317,6 +318,14 @@ def test_weights_that_differ_by_less_than_rounding_are_told_apart_after_loading(
         sampler_of(lying, model=models.new)
     started_so = serve(has_extension=False, start=models.new)
     assert_sampled_with(models, models.new, sample(sampler_of(started_so, model=models.new)))
+
+
+def test_sums_of_some_weights_alone_show_nothing(serve, models) -> None:
+    """As of a quantized model, whose norms are as in the files; that it computes nearly the same is not enough."""
+    server = serve(held=models.new, tells=lambda name: "norm" in name)
+    with pytest.raises(ConfigError, match="it has no model.embed_tokens.weight"):
+        sampler_of(server, model=models.new)
+    assert "reload_weights" not in server.calls
 
 
 def test_a_prefix_cache_that_is_busy_for_a_while_is_reset_again(serve, models) -> None:

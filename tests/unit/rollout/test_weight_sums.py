@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_sppo.rollout import weight_sums
-from megatron_sppo.rollout.weight_sums import added, weight_sum
+from megatron_sppo.rollout.weight_sums import added, can_be_summed, weight_sum
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -70,3 +70,9 @@ def test_zeros_of_both_signs_and_numbers_too_small_for_full_precision_count_alik
         tiny = torch.finfo(dtype).tiny
         assert weight_sum(torch.tensor([0.0, -0.0, tiny / 2, -tiny / 2], dtype=dtype)) == 0
         assert weight_sum(torch.tensor([0.0, tiny], dtype=dtype)) != 0
+
+
+def test_quantized_weights_have_no_sum() -> None:
+    assert all(can_be_summed(torch.zeros(1, dtype=dtype)) for dtype in DTYPES)
+    others = (torch.float8_e4m3fn, torch.int8, torch.int32, torch.float64)
+    assert not any(can_be_summed(torch.zeros(1, dtype=dtype)) for dtype in others)

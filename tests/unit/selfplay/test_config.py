@@ -124,6 +124,21 @@ def test_an_option_wins_over_the_section_s_setting(tmp_path: Path) -> None:
     assert as_the_stage_reads(EvaluateConfig, spelled["iter_1-eval"]).verdict_tokens == 512
 
 
+def test_the_run_s_pool_reaches_every_stage_that_has_one_and_a_stage_s_own_wins(tmp_path: Path) -> None:
+    def pools(*flags: str) -> list[tuple[int | None, str | None]]:
+        spelled = commands(read(tmp_path, *flags))
+        stages = {"iter_1-rollouts": GenerateConfig, "iter_1-dataset": ScoreConfig, "iter_1-eval": EvaluateConfig}
+        read_stages = (as_the_stage_reads(kind, spelled[name]) for name, kind in stages.items())
+        return [(stage.pool.workers, stage.pool.ray) for stage in read_stages]
+
+    assert pools() == [(None, None)] * 3
+    assert pools("--workers", "4", "--ray", "auto") == [(4, "auto")] * 3
+    own = ("--rollout-options", "workers=2", "--scoring-options", "workers=3")
+    assert pools("--ray", "auto", *own) == [(2, None), (3, None), (3, None)]
+    tokens = commands(read(tmp_path, "--workers", "4", "--rollout-command", "my-sampler"))["iter_1-rollouts"]
+    assert "--workers" not in tokens, "a command of the user's own promises no such flag"
+
+
 def test_a_sampler_of_the_user_s_own_gets_the_documented_flags(tmp_path: Path) -> None:
     tokens = commands(read(tmp_path, "--rollout-command", "python 'my sampler.py' --fast"))["base-eval-rollouts"]
     assert tokens[:3] == ("python", "my sampler.py", "--fast") and "--allow-no-signal" not in tokens
