@@ -63,7 +63,10 @@ class Grace:
             fact = f"torchrun ends its ranks {self._grace_seconds:.0f} s after SIGTERM"
             remedies.append(f"export {TORCHRUN_GRACE_VARIABLE}={fitting} before torchrun")
         if self._seconds > self._asked_seconds:
-            remedies.append(f"a longer lead (sbatch --signal=TERM@{fitting} with --grace-seconds {fitting})")
+            remedies.append(
+                f"a longer lead (SBATCH_SIGNAL=B:TERM@{fitting + 60} for the scripts of examples/slurm, elsewhere "
+                f"sbatch --signal=TERM@{fitting} with --grace-seconds {fitting})"
+            )
         logger.warning(
             "a checkpoint of %.3g GB %s about %.0f s%s, %s: one that SIGTERM asks for may not be whole in time, and "
             "the run then goes on from the one before. Use %s, and --save-interval with --async-save",

@@ -1,10 +1,13 @@
 """Hold what tests/slurm/run.sh's job has left against one process: the same rollouts to the byte, each step once."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+
+from mlflow import MlflowClient
 
 from megatron_sppo.command_line import run as run_tool
 
@@ -25,7 +28,11 @@ def check(run: Path, scratch: Path) -> None:
         stage = stages[f"iter_{iteration}-rollouts"]
         check_rollouts(stage["command"], run / f"iter_{iteration}/rollouts", scratch / f"alone_{iteration}")
     assert (run / "report.html").stat().st_size > 10_000
-    assert len(list((run / "trackers/mlruns").glob("*/*/artifacts/report.html"))) == 1
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+    client = MlflowClient(tracking_uri=(run / "trackers/mlruns").absolute().as_uri())
+    told = client.search_runs([client.get_experiment_by_name("megatron-sppo").experiment_id])
+    assert sorted(one.data.tags["kind"] for one in told) == ["self-play", "train", "train"]
+    assert sum(file.path == "report.html" for one in told for file in client.list_artifacts(one.info.run_id)) == 1
     print(f"{len(stages)} stages done, each step once, report and trackers there")
 
 
