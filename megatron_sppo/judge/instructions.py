@@ -127,7 +127,7 @@ def refuse_chance(name: str, given: dict[str, Any]) -> None:
 
 
 def _is_argument(key: str, value: Any) -> bool:
-    """Look whether a value can be an argument: to the library a text is a list of letters, and "" is in every answer."""
+    """Look whether a value can be an argument: a text in place of a list is one of letters, "" is in every answer."""
     if key in _LISTS:
         return isinstance(value, list) and all(isinstance(word, str) and word for word in value)
     if isinstance(value, str):
