@@ -9,12 +9,16 @@ import contextlib
 import logging
 import os
 import re
+import secrets
 import shutil
+import signal
 import socket
+import sys
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ logger = logging.getLogger(__name__)
 _MIB = 1 << 20
 _OBJECT_STORE_BYTES, _LEAST_OBJECT_STORE_BYTES = 512 * _MIB, 80 * _MIB
 """Of a Ray that is started here. Results wait in it until the driver takes them, which is at once."""
+_MOST_WORKERS_PER_CPU = 8
 _PASSED_ON = ("HF_", "VLLM_", "TOKENIZERS_", "TRANSFORMERS_", "CUDA_LAUNCH", "NCCL_", "OPENAI_")
 """Beginnings of the environment variables that workers on other machines get from the driver."""
 _CLOSING_SECONDS, _LISTENING_SECONDS = 20.0, 10.0
@@ -46,6 +51,9 @@ def connect(pool: PoolConfig) -> Any:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     flag = f"--ray {pool.ray}" if pool.ray else f"--workers {pool.workers}"
+    if pool.ray is None:
+        _check_number(pool.workers or 1)
+        _keep_to_ourselves()
     try:
         import ray
     except ImportError as error:
@@ -65,14 +73,55 @@ def connect(pool: PoolConfig) -> Any:
             "object_store_memory": max(_LEAST_OBJECT_STORE_BYTES, min(_OBJECT_STORE_BYTES, free // 2)),
         }
     else:
-        settings["address"] = pool.ray.strip()
+        settings["address"] = pool.ray
         _check_listens(settings["address"], flag)
     try:
-        ray.init(**settings)
-    except (ConnectionError, ValueError, RuntimeError, OSError, TimeoutError) as error:
+        with _signals_as_they_are():
+            ray.init(**settings)
+    except ray.exceptions.AuthenticationError as error:
+        raise ConfigError(
+            f"{flag}: the cluster asks for another token ({one_line(error)[:_REASON_CHARACTERS]}). Set RAY_AUTH_TOKEN "
+            "to that which it was started with."
+        ) from None
+    except (ray.exceptions.RayError, ValueError, RuntimeError, OSError) as error:
         remedy = _START_A_CLUSTER if pool.ray else "Use --workers 1"
         raise ConfigError(f"{flag}: Ray does not start or answer ({one_line(error)[:300]}). {remedy}.") from None
     return ray
+
+
+def _check_number(workers: int) -> None:
+    cpus = os.cpu_count() or 1
+    if workers > cpus * _MOST_WORKERS_PER_CPU:
+        raise ConfigError(
+            f"--workers {workers}: each is a process of this machine, which has {cpus} CPUs. Use --workers {cpus}, or "
+            "--ray with a cluster."
+        )
+
+
+def _keep_to_ourselves() -> None:
+    """Let nobody else use the Ray that is started here: whoever reaches one can run anything in it.
+
+    Before Ray is imported. Its ports are bound to the loopback (that is what it does on systems where it knows no
+    clusters: Ray 2.60, _private/services.py get_node_ip_address), and ask for a word that nobody else knows. Ray's own
+    word would lie in the home directory, where later clusters of this machine, and not of others, would find it.
+    """
+    if "ray" in sys.modules:  # it has read the environment; since 2.60 it asks for its own word by itself
+        return
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def _signals_as_they_are() -> Iterator[None]:
+    """Keep what SIGTERM does: a driver of Ray's would end by SIGABRT (2.60, absl's failure handler)."""
+    action = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, action)
 
 
 def _check_listens(address: str, flag: str) -> None:
@@ -275,11 +324,8 @@ class _Places:
 
 
 def _is_connected() -> bool:
-    try:
-        import ray
-    except ImportError:
-        return False
-    return bool(ray.is_initialized())
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def _environment() -> dict[str, str | None]:

@@ -214,7 +214,7 @@ class Desk:
                         self._news.results.append(result)
                         self._changed.notify_all()
                 assert not self._num_at_work, f"the worker left {self._num_at_work} tasks without a result"
-        except Exception as error:  # noqa: BLE001 (it is raised where the driver is)
+        except BaseException as error:  # noqa: BLE001 (it is raised where the driver is; sys.exit ends a thread alone)
             failure = _portable(error)
         finally:
             if worker is not None:
@@ -299,7 +299,7 @@ class _Log:
             self._path.unlink(missing_ok=True)
 
 
-def _portable(error: Exception) -> Exception:
+def _portable(error: BaseException) -> Exception:
     """Make an error of what the driver can raise: those that a user can mend as they are, others with traceback."""
     for kind in (ConfigError, DataError, ConversionError):
         if isinstance(error, kind):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_sppo.cluster.config import PoolConfig
-from megatron_sppo.cluster.ray_team import _Places, _reason
+from megatron_sppo.cluster.ray_team import _Places, _reason, connect
 from megatron_sppo.errors import ConfigError
 
 
@@ -65,6 +65,12 @@ def test_what_the_cluster_cannot_hold_is_refused_at_once(nodes, num_gpus, words)
 def test_a_machine_that_has_too_few_gpus_will_not_have_more():
     with pytest.raises(ConfigError, match=r"3 workers take 4 GPUs each, this machine has 8 GPUs\. Use --workers 2\."):
         places([(8, 8)], num_gpus=4, workers=3, ray=None)
+
+
+def test_a_thousand_processes_are_not_started_on_one_machine(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    with pytest.raises(ConfigError, match=r"--workers 33: .* 4 CPUs\. Use --workers 4, or --ray with a cluster\."):
+        connect(PoolConfig(workers=33))
 
 
 # As Ray 2.60 words them.

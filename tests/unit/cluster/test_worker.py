@@ -7,7 +7,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from megatron_sppo.cluster.worker import Desk
+import pytest
+
+from megatron_sppo.cluster.worker import Desk, WorkerCrashed
 from tests.unit.cluster.workers import Squarer, Stream, Task
 
 
@@ -54,9 +56,22 @@ def test_it_ends_when_it_is_told_and_has_nothing_left():
     assert [result.square for result in results] == [4] and reply.failure is None
 
 
+@pytest.mark.parametrize("fault", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), ValueError("odd")])
+def test_whatever_a_worker_ends_by_is_told(fault):
+    """What leaves a thread without a word, as sys.exit in a library does, would be waited for without end."""
+
+    def make():
+        raise fault
+
+    reply, _ = replies_until(Desk(make), lambda reply, _: reply.has_ended)
+    assert isinstance(reply.failure, WorkerCrashed) and type(fault).__name__ in reply.failure.summary
+
+
 SCRIPT = """
 import os, sys
-from megatron_sppo.cluster.worker import Desk
+import pytest
+
+from megatron_sppo.cluster.worker import Desk, WorkerCrashed
 from tests.unit.cluster.workers import Squarer
 
 def make():
