@@ -86,7 +86,13 @@ def connect(pool: PoolConfig) -> Any:
     except (ray.exceptions.RayError, ValueError, RuntimeError, OSError) as error:
         remedy = _START_A_CLUSTER if pool.ray else "Use --workers 1"
         raise ConfigError(f"{flag}: Ray does not start or answer ({one_line(error)[:300]}). {remedy}.") from None
+    # It tells of dead workers on stdout (2.60, _private/worker.py listen_error_messages), where --json has its object.
+    ray._private.worker.print_to_stdstream = _note
     return ray
+
+
+def _note(told: dict[str, Any], **_: Any) -> None:
+    logger.debug("Ray: %s", " ".join(map(str, told.get("lines", ()))))
 
 
 def _check_number(workers: int) -> None:
@@ -174,6 +180,9 @@ class RayTeam:
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, tuple[int, bool]] = {}
         """Reference of a call under way -> (worker, whether it is a ping)."""
+        self._lives: dict[int, str] = {}
+        self._ended: set[str] = set()
+        """Lives of workers that are restarted, whose processes may answer once more."""
         run = uuid.uuid4().hex[:12]
         for worker in range(self.num_workers):
             log_name = f"megatron-sppo-{run}-worker-{worker}.log"
@@ -210,14 +219,19 @@ class RayTeam:
                     self._await(worker)
                 continue
             if is_ping:
-                self.exchange(worker, None, has_more=True, is_end=False)
+                if reply in self._ended:
+                    self._await(worker)
+                else:
+                    self.exchange(worker, None, has_more=True, is_end=False)
                 continue
+            self._lives[worker] = reply.life
             self._keep_log(worker, reply.log)
             came.append((worker, reply))
         return came
 
     def restart(self, worker: int) -> None:
         """End a worker's process and start it anew."""
+        self._ended.add(self._lives[worker])
         self._ray.kill(self._actors[worker], no_restart=False)
         self._await(worker)
 

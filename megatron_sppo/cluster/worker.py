@@ -124,7 +124,9 @@ class Desk:
         environment: Mapping[str, str | None] = MappingProxyType({}),
         log_name: str | None = None,
     ) -> None:
-        """Begin to start the worker, in a thread.
+        """Make the desk; the worker starts, in a thread, at the first `exchange`.
+
+        So a process whose worker dies at once has answered `ping` before, and its death is seen.
 
         Args:
             ahead: tasks that lie ready here beside those that the worker has taken.
@@ -144,8 +146,7 @@ class Desk:
         self._num_at_work = 0
         self._is_hungry = self._is_ready = self._is_ending = self._has_ended = False
         self._log = _Log(log_name)
-        self._thread = threading.Thread(target=self._live, daemon=True, name="worker")
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     def ping(self) -> str:
         """Say that this process lives."""
@@ -169,6 +170,9 @@ class Desk:
             seconds: longest wait.
         """
         with self._changed:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._live, daemon=True, name="worker")
+                self._thread.start()
             if life is not None and life != self._life:
                 return Reply(life=self._life, is_ready=self._is_ready, log=self._log.take())
             self._ready.extend(tasks)

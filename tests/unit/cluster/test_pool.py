@@ -192,7 +192,19 @@ def test_a_stage_without_workers_is_said_and_ended(caplog):
 
 
 def test_settings_that_name_no_pool_are_refused():
-    for text in ("", " ", "local", "head", "head:", "head:0", "head:65536", "ray://head:10001", "a:1 ", "[::1:1", "::1"):
+    for text in (
+        "",
+        " ",
+        "local",
+        "head",
+        "head:",
+        "head:0",
+        "head:65536",
+        "ray://head:10001",
+        "a:1 ",
+        "[::1:1",
+        "::1",
+    ):
         with pytest.raises(ConfigError, match="Use --ray auto on one of the cluster's nodes, --ray HOST:PORT"):
             PoolConfig(ray=text)
     for text in ("auto", "head:6379", "10.0.0.1:65535", "[::1]:6379", "a-b.example:1"):

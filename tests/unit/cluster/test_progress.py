@@ -67,7 +67,10 @@ def test_a_damaged_file_is_named(tmp_path):
         read_progress(tmp_path / "out")
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (7265, "2:01:05"), (-5, "0:00"), (float("nan"), "0:00")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (7265, "2:01:05"), (-5, "0:00"), (float("nan"), "0:00")],
+)
 def test_durations_are_spelled_as_clocks_do(seconds, text):
     assert clock_time(seconds) == text
     assert clock_time(float("inf")) == clock_time(1e300) == "359999:59:59"

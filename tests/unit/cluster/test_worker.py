@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -65,6 +66,15 @@ def test_whatever_a_worker_ends_by_is_told(fault):
 
     reply, _ = replies_until(Desk(make), lambda reply, _: reply.has_ended)
     assert isinstance(reply.failure, WorkerCrashed) and type(fault).__name__ in reply.failure.summary
+
+
+def test_a_process_answers_before_its_worker_starts():
+    """One that dies in its worker's start is then known to have lived: Ray calls a dead one again without end."""
+    started = threading.Event()
+    desk = Desk(lambda: started.set() or Squarer())
+    assert desk.ping() and not started.wait(0.1)
+    desk.exchange(None, seconds=0.0)
+    assert started.wait(30)
 
 
 SCRIPT = """
