@@ -7,7 +7,6 @@ from typing import Annotated
 from megatron_sppo.config import LAYOUT, PositiveInt, check_ranges
 from megatron_sppo.errors import ConfigError
 
-
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(\d{1,5})")
 
 

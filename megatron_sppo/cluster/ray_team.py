@@ -360,4 +360,5 @@ def _reason(error: Exception) -> str:
     if "creation task" in text:  # a traceback, such as of a package that is not installed there
         said = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
     said = said if len(said) <= _REASON_CHARACTERS else f"{said[:_REASON_CHARACTERS]}..."
-    return f"{said} On {where[1]}" if where and where[1] not in said else said
+    said = said.rstrip(".")
+    return f"{said} on {where[1]}" if where and where[1] not in said else said

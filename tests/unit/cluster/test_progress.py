@@ -1,5 +1,7 @@
 """Proves what a stage says of itself: the line's numbers, and the file that another terminal reads."""
 
+import math
+
 import pytest
 
 from megatron_sppo.cluster.progress import StageProgress, clock_time, progress_file, read_progress
@@ -73,4 +75,4 @@ def test_a_damaged_file_is_named(tmp_path):
 )
 def test_durations_are_spelled_as_clocks_do(seconds, text):
     assert clock_time(seconds) == text
-    assert clock_time(float("inf")) == clock_time(1e300) == "359999:59:59"
+    assert clock_time(math.inf) == clock_time(1e300) == "359999:59:59"

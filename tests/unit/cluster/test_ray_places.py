@@ -91,7 +91,7 @@ ModuleNotFoundError: No module named 'megatron_sppo'
 
 def test_of_ray_s_message_the_cause_and_the_machine_are_told():
     told = _reason(RuntimeError(KILLED))
-    assert told == "Worker unexpectedly exits with a connection error code 2. End of file. On 10.0.0.3"
-    assert _reason(RuntimeError(UNMADE)) == "ModuleNotFoundError: No module named 'megatron_sppo' On 10.0.0.3"
+    assert told == "Worker unexpectedly exits with a connection error code 2. End of file on 10.0.0.3"
+    assert _reason(RuntimeError(UNMADE)) == "ModuleNotFoundError: No module named 'megatron_sppo' on 10.0.0.3"
     assert _reason(RuntimeError("The actor is temporarily unavailable")) == "The actor is temporarily unavailable"
     assert len(_reason(RuntimeError("x" * 5000))) < 300
