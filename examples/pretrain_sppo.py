@@ -45,7 +45,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         logger.info("%s is complete: %d steps are done, %d asked for", config.save, progress.step, batches.train_iters)
         return
     reference.say_what_it_carries(batches, config)
-    further = inputs.open_references(config, architecture) if resumed is None else []
+    further = inputs.open_references(config, architecture, tokenizer) if resumed is None else []
     inputs.prepare_save_directory(config)
     tracked = inputs.start_trackers(config, first_step=progress.step + 1)
 

@@ -21,6 +21,7 @@ class Schedule(Generic[TaskT]):
         self._held: dict[int, dict[int, TaskT]] = {}
         self._unfinished: dict[int, TaskT] = {}
         self._losses: dict[int, list[int]] = {}
+        self._deaths_elsewhere: dict[int, int] = {}
         self._spare: TaskT | None = None
 
     @property
@@ -56,6 +57,7 @@ class Schedule(Generic[TaskT]):
         task = self._unfinished.pop(index, None)
         if task is not None:
             self._losses.pop(index, None)
+            self._deaths_elsewhere.pop(index, None)
             # A worker that was out of reach for a while may answer what has been given to another meanwhile.
             self._returned = deque(other for other in self._returned if other.index != index)
         return task
@@ -68,21 +70,24 @@ class Schedule(Generic[TaskT]):
             is_alone: there is no other worker, so that it cannot be told whether it is the worker or the task.
 
         Raises:
-            DataError: workers, more than one where there are more, have died three times at a task.
+            DataError: workers, more than one where there are more, have died three times at a task, and as many times
+                more as others have died since elsewhere: where machines fail all over, no task is the reason.
         """
         lost = [task for task in self._held.pop(worker, {}).values() if task.index in self._unfinished]
         for task in lost:
             self._losses.setdefault(task.index, []).append(worker)
+        for index in self._losses.keys() - {task.index for task in lost} if lost else ():
+            self._deaths_elsewhere[index] = self._deaths_elsewhere.get(index, 0) + 1
         self._returned.extendleft(reversed(lost))
-        losses = {str(task): self._losses[task.index] for task in lost}
-        deadly = [
-            name
-            for name, workers in losses.items()
-            if len(workers) >= MOST_LOSSES and (is_alone or len(set(workers)) > 1)
-        ]
-        if deadly:
+        if deadly := [task for task in lost if self._is_deadly(task.index, is_alone=is_alone)]:
+            names = some_of([str(task) for task in deadly])
             raise DataError(
-                f"{some_of(deadly)}: {MOST_LOSSES} workers have died at it, the last by: {why}. "
+                f"{names}: {MOST_LOSSES} workers have died at it, the last by: {why}. "
                 "See the workers' logs; finished work is kept: mend the cause and run the same command again."
             )
         return len(lost)
+
+    def _is_deadly(self, index: int, *, is_alone: bool) -> bool:
+        workers = self._losses[index]
+        most = MOST_LOSSES + self._deaths_elsewhere.get(index, 0)
+        return len(workers) >= most and (is_alone or len(set(workers)) > 1)

@@ -25,16 +25,28 @@ REGRESSION_TASKS = ("arc_challenge", "gsm8k", "hellaswag", "ifeval", "mmlu", "tr
 _CODE_BLOCK = re.compile(r"```[^`]*```")
 
 
+def check_export(directory: Path, field: Field) -> None:
+    """Refuse what `export_answers` cannot write, before anybody is judged.
+
+    Raises:
+        ConfigError: the directory is a file, or two players' answers would lie in one.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is a file. Give --export a directory.")
+    names: dict[str, str] = {}
+    for name in field.names:
+        if (other := names.setdefault(_file_name(name), name)) != name:
+            raise ConfigError(
+                f"the answers of {other!r} and {name!r} would be exported to one file, {_file_name(name)}. "
+                "Give one of the players another name."
+            )
+
+
 def export_answers(directory: Path, field: Field, prompt_ids: Sequence[str]) -> dict[str, list[str]]:
     """Write everybody's answers in every format -> the files by format.
 
     AlpacaEval and Arena-Hard take one answer a prompt, the first; MT-Bench takes all, as choices.
-
-    Raises:
-        ConfigError: the directory is a file.
     """
-    if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"{directory} is a file. Give --export a directory.")
     now = time.time()
     rows: dict[str, Callable[[RolloutGroup, str], dict[str, Any]]] = {
         "alpaca_eval": _alpaca_eval,

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.evaluation.answer_texts import describe_answers
 from megatron_sppo.evaluation.estimates import Resampling, mean_of
-from megatron_sppo.evaluation.export import export_answers, lm_eval_command
+from megatron_sppo.evaluation.export import check_export, export_answers, lm_eval_command
 from megatron_sppo.evaluation.length_control import DifficultyTable, read_difficulty_table, require_scikit_learn
 from megatron_sppo.evaluation.over_optimisation import over_optimisation
 from megatron_sppo.evaluation.players import Field, Player, read_field
@@ -19,6 +19,7 @@ from megatron_sppo.judge.accuracy import strict_accuracy
 from megatron_sppo.judge.config import EvaluateConfig
 from megatron_sppo.judge.diagnostics import fraction, verdict_shares, warnings
 from megatron_sppo.judge.evaluation import check_signal
+from megatron_sppo.judge.load import canonical_spec
 from megatron_sppo.judge.workers import PooledJudge, open_judge
 from megatron_sppo.storage import refuse_foreign_file, write_json
 
@@ -42,6 +43,8 @@ def evaluate_players(config: EvaluateConfig) -> dict[str, Any]:
     _require_libraries(config)
     table = None if config.difficulty_table is None else read_difficulty_table(config.difficulty_table)
     field = read_field(config)
+    if config.export is not None:
+        check_export(config.export, field)
     judges = [_open(spec, config) for spec in (config.judge, *config.more_judges)]
     prompt_ids = shared_prompts(field)
     prompt_index = _prompt_index(field, table)
@@ -137,7 +140,7 @@ def _judge(
         check_signal(held.counts, judge=judge.name)
     row: dict[str, Any] = {
         "judge": judge.name,
-        "seen": None if field.trained_on is None else bool({spec, judge.name} & field.trained_on),
+        "seen": None if field.trained_on is None else bool({canonical_spec(spec), judge.name} & field.trained_on),
         "fingerprint": judge.fingerprint,
         "num_prompts": len(held.prompt_ids),
         "unjudged": held.unjudged,

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.judge.config import EvaluateConfig
+from megatron_sppo.judge.load import canonical_spec
 from megatron_sppo.judge.source import last_user_message
 from megatron_sppo.judge.stored_groups import StoredGroups
 from megatron_sppo.rollout.records import Response, RolloutGroup, RolloutManifest, read_manifest
@@ -56,7 +57,7 @@ class Field:
     baseline: int
     """The player that others are measured against."""
     trained_on: frozenset[str] | None
-    """Judges that took part in training; None: not known."""
+    """Judges that took part in training, as `canonical_spec`; None: not known."""
 
     @property
     def names(self) -> list[str]:
@@ -72,7 +73,7 @@ def read_field(config: EvaluateConfig) -> Field:
         DataError: answers that cannot be read, or a second sampling that is none.
     """
     entries = [_named(text, "--players") for text in config.players]
-    iterates = [player for run_dir in config.run for player in _iterates(run_dir, is_alone=len(config.run) == 1)]
+    iterates = [player for run_dir, prefix in _run_prefixes(config.run) for player in _iterates(run_dir, prefix)]
     players = [*_without_repetition(iterates), *_opened(entries, known=iterates)]
     names = [player.name for player in players]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -98,9 +99,29 @@ def _named(text: str, flag: str) -> tuple[str, Path]:
     return name.strip(), Path(place)
 
 
-def _iterates(run_dir: Path, *, is_alone: bool) -> Iterator[Player]:
+def _run_prefixes(run_dirs: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Tell runs apart by as few last parts of their paths as do -> each with what its players' names begin with.
+
+    Raises:
+        ConfigError: a run is given twice.
+    """
+    places = [run_dir.resolve() for run_dir in run_dirs]
+    if twice := next((place for place in places if places.count(place) > 1), None):
+        raise ConfigError(f"--run names {twice} twice. Name each run once.")
+    if len(places) == 1:
+        return [(run_dirs[0], "")]
+    depth = 1
+    while len({place.parts[-depth:] for place in places}) < len(places):
+        depth += 1
+    return [
+        (run_dir, "/".join(place.parts[-depth:]).lstrip("/") + "/")
+        for run_dir, place in zip(run_dirs, places, strict=True)
+    ]
+
+
+def _iterates(run_dir: Path, prefix: str) -> Iterator[Player]:
     """Open the held-out answers of a run's start model and of every iterate -> players, `base` and `iter_T`."""
-    paths, run = RunPaths(run_dir=run_dir), run_dir.resolve().name
+    paths = RunPaths(run_dir=run_dir)
     for iteration in (0, *(entry["iteration"] for entry in read_summary(run_dir)["iterations"])):
         directory = paths.heldout_rollouts(iteration)
         if not directory.is_dir():
@@ -110,9 +131,7 @@ def _iterates(run_dir: Path, *, is_alone: bool) -> Iterator[Player]:
                 "Give a run with an evaluation, or the answers that there are as --players NAME=DIR."
             )
         name = "base" if iteration == 0 else f"iter_{iteration}"
-        yield replace(
-            _of_rollouts(name if is_alone else f"{run}/{name}", directory), run=str(run_dir), iteration=iteration
-        )
+        yield replace(_of_rollouts(prefix + name, directory), run=str(run_dir), iteration=iteration)
 
 
 def _without_repetition(players: Sequence[Player]) -> Iterator[Player]:
@@ -215,9 +234,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         DataError: it is no JSON, or a row is none.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         is_list = text.lstrip().startswith("[")
-        rows = json.loads(text) if is_list else [json.loads(line) for line in text.splitlines() if line.strip()]
+        # Not splitlines(): JSON's strings may hold its other ends of lines, such as U+2028.
+        rows = json.loads(text) if is_list else [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is neither JSON nor JSON Lines ({error}). {_FORM}") from None
     for number, row in enumerate(rows, start=1):
@@ -268,10 +288,10 @@ def _with_second(player: Player, directory: Path) -> Player:
 
 
 def _training_judges(config: EvaluateConfig) -> frozenset[str] | None:
-    """Gather the judges that trained the players -> their names, None where nobody says."""
-    judges = set(config.trained_on)
+    """Gather the judges that trained the players -> as `canonical_spec`, None where nobody says."""
+    judges = {canonical_spec(judge) for judge in config.trained_on}
     for run_dir in config.run:
         scoring = (read_state(run_dir) or {}).get("config", {}).get("scoring", {})
         if judge := scoring.get("judge"):
-            judges.add(str(judge))
+            judges.add(canonical_spec(str(judge)))
     return frozenset(judges) if judges else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sppo.errors import ConfigError
@@ -132,6 +133,13 @@ def identify_judge(
         identity = reward_identity(rest, dtype=dtype)
     judge = _wrapped(_Unloaded(identity), similarity_gate=similarity_gate, after=after)
     return JudgeIdentity(name=judge.name, fingerprint=judge.fingerprint)
+
+
+def canonical_spec(spec: str) -> str:
+    """Spell a SPEC in the one way of all that name the same judge: files by their whole paths -> SPEC."""
+    kind, _, rest = spec.partition(":")
+    place, colon, function = rest.rpartition(":") if kind == "python" else (rest, "", "")
+    return f"{kind}:{Path(place).resolve()}{colon}{function}" if place and Path(place).exists() else spec
 
 
 class _Unloaded:

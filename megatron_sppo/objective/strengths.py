@@ -7,7 +7,9 @@ P = players; `...` = any leading shape, usually resamples. Model: P(p beats q) =
 import torch
 from torch import Tensor
 
-_MOST_STEPS = 200
+from megatron_sppo.errors import DataError
+
+_MOST_STEPS = 2000
 _LARGEST_STEP = 1.0
 """Nats: a Newton step is shortened to it, so that none overshoots where the sigmoid is flat."""
 _GRADIENT_TOLERANCE = 1e-12
@@ -25,8 +27,16 @@ def bradley_terry(wins: Tensor, *, anchor: int) -> Tensor:
     Args:
         wins: [..., P, P], how often p beat q, at least 0; the diagonal is ignored.
         anchor: the player whose strength is 0.
+
+    Raises:
+        DataError: a number below 0 or none, or no such player.
     """
     num_players = wins.shape[-1]
+    if not bool((wins >= 0).all()) or not 0 <= anchor < num_players:
+        raise DataError(
+            f"wins of {num_players} players with the least {float(wins.min()):g}, anchor {anchor}: there are no "
+            "strengths. Give numbers of at least 0, and an anchor from 0 on."
+        )
     off_diagonal = 1 - torch.eye(num_players, dtype=torch.float64)
     shares = wins.double() * off_diagonal
     shares = shares / shares.sum(dim=(-2, -1), keepdim=True).clamp_min(1e-300)

@@ -131,7 +131,7 @@ class Objective:
         weights = self.reference_weights
         if not weights and self.default_weight is not None:
             weights = (self.default_weight(num_references),) * num_references
-        if len(weights) != num_references or sum(weights) > 1 + 1e-9:
+        if len(weights) != num_references or min(weights) < 0 or not sum(weights) <= 1 + 1e-9:  # NaN is not
             raise ConfigError(
                 f"{len(weights)} reference_weights, {sum(weights):.6g} in all, are given with {num_references} "
                 "further references. Use --reference-weights with as many numbers, at most 1 in all; pi_t has the rest."

@@ -54,25 +54,43 @@ def open_source(config: TrainingConfig, resumed: Path | None = None) -> tuple[Pa
     return source, architecture, {**tokenizer, "directory": source / megatron_checkpoint.HF_DIRECTORY}
 
 
-def open_references(config: TrainingConfig, architecture: Architecture) -> list[Path]:
+def open_references(config: TrainingConfig, architecture: Architecture, tokenizer: dict[str, Any]) -> list[Path]:
     """Find the checkpoints of further references -> `iter_*` directories. Collective.
 
     Raises:
         DataError: one does not exist, or is damaged.
-        ConfigError: one holds another model than pi_t's.
+        ConfigError: one holds another model than pi_t's, or reads another tokenizer's ids.
     """
-    return [open_reference(config, root, architecture) for root in config.reference]
+    sources = []
+    for root in config.reference:
+        source, theirs, its_tokenizer = _told_source(config, root)
+        if theirs != architecture:
+            raise ConfigError(
+                f"{root} holds a model of another architecture than {config.load}. Give --reference checkpoints of the "
+                "same model."
+            )
+        its, ours = its_tokenizer.get("hash"), tokenizer.get("hash")
+        directory = source / megatron_checkpoint.HF_DIRECTORY
+        if its and ours and its != ours and not is_tokenizer_of(directory, [ours]):
+            raise ConfigError(
+                f"{root} has another tokenizer (sha256 {its[:12]}) than {config.load} ({ours[:12]}): the data's tokens "
+                "are other texts to it. Give --reference checkpoints of the same model."
+            )
+        sources.append(source)
+    return sources
 
 
-def open_reference(config: TrainingConfig, root: Path, architecture: Architecture | None = None) -> Path:
-    """Find one further reference's checkpoint -> `iter_*` directory. Collective. Raises as `open_references`."""
-    source, theirs, _ = parallel.told_by_rank_zero(config.parallel, functools.partial(_describe_source, root, None))
-    if architecture is not None and theirs != architecture:
-        raise ConfigError(
-            f"{root} holds a model of another architecture than {config.load}. Give --reference checkpoints of the "
-            "same model."
-        )
-    return source
+def open_reference(config: TrainingConfig, root: Path) -> Path:
+    """Find the checkpoint of a further reference that a run began with -> `iter_*` directory. Collective.
+
+    Raises:
+        DataError: it does not exist, or is damaged.
+    """
+    return _told_source(config, root)[0]
+
+
+def _told_source(config: TrainingConfig, root: Path) -> tuple[Path, Architecture, dict[str, Any]]:
+    return parallel.told_by_rank_zero(config.parallel, functools.partial(_describe_source, root, None))
 
 
 def _refuse_layout(config: TrainingConfig) -> None:

@@ -178,4 +178,12 @@ def test_a_reference_of_another_model_is_refused(world: World, tmp_path: Path) -
     import_checkpoint(tiny_llama(tmp_path / "hf", num_hidden_layers=4), tmp_path / "deep")
     assert train(world, tmp_path, "--micro-batch-size 4 --objective inpo", tmp_path / "deep") == [2]
     assert train(world, tmp_path, "--micro-batch-size 4 --objective inpo", tmp_path / "nothing") == [2]
+    # The same shapes, and every token's number is another text's.
+    hf = tiny_llama(tmp_path / "other_tokens", num_hidden_layers=2)
+    text = json.loads((hf / "tokenizer.json").read_text())
+    vocabulary = text["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (hf / "tokenizer.json").write_text(json.dumps(text))
+    import_checkpoint(hf, tmp_path / "renumbered")
+    assert train(world, tmp_path, "--micro-batch-size 4 --objective inpo", tmp_path / "renumbered") == [2]
     assert not (tmp_path / "save").exists()

@@ -75,6 +75,23 @@ def test_a_task_is_not_blamed_for_one_worker_that_always_dies_unless_there_is_no
         schedule.lose(4, why="killed", is_alone=True)
 
 
+def test_no_task_is_blamed_while_workers_die_as_often_at_others():
+    """Four deaths at each of two tasks; three more at one of them alone make it the reason."""
+    schedule, workers = Schedule([Task(0), Task(1)]), iter(range(100))
+    for _ in range(4):
+        pair = next(workers), next(workers)
+        assert [len(schedule.give(worker, 1)) for worker in pair] == [1, 1]
+        for worker in pair:
+            schedule.lose(worker, why="power")
+    schedule.give(next(workers), 2)
+    schedule.finish(8, 1)
+    for _ in range(2):
+        schedule.lose(8, why="power")
+        assert schedule.give(8, 1) == (Task(0),)
+    with pytest.raises(DataError, match="^task 0: 3 workers have died at it"):
+        schedule.lose(8, why="out of memory")
+
+
 def test_workers_without_tasks_may_die_as_they_like():
     schedule = Schedule([Task(0)])
     for _ in range(10):

@@ -206,6 +206,7 @@ def test_the_same_command_gives_the_same_result_and_another_seed_other_intervals
         (("--players", "a=a", "b=b", "--more-judges", "rules:concise"), ConfigError, "rules:concise is named twice"),
         (("--players", "a=a", "b=b", "--more-judges", "rules:none"), ConfigError, "rules:none is unknown"),
         (("--players", "a=a", "b=b", "--export", "x.json"), ConfigError, "is a file. Give --export a directory"),
+        (("--players", "a/a=a", "a__a=b", "--export", "new"), ConfigError, "'a/a' and 'a__a' would be exported to one"),
         (("--policy", "a", "--base", "b", "--previous", "b", "--baseline", "a"), ConfigError, "--baseline is of"),
         (("--policy=a", "--base=b", "--previous=b", "--length-control=none"), ConfigError, "--length-control is of"),
     ],

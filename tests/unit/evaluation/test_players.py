@@ -9,6 +9,7 @@ import pytest
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.evaluation.players import read_field
 from megatron_sppo.judge.config import EvaluateConfig
+from megatron_sppo.judge.load import canonical_spec
 from megatron_sppo.rollout.records import read_manifest, write_manifest
 from tests.unit.selfplay.synthetic import group, write_rollouts, write_run
 
@@ -81,6 +82,21 @@ def test_a_run_brings_its_start_and_every_iterate_and_the_judge_that_trained_it(
     assert found.trained_on == {"rules:concise"}
 
 
+def test_a_judge_is_the_same_under_every_spelling_of_its_file(place):
+    Path("judges").mkdir()
+    Path("judges/mine.py").write_text("")
+    judges = Path("judges").absolute()
+    assert {canonical_spec(spec) for spec in ("reward:judges", "reward:./judges/", f"reward:{judges}")} == {
+        f"reward:{judges}"
+    }
+    assert canonical_spec("python:judges/mine.py:f") == canonical_spec(f"python:{judges}/mine.py:f")
+    assert canonical_spec("python:judges/mine.py:f") != canonical_spec("python:judges/mine.py:g")
+    assert [canonical_spec(spec) for spec in ("rules:concise", "pairrm:llm-blender/PairRM")] == [
+        "rules:concise",
+        "pairrm:llm-blender/PairRM",
+    ]
+
+
 def test_runs_from_the_same_start_share_it(place):
     write_run(Path("one"), num_iterations=1)
     write_run(Path("two"), num_iterations=2)
@@ -88,6 +104,28 @@ def test_runs_from_the_same_start_share_it(place):
     config = EvaluateConfig(judge="rules:cyclic", output=Path("x.json"), run=(Path("one"), Path("two"), Path("other")))
     names = read_field(config).names
     assert names == ["one/base", "one/iter_1", "two/iter_1", "two/iter_2", "other/base", "other/iter_1"]
+
+
+def test_runs_of_one_name_are_told_apart_by_where_they_lie(place):
+    write_run(Path("seed0/run"), num_iterations=1)
+    write_run(Path("seed1/run"), num_iterations=1)
+    found = read_field(
+        EvaluateConfig(judge="rules:cyclic", output=Path("x.json"), run=(Path("seed0/run"), Path("seed1/run")))
+    )
+    assert found.names == ["seed0/run/base", "seed0/run/iter_1", "seed1/run/iter_1"]
+    with pytest.raises(ConfigError, match="run twice. Name each run once"):
+        read_field(
+            EvaluateConfig(
+                judge="rules:cyclic", output=Path("x.json"), run=(Path("seed0/run"), Path("seed1/../seed0/run"))
+            )
+        )
+
+
+def test_a_file_of_answers_may_hold_every_character_that_json_may(place):
+    texts = {"p": "one\u2028two\x85three\x0b", "q": "four"}
+    lines = [json.dumps({"instruction": f"Why {p}?", "output": text}, ensure_ascii=False) for p, text in texts.items()]
+    Path("x.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
+    assert {p: group.responses[0].text for p, group in field("a=a", "x=x.jsonl").players[1].groups.items()} == texts
 
 
 def test_a_second_sampling_is_of_the_same_model_under_another_seed(place):

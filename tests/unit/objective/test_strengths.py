@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_sppo.errors import DataError
 from megatron_sppo.objective.strengths import bradley_terry
 
 
@@ -57,3 +58,18 @@ def test_a_circle_of_certain_wins_has_equal_strengths():
     """Everyone has beaten everyone by way of a third: a maximum exists, and by symmetry it is at 0."""
     circle = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
     assert bradley_terry(circle, anchor=1).numpy() == pytest.approx([0, 0, 0], abs=1e-12)
+
+
+def test_a_chain_of_all_but_certain_wins_is_followed_to_its_end():
+    num_players, odds = 30, 1e9
+    wins = torch.diag(torch.full((num_players - 1,), odds), 1) + torch.diag(torch.ones(num_players - 1), -1)
+    expected = -np.log(odds) * np.arange(num_players)
+    assert bradley_terry(wins, anchor=0).numpy() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("wins", [[[0.0, -1.0], [1.0, 0.0]], [[0.0, float("nan")], [1.0, 0.0]]])
+def test_what_is_no_number_of_wins_is_refused(wins):
+    with pytest.raises(DataError, match="Give numbers of at least 0"):
+        bradley_terry(torch.tensor(wins), anchor=0)
+    with pytest.raises(DataError, match="anchor 2"):
+        bradley_terry(torch.eye(2), anchor=2)
