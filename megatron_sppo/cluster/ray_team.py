@@ -91,7 +91,7 @@ def connect(pool: PoolConfig) -> Any:
     return ray
 
 
-def _note(told: dict[str, Any], **_: Any) -> None:
+def _note(told: dict[str, Any], ignore_prefix: bool = True) -> None:
     logger.debug("Ray: %s", " ".join(map(str, told.get("lines", ()))))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sppo.cluster.worker import Desk, WorkerCrashed
-from tests.unit.cluster.workers import Squarer, Stream, Task
+from tests.unit.cluster.workers import Result, Squarer, Stream, Task
 
 
 def replies_until(desk, condition, tasks=(), **settings):
@@ -68,6 +68,16 @@ def test_whatever_a_worker_ends_by_is_told(fault):
     assert isinstance(reply.failure, WorkerCrashed) and type(fault).__name__ in reply.failure.summary
 
 
+def test_a_result_of_what_nobody_asked_is_a_fault_and_not_waited_past():
+    class Other(Squarer):
+        def run(self, tasks, on_progress):
+            for task in tasks:
+                yield Result(task.index + 1, 0)
+
+    reply, _ = replies_until(Desk(Other), lambda reply, _: reply.has_ended, (Task(3),))
+    assert isinstance(reply.failure, WorkerCrashed) and "answered task 4" in str(reply.failure)
+
+
 def test_a_process_answers_before_its_worker_starts():
     """One that dies in its worker's start is then known to have lived: Ray calls a dead one again without end."""
     started = threading.Event()
@@ -82,7 +92,7 @@ import os, sys
 import pytest
 
 from megatron_sppo.cluster.worker import Desk, WorkerCrashed
-from tests.unit.cluster.workers import Squarer
+from tests.unit.cluster.workers import Result, Squarer
 
 def make():
     print("from python"); sys.stdout.flush()
