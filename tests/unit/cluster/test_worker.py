@@ -75,7 +75,7 @@ def test_a_result_of_what_nobody_asked_is_a_fault_and_not_waited_past():
                 yield Result(task.index + 1, 0)
 
     reply, _ = replies_until(Desk(Other), lambda reply, _: reply.has_ended, (Task(3),))
-    assert isinstance(reply.failure, WorkerCrashed) and "answered task 4" in str(reply.failure)
+    assert isinstance(reply.failure, WorkerCrashed) and "answered task 4, which" in str(reply.failure)
 
 
 def test_a_process_answers_before_its_worker_starts():
