@@ -5,6 +5,7 @@ Ray is imported here alone, and inside functions: a stage of one worker needs no
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -20,7 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_sppo.cluster.config import PoolConfig
 from megatron_sppo.cluster.worker import Desk, Lost, Numbered, Reply, Worker
@@ -76,7 +77,7 @@ def connect(pool: PoolConfig) -> Any:
         settings["address"] = pool.ray
         _check_listens(settings["address"], flag)
     try:
-        with _signals_as_they_are():
+        with _ended_by_sigterm():
             ray.init(**settings)
     except ray.exceptions.AuthenticationError as error:
         raise ConfigError(
@@ -120,14 +121,29 @@ def _keep_to_ourselves() -> None:
 
 
 @contextlib.contextmanager
-def _signals_as_they_are() -> Iterator[None]:
-    """Keep what SIGTERM does: a driver of Ray's would end by SIGABRT (2.60, absl's failure handler)."""
+def _ended_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM end a driver as it ends any process, after its Ray: what that starts lives on for a minute else.
+
+    Ray's own handler would end it by SIGABRT (2.60, absl's failure handler), which nobody takes for SIGTERM.
+    """
     action = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, action)
+            signal.signal(signal.SIGTERM, _leave if action == signal.SIG_DFL else action)
+
+
+def _leave(signum: int, _: Any) -> NoReturn:
+    signal.signal(signum, signal.SIG_IGN)
+    atexit.register(_die_of, signum)  # Ray makes another exit code of it, where it waits (2.60)
+    sys.exit(128 + signum)
+
+
+def _die_of(signum: int) -> None:
+    sys.modules["ray"].shutdown()
+    signal.signal(signum, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)
 
 
 def _check_listens(address: str, flag: str) -> None:
