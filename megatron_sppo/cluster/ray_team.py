@@ -42,6 +42,7 @@ _START_A_CLUSTER = (
     "Start one (`ray start --head`, on further nodes `ray start --address HOST:6379`) and run this on one of its "
     "nodes, or leave --ray out"
 )
+_GIVE_THE_TOKEN = "If it asks for a token: export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=TOKEN"  # Ray does not say so
 
 
 def connect(pool: PoolConfig) -> Any:
@@ -79,21 +80,16 @@ def connect(pool: PoolConfig) -> Any:
     try:
         with _ended_by_sigterm():
             ray.init(**settings)
-    except ray.exceptions.AuthenticationError as error:
-        raise ConfigError(
-            f"{flag}: the cluster asks for another token ({one_line(error)[:_REASON_CHARACTERS]}). Set RAY_AUTH_TOKEN "
-            "to that which it was started with."
-        ) from None
     except (ray.exceptions.RayError, ValueError, RuntimeError, OSError) as error:
-        remedy = _START_A_CLUSTER if pool.ray else "Use --workers 1"
+        remedy = f"{_START_A_CLUSTER}. {_GIVE_THE_TOKEN}" if pool.ray else "Use --workers 1"
         raise ConfigError(f"{flag}: Ray does not start or answer ({one_line(error)[:300]}). {remedy}.") from None
     # It tells of dead workers on stdout (2.60, _private/worker.py listen_error_messages), where --json has its object.
     ray._private.worker.print_to_stdstream = _note
     return ray
 
 
-def _note(told: dict[str, Any], ignore_prefix: bool = True) -> None:
-    logger.debug("Ray: %s", " ".join(map(str, told.get("lines", ()))))
+def _note(data: Any, ignore_prefix: bool) -> None:
+    logger.debug("Ray: %s", " ".join(map(str, data["lines"])))
 
 
 def _check_number(workers: int) -> None:
