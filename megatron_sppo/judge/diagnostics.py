@@ -82,7 +82,8 @@ JUDGE_DIAGNOSTICS = (
     ),
     JudgeDiagnostic(
         name="cyclic_energy", label="share of the logits that no score per answer explains", above=0.1,
-        short="cyclic share", remedy="As for circles; if answers are near-duplicates, it is noise: sample hotter.",
+        short="cyclic share", remedy="As for circles, where there are any. Otherwise log-odds do not add up: noise "
+        "of near-duplicates (sample hotter), or shares of checks that are passed, whose odds never do.",
     ),
     JudgeDiagnostic(name="transitive_energy", label="share of the logits that one score per answer explains"),
     JudgeDiagnostic(

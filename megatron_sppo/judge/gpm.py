@@ -45,6 +45,7 @@ MOST_TOKENS = 4096
 """Of a conversation, beginning of text included; what is longer loses its end, as theirs does."""
 
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _VALUE_HEAD, _PROMPT_HEAD = "value_head.weight", "prompt_head.weight"
 
 
@@ -189,8 +190,14 @@ def _read_heads(directory: Path) -> tuple[Tensor, Tensor | None]:
 
 
 def _check_heads(directory: Path, value_head: Tensor, prompt_head: Tensor | None, *, hidden_size: int) -> None:
-    dim = value_head.shape[0]
-    if value_head.ndim != 2 or value_head.shape[1] != hidden_size or dim % 2:
+    for name, head in ((_VALUE_HEAD, value_head), (_PROMPT_HEAD, prompt_head)):
+        if head is not None and head.dtype not in _DTYPES:
+            raise ConfigError(
+                f"{directory}: {name} is of {head.dtype}, which has scales of its own that are not read. "
+                "Give a checkpoint in bfloat16, float16 or float32."
+            )
+    dim = value_head.shape[0] if value_head.ndim else 0
+    if value_head.ndim != 2 or value_head.shape[1] != hidden_size or not dim or dim % 2:
         raise ConfigError(
             f"{directory}: {_VALUE_HEAD} has the shape {tuple(value_head.shape)}, a general preference model's is "
             f"(2m, {hidden_size}). Use --judge reward:DIR for a reward model with one logit."

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.accuracy import strict_accuracy
@@ -21,7 +22,7 @@ from megatron_sppo.judge.conclusion import ConclusionJudge
 from megatron_sppo.judge.load import load_judge
 from megatron_sppo.judge.protocol import Judge, Unjudged
 from megatron_sppo.judge.verifiable import logits_of
-from megatron_sppo.objective import preference_matrix, win_rates
+from megatron_sppo.objective import hodge_split, preference_matrix, win_rates
 from megatron_sppo.rollout.records import RolloutGroup
 from tests.unit.judge.groups import group_of
 
@@ -74,6 +75,13 @@ def np_tensor(values: np.ndarray) -> Any:
     import torch
 
     return torch.tensor(values, dtype=torch.float64)
+
+
+def test_its_log_odds_look_cyclic_where_nobody_goes_in_a_circle() -> None:
+    """docs/evaluation.md, Circles, says so, and how much of three answers."""
+    flow = torch.tensor(logits_of(np.array([0, 0.5, 1])))
+    cyclic = hodge_split(flow).cyclic.square().sum() / flow.square().sum()
+    assert float(cyclic) == pytest.approx(0.26, abs=0.005)
 
 
 def test_a_win_rate_is_one_half_plus_half_the_lead_in_accuracy() -> None:
