@@ -48,8 +48,8 @@ setup(
         "te": ["transformer-engine[pytorch]>=2.9"],
         # PairRM's tokenizer is a SentencePiece model.
         "judge": ["sentencepiece>=0.2", "protobuf>=4.25"],
-        # Rollouts and judging beyond one process.
-        "cluster": ["ray>=2.50"],
+        # Rollouts and judging beyond one process. From 2.52 on a Ray can ask for a token.
+        "cluster": ["ray>=2.52"],
         # Judges that check: IFEval's and IFBench's instructions, mathematical answers.
         "verifiable": ["if-verifiable>=0.1.2", "math-verify>=0.9"],
         # `evaluate` among players: length-controlled win rates, self-BLEU.

@@ -1,10 +1,13 @@
 """Settings of the pool that a stage is worked off by."""
 
+import re
 from dataclasses import dataclass
 from typing import Annotated
 
 from megatron_sppo.config import LAYOUT, PositiveInt, check_ranges
 from megatron_sppo.errors import ConfigError
+
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(\d{1,5})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +22,14 @@ class PoolConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.ray is not None and not self.ray.strip():
-            raise ConfigError("ray is empty. Use --ray auto, --ray HOST:PORT, or leave it out.")
+        if self.ray is None or self.ray == "auto":
+            return
+        address = _ADDRESS.fullmatch(self.ray)
+        if address is None or not 0 < int(address[2]) < 1 << 16:  # Ray's own `local` and ray:// are no cluster we join
+            raise ConfigError(
+                f"ray is {self.ray!r}, no address. Use --ray auto on one of the cluster's nodes, --ray HOST:PORT with "
+                "that of its head, or --workers N for a Ray of this machine's own."
+            )
 
     @property
     def is_embedded(self) -> bool:

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_FILES = 2.0
 SECONDS_BETWEEN_LINES = 60.0
 """In a log, where nobody sees a bar."""
+_LONGEST_SECONDS = 360000 * 3600 - 1.0
+"""That is spelled out, of what a file says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +173,7 @@ def read_progress(output: Path) -> ProgressNumbers | None:
 
 def clock_time(seconds: float) -> str:
     """Spell a duration -> H:MM:SS, or M:SS."""
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, rest = divmod(round(min(max(0.0, seconds), _LONGEST_SECONDS)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 

@@ -5,18 +5,23 @@ Ray is imported here alone, and inside functions: a stage of one worker needs no
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
 import re
+import secrets
 import shutil
+import signal
 import socket
+import sys
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_sppo.cluster.config import PoolConfig
 from megatron_sppo.cluster.worker import Desk, Lost, Numbered, Reply, Worker
@@ -28,6 +33,7 @@ logger = logging.getLogger(__name__)
 _MIB = 1 << 20
 _OBJECT_STORE_BYTES, _LEAST_OBJECT_STORE_BYTES = 512 * _MIB, 80 * _MIB
 """Of a Ray that is started here. Results wait in it until the driver takes them, which is at once."""
+_MOST_WORKERS_PER_CPU = 8
 _PASSED_ON = ("HF_", "VLLM_", "TOKENIZERS_", "TRANSFORMERS_", "CUDA_LAUNCH", "NCCL_", "OPENAI_")
 """Beginnings of the environment variables that workers on other machines get from the driver."""
 _CLOSING_SECONDS, _LISTENING_SECONDS = 20.0, 10.0
@@ -36,6 +42,7 @@ _START_A_CLUSTER = (
     "Start one (`ray start --head`, on further nodes `ray start --address HOST:6379`) and run this on one of its "
     "nodes, or leave --ray out"
 )
+_GIVE_THE_TOKEN = "If it asks for a token: export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=TOKEN"  # Ray does not say so
 
 
 def connect(pool: PoolConfig) -> Any:
@@ -46,6 +53,9 @@ def connect(pool: PoolConfig) -> Any:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     flag = f"--ray {pool.ray}" if pool.ray else f"--workers {pool.workers}"
+    if pool.ray is None:
+        _check_number(pool.workers or 1)
+        _keep_to_ourselves()
     try:
         import ray
     except ImportError as error:
@@ -65,14 +75,71 @@ def connect(pool: PoolConfig) -> Any:
             "object_store_memory": max(_LEAST_OBJECT_STORE_BYTES, min(_OBJECT_STORE_BYTES, free // 2)),
         }
     else:
-        settings["address"] = pool.ray.strip()
+        settings["address"] = pool.ray
         _check_listens(settings["address"], flag)
     try:
-        ray.init(**settings)
-    except (ConnectionError, ValueError, RuntimeError, OSError, TimeoutError) as error:
-        remedy = _START_A_CLUSTER if pool.ray else "Use --workers 1"
+        with _ended_by_sigterm():
+            ray.init(**settings)
+    except (ray.exceptions.RayError, ValueError, RuntimeError, OSError) as error:
+        remedy = f"{_START_A_CLUSTER}. {_GIVE_THE_TOKEN}" if pool.ray else "Use --workers 1"
         raise ConfigError(f"{flag}: Ray does not start or answer ({one_line(error)[:300]}). {remedy}.") from None
+    # It tells of dead workers on stdout (2.60, _private/worker.py listen_error_messages), where --json has its object.
+    ray._private.worker.print_to_stdstream = _note
     return ray
+
+
+def _note(data: Any, ignore_prefix: bool) -> None:
+    logger.debug("Ray: %s", " ".join(map(str, data["lines"])))
+
+
+def _check_number(workers: int) -> None:
+    cpus = os.cpu_count() or 1
+    if workers > cpus * _MOST_WORKERS_PER_CPU:
+        raise ConfigError(
+            f"--workers {workers}: each is a process of this machine, which has {cpus} CPUs. Use --workers {cpus}, or "
+            "--ray with a cluster."
+        )
+
+
+def _keep_to_ourselves() -> None:
+    """Let nobody else use the Ray that is started here: whoever reaches one can run anything in it.
+
+    Before Ray is imported. Its ports are bound to the loopback (that is what it does on systems where it knows no
+    clusters: Ray 2.60, _private/services.py get_node_ip_address), and ask for a word that nobody else knows. Ray's own
+    word would lie in the home directory, where later clusters of this machine, and not of others, would find it.
+    """
+    if "ray" in sys.modules:  # it has read the environment; since 2.60 it asks for its own word by itself
+        return
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Have SIGTERM end a driver as it ends any process, after its Ray: what that starts lives on for a minute else.
+
+    Ray's own handler would end it by SIGABRT (2.60, absl's failure handler), which nobody takes for SIGTERM.
+    """
+    action = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _leave if action == signal.SIG_DFL else action)
+
+
+def _leave(signum: int, _: Any) -> NoReturn:
+    signal.signal(signum, signal.SIG_IGN)
+    atexit.register(_die_of, signum)  # Ray makes another exit code of it, where it waits (2.60)
+    sys.exit(128 + signum)
+
+
+def _die_of(signum: int) -> None:
+    sys.modules["ray"].shutdown()
+    signal.signal(signum, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)
 
 
 def _check_listens(address: str, flag: str) -> None:
@@ -125,6 +192,9 @@ class RayTeam:
         self._actors: dict[int, Any] = {}
         self._calls: dict[Any, tuple[int, bool]] = {}
         """Reference of a call under way -> (worker, whether it is a ping)."""
+        self._lives: dict[int, str] = {}
+        self._ended: set[str] = set()
+        """Lives of workers that are restarted, whose processes may answer once more."""
         run = uuid.uuid4().hex[:12]
         for worker in range(self.num_workers):
             log_name = f"megatron-sppo-{run}-worker-{worker}.log"
@@ -161,14 +231,19 @@ class RayTeam:
                     self._await(worker)
                 continue
             if is_ping:
-                self.exchange(worker, None, has_more=True, is_end=False)
+                if reply in self._ended:
+                    self._await(worker)
+                else:
+                    self.exchange(worker, None, has_more=True, is_end=False)
                 continue
+            self._lives[worker] = reply.life
             self._keep_log(worker, reply.log)
             came.append((worker, reply))
         return came
 
     def restart(self, worker: int) -> None:
         """End a worker's process and start it anew."""
+        self._ended.add(self._lives[worker])
         self._ray.kill(self._actors[worker], no_restart=False)
         self._await(worker)
 
@@ -275,11 +350,8 @@ class _Places:
 
 
 def _is_connected() -> bool:
-    try:
-        import ray
-    except ImportError:
-        return False
-    return bool(ray.is_initialized())
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
 
 
 def _environment() -> dict[str, str | None]:
@@ -300,4 +372,5 @@ def _reason(error: Exception) -> str:
     if "creation task" in text:  # a traceback, such as of a package that is not installed there
         said = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
     said = said if len(said) <= _REASON_CHARACTERS else f"{said[:_REASON_CHARACTERS]}..."
-    return f"{said} On {where[1]}" if where and where[1] not in said else said
+    said = said.rstrip(".")
+    return f"{said} on {where[1]}" if where and where[1] not in said else said

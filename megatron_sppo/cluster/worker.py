@@ -124,7 +124,9 @@ class Desk:
         environment: Mapping[str, str | None] = MappingProxyType({}),
         log_name: str | None = None,
     ) -> None:
-        """Begin to start the worker, in a thread.
+        """Make the desk; the worker starts, in a thread, at the first `exchange`.
+
+        So a process whose worker dies at once has answered `ping` before, and its death is seen.
 
         Args:
             ahead: tasks that lie ready here beside those that the worker has taken.
@@ -141,11 +143,10 @@ class Desk:
         self._changed = threading.Condition()
         self._ready: deque[Any] = deque()
         self._news = _News()
-        self._num_at_work = 0
+        self._at_work: set[int] = set()
         self._is_hungry = self._is_ready = self._is_ending = self._has_ended = False
         self._log = _Log(log_name)
-        self._thread = threading.Thread(target=self._live, daemon=True, name="worker")
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     def ping(self) -> str:
         """Say that this process lives."""
@@ -169,6 +170,9 @@ class Desk:
             seconds: longest wait.
         """
         with self._changed:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._live, daemon=True, name="worker")
+                self._thread.start()
             if life is not None and life != self._life:
                 return Reply(life=self._life, is_ready=self._is_ready, log=self._log.take())
             self._ready.extend(tasks)
@@ -210,11 +214,14 @@ class Desk:
             while not self._is_done():
                 for result in worker.run(_Tasks(self._take), self._report):
                     with self._changed:
-                        self._num_at_work -= 1
+                        assert result.index in self._at_work, (
+                            f"the worker answered task {result.index}, which it had not"
+                        )
+                        self._at_work.remove(result.index)
                         self._news.results.append(result)
                         self._changed.notify_all()
-                assert not self._num_at_work, f"the worker left {self._num_at_work} tasks without a result"
-        except Exception as error:  # noqa: BLE001 (it is raised where the driver is)
+                assert not self._at_work, f"the worker left {len(self._at_work)} tasks without a result"
+        except BaseException as error:  # noqa: BLE001 (it is raised where the driver is; sys.exit ends a thread alone)
             failure = _portable(error)
         finally:
             if worker is not None:
@@ -234,14 +241,15 @@ class Desk:
             if self._is_hungry == bool(self._ready):  # an engine asks at every step
                 self._is_hungry = not self._ready
                 self._changed.notify_all()
-            if not self._num_at_work:
+            if not self._at_work:
                 self._changed.wait_for(lambda: self._ready or self._is_ending)
             if not self._ready:
                 return None
             self._is_hungry = False
-            self._num_at_work += 1
+            task = self._ready.popleft()
+            self._at_work.add(task.index)
             self._changed.notify_all()
-            return self._ready.popleft()
+            return task
 
     def _report(self, units: int, amount: int) -> None:
         with self._changed:
@@ -299,7 +307,7 @@ class _Log:
             self._path.unlink(missing_ok=True)
 
 
-def _portable(error: Exception) -> Exception:
+def _portable(error: BaseException) -> Exception:
     """Make an error of what the driver can raise: those that a user can mend as they are, others with traceback."""
     for kind in (ConfigError, DataError, ConversionError):
         if isinstance(error, kind):

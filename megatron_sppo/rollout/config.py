@@ -1,6 +1,7 @@
 """Settings of the rollout stage: the job, its chat template, its engine or servers."""
 
 import json
+import re
 import urllib.parse
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -149,8 +150,16 @@ class ServerConfig:
                 is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
             except ValueError:  # no port, or half an IPv6 address
                 is_address = False
-            if not is_address:
+            if not is_address or re.search(r"[^\x21-\x7e]", url):
                 raise ConfigError(f"{url!r} is no server URL. Use --server http://HOST:PORT.")
+            if parts.username or parts.password or parts.query or parts.fragment:
+                raise ConfigError(
+                    f"the URL of the server {parts.hostname} has more than an address. Use --server http://HOST:PORT; "
+                    "a key goes into VLLM_API_KEY, a model's name into --server-model."
+                )
+        bases = [url.rstrip("/").removesuffix("/v1") for url in self.server]
+        if double := [url for url, base in zip(self.server, bases, strict=True) if bases.count(base) > 1]:
+            raise ConfigError(f"--server names {double[-1]} twice. Name each server once.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,7 @@ def load_hub_table(path: Path, name: HubName) -> HubTable | Path:
     """
     import datasets
 
+    _check_not_taken_for_files(path, name.repo)
     try:
         loaded = datasets.load_dataset(name.repo, name.subset)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -108,6 +109,22 @@ def load_hub_table(path: Path, name: HubName) -> HubTable | Path:
         named = f"{PREFIX}{name.repo}" + (f":{name.subset}" if name.subset else "")
         raise ConfigError(f"{path} has {fact}. Use {named}@SPLIT with one of: {', '.join(splits)}.")
     return HubTable(rows=loaded[chosen], split=chosen)
+
+
+def _check_not_taken_for_files(path: Path, repo: str) -> None:
+    """Refuse a name that `datasets` takes for files of this machine: the hub would not be asked, and nobody told.
+
+    It reads a directory of that name here, or for the name of a format such as csv whatever lies here in that format.
+    """
+    from datasets import packaged_modules
+
+    if repo in getattr(packaged_modules, "_PACKAGED_DATASETS_MODULES", ()):
+        raise ConfigError(f"{path} names a format of files, no data set of the hub. Give the file itself.")
+    if Path(repo).exists():
+        raise ConfigError(
+            f"{path}: {Path(repo).absolute()} would be read in place of the hub's data set. Give it as --prompts "
+            f"{repo}, or run the command in another directory."
+        )
 
 
 def _downloaded(repo: str) -> Path | None:

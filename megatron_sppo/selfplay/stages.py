@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 STATE_NAME = "state.json"
 LOGS_NAME = "logs"
+_TYPES_OF_PROCESS = {"pid": int, "start_time": str, "namespace": str}
+"""ProcessIdentity's."""
 _EXIT_SIGTERM = 128 + signal.SIGTERM
 """Of a stage that somebody else has stopped, as Slurm does with all processes of a job: who started the loop can tell
 it from a failure, and start it again."""
@@ -238,9 +240,19 @@ def _has_types(state: dict[str, Any]) -> bool:
     stages = state.get("stages")
     return (
         isinstance(stages, dict)
-        and all(isinstance(entry, dict) for entry in stages.values())
+        and all(isinstance(entry, dict) and _is_entry(entry) for entry in stages.values())
         and all(isinstance(state.get(name) or {}, dict) for name in parts)
         and all(isinstance(state.get(name, 0), int) for name in counts)
+    )
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    command, process = entry.get("command", []), entry.get("process") or {}
+    return (
+        isinstance(command, list)
+        and all(isinstance(token, str) for token in command)
+        and isinstance(process, dict)
+        and (not process or {name: type(value) for name, value in process.items()} == _TYPES_OF_PROCESS)
     )
 
 

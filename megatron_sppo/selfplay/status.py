@@ -90,7 +90,7 @@ def _last_metrics(save: Path) -> dict[str, Any] | None:
     with contextlib.suppress(OSError), open(save / _METRICS_NAME, "rb") as file:
         file.seek(max(0, (save / _METRICS_NAME).stat().st_size - _TAIL_BYTES))
         for line in reversed(file.read().split(b"\n")[:-1]):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 found = json.loads(line)
                 if isinstance(found, dict):
                     return {name: value for name, value in found.items() if isinstance(value, (int, float))}

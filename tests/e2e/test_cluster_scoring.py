@@ -3,8 +3,10 @@
 PairRM is the tiny random one; judges rest before each shard, so that a stage lasts long enough to be killed in.
 """
 
+import contextlib
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +14,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 pytest.importorskip("ray", reason="the extra `cluster` is not installed")
@@ -146,10 +150,44 @@ def test_workers_of_a_ray_that_starts_here_wait_for_no_other(rollouts: Path, tmp
         *arguments, "--output", tmp_path / "two", "--workers", "2", seconds=0.1, SLOW_LOG=log, SLOW_FIRST=10
     )
     ended(process)
-    calls = Counter(log.read_text().split())
-    assert len(calls) == 2 and sum(calls.values()) == NUM_SHARDS
-    assert max(calls.values()) > 4 * min(calls.values()), calls
+    calls = log.read_text().split()
+    assert len(set(calls)) == 2 and len(calls) == NUM_SHARDS
+    both = Counter(calls[next(n for n, pid in enumerate(calls) if pid != calls[0]) :])  # from when the second is there
+    assert max(both.values()) > 3 * both[calls[0]], both
     assert files_of(tmp_path / "two") == alone(tmp_path / "one", *arguments)
+
+
+def test_a_ray_that_starts_here_is_nobody_else_s_and_ends_with_the_command(rollouts: Path, tmp_path: Path) -> None:
+    """It listens on the loopback alone and asks for a word; SIGTERM ends all with what shells and Slurm know it by."""
+    process = start(
+        *("--rollouts", rollouts, "--judge", "rules:concise", "--output", tmp_path / "d", "--workers", "2"),
+        seconds=0.5,
+    )
+    scores = tmp_path / ".d.scores"
+    wait_until(lambda: process.poll() is not None or list(scores.glob("scores-*.npz")), "a shard")
+    family = psutil.Process(process.pid).children(recursive=True)
+    ports = [port for member in (psutil.Process(process.pid), *family) for port in listening(member)]
+    guarded = [member for member in family if "raylet" in member.name() or "gcs_server" in member.name()]
+    words = {member.environ().get("RAY_AUTH_TOKEN") for member in guarded}
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert ports and {port.laddr.ip.removeprefix("::ffff:") for port in ports} == {"127.0.0.1"}
+    assert len(guarded) == 2 and len(words) == 1 and len(words.pop() or "") == 64
+    assert process.returncode == -signal.SIGTERM, errors
+    assert "SIGTERM received" not in errors and not (tmp_path / "d").exists()
+    wait_until(lambda: not [member for member in family if is_alive(member)], "the end of Ray's processes")
+
+
+def listening(process: psutil.Process) -> list[Any]:
+    with contextlib.suppress(psutil.Error):
+        return [port for port in process.net_connections("tcp") if port.status == psutil.CONN_LISTEN]
+    return []
+
+
+def is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def test_evaluation_on_a_cluster_writes_the_result_of_one_process(

@@ -192,8 +192,23 @@ def test_a_stage_without_workers_is_said_and_ended(caplog):
 
 
 def test_settings_that_name_no_pool_are_refused():
-    with pytest.raises(ConfigError, match="ray is empty"):
-        PoolConfig(ray=" ")
+    for text in (
+        "",
+        " ",
+        "local",
+        "head",
+        "head:",
+        "head:0",
+        "head:65536",
+        "ray://head:10001",
+        "a:1 ",
+        "[::1:1",
+        "::1",
+    ):
+        with pytest.raises(ConfigError, match="Use --ray auto on one of the cluster's nodes, --ray HOST:PORT"):
+            PoolConfig(ray=text)
+    for text in ("auto", "head:6379", "10.0.0.1:65535", "[::1]:6379", "a-b.example:1"):
+        assert PoolConfig(ray=text).ray == text
     with pytest.raises(ConfigError, match="workers is 0"):
         PoolConfig(workers=0)
     assert PoolConfig(workers=1).is_embedded and not PoolConfig(workers=1, ray="auto").is_embedded

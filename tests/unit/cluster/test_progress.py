@@ -1,5 +1,7 @@
 """Proves what a stage says of itself: the line's numbers, and the file that another terminal reads."""
 
+import math
+
 import pytest
 
 from megatron_sppo.cluster.progress import StageProgress, clock_time, progress_file, read_progress
@@ -67,6 +69,10 @@ def test_a_damaged_file_is_named(tmp_path):
         read_progress(tmp_path / "out")
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (7265, "2:01:05")])
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (7265, "2:01:05"), (-5, "0:00"), (float("nan"), "0:00")],
+)
 def test_durations_are_spelled_as_clocks_do(seconds, text):
     assert clock_time(seconds) == text
+    assert clock_time(math.inf) == clock_time(1e300) == "359999:59:59"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_sppo.cluster.config import PoolConfig
-from megatron_sppo.cluster.ray_team import _Places, _reason
+from megatron_sppo.cluster.ray_team import _Places, _reason, connect
 from megatron_sppo.errors import ConfigError
 
 
@@ -67,6 +67,12 @@ def test_a_machine_that_has_too_few_gpus_will_not_have_more():
         places([(8, 8)], num_gpus=4, workers=3, ray=None)
 
 
+def test_a_thousand_processes_are_not_started_on_one_machine(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    with pytest.raises(ConfigError, match=r"--workers 33: .* 4 CPUs\. Use --workers 4, or --ray with a cluster\."):
+        connect(PoolConfig(workers=33))
+
+
 # As Ray 2.60 words them.
 KILLED = """The actor died unexpectedly before finishing this task.
 \tclass_name: Desk
@@ -85,7 +91,7 @@ ModuleNotFoundError: No module named 'megatron_sppo'
 
 def test_of_ray_s_message_the_cause_and_the_machine_are_told():
     told = _reason(RuntimeError(KILLED))
-    assert told == "Worker unexpectedly exits with a connection error code 2. End of file. On 10.0.0.3"
-    assert _reason(RuntimeError(UNMADE)) == "ModuleNotFoundError: No module named 'megatron_sppo' On 10.0.0.3"
+    assert told == "Worker unexpectedly exits with a connection error code 2. End of file on 10.0.0.3"
+    assert _reason(RuntimeError(UNMADE)) == "ModuleNotFoundError: No module named 'megatron_sppo' on 10.0.0.3"
     assert _reason(RuntimeError("The actor is temporarily unavailable")) == "The actor is temporarily unavailable"
     assert len(_reason(RuntimeError("x" * 5000))) < 300

@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
-from megatron_sppo.cluster.worker import Desk
-from tests.unit.cluster.workers import Squarer, Stream, Task
+import pytest
+
+from megatron_sppo.cluster.worker import Desk, WorkerCrashed
+from tests.unit.cluster.workers import Result, Squarer, Stream, Task
 
 
 def replies_until(desk, condition, tasks=(), **settings):
@@ -54,10 +57,42 @@ def test_it_ends_when_it_is_told_and_has_nothing_left():
     assert [result.square for result in results] == [4] and reply.failure is None
 
 
+@pytest.mark.parametrize("fault", [SystemExit(3), KeyboardInterrupt(), GeneratorExit(), ValueError("odd")])
+def test_whatever_a_worker_ends_by_is_told(fault):
+    """What leaves a thread without a word, as sys.exit in a library does, would be waited for without end."""
+
+    def make():
+        raise fault
+
+    reply, _ = replies_until(Desk(make), lambda reply, _: reply.has_ended)
+    assert isinstance(reply.failure, WorkerCrashed) and type(fault).__name__ in reply.failure.summary
+
+
+def test_a_result_of_what_nobody_asked_is_a_fault_and_not_waited_past():
+    class Other(Squarer):
+        def run(self, tasks, on_progress):
+            for task in tasks:
+                yield Result(task.index + 1, 0)
+
+    reply, _ = replies_until(Desk(Other), lambda reply, _: reply.has_ended, (Task(3),))
+    assert isinstance(reply.failure, WorkerCrashed) and "answered task 4, which" in str(reply.failure)
+
+
+def test_a_process_answers_before_its_worker_starts():
+    """One that dies in its worker's start is then known to have lived: Ray calls a dead one again without end."""
+    started = threading.Event()
+    desk = Desk(lambda: started.set() or Squarer())
+    assert desk.ping() and not started.wait(0.1)
+    desk.exchange(None, seconds=0.0)
+    assert started.wait(30)
+
+
 SCRIPT = """
 import os, sys
-from megatron_sppo.cluster.worker import Desk
-from tests.unit.cluster.workers import Squarer
+import pytest
+
+from megatron_sppo.cluster.worker import Desk, WorkerCrashed
+from tests.unit.cluster.workers import Result, Squarer
 
 def make():
     print("from python"); sys.stdout.flush()

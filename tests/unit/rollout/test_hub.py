@@ -196,6 +196,19 @@ def test_what_is_not_named_rightly_is_refused(offline: Path, name: str, chosen: 
         texts(name, **chosen)
 
 
+@pytest.mark.parametrize(("name", "words"), [("csv", "names a format"), ("owner/prompts", "would be read in place of")])
+def test_files_of_the_directory_that_one_is_in_are_not_taken_for_the_hub_s(
+    offline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, words: str
+) -> None:
+    """`datasets` would: it reads owner/prompts, and for csv every table that it finds."""
+    (tmp_path / "owner/prompts").mkdir(parents=True)
+    for place in ("owner/prompts", "."):
+        (tmp_path / place / "train.csv").write_text("prompt\nWhy?\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        texts(f"hub:{name}")
+
+
 def test_without_network_and_cache_the_command_ends_with_one_line_and_the_remedy(
     tiny_llama_dir: Path, tmp_path: Path, offline: Path
 ) -> None:

@@ -448,3 +448,21 @@ def test_half_a_surrogate_pair_is_the_rows_fault(serve) -> None:
     made = sampler_of(serve(fault).url)
     answers = answers_of(made, PROMPTS[:3])
     assert [isinstance(answer, Refusal) for answer in answers] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("urls", "words"),
+    [
+        (("http://user:secret@a:1",), "the server a has more than an address"),
+        (("http://a:1?key=x",), "the server a has more than an address"),
+        (("http://a:1#model",), "the server a has more than an address"),
+        (("http://a b:1",), "no server URL"),
+        (("http://a:1\n",), "no server URL"),
+        (("http://a:1", "http://b:1", "http://a:1/v1/"), "names http://a:1/v1/ twice"),
+    ],
+)
+def test_urls_that_hold_a_secret_or_one_server_twice_are_refused(urls, words):
+    with pytest.raises(ConfigError, match=words) as refusal:
+        ServerConfig(server=urls)
+    assert "secret" not in str(refusal.value)
+    assert ServerConfig(server=("http://[::1]:8000", "https://a.example/m1/v1", "https://a.example/m2/v1"))

@@ -123,3 +123,16 @@ def test_where_no_run_is_there_is_none(tmp_path: Path) -> None:
         self_play.main("self_play.py", ["--status", "--output", str(tmp_path)])
     with pytest.raises(ConfigError, match="--output is missing|output"):
         self_play.main("self_play.py", ["--status"])
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        *({"command": wrong} for wrong in (None, 5, "--output x", ["--output", 5])),
+        *({"process": wrong} for wrong in ("x", {"pid": 1}, {"pid": "1", "start_time": "", "namespace": ""})),
+    ],
+)
+def test_a_damaged_state_is_named(run_dir: Path, harm: dict[str, Any]) -> None:
+    change(run_dir, "iter_1-rollouts", **harm)
+    with pytest.raises(DataError, match="state.json is no state of version 1"):
+        self_play.main("self_play.py", ["--status", "--output", str(run_dir)])
