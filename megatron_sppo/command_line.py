@@ -75,6 +75,19 @@ def launch() -> Launch:
     return Launch(rank, local_rank, world_size, is_alone=not os.environ.get("RANK"))
 
 
+def refuse_ranks(name: str) -> None:
+    """Refuse to be one of several processes that torchrun has started, for a command that shares its work out itself.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if (world_size := launch().world_size) > 1:
+        raise ConfigError(
+            f"{name} is started as one of {world_size} ranks, but shares its work out itself. Run it once, without "
+            f"torchrun: {name} --workers {world_size}"
+        )
+
+
 def _number_of(variable: str, default: int) -> int:
     text = os.environ.get(variable) or str(default)
     try:

@@ -35,7 +35,7 @@ _LEVELS = [logger.level for logger in _LOGGERS]
 
 @pytest.fixture(autouse=True)
 def _levels_of_logging() -> Iterator[None]:
-    """Put levels back: commands that tests run in this process set them, as do peers on import; tests count messages."""
+    """Put levels back: commands that tests run in this process set them, as do peers on import."""
     for logger, level in zip(_LOGGERS, _LEVELS, strict=True):
         logger.setLevel(level)
     yield

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sppo.command_line import refuse_ranks
 from megatron_sppo.config import parse, to_dict
 from megatron_sppo.judge.config import EvaluateConfig
 
@@ -35,6 +36,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
 def main(name: str, argv: Sequence[str] | None = None) -> None:
     """Evaluate and print the win rates, or the players' tables."""
     config = parse(Command, name=name, argv=argv, description=__doc__ or "")
+    refuse_ranks(name)
     from megatron_sppo.tracking.run import start
 
     with start(

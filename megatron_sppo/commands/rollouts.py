@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_sppo import config
+from megatron_sppo.command_line import refuse_ranks
 from megatron_sppo.rollout.config import GenerateConfig
 from megatron_sppo.storage import own_or_packaged
 
@@ -22,6 +23,7 @@ class Command(GenerateConfig):
 def main(name: str, argv: Sequence[str] | None = None) -> None:
     """Parse the command line, sample, report."""
     command = config.parse(Command, name=name, argv=argv, description=__doc__ or "")
+    refuse_ranks(name)
     from megatron_sppo.conversion.complete import check_complete  # brings torch, which --help need not wait for
     from megatron_sppo.rollout.generate import generate_rollouts
 

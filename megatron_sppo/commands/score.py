@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sppo import config
-from megatron_sppo.command_line import launch
-from megatron_sppo.errors import ConfigError
+from megatron_sppo.command_line import refuse_ranks
 from megatron_sppo.judge.config import ScoreConfig
 
 logger = logging.getLogger(__name__)
@@ -29,11 +28,7 @@ class Command(ScoreConfig):
 def main(name: str, argv: Sequence[str] | None = None) -> None:
     """Parse the command line, judge or rebuild, report."""
     command = config.parse(Command, name=name, argv=argv, description=__doc__ or "")
-    if (world_size := launch().world_size) > 1:
-        raise ConfigError(
-            f"{name} is started as one of {world_size} ranks, but shares its work out itself. Run it once, without "
-            f"torchrun: {name} --workers {world_size}"
-        )
+    refuse_ranks(name)
     from megatron_sppo.judge.score import rebuild, score  # brings torch, which --help need not wait for
 
     diagnostics = score(command) if command.from_dataset is None else rebuild(command, command.from_dataset)

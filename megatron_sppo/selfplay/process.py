@@ -107,8 +107,10 @@ def run_logged(command: Sequence[str], log_path: Path, *, on_start: Callable[[in
                 env={TORCHRUN_GRACE_VARIABLE: str(math.ceil(grace_seconds)), **os.environ},
                 preexec_fn=functools.partial(_end_with_parent, os.getpid(), death_with_parent(signal.SIGTERM)),
             )
-        except FileNotFoundError as error:
-            log.write(f"self_play: error: {error.filename} does not exist.\n".encode())
+        except OSError as error:
+            is_missing = isinstance(error, FileNotFoundError)
+            reason = "does not exist" if is_missing else f"cannot be started ({error.strerror})"
+            log.write(f"self_play: error: {error.filename or command[0]} {reason}.\n".encode())
             return 2
         finally:
             if slave is not None:

@@ -1,6 +1,7 @@
 """Proves exit codes and the last line on stderr, in real processes, as a shell sees them."""
 
 import errno
+import importlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sppo.command_line import one_line
+from megatron_sppo.errors import ConfigError
 
 PREAMBLE = """
 import logging, os, signal, sys, time
@@ -125,3 +127,18 @@ def test_config_and_command_line_import_neither_torch_nor_transformers():
     program = f"import sys; from megatron_sppo import command_line, config; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("command", ["rollouts", "score", "evaluate"])
+def test_what_shares_its_work_out_itself_refuses_to_be_a_rank(command, monkeypatch, tmp_path):
+    flags = {
+        "rollouts": ["--model", "m", "--prompts", "p", "--num-responses", "2", "--max-tokens", "8"],
+        "score": ["--rollouts", "r", "--judge", "rules:concise"],
+        "evaluate": ["--policy", "a", "--base", "b", "--previous", "b", "--judge", "rules:concise"],
+    }[command]
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    main = importlib.import_module(f"megatron_sppo.commands.{command}").main
+    with pytest.raises(ConfigError, match=rf"one of 4 ranks.*without torchrun: {command} --workers 4"):
+        main(command, [*flags, "--output", str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())

@@ -77,3 +77,10 @@ def test_attempts_are_kept_one_after_the_other(tmp_path: Path) -> None:
     lines = log.read_text().splitlines()
     assert [line for line in lines if not line.startswith("$ ")] == ["first", "second"]
     assert last_error(log) == "second"
+
+
+def test_a_launcher_that_cannot_be_started_says_so_in_the_log(tmp_path: Path) -> None:
+    launcher, log = tmp_path / "launcher.sh", tmp_path / "stage.log"
+    launcher.write_text("#!/bin/sh\n")  # and no right to execute it
+    assert run_logged([str(launcher)], log, on_start=lambda pid: None, grace_seconds=1) == 2
+    assert last_error(log) == f"self_play: error: {launcher} cannot be started (Permission denied)."

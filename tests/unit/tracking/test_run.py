@@ -178,6 +178,16 @@ def test_wandb_without_a_key_is_refused_and_asks_nobody(tmp_path: Path, monkeypa
         tracking.start(config("wandb", tracker_offline=False), directory=tmp_path, kind="train", settings={})
 
 
+def test_a_key_that_wandb_cannot_read_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    with pytest.raises(ConfigError, match="wandb cannot be started: WANDB_API_KEY invalid") as refusal:
+        tracking.start(config("wandb", tracker_offline=False), directory=tmp_path, kind="train", settings={})
+    assert "\n" not in str(refusal.value)
+
+
 def test_a_damaged_file_of_ids_is_said(tmp_path: Path) -> None:
     (tmp_path / "trackers.json").write_text('["wandb"]')
     with pytest.raises(ConfigError, match=r"trackers\.json does not say what the trackers call this run. Remove it"):
