@@ -29,13 +29,17 @@ def _package_for_child_processes() -> Iterator[None]:
         yield
 
 
+_LOGGERS = [logging.getLogger(name) for name in (None, "megatron_sppo", "__main__")]
+_LEVELS = [logger.level for logger in _LOGGERS]
+
+
 @pytest.fixture(autouse=True)
 def _levels_of_logging() -> Iterator[None]:
-    """Put levels back: a command that a test runs in this process sets them, and later tests count messages."""
-    loggers = [logging.getLogger(name) for name in (None, "megatron_sppo", "__main__")]
-    before = [logger.level for logger in loggers]
+    """Put levels back: commands that tests run in this process set them, as do peers on import."""
+    for logger, level in zip(_LOGGERS, _LEVELS, strict=True):
+        logger.setLevel(level)
     yield
-    for logger, level in zip(loggers, before, strict=True):
+    for logger, level in zip(_LOGGERS, _LEVELS, strict=True):
         logger.setLevel(level)
 
 

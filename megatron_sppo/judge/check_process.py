@@ -103,7 +103,10 @@ class _Child:
         except (TimeoutError, EOFError, OSError) as error:
             reason = f"nothing in {_START_SECONDS:g} s" if isinstance(error, TimeoutError) else self.last_words()
             self.end()
-            raise ConfigError(f"the checks of {target} do not start ({reason}). Run the same command again.") from None
+            remedy = "Run" if target in ("ifeval", "math") else "Mend the file, and run"
+            raise ConfigError(
+                f"the checks of {target} do not start ({reason}). {remedy} the same command again."
+            ) from None
         if "refused" in reply:
             self.end()
             raise ConfigError(reply["refused"])

@@ -162,21 +162,6 @@ def _shares(counts: Counter[str], policy: StoredGroups) -> dict[str, float | Non
     }
 
 
-def cross_win_rates(
-    judge: Judge | PooledJudge,
-    policy: Mapping[str, RolloutGroup],
-    opponents: Mapping[str, Mapping[str, RolloutGroup]],
-    *,
-    output: Path | None = None,
-) -> tuple[dict[str, dict[str, float]], Counter[str]]:
-    """Judge every answer of the policy against every one of each opponent.
-
-    As `cross_verdicts` -> ({opponent: {prompt_id: mean P(policy's > opponent's)}}, what the verdicts are).
-    """
-    verdicts, counts = cross_verdicts(judge, policy, opponents, output=output)
-    return {name: of_prompt.win_rates for name, of_prompt in verdicts.items()}, counts
-
-
 def cross_verdicts(
     judge: Judge | PooledJudge,
     policy: Mapping[str, RolloutGroup],

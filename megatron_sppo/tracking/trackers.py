@@ -97,17 +97,17 @@ class WeightsAndBiases(Tracker):
 
     def __init__(self, run: Introduction) -> None:
         wandb = _library("wandb", tracker="wandb", install="wandb")
-        settings = wandb.Settings(
-            console="off",
-            disable_code=True,
-            disable_git=True,
-            init_timeout=_START_SECONDS,
-            silent=True,
-            symlink=False,
-            x_disable_meta=True,
-        )
-        mode = "offline" if run.is_offline else settings.mode
         try:
+            settings = wandb.Settings(
+                console="off",
+                disable_code=True,
+                disable_git=True,
+                init_timeout=_START_SECONDS,
+                silent=True,
+                symlink=False,
+                x_disable_meta=True,
+            )
+            mode = "offline" if run.is_offline else settings.mode
             if mode == "online" and not wandb.login(prompt=False):  # it would ask the terminal
                 raise wandb.errors.UsageError("no key is configured, see `wandb login`")
             run.offline_dir.mkdir(parents=True, exist_ok=True)
@@ -123,8 +123,8 @@ class WeightsAndBiases(Tracker):
                 mode=mode,
                 settings=settings,
             )
-        except (wandb.errors.Error, OSError) as error:
-            raise _unreachable("wandb", error) from None
+        except (wandb.errors.Error, OSError, ValueError) as error:  # ValueError: a WANDB_ variable or key that is none
+            raise _unreachable("wandb", error, run) from None
         self.id = self._run.id
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -158,7 +158,7 @@ class MLflow(Tracker):
             self._client.update_run(self.id, status="RUNNING")
             self._last_step = self._last_step_told()
         except (mlflow.exceptions.MlflowException, OSError) as error:
-            raise _unreachable("mlflow", error) from None
+            raise _unreachable("mlflow", error, run) from None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if step <= self._last_step:  # told by a run that was killed after its last checkpoint
@@ -238,8 +238,11 @@ def _library(module: str, *, tracker: str, install: str) -> Any:
         ) from None
 
 
-def _unreachable(tracker: str, error: Exception) -> ConfigError:
-    reason = without_secrets(str(error)).strip().partition("\n")[0].rstrip(".")
-    return ConfigError(
-        f"tracker {tracker} cannot be started: {reason}. Use --tracker-offline, or leave {tracker} out of --tracker."
-    )
+def _unreachable(tracker: str, error: Exception, run: Introduction) -> ConfigError:
+    lines = [line.strip() for line in without_secrets(str(error)).split("\n") if line.strip()]
+    lines = lines or [type(error).__name__]
+    # pydantic, of a setting: "1 validation error for Settings", its name, what is wrong with it, and an address.
+    num_lines = 3 if "validation error" in lines[0] else 1
+    reason = ": ".join(lines[:num_lines]).rstrip(".")
+    remedy = f"Check {run.offline_dir} and the environment" if run.is_offline else "Use --tracker-offline"
+    return ConfigError(f"tracker {tracker} cannot be started: {reason}. {remedy}, or leave {tracker} out of --tracker.")

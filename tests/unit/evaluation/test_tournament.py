@@ -17,7 +17,7 @@ from megatron_sppo.evaluation.over_optimisation import over_optimisation
 from megatron_sppo.evaluation.players import Field, Player
 from megatron_sppo.evaluation.standings import cyclic_share_without_noise, standings
 from megatron_sppo.evaluation.tournament import hold, shared_prompts
-from megatron_sppo.judge.evaluation import bootstrap, cross_win_rates
+from megatron_sppo.judge.evaluation import bootstrap, cross_verdicts
 from megatron_sppo.judge.protocol import Unjudged
 from megatron_sppo.objective.hodge import hodge_split
 from tests.unit.selfplay.synthetic import group
@@ -84,8 +84,8 @@ def test_two_players_have_the_win_rate_and_interval_of_the_plain_evaluation():
     field = field_of(player("a", answers["a"]), player("b", answers["b"]))
     held = hold(ScoreJudge(), field, shared_prompts(field))
     (found,) = standings(held, field, RESAMPLING)["vs_baseline"]
-    rates, _ = cross_win_rates(ScoreJudge(), field.players[1].groups, {"a": field.players[0].groups})
-    expected = bootstrap(list(rates["a"].values()), resamples=400, seed=3)
+    verdicts, _ = cross_verdicts(ScoreJudge(), field.players[1].groups, {"a": field.players[0].groups})
+    expected = bootstrap(list(verdicts["a"].win_rates.values()), resamples=400, seed=3)
     assert (found["mean"], found["low"], found["high"]) == pytest.approx((expected.mean, expected.low, expected.high))
     assert (found["num_prompts"], found["judge"], found["seed"]) == (30, "score", 3)
 

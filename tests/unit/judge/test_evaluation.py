@@ -16,7 +16,7 @@ import pytest
 from megatron_sppo.commands.evaluate import main
 from megatron_sppo.errors import DataError
 from megatron_sppo.judge.config import EvaluateConfig
-from megatron_sppo.judge.evaluation import bootstrap, cross_verdicts, cross_win_rates, evaluate, join_groups
+from megatron_sppo.judge.evaluation import bootstrap, cross_verdicts, evaluate, join_groups
 from megatron_sppo.rollout.records import RolloutGroup
 from tests.unit.selfplay.synthetic import group, write_rollouts
 
@@ -40,8 +40,8 @@ class TableJudge:
 
 
 def rates_of(judge, policy: Mapping[str, RolloutGroup], opponent: Mapping[str, RolloutGroup]) -> dict[str, float]:
-    rates, _ = cross_win_rates(judge, policy, {"base": opponent})
-    return rates["base"]
+    verdicts, _ = cross_verdicts(judge, policy, {"base": opponent})
+    return verdicts["base"].win_rates
 
 
 def sigmoid(x: float) -> float:

@@ -310,6 +310,7 @@ def test_a_scorer_that_hangs_is_ended_and_the_next_prompt_is_judged(scorers: Pat
             "python:{empty}:score",
             "cannot be imported: the file raises ModuleNotFoundError: No module named 'no_such' (line 2",
         ),
+        ("python:{leaving}:score", "do not start (exit code 5). Mend the file, and run the same command again."),
     ],
 )
 def test_a_judge_that_cannot_be_loaded_is_refused_in_one_line(
@@ -317,7 +318,8 @@ def test_a_judge_that_cannot_be_loaded_is_refused_in_one_line(
 ) -> None:
     (tmp_path / "broken.py").write_text("def score(:\n")
     (tmp_path / "empty.py").write_text("\nimport no_such\n")
-    paths = {"scorers": scorers, "broken": tmp_path / "broken.py", "empty": tmp_path / "empty.py"}
+    (tmp_path / "leaving.py").write_text("import os\nos._exit(5)\n")
+    paths = {"scorers": scorers, **{name: tmp_path / f"{name}.py" for name in ("broken", "empty", "leaving")}}
     with pytest.raises(ConfigError) as caught:
         load_judge(spec.format(**paths))
     assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -52,6 +52,8 @@ def leveldb_log(content: bytes) -> Iterator[bytes]:
             place += 32768 - place % 32768
             continue
         length, kind = struct.unpack_from("<HB", content, place + 4)
+        if place + 7 + length > len(content):
+            return
         record += content[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):
@@ -60,13 +62,21 @@ def leveldb_log(content: bytes) -> Iterator[bytes]:
 
 
 def wandb_records(offline_run: Path) -> Any:
-    """Read the file that `wandb sync` would send -> (history {step: loss}, config, run record)."""
+    """Read the file that `wandb sync` would send -> (history {step: loss}, config, run record).
+
+    A process of wandb's own writes it, and may be behind `finish`: the record of the exit is waited for.
+    """
     from wandb.proto import wandb_internal_pb2
 
+    deadline = time.monotonic() + 120
+    records: list[Any] = []
+    while not any(record.WhichOneof("record_type") == "exit" for record in records):
+        assert time.monotonic() < deadline, "wandb has not written the end of the run"
+        time.sleep(0.1)
+        contents = list(leveldb_log(next(offline_run.glob("run-*.wandb")).read_bytes()))
+        records = [wandb_internal_pb2.Record.FromString(content) for content in contents]
     history, settings, introduced = {}, {}, None
-    for data in leveldb_log(next(offline_run.glob("run-*.wandb")).read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in records:
         if record.WhichOneof("record_type") == "history":
             items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
             history[items["_step"]] = items["loss"]
@@ -166,6 +176,16 @@ def test_wandb_without_a_key_is_refused_and_asks_nobody(tmp_path: Path, monkeypa
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     with pytest.raises(ConfigError, match="wandb cannot be started: no key is configured.*Use --tracker-offline"):
         tracking.start(config("wandb", tracker_offline=False), directory=tmp_path, kind="train", settings={})
+
+
+def test_a_key_that_wandb_cannot_read_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    with pytest.raises(ConfigError, match="wandb cannot be started: WANDB_API_KEY invalid") as refusal:
+        tracking.start(config("wandb", tracker_offline=False), directory=tmp_path, kind="train", settings={})
+    assert "\n" not in str(refusal.value)
 
 
 def test_a_damaged_file_of_ids_is_said(tmp_path: Path) -> None:
