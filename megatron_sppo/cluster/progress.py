@@ -116,9 +116,9 @@ class StageProgress:
         )
 
     def close(self, *, is_done: bool) -> None:
-        """End the line; of a stage that is done the file goes too."""
+        """End the line; of a stage that is done, or has done nothing, the file goes too."""
         self._bar.close()
-        if is_done:
+        if is_done or not self._done:
             self._file.unlink(missing_ok=True)
         else:
             self._file_now()
