@@ -6,18 +6,45 @@ For judges that are models with a chat template: reward models and general prefe
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.judge.protocol import Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.judge.source import UnreadableGroup
 from megatron_sppo.rollout.chat_template import TEMPLATE_FAULTS
-from megatron_sppo.rollout.records import Turn
+from megatron_sppo.rollout.records import RolloutGroup, Turn
 
 _PLAIN = ("QUESTION", "ANSWER", "QUESTION")
 """Texts that no template knows: what else their rendering holds is the template's own."""
+
+
+def judge_different(
+    groups: Sequence[RolloutGroup],
+    judge: Callable[[RolloutGroup, Sequence[str]], np.ndarray],
+    *,
+    counts: Counter[str],
+) -> list[Verdict]:
+    """Show a judge each group's different answers, once each -> float32 [K, K] a group, or why there is none.
+
+    Args:
+        judge: (group, its U different texts) -> logits [U, U]; raises UnreadableGroup for what it does not take.
+        counts: where pairs are counted.
+    """
+    verdicts: list[Verdict] = []
+    for group in groups:
+        texts, of_K = distinct([response.text for response in group.responses])
+        count_pairs(counts, of_K)
+        try:
+            verdicts.append(judge(group, texts)[np.ix_(of_K, of_K)])
+        except UnreadableGroup as error:
+            verdicts.append(Unjudged(reason=str(error)))
+    return verdicts
 
 
 class ChatText:

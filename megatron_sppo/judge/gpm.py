@@ -29,10 +29,9 @@ from megatron_sppo.checkpoints.file_digests import sha256_of_files
 from megatron_sppo.checkpoints.pretrained import load_pretrained
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError, ConversionError
-from megatron_sppo.judge.chat_text import ChatText
+from megatron_sppo.judge.chat_text import ChatText, judge_different
 from megatron_sppo.judge.model_files import load_tokenizer, local_directory
-from megatron_sppo.judge.protocol import Unjudged, Verdict, count_pairs, distinct
-from megatron_sppo.judge.source import UnreadableGroup
+from megatron_sppo.judge.protocol import Verdict
 from megatron_sppo.rollout.records import Turn
 from megatron_sppo.storage import damage, sha256_of_json
 
@@ -103,17 +102,7 @@ class GeneralPreferenceJudge:
     @torch.inference_mode()
     def judge_logits(self, groups: Sequence[RolloutGroup]) -> Sequence[Verdict]:
         """Embed every different response once -> float32 [K, K] a group, antisymmetric; or why there is none."""
-        verdicts: list[Verdict] = []
-        for group in groups:
-            texts, of_K = distinct([response.text for response in group.responses])
-            count_pairs(self.counts, of_K)
-            try:
-                logits_UU = self._judge(group, texts)
-            except UnreadableGroup as error:
-                verdicts.append(Unjudged(reason=str(error)))
-                continue
-            verdicts.append(logits_UU[np.ix_(of_K, of_K)])
-        return verdicts
+        return judge_different(groups, self._judge, counts=self.counts)
 
     def _judge(self, group: RolloutGroup, texts: Sequence[str]) -> np.ndarray:
         """Embed a group's different answers and compare them -> float32 [U, U].

@@ -4,7 +4,7 @@ Under the paper's rule P_ij = sigmoid(s_i - s_j): Bradley-Terry, which no circle
 name says so wherever it is written. The model is a sequence classifier with one logit, and reads the conversation with
 the response in its own chat template.
 
-# K = responses per prompt, S = tokens
+# K = responses per prompt, U = different ones among them, S = tokens
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ from megatron_sppo.checkpoints.file_digests import sha256_of_files
 from megatron_sppo.checkpoints.pretrained import load_pretrained
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError, ConversionError
-from megatron_sppo.judge.chat_text import ChatText
+from megatron_sppo.judge.chat_text import ChatText, judge_different
 from megatron_sppo.judge.model_files import default_dtype, load_tokenizer, local_directory
-from megatron_sppo.judge.protocol import JudgeIdentity, Unjudged, Verdict, count_pairs, distinct
-from megatron_sppo.judge.source import UnreadableGroup
+from megatron_sppo.judge.protocol import JudgeIdentity, Verdict
 from megatron_sppo.rollout.records import Turn
 from megatron_sppo.storage import sha256_of_json
 
@@ -92,18 +91,12 @@ class RewardJudge:
     @torch.inference_mode()
     def judge_logits(self, groups: Sequence[RolloutGroup]) -> Sequence[Verdict]:
         """Score every different response once -> float32 [K, K] a group, antisymmetric; or why there is none."""
-        verdicts: list[Verdict] = []
-        for group in groups:
-            texts, of_K = distinct([response.text for response in group.responses])
-            count_pairs(self.counts, of_K)
-            try:
-                score_U = np.array([self._score(group, text) for text in texts], dtype=np.float32)
-            except UnreadableGroup as error:
-                verdicts.append(Unjudged(reason=str(error)))
-                continue
-            score_K = score_U[of_K]
-            verdicts.append(score_K[:, None] - score_K[None, :])
-        return verdicts
+        return judge_different(groups, self._judge, counts=self.counts)
+
+    def _judge(self, group: RolloutGroup, texts: Sequence[str]) -> np.ndarray:
+        """Score a group's different answers and compare them -> float32 [U, U]."""
+        score_U = np.array([self._score(group, text) for text in texts], dtype=np.float32)
+        return score_U[:, None] - score_U[None, :]
 
     def _score(self, group: RolloutGroup, text: str) -> float:
         """Run the model over one conversation, its beginning cut where it is too long -> score, nats."""
