@@ -42,9 +42,7 @@ def test_every_field_is_taken_over() -> None:
 def test_llama_31_scaling_is_read_in_both_spellings() -> None:
     new = llama_config(rope_parameters={"rope_theta": 500000.0, **LLAMA31})
     old = old_spelling(rope_theta=500000.0, rope_scaling=LLAMA31)
-    expected = RopeScaling(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-    )
+    expected = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
     for config in (new, old):
         read = architecture_from_hf(config)
         assert read.rotary_base == 500000.0
@@ -71,7 +69,10 @@ def test_a_written_config_reads_back_the_same(scaling: dict[str, Any] | None) ->
     ("changes", "named"),
     [
         # What transformers 5 wrote, and what somebody added to it in the spelling of transformers 4.
-        ({"rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}, "rope_scaling": YARN}, "twice, and differently"),
+        (
+            {"rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}, "rope_scaling": YARN},
+            "twice, and differently",
+        ),
         ({"rope_parameters": {"rope_theta": 1e5}, "rope_scaling": LLAMA31}, "twice, and differently"),
         ({"rope_parameters": {"rope_theta": 1e5, **LLAMA31}, "rope_scaling": LLAMA31}, "twice, and differently"),
         ({"rope_parameters": {"rope_theta": 1e5}, "rope_scaling": {"rope_type": "default"}}, "twice, and differently"),
@@ -186,7 +187,10 @@ PHI3 = {"model_type": "phi3", "sliding_window": 2047}
         ({"model_type": "olmo2", "clip_qkv": 8.0}, "clip_qkv: 8.0"),
         ({**PHI3, "rope_parameters": {"rope_type": "longrope", "factor": 32.0}}, "short_factor is None"),
         ({**PHI3, "rope_parameters": None, "rope_scaling": {"type": "su"}}, "short_factor is None"),
-        ({**PHI3, "rope_parameters": {**LONG, "original_max_position_embeddings": 64}}, "where transformers takes 4096"),
+        (
+            {**PHI3, "rope_parameters": {**LONG, "original_max_position_embeddings": 64}},
+            "where transformers takes 4096",
+        ),
         ({**PHI3, "rope_parameters": YARN}, "'yarn'; the Megatron model of phi3 knows 'default', 'longrope'"),
         ({**PHI3, "rope_parameters": {"partial_rotary_factor": 0.4}}, "of 8 channels a head are 3"),
         ({**PHI3, "rope_parameters": {"partial_rotary_factor": 1.5}}, "rotary_percent 1.5"),

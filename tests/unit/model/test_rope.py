@@ -37,7 +37,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-PLAIN = {"Llama-2-7B": (128, 1e4), "Llama-3-8B": (128, 5e5), "Mistral-7B-v0.3, Qwen2.5": (128, 1e6), "Phi-4": (128, 2.5e5)}
+PLAIN = {
+    "Llama-2-7B": (128, 1e4),
+    "Llama-3-8B": (128, 5e5),
+    "Mistral-7B-v0.3, Qwen2.5": (128, 1e6),
+    "Phi-4": (128, 2.5e5),
+}
 SCALED: dict[str, tuple[int, float, dict[str, Any]]] = {
     "Llama-3.1-8B, 70B, 405B and 3.3-70B": (128, 5e5, {**LLAMA3, "factor": 8.0}),
     "Llama-3.2-1B": (64, 5e5, {**LLAMA3, "factor": 32.0}),
