@@ -162,8 +162,8 @@ class Architecture:
             raise ConversionError(f"activation_func is {self.activation_func!r}; it must be silu or gelu_tanh.")
         if not 0 < self.rotary_percent <= 1 or self.rotary_channels < 2 or self.rotary_channels % 2:
             raise ConversionError(
-                f"rotary_percent {self.rotary_percent} of {self.kv_channels} channels a head are {self.rotary_channels}; "
-                "rotary embeddings need pairs of them. The model's config is wrong."
+                f"rotary_percent {self.rotary_percent} of {self.kv_channels} channels a head are "
+                f"{self.rotary_channels}; rotary embeddings need pairs of them. The model's config is wrong."
             )
         self._check_rope()
         if self.qk_layernorm_across_heads and not self.qk_layernorm:

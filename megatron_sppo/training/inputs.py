@@ -173,7 +173,7 @@ def _refuse_long_shared_prompts(config: TrainingConfig, architecture: Architectu
     short, longest = scaling.original_max_position_embeddings, config.batch.seq_length
     if (longest or architecture.max_position_embeddings) > (short or 0):
         raise ConfigError(
-            f"share_prompts computes a prompt once, and this model (longrope) has other frequencies for sequences above "
+            "share_prompts computes a prompt once, and this model (longrope) has other frequencies for sequences above "
             f"{short} tokens. Use --no-share-prompts, or --seq-length {short}."
         )
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from megatron.core.models.common.embeddings import RotaryEmbedding
-
-transformers = pytest.importorskip("transformers")
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_sppo.architecture import read_architecture
