@@ -298,7 +298,9 @@ def read_architecture(directory: Path) -> tuple[Architecture, dict[str, Any]]:
         raise ConversionError(f"{path} has unknown fields {unknown}. It was written by a newer version: upgrade.")
     try:
         if values.get("rope_scaling") is not None:
-            scaling = {key: tuple(v) if isinstance(v, list) else v for key, v in values["rope_scaling"].items()}
+            scaling: dict[str, Any] = {
+                key: tuple(v) if isinstance(v, list) else v for key, v in values["rope_scaling"].items()
+            }
             values = {**values, "rope_scaling": RopeScaling(**scaling)}
         if "full_attention_layers" in values:
             values = {**values, "full_attention_layers": tuple(values["full_attention_layers"])}

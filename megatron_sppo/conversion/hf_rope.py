@@ -160,8 +160,8 @@ def _object(key: str, value: Any, place: str) -> dict[str, Any]:
 
 
 def _one_factor(scaling: Mapping[str, Any], family: Family, config: Mapping[str, Any], place: str) -> RopeScaling:
-    kind = "linear" if "linear" in (scaling.get("rope_type"), scaling.get("type")) else "dynamic"
-    return RopeScaling(rope_type=kind, factor=positive(scaling, "factor", place))
+    is_linear = "linear" in (scaling.get("rope_type"), scaling.get("type"))
+    return RopeScaling(rope_type="linear" if is_linear else "dynamic", factor=positive(scaling, "factor", place))
 
 
 def _llama3(scaling: Mapping[str, Any], family: Family, config: Mapping[str, Any], place: str) -> RopeScaling:
@@ -225,7 +225,7 @@ def _longrope(scaling: Mapping[str, Any], family: Family, config: Mapping[str, A
             f"{place} says original_max_position_embeddings {original} inside of its rotary embeddings, where "
             f"transformers takes {top}. Write it at the top of the config."
         )
-    factors = {}
+    factors = dict[str, tuple[float, ...]]()
     for key in ("short_factor", "long_factor"):
         if not isinstance(scaling.get(key), list):
             raise ConversionError(
@@ -238,7 +238,11 @@ def _longrope(scaling: Mapping[str, Any], family: Family, config: Mapping[str, A
         factor = positive(scaling, "factor", place, default=positions / original)
         attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return RopeScaling(
-        rope_type="longrope", attention_factor=attention, original_max_position_embeddings=original, **factors
+        rope_type="longrope",
+        short_factor=factors["short_factor"],
+        long_factor=factors["long_factor"],
+        attention_factor=attention,
+        original_max_position_embeddings=original,
     )
 
 

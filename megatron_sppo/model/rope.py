@@ -42,7 +42,8 @@ def inverse_frequencies(
     if scaling is None or kind == "dynamic":  # up to the model's positions dynamic scaling is none
         return 1.0 / (base**exponents)
     if kind == "linear":
-        return 1.0 / (base**exponents) / scaling.factor
+        (factor,) = scaling.needs().values()
+        return 1.0 / (base**exponents) / factor
     if kind == "longrope":
         divisors = torch.tensor(scaling.long_factor if long else scaling.short_factor, device=device)
         return 1.0 / (divisors * base**exponents)
