@@ -181,7 +181,8 @@ def demo(result: dict[str, Any]) -> str:
 
 `make demo` once, on two CPU cores: SmolLM2-135M-Instruct, {len(after)} iterations, its answers judged by IFEval's own
 checks. No kind of instruction and no topic of the held-out prompts was trained on. Intervals are over prompts. It is
-one seed, its settings were found by trial, and no test was declared for it: the next section has the experiment with one.
+one seed, its settings were found by trial, and no test was declared for it: the next section
+has the experiment with one.
 
 ```text
 {_lines(result["table"])}
