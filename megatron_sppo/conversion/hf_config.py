@@ -138,6 +138,9 @@ def _windows(config: Mapping[str, Any], family: Family, place: str, *, num_layer
         has_window = keys.switch is None or bool(config.get(keys.switch, False))
         first = whole(config, keys.first_layer, place, least=0) if has_window and keys.first_layer else 0
         windowed = [has_window and layer >= first and (layer - first) % keys.every == 0 for layer in range(num_layers)]
+        if keys.full_every is not None:
+            full = whole(config, keys.full_every_key or "", place, default=keys.full_every)
+            windowed = [one and (layer + 1) % full != 0 for layer, one in enumerate(windowed)]
     listed = config.get("layer_types")
     if listed is not None:
         kinds = ("full_attention", "sliding_attention")

@@ -241,6 +241,10 @@ class WindowKeys:
     """Key of the first layer, from 0, that has the window; None: layer 0."""
     every: int = 1
     """From there on each layer has it, or every second one."""
+    full_every: int | None = None
+    """Where no `layer_types` are given, each layer of this number sees all tokens instead."""
+    full_every_key: str | None = None
+    """Key of that number, if config.json may say it."""
     layer_types: bool = False
     """Whether transformers goes by `layer_types` where it is given. Where it overlooks it, the two must agree."""
 
