@@ -94,17 +94,17 @@ class ExportConfig:
                 "what is written is either a model or an adapter. Use --hf HF_DIR, or --adapter PEFT_DIR for a "
                 "checkpoint of adapters."
             )
-        if self.merge and (self.hf is None or self.base is None):
+        if self.merge and (self.hf is None or self.base_of_adapters is None):
             raise ConfigError("--merge makes a model of adapters and their base. Use --hf DIR --merge --base HF_DIR.")
         if self.base is not None and self.adapter is None and not self.merge:
             raise ConfigError("--base is the model of adapters. Use --adapter PEFT_DIR or --merge beside it.")
-        of_models = {"--template": self.template, "--max-shard-size": self.max_shard_size}
-        if idle := [flag for flag, value in of_models.items() if value is not None and self.adapter is not None]:
-            raise ConfigError(f"{idle[0]} says how a model is written. Leave it out with --adapter.")
-        if self.merge and self.template is not None:
-            raise ConfigError(
-                "--template says whose config to take, and a merged model takes its base's. Leave it out."
-            )
+        if self.max_shard_size is not None and self.adapter is not None:
+            raise ConfigError("--max-shard-size is of a model's files, and an adapter has one. Leave it out.")
+
+    @property
+    def base_of_adapters(self) -> Path | None:
+        """The model that adapters were trained on; None: not given."""
+        return self.base or self.template
 
 
 @dataclass(frozen=True, kw_only=True)
