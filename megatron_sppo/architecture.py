@@ -160,7 +160,9 @@ class Architecture:
                 raise ConversionError(f"{name} is {value}; it must be above 0. The model's config is wrong.")
         if self.activation_func not in ("silu", "gelu_tanh"):
             raise ConversionError(f"activation_func is {self.activation_func!r}; it must be silu or gelu_tanh.")
-        if not 0 < self.rotary_percent <= 1 or self.rotary_channels < 2 or self.rotary_channels % 2:
+        if self.rotary_percent != 1 and (
+            not 0 < self.rotary_percent < 1 or self.rotary_channels < 2 or self.rotary_channels % 2
+        ):
             raise ConversionError(
                 f"rotary_percent {self.rotary_percent} of {self.kv_channels} channels a head are "
                 f"{self.rotary_channels}; rotary embeddings need pairs of them. The model's config is wrong."
