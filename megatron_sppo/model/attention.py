@@ -1,9 +1,10 @@
 """Core attention of our own: causal within each document and, where prompts are shared, over what it continues.
 
 Megatron-Core's own local attention refuses packed sequences and context parallelism, and Transformer Engine's knows no
-shared prompts, no soft-capped scores, no windows across context-parallel ranks, and no sinks of packed sequences. Shapes follow mcore's
-SelfAttention: T = tokens of a packed micro-batch, S = tokens, B = sequences, D = head size. Under context parallelism
-queries are this rank's share of the tokens; keys and values of all are gathered, and their gradients reduce-scattered.
+shared prompts, no soft-capped scores, no windows across context-parallel ranks, and no sinks of packed sequences.
+Shapes follow mcore's SelfAttention: T = tokens of a packed micro-batch, S = tokens, B = sequences, D = head size. Under
+context parallelism queries are this rank's share of the tokens; keys and values of all are gathered, and their
+gradients reduce-scattered.
 """
 
 from collections.abc import Sequence

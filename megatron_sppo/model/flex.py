@@ -1,7 +1,7 @@
 """Attention by FlexAttention: the kernel for rows that Transformer Engine has none for, and none other than a kernel.
 
-Those are shared prompts, soft-capped scores, sinks, and windows under context parallelism. Compiled, it holds what any flash
-attention holds; run uncompiled it would make all [heads, queries, keys] scores, as it does on the CPU, in tests.
+Those are shared prompts, soft-capped scores, sinks, and windows under context parallelism. Compiled, it holds what any
+flash attention holds; run uncompiled it would make all [heads, queries, keys] scores, as it does on the CPU, in tests.
 """
 
 import functools
