@@ -54,6 +54,7 @@ LONGROPE = {
 EXPERTS = {"num_experts_per_tok": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
+    "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "llama, scaled rope": {"model_type": "llama", "rope_parameters": LLAMA_32, "max_position_embeddings": 131072},
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "mistral, window": {"model_type": "mistral", "sliding_window": 8},
@@ -95,7 +96,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
-    "olmo2": {"model_type": "olmo2"},
+    "olmo2": {"model_type": "olmo2", "attention_bias": True},
     "olmo3": {
         "model_type": "olmo3",
         "sliding_window": 8,

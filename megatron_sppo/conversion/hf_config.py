@@ -85,6 +85,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         layernorm_epsilon=positive(config, "rms_norm_eps", place, default=1e-6),
         share_embeddings_and_output_weights=tied,
         **family.traits,
+        **_biases(config, family, place),
         **_numbers(config, family, place),
         **windows,
         **rope_fields(config, family, place, windowed=bool(windows)),
@@ -116,6 +117,7 @@ def hf_from_architecture(architecture: Architecture, *, dtype: str) -> dict[str,
             for key, allowed in family.fixed.items()
             if allowed[-1] is not None or key in family.required
         },
+        **{key: getattr(architecture, names[0]) for key, names in family.biases.items()},
         **{key: getattr(architecture, name) for key, name in family.numbers.items()},
         **_window_keys(architecture, family),
     }
@@ -128,6 +130,17 @@ def _numbers(config: Mapping[str, Any], family: Family, place: str) -> dict[str,
         if config.get(key) is not None:
             positive(config, key, place)
             values[name] = config[key]  # as it is: transformers wants some of them whole
+    return values
+
+
+def _biases(config: Mapping[str, Any], family: Family, place: str) -> dict[str, Any]:
+    """Read which linear layers have biases -> Architecture's fields."""
+    values: dict[str, Any] = {}
+    for key, names in family.biases.items():
+        value = config.get(key) or False
+        if not isinstance(value, bool):
+            raise ConversionError(f"{place}: {key} is {config[key]!r}; it must be true or false.")
+        values |= dict.fromkeys(names, value)
     return values
 
 

@@ -45,6 +45,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one rank": (1, {}, {}),
     "one rank, tied": (1, {}, {"share_embeddings_and_output_weights": True}),
     "one rank, bias and norms of queries": (1, {}, {"add_qkv_bias": True, "qk_layernorm": True}),
+    "one rank, biases and sinks": (
+        1,
+        {},
+        {"add_qkv_bias": True, "add_proj_bias": True, "add_mlp_bias": True, "softmax_type": "learnable"},
+    ),
+    "TP2, biases and sinks": (
+        2,
+        {"tensor_model_parallel_size": 2},
+        {"add_proj_bias": True, "add_mlp_bias": True, "softmax_type": "learnable"},
+    ),
     "DP4": (4, {}, {}),
     "TP2 DP2": (4, {"tensor_model_parallel_size": 2}, {}),
     "TP2 SP PP2 DP2": (
