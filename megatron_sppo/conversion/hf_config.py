@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_sppo.architecture import Architecture, Llama3RopeScaling
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE
+from megatron_sppo.conversion.config_values import agreed, only, positive, whole
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.mapping import Family
 from megatron_sppo.errors import ConversionError
@@ -40,7 +40,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         raise ConversionError(
             f"{place} does not say {' and '.join(absent)}. The config is damaged: fetch the model again."
         )
-    _agreed(place, _only(config, "dtype", "torch_dtype"))
+    agreed(place, only(config, "dtype", "torch_dtype"))
     built = config.get("architectures") or [family.architecture_class]
     if [str(name).lower() for name in built] != [family.architecture_class.lower()]:
         logger.warning(
@@ -58,13 +58,13 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
                 f"{place} says {key}: {json.dumps(config[key])}; the Megatron model computes {family.model_type} with "
                 f"{wanted or 'null'} only. Use another model."
             )
-    heads = _whole(config, "num_attention_heads", place)
-    hidden = _whole(config, "hidden_size", place)
+    heads = whole(config, "num_attention_heads", place)
+    hidden = whole(config, "hidden_size", place)
     if config.get("head_dim") is None and hidden % heads:
         raise ConversionError(
             f"{place}: hidden_size ({hidden}) is no multiple of num_attention_heads ({heads}), and head_dim is absent."
         )
-    head_dim = _whole(config, "head_dim", place, default=hidden // heads)
+    head_dim = whole(config, "head_dim", place, default=hidden // heads)
     if head_dim % 2:
         raise ConversionError(
             f"{place}: head_dim ({head_dim}) is odd, and rotary embeddings need pairs. The config is wrong."
@@ -73,20 +73,20 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
     if not isinstance(tied, bool):
         raise ConversionError(f"{place}: tie_word_embeddings is {tied!r}; it must be true or false.")
     base, scaling = _rope(config, place, default_base=family.rotary_base)
-    num_layers = _whole(config, "num_hidden_layers", place)
+    num_layers = whole(config, "num_hidden_layers", place)
     if num_layers > MAX_LAYERS:  # what is counted layer by layer below would not end
         raise ConversionError(f"{place} promises {num_layers} layers. The config is damaged: fetch the model again.")
     return Architecture(
         family=family.model_type,
         num_layers=num_layers,
         hidden_size=hidden,
-        ffn_hidden_size=_whole(config, "intermediate_size", place),
+        ffn_hidden_size=whole(config, "intermediate_size", place),
         num_attention_heads=heads,
-        num_query_groups=_whole(config, "num_key_value_heads", place, default=heads),
+        num_query_groups=whole(config, "num_key_value_heads", place, default=heads),
         kv_channels=head_dim,
-        vocab_size=_whole(config, "vocab_size", place),
-        max_position_embeddings=_whole(config, "max_position_embeddings", place),
-        layernorm_epsilon=_positive(config, "rms_norm_eps", place, default=1e-6),
+        vocab_size=whole(config, "vocab_size", place),
+        max_position_embeddings=whole(config, "max_position_embeddings", place),
+        layernorm_epsilon=positive(config, "rms_norm_eps", place, default=1e-6),
         rotary_base=base,
         rope_scaling=scaling,
         share_embeddings_and_output_weights=tied,
@@ -134,7 +134,7 @@ def _numbers(config: Mapping[str, Any], family: Family, place: str) -> dict[str,
     values: dict[str, Any] = {}
     for key, name in family.numbers.items():
         if config.get(key) is not None:
-            _positive(config, key, place)
+            positive(config, key, place)
             values[name] = config[key]  # as it is: transformers wants some of them whole
     return values
 
@@ -144,7 +144,7 @@ def _windows(config: Mapping[str, Any], family: Family, place: str, *, num_layer
     keys, windowed, has_window = family.windows, [False] * num_layers, False
     if keys is not None and config.get("sliding_window") is not None:
         has_window = keys.switch is None or bool(config.get(keys.switch, False))
-        first = _whole(config, keys.first_layer, place, least=0) if has_window and keys.first_layer else 0
+        first = whole(config, keys.first_layer, place, least=0) if has_window and keys.first_layer else 0
         windowed = [has_window and layer >= first and (layer - first) % keys.every == 0 for layer in range(num_layers)]
     listed = config.get("layer_types")
     if listed is not None:
@@ -169,7 +169,7 @@ def _windows(config: Mapping[str, Any], family: Family, place: str, *, num_layer
     if not any(windowed):
         return {}
     return {
-        "sliding_window": _whole(config, "sliding_window", place),
+        "sliding_window": whole(config, "sliding_window", place),
         "full_attention_layers": tuple(layer for layer in range(num_layers) if not windowed[layer]),
     }
 
@@ -195,15 +195,15 @@ def _experts(config: Mapping[str, Any], family: Family, place: str) -> dict[str,
     keys = family.experts
     if keys is None:
         return {}
-    _agreed(place, _only(config, *keys.count))
+    agreed(place, only(config, *keys.count))
     count = next((key for key in keys.count if config.get(key) is not None), keys.count[0])
     normalised = True if keys.normalised is None else config.get(keys.normalised, False)
     if not isinstance(normalised, bool):
         raise ConversionError(f"{place}: {keys.normalised} is {normalised!r}; it must be true or false.")
     return {
-        "num_moe_experts": _whole(config, count, place),
-        "moe_router_topk": _whole(config, keys.chosen, place),
-        "moe_ffn_hidden_size": _whole(config, keys.width, place),
+        "num_moe_experts": whole(config, count, place),
+        "moe_router_topk": whole(config, keys.chosen, place),
+        "moe_ffn_hidden_size": whole(config, keys.width, place),
         "moe_router_pre_softmax": not normalised,
     }
 
@@ -229,7 +229,7 @@ def _rope(config: Mapping[str, Any], place: str, *, default_base: float) -> tupl
     convert_rope_params_to_dict); others take the other. Both are read here, and must say the same.
     """
     spelled = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key) not in (None, {})}
-    rest = _only(config, "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+    rest = only(config, "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
     read = {
         key: _rope_of(key, scaling, rest, place, default_base=default_base)
         for key, scaling in (spelled or {"rope_parameters": {}}).items()
@@ -255,10 +255,10 @@ def _rope_of(
             "rotary embedding for all layers. Use another model."
         )
     for name in rest:
-        _agreed(place, {name: rest[name], f"{key}.{name}": scaling.get(name)})
-    kind = _agreed(place, {f"{key}.rope_type": scaling.get("rope_type"), f"{key}.type": scaling.get("type")})
+        agreed(place, {name: rest[name], f"{key}.{name}": scaling.get(name)})
+    kind = agreed(place, {f"{key}.rope_type": scaling.get("rope_type"), f"{key}.type": scaling.get("type")})
     scaling = {**rest, **scaling}
-    base = _positive(scaling, "rope_theta", place, default=default_base)
+    base = positive(scaling, "rope_theta", place, default=default_base)
     if scaling.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise ConversionError(f"{place} rotates a part of each head only (partial_rotary_factor). Use another model.")
     if kind in (None, "default"):
@@ -267,8 +267,8 @@ def _rope_of(
         raise ConversionError(
             f"{place} says {key} of type {kind!r}; the Megatron model knows 'default' and 'llama3'. Use another model."
         )
-    factor, low, high = (_positive(scaling, key, place) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    original = _whole(scaling, "original_max_position_embeddings", place)
+    factor, low, high = (positive(scaling, key, place) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    original = whole(scaling, "original_max_position_embeddings", place)
     if (low, high, original) != _MCORE_FIXES:
         raise ConversionError(
             f"{place} scales RoPE with low_freq_factor {low:g}, high_freq_factor {high:g}, "
@@ -278,46 +278,3 @@ def _rope_of(
     return base, Llama3RopeScaling(
         factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_position_embeddings=original
     )
-
-
-def _agreed(place: str, sources: Mapping[str, Any]) -> Any:
-    """Take one fact from the keys that may state it -> its value, None where none does.
-
-    Raises:
-        ConversionError: two of them differ.
-    """
-    said = {key: value for key, value in sources.items() if value is not None}
-    if any(value != next(iter(said.values())) for value in said.values()):
-        stated = " and ".join(f"{key}: {json.dumps(value)}" for key, value in said.items())
-        raise ConversionError(f"{place} says {stated}, which contradict each other. Remove the wrong one.")
-    return next(iter(said.values()), None)
-
-
-def _only(values: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: values[key] for key in keys if values.get(key) is not None}
-
-
-def _whole(values: Mapping[str, Any], key: str, place: str, *, default: int | None = None, least: int = 1) -> int:
-    value = _number(values, key, default)
-    if value is None or value % 1 or value < least:
-        raise _no_number(values, key, place, f"a whole number from {least}")
-    return int(value)
-
-
-def _positive(values: Mapping[str, Any], key: str, place: str, *, default: float | None = None) -> float:
-    value = _number(values, key, default)
-    if value is None or value <= 0:
-        raise _no_number(values, key, place, "a number above 0")
-    return float(value)
-
-
-def _number(values: Mapping[str, Any], key: str, default: float | None) -> float | None:
-    """Read a finite number; None where there is none."""
-    value = default if values.get(key) is None else values[key]
-    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
-    return value if is_number and not isinstance(value, bool) else None
-
-
-def _no_number(values: Mapping[str, Any], key: str, place: str, wanted: str) -> ConversionError:
-    said = "is missing" if values.get(key) is None else f"is {values[key]!r}"
-    return ConversionError(f"{place}: {key} {said}; it must be {wanted}. The config is damaged: fetch the model again.")
