@@ -1,7 +1,7 @@
-"""What low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) are made of, and the file that says so of a checkpoint.
+"""What low-rank adapters are made of (LoRA, Hu et al. 2021, arXiv:2106.09685), and the file that says so.
 
-A checkpoint with `adapter.json` holds adapters and no model; it names its base by a hash. Tensors keep the names and the
-order of rows of Hugging Face's modules, stacked over layers (and experts) as Megatron-Core stacks weights, so that
+A checkpoint with `adapter.json` holds adapters and no model; it names its base by a hash. Tensors keep the names and
+the order of rows of Hugging Face's modules, stacked over layers (and experts) as Megatron-Core stacks weights, so that
 PEFT's files are the same tensors under other names. Pure Python: no torch, no megatron.
 """
 
@@ -80,6 +80,14 @@ class AdapterSettings:
         """What B (A x) is multiplied by."""
         return self.alpha / (self.rank**0.5 if self.scaling == "rslora" else self.rank)
 
+    @property
+    def flags(self) -> str:
+        """The flags of training that ask for such adapters."""
+        return (
+            f"--lora-rank {self.rank} --lora-alpha {self.alpha:g} --lora-scaling {self.scaling} "
+            f"--lora-targets {' '.join(self.targets)}"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class BaseName:
@@ -123,9 +131,7 @@ def linear_modules(architecture: Architecture) -> tuple[AdaptedModule, ...]:
         for name, parts in inner
     ]
     modules.append(
-        AdaptedModule(
-            name=down, linear="linear_fc2", in_features=width, parts=(("down", hidden),), is_expert=is_expert
-        )
+        AdaptedModule(name=down, linear="linear_fc2", in_features=width, parts=(("down", hidden),), is_expert=is_expert)
     )
     return tuple(modules)
 

@@ -25,12 +25,11 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
-from torch.nn.functional import linear
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.adapter_file import AdaptedModule, AdapterSettings, adapted_modules, linear_modules
 
-# S = tokens, B = sequences, R = ranks of all adapters of a layer together, I and O = its inputs and outputs on this rank
+# S = tokens, B = sequences, R = ranks of all adapters of a layer together, I and O = its inputs and outputs here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +57,15 @@ class Adapter(torch.nn.Module):
         *,
         seed: int,
     ) -> None:
-        """Make A random and B zero.
+        """Make A random and B zero (`reset`).
 
         Args:
             modules: those of the layer that are adapted.
             parts: all outputs of the layer in Megatron-Core's order, (what, rows in the whole model).
+            seed: of A.
         """
         super().__init__()
-        self.modules_adapted, self.settings, self.place = tuple(modules), settings, place
+        self.modules_adapted, self.settings, self.place, self.seed = tuple(modules), settings, place, seed
         self.is_expert, self.is_column_parallel = modules[0].is_expert, modules[0].is_column_parallel
         self.group = _tensor_group(is_expert=self.is_expert)
         self.sums_over_tokens = config.sequence_parallel and self.group.size() > 1
@@ -78,17 +78,16 @@ class Adapter(torch.nn.Module):
         """Each parameter's name -> its key in a checkpoint."""
         for module in modules:
             for matrix, shape in module.matrices(settings.rank).items():
-                is_a = matrix == "lora_A"
-                whole = _initial_a(module, shape, place, seed=seed) if is_a else torch.zeros(shape)
-                self._hold(_name(module, matrix), module.key(matrix), whole.to(config.params_dtype), is_a=is_a)
+                self._hold(_name(module, matrix), shape, config.params_dtype, is_a=matrix == "lora_A")
+                self.matrices[_name(module, matrix)] = module.key(matrix)
+        self.reset()
 
-    def _hold(self, name: str, key: str, whole: Tensor, *, is_a: bool) -> None:
+    def _hold(self, name: str, shape: tuple[int, int], dtype: torch.dtype, *, is_a: bool) -> None:
         """Make a parameter of this rank's part of a matrix, and tell Megatron-Core how its gradient comes about."""
-        is_divided = is_a != self.is_column_parallel
-        dim = 1 if is_a else 0
-        if is_divided:
-            whole = whole.chunk(self.group.size(), dim)[self.group.rank()]
-        parameter: Any = torch.nn.Parameter(whole.clone(memory_format=torch.contiguous_format))
+        is_divided, dim = is_a != self.is_column_parallel, 1 if is_a else 0
+        sizes = list(shape)
+        sizes[dim] //= self.group.size() if is_divided else 1
+        parameter: Any = torch.nn.Parameter(torch.empty(sizes, dtype=dtype))
         # Whole experts that lie on tensor-parallel ranks are others on each: each counts in the gradient's norm.
         if is_divided or (self.is_expert and self.group.size() == 1):
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
@@ -97,7 +96,16 @@ class Adapter(torch.nn.Module):
         if self.is_expert:
             parameter.allreduce = False
         self.register_parameter(name, parameter)
-        self.matrices[name] = key
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Draw A anew, the same as before, and make B zero: the layer is its base again."""
+        for module in self.modules_adapted:
+            a = self.get_parameter(_name(module, "lora_A"))
+            whole = _initial_a(module, self.settings.rank, self.place, seed=self.seed)
+            a.copy_(whole if self.is_column_parallel else whole.chunk(self.group.size(), 1)[self.group.rank()])
+            for matrix in _b_matrices(module):
+                self.get_parameter(_name(module, matrix)).zero_()
 
     def forward(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """Add what the adapters make of the layer's inputs [.., I] to its outputs -> [.., O].
@@ -106,12 +114,12 @@ class Adapter(torch.nn.Module):
         backward, row-parallel the reverse; under sequence parallelism a gather one way and a scatter of sums the
         other. None for experts: their dispatcher sums what they give.
         """
-        a = [self.get_parameter(_name(module, "lora_A")) for module in self.modules_adapted]
-        inner = self._between_ranks(linear(inputs, torch.cat(a) if len(a) > 1 else a[0]))
+        a: list[Tensor] = [self.get_parameter(_name(module, "lora_A")) for module in self.modules_adapted]
+        inner = self._between_ranks(_product(inputs, torch.cat(a) if len(a) > 1 else a[0]))
         added: dict[str, Tensor] = {}
         for module, own in zip(self.modules_adapted, inner.chunk(len(a), -1), strict=True):
             for matrix, (part, _) in zip(_b_matrices(module), module.parts, strict=True):
-                added[part] = linear(own, self.get_parameter(_name(module, matrix)))
+                added[part] = _product(own, self.get_parameter(_name(module, matrix)))
         return torch.add(outputs, self._in_order(added, inner), alpha=self.settings.scale)
 
     def _in_order(self, added: dict[str, Tensor], inner: Tensor) -> Tensor:
@@ -173,12 +181,13 @@ class Adapter(torch.nn.Module):
         for name, key in self.matrices.items():
             parameter: Any = self.get_parameter(name)
             is_divided = getattr(parameter, "tensor_model_parallel", False)
-            axis = (len(stacked) + parameter.partition_dim, self.group.rank(), self.group.size()) if is_divided else None
+            axes = list(stacked)
+            if is_divided:
+                axes.append((len(stacked) + parameter.partition_dim, self.group.rank(), self.group.size()))
             described[prefix + name] = ShardedTensor.from_rank_offsets(
                 key,
                 parameter,
-                *stacked,
-                *([axis] if axis is not None else []),
+                *axes,
                 replica_id=(0, 0 if is_divided else self.group.rank(), copy),
                 prepend_axis_num=len(stacked),
             )
@@ -216,17 +225,14 @@ class Adapters(torch.nn.Module):
         """Yield the adapter of every linear layer, or of every expert's."""
         yield from (module for module in self.modules() if isinstance(module, Adapter))
 
-    @torch.no_grad()
-    def switch_off(self) -> None:
-        """Make every B zero, so that the model is its base."""
+    def reset(self) -> None:
+        """Make the model its base again, and the adapters those that training begins with."""
         for adapter in self.each():
-            for name in adapter.matrices:
-                if "lora_B" in name:
-                    adapter.get_parameter(name).zero_()
+            adapter.reset()
 
     def describe(self) -> dict[str, ShardedTensor]:
         """Describe the adapters to a checkpoint -> {name in the stage: place}."""
-        found = {}
+        found: dict[str, ShardedTensor] = {}
         for name, module in self.named_modules():
             if isinstance(module, Adapter):
                 found |= module.describe(f"{NAME}.{name}.")
@@ -320,20 +326,27 @@ def _expert_places(place: Place, num_experts: int) -> list[Place]:
 
 def _tensor_group(*, is_expert: bool) -> Any:
     find: Callable[[], Any] = (
-        parallel_state.get_expert_tensor_parallel_group
-        if is_expert
-        else parallel_state.get_tensor_model_parallel_group
+        parallel_state.get_expert_tensor_parallel_group if is_expert else parallel_state.get_tensor_model_parallel_group
     )
     return find()
 
 
-def _initial_a(module: AdaptedModule, shape: tuple[int, int], place: Place, *, seed: int) -> Tensor:
+def _initial_a(module: AdaptedModule, rank: int, place: Place, *, seed: int) -> Tensor:
     """Draw a whole A from U(-1/sqrt(I), 1/sqrt(I)), as PEFT does (kaiming_uniform_, a = sqrt(5)) -> [rank, I]."""
     words = f"{seed} {module.key('lora_A')} {place.layer} {place.expert}"
     generator = torch.Generator(device="cpu")
     generator.manual_seed(int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big"))
     bound = module.in_features**-0.5
-    return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
+    return torch.empty(rank, module.in_features, device="cpu").uniform_(-bound, bound, generator=generator)
+
+
+def _product(inputs: Tensor, weight: Tensor) -> Tensor:
+    """Multiply [.., I] by a matrix [O, I] -> [.., O], by the same kernel with gradients and without.
+
+    torch's own for more than two dimensions folds them or not by whether a gradient is wanted (2.13, Linear.cpp and
+    LinearAlgebra.cpp, should_fold), which is another order of sums, and log-ratios would not begin at 0.
+    """
+    return torch.mm(inputs.flatten(0, -2), weight.t()).unflatten(0, inputs.shape[:-1])
 
 
 def _b_matrices(module: AdaptedModule) -> list[str]:

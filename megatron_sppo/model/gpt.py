@@ -9,6 +9,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.model.adapters import Adapters
 from megatron_sppo.model.config import ModelConfig, padded_vocab_size
 from megatron_sppo.model.layer_spec import layer_spec
 from megatron_sppo.model.router_losses import (
@@ -42,6 +43,8 @@ class PolicyModel(GPTModel):
     head_chunk_size: int | None
     logit_softcap: float | None
     router_losses: tuple[RouterLosses, ...] = ()
+    adapters: Adapters
+    """Where there are any (`adapters.attach_adapters`)."""
 
     def _preprocess(self, *, position_ids: Tensor, packed_seq_params: Any = None, **kwargs: Any) -> tuple[Any, ...]:
         """Embed, and look up the rotary table -> GPTModel's tuple, with a line of the table for each token of a tree.
