@@ -4,7 +4,7 @@ One frozen dataclass, written as `model.json` beside a Megatron checkpoint. Fiel
 (`TransformerConfig`, `GPTModel`). Pure Python: no torch, no megatron.
 """
 
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,17 +14,67 @@ from megatron_sppo.storage import read_json, write_json
 SCHEMA_VERSION = 1
 FILE_NAME = "model.json"
 
+EXPERT_WEIGHTS = ("linear_fc1", "linear_fc2", "linear_fc1.bias", "linear_fc2.bias")
+"""Names in `layer_weights` of what each expert has."""
+
 _EXPERT_NUMBERS = ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Llama3RopeScaling:
-    """RoPE frequency scaling of Llama 3.1 and later. Frequencies are divided by `factor` below the low cut-off."""
+_SCALING_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How RoPE's frequencies differ from base^(-2i/D), by transformers' names (5.19, modeling_rope_utils.py).
+
+    `model/rope.py` computes them. Which fields a type has: `_SCALING_NEEDS`; the others keep their defaults.
+    """
+
+    rope_type: Literal["llama3", "linear", "dynamic", "yarn", "longrope"] = "llama3"
+    """dynamic changes nothing up to `max_position_embeddings` tokens, and longer sequences are refused."""
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    """Tokens that the model was first trained for; longrope takes `long_factor` for sequences above, whole ones."""
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    truncate: bool = True
+    """yarn: whether the bounds of its ramp are rounded to whole channels."""
+    attention_factor: float = 1.0
+    """yarn, longrope: rotated channels of queries and of keys are multiplied by it."""
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    """longrope: a divisor for each of D / 2 frequencies."""
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in _SCALING_NEEDS:
+            raise ConversionError(
+                f"rope_scaling is of type {self.rope_type!r}; there are {', '.join(_SCALING_NEEDS)}. "
+                "The model's config is wrong."
+            )
+        for name in _SCALING_NEEDS[self.rope_type]:
+            value = getattr(self, name)
+            numbers = value if isinstance(value, (tuple, list)) else (value,)
+            if not numbers or any(number is None or not number > 0 for number in numbers):
+                raise ConversionError(
+                    f"rope_scaling does not describe {self.rope_type}: {name} is {value}. The model's config is wrong."
+                )
+        if not self.attention_factor > 0:
+            raise ConversionError(
+                f"rope_scaling's attention_factor is {self.attention_factor}; it must be above 0. "
+                "The model's config is wrong."
+            )
+
+    def needs(self) -> dict[str, Any]:
+        """List the fields that this type has -> {name: value}."""
+        return {name: getattr(self, name) for name in _SCALING_NEEDS[self.rope_type]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +96,20 @@ class Architecture:
     max_position_embeddings: int
     layernorm_epsilon: float
     rotary_base: float
-    rope_scaling: Llama3RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None
+    rotary_percent: float = 1.0
+    """Part of each head's channels, the first ones, that are rotated."""
+    windowed_rotary_base: float | None = None
+    """RoPE's base in layers with a window, which are not scaled then (Gemma-3, OLMo-3); None: as in all layers."""
     share_embeddings_and_output_weights: bool
     add_qkv_bias: bool = False
+    """Biases of queries, keys and values."""
+    add_proj_bias: bool = False
+    """Bias of attention's output projection."""
+    add_mlp_bias: bool = False
+    """Biases of the feed-forward unit, or of all experts and of the router."""
+    softmax_type: Literal["vanilla", "learnable"] = "vanilla"
+    """learnable: each head has a sink, a score beside those of the keys that takes a part of the softmax (gpt-oss)."""
     qk_layernorm: bool = False
     """RMSNorm of queries and keys, one head at a time (Qwen3)."""
     qk_layernorm_across_heads: bool = False
@@ -107,14 +168,41 @@ class Architecture:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConversionError(f"{name} is {value}; it must be above 0. The model's config is wrong.")
+        if self.softmax_type not in ("vanilla", "learnable"):
+            raise ConversionError(f"softmax_type is {self.softmax_type!r}; it must be vanilla or learnable.")
+        if self.add_mlp_bias and self.num_moe_experts is not None and not (self.add_qkv_bias and self.add_proj_bias):
+            raise ConversionError(
+                "add_mlp_bias is set with experts, and attention has no biases: Megatron-Core has one switch for both. "
+                "Use another model."
+            )
         if self.activation_func not in ("silu", "gelu_tanh"):
             raise ConversionError(f"activation_func is {self.activation_func!r}; it must be silu or gelu_tanh.")
+        if self.rotary_percent != 1 and (
+            not 0 < self.rotary_percent < 1 or self.rotary_channels < 2 or self.rotary_channels % 2
+        ):
+            raise ConversionError(
+                f"rotary_percent {self.rotary_percent} of {self.kv_channels} channels a head are "
+                f"{self.rotary_channels}; rotary embeddings need pairs of them. The model's config is wrong."
+            )
+        self._check_rope()
         if self.qk_layernorm_across_heads and not self.qk_layernorm:
             raise ConversionError("qk_layernorm_across_heads is set without qk_layernorm. The model's config is wrong.")
         if not all(0 <= layer < self.num_layers for layer in self.full_attention_layers):
             raise ConversionError(
                 f"full_attention_layers {self.full_attention_layers} are not all of the {self.num_layers} layers. "
                 "The model's config is wrong."
+            )
+
+    def _check_rope(self) -> None:
+        for name, factors in (self.rope_scaling.needs() if self.rope_scaling else {}).items():
+            if isinstance(factors, tuple) and len(factors) != self.rotary_channels // 2:
+                raise ConversionError(
+                    f"{name} has {len(factors)} numbers for {self.rotary_channels // 2} frequencies "
+                    f"({self.rotary_channels} rotated channels a head). The model's config is wrong."
+                )
+        if self.windowed_rotary_base is not None and not self.windowed_rotary_base > 0:
+            raise ConversionError(
+                f"windowed_rotary_base is {self.windowed_rotary_base}; it must be above 0. The model's config is wrong."
             )
 
     def _check_experts(self) -> None:
@@ -137,9 +225,19 @@ class Architecture:
                 "it. Use another model."
             )
 
+    @property
+    def has_sinks(self) -> bool:
+        """Whether each head of attention has a sink."""
+        return self.softmax_type == "learnable"
+
     def window(self, layer: int) -> int | None:
         """Say how many tokens a query of a layer (from 0) sees, itself included -> int; None: all up to itself."""
         return None if layer in self.full_attention_layers else self.sliding_window
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that are rotated; rounded down as Megatron-Core and transformers do."""
+        return int(self.kv_channels * self.rotary_percent)
 
     @property
     def query_channels(self) -> int:
@@ -167,6 +265,10 @@ class Architecture:
         weights = {"norm": hidden, "linear_proj": hidden * queries, "linear_qkv": hidden * qkv}
         if self.add_qkv_bias:
             weights["linear_qkv.bias"] = qkv
+        if self.add_proj_bias:
+            weights["linear_proj.bias"] = hidden
+        if self.has_sinks:
+            weights["softmax_offset"] = self.num_attention_heads // tensor_ranks
         if self.qk_layernorm:  # norms over all heads are held whole by each rank
             across = self.qk_layernorm_across_heads
             weights["q_layernorm"] = self.query_channels if across else head
@@ -176,12 +278,15 @@ class Architecture:
         else:
             width = (self.moe_ffn_hidden_size or 0) // expert_tensor_ranks
             weights["router"] = self.num_moe_experts * hidden
+        if self.add_mlp_bias:
+            weights |= {"linear_fc1.bias": 2 * width, "linear_fc2.bias": hidden}
+            weights |= {"router.bias": self.num_moe_experts} if self.num_moe_experts is not None else {}
         return weights | {"linear_fc1": 2 * width * hidden, "linear_fc2": hidden * width}
 
     def num_parameters(self) -> int:
         """Count the weights as the checkpoint holds them, tied embeddings once -> int."""
         copies = {"norm": self.norms_per_layer}
-        copies |= dict.fromkeys(("linear_fc1", "linear_fc2"), self.num_moe_experts or 1)
+        copies |= dict.fromkeys(EXPERT_WEIGHTS, self.num_moe_experts or 1)
         layer = sum(number * copies.get(name, 1) for name, number in self.layer_weights().items())
         embeddings = self.vocab_size * self.hidden_size * (1 if self.share_embeddings_and_output_weights else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
@@ -189,13 +294,20 @@ class Architecture:
 
 def write_architecture(architecture: Architecture, directory: Path, *, tokenizer: dict[str, Any]) -> None:
     """Write `model.json`: the architecture and where its tokenizer came from (`hash`, `files`), for later checks."""
-    # What has its default value is left out: a model's file does not change when other families bring new fields.
-    defaults = {field.name: field.default for field in fields(architecture) if field.default is not MISSING}
-    values = {
-        name: value for name, value in asdict(architecture).items() if name not in defaults or value != defaults[name]
-    }
+    values = _changed(architecture)
     content = {"schema_version": SCHEMA_VERSION, "architecture": values, "tokenizer": tokenizer}
     write_json(Path(directory, FILE_NAME), content)
+
+
+def _changed(described: Any) -> dict[str, Any]:
+    """List the fields without those at their default: a model's file stays as it is when other families bring more."""
+    values = {field.name: getattr(described, field.name) for field in fields(described)}
+    defaults = {field.name: field.default for field in fields(described) if field.default is not MISSING}
+    return {
+        name: _changed(value) if is_dataclass(value) else value
+        for name, value in values.items()
+        if name not in defaults or value != defaults[name]
+    }
 
 
 def read_architecture(directory: Path) -> tuple[Architecture, dict[str, Any]]:
@@ -217,9 +329,12 @@ def read_architecture(directory: Path) -> tuple[Architecture, dict[str, Any]]:
         raise ConversionError(f"{path} has unknown fields {unknown}. It was written by a newer version: upgrade.")
     try:
         if values.get("rope_scaling") is not None:
-            values = {**values, "rope_scaling": Llama3RopeScaling(**values["rope_scaling"])}
+            scaling: dict[str, Any] = {
+                key: tuple(v) if isinstance(v, list) else v for key, v in values["rope_scaling"].items()
+            }
+            values = {**values, "rope_scaling": RopeScaling(**scaling)}
         if "full_attention_layers" in values:
             values = {**values, "full_attention_layers": tuple(values["full_attention_layers"])}
         return Architecture(**values), tokenizer
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ConversionError(f"{path} does not describe a model ({error}). Import the model again.") from None

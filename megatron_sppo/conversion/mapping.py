@@ -56,6 +56,8 @@ class TensorMapping:
     """Megatron-Core's name; with "{layer}" where it belongs to a layer, and "{expert}" where to an expert of it."""
     hf: str
     """Hugging Face's name; with "{layer}" likewise."""
+    only: str | None = field(default=None, kw_only=True)
+    """Field of `Architecture` without which no layer has it, such as "qk_layernorm"."""
 
     @property
     def per_layer(self) -> bool:
@@ -77,7 +79,7 @@ class TensorMapping:
 
     def applies(self, architecture: Architecture) -> bool:
         """Whether a model of this architecture has the tensor."""
-        return True
+        return self.only is None or bool(getattr(architecture, self.only))
 
     def parts(self) -> tuple[str, ...]:
         """Hugging Face's names, layer and expert not yet filled in."""
@@ -143,7 +145,8 @@ class VocabRows(Copy):
     """Absent where the output layer shares the embedding."""
 
     def applies(self, architecture: Architecture) -> bool:
-        return not (self.untied_only and architecture.share_embeddings_and_output_weights)
+        tied = architecture.share_embeddings_and_output_weights
+        return super().applies(architecture) and not (self.untied_only and tied)
 
 
 @dataclass(frozen=True)
@@ -191,12 +194,15 @@ class GateUp(TensorMapping):
     """Name of the dimension of either."""
     names: tuple[str, str] = ("gate", "up")
     """What stands for "{gate_up}"."""
+    columns: tuple[str, ...] = ("hidden",)
+    """Dimensions after the rows; () for a bias."""
 
     def parts(self) -> tuple[str, ...]:
         return tuple(self.hf.replace("{gate_up}", name) for name in self.names)
 
     def part_shapes(self, architecture: Architecture) -> tuple[Shape, ...]:
-        return ((dimension(architecture, self.width), architecture.hidden_size),) * 2
+        columns = [dimension(architecture, name) for name in self.columns]
+        return ((dimension(architecture, self.width), *columns),) * 2
 
     def read_apart(self, architecture: Architecture) -> list[list[Run]]:
         return [[run] for run in self.runs(architecture)]
@@ -241,8 +247,22 @@ class WindowKeys:
     """Key of the first layer, from 0, that has the window; None: layer 0."""
     every: int = 1
     """From there on each layer has it, or every second one."""
+    full_every: int | None = None
+    """Where no `layer_types` are given, each layer of this number sees all tokens instead."""
+    full_every_key: str | None = None
+    """Key of that number, if config.json may say it."""
     layer_types: bool = False
     """Whether transformers goes by `layer_types` where it is given. Where it overlooks it, the two must agree."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowedRope:
+    """Where a family's config.json says the base of RoPE in layers with a window, if that may be another."""
+
+    base: float
+    """What transformers takes where the config says none."""
+    base_key: str | None = None
+    """Its key at the top of the config, in the spelling of transformers 4."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,10 +284,22 @@ class Family:
     """Fields of `Architecture` that every model of the family has alike, such as {"add_qkv_bias": True}."""
     numbers: Mapping[str, str] = field(default_factory=dict)
     """Keys of config.json with a number above 0, or null, and the fields of `Architecture` that take it as it is."""
+    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Keys of config.json that are true, false or absent (false), and the fields of `Architecture` that say the same:
+    {"mlp_bias": ("add_mlp_bias",)}."""
     windows: WindowKeys | None = None
     """None in a family whose every layer sees all tokens up to its own."""
     rotary_base: float = 10000.0
     """RoPE's base where config.json names none."""
+    rope_types: tuple[str, ...] = ("linear", "dynamic", "yarn", "longrope", "llama3")
+    """Kinds of scaled RoPE that transformers computes in this family."""
+    rotary_percent: float | None = None
+    """Part of each head that is rotated where config.json does not say; None: all, and transformers knows no other."""
+    original_positions: int | None = None
+    """What transformers takes for `original_max_position_embeddings` where the top of config.json does not say it;
+    None: what the rotary embeddings say."""
+    windowed_rope: WindowedRope | None = None
+    """None in a family with one rotary embedding for all layers."""
     tied: bool = False
     """Whether the output layer shares the embedding where config.json does not say."""
     experts: ExpertKeys | None = None

@@ -154,13 +154,13 @@ class Adapter(torch.nn.Module):
         reduced: Tensor = reduce(inner, group=self.group)
         return reduced
 
-    def add_to(self, layer: Any, inputs: tuple[Any, ...], outputs: tuple[Any, Any]) -> tuple[Tensor, Any]:
+    def add_to(self, layer: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[Tensor, Any]:
         """Do as `forward` behind a layer of either spec: a forward hook."""
-        result, bias = outputs
-        source = inputs[0]
-        if isinstance(result, tuple):  # Transformer Engine's fused layer gives what its norm has made of the inputs
-            result, source = result
-        return self(source, result), bias
+        result, bias, *normed = outputs
+        # Transformer Engine's fused layer gives what its norm has made of the inputs behind a bias, or in its place.
+        if isinstance(result, tuple):
+            result, *normed = result
+        return self(normed[0] if normed else inputs[0], result), bias
 
     def names(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """Yield this rank's parameters by names that are the same in every layout."""

@@ -50,8 +50,7 @@ def with_post_norm(linear: type, norm: type) -> type:
 
     def normalise(layer: Any, _inputs: Any, outputs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, None]:
         output, bias = outputs
-        assert bias is None, "a bias would be added behind the norm"
-        return layer.post_layernorm(output), None
+        return layer.post_layernorm(output if bias is None else output + bias), None
 
     class PostNormLinear(linear):
         def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: object) -> None:
@@ -60,6 +59,17 @@ def with_post_norm(linear: type, norm: type) -> type:
             self.register_forward_hook(normalise)
 
     return PostNormLinear
+
+
+@functools.cache
+def with_bias(linear: type) -> type:
+    """Make a linear layer with a bias whatever Megatron-Core says, which has one switch for all linear layers."""
+
+    class BiasedLinear(linear):
+        def __init__(self, *args: object, bias: bool, **kwargs: object) -> None:
+            super().__init__(*args, bias=True, **kwargs)
+
+    return BiasedLinear
 
 
 class _AcrossHeadsNorm(torch.nn.Module):

@@ -1,12 +1,38 @@
 """One table per model family; FAMILIES lists them by `model_type`."""
 
-from megatron_sppo.conversion.families import gemma2, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe
+from megatron_sppo.conversion.families import (
+    gemma2,
+    gemma3_text,
+    llama,
+    ministral,
+    mistral,
+    mixtral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from megatron_sppo.conversion.mapping import Family
 from megatron_sppo.errors import ConversionError
 
 FAMILIES = {
     module.FAMILY.model_type: module.FAMILY
-    for module in (llama, mistral, qwen2, qwen3, mixtral, qwen3_moe, gemma2, olmo2, phi3)
+    for module in (
+        llama,
+        mistral,
+        ministral,
+        qwen2,
+        qwen3,
+        mixtral,
+        qwen3_moe,
+        gemma2,
+        gemma3_text,
+        olmo2,
+        olmo3,
+        phi3,
+    )
 }
 
 
