@@ -91,6 +91,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "sliding_window": 8,
+        "num_local_experts": 4,
+        "rope_parameters": {**YARN, "truncate": False},
+        # Near enough for the clamps to bite.
+        "swiglu_limit": 1.0,
+        **EXPERTS,
+    },
     "ministral": {
         "model_type": "ministral",
         "sliding_window": 8,
@@ -110,8 +119,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3, longrope": {"model_type": "phi3", **LONGROPE},
     "qwen3, yarn": {"model_type": "qwen3", "rope_parameters": YARN},
 }
-MIXTURES = ("mixtral", "qwen3_moe")
+MIXTURES = ("gpt_oss", "mixtral", "qwen3_moe")
 """Those with experts."""
+BIASED_EXPERTS = ("gpt_oss",)
+"""Those whose experts have biases."""
 
 
 def family_model(directory: Path, name: str, **overrides: Any) -> Path:

@@ -3,6 +3,7 @@
 from megatron_sppo.conversion.families import (
     gemma2,
     gemma3_text,
+    gpt_oss,
     llama,
     ministral,
     mistral,
@@ -29,6 +30,7 @@ FAMILIES = {
         qwen3_moe,
         gemma2,
         gemma3_text,
+        gpt_oss,
         olmo2,
         olmo3,
         phi3,
