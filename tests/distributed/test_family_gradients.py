@@ -2,7 +2,8 @@
 
 Truth is Hugging Face's model under autograd, its eager attention and its log-softmax: windows, soft caps, scaled
 embeddings, norms behind the units (sequence parallelism adds their gradients up), norms over the heads of all
-tensor-parallel ranks, biases, sinks, clamped experts, and rotary tables of two kinds. Documents are longer than the window of eight tokens, and pipeline stages uneven.
+tensor-parallel ranks, biases, sinks, clamped experts, and rotary tables of two kinds. Documents are longer than the
+window of eight tokens, and pipeline stages uneven.
 Not shown here: CUDA, Transformer Engine, FP8.
 """
 
