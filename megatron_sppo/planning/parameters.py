@@ -119,7 +119,9 @@ def adapter_shards(architecture: Architecture, grid: Grid) -> list[Shard]:
         ranks = parallel.expert_tensor_parallel_size if expert else parallel.tensor_model_parallel_size
         for matrix, (rows, columns) in module.matrices(settings.rank).items():
             is_divided = (matrix == "lora_A") != module.is_column_parallel
-            shard = Shard(name=module.key(matrix), numel=rows * columns // (ranks if is_divided else 1), is_expert=expert)
+            shard = Shard(
+                name=module.key(matrix), numel=rows * columns // (ranks if is_divided else 1), is_expert=expert
+            )
             shards += [shard] * (copies if expert else 1)
     return shards
 

@@ -151,7 +151,8 @@ def stage_seconds(architecture: Architecture, config: PlanConfig, grid: Grid, st
     pair_tokens = min(given.mean_prompt_tokens, source) + 2 * min(given.mean_response_tokens, candidate)
     num_pairs = given.num_prompts * given.num_responses * (given.num_responses - 1)
     judging = num_pairs * pair_tokens * 2 * _PAIRRM_BACKBONE / (machine.judge_tflops * _TERA * grid.world_size)
-    forward_share = 1 / (1 + flops.BACKWARD_FACTOR)
+    factor = flops.BACKWARD_FACTOR if grid.adapters is None else flops.FROZEN_BACKWARD_FACTOR
+    forward_share = 1 / (1 + factor)
     passes = 1 + max(
         len(config.reference), config.objective.row.num_references[0]
     )  # pi_t's, and the objective's others
