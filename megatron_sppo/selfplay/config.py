@@ -22,7 +22,7 @@ MIN_RESAMPLES = 2000
 
 _NOWHERE = Path("decided-by-self-play")
 _OF_ROLLOUTS: dict[str, Any] = {"model": _NOWHERE, "prompts": _NOWHERE, "output": _NOWHERE, "seed": 0}
-_OF_ROLLOUTS |= {"num_responses": 2, "max_tokens": 1}
+_OF_ROLLOUTS |= {"num_responses": 2, "max_tokens": 1, "adapter": None}
 _OF_SCORING: dict[str, Any] = {"rollouts": _NOWHERE, "output": _NOWHERE, "from_dataset": None, "judge": "pairrm:"}
 _OF_TRAINING: dict[str, Any] = {"load": _NOWHERE, "data": _NOWHERE, "save": _NOWHERE, "reference": ()}
 """What self-play decides of each stage, with stand-ins."""
