@@ -59,6 +59,33 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         **EXPERTS,
     },
+    "qwen3_moe, dense between": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [1],
+        **EXPERTS,
+    },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        **EXPERTS,
+    },
+    "qwen2_moe, dense between": {
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 2,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 2,
+        **EXPERTS,
+    },
     "gemma2": {
         "model_type": "gemma2",
         "sliding_window": 8,
@@ -69,7 +96,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": {"model_type": "olmo2"},
     "phi3": {"model_type": "phi3", "sliding_window": 8},
 }
-MIXTURES = ("mixtral", "qwen3_moe")
+MIXTURES = tuple(name for name, settings in FAMILIES.items() if "num_experts_per_tok" in settings)
 """Those with experts."""
 
 

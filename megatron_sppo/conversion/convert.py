@@ -80,6 +80,7 @@ _ATTENTION = tuple(f"self_attention.{name}" for name in ("linear_qkv", "linear_p
 _HEAD_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 _DENSE_EXTRA_STATES = (*_ATTENTION, "mlp.linear_fc1", "mlp.linear_fc2", *_HEAD_NORMS)
 _MIXTURE_EXTRA_STATES = (*_ATTENTION, *_HEAD_NORMS, "pre_mlp_layernorm")
+_SHARED_EXTRA_STATES = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
 _EXPERT_EXTRA_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 
 
@@ -106,7 +107,9 @@ def import_checkpoint(
     family = family_of(architecture.family, place=str(hf))
     source = open_hf_checkpoint(hf)
     tokenizer = check_side_files(hf)
-    if architecture.num_layers * (architecture.num_moe_experts or 1) > len(source.entries):
+    if architecture.num_layers + architecture.num_expert_layers * (architecture.num_moe_experts or 0) > len(
+        source.entries
+    ):
         raise ConversionError(
             f"{hf} holds {len(source.entries)} tensors, too few for the {architecture.num_layers} layers that its "
             f"{CONFIG_FILE} promises. Fetch the model again."
@@ -210,18 +213,21 @@ def export_checkpoint(
 
 
 def _extra_states(architecture: Architecture) -> dict[str, Any]:
-    layers, experts = architecture.num_layers, architecture.num_moe_experts
-    keys = [
-        f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
-        for layer in range(layers)
-        for module in (_DENSE_EXTRA_STATES if experts is None else _MIXTURE_EXTRA_STATES)
-    ]
-    keys += [
-        f"decoder.layers.{module}._extra_state/shard_{layer}.{expert}_{layers}.{experts}"
-        for layer in range(layers)
-        for expert in range(experts or 0)
-        for module in _EXPERT_EXTRA_STATES
-    ]
+    """Name the empty states as mcore does: stacked over layers where these are of one kind -> {key/place: None}."""
+    layers, experts = architecture.num_layers, architecture.num_moe_experts or 0
+    shared = _SHARED_EXTRA_STATES if architecture.moe_shared_expert_intermediate_size is not None else ()
+    keys = []
+    for layer in range(layers):
+        sparse = architecture.has_experts(layer)
+        if architecture.moe_layer_freq:
+            prefix, place, within = f"decoder.layers.{layer}", "0_1", [f"{i}_{experts}" for i in range(experts)]
+        else:
+            prefix, place = "decoder.layers", f"{layer}_{layers}"
+            within = [f"{layer}.{i}_{layers}.{experts}" for i in range(experts)]
+        modules = (*_MIXTURE_EXTRA_STATES, *shared) if sparse else _DENSE_EXTRA_STATES
+        keys += [f"{prefix}.{module}._extra_state/shard_{place}" for module in modules]
+        for module in _EXPERT_EXTRA_STATES if sparse else ():
+            keys += [f"{prefix}.{module}._extra_state/shard_{expert}" for expert in within]
     return dict.fromkeys([*keys, "decoder.final_layernorm._extra_state/shard_0_1"])
 
 
@@ -253,7 +259,11 @@ def _already_imported(
         opened.check_objects()
     except (DataError, ConversionError) as error:
         raise ConversionError(f"{target} is there, and damaged ({error}) Add --overwrite to import again.") from None
-    dtypes = {binding.mapping.key: cast or source.entries[next(iter(binding.hf_shapes))].dtype for binding in bindings}
+    dtypes = {
+        binding.place.key: (None if binding.mapping.keeps_type else cast)
+        or source.entries[next(iter(binding.hf_shapes))].dtype
+        for binding in bindings
+    }
     if (
         opened.architecture != architecture
         or any(opened.reader.dtype(key) != kind for key, kind in dtypes.items())

@@ -3,7 +3,7 @@
 A family's table (families/<family>.py) is a tuple of these. A Megatron name with "{layer}" is one slice of a tensor
 that Megatron-Core's distributed checkpoint stacks over layers: "decoder.layers.{layer}.mlp.linear_fc2.weight" is
 [layer] of the key "decoder.layers.mlp.linear_fc2.weight", whose first axis counts layers. "{expert}" likewise: experts
-are the second axis.
+are the second axis. Where layers are of two kinds nothing is stacked over them, experts still are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.safetensors_file import Shape
@@ -25,7 +25,7 @@ def dimension(architecture: Architecture, name: str) -> int:
     """Return the size of a named dimension.
 
     "hidden", "ffn", "query" (all heads), "key" (all key/value heads), "head", "vocab",
-    "experts", "expert_ffn" (one).
+    "experts", "expert_ffn" (one), "shared_ffn" (of all shared experts), "one".
     """
     return {
         "hidden": architecture.hidden_size,
@@ -36,6 +36,8 @@ def dimension(architecture: Architecture, name: str) -> int:
         "vocab": architecture.vocab_size,
         "experts": architecture.num_moe_experts or 0,
         "expert_ffn": architecture.moe_ffn_hidden_size or 0,
+        "shared_ffn": architecture.moe_shared_expert_intermediate_size or 0,
+        "one": 1,
     }[name]
 
 
@@ -56,6 +58,12 @@ class TensorMapping:
     """Megatron-Core's name; with "{layer}" where it belongs to a layer, and "{expert}" where to an expert of it."""
     hf: str
     """Hugging Face's name; with "{layer}" likewise."""
+    layers: Literal["all", "dense", "sparse"] = field(default="all", kw_only=True)
+    """Which layers have it, of a model where some are dense and others have experts."""
+    only: str | None = field(default=None, kw_only=True)
+    """Field of `Architecture` without which no layer has it, such as "qk_layernorm"."""
+    keeps_type: bool = field(default=False, kw_only=True)
+    """Whether no cast changes it: transformers keeps it in float32 whatever the model's type."""
 
     @property
     def per_layer(self) -> bool:
@@ -67,17 +75,16 @@ class TensorMapping:
 
     @property
     def key(self) -> str:
-        """Megatron's key in the distributed checkpoint, layers and experts stacked."""
+        """Megatron's key in the distributed checkpoint where layers and experts are stacked."""
         return self.megatron.replace(".{layer}", "").replace(".{expert}", "")
-
-    def stacked(self, architecture: Architecture) -> Shape:
-        """Axes of the key before those of the tensor: layers, experts."""
-        layers = (architecture.num_layers,) if self.per_layer else ()
-        return (*layers, dimension(architecture, "experts")) if self.per_expert else layers
 
     def applies(self, architecture: Architecture) -> bool:
         """Whether a model of this architecture has the tensor."""
-        return True
+        return self.only is None or bool(getattr(architecture, self.only))
+
+    def in_layer(self, architecture: Architecture, layer: int) -> bool:
+        """Whether a layer (from 0) has the tensor."""
+        return self.layers == "all" or (self.layers == "sparse") == architecture.has_experts(layer)
 
     def parts(self) -> tuple[str, ...]:
         """Hugging Face's names, layer and expert not yet filled in."""
@@ -143,7 +150,8 @@ class VocabRows(Copy):
     """Absent where the output layer shares the embedding."""
 
     def applies(self, architecture: Architecture) -> bool:
-        return not (self.untied_only and architecture.share_embeddings_and_output_weights)
+        tied = architecture.share_embeddings_and_output_weights
+        return super().applies(architecture) and not (self.untied_only and tied)
 
 
 @dataclass(frozen=True)
@@ -227,8 +235,23 @@ class ExpertKeys:
     """Key of one expert's feed-forward channels."""
     chosen: str = "num_experts_per_tok"
     normalised: str | None = None
-    """Boolean key that says whether the chosen experts' weights are made to add up to 1; absent means false. None: they
-    always are."""
+    """Boolean key that says whether the chosen experts' weights are made to add up to 1. None: they always are."""
+    normalised_by_default: bool = False
+    """What it means where `normalised` is absent."""
+    dense_between: bool = False
+    """Whether `decoder_sparse_step` and `mlp_only_layers` say which layers are dense."""
+    dense_before: str | None = None
+    """Key of the number of layers in front that are dense. Neither: none is."""
+    dense_before_by_default: int = 0
+    """What it means where `dense_before` is absent."""
+    shared_width: str | None = None
+    """Key of the feed-forward channels of the shared experts."""
+    shared_count: str | None = None
+    """Key of the number of shared experts, each as wide as another. Neither: there are none."""
+    groups: tuple[str, str] | None = None
+    """Keys of the number of groups that experts are chosen from, and of how many of them are looked at."""
+    scaling: str | None = None
+    """Key of the factor of the chosen experts' weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +262,8 @@ class WindowKeys:
     """Boolean key without which there is no window, whatever `sliding_window` says."""
     first_layer: str | None = None
     """Key of the first layer, from 0, that has the window; None: layer 0."""
+    end: str | None = None
+    """Key of the first layer behind those that may have it; None: there is none."""
     every: int = 1
     """From there on each layer has it, or every second one."""
     layer_types: bool = False
@@ -274,19 +299,36 @@ class Family:
     """None in a dense family."""
 
 
+class Place(NamedTuple):
+    """Where a tensor lies in a distributed checkpoint: a slice of a key's tensor."""
+
+    key: str
+    offsets: tuple[int, ...]
+    """On the axes of the key that stack layers and experts."""
+    stacked: Shape
+    """Sizes of these axes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Binding:
     """A mapping at its place in one model: names and shapes filled in."""
 
     mapping: TensorMapping
     index: tuple[int, ...]
-    """The tensor's place on the stacked axes of its key: (), (layer,) or (layer, expert)."""
+    """The tensor's numbers: (), (layer,) or (layer, expert)."""
     hf_shapes: Mapping[str, Shape] = field(hash=False)
     """Hugging Face's names and shapes, in the order of the mapping's parts."""
+    places: tuple[Place, ...] = field(hash=False)
+    """Where Megatron-Core may have put it; the first is where it puts it by its defaults."""
 
     @property
     def megatron_name(self) -> str:
         return _filled_in(self.mapping.megatron, self.index)
+
+    @property
+    def place(self) -> Place:
+        """Where it is written."""
+        return self.places[0]
 
 
 def bind(family: Family, architecture: Architecture) -> tuple[Binding, ...]:
@@ -305,13 +347,28 @@ def bind(family: Family, architecture: Architecture) -> tuple[Binding, ...]:
     places: Sequence[tuple[int, ...]]
     for layer in range(architecture.num_layers):
         for mapping in layers:
-            experts = range(dimension(architecture, "experts"))
-            places = [(layer, expert) for expert in experts] if mapping.per_expert else [(layer,)]
-            bindings += [_binding(mapping, architecture, place) for place in places]
+            if mapping.in_layer(architecture, layer):
+                experts = range(dimension(architecture, "experts"))
+                places = [(layer, expert) for expert in experts] if mapping.per_expert else [(layer,)]
+                bindings += [_binding(mapping, architecture, place) for place in places]
     bindings += [_binding(mapping, architecture, ()) for mapping in after]
     _check_no_double((name for binding in bindings for name in binding.hf_shapes), family)
     _check_no_double((binding.megatron_name for binding in bindings), family)
     return tuple(bindings)
+
+
+def _places(mapping: TensorMapping, architecture: Architecture, index: tuple[int, ...]) -> tuple[Place, ...]:
+    """List the forms of a tensor's key, the one of Megatron-Core's defaults first.
+
+    mcore 0.16.1 and 0.19.2 (transformer_block.py, sharded_state_dict) stack layers, but not where they are of several
+    kinds ("non-homogeneous": moe_layer_freq is a list); experts are stacked unless `singleton_local_shards` is set.
+    """
+    sizes = (architecture.num_layers, dimension(architecture, "experts"))[: len(index)]
+    by_layer = _filled_in(mapping.megatron.replace(".{expert}", ""), index[:1])
+    stacked, unstacked = Place(mapping.key, index, sizes), Place(by_layer, index[1:], sizes[1:])
+    alone = Place(_filled_in(mapping.megatron, index), (), ())
+    forms = (unstacked, stacked, alone) if architecture.moe_layer_freq and index else (stacked, unstacked, alone)
+    return tuple(dict.fromkeys(forms))
 
 
 def hf_shapes(bindings: Sequence[Binding]) -> dict[str, Shape]:
@@ -320,17 +377,18 @@ def hf_shapes(bindings: Sequence[Binding]) -> dict[str, Shape]:
 
 
 def megatron_shapes(bindings: Sequence[Binding], architecture: Architecture) -> dict[str, Shape]:
-    """List the keys of the distributed checkpoint -> {key: global shape}, layers as the first axis, then experts."""
-    mappings = dict.fromkeys(binding.mapping for binding in bindings)
-    return {
-        mapping.key: (*mapping.stacked(architecture), *mapping.megatron_shape(architecture)) for mapping in mappings
-    }
+    """List the keys of the distributed checkpoint -> {key: global shape}, stacked axes first: layers, then experts."""
+    shapes: dict[str, Shape] = {}
+    for binding in bindings:
+        if binding.place.key not in shapes:
+            shapes[binding.place.key] = (*binding.place.stacked, *binding.mapping.megatron_shape(architecture))
+    return shapes
 
 
 def _binding(mapping: TensorMapping, architecture: Architecture, index: tuple[int, ...]) -> Binding:
     names = [_filled_in(name, index) for name in mapping.parts()]
     shapes = dict(zip(names, mapping.part_shapes(architecture), strict=True))
-    return Binding(mapping=mapping, index=index, hf_shapes=shapes)
+    return Binding(mapping=mapping, index=index, hf_shapes=shapes, places=_places(mapping, architecture, index))
 
 
 def _filled_in(name: str, index: tuple[int, ...]) -> str:

@@ -28,7 +28,7 @@ from megatron_sppo.checkpoints.megatron_checkpoint import (
 from megatron_sppo.checkpoints.safetensors_file import Span
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf
-from megatron_sppo.conversion.mapping import Binding, VocabRows, bind, megatron_shapes
+from megatron_sppo.conversion.mapping import Binding, Place, VocabRows, bind
 from megatron_sppo.errors import ConversionError, some_of
 
 logger = logging.getLogger(__name__)
@@ -49,10 +49,14 @@ class OpenedMegatron:
     items: Mapping[str, FileDigests]
     """{file: digests of its items}. `read` checks what it reads by them; who reads a file otherwise does so too."""
 
-    def key_of(self, binding: Binding) -> str:
-        """Key in the checkpoint: stacked over layers, or one of its own (mcore's non-homogeneous layers)."""
+    def place_of(self, binding: Binding) -> Place:
+        """Find the form in which the checkpoint holds a tensor; the usual one where it holds none."""
         stored = self.reader.metadata.state_dict_metadata
-        return binding.mapping.key if binding.mapping.key in stored else binding.megatron_name
+        return next((place for place in binding.places if place.key in stored), binding.place)
+
+    def key_of(self, binding: Binding) -> str:
+        """Key in the checkpoint."""
+        return self.place_of(binding).key
 
     def dtype(self, binding: Binding) -> torch.dtype:
         return self.reader.dtype(self.key_of(binding))
@@ -82,11 +86,8 @@ class OpenedMegatron:
 
     def _box(self, binding: Binding) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """Place a Megatron tensor in the checkpoint -> (key, offsets, sizes)."""
-        shape = binding.mapping.megatron_shape(self.architecture)
-        key, offsets = self.key_of(binding), (0,) * len(shape)
-        if key != binding.mapping.key:
-            return key, offsets, shape
-        return key, (*binding.index, *offsets), (*(1,) * len(binding.index), *shape)
+        shape, place = binding.mapping.megatron_shape(self.architecture), self.place_of(binding)
+        return place.key, (*place.offsets, *(0,) * len(shape)), (*(1,) * len(place.offsets), *shape)
 
 
 def open_megatron(
@@ -133,7 +134,7 @@ def open_megatron(
     reader = DistcpReader.open(directory, items=items)
     _check_counts(reader, architecture)
     bindings = bind(family, architecture)
-    files = reader.files([*megatron_shapes(bindings, architecture), *(one.megatron_name for one in bindings)])
+    files = reader.files(list(dict.fromkeys(place.key for binding in bindings for place in binding.places)))
     unchecked: dict[str, str] = {}
     if has_manifest:
         unchecked = expected_digests(directory, names=items.without_digests(files))
@@ -207,7 +208,7 @@ def _check_carried(carried: Path, architecture: Architecture) -> None:
 def _check_counts(reader: DistcpReader, architecture: Architecture) -> None:
     """Refuse more layers than there can be, before each is laid out."""
     values = sum(math.prod(shape) for shape in reader.shapes().values())
-    if architecture.num_layers * (architecture.num_moe_experts or 1) > values:
+    if architecture.num_layers + architecture.num_expert_layers * (architecture.num_moe_experts or 0) > values:
         raise ConversionError(
             f"{reader.directory} holds {values} values, too few for {architecture.num_layers} layers. "
             "It is a checkpoint of another model."
@@ -247,14 +248,13 @@ class KeyFaults:
 def key_faults(opened: OpenedMegatron) -> KeyFaults:
     """Hold the checkpoint's keys against the architecture's."""
     stored = opened.reader.shapes()
-    stacked = megatron_shapes(opened.bindings, opened.architecture)
     missing, misshapen, known = dict[str, None](), {}, set()
     for binding in opened.bindings:
-        key = opened.key_of(binding)
+        place = opened.place_of(binding)
+        key, wanted = place.key, (*place.stacked, *binding.mapping.megatron_shape(opened.architecture))
         known.add(key)
-        wanted = stacked[key] if key in stacked else binding.mapping.megatron_shape(opened.architecture)
         if key not in stored:
-            missing[binding.mapping.key] = None
+            missing[key] = None
             continue
         found = stored[key]
         # Megatron pads the vocabulary.

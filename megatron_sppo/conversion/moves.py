@@ -27,30 +27,31 @@ def import_pieces(
     dtypes: dict[str, tuple[torch.dtype, str]] = {}
     pieces = []
     for binding in bindings:
-        mapping, index, names = binding.mapping, binding.index, list(binding.hf_shapes)
+        mapping, place, names = binding.mapping, binding.place, list(binding.hf_shapes)
         found = [source.entries[name].dtype for name in names]
-        dtype, first = dtypes.setdefault(mapping.key, (found[0], names[0]))
+        to = None if mapping.keeps_type else cast
+        dtype, first = dtypes.setdefault(place.key, (found[0], names[0]))
         for name, other in zip(names, found, strict=True):
-            if cast is None and other != dtype:
+            if to is None and other != dtype:
                 raise ConversionError(
                     f"{source.directory} holds {first} in {dtype} and {name} in {other}, "
                     "which Megatron keeps in one tensor. Choose one type: --dtype bfloat16."
                 )
         shape = mapping.megatron_shape(architecture)
-        moves = all(cast in (None, kind) for kind in found)
+        moves = all(to in (None, kind) for kind in found)
         first_row = 0
         for runs in mapping.read_apart(architecture):
             num_rows = sum(run.rows for run in runs)
             pieces.append(
                 Piece(
-                    key=mapping.key,
-                    offsets=(*index, first_row, *(0,) * (len(shape) - 1)),
-                    sizes=(*(1,) * len(index), num_rows, *shape[1:]),
-                    global_shape=shapes[mapping.key],
-                    dtype=cast or dtype,
+                    key=place.key,
+                    offsets=(*place.offsets, first_row, *(0,) * (len(shape) - 1)),
+                    sizes=(*(1,) * len(place.offsets), num_rows, *shape[1:]),
+                    global_shape=shapes[place.key],
+                    dtype=to or dtype,
                     values=tuple(source.entries[names[part]].rows(start, rows) for part, start, rows in runs)
                     if moves
-                    else functools.partial(_megatron_rows, source, names, runs, cast or dtype),
+                    else functools.partial(_megatron_rows, source, names, runs, to or dtype),
                 )
             )
             first_row += num_rows
@@ -68,9 +69,10 @@ def export_tensors(opened: OpenedMegatron, cast: torch.dtype | None) -> Iterator
     """
     for binding in opened.bindings:
         names = list(binding.hf_shapes)
-        spans = opened.spans(binding) if cast in (None, opened.dtype(binding)) else None
+        to = None if binding.mapping.keeps_type else cast
+        spans = opened.spans(binding) if to in (None, opened.dtype(binding)) else None
         if spans is None:
-            yield Computed(names=names, make=functools.partial(_hf_tensors, opened, binding, cast))
+            yield Computed(names=names, make=functools.partial(_hf_tensors, opened, binding, to))
         else:
             runs = binding.mapping.runs(opened.architecture)
             yield Moved(spans=spans, rows=[Rows(names[part], start, rows) for part, start, rows in runs])

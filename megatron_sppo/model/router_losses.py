@@ -119,9 +119,11 @@ def router_losses(
 
 
 def attach_router_losses(model: GPTModel, *, aux_loss_coeff: float, z_loss_coeff: float) -> tuple[RouterLosses, ...]:
-    """Give every router of a stage its losses -> RouterLosses of each layer."""
+    """Give every router of a stage its losses -> RouterLosses of each layer that has experts."""
     attached = []
     for layer in model.decoder.layers:
+        if not hasattr(layer.mlp, "router"):
+            continue  # a dense layer
         losses = RouterLosses(layer.mlp.router, aux_loss_coeff=aux_loss_coeff, z_loss_coeff=z_loss_coeff)
         layer.register_forward_pre_hook(losses.note_documents, with_kwargs=True)
         layer.mlp.router.routing = losses.routing

@@ -46,13 +46,13 @@ class Policy:
         return sums
 
     def router_metrics(self, sums: torch.Tensor, *, num_sequences: int) -> dict[str, float]:
-        """Average the routers' losses, added up over all ranks, over layers and sequences -> {metric: value}.
+        """Average the routers' losses, added up over all ranks, over mixtures and sequences -> {metric: value}.
 
         Empty without such losses.
         """
         if not any(stage.router_losses for stage in self.stages):
             return {}
-        means = sums / (num_sequences * self.architecture.num_layers)
+        means = sums / (num_sequences * self.architecture.num_expert_layers)
         return dict(zip(METRICS, means.tolist(), strict=True))
 
     def gather_weights(self) -> None:

@@ -157,7 +157,7 @@ def _open_megatron(path: Path, *, template: Path) -> Side:
     opened = open_megatron(path, template=template if needs_template else None, any_keys=True)
     faults = key_faults(opened)
     absent = {*faults.missing, *faults.misshapen}
-    usable = [one for one in opened.bindings if not {one.mapping.key, opened.key_of(one)} & absent]
+    usable = [one for one in opened.bindings if opened.key_of(one) not in absent]
     places = {name: binding for binding in usable for name in binding.hf_shapes}
     last: dict[str, Tensor] = {}
 
