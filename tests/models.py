@@ -24,6 +24,8 @@ MIXTURE_KEYS = {
     "num_local_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "qkv_bias",
     "norm_topk_prob",
     "decoder_sparse_step",
     "mlp_only_layers",
@@ -38,6 +40,17 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 32,
         "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "norm_topk_prob": False,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
@@ -126,7 +139,7 @@ def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             prefix + "self_attn.q_proj.weight": (queries, hidden),
             prefix + "self_attn.v_proj.weight": (keys, hidden),
         }
-        if config["model_type"] == "qwen2":
+        if config["model_type"] in ("qwen2", "qwen2_moe"):
             shapes |= {prefix + f"self_attn.{x}_proj.bias": (keys if x in "kv" else queries,) for x in "kqv"}
         if config["model_type"] in ("qwen3", "qwen3_moe"):
             shapes |= {prefix + f"self_attn.{x}_norm.weight": (head,) for x in "kq"}
@@ -139,7 +152,7 @@ def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def feed_forward_shapes(config: dict[str, Any], prefix: str) -> dict[str, tuple[int, ...]]:
     """List the tensors of one layer's feed-forward unit, or of its experts, by the names that the hub's files use."""
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
-    if config["model_type"] == "qwen3_moe":
+    if config["model_type"] in ("qwen2_moe", "qwen3_moe"):
         count, width = config["num_experts"], config["moe_intermediate_size"]
         block, gate, up, down = "mlp", "gate_proj", "up_proj", "down_proj"
     elif config["model_type"] == "mixtral":
@@ -152,6 +165,14 @@ def feed_forward_shapes(config: dict[str, Any], prefix: str) -> dict[str, tuple[
             prefix + "mlp.up_proj.weight": (ffn, hidden),
         }
     shapes: dict[str, tuple[int, ...]] = {f"{prefix}{block}.gate.weight": (count, hidden)}
+    if config["model_type"] == "qwen2_moe":
+        shared = config["shared_expert_intermediate_size"]
+        shapes |= {
+            f"{prefix}mlp.shared_expert.down_proj.weight": (hidden, shared),
+            f"{prefix}mlp.shared_expert.gate_proj.weight": (shared, hidden),
+            f"{prefix}mlp.shared_expert.up_proj.weight": (shared, hidden),
+            f"{prefix}mlp.shared_expert_gate.weight": (1, hidden),
+        }
     for expert in range(count):
         name = f"{prefix}{block}.experts.{expert}"
         shapes |= {

@@ -55,6 +55,18 @@ PUBLISHED: dict[str, Architecture] = {
         "qwen3_moe", 48, 2048, 6144, 32, 4, 128, 151936,
         num_moe_experts=128, moe_router_topk=8, moe_ffn_hidden_size=768,
     ),
+    "qwen3-235b-a22b": _shape(
+        "qwen3_moe", 94, 4096, 12288, 64, 4, 128, 151936,
+        num_moe_experts=128, moe_router_topk=8, moe_ffn_hidden_size=1536, max_position_embeddings=40960,
+    ),
+    "qwen1.5-moe-a2.7b": _shape(
+        "qwen2_moe", 24, 2048, 5632, 16, 16, 128, 151936, num_moe_experts=60, moe_router_topk=4,
+        moe_ffn_hidden_size=1408, moe_shared_expert_intermediate_size=5632, moe_router_pre_softmax=True,
+    ),
+    "qwen2-57b-a14b": _shape(
+        "qwen2_moe", 28, 3584, 18944, 28, 4, 128, 151936, num_moe_experts=64, moe_router_topk=8,
+        moe_ffn_hidden_size=2560, moe_shared_expert_intermediate_size=20480, moe_router_pre_softmax=True,
+    ),
 }  # fmt: skip
 """By name. Number of weights as published: tests/unit/planning/test_parameters.py."""
 

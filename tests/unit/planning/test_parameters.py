@@ -21,6 +21,7 @@ from megatron_sppo.training.optimizer import build_optimizer
 from megatron_sppo.training.policy import build_policy
 from tests.unit.planning.models import MIXTURE, TINY
 
+SHARED_EXPERT = {"moe_shared_expert_intermediate_size": 160}
 # As the models' cards and papers count them.
 PUBLISHED_WEIGHTS = {
     "smollm2-135m": 134_515_008,
@@ -35,6 +36,9 @@ PUBLISHED_WEIGHTS = {
     "qwen3-8b": 8_190_735_360,
     "mixtral-8x7b": 46_702_792_704,
     "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "qwen1.5-moe-a2.7b": 14_315_784_192,
+    "qwen2-57b-a14b": 57_408_658_944,
 }
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
@@ -58,6 +62,21 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         4,
         {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2},
         MIXTURE,
+    ),
+    "mixture, gated shared expert, dense between, PP2 VPP2": (
+        4,
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        MIXTURE | SHARED_EXPERT | {"moe_shared_expert_gate": True, "moe_layer_freq": (0, 1, 1, 0)},
+    ),
+    "mixture, shared expert, dense in front, TP2 SP PP2": (
+        4,
+        {
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "pipeline_model_parallel_size": 2,
+            "decoder_first_pipeline_num_layers": 1,
+        },
+        MIXTURE | SHARED_EXPERT | {"moe_layer_freq": (0, 0, 1, 1)},
     ),
 }
 
