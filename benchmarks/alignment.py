@@ -154,7 +154,7 @@ def settings_of(config: AlignmentConfig, piece: Piece) -> dict[str, Any]:
             "lr": piece.lr,
             "lr_warmup_fraction": 0.1,
             "eta": piece.eta,
-            "beta": 1 / piece.eta,
+            **({"beta": 1 / piece.eta} if piece.entry in ("dpo", "ipo") else {}),
             "micro_batch_size": 16,
             "global_batch_size": 16,
             "seq_length": 512,

@@ -4,7 +4,7 @@ One frozen dataclass, written as `model.json` beside a Megatron checkpoint. Fiel
 (`TransformerConfig`, `GPTModel`). Pure Python: no torch, no megatron.
 """
 
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,14 +29,61 @@ _EXPERT_SETTINGS = (
 _TUPLES = ("full_attention_layers", "moe_layer_freq")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Llama3RopeScaling:
-    """RoPE frequency scaling of Llama 3.1 and later. Frequencies are divided by `factor` below the low cut-off."""
+_SCALING_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How RoPE's frequencies differ from base^(-2i/D), by transformers' names (5.19, modeling_rope_utils.py).
+
+    `model/rope.py` computes them. Which fields a type has: `_SCALING_NEEDS`; the others keep their defaults.
+    """
+
+    rope_type: Literal["llama3", "linear", "dynamic", "yarn", "longrope"] = "llama3"
+    """dynamic changes nothing up to `max_position_embeddings` tokens, and longer sequences are refused."""
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    """Tokens that the model was first trained for; longrope takes `long_factor` for sequences above, whole ones."""
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    truncate: bool = True
+    """yarn: whether the bounds of its ramp are rounded to whole channels."""
+    attention_factor: float = 1.0
+    """yarn, longrope: rotated channels of queries and of keys are multiplied by it."""
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    """longrope: a divisor for each of D / 2 frequencies."""
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in _SCALING_NEEDS:
+            raise ConversionError(
+                f"rope_scaling is of type {self.rope_type!r}; there are {', '.join(_SCALING_NEEDS)}. "
+                "The model's config is wrong."
+            )
+        for name in _SCALING_NEEDS[self.rope_type]:
+            value = getattr(self, name)
+            numbers = value if isinstance(value, (tuple, list)) else (value,)
+            if not numbers or any(number is None or not number > 0 for number in numbers):
+                raise ConversionError(
+                    f"rope_scaling does not describe {self.rope_type}: {name} is {value}. The model's config is wrong."
+                )
+        if not self.attention_factor > 0:
+            raise ConversionError(
+                f"rope_scaling's attention_factor is {self.attention_factor}; it must be above 0. "
+                "The model's config is wrong."
+            )
+
+    def needs(self) -> dict[str, Any]:
+        """List the fields that this type has -> {name: value}."""
+        return {name: getattr(self, name) for name in _SCALING_NEEDS[self.rope_type]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +105,11 @@ class Architecture:
     max_position_embeddings: int
     layernorm_epsilon: float
     rotary_base: float
-    rope_scaling: Llama3RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None
+    rotary_percent: float = 1.0
+    """Part of each head's channels, the first ones, that are rotated."""
+    windowed_rotary_base: float | None = None
+    """RoPE's base in layers with a window, which are not scaled then (Gemma-3, OLMo-3); None: as in all layers."""
     share_embeddings_and_output_weights: bool
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
@@ -139,12 +190,30 @@ class Architecture:
                 raise ConversionError(f"{name} is {value}; it must be above 0. The model's config is wrong.")
         if self.activation_func not in ("silu", "gelu_tanh"):
             raise ConversionError(f"activation_func is {self.activation_func!r}; it must be silu or gelu_tanh.")
+        if not 0 < self.rotary_percent <= 1 or self.rotary_channels < 2 or self.rotary_channels % 2:
+            raise ConversionError(
+                f"rotary_percent {self.rotary_percent} of {self.kv_channels} channels a head are "
+                f"{self.rotary_channels}; rotary embeddings need pairs of them. The model's config is wrong."
+            )
+        self._check_rope()
         if self.qk_layernorm_across_heads and not self.qk_layernorm:
             raise ConversionError("qk_layernorm_across_heads is set without qk_layernorm. The model's config is wrong.")
         if not all(0 <= layer < self.num_layers for layer in self.full_attention_layers):
             raise ConversionError(
                 f"full_attention_layers {self.full_attention_layers} are not all of the {self.num_layers} layers. "
                 "The model's config is wrong."
+            )
+
+    def _check_rope(self) -> None:
+        for name, factors in (self.rope_scaling.needs() if self.rope_scaling else {}).items():
+            if isinstance(factors, tuple) and len(factors) != self.rotary_channels // 2:
+                raise ConversionError(
+                    f"{name} has {len(factors)} numbers for {self.rotary_channels // 2} frequencies "
+                    f"({self.rotary_channels} rotated channels a head). The model's config is wrong."
+                )
+        if self.windowed_rotary_base is not None and not self.windowed_rotary_base > 0:
+            raise ConversionError(
+                f"windowed_rotary_base is {self.windowed_rotary_base}; it must be above 0. The model's config is wrong."
             )
 
     def _check_experts(self) -> None:
@@ -230,6 +299,11 @@ class Architecture:
         return None if layer in self.full_attention_layers else self.sliding_window
 
     @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that are rotated; rounded down as Megatron-Core and transformers do."""
+        return int(self.kv_channels * self.rotary_percent)
+
+    @property
     def query_channels(self) -> int:
         """Channels of all query heads."""
         return self.num_attention_heads * self.kv_channels
@@ -292,13 +366,20 @@ class Architecture:
 
 def write_architecture(architecture: Architecture, directory: Path, *, tokenizer: dict[str, Any]) -> None:
     """Write `model.json`: the architecture and where its tokenizer came from (`hash`, `files`), for later checks."""
-    # What has its default value is left out: a model's file does not change when other families bring new fields.
-    defaults = {field.name: field.default for field in fields(architecture) if field.default is not MISSING}
-    values = {
-        name: value for name, value in asdict(architecture).items() if name not in defaults or value != defaults[name]
-    }
+    values = _changed(architecture)
     content = {"schema_version": SCHEMA_VERSION, "architecture": values, "tokenizer": tokenizer}
     write_json(Path(directory, FILE_NAME), content)
+
+
+def _changed(described: Any) -> dict[str, Any]:
+    """List the fields without those at their default: a model's file stays as it is when other families bring more."""
+    values = {field.name: getattr(described, field.name) for field in fields(described)}
+    defaults = {field.name: field.default for field in fields(described) if field.default is not MISSING}
+    return {
+        name: _changed(value) if is_dataclass(value) else value
+        for name, value in values.items()
+        if name not in defaults or value != defaults[name]
+    }
 
 
 def read_architecture(directory: Path) -> tuple[Architecture, dict[str, Any]]:
@@ -320,8 +401,11 @@ def read_architecture(directory: Path) -> tuple[Architecture, dict[str, Any]]:
         raise ConversionError(f"{path} has unknown fields {unknown}. It was written by a newer version: upgrade.")
     try:
         if values.get("rope_scaling") is not None:
-            values = {**values, "rope_scaling": Llama3RopeScaling(**values["rope_scaling"])}
+            scaling: dict[str, Any] = {
+                key: tuple(v) if isinstance(v, list) else v for key, v in values["rope_scaling"].items()
+            }
+            values = {**values, "rope_scaling": RopeScaling(**scaling)}
         values = {name: tuple(value) if name in _TUPLES else value for name, value in values.items()}
         return Architecture(**values), tokenizer
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ConversionError(f"{path} does not describe a model ({error}). Import the model again.") from None

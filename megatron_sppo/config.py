@@ -41,7 +41,9 @@ from megatron_sppo.config_fields import (
     PositiveInt,
     Range,
     Seed,
+    check_given,
     check_ranges,
+    chosen,
     flag_of,
     leaves_of,
     name_of,
@@ -131,12 +133,16 @@ class SettingsOf(tyro.constructors.PrimitiveConstructorSpec[Any], HoldsSettings)
 
     def _read(self, texts: Sequence[str]) -> Any:
         leaves, place = leaves_of(self.config_class), f"section {self.name}"
-        values: dict[str, Any] = {}
+        open_leaves = {name: leaf for name, leaf in leaves.items() if name not in self.decided}
+        values, given = dict[str, Any](), set[str]()
         for text in texts:
-            values |= leaf_values(self._content(text), leaves, place=place)
+            values |= (found := leaf_values(self._content(text), leaves, place=place))
+            given |= chosen(set(found) - set(self.decided), open_leaves)
         if own := [name for name in values if name in self.decided]:
             raise ConfigError(f"{self.name} sets {own[0]}, which {self.by} decides itself. Remove it.")
-        return _from_values(self.config_class, {**plain_text(self.decided), **values}, leaves, place=place)
+        config = _from_values(self.config_class, {**plain_text(self.decided), **values}, leaves, place=place)
+        check_given(config, given, leaves)
+        return config
 
     def _content(self, text: str) -> dict[str, Any]:
         """Read NAME=VALUE or a JSON object -> {name: text, None, list or dict}, as YAML would hold it."""
@@ -184,12 +190,14 @@ def parse(
         values = leaf_values(content if of_file is None else of_file(content), leaves, place=str(file))
         from_file = {key: tokens_of_value(key, leaves[key], value, place=f"{file}: ") for key, value in values.items()}
         check_required(leaves, given=set(from_file) | keys_of(tokens))
+        given = chosen(values, leaves) | keys_of(tokens)
         for key in (key for key, leaf in leaves.items() if leaf.is_settings):
             tokens = merged(flag_of(key), from_file.pop(key, [])[1:], tokens)
         _say_what_is_replaced(tokens, from_file, file)
-        return _construct(
-            config_class, name, description, [t for group in from_file.values() for t in group], tokens, str(file)
-        )
+        tokens_of_file = [token for group in from_file.values() for token in group]
+        config = _construct(config_class, name, description, tokens_of_file, tokens, str(file))
+        check_given(config, given, leaves)
+        return config
     return _construct(config_class, name, description, [], ["--help"], "")
 
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 import enum
+import functools
 import math
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any
 
 from megatron_sppo.errors import ConfigError
@@ -162,6 +163,27 @@ def leaves_of(
             assert key not in leaves, f"{flag_of(key)} would be both {leaf.path} and {leaves[key].path}; rename one"
             leaves[key] = leaf
     return leaves
+
+
+def chosen(names: Collection[str], leaves: Mapping[str, Leaf]) -> set[str]:
+    """Tell what somebody chose of the settings that a file names -> names.
+
+    A section that is written out whole, as resolved configs have it, says nothing of what was chosen.
+    """
+    missing = {leaf.path[:-1] for name, leaf in leaves.items() if name not in names}
+    return {name for name in names if leaves[name].path[:-1] in missing}
+
+
+def check_given(config: Any, given: Collection[str], leaves: Mapping[str, Leaf]) -> None:
+    """Let sections that have a `check_given` refuse what somebody gave and nothing reads, the default's value too.
+
+    Raises:
+        ConfigError: by the section.
+    """
+    for path in {leaf.path[:-1] for leaf in leaves.values()}:
+        section = functools.reduce(getattr, path, config)
+        if hasattr(section, "check_given"):
+            section.check_given(given)
 
 
 def value_of(config: Any, leaf: Leaf) -> Any:

@@ -37,6 +37,20 @@ LLAMA_32 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
+# Half of each head is rotated; prompts of 24 tokens and less are short.
+LONGROPE = {
+    "head_dim": 12,
+    "original_max_position_embeddings": 24,
+    "rope_parameters": {
+        "rope_theta": 1e4,
+        "rope_type": "longrope",
+        "partial_rotary_factor": 0.5,
+        "short_factor": [1.0, 1.1, 1.3],
+        "long_factor": [1.5, 2.5, 4.0],
+        "original_max_position_embeddings": 24,
+    },
+}
 EXPERTS = {"num_experts_per_tok": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
@@ -95,6 +109,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "olmo2": {"model_type": "olmo2"},
     "phi3": {"model_type": "phi3", "sliding_window": 8},
+    "phi3, longrope": {"model_type": "phi3", **LONGROPE},
+    "qwen3, yarn": {"model_type": "qwen3", "rope_parameters": YARN},
 }
 MIXTURES = tuple(name for name, settings in FAMILIES.items() if "num_experts_per_tok" in settings)
 """Those with experts."""

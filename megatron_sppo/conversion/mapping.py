@@ -271,6 +271,16 @@ class WindowKeys:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WindowedRope:
+    """Where a family's config.json says the base of RoPE in layers with a window, if that may be another."""
+
+    base: float
+    """What transformers takes where the config says none."""
+    base_key: str | None = None
+    """Its key at the top of the config, in the spelling of transformers 4."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A model family: what its config.json must say, and its table."""
 
@@ -293,6 +303,15 @@ class Family:
     """None in a family whose every layer sees all tokens up to its own."""
     rotary_base: float = 10000.0
     """RoPE's base where config.json names none."""
+    rope_types: tuple[str, ...] = ("linear", "dynamic", "yarn", "longrope", "llama3")
+    """Kinds of scaled RoPE that transformers computes in this family."""
+    rotary_percent: float | None = None
+    """Part of each head that is rotated where config.json does not say; None: all, and transformers knows no other."""
+    original_positions: int | None = None
+    """What transformers takes for `original_max_position_embeddings` where the top of config.json does not say it;
+    None: what the rotary embeddings say."""
+    windowed_rope: WindowedRope | None = None
+    """None in a family with one rotary embedding for all layers."""
     tied: bool = False
     """Whether the output layer shares the embedding where config.json does not say."""
     experts: ExpertKeys | None = None

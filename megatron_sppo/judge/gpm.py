@@ -25,15 +25,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_sppo.checkpoints.file_digests import sha256_of_files
 from megatron_sppo.checkpoints.pretrained import load_pretrained
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError, ConversionError
 from megatron_sppo.judge.chat_text import ChatText, judge_different
-from megatron_sppo.judge.model_files import load_tokenizer, local_directory
-from megatron_sppo.judge.protocol import Verdict
+from megatron_sppo.judge.model_files import default_dtype, identity_of_files, load_tokenizer, local_directory
+from megatron_sppo.judge.protocol import JudgeIdentity, Verdict
 from megatron_sppo.rollout.records import Turn
-from megatron_sppo.storage import damage, sha256_of_json
+from megatron_sppo.storage import damage
 
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
@@ -43,16 +42,29 @@ TAU = 0.1
 MOST_TOKENS = 4096
 """Of a conversation, beginning of text included; what is longer loses its end, as theirs does."""
 
-_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _VALUE_HEAD, _PROMPT_HEAD = "value_head.weight", "prompt_head.weight"
+
+
+def gpm_identity(checkpoint: str, *, dtype: str) -> JudgeIdentity:
+    """Name a general preference model by its files, unloaded -> JudgeIdentity.
+
+    Raises:
+        ConfigError: no such checkpoint.
+    """
+    directory = local_directory(checkpoint, spec="gpm")
+    deciding = {"dtype": dtype, "tau": TAU, "most_tokens": MOST_TOKENS}
+    return identity_of_files(directory, name=f"gpm:{checkpoint}", spec="gpm", **deciding)
 
 
 class GeneralPreferenceJudge:
     """A backbone with two linear heads; unless told otherwise float32 on the CPU, bfloat16 on a GPU."""
 
-    def __init__(self, checkpoint: str, *, dtype: str | None = None) -> None:
+    def __init__(self, checkpoint: str, *, dtype: str | None = None, device: str | None = None) -> None:
         """Load backbone, heads and tokenizer.
+
+        Args:
+            device: "cpu" or "cuda"; None: a GPU where there is one.
 
         Raises:
             ConfigError: no such checkpoint, no heads of this kind, no chat template, or a tokenizer without an end.
@@ -60,9 +72,9 @@ class GeneralPreferenceJudge:
         """
         from transformers import AutoModel
 
-        directory = local_directory(checkpoint, _FILES, spec="gpm")
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or ("float32" if self._device.type == "cpu" else "bfloat16")
+        directory = local_directory(checkpoint, spec="gpm")
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or default_dtype(self._device.type)
         value_head, prompt_head = _read_heads(directory)
         try:
             self._model: Any = load_pretrained(
@@ -89,10 +101,8 @@ class GeneralPreferenceJudge:
                 f"{directory} has a tokenizer without an EOS token, by which a GPM reads an answer's end."
             )
         self._model.to(self._device).eval().requires_grad_(False)
-        self.name = f"gpm:{checkpoint}"
-        files = sorted(path for path in directory.iterdir() if path.is_file())
-        digests = dict(zip((path.name for path in files), sha256_of_files(files), strict=True))
-        self.fingerprint = sha256_of_json({"gpm": digests, "dtype": dtype, "tau": TAU, "most_tokens": MOST_TOKENS})
+        identity = gpm_identity(checkpoint, dtype=dtype)
+        self.name, self.fingerprint = identity.name, identity.fingerprint
         self.counts: Counter[str] = Counter()
         # Their tokenizer's call puts a beginning before the template's own; the model was trained so.
         self._prefix = list(self._tokenizer("")["input_ids"])

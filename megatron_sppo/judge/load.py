@@ -54,7 +54,7 @@ def load_judge(
         scorer_seconds: longest time of one answer's check, for judges that check.
         similarity_gate: answers whose resemblance is this or more are equals; None: only identical ones are.
         after: judge only what follows this text in an answer, such as "</think>"; None: whole answers.
-        device: of PairRM or a reward model, "cpu" or "cuda"; None: a GPU where there is one.
+        device: of PairRM, a reward or a preference model, "cpu" or "cuda"; None: a GPU where there is one.
 
     Raises:
         ConfigError: unknown SPEC or setting, or a judge that cannot be loaded.
@@ -82,7 +82,7 @@ def load_judge(
     elif rest and kind == "gpm":
         from megatron_sppo.judge.gpm import GeneralPreferenceJudge
 
-        judge = GeneralPreferenceJudge(rest, dtype=dtype)
+        judge = GeneralPreferenceJudge(rest, dtype=dtype, device=device)
     elif rest and kind == "verifiable":
         from megatron_sppo.judge.verifiable import load_verifiable
 
@@ -112,13 +112,13 @@ def identify_judge(
 ) -> JudgeIdentity:
     """Name the judge that `load_judge` would load with the same arguments -> JudgeIdentity.
 
-    PairRM and reward models are known by their files, unloaded; any other judge is loaded for it.
+    PairRM, reward and preference models are known by their files, unloaded; any other judge is loaded for it.
 
     Raises:
         ConfigError: as `load_judge`.
     """
     kind, _, rest = spec.partition(":")
-    if not rest or kind not in ("pairrm", "reward"):
+    if not rest or kind not in ("pairrm", "reward", "gpm"):
         shared = {"preset": preset, "one_order": one_order, "similarity_gate": similarity_gate, "after": after}
         judge = load_judge(spec, dtype=dtype, **shared, **settings)  # type: ignore[arg-type]
         return JudgeIdentity(name=judge.name, fingerprint=judge.fingerprint)
@@ -127,6 +127,10 @@ def identify_judge(
         from megatron_sppo.judge.pairrm.judge import pairrm_identity
 
         identity = pairrm_identity(rest, reads=READS[preset], one_order=one_order, dtype=dtype)
+    elif kind == "gpm":
+        from megatron_sppo.judge.gpm import gpm_identity
+
+        identity = gpm_identity(rest, dtype=dtype)
     else:
         from megatron_sppo.judge.reward import reward_identity
 

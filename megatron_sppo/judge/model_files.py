@@ -1,4 +1,4 @@
-"""Where a judge's model lies, and its tokenizer: for PairRM and reward models."""
+"""Where a judge's model lies, its tokenizer, and who it is by its files: for PairRM, reward and preference models."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_sppo.checkpoints.file_digests import sha256_of_files
 from megatron_sppo.checkpoints.pretrained import UNUSABLE
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.storage import damage
+from megatron_sppo.judge.protocol import JudgeIdentity
+from megatron_sppo.storage import damage, sha256_of_json
+
+_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
+"""Of a chat model, without its authors' code and copies in other formats."""
 
 
 def default_dtype(device: str) -> str:
@@ -17,7 +22,7 @@ def default_dtype(device: str) -> str:
     return "float32" if device == "cpu" else "bfloat16"
 
 
-def local_directory(name: str, patterns: tuple[str, ...], *, spec: str) -> Path:
+def local_directory(name: str, *, spec: str, patterns: tuple[str, ...] = _FILES) -> Path:
     """Find a checkpoint: a directory, else a hub id in the cache or, unless HF_HUB_OFFLINE is set, on the hub.
 
     Raises:
@@ -49,6 +54,13 @@ def _local_directory(name: str, patterns: tuple[str, ...], *, spec: str) -> Path
             f"{name} is neither a directory nor a model in the cache, and the hub did not give it{offline}: "
             f"{type(error).__name__}. {remedy}"
         ) from None
+
+
+def identity_of_files(directory: Path, *, name: str, spec: str, **deciding: object) -> JudgeIdentity:
+    """Name a model by all files of its directory and what else decides its logits, unloaded -> JudgeIdentity."""
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    digests = dict(zip((path.name for path in files), sha256_of_files(files), strict=True))
+    return JudgeIdentity(name=name, fingerprint=sha256_of_json({spec: digests, **deciding}))
 
 
 def load_tokenizer(directory: Path, *, remedy: str) -> Any:

@@ -16,20 +16,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from megatron_sppo.checkpoints.file_digests import sha256_of_files
 from megatron_sppo.checkpoints.pretrained import load_pretrained
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError, ConversionError
 from megatron_sppo.judge.chat_text import ChatText, judge_different
-from megatron_sppo.judge.model_files import default_dtype, load_tokenizer, local_directory
+from megatron_sppo.judge.model_files import default_dtype, identity_of_files, load_tokenizer, local_directory
 from megatron_sppo.judge.protocol import JudgeIdentity, Verdict
 from megatron_sppo.rollout.records import Turn
-from megatron_sppo.storage import sha256_of_json
 
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
-
-_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
 
 
 def reward_identity(checkpoint: str, *, dtype: str) -> JudgeIdentity:
@@ -38,13 +34,8 @@ def reward_identity(checkpoint: str, *, dtype: str) -> JudgeIdentity:
     Raises:
         ConfigError: no such checkpoint.
     """
-    directory = local_directory(checkpoint, _FILES, spec="reward")
-    files = sorted(path for path in directory.iterdir() if path.is_file())
-    digests = dict(zip((path.name for path in files), sha256_of_files(files), strict=True))
-    return JudgeIdentity(
-        name=f"reward:{checkpoint} (Bradley-Terry)",
-        fingerprint=sha256_of_json({"reward": digests, "dtype": dtype}),
-    )
+    directory = local_directory(checkpoint, spec="reward")
+    return identity_of_files(directory, name=f"reward:{checkpoint} (Bradley-Terry)", spec="reward", dtype=dtype)
 
 
 class RewardJudge:
@@ -62,7 +53,7 @@ class RewardJudge:
         """
         from transformers import AutoModelForSequenceClassification
 
-        directory = local_directory(checkpoint, _FILES, spec="reward")
+        directory = local_directory(checkpoint, spec="reward")
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or default_dtype(self._device.type)
         try:

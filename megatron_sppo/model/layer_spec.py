@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.model.attention import DocumentAttention, with_shared_prompts
 from megatron_sppo.model.normalization import KeyNorm, QueryNorm, RMSNorm, with_post_norm
+from megatron_sppo.model.rope import has_own_rope, rotary_self_attention
 
 
 def layer_spec(
@@ -55,7 +56,7 @@ def _transformer_engine_spec(architecture: Architecture, config: TransformerConf
     attention = layer.self_attention.submodules
     if not architecture.pre_layernorm:
         attention.linear_qkv = _dense_mlp(layer).linear_fc1 = TEColumnParallelLinear
-    _add_norms(architecture, layer, linear=TERowParallelLinear, norm=TENorm)
+    _add_parts(architecture, layer, linear=TERowParallelLinear, norm=TENorm)
     # Transformer Engine has no soft-capping, and its attention over a ring of context-parallel ranks no windows.
     windows_across_ranks = architecture.sliding_window is not None and config.context_parallel_size > 1
     if architecture.attention_softcap is not None or windows_across_ranks:
@@ -85,15 +86,17 @@ def _torch_spec(architecture: Architecture, config: TransformerConfig, *, has_ex
     if config.qk_layernorm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
-    _add_norms(architecture, layer, linear=RowParallelLinear, norm=RMSNorm)
+    _add_parts(architecture, layer, linear=RowParallelLinear, norm=RMSNorm)
     return spec
 
 
-def _add_norms(architecture: Architecture, layer: Any, *, linear: type, norm: type) -> None:
-    """Put the norms into a layer's submodules that no spec of Megatron-Core has a place for."""
+def _add_parts(architecture: Architecture, layer: Any, *, linear: type, norm: type) -> None:
+    """Put into a layer what no spec of Megatron-Core has a place for: norms, and rotary tables of several kinds."""
     attention = layer.self_attention.submodules
     if architecture.post_layernorm:
         attention.linear_proj = _dense_mlp(layer).linear_fc2 = with_post_norm(linear, norm)
+    if has_own_rope(architecture):
+        layer.self_attention.module = rotary_self_attention(architecture)
     if architecture.qk_layernorm_across_heads:
         attention.q_layernorm, attention.k_layernorm = QueryNorm, KeyNorm
 

@@ -14,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.model.rope import is_longrope
 from megatron_sppo.model.transformer_engine import resolve_transformer_impl
 
 T = TypeVar("T")
@@ -59,7 +60,7 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
         "bias_activation_fusion": fused and architecture.activation_func == "silu",
         "masked_softmax_fusion": False,
         "persist_layer_norm": fused,
-        "apply_rope_fusion": fused,
+        "apply_rope_fusion": fused and not is_longrope(architecture),
         # Transformer Engine's ring of keys and values; our attention for the torch spec gathers them whatever this is.
         "cp_comm_type": "p2p" if fused else None,
         **_experts(architecture, fused=fused),
@@ -68,6 +69,11 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
         **parallelism,
     }
     values |= parse_overrides(config.transformer_config, TransformerConfig, flag="--transformer-config", taken=values)
+    if is_longrope(architecture) and values["apply_rope_fusion"]:
+        raise ConfigError(
+            "--transformer-config apply_rope_fusion=true: Transformer Engine's kernel has one table for all sequences, "
+            "and longrope one for short and one for long ones. Remove it."
+        )
     if config.has_router_losses:
         _check_router_losses(architecture, values)
     return mcore_dataclass(TransformerConfig, values)

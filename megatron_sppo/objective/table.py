@@ -56,6 +56,10 @@ class Objective:
         """Nats of log-ratio that make one unit of reward: eta, or 1 / beta for dpo and ipo."""
         return 1 / self.beta if self.name in _STRENGTH_IS_BETA else self.eta
 
+    def reads(self, setting: str) -> bool:
+        """Whether the loss looks at one of `beta`, `reverse_kl_weight` and `forward_kl_weight`."""
+        return self.anchors if setting.endswith("_kl_weight") else self.name in _STRENGTH_IS_BETA
+
     def loss(self, log_ratio: "Tensor", targets: "Targets") -> "Tensor":
         """Evaluate the objective on a batch, unreduced -> [B], or [P] where it couples pairs.
 

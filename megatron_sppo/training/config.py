@@ -1,6 +1,7 @@
 """Everything one training run is told, in sections. Names are Megatron-LM's where it has one."""
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,7 +22,7 @@ from megatron_sppo.config import (
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.objective.names import parse_baseline
-from megatron_sppo.objective.table import Objective, find_objective
+from megatron_sppo.objective.table import OBJECTIVES, Objective, find_objective
 from megatron_sppo.tracking.config import TrackingConfig
 
 
@@ -38,7 +39,7 @@ class ObjectiveConfig:
     baseline: str = "half"
     """What stands for log Z: half, group_mean, estimate, or constant:C (eta * C). Only for sppo and rspo."""
     beta: PositiveFloat = 0.1
-    """Strength of dpo and ipo, 1/nats. Not used by the others."""
+    """Strength of dpo and ipo, 1/nats. Only for them: theirs is what 1/eta is to the others."""
     reference_weights: Annotated[tuple[float, ...], Range(0, 1)] = ()
     """Weight of each `reference` in the mixture of policies that log-ratios are taken against (a geometric one); pi_t
     has the rest of 1. Unset: 1/3 with inpo and nash_md (their papers' tau / eta, and eta tau), 1 with onpo, all alike
@@ -54,6 +55,25 @@ class ObjectiveConfig:
         if parse_baseline(self.baseline) != "half" and name not in ("sppo", "rspo"):
             raise ConfigError(
                 f"baseline {self.baseline} belongs to the objective sppo, not to {name}. Use --baseline half."
+            )
+        self.check_given([field.name for field in fields(self) if getattr(self, field.name) != field.default])
+
+    def check_given(self, given: Collection[str]) -> None:
+        """Refuse a setting that the objective does not read, where somebody gave it (`config.check_given`).
+
+        Raises:
+            ConfigError: names it, and who reads it.
+        """
+        for name in ("beta", "reverse_kl_weight", "forward_kl_weight"):
+            if name not in given or self.row.reads(name):
+                continue
+            value, readers = getattr(self, name), [row.name for row in OBJECTIVES.values() if row.reads(name)]
+            remedy = f"use --objective {readers[0]}"
+            if name == "beta":
+                remedy = f"use --eta {1 / value:.6g} for this strength (eta = 1 / beta)"
+            raise ConfigError(
+                f"{name} {value} is read by {' and '.join(readers)} alone, not by the objective {self.objective}. "
+                f"Leave {flag_of(name)} out, or {remedy}."
             )
 
     @property

@@ -148,6 +148,7 @@ def open_dataset(config: TrainingConfig, architecture: Architecture, tokenizer: 
             f"seq_length ({seq_length} tokens) exceeds the model's {architecture.max_position_embeddings} "
             f"positions. Use --seq-length {architecture.max_position_embeddings}."
         )
+    _refuse_long_shared_prompts(config, architecture)
     dataset = PreferenceDataset(config.data, verify_contents=parallel.is_rank_zero())
     theirs, ours = dataset.manifest.tokenizer_hash, tokenizer.get("hash")
     if theirs and ours and theirs != ours and not is_tokenizer_of(tokenizer["directory"], [theirs]):
@@ -162,6 +163,19 @@ def open_dataset(config: TrainingConfig, architecture: Architecture, tokenizer: 
             "Generate and score rollouts with this model."
         )
     return dataset
+
+
+def _refuse_long_shared_prompts(config: TrainingConfig, architecture: Architecture) -> None:
+    """Refuse a prompt that is computed once for responses of both kinds: short and long ones rotate differently."""
+    scaling = architecture.rope_scaling
+    if not config.batch.share_prompts or scaling is None or scaling.rope_type != "longrope":
+        return
+    short, longest = scaling.original_max_position_embeddings, config.batch.seq_length
+    if (longest or architecture.max_position_embeddings) > (short or 0):
+        raise ConfigError(
+            "share_prompts computes a prompt once, and this model (longrope) has other frequencies for sequences above "
+            f"{short} tokens. Use --no-share-prompts, or --seq-length {short}."
+        )
 
 
 def list_batches(config: TrainingConfig, dataset: PreferenceDataset, architecture: Architecture) -> Batches:

@@ -120,7 +120,7 @@ class _Found:
 
 
 def _find(name: str) -> _Found:
-    directory = local_directory(name, _FILES, spec="pairrm")
+    directory = local_directory(name, spec="pairrm", patterns=_FILES)
     content = read_json(directory / "config.json")
     if not isinstance(content, dict):
         raise ConfigError(f"{directory / 'config.json'} is no JSON object. Give the directory of a PairRM checkpoint.")
@@ -209,7 +209,7 @@ def _base_directory(content: dict[str, Any], directory: Path) -> Path:
         )
     if not isinstance(content.get("model_name"), str):
         raise ConfigError(f"{directory / 'config.json'} has no model_name. Download the checkpoint again.")
-    return local_directory(content["model_name"], _TOKENIZER_FILES, spec="pairrm")
+    return local_directory(content["model_name"], spec="pairrm", patterns=_TOKENIZER_FILES)
 
 
 def _check_markers(

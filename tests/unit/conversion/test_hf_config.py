@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sppo.architecture import Llama3RopeScaling
+from megatron_sppo.architecture import RopeScaling
 from megatron_sppo.checkpoints.hf_files import read_config
 from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture
 from megatron_sppo.errors import ConversionError
@@ -19,6 +19,10 @@ LLAMA31 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
 
 def old_spelling(**changes: Any) -> dict[str, Any]:
@@ -38,9 +42,7 @@ def test_every_field_is_taken_over() -> None:
 def test_llama_31_scaling_is_read_in_both_spellings() -> None:
     new = llama_config(rope_parameters={"rope_theta": 500000.0, **LLAMA31})
     old = old_spelling(rope_theta=500000.0, rope_scaling=LLAMA31)
-    expected = Llama3RopeScaling(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-    )
+    expected = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
     for config in (new, old):
         read = architecture_from_hf(config)
         assert read.rotary_base == 500000.0
@@ -56,21 +58,21 @@ def test_llama_2_without_optional_keys_has_a_head_per_key_and_hidden_size_over_h
     assert not read.share_embeddings_and_output_weights
 
 
-@pytest.mark.parametrize("scaling", [None, LLAMA31])
+@pytest.mark.parametrize("scaling", [None, LLAMA31, YARN, {**YARN, "truncate": False}, LONG])
 def test_a_written_config_reads_back_the_same(scaling: dict[str, Any] | None) -> None:
     rope = {"rope_theta": 5e5, **(scaling or {"rope_type": "default"})}
     read = architecture_from_hf(llama_config(rope_parameters=rope, tie_word_embeddings=True))
     assert architecture_from_hf(hf_from_architecture(read, dtype="bfloat16")) == read
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
-
-
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         # What transformers 5 wrote, and what somebody added to it in the spelling of transformers 4.
-        ({"rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}, "rope_scaling": YARN}, "'yarn'"),
+        (
+            {"rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}, "rope_scaling": YARN},
+            "twice, and differently",
+        ),
         ({"rope_parameters": {"rope_theta": 1e5}, "rope_scaling": LLAMA31}, "twice, and differently"),
         ({"rope_parameters": {"rope_theta": 1e5, **LLAMA31}, "rope_scaling": LLAMA31}, "twice, and differently"),
         ({"rope_parameters": {"rope_theta": 1e5}, "rope_scaling": {"rope_type": "default"}}, "twice, and differently"),
@@ -107,10 +109,18 @@ def test_architectures_of_another_family_are_said(caplog: pytest.LogCaptureFixtu
         ({"attention_bias": True}, "attention_bias: true"),
         ({"mlp_bias": True}, "mlp_bias: true"),
         ({"hidden_act": "gelu"}, 'hidden_act: "gelu"'),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
-        ({"rope_parameters": {"type": "linear", "factor": 4.0}}, "'linear'"),
-        ({"rope_parameters": {**LLAMA31, "low_freq_factor": 2.0}}, "low_freq_factor 2"),
-        ({"rope_parameters": {**LLAMA31, "original_max_position_embeddings": 4096}}, "4096"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "factor is missing"),
+        ({"rope_parameters": {"type": "linear", "factor": -4.0}}, "factor is -4"),
+        ({"rope_parameters": {"type": "ntk", "factor": 4.0}}, "'ntk'.*knows 'default', 'linear'"),
+        ({"rope_parameters": {"type": [], "factor": 4.0}}, "of type"),
+        ({"rope_parameters": {**LLAMA31, "low_freq_factor": 4.0}}, r"low_freq_factor \(4\) must be below"),
+        ({"rope_parameters": {**YARN, "truncate": "no"}}, "truncate is 'no'"),
+        ({"rope_parameters": {**YARN, "beta_fast": float("inf")}}, "beta_fast is inf"),
+        ({"rope_parameters": {**YARN, "attention_factor": -1.0}}, "attention_factor is -1"),
+        ({"rope_parameters": {**YARN, "original_max_position_embeddings": 0}}, "original_max_position_embeddings is 0"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4}}, "long_factor is None"),
+        ({"rope_parameters": {**LONG, "long_factor": [2.0] * 3}}, "long_factor has 3 numbers for 4 frequencies"),
+        ({"rope_parameters": {**LONG, "long_factor": [2.0, 0.0, 2.0, 2.0]}}, "long_factor is 0.0"),
         ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta is nan"),
         ({"rope_parameters": [1]}, "rope_parameters"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "for each of full_attention"),
@@ -175,9 +185,15 @@ PHI3 = {"model_type": "phi3", "sliding_window": 2047}
         ({"model_type": "gemma3_text"}, "'gemma3_text'"),
         ({"model_type": "olmo2", "attention_bias": True}, "attention_bias: true"),
         ({"model_type": "olmo2", "clip_qkv": 8.0}, "clip_qkv: 8.0"),
-        ({**PHI3, "rope_parameters": {"rope_type": "longrope", "factor": 32.0}}, "'longrope'"),
-        ({**PHI3, "rope_parameters": None, "rope_scaling": {"type": "su"}}, "'su'"),
-        ({**PHI3, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.75}}, "partial_rotary_factor"),
+        ({**PHI3, "rope_parameters": {"rope_type": "longrope", "factor": 32.0}}, "short_factor is None"),
+        ({**PHI3, "rope_parameters": None, "rope_scaling": {"type": "su"}}, "short_factor is None"),
+        (
+            {**PHI3, "rope_parameters": {**LONG, "original_max_position_embeddings": 64}},
+            "where transformers takes 4096",
+        ),
+        ({**PHI3, "rope_parameters": YARN}, "'yarn'; the Megatron model of phi3 knows 'default', 'longrope'"),
+        ({**PHI3, "rope_parameters": {"partial_rotary_factor": 0.4}}, "of 8 channels a head are 3"),
+        ({**PHI3, "rope_parameters": {"partial_rotary_factor": 1.5}}, "rotary_percent 1.5"),
         ({**PHI3, "hidden_act": "gelu"}, 'hidden_act: "gelu"'),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias: true"),
         ({"model_type": "qwen2_moe"}, "does not say num_experts"),

@@ -17,6 +17,8 @@ from megatron_sppo.judge.batches import Batch
 from megatron_sppo.judge.load import identify_judge, load_judge
 from megatron_sppo.judge.workers import open_judge, pooled_here
 from tests.unit.judge.groups import group_of
+from tests.unit.judge.test_gpm import write_model as write_preference_model
+from tests.unit.judge.test_reward import write_model as write_reward_model
 from tests.unit.judge.tiny_pairrm import make_tiny_pairrm
 
 GROUPS = [group_of("why?", ["a", "bb", "c c"]), group_of("how?", ["d", "e e e"], prompt_id="q")]
@@ -47,6 +49,27 @@ def test_a_judge_is_known_without_being_loaded(pairrm, settings: dict, gate: flo
 def sent(judge: workers.PooledJudge) -> workers.JudgeWorker:
     """Make a worker of what crosses to its process."""
     return pickle.loads(pickle.dumps(judge.make_worker))()
+
+
+@pytest.mark.parametrize("kind", ["reward", "gpm"])
+def test_a_chat_model_is_opened_on_a_pool_without_being_loaded(
+    tmp_path: Path, no_gpus: None, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    write_model = {"reward": write_reward_model, "gpm": write_preference_model}[kind]
+    spec = f"{kind}:{write_model(tmp_path)}"
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("the driver loads a model")
+
+    with monkeypatch.context() as driver:
+        driver.setattr("transformers.AutoModel.from_pretrained", load)
+        driver.setattr("transformers.AutoModelForSequenceClassification.from_pretrained", load)
+        judge = open_judge(spec, pool=TWO)
+        assert judge.here is None and judge.num_gpus == 0
+        assert judge.fingerprint != identify_judge(spec, dtype="bfloat16").fingerprint
+    loaded = load_judge(spec)
+    assert (judge.name, judge.fingerprint) == (loaded.name, loaded.fingerprint)
+    sent(judge)  # which finds the files that the driver named
 
 
 @pytest.mark.parametrize("kind", ["rules", "matrices", "pairrm"])
