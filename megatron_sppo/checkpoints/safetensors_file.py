@@ -60,6 +60,11 @@ class Entry:
 
         return getattr(torch, WEIGHTS[self.kind])
 
+    @property
+    def span(self) -> Span:
+        """All of its bytes."""
+        return Span(self.file, self.offset, self.nbytes)
+
     def rows(self, start: int, count: int) -> Span:
         """Find some of its rows -> span."""
         row = self.nbytes // self.shape[0] if self.shape[0] else 0

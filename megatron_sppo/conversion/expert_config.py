@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_sppo.architecture import Architecture
-from megatron_sppo.conversion.config_values import agreed, only, positive, whole
+from megatron_sppo.conversion.config_values import agreed, only, positive, switch, whole
 from megatron_sppo.conversion.mapping import ExpertKeys, Family
 from megatron_sppo.errors import ConversionError
 
@@ -36,7 +36,7 @@ def read_experts(config: Mapping[str, Any], family: Family, place: str, *, num_l
         fields["moe_router_topk_scaling_factor"] = factor
     normalised = True
     if keys.normalised is not None:
-        normalised = _switch(config, keys.normalised, place, default=keys.normalised_by_default)
+        normalised = switch(config, keys.normalised, place, default=keys.normalised_by_default)
     if family.traits.get("moe_router_score_function") != "sigmoid":
         return fields | {"moe_router_pre_softmax": not normalised}
     # mcore 0.16.1 and 0.19.2, moe_utils.py, topk_routing_with_score_function: `scores / sum if topk > 1 else scores`.
@@ -117,10 +117,3 @@ def _groups(config: Mapping[str, Any], keys: ExpertKeys, place: str) -> dict[str
     if groups == best:
         return {}
     return {"moe_router_num_groups": groups, "moe_router_group_topk": best}
-
-
-def _switch(config: Mapping[str, Any], key: str, place: str, *, default: bool) -> bool:
-    value = config.get(key, default)
-    if not isinstance(value, bool):
-        raise ConversionError(f"{place}: {key} is {value!r}; it must be true or false.")
-    return value

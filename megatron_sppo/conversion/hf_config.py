@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE
-from megatron_sppo.conversion.config_values import agreed, only, positive, whole
+from megatron_sppo.conversion.config_values import agreed, only, positive, switch, whole
 from megatron_sppo.conversion.expert_config import expert_keys, read_experts
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_rope import rope_fields, rope_keys
@@ -66,9 +66,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         raise ConversionError(
             f"{place}: head_dim ({head_dim}) is odd, and rotary embeddings need pairs. The config is wrong."
         )
-    tied = config.get("tie_word_embeddings", family.tied)
-    if not isinstance(tied, bool):
-        raise ConversionError(f"{place}: tie_word_embeddings is {tied!r}; it must be true or false.")
+    tied = switch(config, "tie_word_embeddings", place, default=family.tied)
     num_layers = whole(config, "num_hidden_layers", place)
     if num_layers > MAX_LAYERS:  # what is counted layer by layer below would not end
         raise ConversionError(f"{place} promises {num_layers} layers. The config is damaged: fetch the model again.")
@@ -86,6 +84,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         layernorm_epsilon=positive(config, "rms_norm_eps", place, default=1e-6),
         share_embeddings_and_output_weights=tied,
         **family.traits,
+        **_switches(config, family, place),
         **_numbers(config, family, place),
         **windows,
         **rope_fields(config, family, place, windowed=bool(windows)),
@@ -117,9 +116,14 @@ def hf_from_architecture(architecture: Architecture, *, dtype: str) -> dict[str,
             for key, allowed in family.fixed.items()
             if allowed[-1] is not None or key in family.required
         },
-        **{key: getattr(architecture, name) for key, name in family.numbers.items()},
+        **{key: getattr(architecture, name) for key, name in {**family.numbers, **family.switches}.items()},
         **_window_keys(architecture, family),
     }
+
+
+def _switches(config: Mapping[str, Any], family: Family, place: str) -> dict[str, Any]:
+    """Read the booleans that only some families have -> Architecture's fields."""
+    return {name: switch(config, key, place, default=False) for key, name in family.switches.items()}
 
 
 def _numbers(config: Mapping[str, Any], family: Family, place: str) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.distcp_writer import Piece
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
 from megatron_sppo.checkpoints.hf_writer import Computed, Moved, Rows
-from megatron_sppo.conversion.mapping import Binding, Run, megatron_shapes, to_megatron
+from megatron_sppo.checkpoints.safetensors_file import Entry, read_tensor
+from megatron_sppo.conversion.binding import Binding, megatron_shapes
+from megatron_sppo.conversion.mapping import Run, to_megatron
 from megatron_sppo.conversion.megatron_model import OpenedMegatron
 from megatron_sppo.errors import ConversionError
 
@@ -29,7 +31,7 @@ def import_pieces(
     for binding in bindings:
         mapping, place, names = binding.mapping, binding.place, list(binding.hf_shapes)
         found = [source.entries[name].dtype for name in names]
-        to = None if mapping.keeps_type else cast
+        to = mapping.cast(cast)
         dtype, first = dtypes.setdefault(place.key, (found[0], names[0]))
         for name, other in zip(names, found, strict=True):
             if to is None and other != dtype:
@@ -69,13 +71,22 @@ def export_tensors(opened: OpenedMegatron, cast: torch.dtype | None) -> Iterator
     """
     for binding in opened.bindings:
         names = list(binding.hf_shapes)
-        to = None if binding.mapping.keeps_type else cast
+        to = binding.mapping.cast(cast)
         spans = opened.spans(binding) if to in (None, opened.dtype(binding)) else None
         if spans is None:
             yield Computed(names=names, make=functools.partial(_hf_tensors, opened, binding, to))
         else:
             runs = binding.mapping.runs(opened.architecture)
             yield Moved(spans=spans, rows=[Rows(names[part], start, rows) for part, start, rows in runs])
+    for name, entry in opened.carried.items():
+        if entry.shape:
+            yield Moved(spans=[entry.span], rows=[Rows(name, 0, entry.shape[0])])
+        else:  # a single number has no rows
+            yield Computed(names=[name], make=functools.partial(_one_tensor, name, entry))
+
+
+def _one_tensor(name: str, entry: Entry) -> list[tuple[str, Tensor]]:
+    return [(name, read_tensor(entry))]
 
 
 def _hf_tensors(opened: OpenedMegatron, binding: Binding, cast: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:

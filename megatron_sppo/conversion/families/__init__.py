@@ -2,6 +2,7 @@
 
 from megatron_sppo.conversion.families import (
     gemma2,
+    glm4_moe,
     llama,
     mistral,
     mixtral,
@@ -17,7 +18,7 @@ from megatron_sppo.errors import ConversionError
 
 FAMILIES = {
     module.FAMILY.model_type: module.FAMILY
-    for module in (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, gemma2, olmo2, phi3)
+    for module in (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, glm4_moe, gemma2, olmo2, phi3)
 }
 
 

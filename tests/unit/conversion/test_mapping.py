@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.conversion.binding import bind, hf_shapes, megatron_shapes
 from megatron_sppo.conversion.families import FAMILIES, family_of, llama
 from megatron_sppo.conversion.mapping import (
     Copy,
@@ -19,9 +20,6 @@ from megatron_sppo.conversion.mapping import (
     PackedQKV,
     TensorMapping,
     VocabRows,
-    bind,
-    hf_shapes,
-    megatron_shapes,
     to_megatron,
 )
 from megatron_sppo.errors import ConversionError
