@@ -86,7 +86,7 @@ def _layer_pattern(config: Mapping[str, Any], keys: ExpertKeys, place: str, *, n
     """Read which layers have experts -> 1 or 0 for each; () where all have."""
     pattern = [True] * num_layers
     if keys.dense_before is not None:
-        first = whole(config, keys.dense_before, place, least=0, default=keys.dense_before_by_default)
+        first = whole(config, keys.dense_before, place, least=0)
         pattern = [layer >= first for layer in range(num_layers)]
     if keys.dense_between:
         step = whole(config, "decoder_sparse_step", place, default=1)

@@ -245,8 +245,6 @@ class ExpertKeys:
     """Whether `decoder_sparse_step` and `mlp_only_layers` say which layers are dense."""
     dense_before: str | None = None
     """Key of the number of layers in front that are dense. Neither: none is."""
-    dense_before_by_default: int = 0
-    """What it means where `dense_before` is absent."""
     shared_width: str | None = None
     """Key of the feed-forward channels of the shared experts."""
     shared_count: str | None = None
