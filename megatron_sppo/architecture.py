@@ -14,6 +14,9 @@ from megatron_sppo.storage import read_json, write_json
 SCHEMA_VERSION = 1
 FILE_NAME = "model.json"
 
+EXPERT_WEIGHTS = ("linear_fc1", "linear_fc2", "linear_fc1.bias", "linear_fc2.bias")
+"""Names in `layer_weights` of what each expert has."""
+
 _EXPERT_NUMBERS = ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size")
 _EXPERT_SETTINGS = (
     "moe_layer_freq",
@@ -112,6 +115,13 @@ class Architecture:
     """RoPE's base in layers with a window, which are not scaled then (Gemma-3, OLMo-3); None: as in all layers."""
     share_embeddings_and_output_weights: bool
     add_qkv_bias: bool = False
+    """Biases of queries, keys and values."""
+    add_proj_bias: bool = False
+    """Bias of attention's output projection."""
+    add_mlp_bias: bool = False
+    """Biases of the feed-forward unit, or of all experts and of the router."""
+    softmax_type: Literal["vanilla", "learnable"] = "vanilla"
+    """learnable: each head has a sink, a score beside those of the keys that takes a part of the softmax (gpt-oss)."""
     qk_layernorm: bool = False
     """RMSNorm of queries and keys, one head at a time (Qwen3)."""
     qk_layernorm_across_heads: bool = False
@@ -188,9 +198,18 @@ class Architecture:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConversionError(f"{name} is {value}; it must be above 0. The model's config is wrong.")
+        if self.softmax_type not in ("vanilla", "learnable"):
+            raise ConversionError(f"softmax_type is {self.softmax_type!r}; it must be vanilla or learnable.")
+        if self.add_mlp_bias and self.num_moe_experts is not None and not (self.add_qkv_bias and self.add_proj_bias):
+            raise ConversionError(
+                "add_mlp_bias is set with experts, and attention has no biases: Megatron-Core has one switch for both. "
+                "Use another model."
+            )
         if self.activation_func not in ("silu", "gelu_tanh"):
             raise ConversionError(f"activation_func is {self.activation_func!r}; it must be silu or gelu_tanh.")
-        if not 0 < self.rotary_percent <= 1 or self.rotary_channels < 2 or self.rotary_channels % 2:
+        if self.rotary_percent != 1 and (
+            not 0 < self.rotary_percent < 1 or self.rotary_channels < 2 or self.rotary_channels % 2
+        ):
             raise ConversionError(
                 f"rotary_percent {self.rotary_percent} of {self.kv_channels} channels a head are "
                 f"{self.rotary_channels}; rotary embeddings need pairs of them. The model's config is wrong."
@@ -294,6 +313,11 @@ class Architecture:
         counts = {True: sparse, False: self.num_layers - sparse}
         return {has_experts: number for has_experts, number in counts.items() if number}
 
+    @property
+    def has_sinks(self) -> bool:
+        """Whether each head of attention has a sink."""
+        return self.softmax_type == "learnable"
+
     def window(self, layer: int) -> int | None:
         """Say how many tokens a query of a layer (from 0) sees, itself included -> int; None: all up to itself."""
         return None if layer in self.full_attention_layers else self.sliding_window
@@ -334,13 +358,17 @@ class Architecture:
         weights = {"norm": hidden, "linear_proj": hidden * queries, "linear_qkv": hidden * qkv}
         if self.add_qkv_bias:
             weights["linear_qkv.bias"] = qkv
+        if self.add_proj_bias:
+            weights["linear_proj.bias"] = hidden
+        if self.has_sinks:
+            weights["softmax_offset"] = self.num_attention_heads // tensor_ranks
         if self.qk_layernorm:  # norms over all heads are held whole by each rank
             across = self.qk_layernorm_across_heads
             weights["q_layernorm"] = self.query_channels if across else head
             weights["k_layernorm"] = self.key_channels if across else head
         if not has_experts:
             width = self.ffn_hidden_size // tensor_ranks
-            return weights | {"linear_fc1": 2 * width * hidden, "linear_fc2": hidden * width}
+            return weights | self._feed_forward_weights(width, has_experts=False)
         width = (self.moe_ffn_hidden_size or 0) // expert_tensor_ranks
         weights["router"] = (self.num_moe_experts or 0) * hidden
         if self.moe_shared_expert_intermediate_size is not None:
@@ -348,7 +376,16 @@ class Architecture:
             weights |= {"shared_experts.linear_fc1": 2 * shared * hidden, "shared_experts.linear_fc2": hidden * shared}
         if self.moe_shared_expert_gate:
             weights["shared_experts.gate"] = hidden
-        return weights | {"linear_fc1": 2 * width * hidden, "linear_fc2": hidden * width}
+        return weights | self._feed_forward_weights(width, has_experts=True)
+
+    def _feed_forward_weights(self, width: int, *, has_experts: bool) -> dict[str, int]:
+        """Count what a feed-forward unit of so many channels has, or one expert of a layer, and its router's bias."""
+        hidden = self.hidden_size
+        biases: dict[str, int] = {}
+        if self.add_mlp_bias:
+            biases = {"linear_fc1.bias": 2 * width, "linear_fc2.bias": hidden}
+            biases |= {"router.bias": self.num_moe_experts or 0} if has_experts else {}
+        return biases | {"linear_fc1": 2 * width * hidden, "linear_fc2": hidden * width}
 
     def num_parameters(self) -> int:
         """Count the weights as the checkpoint holds them, tied embeddings once -> int; routers' biases are weights."""
@@ -358,7 +395,7 @@ class Architecture:
         for has_experts, layers in self.layer_kinds().items():
             copies = {"norm": self.norms_per_layer}
             if has_experts:
-                copies |= dict.fromkeys(("linear_fc1", "linear_fc2"), self.num_moe_experts or 0)
+                copies |= dict.fromkeys(EXPERT_WEIGHTS, self.num_moe_experts or 0)
             weights = self.layer_weights(has_experts=has_experts)
             total += layers * sum(number * copies.get(name, 1) for name, number in weights.items())
         return total

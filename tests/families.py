@@ -54,6 +54,7 @@ LONGROPE = {
 EXPERTS = {"num_experts_per_tok": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
+    "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "llama, scaled rope": {"model_type": "llama", "rope_parameters": LLAMA_32, "max_position_embeddings": 131072},
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "mistral, window": {"model_type": "mistral", "sliding_window": 8},
@@ -128,7 +129,31 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 3.0,
     },
-    "olmo2": {"model_type": "olmo2"},
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 28,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "ministral": {
+        "model_type": "ministral",
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "olmo2": {"model_type": "olmo2", "attention_bias": True},
+    "olmo3": {
+        "model_type": "olmo3",
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": YARN,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
     "phi3": {"model_type": "phi3", "sliding_window": 8},
     "phi3, longrope": {"model_type": "phi3", **LONGROPE},
     "qwen3, yarn": {"model_type": "qwen3", "rope_parameters": YARN},

@@ -84,7 +84,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         layernorm_epsilon=positive(config, "rms_norm_eps", place, default=1e-6),
         share_embeddings_and_output_weights=tied,
         **family.traits,
-        **_switches(config, family, place),
+        **_biases(config, family, place),
         **_numbers(config, family, place),
         **windows,
         **rope_fields(config, family, place, windowed=bool(windows)),
@@ -116,14 +116,10 @@ def hf_from_architecture(architecture: Architecture, *, dtype: str) -> dict[str,
             for key, allowed in family.fixed.items()
             if allowed[-1] is not None or key in family.required
         },
-        **{key: getattr(architecture, name) for key, name in {**family.numbers, **family.switches}.items()},
+        **{key: getattr(architecture, names[0]) for key, names in family.biases.items()},
+        **{key: getattr(architecture, name) for key, name in family.numbers.items()},
         **_window_keys(architecture, family),
     }
-
-
-def _switches(config: Mapping[str, Any], family: Family, place: str) -> dict[str, Any]:
-    """Read the booleans that only some families have -> Architecture's fields."""
-    return {name: switch(config, key, place, default=False) for key, name in family.switches.items()}
 
 
 def _numbers(config: Mapping[str, Any], family: Family, place: str) -> dict[str, Any]:
@@ -133,6 +129,17 @@ def _numbers(config: Mapping[str, Any], family: Family, place: str) -> dict[str,
         if config.get(key) is not None:
             positive(config, key, place)
             values[name] = config[key]  # as it is: transformers wants some of them whole
+    return values
+
+
+def _biases(config: Mapping[str, Any], family: Family, place: str) -> dict[str, Any]:
+    """Read which linear layers have biases -> Architecture's fields."""
+    values: dict[str, Any] = {}
+    for key, names in family.biases.items():
+        value = config.get(key) or False
+        if not isinstance(value, bool):
+            raise ConversionError(f"{place}: {key} is {config[key]!r}; it must be true or false.")
+        values |= dict.fromkeys(names, value)
     return values
 
 
@@ -146,6 +153,9 @@ def _windows(config: Mapping[str, Any], family: Family, place: str, *, num_layer
         windowed = [
             has_window and first <= layer < end and (layer - first) % keys.every == 0 for layer in range(num_layers)
         ]
+        if keys.full_every is not None:
+            full = whole(config, keys.full_every_key or "", place, default=keys.full_every)
+            windowed = [one and (layer + 1) % full != 0 for layer, one in enumerate(windowed)]
     listed = config.get("layer_types")
     if listed is not None:
         kinds = ("full_attention", "sliding_attention")

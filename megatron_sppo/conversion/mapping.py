@@ -202,12 +202,15 @@ class GateUp(TensorMapping):
     """Name of the dimension of either."""
     names: tuple[str, str] = ("gate", "up")
     """What stands for "{gate_up}"."""
+    columns: tuple[str, ...] = ("hidden",)
+    """Dimensions after the rows; () for a bias."""
 
     def parts(self) -> tuple[str, ...]:
         return tuple(self.hf.replace("{gate_up}", name) for name in self.names)
 
     def part_shapes(self, architecture: Architecture) -> tuple[Shape, ...]:
-        return ((dimension(architecture, self.width), architecture.hidden_size),) * 2
+        columns = [dimension(architecture, name) for name in self.columns]
+        return ((dimension(architecture, self.width), *columns),) * 2
 
     def read_apart(self, architecture: Architecture) -> list[list[Run]]:
         return [[run] for run in self.runs(architecture)]
@@ -267,6 +270,10 @@ class WindowKeys:
     """Key of the first layer behind those that may have it; None: there is none."""
     every: int = 1
     """From there on each layer has it, or every second one."""
+    full_every: int | None = None
+    """Where no `layer_types` are given, each layer of this number sees all tokens instead."""
+    full_every_key: str | None = None
+    """Key of that number, if config.json may say it."""
     layer_types: bool = False
     """Whether transformers goes by `layer_types` where it is given. Where it overlooks it, the two must agree."""
 
@@ -300,8 +307,9 @@ class Family:
     """Fields of `Architecture` that every model of the family has alike, such as {"add_qkv_bias": True}."""
     numbers: Mapping[str, str] = field(default_factory=dict)
     """Keys of config.json with a number above 0, or null, and the fields of `Architecture` that take it as it is."""
-    switches: Mapping[str, str] = field(default_factory=dict)
-    """Boolean keys of config.json, false where absent, and the fields of `Architecture` that they set."""
+    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Keys of config.json that are true, false or absent (false), and the fields of `Architecture` that say the same:
+    {"mlp_bias": ("add_mlp_bias",)}. GLM says so of its norms of heads, too."""
     further_layers: str | None = None
     """Key of the number of layers behind the decoder's, which predict further tokens: they are carried along."""
     windows: WindowKeys | None = None

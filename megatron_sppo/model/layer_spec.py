@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.model.attention import DocumentAttention, with_shared_prompts
-from megatron_sppo.model.normalization import KeyNorm, QueryNorm, RMSNorm, with_post_norm
+from megatron_sppo.model.normalization import KeyNorm, QueryNorm, RMSNorm, with_bias, with_post_norm
 from megatron_sppo.model.rope import has_own_rope, rotary_self_attention
 
 
@@ -44,7 +44,12 @@ def _specs_of(implementation: str) -> tuple[Callable[..., ModuleSpec], type]:
 
 def _transformer_engine_spec(architecture: Architecture, config: TransformerConfig, *, has_experts: bool) -> ModuleSpec:
     """Megatron's Transformer Engine spec, with our parts where it has none for a family."""
-    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TELayerNormColumnParallelLinear,
+        TENorm,
+        TERowParallelLinear,
+    )
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
     spec = get_gpt_layer_with_transformer_engine_spec(
@@ -54,12 +59,14 @@ def _transformer_engine_spec(architecture: Architecture, config: TransformerConf
     )
     layer = spec.submodules
     attention = layer.self_attention.submodules
+    column = TELayerNormColumnParallelLinear if architecture.pre_layernorm else TEColumnParallelLinear
     if not architecture.pre_layernorm:
-        attention.linear_qkv = _dense_mlp(layer).linear_fc1 = TEColumnParallelLinear
-    _add_parts(architecture, layer, linear=TERowParallelLinear, norm=TENorm)
-    # Transformer Engine has no soft-capping, and its attention over a ring of context-parallel ranks no windows.
+        attention.linear_qkv = _dense_mlp(layer).linear_fc1 = column
+    _add_parts(architecture, layer, column=column, row=TERowParallelLinear, norm=TENorm, has_experts=has_experts)
+    # Transformer Engine has no soft-capping, its attention over a ring of context-parallel ranks no windows, and that
+    # of packed sequences no sinks.
     windows_across_ranks = architecture.sliding_window is not None and config.context_parallel_size > 1
-    if architecture.attention_softcap is not None or windows_across_ranks:
+    if architecture.attention_softcap is not None or architecture.has_sinks or windows_across_ranks:
         attention.core_attention = _document_attention(architecture)
     else:
         attention.core_attention = with_shared_prompts(attention.core_attention, windows=_windows(architecture))
@@ -86,15 +93,26 @@ def _torch_spec(architecture: Architecture, config: TransformerConfig, *, has_ex
     if config.qk_layernorm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
-    _add_parts(architecture, layer, linear=RowParallelLinear, norm=RMSNorm)
+    _add_parts(
+        architecture, layer, column=ColumnParallelLinear, row=RowParallelLinear, norm=RMSNorm, has_experts=has_experts
+    )
     return spec
 
 
-def _add_parts(architecture: Architecture, layer: Any, *, linear: type, norm: type) -> None:
-    """Put into a layer what no spec of Megatron-Core has a place for: norms, and rotary tables of several kinds."""
+def _add_parts(
+    architecture: Architecture, layer: Any, *, column: type, row: type, norm: type, has_experts: bool
+) -> None:
+    """Put into a layer what no spec of Megatron-Core has a place for: norms, single biases, rotary tables."""
     attention = layer.self_attention.submodules
+    projection, last = row, row
+    if architecture.add_proj_bias:
+        attention.linear_proj = projection = with_bias(row)
+    if architecture.add_mlp_bias and not has_experts:
+        _dense_mlp(layer).linear_fc1 = with_bias(column)
+        _dense_mlp(layer).linear_fc2 = last = with_bias(row)
     if architecture.post_layernorm:
-        attention.linear_proj = _dense_mlp(layer).linear_fc2 = with_post_norm(linear, norm)
+        attention.linear_proj = with_post_norm(projection, norm)
+        _dense_mlp(layer).linear_fc2 = with_post_norm(last, norm)
     if has_own_rope(architecture):
         layer.self_attention.module = rotary_self_attention(architecture)
     if architecture.qk_layernorm_across_heads:

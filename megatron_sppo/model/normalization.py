@@ -53,10 +53,20 @@ def with_post_norm(linear: type, norm: type) -> type:
 
         def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
             output, bias = super().forward(hidden)
-            assert bias is None, "a bias would be added behind the norm"
-            return self.post_layernorm(output), None
+            return self.post_layernorm(output if bias is None else output + bias), None
 
     return PostNormLinear
+
+
+@functools.cache
+def with_bias(linear: type) -> type:
+    """Make a linear layer with a bias whatever Megatron-Core says, which has one switch for all linear layers."""
+
+    class BiasedLinear(linear):
+        def __init__(self, *args: object, bias: bool, **kwargs: object) -> None:
+            super().__init__(*args, bias=True, **kwargs)
+
+    return BiasedLinear
 
 
 class _AcrossHeadsNorm(torch.nn.Module):

@@ -37,7 +37,8 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
     fused = resolve_transformer_impl(config) == "transformer_engine"
     values: dict[str, Any] = {
         **{name: value for name, value in shared_fields(architecture).items() if value is not None},
-        "add_bias_linear": False,
+        # Megatron-Core's switch for all biases at once, for experts alone: layer_spec.py puts in the single ones.
+        "add_bias_linear": architecture.add_mlp_bias and architecture.num_moe_experts is not None,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": _ACTIVATIONS[architecture.activation_func],

@@ -137,7 +137,8 @@ def activations(
 def _takes_flex(architecture: Architecture, grid: Grid, shape: MicroBatchShape) -> bool:
     """Tell whether FlexAttention takes Transformer Engine's place (model/layer_spec.py, model/attention.py)."""
     windows_across_ranks = architecture.sliding_window is not None and grid.parallel.context_parallel_size > 1
-    return shape.num_path_keys > 0 or architecture.attention_softcap is not None or windows_across_ranks
+    by_scores = architecture.attention_softcap is not None or architecture.has_sinks
+    return shape.num_path_keys > 0 or by_scores or windows_across_ranks
 
 
 def _working(sizes: _Sizes, *, engine: bool, gathered_keys: int) -> int:
@@ -183,7 +184,7 @@ def _torch_layer(
         "queries, keys and values": wide * (2 * sizes.query + 3 * sizes.key),
         "input of linear_proj": wide * sizes.query,
     }
-    capped = architecture.attention_softcap is not None
+    capped = architecture.attention_softcap is not None or architecture.has_sinks
     if context > 1:
         # Keys and values of all ranks, gathered and put in order, in place of the views; soft caps repeat them anyway.
         items["queries, keys and values"] = wide * (sizes.query + (0 if capped else 2 * sizes.key * context))

@@ -35,6 +35,7 @@ def _shape(
 
 _TIED = {"share_embeddings_and_output_weights": True}
 _QWEN2 = {"max_position_embeddings": 32768}
+_LONG = {"max_position_embeddings": 65536}
 _GEMMA2 = {"attention_softcap": 50.0, "logit_softcap": 30.0, "sliding_window": 4096}
 
 PUBLISHED: dict[str, Architecture] = {
@@ -45,6 +46,20 @@ PUBLISHED: dict[str, Architecture] = {
     "llama3-70b": _shape("llama", 80, 8192, 28672, 64, 8, 128, 128256),
     "mistral-7b": _shape("mistral", 32, 4096, 14336, 32, 8, 128, 32000, max_position_embeddings=32768),
     "gemma-2-9b": _shape("gemma2", 42, 3584, 14336, 16, 8, 256, 256000, **_TIED, **_GEMMA2),
+    "gemma-3-1b": _shape(
+        "gemma3_text", 26, 1152, 6912, 4, 1, 256, 262144, **_TIED, max_position_embeddings=32768, rotary_base=1e6,
+        windowed_rotary_base=1e4, query_pre_attn_scalar=256, sliding_window=512,
+        full_attention_layers=tuple(range(5, 26, 6)),
+    ),
+    "olmo-3-7b": _shape(
+        "olmo3", 32, 4096, 11008, 32, 32, 128, 100278, **_LONG, sliding_window=4096,
+        full_attention_layers=tuple(range(3, 32, 4)),
+    ),
+    "olmo-3-32b": _shape(
+        "olmo3", 64, 5120, 27648, 40, 8, 128, 100278, **_LONG, sliding_window=4096,
+        full_attention_layers=tuple(range(3, 64, 4)),
+    ),
+    "mistral-small-24b": _shape("mistral", 40, 5120, 32768, 32, 8, 128, 131072, max_position_embeddings=32768),
     "qwen2.5-7b": _shape("qwen2", 28, 3584, 18944, 28, 4, 128, 152064, **_QWEN2),
     "qwen2.5-72b": _shape("qwen2", 80, 8192, 29568, 64, 8, 128, 152064, **_QWEN2),
     "qwen3-8b": _shape("qwen3", 36, 4096, 12288, 32, 8, 128, 151936, max_position_embeddings=40960),

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from megatron_sppo.architecture import Architecture
+from megatron_sppo.architecture import EXPERT_WEIGHTS, Architecture
 from megatron_sppo.model.config import padded_vocab_size
 from megatron_sppo.training.config import ParallelConfig
 
@@ -85,7 +85,7 @@ def layer_shards(architecture: Architecture, parallel: ParallelConfig, *, has_ex
     copies = {"norm": architecture.norms_per_layer}
     if has_experts:
         experts = (architecture.num_moe_experts or 0) // parallel.expert_model_parallel_size
-        copies |= dict.fromkeys(("linear_fc1", "linear_fc2"), experts)
+        copies |= dict.fromkeys(EXPERT_WEIGHTS, experts)
     return [
         Shard(name=name, numel=numel, is_expert=has_experts and name.startswith("linear_fc"))
         for name, numel in weights.items()

@@ -2,11 +2,14 @@
 
 from megatron_sppo.conversion.families import (
     gemma2,
+    gemma3_text,
     glm4_moe,
     llama,
+    ministral,
     mistral,
     mixtral,
     olmo2,
+    olmo3,
     phi3,
     qwen2,
     qwen2_moe,
@@ -18,7 +21,22 @@ from megatron_sppo.errors import ConversionError
 
 FAMILIES = {
     module.FAMILY.model_type: module.FAMILY
-    for module in (llama, mistral, qwen2, qwen3, mixtral, qwen2_moe, qwen3_moe, glm4_moe, gemma2, olmo2, phi3)
+    for module in (
+        llama,
+        mistral,
+        ministral,
+        qwen2,
+        qwen3,
+        mixtral,
+        qwen2_moe,
+        qwen3_moe,
+        glm4_moe,
+        gemma2,
+        gemma3_text,
+        olmo2,
+        olmo3,
+        phi3,
+    )
 }
 
 

@@ -21,7 +21,6 @@ EXPERT_BIAS = Copy(
 
 MAPPINGS = (
     *qwen3_moe.ATTENTION_AND_ENDS,
-    qwen2_moe.QKV_BIAS,
     *HEAD_NORMS,
     *qwen3_moe.DENSE,
     *qwen3_moe.SPARSE,
@@ -37,7 +36,7 @@ FAMILY = Family(
     required=("num_key_value_heads", "n_shared_experts", "first_k_dense_replace", "rms_norm_eps"),
     fixed={"hidden_act": (None, "silu")},
     traits={"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
-    switches={"attention_bias": "add_qkv_bias", "use_qk_norm": "qk_layernorm"},
+    biases={"attention_bias": ("add_qkv_bias",), "use_qk_norm": ("qk_layernorm",)},
     further_layers="num_nextn_predict_layers",
     rotary_percent=0.5,
     experts=ExpertKeys(

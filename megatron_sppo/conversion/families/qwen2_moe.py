@@ -2,14 +2,7 @@
 
 from megatron_sppo.conversion.families import qwen3_moe
 from megatron_sppo.conversion.families.qwen3_moe import HF_MLP, MLP
-from megatron_sppo.conversion.mapping import Copy, ExpertKeys, Family, FusedQKV, GateUp, WindowKeys
-
-QKV_BIAS = FusedQKV(
-    "decoder.layers.{layer}.self_attention.linear_qkv.bias",
-    "model.layers.{layer}.self_attn.{qkv}_proj.bias",
-    columns=(),
-    only="add_qkv_bias",
-)
+from megatron_sppo.conversion.mapping import Copy, ExpertKeys, Family, GateUp, WindowKeys
 
 
 def shared_expert(name: str) -> tuple[GateUp, Copy]:
@@ -34,7 +27,6 @@ def shared_expert(name: str) -> tuple[GateUp, Copy]:
 
 MAPPINGS = (
     *qwen3_moe.ATTENTION_AND_ENDS,
-    QKV_BIAS,
     *qwen3_moe.DENSE,
     *qwen3_moe.SPARSE,
     *shared_expert("shared_expert"),

@@ -45,7 +45,6 @@ FAMILY = Family(
     mappings=MAPPINGS,
     required=("num_key_value_heads",),
     fixed={
-        "attention_bias": (None, False),
         "use_sliding_window": (None, False),
         "hidden_act": (None, "silu"),
         # Not this family's, but named as such by some derived models.
@@ -53,6 +52,7 @@ FAMILY = Family(
         "num_shared_experts": (0, None),
         "n_shared_experts": (0, None),
     },
+    biases={"attention_bias": llama.ATTENTION_BIASES},
     traits={"qk_layernorm": True},
     experts=ExpertKeys(
         count=("num_experts", "num_local_experts"),

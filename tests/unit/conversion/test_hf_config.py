@@ -106,8 +106,8 @@ def test_architectures_of_another_family_are_said(caplog: pytest.LogCaptureFixtu
     ("changes", "named"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2'"),
-        ({"attention_bias": True}, "attention_bias: true"),
-        ({"mlp_bias": True}, "mlp_bias: true"),
+        ({"attention_bias": "yes"}, "attention_bias is 'yes'"),
+        ({"mlp_bias": 1}, "mlp_bias is 1"),
         ({"hidden_act": "gelu"}, 'hidden_act: "gelu"'),
         ({"rope_parameters": {"rope_type": "yarn"}}, "factor is missing"),
         ({"rope_parameters": {"type": "linear", "factor": -4.0}}, "factor is -4"),
@@ -158,6 +158,11 @@ GEMMA2 = {
 PHI3 = {"model_type": "phi3", "sliding_window": 2047}
 
 
+KINDS = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+GEMMA3 = {"model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 256, "rope_parameters": KINDS}
+OLMO3 = {"model_type": "olmo3", "sliding_window": 8, "rope_parameters": KINDS}
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -173,7 +178,6 @@ PHI3 = {"model_type": "phi3", "sliding_window": 2047}
         ({**SWITCHED, "max_window_layers": None}, "max_window_layers is missing"),
         ({**SWITCHED, "max_window_layers": -1}, "max_window_layers is -1"),
         ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        ({**GEMMA2, "attention_bias": True}, "attention_bias: true"),
         ({**GEMMA2, "hidden_activation": "gelu"}, 'hidden_activation: "gelu"'),
         ({**GEMMA2, "use_bidirectional_attention": True}, "use_bidirectional_attention: true"),
         ({**GEMMA2, "query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),
@@ -182,8 +186,20 @@ PHI3 = {"model_type": "phi3", "sliding_window": 2047}
         ({key: value for key, value in GEMMA2.items() if key != "final_logit_softcapping"}, "final_logit_softcapping"),
         ({**GEMMA2, "sliding_window": None, "layer_types": ["sliding_attention"] * 2}, "layer_types with sliding"),
         ({"model_type": "gemma"}, "'gemma'"),
-        ({"model_type": "gemma3_text"}, "'gemma3_text'"),
-        ({"model_type": "olmo2", "attention_bias": True}, "attention_bias: true"),
+        ({"model_type": "gemma3"}, "'gemma3'"),
+        ({**GEMMA3, "use_bidirectional_attention": True}, "use_bidirectional_attention: true"),
+        ({**GEMMA3, "sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        ({**GEMMA3, "rope_scaling": LLAMA31}, "rope_parameters and rope_scaling"),
+        ({**GEMMA3, "rope_parameters": {"rope_theta": 1e6}}, "rope_parameters has rope_theta"),
+        ({**GEMMA3, "rope_parameters": {"full_attention": [1e6]}}, r"rope_parameters.full_attention is \[1"),
+        (
+            {**GEMMA3, "rope_parameters": {"sliding_attention": YARN}},
+            "scales the rotary embeddings of layers with a wi",
+        ),
+        ({**GEMMA3, "rope_parameters": {"full_attention": {**YARN, "truncate": False}}}, "transformers overlooks it"),
+        ({**OLMO3, "rope_parameters": None, "rope_theta": 1e4}, "rope_theta 10000.0 outside of rope_parameters"),
+        ({"model_type": "olmo3"}, "does not say sliding_window"),
+        ({**WINDOW, "model_type": "ministral", "layer_types": ["full_attention"]}, "layer_types must name"),
         ({"model_type": "olmo2", "clip_qkv": 8.0}, "clip_qkv: 8.0"),
         ({**PHI3, "rope_parameters": {"rope_type": "longrope", "factor": 32.0}}, "short_factor is None"),
         ({**PHI3, "rope_parameters": None, "rope_scaling": {"type": "su"}}, "short_factor is None"),
@@ -195,7 +211,6 @@ PHI3 = {"model_type": "phi3", "sliding_window": 2047}
         ({**PHI3, "rope_parameters": {"partial_rotary_factor": 0.4}}, "of 8 channels a head are 3"),
         ({**PHI3, "rope_parameters": {"partial_rotary_factor": 1.5}}, "rotary_percent 1.5"),
         ({**PHI3, "hidden_act": "gelu"}, 'hidden_act: "gelu"'),
-        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias: true"),
         ({"model_type": "qwen2_moe"}, "does not say num_experts"),
         ({**MIXTURES["qwen2_moe"], "shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size is -1"),
         (
@@ -250,7 +265,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     **MIXTURES,
     "gemma2": GEMMA2,
+    "gemma3_text": {**GEMMA3, "layer_types": ["sliding_attention", "full_attention"]},
+    "ministral": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "olmo2": {},
+    "olmo3": {**OLMO3, "layer_types": ["full_attention", "sliding_attention"]},
     "phi3": PHI3,
 }
 
@@ -269,12 +287,46 @@ FAMILIES: dict[str, dict[str, Any]] = {
         ({**SWITCHED, "layer_types": ["sliding_attention", "full_attention"]}, [4096, None]),
         (GEMMA2, [4096, None]),
         ({**GEMMA2, "layer_types": ["full_attention", "sliding_attention"]}, [None, 4096]),
+        (GEMMA3, [8, 8]),
+        ({**GEMMA3, "sliding_window_pattern": 2}, [8, None]),
+        ({**OLMO3, "layer_types": ["full_attention", "sliding_attention"]}, [None, 8]),
+        ({**WINDOW, "model_type": "ministral"}, [4096, 4096]),
+        ({**WINDOW, "model_type": "ministral", "layer_types": ["full_attention", "sliding_attention"]}, [None, 4096]),
     ],
 )
 def test_the_layers_with_a_window_are_those_of_transformers(changes: dict[str, Any], windows: list[int | None]) -> None:
     read = architecture_from_hf({**llama_config(), **changes})
     assert [read.window(layer) for layer in range(2)] == windows
     assert (read.sliding_window is None) == (windows == [None, None])
+    assert architecture_from_hf(hf_from_architecture(read, dtype="float32")) == read
+
+
+@pytest.mark.parametrize(
+    ("changes", "bases"),
+    [
+        # As Google's and Ai2's files spell it, before transformers 5.
+        (
+            {**GEMMA3, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear"}},
+            (1e6, 1e4),
+        ),
+        ({**GEMMA3}, (1e6, 1e4)),
+        ({**OLMO3, "rope_theta": 5e5, "rope_scaling": YARN}, (5e5, 5e5)),
+        ({**OLMO3, "rope_theta": 5e5}, (5e5, None)),
+    ],
+)
+def test_two_kinds_of_layers_have_the_bases_of_transformers(
+    changes: dict[str, Any], bases: tuple[float, float | None]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = {**llama_config(), **changes, "layer_types": ["sliding_attention", "full_attention"]}
+    del config["rope_parameters"]
+    if "rope_type" in config.get("rope_scaling", {}):
+        config["rope_scaling"] = {"factor": 8.0, **config["rope_scaling"]}
+    read = architecture_from_hf(config)
+    assert (read.rotary_base, read.windowed_rotary_base) == bases
+    theirs = transformers.AutoConfig.for_model(**config).rope_parameters
+    assert theirs["full_attention"]["rope_theta"] == bases[0]
+    assert theirs["sliding_attention"]["rope_theta"] == (bases[1] or bases[0])
     assert architecture_from_hf(hf_from_architecture(read, dtype="float32")) == read
 
 

@@ -31,6 +31,10 @@ PUBLISHED_WEIGHTS = {
     "llama3-70b": 70_553_706_496,
     "mistral-7b": 7_241_732_096,
     "gemma-2-9b": 9_241_705_984,
+    "gemma-3-1b": 999_885_952,
+    "olmo-3-7b": 7_298_011_136,
+    "olmo-3-32b": 32_233_522_176,
+    "mistral-small-24b": 23_572_403_200,
     "qwen2.5-7b": 7_615_616_512,
     "qwen2.5-72b": 72_706_203_648,
     "qwen3-8b": 8_190_735_360,
@@ -45,6 +49,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "one rank": (1, {}, {}),
     "one rank, tied": (1, {}, {"share_embeddings_and_output_weights": True}),
     "one rank, bias and norms of queries": (1, {}, {"add_qkv_bias": True, "qk_layernorm": True}),
+    "one rank, biases and sinks": (
+        1,
+        {},
+        {"add_qkv_bias": True, "add_proj_bias": True, "add_mlp_bias": True, "softmax_type": "learnable"},
+    ),
+    "TP2, biases and sinks": (
+        2,
+        {"tensor_model_parallel_size": 2},
+        {"add_proj_bias": True, "add_mlp_bias": True, "softmax_type": "learnable"},
+    ),
     "DP4": (4, {}, {}),
     "TP2 DP2": (4, {"tensor_model_parallel_size": 2}, {}),
     "TP2 SP PP2 DP2": (
