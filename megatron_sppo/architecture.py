@@ -126,8 +126,12 @@ class Architecture:
     """RMSNorm of queries and keys, one head at a time (Qwen3)."""
     qk_layernorm_across_heads: bool = False
     """With `qk_layernorm`: one norm over all heads of the queries and one over all of the keys (OLMo-2)."""
-    activation_func: Literal["silu", "gelu_tanh"] = "silu"
-    """Of the gated feed-forward unit; gelu_tanh is GELU in its tanh approximation."""
+    activation_func: Literal["silu", "gelu_tanh", "quick_gelu"] = "silu"
+    """Of the gated feed-forward unit; gelu_tanh is GELU in its tanh approximation, quick_gelu x sigmoid(1.702 x)."""
+    activation_func_clamp_value: float | None = None
+    """Gate is clamped from above, up from both sides, before the activation (gpt-oss); None: neither."""
+    glu_linear_offset: float = 0.0
+    """Added to up before it is multiplied by the activated gate."""
     pre_layernorm: bool = True
     """RMSNorm of what attention and feed-forward unit read."""
     post_layernorm: bool = False
@@ -194,7 +198,13 @@ class Architecture:
         self._check_experts()
 
     def _check_attention(self) -> None:
-        for name in ("query_pre_attn_scalar", "attention_softcap", "logit_softcap", "sliding_window"):
+        for name in (
+            "query_pre_attn_scalar",
+            "attention_softcap",
+            "logit_softcap",
+            "sliding_window",
+            "activation_func_clamp_value",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConversionError(f"{name} is {value}; it must be above 0. The model's config is wrong.")
@@ -205,8 +215,10 @@ class Architecture:
                 "add_mlp_bias is set with experts, and attention has no biases: Megatron-Core has one switch for both. "
                 "Use another model."
             )
-        if self.activation_func not in ("silu", "gelu_tanh"):
-            raise ConversionError(f"activation_func is {self.activation_func!r}; it must be silu or gelu_tanh.")
+        if self.activation_func not in ("silu", "gelu_tanh", "quick_gelu"):
+            raise ConversionError(
+                f"activation_func is {self.activation_func!r}; it must be silu, gelu_tanh or quick_gelu."
+            )
         if self.rotary_percent != 1 and (
             not 0 < self.rotary_percent < 1 or self.rotary_channels < 2 or self.rotary_channels % 2
         ):

@@ -139,6 +139,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "sliding_window": 8,
+        "num_local_experts": 4,
+        "rope_parameters": {**YARN, "truncate": False},
+        # Near enough for the clamps to bite.
+        "swiglu_limit": 1.0,
+        **EXPERTS,
+    },
     "ministral": {
         "model_type": "ministral",
         "sliding_window": 8,
@@ -160,6 +169,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 MIXTURES = tuple(name for name, settings in FAMILIES.items() if "num_experts_per_tok" in settings)
 """Those with experts."""
+BIASED_EXPERTS = ("gpt_oss",)
+"""Those whose experts have biases."""
 
 
 def family_model(directory: Path, name: str, **overrides: Any) -> Path:

@@ -7,6 +7,7 @@ while we read it gives an error, not SIGBUS. Headers alone need no torch.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 WEIGHTS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """What a weight may be, and torch's name of it. Integers and float8 are quantized weights, which the Megatron side does
 not hold."""
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_PACKED = {"U8": "uint8"}
+"""What quantized weights are packed in, where they can be read (`mxfp4.py`)."""
+_ITEM_BYTES = {"U8": 1, "F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 LENGTH_BYTES = 8
 """Before the header."""
@@ -58,7 +61,8 @@ class Entry:
     def dtype(self) -> torch.dtype:
         import torch
 
-        return getattr(torch, WEIGHTS[self.kind])
+        dtype: torch.dtype = getattr(torch, {**WEIGHTS, **_PACKED}[self.kind])
+        return dtype
 
     @property
     def span(self) -> Span:
@@ -127,9 +131,15 @@ def _entry(path: Path, name: str, fields: Mapping[str, Any], data_start: int, *,
         )
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
         raise ValueError("a shape or an offset is no whole number")
-    if kind in WEIGHTS and end - start != math.prod(shape) * _ITEM_BYTES[kind]:
+    if kind in _ITEM_BYTES and end - start != math.prod(shape) * _ITEM_BYTES[kind]:
         raise ValueError(f"{name} has {end - start} bytes for {kind} of shape {list(shape)}")
     return Entry(file=path, kind=kind, shape=shape, offset=data_start + start, nbytes=end - start)
+
+
+def some_rows(entry: Entry, start: int, count: int) -> Entry:
+    """Take some rows of a tensor for a tensor of their own -> Entry."""
+    span = entry.rows(start, count)
+    return dataclasses.replace(entry, shape=(count, *entry.shape[1:]), offset=span.offset, nbytes=span.nbytes)
 
 
 def new_header(path: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]]) -> tuple[bytes, dict[str, Entry]]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from megatron_sppo.architecture import Architecture, write_architecture
 from megatron_sppo.checkpoints.distcp import COMMON_FILE
 from megatron_sppo.checkpoints.distcp_writer import write_distcp
-from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, check_tensors, open_hf_checkpoint
+from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, check_tensors
 from megatron_sppo.checkpoints.hf_files import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -51,6 +51,7 @@ from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, open_megatron
 from megatron_sppo.conversion.moves import export_tensors, import_pieces
+from megatron_sppo.conversion.sources import open_source
 from megatron_sppo.errors import ConfigError, ConversionError, DataError, some_of
 from megatron_sppo.storage import (
     atomic_directory,
@@ -99,11 +100,11 @@ def import_checkpoint(
     config = read_config(hf)
     architecture = architecture_from_hf(config, place=str(hf / CONFIG_FILE))
     family = family_of(architecture.family, place=str(hf))
-    source = open_hf_checkpoint(hf)
+    source = open_source(hf)
     tokenizer = check_side_files(hf)
-    if architecture.num_layers + architecture.num_expert_layers * (architecture.num_moe_experts or 0) > len(
-        source.entries
-    ):
+    alone = any(mapping.per_expert for mapping in family.mappings)
+    experts = architecture.num_expert_layers * (architecture.num_moe_experts or 0) if alone else 0
+    if architecture.num_layers + experts > len(source.entries):
         raise ConversionError(
             f"{hf} holds {len(source.entries)} tensors, too few for the {architecture.num_layers} layers that its "
             f"{CONFIG_FILE} promises. Fetch the model again."
@@ -133,7 +134,7 @@ def import_checkpoint(
             (directory / HF_DIRECTORY).mkdir()
             copy_side_files(hf, directory / HF_DIRECTORY)
             write_carried(carried, directory / HF_DIRECTORY, progress=bar.update)
-            if not left_out:
+            if not left_out and not source.is_quantized:
                 write_json(directory / HF_DIRECTORY / LAYOUT_FILE, source.layout())
             write_manifest(directory)
         publish(megatron, IMPORT_ITERATION)
@@ -265,7 +266,7 @@ def _already_exported(hf: Path, opened: OpenedMegatron, cast: torch.dtype | None
     if opened.unchecked:
         verify_checkpoint(opened.directory, names=list(opened.unchecked))
     try:
-        source = open_hf_checkpoint(hf)
+        source = open_source(hf)
         architecture = architecture_from_hf(read_config(hf))
     except (ConversionError, DataError) as error:
         raise ConversionError(f"{hf} is there, and damaged ({error}) Add --overwrite to export again.") from None

@@ -31,7 +31,9 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         ConversionError: another family, a setting that the Megatron model would not honour, or an impossible number.
     """
     family = family_of(config.get("model_type"), place=place)
-    if config.get("quantization_config") is not None:
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if quantization is not None and (family.quantized is None or method != family.quantized):
         raise ConversionError(f"{place} describes quantized weights (quantization_config). Use the unquantized model.")
     if absent := [key for key in family.required if key not in config]:
         raise ConversionError(

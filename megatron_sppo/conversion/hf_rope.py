@@ -33,6 +33,10 @@ def rope_fields(config: Mapping[str, Any], family: Family, place: str, *, window
             descriptions that differ.
     """
     spelled = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key) not in (None, {})}
+    if family.rope_must_be_said and not spelled:
+        raise ConversionError(
+            f"{place} does not say rope_parameters or rope_scaling. The config is damaged: fetch the model again."
+        )
     if family.windowed_rope is not None:
         return _by_kind_of_layer(config, family, place, spelled, windowed=windowed)
     rest = only(config, "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")

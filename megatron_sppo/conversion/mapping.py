@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def dimension(architecture: Architecture, name: str) -> int:
     """Return the size of a named dimension.
 
-    "hidden", "ffn", "query" (all heads), "key" (all key/value heads), "head", "vocab",
+    "hidden", "ffn", "query" (all heads), "key" (all key/value heads), "head", "heads" (how many), "vocab",
     "experts", "expert_ffn" (one), "shared_ffn" (of all shared experts), "one".
     """
     return {
@@ -32,6 +32,7 @@ def dimension(architecture: Architecture, name: str) -> int:
         "query": architecture.query_channels,
         "key": architecture.key_channels,
         "head": architecture.kv_channels,
+        "heads": architecture.num_attention_heads,
         "vocab": architecture.vocab_size,
         "experts": architecture.num_moe_experts or 0,
         "expert_ffn": architecture.moe_ffn_hidden_size or 0,
@@ -127,10 +128,10 @@ def to_megatron(tensors: Mapping[int, Tensor], runs: Sequence[Run]) -> Tensor:
     return _joined([tensors[part][start : start + rows] for part, start, rows in runs])
 
 
-def _joined(pieces: Sequence[Tensor]) -> Tensor:
+def _joined(pieces: Sequence[Tensor], *, dim: int = 0) -> Tensor:
     import torch  # here: the tables alone need no torch
 
-    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim=dim)
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,42 @@ class PackedGateUp(GateUp):
         return [Run(0, 0, rows), Run(0, rows, rows)]
 
 
+@dataclass(frozen=True)
+class ExpertStack(TensorMapping):
+    """A weight of all experts of a layer, one tensor of either side; Hugging Face's columns are Megatron's rows.
+
+    No rows of one are rows of the other: such a tensor is computed, expert by expert, and not moved.
+    """
+
+    rows: str
+    """Name of the dimension of Megatron's rows; of gate and of up where there are both."""
+    columns: str | None
+    """Name of the dimension of Megatron's columns; None for a bias."""
+    gated: bool = False
+    """Whether the rows are those of gate and then those of up, which alternate in Hugging Face's tensor."""
+
+    def part_shapes(self, architecture: Architecture) -> tuple[Shape, ...]:
+        experts, rows, *columns = self.megatron_shape(architecture)
+        return ((experts, *columns, rows),)
+
+    def megatron_shape(self, architecture: Architecture) -> Shape:
+        columns = () if self.columns is None else (dimension(architecture, self.columns),)
+        rows = dimension(architecture, self.rows) * (2 if self.gated else 1)
+        return (dimension(architecture, "experts"), rows, *columns)
+
+    def from_hf(self, tensor: Tensor) -> Tensor:
+        """Make Megatron's tensor of some experts -> [experts, rows, columns]."""
+        if self.columns is not None:
+            tensor = tensor.transpose(1, 2)
+        return _joined([tensor[:, ::2], tensor[:, 1::2]], dim=1) if self.gated else tensor.contiguous()
+
+    def to_hf(self, tensor: Tensor, architecture: Architecture) -> tuple[Tensor, ...]:
+        if self.gated:
+            experts, rows, *columns = tensor.shape
+            tensor = tensor.reshape(experts, 2, rows // 2, *columns).transpose(1, 2).reshape(tensor.shape)
+        return (tensor.contiguous() if self.columns is None else tensor.transpose(1, 2).contiguous(),)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExpertKeys:
     """Where a family's config.json says what its experts are."""
@@ -323,6 +360,10 @@ class Family:
     original_positions: int | None = None
     """What transformers takes for `original_max_position_embeddings` where the top of config.json does not say it;
     None: what the rotary embeddings say."""
+    quantized: str | None = None
+    """`quant_method` of quantization_config that is read, dequantized as transformers does it; None: none is."""
+    rope_must_be_said: bool = False
+    """Whether transformers takes a scaled RoPE where config.json describes none."""
     windowed_rope: WindowedRope | None = None
     """None in a family with one rotary embedding for all layers."""
     tied: bool = False

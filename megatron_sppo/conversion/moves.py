@@ -12,7 +12,7 @@ from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
 from megatron_sppo.checkpoints.hf_writer import Computed, Moved, Rows
 from megatron_sppo.checkpoints.safetensors_file import Entry, read_tensor
 from megatron_sppo.conversion.binding import Binding, megatron_shapes
-from megatron_sppo.conversion.mapping import Run, to_megatron
+from megatron_sppo.conversion.mapping import ExpertStack, Run, to_megatron
 from megatron_sppo.conversion.megatron_model import OpenedMegatron
 from megatron_sppo.errors import ConversionError
 
@@ -41,6 +41,19 @@ def import_pieces(
                 )
         shape = mapping.megatron_shape(architecture)
         moves = all(to in (None, kind) for kind in found)
+        if isinstance(mapping, ExpertStack):
+            pieces += [
+                Piece(
+                    key=place.key,
+                    offsets=(*place.offsets, expert, *(0,) * (len(shape) - 1)),
+                    sizes=(*(1,) * len(place.offsets), 1, *shape[1:]),
+                    global_shape=shapes[place.key],
+                    dtype=to or dtype,
+                    values=functools.partial(_of_expert, source, names[0], mapping, expert, to or dtype),
+                )
+                for expert in range(shape[0])
+            ]
+            continue
         first_row = 0
         for runs in mapping.read_apart(architecture):
             num_rows = sum(run.rows for run in runs)
@@ -64,6 +77,10 @@ def _megatron_rows(source: HFCheckpoint, names: Sequence[str], runs: Sequence[Ru
     return to_megatron({part: source.read(names[part]) for part in sorted({run.part for run in runs})}, runs).to(dtype)
 
 
+def _of_expert(source: HFCheckpoint, name: str, mapping: ExpertStack, expert: int, dtype: torch.dtype) -> Tensor:
+    return mapping.from_hf(source.read_rows(name, expert, 1)).to(dtype)
+
+
 def export_tensors(opened: OpenedMegatron, cast: torch.dtype | None) -> Iterator[Moved | Computed]:
     """Describe an export -> one entry per Megatron tensor and layer.
 
@@ -72,7 +89,8 @@ def export_tensors(opened: OpenedMegatron, cast: torch.dtype | None) -> Iterator
     for binding in opened.bindings:
         names = list(binding.hf_shapes)
         to = binding.mapping.cast(cast)
-        spans = opened.spans(binding) if to in (None, opened.dtype(binding)) else None
+        is_moved = to in (None, opened.dtype(binding)) and not isinstance(binding.mapping, ExpertStack)
+        spans = opened.spans(binding) if is_moved else None
         if spans is None:
             yield Computed(names=names, make=functools.partial(_hf_tensors, opened, binding, to))
         else:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import yaml
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer import TransformerConfig
 
 from megatron_sppo.architecture import Architecture
@@ -22,6 +23,7 @@ T = TypeVar("T")
 _ACTIVATIONS = {
     "silu": torch.nn.functional.silu,
     "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
 }
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_sppo.architecture import Architecture
+from megatron_sppo.architecture import Architecture, RopeScaling
 from megatron_sppo.checkpoints.hf_files import read_config
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf
@@ -36,6 +36,18 @@ def _shape(
 _TIED = {"share_embeddings_and_output_weights": True}
 _QWEN2 = {"max_position_embeddings": 32768}
 _LONG = {"max_position_embeddings": 65536}
+_GPT_OSS: dict[str, Any] = {
+    "max_position_embeddings": 131072,
+    "rotary_base": 150000.0,
+    "rope_scaling": RopeScaling(
+        rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+        original_max_position_embeddings=4096, attention_factor=1.3465735902799727,
+    ),
+    "sliding_window": 128,
+    "activation_func_clamp_value": 7.0,
+    "moe_router_topk": 4,
+    "moe_ffn_hidden_size": 2880,
+}  # fmt: skip
 _GEMMA2 = {"attention_softcap": 50.0, "logit_softcap": 30.0, "sliding_window": 4096}
 
 PUBLISHED: dict[str, Architecture] = {
@@ -65,6 +77,14 @@ PUBLISHED: dict[str, Architecture] = {
     "qwen3-8b": _shape("qwen3", 36, 4096, 12288, 32, 8, 128, 151936, max_position_embeddings=40960),
     "mixtral-8x7b": _shape(
         "mixtral", 32, 4096, 14336, 32, 8, 128, 32000, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=14336
+    ),
+    "gpt-oss-20b": _shape(
+        "gpt_oss", 24, 2880, 2880, 64, 8, 64, 201088, **_GPT_OSS, num_moe_experts=32,
+        full_attention_layers=tuple(range(1, 24, 2)),
+    ),
+    "gpt-oss-120b": _shape(
+        "gpt_oss", 36, 2880, 2880, 64, 8, 64, 201088, **_GPT_OSS, num_moe_experts=128,
+        full_attention_layers=tuple(range(1, 36, 2)),
     ),
     "qwen3-30b-a3b": _shape(
         "qwen3_moe", 48, 2048, 6144, 32, 4, 128, 151936,

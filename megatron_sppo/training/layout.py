@@ -71,6 +71,12 @@ def _check_experts(config: ParallelConfig, architecture: Architecture, *, world_
             "a mixture of experts under tensor parallelism needs sequence parallelism (Megatron-Core trains it with no "
             "other). Add --sequence-parallel."
         )
+    if architecture.add_mlp_bias and config.expert_tensor_parallel_size > 1:
+        tensor = config.tensor_model_parallel_size
+        raise ConfigError(
+            f"{tensor} tensor-parallel ranks would split experts that have biases, and Megatron-Core would add the "
+            f"bias {tensor} times. Use --expert-model-parallel-size {tensor}, which leaves experts whole."
+        )
     if experts % ranks:
         fitting = [size for size in range(1, experts + 1) if experts % size == 0]
         raise ConfigError(

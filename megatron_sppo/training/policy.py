@@ -26,8 +26,10 @@ _FUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 """Transformer Engine's names of norms inside the linear layers that it fuses them with -> the torch spec's."""
-_LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(?P<expert>\d+)\.(?P<module>linear_fc[12])\.weight$")
-_GROUPED_EXPERT = re.compile(r"\.experts\.(?P<module>linear_fc[12])\.weight(?P<expert>\d+)$")
+_LOCAL_EXPERT = re.compile(
+    r"\.experts\.local_experts\.(?P<expert>\d+)\.(?P<module>linear_fc[12])\.(?P<kind>weight|bias)$"
+)
+_GROUPED_EXPERT = re.compile(r"\.experts\.(?P<module>linear_fc[12])\.(?P<kind>weight|bias)(?P<expert>\d+)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,4 +242,4 @@ def _global_expert(name: str, config: TransformerConfig) -> str:
         return name
     per_rank = (config.num_moe_experts or 0) // config.expert_model_parallel_size
     expert = parallel.expert_parallel_rank() * per_rank + int(found["expert"])
-    return f"{name[: found.start()]}.experts.{expert}.{found['module']}.weight"
+    return f"{name[: found.start()]}.experts.{expert}.{found['module']}.{found['kind']}"

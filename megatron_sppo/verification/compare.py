@@ -19,7 +19,6 @@ from tqdm import tqdm
 from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.distcp import METADATA_FILE
-from megatron_sppo.checkpoints.hf_checkpoint import open_hf_checkpoint
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, GENERATION_FILE, read_config
 from megatron_sppo.checkpoints.megatron_checkpoint import ITERATION_PATTERN, TRACKER_FILE, resolve_checkpoint
 from megatron_sppo.checkpoints.safetensors_file import read_tensor
@@ -28,6 +27,7 @@ from megatron_sppo.conversion.binding import Binding
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, different_fields, key_faults, open_megatron
+from megatron_sppo.conversion.sources import open_source
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.storage import read_json
 from megatron_sppo.verification.logits import Model, compare_models, logit_faults, logit_summary
@@ -126,7 +126,7 @@ def _open(path: Path, *, template: Path) -> Side:
     if _is_megatron(path):
         return _open_megatron(path, template=template)
     config = read_config(path)
-    source = open_hf_checkpoint(path)
+    source = open_source(path)
     try:
         architecture = architecture_from_hf(config, place=str(path / CONFIG_FILE))
     except ConversionError:

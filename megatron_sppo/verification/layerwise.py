@@ -20,9 +20,10 @@ from torch import Tensor
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.distcp import DistcpReader
-from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
+from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
 from megatron_sppo.checkpoints.pretrained import load_pretrained
 from megatron_sppo.conversion.megatron_model import OpenedMegatron
+from megatron_sppo.conversion.sources import open_source
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import PolicyModel, build_stage, forward
 from megatron_sppo.training import parallel
@@ -69,7 +70,7 @@ def hf_logits(hf: Path, dtype: torch.dtype, *, on_layer: Callable[[], object], a
     from transformers import AutoConfig, AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM
-    source, device = open_hf_checkpoint(hf), parallel.device()
+    source, device = open_source(hf), parallel.device()
     config = AutoConfig.from_pretrained(
         hf, attn_implementation=attention, local_files_only=True, trust_remote_code=False
     )

@@ -160,6 +160,15 @@ PHI3 = {"model_type": "phi3", "sliding_window": 2047}
 
 KINDS = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
 GEMMA3 = {"model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 256, "rope_parameters": KINDS}
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "sliding_window": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "swiglu_limit": 7.0,
+    "attention_bias": True,
+    "rope_parameters": {"rope_theta": 150000.0, **YARN, "truncate": False},
+}
 OLMO3 = {"model_type": "olmo3", "sliding_window": 8, "rope_parameters": KINDS}
 
 
@@ -198,6 +207,13 @@ OLMO3 = {"model_type": "olmo3", "sliding_window": 8, "rope_parameters": KINDS}
         ),
         ({**GEMMA3, "rope_parameters": {"full_attention": {**YARN, "truncate": False}}}, "transformers overlooks it"),
         ({**OLMO3, "rope_parameters": None, "rope_theta": 1e4}, "rope_theta 10000.0 outside of rope_parameters"),
+        ({**GPT_OSS, "rope_parameters": None}, "does not say rope_parameters or rope_scaling"),
+        ({**GPT_OSS, "swiglu_alpha": 1.0}, "swiglu_alpha: 1.0"),
+        ({**GPT_OSS, "swiglu_limit": 0}, "swiglu_limit is 0"),
+        ({**GPT_OSS, "attention_bias": False}, "attention_bias: false"),
+        ({**GPT_OSS, "quantization_config": {"quant_method": "fp8"}}, "quantized weights"),
+        ({**GPT_OSS, "quantization_config": "mxfp5"}, "quantized weights"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "quantized weights"),
         ({"model_type": "olmo3"}, "does not say sliding_window"),
         ({**WINDOW, "model_type": "ministral", "layer_types": ["full_attention"]}, "layer_types must name"),
         ({"model_type": "olmo2", "clip_qkv": 8.0}, "clip_qkv: 8.0"),
@@ -265,6 +281,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     **MIXTURES,
     "gemma2": GEMMA2,
+    "gpt_oss": {**GPT_OSS, "layer_types": ["full_attention", "sliding_attention"]},
     "gemma3_text": {**GEMMA3, "layer_types": ["sliding_attention", "full_attention"]},
     "ministral": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "olmo2": {},
@@ -287,6 +304,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         ({**SWITCHED, "layer_types": ["sliding_attention", "full_attention"]}, [4096, None]),
         (GEMMA2, [4096, None]),
         ({**GEMMA2, "layer_types": ["full_attention", "sliding_attention"]}, [None, 4096]),
+        (GPT_OSS, [8, None]),
         (GEMMA3, [8, 8]),
         ({**GEMMA3, "sliding_window_pattern": 2}, [8, None]),
         ({**OLMO3, "layer_types": ["full_attention", "sliding_attention"]}, [None, 8]),

@@ -43,6 +43,8 @@ PUBLISHED_WEIGHTS = {
     "qwen2.5-72b": 72_706_203_648,
     "qwen3-8b": 8_190_735_360,
     "mixtral-8x7b": 46_702_792_704,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
     "qwen3-30b-a3b": 30_532_122_624,
     "qwen3-235b-a22b": 235_093_634_560,
     # As the hub counts them, without layer 46 or 92, which predicts a further token: a layer with experts, norms and
