@@ -142,10 +142,16 @@ def some_rows(entry: Entry, start: int, count: int) -> Entry:
     return dataclasses.replace(entry, shape=(count, *entry.shape[1:]), offset=span.offset, nbytes=span.nbytes)
 
 
-def new_header(path: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]]) -> tuple[bytes, dict[str, Entry]]:
-    """Lay out a new file, tensors in the order given -> (header bytes, entries)."""
+def new_header(
+    path: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]], *, metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, Entry]]:
+    """Lay out a new file, tensors in the order given -> (header bytes, entries).
+
+    Args:
+        metadata: texts beside the format, for whoever knows their names.
+    """
     kinds = {name: kind for kind, name in WEIGHTS.items()}
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     start = 0
     for name, (dtype, shape) in tensors.items():
         end = start + math.prod(shape) * dtype.itemsize

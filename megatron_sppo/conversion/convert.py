@@ -69,13 +69,13 @@ DEFAULT_SHARD_SIZE = "5GB"
 IMPORT_ITERATION = 0
 
 # mcore 0.16.1 and 0.19.2, dist_checkpointing/core.py: what a torch_dist directory says of itself.
-_METADATA_JSON = {
+METADATA_JSON = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-_COMMON_STATE = {"iteration": IMPORT_ITERATION, "checkpoint_version": 3.0}
+COMMON_STATE = {"iteration": IMPORT_ITERATION, "checkpoint_version": 3.0}
 
 
 def import_checkpoint(
@@ -113,24 +113,24 @@ def import_checkpoint(
     carried = carried_tensors(source, family, architecture, config, place=str(hf / CONFIG_FILE))
     shapes = hf_shapes(bindings) | {name: entry.shape for name, entry in carried.items()}
     left_out = check_tensors(source, shapes, ignored=family.ignored)
-    pieces = import_pieces(source, bindings, architecture, _dtype(dtype))
+    pieces = import_pieces(source, bindings, architecture, torch_dtype(dtype))
     total = sum(piece.nbytes for piece in pieces) + sum(entry.nbytes for entry in carried.values())
     target = iteration_directory(megatron, IMPORT_ITERATION)
     if overwrite or not target.exists():
-        _check_space(megatron, total)
+        check_space(megatron, total)
     with locked(megatron, flag="--megatron"):
         remove_stale_temporaries(target)
-        if _already_imported(target, source, bindings, architecture, _dtype(dtype), overwrite=overwrite):
+        if _already_imported(target, source, bindings, architecture, torch_dtype(dtype), overwrite=overwrite):
             logger.info("%s holds this model already", target)
             publish(megatron, IMPORT_ITERATION)
             return target
         begin = time.monotonic()
-        with atomic_directory(target, replaces=MANIFEST_FILE) as directory, _bar(total, "import") as bar:
+        with atomic_directory(target, replaces=MANIFEST_FILE) as directory, progress_bar(total, "import") as bar:
             states = extra_states(architecture)
             write_distcp(directory, pieces, objects=states, progress=bar.update, workers=workers)
-            torch.save(_COMMON_STATE, directory / COMMON_FILE)
-            (directory / "metadata.json").write_text(json.dumps(_METADATA_JSON))
-            write_architecture(architecture, directory, tokenizer=_tokenizer_record(hf, tokenizer))
+            torch.save(COMMON_STATE, directory / COMMON_FILE)
+            (directory / "metadata.json").write_text(json.dumps(METADATA_JSON))
+            write_architecture(architecture, directory, tokenizer=tokenizer_record(hf, tokenizer))
             (directory / HF_DIRECTORY).mkdir()
             copy_side_files(hf, directory / HF_DIRECTORY)
             write_carried(carried, directory / HF_DIRECTORY, progress=bar.update)
@@ -139,7 +139,7 @@ def import_checkpoint(
             write_manifest(directory)
         publish(megatron, IMPORT_ITERATION)
     logger.info(
-        "imported %s to %s: %s parameters, %s", hf, target, f"{architecture.num_parameters():,}", _speed(total, begin)
+        "imported %s to %s: %s parameters, %s", hf, target, f"{architecture.num_parameters():,}", speed(total, begin)
     )
     return target
 
@@ -177,7 +177,7 @@ def export_checkpoint(
         flag="--hf",
     )
     opened = open_megatron(megatron, template=template, leave_unchecked=True)
-    cast = _dtype(dtype)
+    cast = torch_dtype(dtype)
     tensors = {
         name: (binding.mapping.cast(cast) or opened.dtype(binding), shape)
         for binding in opened.bindings
@@ -195,8 +195,8 @@ def export_checkpoint(
             logger.info("%s holds this model already", hf)
             return hf
         begin = time.monotonic()
-        _check_space(hf, total)
-        with atomic_directory(hf, replaces=CONFIG_FILE) as directory, _bar(total, "export") as bar:
+        check_space(hf, total)
+        with atomic_directory(hf, replaces=CONFIG_FILE) as directory, progress_bar(total, "export") as bar:
             write_tensors(
                 directory,
                 layout,
@@ -206,8 +206,8 @@ def export_checkpoint(
                 progress=bar.update,
                 workers=workers,
             )
-            _write_side_files(opened, directory, dtype=_main_dtype(tensors), types_changed=kept is None)
-    logger.info("exported %s to %s: %d files, %s", opened.directory, hf, len(layout.files), _speed(total, begin))
+            _write_side_files(opened, directory, dtype=main_dtype(tensors), types_changed=kept is None)
+    logger.info("exported %s to %s: %d files, %s", opened.directory, hf, len(layout.files), speed(total, begin))
     return hf
 
 
@@ -323,20 +323,26 @@ def _write_side_files(opened: OpenedMegatron, directory: Path, *, dtype: str, ty
     )
 
 
-def _tokenizer_record(hf: Path, digest: str | None) -> dict[str, Any]:
+def tokenizer_record(hf: Path, digest: str | None) -> dict[str, Any]:
+    """Describe a model's tokenizer for model.json."""
     files = [name for name in (*ID_FILES, *TEXT_FILES) if (hf / name).is_file()]
     if digest is None:
         logger.warning("%s has no tokenizer (none of %s): exports will have none", hf, ", ".join(ID_FILES))
     return {"hash": digest, "files": files}
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """Find the type of a name -> type; of None, None.
+
+    Raises:
+        ConversionError: there is none.
+    """
     if name is not None and name not in DTYPES:
         raise ConversionError(f"dtype is {name!r}. Use --dtype with one of: {', '.join(DTYPES)}.")
     return None if name is None else getattr(torch, name)
 
 
-def _main_dtype(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
+def main_dtype(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
     """Name the dtype that most values have."""
     counts: Counter[torch.dtype] = Counter()
     for kind, shape in tensors.values():
@@ -344,7 +350,12 @@ def _main_dtype(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> s
     return str(counts.most_common(1)[0][0]).removeprefix("torch.")
 
 
-def _check_space(path: Path, needed: int) -> None:
+def check_space(path: Path, needed: int) -> None:
+    """Refuse to write where there is no room.
+
+    Raises:
+        ConversionError: names what is needed and what is free.
+    """
     place = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(place).free
     if free < needed:
@@ -354,10 +365,12 @@ def _check_space(path: Path, needed: int) -> None:
         )
 
 
-def _bar(total: int, description: str) -> "tqdm[Any]":
+def progress_bar(total: int, description: str) -> "tqdm[Any]":
+    """Show how many bytes are written, on a terminal."""
     return tqdm(total=total, desc=description, unit="B", unit_scale=True, disable=None)
 
 
-def _speed(nbytes: int, begin: float) -> str:
+def speed(nbytes: int, begin: float) -> str:
+    """Spell how fast bytes were written since `begin` (time.monotonic)."""
     seconds = time.monotonic() - begin
     return f"{nbytes / 1e9:.2f} GB in {seconds:.1f} s ({nbytes / 1e9 / seconds:.2f} GB/s)"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
 from megatron_sppo.architecture import Architecture, read_architecture
+from megatron_sppo.checkpoints.adapter_file import is_adapter
 from megatron_sppo.checkpoints.digests import FileDigests
 from megatron_sppo.checkpoints.distcp import METADATA_FILE, MODEL_ROOTS, DistcpReader
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
@@ -115,6 +116,11 @@ def open_megatron(
         resolve_checkpoint(Path(megatron), weights_only=True),
         None if template is None else Path(template),
     )
+    if is_adapter(directory):
+        raise ConversionError(
+            f"{directory} holds adapters and no model. Use `megatron-sppo convert export --megatron {megatron}` with "
+            "--adapter DIR, or with --hf DIR --merge --base HF_DIR of their base."
+        )
     carried = directory / HF_DIRECTORY
     has_manifest = (directory / MANIFEST_FILE).is_file()
     if has_manifest:
