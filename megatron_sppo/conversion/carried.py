@@ -5,15 +5,15 @@ Nothing here computes them: an import copies their bytes to hf/carried.safetenso
 a run that starts there has them, and an export puts them back. No cast touches them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
+from megatron_sppo.checkpoints.hf_writer import copy_tensors
 from megatron_sppo.checkpoints.megatron_checkpoint import CARRIED_FILE
-from megatron_sppo.checkpoints.safetensors_file import LENGTH_BYTES, Entry, new_header, read_header
-from megatron_sppo.checkpoints.transfer import Transfer
+from megatron_sppo.checkpoints.safetensors_file import Entry, read_header
 from megatron_sppo.conversion.config_values import whole
 from megatron_sppo.conversion.mapping import Family
 
@@ -32,13 +32,8 @@ def carried_tensors(
 
 def write_carried(tensors: Mapping[str, Entry], directory: Path, *, progress: Callable[[int], object]) -> None:
     """Copy them into one file of a directory, with its digests beside; nothing where there are none."""
-    if not tensors:
-        return
-    path = Path(directory, CARRIED_FILE)
-    raw, _ = new_header(path, {name: (entry.dtype, entry.shape) for name, entry in tensors.items()})
-    head: list[Sequence[Any]] = [[len(raw).to_bytes(LENGTH_BYTES, "little") + raw]]
-    with Transfer(workers=1, progress=progress) as transfer:
-        transfer.gather(path, [*head, *([entry.span] for entry in tensors.values())])
+    if tensors:
+        copy_tensors(tensors, Path(directory, CARRIED_FILE), progress=progress)
 
 
 def open_carried(directory: Path) -> dict[str, Entry]:

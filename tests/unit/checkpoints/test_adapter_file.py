@@ -17,9 +17,9 @@ from megatron_sppo.checkpoints.adapter_file import (
     resolve_targets,
     write_adapter,
 )
+from megatron_sppo.conversion.binding import bind, hf_shapes
 from megatron_sppo.conversion.families import FAMILIES
 from megatron_sppo.conversion.hf_config import architecture_from_hf
-from megatron_sppo.conversion.mapping import bind, hf_shapes
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.model.config import AdapterConfig
 from tests.families import FAMILIES as CONFIGS
