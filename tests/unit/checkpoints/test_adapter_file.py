@@ -41,9 +41,9 @@ def test_modules_are_the_two_dimensional_weights_of_the_family_s_layers(name: st
     table = hf_shapes(bind(FAMILIES[architecture.family], architecture))
     shapes: dict[str, set[tuple[int, ...]]] = {}
     for key, shape in table.items():
-        if re.match(r"model\.layers\.\d+\.", key) and key.endswith(".weight") and len(shape) == 2:
-            if not any(part in key for part in NO_ADAPTERS):
-                shapes.setdefault(key.split(".")[-2], set()).add(shape)
+        is_matrix = re.match(r"model\.layers\.\d+\.", key) and key.endswith(".weight") and len(shape) == 2
+        if is_matrix and not any(part in key for part in NO_ADAPTERS):
+            shapes.setdefault(key.split(".")[-2], set()).add(shape)
     expected = {name: next(iter(found)) for name, found in shapes.items() if len(found) == 1}
     found = {module.name: (module.out_features, module.in_features) for module in linear_modules(architecture)}
     assert found == expected
