@@ -14,6 +14,8 @@ Count = TypeVar("Count", int, Any)
 
 BACKWARD_FACTOR = 2
 """A product's backward pass takes two of its size: one for its input, one for its weight."""
+FROZEN_BACKWARD_FACTOR = 1
+"""Of a product with a weight that is not trained."""
 
 
 def attended_positions(num_tokens: Count) -> Count:
@@ -56,16 +58,28 @@ def forward_flops(
 
 
 def training_flops(
-    architecture: Architecture, *, num_tokens: float, attended_positions: float, num_response_tokens: float
+    architecture: Architecture,
+    *,
+    num_tokens: float,
+    attended_positions: float,
+    num_response_tokens: float,
+    is_frozen: bool = False,
 ) -> float:
-    """Count forward and backward of a training step, what is computed again left out (model FLOPs) -> FLOPs."""
+    """Count forward and backward of a training step, what is computed again left out (model FLOPs) -> FLOPs.
+
+    Args:
+        is_frozen: weights have no gradients, under adapters, whose own products (well below 1 %) are left out.
+    """
     forward = forward_flops(
         architecture,
         num_tokens=num_tokens,
         attended_positions=attended_positions,
         num_response_tokens=num_response_tokens,
     )
-    return (1 + BACKWARD_FACTOR) * forward
+    if not is_frozen:
+        return (1 + BACKWARD_FACTOR) * forward
+    attention = architecture.num_layers * attention_flops_per_position(architecture) * attended_positions
+    return (1 + FROZEN_BACKWARD_FACTOR) * (forward - attention) + (1 + BACKWARD_FACTOR) * attention
 
 
 def crossover_length(architecture: Architecture) -> float:

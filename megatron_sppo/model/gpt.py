@@ -9,6 +9,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.model.adapters import Adapters
 from megatron_sppo.model.config import ModelConfig, padded_vocab_size
 from megatron_sppo.model.layer_spec import layer_spec
 from megatron_sppo.model.rope import LongSequences, RotaryTable, has_own_rope, long_sequences
@@ -43,6 +44,8 @@ class PolicyModel(GPTModel):
     head_chunk_size: int | None
     logit_softcap: float | None
     router_losses: tuple[RouterLosses, ...] = ()
+    adapters: Adapters
+    """Where there are any (`adapters.attach_adapters`)."""
     long_sequences: LongSequences | None = None
     """Of a model whose frequencies depend on a sequence's length (longrope)."""
 

@@ -4,6 +4,7 @@ Also the norms that neither layer spec of Megatron-Core has: behind a linear lay
 """
 
 import functools
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -44,16 +45,18 @@ def with_post_norm(linear: type, norm: type) -> type:
     """Make a row-parallel linear layer whose output is normalised -> class; its norm is named `post_layernorm`.
 
     There the output is whole, or under sequence parallelism this rank's tokens of it: what any norm of a layer sees.
+    A hook normalises: what else is to be added to the layer's own output hangs in front of it (`adapters`).
     """
+
+    def normalise(layer: Any, _inputs: Any, outputs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, None]:
+        output, bias = outputs
+        return layer.post_layernorm(output if bias is None else output + bias), None
 
     class PostNormLinear(linear):
         def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: object) -> None:
             super().__init__(input_size, output_size, config=config, **kwargs)
             self.post_layernorm = norm(config=config, hidden_size=output_size, eps=config.layernorm_epsilon)
-
-        def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-            output, bias = super().forward(hidden)
-            return self.post_layernorm(output if bias is None else output + bias), None
+            self.register_forward_hook(normalise)
 
     return PostNormLinear
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.planning.frozen import Sizes, with_adapters
 from megatron_sppo.planning.parameters import Grid
 
 FLOAT32 = 4
@@ -55,26 +56,6 @@ class Activations:
         return sum(self.layer.values())
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Sizes:
-    """Numbers of a rank that every list below is made of."""
-
-    tokens: int
-    between: int
-    hidden: int
-    query: int
-    key: int
-    head: int
-    heads: int
-    width: int
-    type_bytes: int
-
-    @property
-    def residual(self) -> int:
-        """Bytes of [n, H]."""
-        return self.between * self.hidden * self.type_bytes
-
-
 def activations(
     architecture: Architecture, model: ModelConfig, grid: Grid, shape: MicroBatchShape, *, engine: bool
 ) -> Activations:
@@ -85,7 +66,7 @@ def activations(
     """
     parallel, tensor = grid.parallel, grid.parallel.tensor_model_parallel_size
     width = architecture.moe_ffn_hidden_size or architecture.ffn_hidden_size
-    sizes = _Sizes(
+    sizes = Sizes(
         tokens=shape.num_tokens,
         between=shape.num_tokens // (tensor if parallel.sequence_parallel else 1),
         hidden=architecture.hidden_size,
@@ -96,11 +77,18 @@ def activations(
         width=width // (parallel.expert_tensor_parallel_size if architecture.num_moe_experts else tensor),
         type_bytes=model.type_bytes,
     )
-    items = _engine_layer if engine else _torch_layer
-    whole = items(architecture, model, grid, shape, sizes, recompute=False)
+
+    def items(*, recompute: bool) -> dict[str, int]:
+        listed = _engine_layer if engine else _torch_layer
+        found = listed(architecture, model, grid, shape, sizes, recompute=recompute)
+        if grid.adapters is None:
+            return found
+        return with_adapters(found, architecture, grid, sizes, engine=engine, is_fp8=model.fp8 != "none")
+
+    whole = items(recompute=False)
     kept = whole
     if model.recompute_granularity == "selective":
-        kept = items(architecture, model, grid, shape, sizes, recompute=True)
+        kept = items(recompute=True)
     elif model.recompute_granularity == "full":
         kept = {"layer input": sizes.residual}
     kept_bytes, whole_bytes = sum(kept.values()), sum(whole.values())
@@ -126,7 +114,7 @@ def _takes_flex(architecture: Architecture, grid: Grid, shape: MicroBatchShape) 
     return shape.num_path_keys > 0 or by_scores or windows_across_ranks
 
 
-def _working(sizes: _Sizes, *, engine: bool, gathered_keys: int) -> int:
+def _working(sizes: Sizes, *, engine: bool, gathered_keys: int) -> int:
     """Estimate the backward pass's own tensors: gradients of a layer's widest part, and of the residual stream.
 
     Args:
@@ -143,7 +131,7 @@ def _working(sizes: _Sizes, *, engine: bool, gathered_keys: int) -> int:
     return max(norm, 2 * sizes.residual + 2 * sizes.tokens * sizes.width * sizes.type_bytes)
 
 
-def _torch_norm(sizes: _Sizes) -> dict[str, int]:
+def _torch_norm(sizes: Sizes) -> dict[str, int]:
     """model/normalization.py keeps the float32 input, the scale and the normalised input."""
     return {"norm": sizes.between * (sizes.hidden * (FLOAT32 + sizes.type_bytes) + FLOAT32)}
 
@@ -153,7 +141,7 @@ def _torch_layer(
     model: ModelConfig,
     grid: Grid,
     shape: MicroBatchShape,
-    sizes: _Sizes,
+    sizes: Sizes,
     *,
     recompute: bool,
 ) -> dict[str, int]:
@@ -192,7 +180,7 @@ def _torch_layer(
     return items | _torch_experts(architecture, grid, sizes)
 
 
-def _capped_attention(shape: MicroBatchShape, sizes: _Sizes, *, context: int) -> int:
+def _capped_attention(shape: MicroBatchShape, sizes: Sizes, *, context: int) -> int:
     """Count what soft-capped attention keeps (model/attention.py): keys and values repeated, scores three times, masks.
 
     The scores' hyperbolic tangent, their float32 softmax, and that in the activations' type where it is another.
@@ -206,7 +194,7 @@ def _capped_attention(shape: MicroBatchShape, sizes: _Sizes, *, context: int) ->
     return repeated + scores * (sizes.heads * (sizes.type_bytes + FLOAT32 + weights) + 1)
 
 
-def _torch_experts(architecture: Architecture, grid: Grid, sizes: _Sizes) -> dict[str, int]:
+def _torch_experts(architecture: Architecture, grid: Grid, sizes: Sizes) -> dict[str, int]:
     """List what a mixture keeps on the CPU: of tokens of all ranks, their routes and the experts' tensors."""
     parallel = grid.parallel
     experts, chosen = architecture.num_moe_experts or 0, architecture.moe_router_topk or 0
@@ -221,7 +209,7 @@ def _torch_experts(architecture: Architecture, grid: Grid, sizes: _Sizes) -> dic
     }
 
 
-def _engine_norm(sizes: _Sizes) -> dict[str, int]:
+def _engine_norm(sizes: Sizes) -> dict[str, int]:
     """Transformer Engine's RMSNorm keeps its input and the reciprocal root."""
     return {"norm": sizes.residual + sizes.between * FLOAT32}
 
@@ -231,7 +219,7 @@ def _engine_layer(
     model: ModelConfig,
     grid: Grid,
     shape: MicroBatchShape,
-    sizes: _Sizes,
+    sizes: Sizes,
     *,
     recompute: bool,
 ) -> dict[str, int]:

@@ -7,7 +7,7 @@ from megatron_sppo.model.config import ModelConfig, padded_vocab_size
 from megatron_sppo.objective.chunk_size import NUM_BUFFERS, default_chunk_size
 from megatron_sppo.planning.activations import FLOAT32, Activations, MicroBatchShape, activations
 from megatron_sppo.planning.config import MachineConfig
-from megatron_sppo.planning.parameters import Grid, Shard, buffer_elements, count, stage_shards
+from megatron_sppo.planning.parameters import Grid, Shard, buffer_elements, count, stage_shards, trained_shards
 
 GIB = 1 << 30
 
@@ -29,6 +29,8 @@ class StageMemory:
     """Transformer Engine's FP8 copies of the layers' matrices, as they are and transposed."""
     activations: int
     """Kept by all micro-batches in flight."""
+    adapters: int = 0
+    """Adapters, where they are trained; `weights` are then frozen, and gradients and optimizer state the adapters'."""
     working: int
     """What recomputation, a layer's or the head's backward pass takes on top."""
     allowance: int
@@ -42,7 +44,7 @@ class StageMemory:
     @property
     def resident(self) -> int:
         """Held all the time."""
-        return self.weights + self.gradients + self.optimizer + self.fp8_weights
+        return self.weights + self.adapters + self.gradients + self.optimizer + self.fp8_weights
 
 
 def chunks_in_flight(grid: Grid, stage: int, *, num_micro_batches: int) -> int:
@@ -79,9 +81,12 @@ def stage_memory(
     """
     chunks = stage_shards(architecture, grid, stage)
     shards = [shard for chunk in chunks for shard in chunk]
+    trained = trained_shards(architecture, grid, stage)
     elements = {
-        expert: sum(buffer_elements(chunk, grid, is_expert=expert) for chunk in chunks) for expert in (False, True)
+        expert: sum(buffer_elements(chunk, grid, is_expert=expert) for chunk in trained) for expert in (False, True)
     }
+    held = sum(elements.values()) * model.type_bytes
+    frozen = 0 if grid.adapters is None else count(shards) * model.type_bytes
     kept = activations(architecture, model, grid, shape, engine=engine)
     waiting = chunks_in_flight(grid, stage, num_micro_batches=num_micro_batches)
     in_flight = _in_flight(architecture, grid, kept, stage, waiting)
@@ -103,7 +108,8 @@ def stage_memory(
     return StageMemory(
         stage=stage,
         num_parameters=count(shards),
-        weights=sum(elements.values()) * model.type_bytes,
+        weights=frozen or held,
+        adapters=held if frozen else 0,
         gradients=sum(elements.values()) * FLOAT32,
         optimizer=_optimizer(elements, model, grid, optimizer),
         fp8_weights=fp8,
@@ -160,8 +166,9 @@ def _working(
     engine: bool,
 ) -> int:
     """Find the costliest moment of a backward pass, beyond what is kept -> bytes: a layer's, or the head's."""
-    layer = max(shard.numel for shard in shards if shard.name in _MATRICES) * model.type_bytes
-    layer += kept.recomputed + kept.working
+    layer = kept.recomputed + kept.working
+    if grid.adapters is None:  # a weight's gradient, before it is added to its buffer
+        layer += max(shard.numel for shard in shards if shard.name in _MATRICES) * model.type_bytes
     if not is_last:
         return layer
     # What the head kept is gone before the last layer's turn.
@@ -185,5 +192,5 @@ def head_workspace(
     if not engine:  # the CPU lays the hidden states out anew, and rounds each product before it is added
         columns = max(1, logits // max(tokens, 1) // NUM_BUFFERS["cpu"])
         blocks += tokens * hidden * narrow + max(tokens, columns) * hidden * (narrow if narrow < FLOAT32 else 0)
-    weight = rows * hidden * narrow
+    weight = rows * hidden * narrow if grid.adapters is None else 0
     return max(blocks + tokens * hidden * FLOAT32, weight + tokens * hidden * (FLOAT32 + narrow))

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_sppo.architecture import EXPERT_WEIGHTS, Architecture
+from megatron_sppo.checkpoints.adapter_file import AdapterSettings, adapted_modules
 from megatron_sppo.model.config import padded_vocab_size
 from megatron_sppo.training.config import ParallelConfig
 
@@ -23,10 +24,12 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A layout in a world: how many ranks lie along each axis."""
+    """A layout in a world: how many ranks lie along each axis, and what they train."""
 
     parallel: ParallelConfig
     world_size: int
+    adapters: AdapterSettings | None = None
+    """None: the weights themselves."""
 
     @property
     def data_parallel_size(self) -> int:
@@ -104,19 +107,62 @@ def stage_shards(architecture: Architecture, grid: Grid, stage: int) -> list[lis
     return chunks
 
 
+def adapter_shards(architecture: Architecture, grid: Grid) -> list[Shard]:
+    """List one layer's adapters as a rank holds them: B or A divided as the layer's outputs or inputs are."""
+    settings, parallel = grid.adapters, grid.parallel
+    if settings is None:
+        return []
+    copies = (architecture.num_moe_experts or 0) // parallel.expert_model_parallel_size
+    shards = []
+    for module in adapted_modules(architecture, settings.targets):
+        expert = module.is_expert
+        ranks = parallel.expert_tensor_parallel_size if expert else parallel.tensor_model_parallel_size
+        for matrix, (rows, columns) in module.matrices(settings.rank).items():
+            is_divided = (matrix == "lora_A") != module.is_column_parallel
+            shard = Shard(
+                name=module.key(matrix), numel=rows * columns // (ranks if is_divided else 1), is_expert=expert
+            )
+            shards += [shard] * (copies if expert else 1)
+    return shards
+
+
+def trained_shards(architecture: Architecture, grid: Grid, stage: int) -> list[list[Shard]]:
+    """List what has gradients and optimizer state: all parameters, or adapters -> as `stage_shards`."""
+    if grid.adapters is None:
+        return stage_shards(architecture, grid, stage)
+    layers = grid.layers_of_stage(architecture.num_layers, stage) // grid.num_chunks
+    return [adapter_shards(architecture, grid) * layers for _ in range(grid.num_chunks)]
+
+
+def num_trained(architecture: Architecture, adapters: AdapterSettings | None) -> int:
+    """Count what is trained of the whole model, and so saved -> int."""
+    if adapters is None:
+        return architecture.num_parameters()
+    experts = architecture.num_moe_experts or 0
+    return architecture.num_layers * sum(
+        rows * columns * (experts if module.is_expert else 1)
+        for module in adapted_modules(architecture, adapters.targets)
+        for rows, columns in module.matrices(adapters.rank).values()
+    )
+
+
 def count(shards: list[Shard]) -> int:
     """Add up weights -> int."""
     return sum(shard.numel for shard in shards)
 
 
-def rank_elements(architecture: Architecture, grid: Grid) -> float:
+def rank_elements(architecture: Architecture, grid: Grid, *, trained: bool = False) -> float:
     """Count the weights that the busiest rank saves or loads, where those that hold the same ones share them -> float.
 
     As in a buffer, without its alignment: a stage's dense weights by their copies, its experts by theirs.
+
+    Args:
+        trained: only what is trained (`trained_shards`).
     """
+    listed = trained_shards if trained else stage_shards
     found = []
     for stage in range(grid.parallel.pipeline_model_parallel_size):
-        shards = [shard for chunk in stage_shards(architecture, grid, stage) for shard in chunk]
+        shards = [shard for chunk in listed(architecture, grid, stage) for shard in chunk]
         experts = count([shard for shard in shards if shard.is_expert])
         found.append((count(shards) - experts) / grid.optimizer_ranks + experts / grid.expert_optimizer_ranks)
     return max(found)

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer import TransformerConfig
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.checkpoints.adapter_file import AdapterSettings
+from megatron_sppo.model import adapters as low_rank
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import PolicyModel, build_stage
 from megatron_sppo.model.router_losses import METRICS
@@ -39,6 +41,8 @@ class Policy:
     architecture: Architecture
     config: TransformerConfig
     chunks: tuple[DistributedDataParallel, ...]
+    adapters: AdapterSettings | None = None
+    """None: the weights themselves are trained."""
 
     def pop_router_sums(self) -> torch.Tensor:
         """Add up this rank's losses of routers since the last call -> [2] float64 on the device, by `METRICS`."""
@@ -91,10 +95,21 @@ def mcore_config(architecture: Architecture, model: ModelConfig, layout: Paralle
     return config
 
 
-def build_policy(architecture: Architecture, model: ModelConfig, layout: ParallelConfig) -> Policy:
+def build_policy(
+    architecture: Architecture,
+    model: ModelConfig,
+    layout: ParallelConfig,
+    *,
+    adapters: AdapterSettings | None = None,
+    seed: int = 0,
+) -> Policy:
     """Build this rank's stages with random weights and wrap them in Megatron's DDP -> Policy.
 
-    Gradients are accumulated and reduced in float32 whatever the weights' type.
+    Gradients are accumulated and reduced in float32 whatever the weights' type. With adapters all weights are frozen,
+    and have neither gradients nor optimizer state.
+
+    Args:
+        seed: of the adapters' A.
     """
     config = mcore_config(architecture, model, layout)
     ddp_values: dict[str, Any] = {
@@ -111,15 +126,17 @@ def build_policy(architecture: Architecture, model: ModelConfig, layout: Paralle
     for index, stage in enumerate(_stages(architecture, config, model, layout)):
         stage.to(parallel.device())
         _set_experts_apart(stage)
+        if adapters is not None:
+            low_rank.attach_adapters(stage, architecture, adapters, seed=seed)
         chunk = DistributedDataParallel(config=config, ddp_config=ddp_config, module=stage, disable_bucketing=index > 0)
-        if ddp_config.overlap_param_gather and stage.post_process:
+        if ddp_config.overlap_param_gather and stage.post_process and adapters is None:
             _gather_the_head_s_weight_in_time(chunk, stage)
         chunks.append(chunk)
     config.finalize_model_grads_func = reduce_gradients
     if ddp_config.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-    return Policy(architecture=architecture, config=config, chunks=tuple(chunks))
+    return Policy(architecture=architecture, config=config, chunks=tuple(chunks), adapters=adapters)
 
 
 def _gather_the_head_s_weight_in_time(chunk: DistributedDataParallel, stage: PolicyModel) -> None:
@@ -189,10 +206,34 @@ def weights_hash(stages: Sequence[PolicyModel]) -> str:
     """Hash the weights' bits, the same in every layout and layer spec -> 12 hex digits. Collective over all ranks.
 
     Each parameter's bit patterns are added as integers and weighted by a hash of its global name, modulo 2^48:
-    additions commute, so shards and stages may be summed in any order.
+    additions commute, so shards and stages may be summed in any order. Adapters are left out: `adapters_hash`.
     """
+    return _hash_of(_own_parameters(stages))
+
+
+def adapters_hash(stages: Sequence[PolicyModel]) -> str | None:
+    """Hash the adapters as `weights_hash` the weights -> 12 hex digits; None where they add nothing. Collective."""
+    own = {name: parameter for stage in stages for name, parameter in _own_adapters(stage)}
+    added = torch.zeros(1, dtype=torch.int64, device=parallel.device())
+    for name, parameter in own.items():
+        if "lora_B" in name:
+            added += parameter.detach().count_nonzero()
+    found = _hash_of(own.items())
+    return found if int(parallel.sum_over_world(added)) else None
+
+
+def _own_adapters(stage: PolicyModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the adapters' parameters that this rank alone answers for, by names that hold in every layout."""
+    for adapter in stage.adapters.each():
+        first = parallel.is_first_expert_replica() if adapter.is_expert else parallel.is_first_replica()
+        for name, parameter in adapter.names():
+            if first and (adapter.group.rank() == 0 or getattr(parameter, "tensor_model_parallel", False)):
+                yield name, parameter
+
+
+def _hash_of(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
     total = 0
-    for name, parameter in _own_parameters(stages):
+    for name, parameter in parameters:
         factor = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") | 1
         bits = parameter.detach().view(torch.int16 if parameter.element_size() == 2 else torch.int32)
         total += factor * int(bits.sum(dtype=torch.int64))
@@ -205,7 +246,7 @@ def _own_parameters(stages: Sequence[PolicyModel]) -> Iterator[tuple[str, torch.
     for stage in stages:
         offsets = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(stage.decoder.layers)}
         for name, parameter in stage.named_parameters():
-            if not _answers_for(parameter):
+            if name.startswith(f"{low_rank.NAME}.") or not _answers_for(parameter):
                 continue
             if stage.share_embeddings_and_output_weights and name == "output_layer.weight":
                 continue  # the last stage's copy of the tied embedding
