@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.model.attention import DocumentAttention, with_shared_prompts
-from megatron_sppo.model.normalization import KeyNorm, QueryNorm, RMSNorm, with_bias, with_post_norm
+from megatron_sppo.model.normalization import KeyNorm, QueryNorm, RMSNorm, with_bias, with_own_output, with_post_norm
 from megatron_sppo.model.rope import has_own_rope, rotary_self_attention
 
 
@@ -77,6 +77,8 @@ def _torch_spec(
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
     _add_parts(architecture, layer, column=ColumnParallelLinear, row=RowParallelLinear, norm=RMSNorm)
+    if architecture.add_mlp_bias and config.num_moe_experts is not None:
+        _submodules(_dense_mlp(layer).experts).linear_fc2 = with_own_output(RowParallelLinear)
     num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     layers = [ModuleSpec(module=spec.module, submodules=layer) for _ in range(num_layers)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
@@ -101,8 +103,13 @@ def _add_parts(architecture: Architecture, layer: Any, *, column: type, row: typ
 
 
 def _dense_mlp(layer: Any) -> Any:
-    """Find the submodules of a layer's feed-forward unit: megatron-core 0.16.1 has a spec there, 0.19 a partial."""
-    return layer.mlp.keywords["submodules"] if isinstance(layer.mlp, partial) else layer.mlp.submodules
+    """Find the submodules of a layer's feed-forward unit."""
+    return _submodules(layer.mlp)
+
+
+def _submodules(module: Any) -> Any:
+    """Find the submodules of what builds a module: megatron-core 0.16.1 has a spec there, 0.19 a partial."""
+    return module.keywords["submodules"] if isinstance(module, partial) else module.submodules
 
 
 def _document_attention(architecture: Architecture) -> partial[DocumentAttention]:
