@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.model.attention import DocumentAttention, with_shared_prompts
-from megatron_sppo.model.normalization import KeyNorm, QueryNorm, RMSNorm, with_bias, with_post_norm
+from megatron_sppo.model.normalization import KeyNorm, QueryNorm, RMSNorm, with_bias, with_own_output, with_post_norm
 from megatron_sppo.model.rope import has_own_rope, rotary_self_attention
 
 
@@ -96,6 +96,8 @@ def _torch_spec(architecture: Architecture, config: TransformerConfig, *, has_ex
     _add_parts(
         architecture, layer, column=ColumnParallelLinear, row=RowParallelLinear, norm=RMSNorm, has_experts=has_experts
     )
+    if architecture.add_mlp_bias and has_experts:
+        _submodules(_dense_mlp(layer).experts).linear_fc2 = with_own_output(RowParallelLinear)
     return spec
 
 
@@ -120,8 +122,13 @@ def _add_parts(
 
 
 def _dense_mlp(layer: Any) -> Any:
-    """Find the submodules of a layer's feed-forward unit: megatron-core 0.16.1 has a spec there, 0.19 a partial."""
-    return layer.mlp.keywords["submodules"] if isinstance(layer.mlp, partial) else layer.mlp.submodules
+    """Find the submodules of a layer's feed-forward unit."""
+    return _submodules(layer.mlp)
+
+
+def _submodules(module: Any) -> Any:
+    """Find the submodules of what builds a module: megatron-core 0.16.1 has a spec there, 0.19 a partial."""
+    return module.keywords["submodules"] if isinstance(module, partial) else module.submodules
 
 
 def _document_attention(architecture: Architecture) -> partial[DocumentAttention]:
