@@ -74,7 +74,7 @@ def test_the_authors_third_model_has_the_recipe_of_their_second():
 
 
 def test_the_70b_configuration_of_adapters_fits_eight_gpus_in_fp8_and_in_bfloat16():
-    """70.55 billion weights of 2 bytes over 8 ranks, as much in FP8 both ways, and all else below 20 GB, by the plan."""
+    """70.55 billion weights of 2 bytes over 8 ranks, as much in FP8 both ways, and all else below 20 GB."""
     path = CONFIGS / "llama3_70b_lora_8h100.yaml"
     for flags, num_copies in ((), 1), (("--fp8", "none"), 0):
         config, _ = read_plan(["--config", str(path), *flags], name="plan", description="")
