@@ -3,9 +3,10 @@
 import hashlib
 
 import torch
+from torch import Tensor
 
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
-from megatron_sppo.conversion.mapping import Binding
+from megatron_sppo.conversion.binding import Binding
 
 _HASH_BITS = 48
 _IN_MODULES_OF_THE_TORCH_SPEC = {
@@ -14,6 +15,8 @@ _IN_MODULES_OF_THE_TORCH_SPEC = {
     ".mlp.experts.experts.": ".mlp.experts.",
 }
 """Names in a checkpoint -> those in a model of the torch spec, by which training hashes."""
+_STACK = ".mlp.experts.linear_fc"
+"""In the name of what all experts of a layer have in one tensor."""
 
 
 def weights_hash(source: HFCheckpoint, bindings: tuple[Binding, ...], *, dtype: torch.dtype) -> str:
@@ -27,8 +30,22 @@ def weights_hash(source: HFCheckpoint, bindings: tuple[Binding, ...], *, dtype: 
         name = binding.megatron_name
         for of_checkpoint, of_spec in _IN_MODULES_OF_THE_TORCH_SPEC.items():
             name = name.replace(of_checkpoint, of_spec)
-        factor = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") | 1
-        for part in binding.hf_shapes:
-            bits = source.read(part).to(dtype).view(torch.int16 if dtype.itemsize == 2 else torch.int32)
-            total += factor * int(bits.sum(dtype=torch.int64))
+        kind = torch.float32 if binding.mapping.keeps_type else dtype
+        for part, (experts, *_) in binding.hf_shapes.items():
+            if _STACK in name:  # all experts in one tensor; training knows each by its number
+                for expert in range(experts):
+                    one = name.replace(_STACK, f".mlp.experts.{expert}.linear_fc")
+                    total += _factor(one) * _bits(source.read_rows(part, expert, 1), kind)
+            else:
+                total += _factor(name) * _bits(source.read(part), kind)
     return f"{total % (1 << _HASH_BITS):012x}"
+
+
+def _factor(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") | 1
+
+
+def _bits(tensor: Tensor, dtype: torch.dtype) -> int:
+    """Add up a tensor's bit patterns in a type."""
+    bits = tensor.to(dtype).contiguous().view(torch.int16 if dtype.itemsize == 2 else torch.int32)
+    return int(bits.sum(dtype=torch.int64))

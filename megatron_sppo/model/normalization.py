@@ -72,6 +72,22 @@ def with_bias(linear: type) -> type:
     return BiasedLinear
 
 
+@functools.cache
+def with_own_output(linear: type) -> type:
+    """Make a row-parallel linear layer whose output may be added to in place.
+
+    Megatron-Core adds an expert's bias so (0.16.1 and 0.19.2, mlp.py), and its own layer's output is a view that
+    autograd forbids it for.
+    """
+
+    class OwnOutputLinear(linear):
+        def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+            output, bias = super().forward(hidden)
+            return output.clone(), bias
+
+    return OwnOutputLinear
+
+
 class _AcrossHeadsNorm(torch.nn.Module):
     """RMSNorm over the heads of all tensor-parallel ranks -> [S, B, N, D], rounded after the weight (Olmo2RMSNorm).
 
