@@ -1,6 +1,6 @@
 """Proves the rollout job with a fake sampler: what it asks for, what it writes, what it keeps, redoes and refuses.
 
-Not here: that vLLM samples from the model (tests/e2e/test_rollout_vllm.py).
+Not here: that vLLM samples from the model (tests/e2e/test_self_play_vllm.py).
 """
 
 import json
