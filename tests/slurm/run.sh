@@ -6,7 +6,8 @@
 # pretrain_sppo.sbatch is stopped and preempted the same way. Last a job that is cancelled must stay so.
 #
 #   make a bare Debian ready:  apt-get install -y --no-install-recommends slurm-wlm munge
-#   tests/slurm/run.sh DIR     as root; DIR is empty; about 30 minutes on two cores. What one run printed: log.txt.
+#   tests/slurm/run.sh DIR     as root; DIR is empty; about 30 minutes on two idle cores. What one run printed: log.txt.
+#                              PATIENCE=3: waits three times as long for each step, on a busy machine.
 
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -22,7 +23,7 @@ state() { on scontrol show job "$1" | grep -o 'JobState=[A-Z_]*' | cut -d= -f2; 
 restarts() { on scontrol show job "$1" | grep -o 'Restarts=[0-9]*' | cut -d= -f2; }
 
 wait_for() {  # wait_for SECONDS DESCRIPTION CONDITION...
-  local deadline=$(( SECONDS + $1 )) what=$2
+  local deadline=$(( SECONDS + $1 * ${PATIENCE:-1} )) what=$2
   shift 2
   until "$@"; do
     (( SECONDS < deadline )) || fail "not in time: $what"
