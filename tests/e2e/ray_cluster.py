@@ -51,7 +51,7 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 300.0) -> Any:
     """Wait for something -> what the condition gave."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):

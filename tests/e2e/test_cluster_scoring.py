@@ -56,7 +56,7 @@ def start(*arguments: object, seconds: float, **settings: object) -> "subprocess
 
 def ended(process: "subprocess.Popen[str]") -> str:
     """Wait for a stage that must end well -> what it said."""
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors
     return errors
 
@@ -168,7 +168,7 @@ def test_a_ray_that_starts_here_is_nobody_else_s_and_ends_with_the_command(rollo
     guarded = [member for member in family if "raylet" in member.name() or "gcs_server" in member.name()]
     words = {member.environ().get("RAY_AUTH_TOKEN") for member in guarded}
     process.terminate()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=500)
     assert ports and {port.laddr.ip.removeprefix("::ffff:") for port in ports} == {"127.0.0.1"}
     assert len(guarded) == 2 and len(words) == 1 and len(words.pop() or "") == 64
     assert process.returncode == -signal.SIGTERM, errors
@@ -200,7 +200,7 @@ def test_evaluation_on_a_cluster_writes_the_result_of_one_process(
     arguments = [*sides, "--judge", f"pairrm:{pairrm}", "--judge-after", "</think>"]
     pool = ("evaluate", *arguments, "--output", tmp_path / "pool.json", "--ray", nodes.address)
     command = [sys.executable, "-m", "megatron_sppo", *map(str, pool)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     one = run_here("megatron_sppo/__main__.py", "evaluate", *arguments, "--output", tmp_path / "one.json")
     assert one.returncode == 0, one.stderr
@@ -215,6 +215,6 @@ def test_a_judge_that_a_worker_cannot_load_is_one_line(nodes: ThreeNodes, rollou
     process = start(
         "--rollouts", rollouts, "--judge", f"pairrm:{empty}", "--output", output, "--ray", nodes.address, seconds=0
     )
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate(timeout=500)
     assert process.returncode == 2, errors
     assert "error: " in errors.splitlines()[-1] and str(empty) in errors.splitlines()[-1] and not output.exists()

@@ -92,7 +92,7 @@ def test_sigterm_saves_and_exits_with_143_and_the_same_command_goes_on(world: Pa
     process = start(world, save)
     wait_for_step(save, process, 3)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
+    assert process.wait(timeout=300) == 143
     stopped_at = len(numbers(save))
     assert 3 <= stopped_at < STEPS
     assert (save / "latest_checkpointed_iteration.txt").read_text() == f"{stopped_at}\n"
