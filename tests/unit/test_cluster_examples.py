@@ -187,8 +187,27 @@ def test_training_pods_find_their_rendezvous_and_may_save_before_they_are_killed
 RAY = """#!/bin/bash
 echo "$@" >> "$LOG"
 if [[ $(wc -l < "$LOG") == 3 ]]; then touch "$LOG.last"; until [[ -e $LOG.closed ]]; do sleep 0.05; done; fi
-exit 3
+[[ -z ${BEGINS:-} ]] || touch "$MEGATRON_SPPO_BEGUN"
+exit ${STATUS:-3}
 """
+
+
+@pytest.mark.parametrize(
+    ("environment", "code"), [({"STATUS": "0"}, 1), ({"STATUS": "0", "BEGINS": "1"}, 0), ({"BEGINS": "1"}, 3)]
+)
+def test_a_stage_whose_ray_did_not_start_has_failed(tmp_path: Path, environment: dict[str, str], code: int) -> None:
+    """symmetric-run itself ends with 0 then."""
+    ray = tmp_path / "ray"
+    ray.write_text(RAY)
+    ray.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(SLURM / "ray_node.sh"), "127.0.0.1:1", str(ray)],
+        env={**os.environ, **environment, "LOG": str(tmp_path / "log"), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code and ("error: Ray did not start on" in done.stderr) == (code == 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "ray"]
 
 
 @pytest.mark.parametrize(("node", "runs"), [("0", 1), ("1", 3)])
