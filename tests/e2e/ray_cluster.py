@@ -18,6 +18,7 @@ class ThreeNodes:
 
     def __init__(self, *, num_gpus: int = 0) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 is Ray's own: beside other tests a worker would starve
         from ray.cluster_utils import Cluster
 
         node: dict[str, Any] = {"num_cpus": 1, "num_gpus": num_gpus, "object_store_memory": OBJECT_STORE_BYTES}

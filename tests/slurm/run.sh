@@ -51,6 +51,7 @@ cd "$root"
 cat > "$dir/setup.sh" <<SETUP
 export PATH=$(dirname "$python"):\$PATH PYTHONPATH=$root
 export HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+export RAY_worker_niceness=0  # 15 is Ray's own, with which a worker hardly moves on a machine that others use
 SETUP
 export MEGATRON_SPPO_SETUP=$dir/setup.sh MEGATRON_SPPO=$root
 # The nodes share the machine's processes, and `ray stop` ends every Ray process that it sees. The first process of a
