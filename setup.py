@@ -50,6 +50,8 @@ setup(
         "judge": ["sentencepiece>=0.2", "protobuf>=4.25"],
         # Rollouts and judging beyond one process. From 2.52 on a Ray can ask for a token.
         "cluster": ["ray>=2.52"],
+        # The peer of our LoRA adapters, whose files are PEFT's.
+        "adapters": ["accelerate>=1.0", "peft>=0.18"],
         # Judges that check: IFEval's and IFBench's instructions, mathematical answers.
         "verifiable": ["if-verifiable>=0.1.2", "math-verify>=0.9"],
         # `evaluate` among players: length-controlled win rates, self-BLEU.

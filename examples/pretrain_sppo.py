@@ -36,6 +36,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     config.objective.row.mixture_weights(len(config.reference))
     resumed = inputs.find_resumable(config)
     source, architecture, tokenizer = inputs.open_source(config, resumed)
+    weights = inputs.open_weights(config, architecture, source, resumed)
     dataset = inputs.open_dataset(config, architecture, tokenizer)
     batches = inputs.list_batches(config, dataset, architecture)
     key = resume_key(batches, config)
@@ -50,12 +51,13 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     tracked = inputs.start_trackers(config, first_step=progress.step + 1)
 
     parallel.initialize(config.parallel, seed=config.batch.seed)
-    policy = build_policy(architecture, config.model, config.parallel)
+    adapters = config.adapters.settings(architecture)  # None: the weights themselves are trained
+    policy = build_policy(architecture, config.model, config.parallel, adapters=adapters, seed=config.batch.seed)
     stop = stopping.StopRequest()
     # log pi of policies that the objective looks at beside pi_t: loaded one after another where pi_t will be trained.
     others = other_references.load_or_compute(policy, dataset, batches, further, config=config, stop=stop)
     if resumed is None:
-        checkpoint.load_weights(policy, source)
+        checkpoint.load_weights(policy, *weights)
     optimizer = build_optimizer(policy.chunks, config.optimization, config.model, config.parallel)
     scheduler = build_scheduler(optimizer, config.optimization, train_iters=batches.train_iters)
 
@@ -85,12 +87,15 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
             progress,
             config=config,
             stop=stop,
-            load_pi_t=lambda: checkpoint.load_weights(policy, inputs.open_source(config)[0]),
+            load_pi_t=lambda: checkpoint.load_weights(
+                policy, *inputs.open_weights(config, architecture, inputs.open_source(config)[0])
+            ),
         )
         reference_GK = other_references.beside(
             reference_GK,
             other_references.read_for_resume(policy, dataset, batches, progress, config=config, stop=stop),
         )
+        checkpoint.load_weights(policy, *weights)  # the base of adapters, which no checkpoint of theirs holds
         checkpoint.resume(resumed, policy, optimizer, scheduler)
         progress.warn_if_micro_batches_changed(batches.micro_batch_key)
 
@@ -103,7 +108,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         source=source,
         in_background=config.run.async_save,
         keep_last=config.run.keep_last,
-        needed=[config.load, *config.reference],
+        needed=[config.load, *config.reference, *filter(None, [config.adapters.load_adapter])],
     )
     # (log pi_theta / pi_t - (eta w - log Z))^2, averaged over the responses of a global batch, one update each; the
     # next steps' micro-batches are made meanwhile.

@@ -4,7 +4,7 @@ One frozen dataclass, written as `model.json` beside a Megatron checkpoint. Fiel
 (`TransformerConfig`, `GPTModel`). Pure Python: no torch, no megatron.
 """
 
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,22 +14,84 @@ from megatron_sppo.storage import read_json, write_json
 SCHEMA_VERSION = 1
 FILE_NAME = "model.json"
 
+EXPERT_WEIGHTS = ("linear_fc1", "linear_fc2", "linear_fc1.bias", "linear_fc2.bias")
+"""Names in `layer_weights` of what each expert has."""
+
 _EXPERT_NUMBERS = ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size")
+_EXPERT_SETTINGS = (
+    "moe_layer_freq",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+    "moe_router_pre_softmax",
+    "moe_router_score_function",
+    "moe_router_enable_expert_bias",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
+)
+_TUPLES = ("full_attention_layers", "moe_layer_freq")
+
+
+_SCALING_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Llama3RopeScaling:
-    """RoPE frequency scaling of Llama 3.1 and later. Frequencies are divided by `factor` below the low cut-off."""
+class RopeScaling:
+    """How RoPE's frequencies differ from base^(-2i/D), by transformers' names (5.19, modeling_rope_utils.py).
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    `model/rope.py` computes them. Which fields a type has: `_SCALING_NEEDS`; the others keep their defaults.
+    """
+
+    rope_type: Literal["llama3", "linear", "dynamic", "yarn", "longrope"] = "llama3"
+    """dynamic changes nothing up to `max_position_embeddings` tokens, and longer sequences are refused."""
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    """Tokens that the model was first trained for; longrope takes `long_factor` for sequences above, whole ones."""
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    truncate: bool = True
+    """yarn: whether the bounds of its ramp are rounded to whole channels."""
+    attention_factor: float = 1.0
+    """yarn, longrope: rotated channels of queries and of keys are multiplied by it."""
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    """longrope: a divisor for each of D / 2 frequencies."""
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in _SCALING_NEEDS:
+            raise ConversionError(
+                f"rope_scaling is of type {self.rope_type!r}; there are {', '.join(_SCALING_NEEDS)}. "
+                "The model's config is wrong."
+            )
+        for name in _SCALING_NEEDS[self.rope_type]:
+            value = getattr(self, name)
+            numbers = value if isinstance(value, (tuple, list)) else (value,)
+            if not numbers or any(number is None or not number > 0 for number in numbers):
+                raise ConversionError(
+                    f"rope_scaling does not describe {self.rope_type}: {name} is {value}. The model's config is wrong."
+                )
+        if not self.attention_factor > 0:
+            raise ConversionError(
+                f"rope_scaling's attention_factor is {self.attention_factor}; it must be above 0. "
+                "The model's config is wrong."
+            )
+
+    def needs(self) -> dict[str, Any]:
+        """List the fields that this type has -> {name: value}."""
+        return {name: getattr(self, name) for name in _SCALING_NEEDS[self.rope_type]}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A decoder-only transformer, dense or with a mixture of experts in every layer, by Megatron-Core's field names."""
+    """A decoder-only transformer, dense or with a mixture of experts, by Megatron-Core's field names."""
 
     family: str
     """Name of the conversion table, such as "llama": megatron_sppo/conversion/families/<family>.py."""
@@ -46,15 +108,30 @@ class Architecture:
     max_position_embeddings: int
     layernorm_epsilon: float
     rotary_base: float
-    rope_scaling: Llama3RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None
+    rotary_percent: float = 1.0
+    """Part of each head's channels, the first ones, that are rotated."""
+    windowed_rotary_base: float | None = None
+    """RoPE's base in layers with a window, which are not scaled then (Gemma-3, OLMo-3); None: as in all layers."""
     share_embeddings_and_output_weights: bool
     add_qkv_bias: bool = False
+    """Biases of queries, keys and values."""
+    add_proj_bias: bool = False
+    """Bias of attention's output projection."""
+    add_mlp_bias: bool = False
+    """Biases of the feed-forward unit, or of all experts and of the router."""
+    softmax_type: Literal["vanilla", "learnable"] = "vanilla"
+    """learnable: each head has a sink, a score beside those of the keys that takes a part of the softmax (gpt-oss)."""
     qk_layernorm: bool = False
     """RMSNorm of queries and keys, one head at a time (Qwen3)."""
     qk_layernorm_across_heads: bool = False
     """With `qk_layernorm`: one norm over all heads of the queries and one over all of the keys (OLMo-2)."""
-    activation_func: Literal["silu", "gelu_tanh"] = "silu"
-    """Of the gated feed-forward unit; gelu_tanh is GELU in its tanh approximation."""
+    activation_func: Literal["silu", "gelu_tanh", "quick_gelu"] = "silu"
+    """Of the gated feed-forward unit; gelu_tanh is GELU in its tanh approximation, quick_gelu x sigmoid(1.702 x)."""
+    activation_func_clamp_value: float | None = None
+    """Gate is clamped from above, up from both sides, before the activation (gpt-oss); None: neither."""
+    glu_linear_offset: float = 0.0
+    """Added to up before it is multiplied by the activated gate."""
     pre_layernorm: bool = True
     """RMSNorm of what attention and feed-forward unit read."""
     post_layernorm: bool = False
@@ -74,14 +151,32 @@ class Architecture:
     full_attention_layers: tuple[int, ...] = ()
     """Layers, from 0, without that window."""
     num_moe_experts: int | None = None
-    """Experts of every layer; None in a dense model."""
+    """Experts of a layer that has any; None in a dense model."""
     moe_router_topk: int | None = None
     """Experts that each token goes to."""
     moe_ffn_hidden_size: int | None = None
-    """Feed-forward channels of one expert; `ffn_hidden_size` is then of no use but kept, as config.json keeps it."""
+    """Feed-forward channels of one expert; `ffn_hidden_size` is that of dense layers, and kept where there are none, as
+    config.json keeps it."""
+    moe_layer_freq: tuple[int, ...] = ()
+    """For each layer 1 if it has experts and 0 if it is dense; () in a mixture whose every layer has experts."""
+    moe_shared_expert_intermediate_size: int | None = None
+    """Feed-forward channels of the expert, or of all of them together, that every token goes to; None: no such one."""
+    moe_shared_expert_gate: bool = False
+    """What the shared expert answers is multiplied by the sigmoid of one more row of weights (Qwen2-MoE)."""
     moe_router_pre_softmax: bool = False
     """True: an expert's weight is its part of the softmax over all experts. False: of the softmax over the chosen ones,
     which is the same as dividing the chosen parts of the former by their sum."""
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """sigmoid: each expert is scored by itself, and the scores of the chosen ones are divided by their sum, unless one
+    alone is chosen (DeepSeek-V3)."""
+    moe_router_enable_expert_bias: bool = False
+    """Experts are chosen by score + bias, and weighed by score. The bias is part of the model: nothing changes it."""
+    moe_router_num_groups: int | None = None
+    """Experts are chosen from `moe_router_group_topk` of so many groups of neighbours, by the two best of each; None:
+    from all."""
+    moe_router_group_topk: int | None = None
+    moe_router_topk_scaling_factor: float | None = None
+    """Weights of the chosen experts are multiplied by this; None: by 1."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -103,12 +198,35 @@ class Architecture:
         self._check_experts()
 
     def _check_attention(self) -> None:
-        for name in ("query_pre_attn_scalar", "attention_softcap", "logit_softcap", "sliding_window"):
+        for name in (
+            "query_pre_attn_scalar",
+            "attention_softcap",
+            "logit_softcap",
+            "sliding_window",
+            "activation_func_clamp_value",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConversionError(f"{name} is {value}; it must be above 0. The model's config is wrong.")
-        if self.activation_func not in ("silu", "gelu_tanh"):
-            raise ConversionError(f"activation_func is {self.activation_func!r}; it must be silu or gelu_tanh.")
+        if self.softmax_type not in ("vanilla", "learnable"):
+            raise ConversionError(f"softmax_type is {self.softmax_type!r}; it must be vanilla or learnable.")
+        if self.add_mlp_bias and self.num_moe_experts is not None and not (self.add_qkv_bias and self.add_proj_bias):
+            raise ConversionError(
+                "add_mlp_bias is set with experts, and attention has no biases: Megatron-Core has one switch for both. "
+                "Use another model."
+            )
+        if self.activation_func not in ("silu", "gelu_tanh", "quick_gelu"):
+            raise ConversionError(
+                f"activation_func is {self.activation_func!r}; it must be silu, gelu_tanh or quick_gelu."
+            )
+        if self.rotary_percent != 1 and (
+            not 0 < self.rotary_percent < 1 or self.rotary_channels < 2 or self.rotary_channels % 2
+        ):
+            raise ConversionError(
+                f"rotary_percent {self.rotary_percent} of {self.kv_channels} channels a head are "
+                f"{self.rotary_channels}; rotary embeddings need pairs of them. The model's config is wrong."
+            )
+        self._check_rope()
         if self.qk_layernorm_across_heads and not self.qk_layernorm:
             raise ConversionError("qk_layernorm_across_heads is set without qk_layernorm. The model's config is wrong.")
         if not all(0 <= layer < self.num_layers for layer in self.full_attention_layers):
@@ -117,29 +235,109 @@ class Architecture:
                 "The model's config is wrong."
             )
 
+    def _check_rope(self) -> None:
+        for name, factors in (self.rope_scaling.needs() if self.rope_scaling else {}).items():
+            if isinstance(factors, tuple) and len(factors) != self.rotary_channels // 2:
+                raise ConversionError(
+                    f"{name} has {len(factors)} numbers for {self.rotary_channels // 2} frequencies "
+                    f"({self.rotary_channels} rotated channels a head). The model's config is wrong."
+                )
+        if self.windowed_rotary_base is not None and not self.windowed_rotary_base > 0:
+            raise ConversionError(
+                f"windowed_rotary_base is {self.windowed_rotary_base}; it must be above 0. The model's config is wrong."
+            )
+
     def _check_experts(self) -> None:
         numbers = {name: getattr(self, name) for name in _EXPERT_NUMBERS}
         if all(value is None for value in numbers.values()):
-            if self.moe_router_pre_softmax:
-                raise ConversionError("moe_router_pre_softmax is set without experts. The model's config is wrong.")
+            if given := [name for name in _EXPERT_SETTINGS if getattr(self, name) not in (None, False, (), "softmax")]:
+                raise ConversionError(f"{given[0]} is set without experts. The model's config is wrong.")
             return
         for name, value in numbers.items():
             if value is None or value < 1:
                 raise ConversionError(f"{name} is {value}; a mixture of experts needs at least 1.")
+        if self.moe_layer_freq and (
+            len(self.moe_layer_freq) != self.num_layers or not {0} < {0, *self.moe_layer_freq} <= {0, 1}
+        ):
+            raise ConversionError(
+                f"moe_layer_freq {list(self.moe_layer_freq)} must be 0 or 1 for each of the {self.num_layers} layers, "
+                "and 1 for some. The model's config is wrong."
+            )
+        shared = self.moe_shared_expert_intermediate_size
+        if (shared is None and self.moe_shared_expert_gate) or (shared is not None and shared < 1):
+            raise ConversionError(
+                f"moe_shared_expert_intermediate_size is {shared}; a shared expert needs at least 1. "
+                "The model's config is wrong."
+            )
+        self._check_router()
+
+    def _check_router(self) -> None:
         experts, chosen = self.num_moe_experts or 0, self.moe_router_topk or 0
         if chosen > experts:
             raise ConversionError(
                 f"moe_router_topk ({chosen}) is more than num_moe_experts ({experts}). The model's config is wrong."
             )
-        if chosen == 1 and not self.moe_router_pre_softmax:
+        if self.moe_router_score_function not in ("softmax", "sigmoid"):
+            raise ConversionError(
+                f"moe_router_score_function is {self.moe_router_score_function!r}; it must be softmax or sigmoid."
+            )
+        softmax = self.moe_router_score_function == "softmax"
+        if softmax and chosen == 1 and not self.moe_router_pre_softmax:
             raise ConversionError(
                 "moe_router_topk is 1 with normalised weights: the router has no gradient, and Megatron-Core refuses "
                 "it. Use another model."
             )
+        if softmax and self.moe_router_enable_expert_bias:
+            raise ConversionError(
+                "moe_router_enable_expert_bias is set with softmax scores, which Megatron-Core has no biases for. "
+                "Use another model."
+            )
+        scaling = self.moe_router_topk_scaling_factor
+        if scaling is not None and not scaling > 0:
+            raise ConversionError(f"moe_router_topk_scaling_factor is {scaling}; it must be above 0.")
+        groups, best = self.moe_router_num_groups, self.moe_router_group_topk
+        if groups is None and best is None:
+            return
+        if not groups or not best or best >= groups or experts % groups or chosen > experts // groups * best:
+            raise ConversionError(
+                f"moe_router_num_groups ({groups}) must divide num_moe_experts ({experts}), and moe_router_group_topk "
+                f"({best}) be less, with room for the {chosen} chosen ones. The model's config is wrong."
+            )
+        if chosen // best != 2 or experts // groups < 2:
+            raise ConversionError(
+                f"{chosen} experts are chosen from {best} of {groups} groups: Megatron-Core judges a group by its "
+                f"{chosen // best} best experts (moe_router_topk // moe_router_group_topk), this model by two. "
+                "Use another model."
+            )
+
+    def has_experts(self, layer: int) -> bool:
+        """Tell whether a layer (from 0) is a mixture of experts."""
+        return self.num_moe_experts is not None and (not self.moe_layer_freq or self.moe_layer_freq[layer] == 1)
+
+    @property
+    def num_expert_layers(self) -> int:
+        """Layers that have experts."""
+        return sum(self.has_experts(layer) for layer in range(self.num_layers))
+
+    def layer_kinds(self) -> dict[bool, int]:
+        """Count the layers of each kind that there is -> {whether they have experts: layers}."""
+        sparse = self.num_expert_layers
+        counts = {True: sparse, False: self.num_layers - sparse}
+        return {has_experts: number for has_experts, number in counts.items() if number}
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether each head of attention has a sink."""
+        return self.softmax_type == "learnable"
 
     def window(self, layer: int) -> int | None:
         """Say how many tokens a query of a layer (from 0) sees, itself included -> int; None: all up to itself."""
         return None if layer in self.full_attention_layers else self.sliding_window
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that are rotated; rounded down as Megatron-Core and transformers do."""
+        return int(self.kv_channels * self.rotary_percent)
 
     @property
     def query_channels(self) -> int:
@@ -156,10 +354,15 @@ class Architecture:
         """Norms of hidden size in a layer: before, behind (OLMo-2) or around both units (Gemma-2)."""
         return 2 * (self.pre_layernorm + self.post_layernorm)
 
-    def layer_weights(self, *, tensor_ranks: int = 1, expert_tensor_ranks: int = 1) -> dict[str, int]:
+    def layer_weights(
+        self, *, has_experts: bool, tensor_ranks: int = 1, expert_tensor_ranks: int = 1
+    ) -> dict[str, int]:
         """Count one layer's weights, kind by kind, as a rank holds them -> {Megatron's name: weights of one}.
 
         There are `norms_per_layer` of "norm"; with experts, linear_fc1 and linear_fc2 are those of one.
+
+        Args:
+            has_experts: of the layer; models may have both kinds.
         """
         hidden, head = self.hidden_size, self.kv_channels
         queries = self.query_channels // tensor_ranks
@@ -167,35 +370,65 @@ class Architecture:
         weights = {"norm": hidden, "linear_proj": hidden * queries, "linear_qkv": hidden * qkv}
         if self.add_qkv_bias:
             weights["linear_qkv.bias"] = qkv
+        if self.add_proj_bias:
+            weights["linear_proj.bias"] = hidden
+        if self.has_sinks:
+            weights["softmax_offset"] = self.num_attention_heads // tensor_ranks
         if self.qk_layernorm:  # norms over all heads are held whole by each rank
             across = self.qk_layernorm_across_heads
             weights["q_layernorm"] = self.query_channels if across else head
             weights["k_layernorm"] = self.key_channels if across else head
-        if self.num_moe_experts is None:
+        if not has_experts:
             width = self.ffn_hidden_size // tensor_ranks
-        else:
-            width = (self.moe_ffn_hidden_size or 0) // expert_tensor_ranks
-            weights["router"] = self.num_moe_experts * hidden
-        return weights | {"linear_fc1": 2 * width * hidden, "linear_fc2": hidden * width}
+            return weights | self._feed_forward_weights(width, has_experts=False)
+        width = (self.moe_ffn_hidden_size or 0) // expert_tensor_ranks
+        weights["router"] = (self.num_moe_experts or 0) * hidden
+        if self.moe_shared_expert_intermediate_size is not None:
+            shared = self.moe_shared_expert_intermediate_size // tensor_ranks
+            weights |= {"shared_experts.linear_fc1": 2 * shared * hidden, "shared_experts.linear_fc2": hidden * shared}
+        if self.moe_shared_expert_gate:
+            weights["shared_experts.gate"] = hidden
+        return weights | self._feed_forward_weights(width, has_experts=True)
+
+    def _feed_forward_weights(self, width: int, *, has_experts: bool) -> dict[str, int]:
+        """Count what a feed-forward unit of so many channels has, or one expert of a layer, and its router's bias."""
+        hidden = self.hidden_size
+        biases: dict[str, int] = {}
+        if self.add_mlp_bias:
+            biases = {"linear_fc1.bias": 2 * width, "linear_fc2.bias": hidden}
+            biases |= {"router.bias": self.num_moe_experts or 0} if has_experts else {}
+        return biases | {"linear_fc1": 2 * width * hidden, "linear_fc2": hidden * width}
 
     def num_parameters(self) -> int:
-        """Count the weights as the checkpoint holds them, tied embeddings once -> int."""
-        copies = {"norm": self.norms_per_layer}
-        copies |= dict.fromkeys(("linear_fc1", "linear_fc2"), self.num_moe_experts or 1)
-        layer = sum(number * copies.get(name, 1) for name, number in self.layer_weights().items())
+        """Count the weights as the checkpoint holds them, tied embeddings once -> int; routers' biases are weights."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.share_embeddings_and_output_weights else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        biases = self.num_expert_layers * (self.num_moe_experts or 0) * self.moe_router_enable_expert_bias
+        total = embeddings + self.hidden_size + biases
+        for has_experts, layers in self.layer_kinds().items():
+            copies = {"norm": self.norms_per_layer}
+            if has_experts:
+                copies |= dict.fromkeys(EXPERT_WEIGHTS, self.num_moe_experts or 0)
+            weights = self.layer_weights(has_experts=has_experts)
+            total += layers * sum(number * copies.get(name, 1) for name, number in weights.items())
+        return total
 
 
 def write_architecture(architecture: Architecture, directory: Path, *, tokenizer: dict[str, Any]) -> None:
     """Write `model.json`: the architecture and where its tokenizer came from (`hash`, `files`), for later checks."""
-    # What has its default value is left out: a model's file does not change when other families bring new fields.
-    defaults = {field.name: field.default for field in fields(architecture) if field.default is not MISSING}
-    values = {
-        name: value for name, value in asdict(architecture).items() if name not in defaults or value != defaults[name]
-    }
+    values = _changed(architecture)
     content = {"schema_version": SCHEMA_VERSION, "architecture": values, "tokenizer": tokenizer}
     write_json(Path(directory, FILE_NAME), content)
+
+
+def _changed(described: Any) -> dict[str, Any]:
+    """List the fields without those at their default: a model's file stays as it is when other families bring more."""
+    values = {field.name: getattr(described, field.name) for field in fields(described)}
+    defaults = {field.name: field.default for field in fields(described) if field.default is not MISSING}
+    return {
+        name: _changed(value) if is_dataclass(value) else value
+        for name, value in values.items()
+        if name not in defaults or value != defaults[name]
+    }
 
 
 def read_architecture(directory: Path) -> tuple[Architecture, dict[str, Any]]:
@@ -217,9 +450,11 @@ def read_architecture(directory: Path) -> tuple[Architecture, dict[str, Any]]:
         raise ConversionError(f"{path} has unknown fields {unknown}. It was written by a newer version: upgrade.")
     try:
         if values.get("rope_scaling") is not None:
-            values = {**values, "rope_scaling": Llama3RopeScaling(**values["rope_scaling"])}
-        if "full_attention_layers" in values:
-            values = {**values, "full_attention_layers": tuple(values["full_attention_layers"])}
+            scaling: dict[str, Any] = {
+                key: tuple(v) if isinstance(v, list) else v for key, v in values["rope_scaling"].items()
+            }
+            values = {**values, "rope_scaling": RopeScaling(**scaling)}
+        values = {name: tuple(value) if name in _TUPLES else value for name, value in values.items()}
         return Architecture(**values), tokenizer
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ConversionError(f"{path} does not describe a model ({error}). Import the model again.") from None

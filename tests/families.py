@@ -37,9 +37,24 @@ LLAMA_32 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 4.0}
+# Half of each head is rotated; prompts of 24 tokens and less are short.
+LONGROPE = {
+    "head_dim": 12,
+    "original_max_position_embeddings": 24,
+    "rope_parameters": {
+        "rope_theta": 1e4,
+        "rope_type": "longrope",
+        "partial_rotary_factor": 0.5,
+        "short_factor": [1.0, 1.1, 1.3],
+        "long_factor": [1.5, 2.5, 4.0],
+        "original_max_position_embeddings": 24,
+    },
+}
 EXPERTS = {"num_experts_per_tok": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
+    "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "llama, scaled rope": {"model_type": "llama", "rope_parameters": LLAMA_32, "max_position_embeddings": 131072},
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "mistral, window": {"model_type": "mistral", "sliding_window": 8},
@@ -59,6 +74,54 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         **EXPERTS,
     },
+    "qwen3_moe, dense between": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [1],
+        **EXPERTS,
+    },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        **EXPERTS,
+    },
+    "qwen2_moe, dense between": {
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 2,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 2,
+        **EXPERTS,
+    },
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 24,
+        "routed_scaling_factor": 1.5,
+        "use_qk_norm": True,
+        "num_nextn_predict_layers": 0,
+        **EXPERTS,
+    },
+    "glm4_moe, biases, groups, two shared": {
+        "model_type": "glm4_moe",
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 24,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 0,
+        "attention_bias": True,
+        "num_nextn_predict_layers": 0,
+    },
     "gemma2": {
         "model_type": "gemma2",
         "sliding_window": 8,
@@ -66,11 +129,48 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 3.0,
     },
-    "olmo2": {"model_type": "olmo2"},
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 28,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "sliding_window": 8,
+        "num_local_experts": 4,
+        "rope_parameters": {**YARN, "truncate": False},
+        # Near enough for the clamps to bite.
+        "swiglu_limit": 1.0,
+        **EXPERTS,
+    },
+    "ministral": {
+        "model_type": "ministral",
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "olmo2": {"model_type": "olmo2", "attention_bias": True},
+    "olmo3": {
+        "model_type": "olmo3",
+        "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": YARN,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
     "phi3": {"model_type": "phi3", "sliding_window": 8},
+    "phi3, longrope": {"model_type": "phi3", **LONGROPE},
+    "qwen3, yarn": {"model_type": "qwen3", "rope_parameters": YARN},
 }
-MIXTURES = ("mixtral", "qwen3_moe")
+MIXTURES = tuple(name for name, settings in FAMILIES.items() if "num_experts_per_tok" in settings)
 """Those with experts."""
+BIASED_EXPERTS = ("gpt_oss",)
+"""Those whose experts have biases."""
 
 
 def family_model(directory: Path, name: str, **overrides: Any) -> Path:
@@ -82,7 +182,8 @@ def family_model(directory: Path, name: str, **overrides: Any) -> Path:
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
+        biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+        for parameter in (*model.parameters(), *biases):
             # Norms are vectors around what they begin with, 0 or 1. Matrices keep the size of what they multiply, so
             # that scores and logits are of the order of the caps.
             noise = torch.randn(parameter.shape, generator=generator)

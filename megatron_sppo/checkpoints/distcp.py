@@ -30,7 +30,7 @@ METADATA_FILE = ".metadata"
 COMMON_FILE = "common.pt"
 COMMON_KEY = "common_state/"
 """Beginning of the key under which megatron-core 0.19 keeps among the tensors what 0.16 writes to common.pt."""
-MODEL_ROOTS = ("embedding.", "decoder.", "output_layer.", "mtp.", "encoder.", "vision_model.")
+MODEL_ROOTS = ("embedding.", "decoder.", "output_layer.", "mtp.", "encoder.", "vision_model.", "adapter.")
 """Beginnings of a model's own keys; those of optimizer state and the like begin otherwise."""
 
 _CLASSES: dict[tuple[str, str], Any] = {

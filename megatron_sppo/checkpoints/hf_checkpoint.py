@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, INDEX_FILE, SIDE_FILES, SINGLE_FILE, check_link, weight_map
-from megatron_sppo.checkpoints.safetensors_file import Entry, Shape, read_header, read_tensor
+from megatron_sppo.checkpoints.safetensors_file import Entry, Shape, read_header, read_tensor, some_rows
 from megatron_sppo.errors import ConversionError, some_of
 from megatron_sppo.storage import contained
 
@@ -33,6 +33,15 @@ class HFCheckpoint:
         """Read one tensor."""
         return read_tensor(self.entries[name])
 
+    def read_rows(self, name: str, start: int, count: int) -> Tensor:
+        """Read some rows of one tensor -> [count, ...]."""
+        return read_tensor(some_rows(self.entries[name], start, count))
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether some tensors are other than the files hold them (`mxfp4.py`), and no `layout` describes them."""
+        return False
+
     @property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())
@@ -46,8 +55,11 @@ class HFCheckpoint:
         }
 
 
-def open_hf_checkpoint(directory: Path) -> HFCheckpoint:
+def open_hf_checkpoint(directory: Path, *, quantized: bool = False) -> HFCheckpoint:
     """Open the safetensors files of a directory; links of the hub's cache to its blobs are followed.
+
+    Args:
+        quantized: let tensors pass that are of quantized weights.
 
     Raises:
         ConversionError: pickled weights only, a shard that is missing, cut short or outside, a tensor twice or absent,
@@ -77,7 +89,7 @@ def open_hf_checkpoint(directory: Path) -> HFCheckpoint:
         check_link(directory, file)
         if not path.is_file():
             raise ConversionError(f"{directory / INDEX_FILE} names {file}, which is missing. Fetch the model again.")
-        headers[file], found = read_header(path)
+        headers[file], found = read_header(path, quantized=quantized)
         if double := sorted(set(found) & set(entries)):
             raise ConversionError(
                 f"{path} holds {some_of(double)} again; another shard has it too. Fetch the model again."

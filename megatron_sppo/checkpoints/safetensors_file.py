@@ -7,6 +7,7 @@ while we read it gives an error, not SIGBUS. Headers alone need no torch.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 WEIGHTS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """What a weight may be, and torch's name of it. Integers and float8 are quantized weights, which the Megatron side does
 not hold."""
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_PACKED = {"U8": "uint8"}
+"""What quantized weights are packed in, where they can be read (`mxfp4.py`)."""
+_ITEM_BYTES = {"U8": 1, "F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 LENGTH_BYTES = 8
 """Before the header."""
@@ -58,7 +61,13 @@ class Entry:
     def dtype(self) -> torch.dtype:
         import torch
 
-        return getattr(torch, WEIGHTS[self.kind])
+        dtype: torch.dtype = getattr(torch, {**WEIGHTS, **_PACKED}[self.kind])
+        return dtype
+
+    @property
+    def span(self) -> Span:
+        """All of its bytes."""
+        return Span(self.file, self.offset, self.nbytes)
 
     def rows(self, start: int, count: int) -> Span:
         """Find some of its rows -> span."""
@@ -122,15 +131,27 @@ def _entry(path: Path, name: str, fields: Mapping[str, Any], data_start: int, *,
         )
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, end)):
         raise ValueError("a shape or an offset is no whole number")
-    if kind in WEIGHTS and end - start != math.prod(shape) * _ITEM_BYTES[kind]:
+    if kind in _ITEM_BYTES and end - start != math.prod(shape) * _ITEM_BYTES[kind]:
         raise ValueError(f"{name} has {end - start} bytes for {kind} of shape {list(shape)}")
     return Entry(file=path, kind=kind, shape=shape, offset=data_start + start, nbytes=end - start)
 
 
-def new_header(path: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]]) -> tuple[bytes, dict[str, Entry]]:
-    """Lay out a new file, tensors in the order given -> (header bytes, entries)."""
+def some_rows(entry: Entry, start: int, count: int) -> Entry:
+    """Take some rows of a tensor for a tensor of their own -> Entry."""
+    span = entry.rows(start, count)
+    return dataclasses.replace(entry, shape=(count, *entry.shape[1:]), offset=span.offset, nbytes=span.nbytes)
+
+
+def new_header(
+    path: Path, tensors: Mapping[str, tuple[torch.dtype, Shape]], *, metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, Entry]]:
+    """Lay out a new file, tensors in the order given -> (header bytes, entries).
+
+    Args:
+        metadata: texts beside the format, for whoever knows their names.
+    """
     kinds = {name: kind for kind, name in WEIGHTS.items()}
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     start = 0
     for name, (dtype, shape) in tensors.items():
         end = start + math.prod(shape) * dtype.itemsize

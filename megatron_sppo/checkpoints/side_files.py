@@ -225,10 +225,16 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 
 def write_side_files(source: Path, target: Path, *, dtype: str | None) -> None:
-    """Copy the side files; where the weights' dtype is not the config's, config.json says the new one."""
+    """Copy the side files; where the weights' dtype is not the config's, config.json says the new one.
+
+    Nor does it say that weights are quantized: none that are written here is.
+    """
     copy_side_files(source, target)
     path = Path(target, CONFIG_FILE)
     config = read_json(path)
+    changed = {name: value for name, value in config.items() if name != "quantization_config"}
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    if dtype is not None and config.get(key) != dtype:
-        write_json(path, {**config, key: dtype})
+    if dtype is not None:
+        changed[key] = dtype
+    if changed != config:
+        write_json(path, changed)

@@ -2,6 +2,9 @@
 
 megatron-sppo convert import --hf DIR --megatron DIR [--dtype bfloat16] [--workers 8]
 megatron-sppo convert export --megatron DIR --hf DIR [--template HF_DIR] [--max-shard-size 5GB] [--workers 8]
+megatron-sppo convert import --adapter PEFT_DIR --base HF_DIR --megatron DIR
+megatron-sppo convert export --megatron DIR --adapter PEFT_DIR [--base HF_DIR]
+megatron-sppo convert export --megatron DIR --hf DIR --merge --base HF_DIR
 megatron-sppo convert verify --hf DIR --megatron DIR [--prompts FILE] [--json FILE] [--layerwise]
 megatron-sppo convert compare ONE OTHER [--prompts FILE] [--json FILE] [--no-logits] [--layerwise]
 """
@@ -11,9 +14,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from megatron_sppo import config
+from megatron_sppo.errors import ConfigError
 from megatron_sppo.storage import refuse_foreign_file, write_json
 
 logger = logging.getLogger(__name__)
@@ -23,14 +27,20 @@ DType = Literal["bfloat16", "float16", "float32"]
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """Write a Megatron-Core checkpoint from a Hugging Face directory."""
+    """Write a Megatron-Core checkpoint from a Hugging Face directory, or one of adapters from a PEFT directory."""
 
-    hf: Path
+    hf: Path | None = None
     """Hugging Face directory: config.json, safetensors, tokenizer. A snapshot of the hub's cache will do."""
     megatron: Path
     """Root of the Megatron checkpoint to write (iteration 0)."""
+    adapter: Path | None = None
+    """In place of --hf, a LoRA adapter of PEFT: adapter_config.json, adapter_model.safetensors. `train --load-adapter`
+    goes on from it."""
+    base: Path | None = None
+    """Hugging Face directory of the model that --adapter was trained on."""
     dtype: DType | None = None
-    """Cast the weights; without it each keeps its type."""
+    """Cast the weights; without it each keeps its type. Of adapters it is --params-dtype of the training to come, and
+    without it the base's own type."""
     overwrite: bool = False
     """Replace another model that is there."""
     workers: config.PositiveInt | None = None
@@ -38,18 +48,36 @@ class ImportConfig:
 
     def __post_init__(self) -> None:
         config.check_ranges(self)
+        if (self.hf is None) == (self.adapter is None):
+            raise ConfigError(
+                "what is imported is either a model or an adapter. Use --hf HF_DIR, or --adapter PEFT_DIR with --base "
+                "HF_DIR."
+            )
+        if (self.adapter is None) != (self.base is None):
+            raise ConfigError(
+                "--adapter and --base belong together: an adapter has a base, and a model none. "
+                "Use --adapter PEFT_DIR --base HF_DIR."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Write a Hugging Face directory from a Megatron-Core checkpoint."""
+    """Write a Hugging Face directory from a Megatron-Core checkpoint, or a PEFT directory from one of adapters."""
 
     megatron: Path
     """Root of the checkpoint (its tracker decides), or one iter_* directory."""
-    hf: Path
+    hf: Path | None = None
     """Hugging Face directory to write."""
+    adapter: Path | None = None
+    """In place of --hf, the PEFT directory to write from a checkpoint of adapters; `peft` and vLLM load it."""
+    merge: bool = False
+    """Write to --hf the model that adapters make of their --base: weight + scaling B A, in float32, rounded once."""
+    base: Path | None = None
+    """Hugging Face directory of the model that adapters were trained on. It is proven by its weights, and the files of
+    --adapter then name it."""
     template: Path | None = None
-    """Hugging Face directory whose config, tokenizer and chat template to take; else those of the import."""
+    """Hugging Face directory whose config, tokenizer and chat template to take; else those of the import. Of adapters
+    the same as --base."""
     dtype: DType | None = None
     """Cast the weights; without it they are written as trained."""
     max_shard_size: str | None = None
@@ -61,6 +89,22 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         config.check_ranges(self)
+        if (self.hf is None) == (self.adapter is None):
+            raise ConfigError(
+                "what is written is either a model or an adapter. Use --hf HF_DIR, or --adapter PEFT_DIR for a "
+                "checkpoint of adapters."
+            )
+        if self.merge and (self.hf is None or self.base_of_adapters is None):
+            raise ConfigError("--merge makes a model of adapters and their base. Use --hf DIR --merge --base HF_DIR.")
+        if self.base is not None and self.adapter is None and not self.merge:
+            raise ConfigError("--base is the model of adapters. Use --adapter PEFT_DIR or --merge beside it.")
+        if self.max_shard_size is not None and self.adapter is not None:
+            raise ConfigError("--max-shard-size is of a model's files, and an adapter has one. Leave it out.")
+
+    @property
+    def base_of_adapters(self) -> Path | None:
+        """The model that adapters were trained on; None: not given."""
+        return self.base or self.template
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,27 +153,11 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         description="Convert between Hugging Face and Megatron-Core.",
         argv=argv,
     )
-    from megatron_sppo.conversion import convert  # brings torch, which --help need not wait for
-
     match settings:
         case ImportConfig():
-            convert.import_checkpoint(
-                settings.hf,
-                settings.megatron,
-                dtype=settings.dtype,
-                overwrite=settings.overwrite,
-                workers=settings.workers,
-            )
+            _import(settings)
         case ExportConfig():
-            convert.export_checkpoint(
-                settings.megatron,
-                settings.hf,
-                template=settings.template,
-                dtype=settings.dtype,
-                max_shard_size=settings.max_shard_size,
-                overwrite=settings.overwrite,
-                workers=settings.workers,
-            )
+            _export(settings)
         case VerifyConfig():
             from megatron_sppo.verification import verify as verification  # builds both models: heavy
 
@@ -160,3 +188,26 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
             sys.stdout.writelines(f"{line}\n" for line in comparison.summary(report))
             if report["differences"]:
                 sys.exit(EXIT_DIFFERENT)
+
+
+def _import(settings: ImportConfig) -> None:
+    from megatron_sppo.conversion import adapters, convert  # bring torch, which --help need not wait for
+
+    common: Any = {"dtype": settings.dtype, "overwrite": settings.overwrite}
+    if settings.hf is not None:
+        convert.import_checkpoint(settings.hf, settings.megatron, workers=settings.workers, **common)
+    elif settings.adapter is not None and settings.base is not None:
+        adapters.import_adapter(settings.adapter, settings.megatron, base=settings.base, **common)
+
+
+def _export(settings: ExportConfig) -> None:
+    from megatron_sppo.conversion import adapters, convert, merging
+
+    common: Any = {"dtype": settings.dtype, "overwrite": settings.overwrite}
+    of_model: Any = {**common, "max_shard_size": settings.max_shard_size, "workers": settings.workers}
+    if settings.adapter is not None:
+        adapters.export_adapter(settings.megatron, settings.adapter, base=settings.base_of_adapters, **common)
+    elif settings.hf is not None and settings.merge and settings.base_of_adapters is not None:
+        merging.export_merged(settings.megatron, settings.hf, base=settings.base_of_adapters, **of_model)
+    elif settings.hf is not None:
+        convert.export_checkpoint(settings.megatron, settings.hf, template=settings.template, **of_model)

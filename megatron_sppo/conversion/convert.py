@@ -20,7 +20,7 @@ from tqdm import tqdm
 from megatron_sppo.architecture import Architecture, write_architecture
 from megatron_sppo.checkpoints.distcp import COMMON_FILE
 from megatron_sppo.checkpoints.distcp_writer import write_distcp
-from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, check_tensors, open_hf_checkpoint
+from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, check_tensors
 from megatron_sppo.checkpoints.hf_files import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -44,11 +44,14 @@ from megatron_sppo.checkpoints.megatron_checkpoint import (
 )
 from megatron_sppo.checkpoints.side_files import check_side_files, copy_side_files, side_files, write_side_files
 from megatron_sppo.checkpoints.tokenizer import ID_FILES, TEXT_FILES
+from megatron_sppo.conversion.binding import Binding, bind, hf_shapes
+from megatron_sppo.conversion.carried import carried_tensors, write_carried
+from megatron_sppo.conversion.extra_states import extra_states
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture
-from megatron_sppo.conversion.mapping import Binding, bind, hf_shapes
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, open_megatron
 from megatron_sppo.conversion.moves import export_tensors, import_pieces
+from megatron_sppo.conversion.sources import open_source
 from megatron_sppo.errors import ConfigError, ConversionError, DataError, some_of
 from megatron_sppo.storage import (
     atomic_directory,
@@ -66,21 +69,13 @@ DEFAULT_SHARD_SIZE = "5GB"
 IMPORT_ITERATION = 0
 
 # mcore 0.16.1 and 0.19.2, dist_checkpointing/core.py: what a torch_dist directory says of itself.
-_METADATA_JSON = {
+METADATA_JSON = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-_COMMON_STATE = {"iteration": IMPORT_ITERATION, "checkpoint_version": 3.0}
-
-# Modules whose (here empty) extra state mcore's layer specs ask for: Transformer Engine keeps FP8 scales there.
-# A reader takes what it knows: those of per-head norms, for example, exist only where there are such norms.
-_ATTENTION = tuple(f"self_attention.{name}" for name in ("linear_qkv", "linear_proj", "core_attention"))
-_HEAD_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
-_DENSE_EXTRA_STATES = (*_ATTENTION, "mlp.linear_fc1", "mlp.linear_fc2", *_HEAD_NORMS)
-_MIXTURE_EXTRA_STATES = (*_ATTENTION, *_HEAD_NORMS, "pre_mlp_layernorm")
-_EXPERT_EXTRA_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
+COMMON_STATE = {"iteration": IMPORT_ITERATION, "checkpoint_version": 3.0}
 
 
 def import_checkpoint(
@@ -102,43 +97,49 @@ def import_checkpoint(
     refuse_foreign(
         megatron, ours=(TRACKER_FILE, ITERATION_PATTERN, f".{ITERATION_PATTERN}"), inputs=(hf,), flag="--megatron"
     )
-    architecture = architecture_from_hf(read_config(hf), place=str(hf / CONFIG_FILE))
+    config = read_config(hf)
+    architecture = architecture_from_hf(config, place=str(hf / CONFIG_FILE))
     family = family_of(architecture.family, place=str(hf))
-    source = open_hf_checkpoint(hf)
+    source = open_source(hf)
     tokenizer = check_side_files(hf)
-    if architecture.num_layers * (architecture.num_moe_experts or 1) > len(source.entries):
+    alone = any(mapping.per_expert for mapping in family.mappings)
+    experts = architecture.num_expert_layers * (architecture.num_moe_experts or 0) if alone else 0
+    if architecture.num_layers + experts > len(source.entries):
         raise ConversionError(
             f"{hf} holds {len(source.entries)} tensors, too few for the {architecture.num_layers} layers that its "
             f"{CONFIG_FILE} promises. Fetch the model again."
         )
     bindings = bind(family, architecture)
-    left_out = check_tensors(source, hf_shapes(bindings), ignored=family.ignored)
-    pieces = import_pieces(source, bindings, architecture, _dtype(dtype))
-    total = sum(piece.nbytes for piece in pieces)
+    carried = carried_tensors(source, family, architecture, config, place=str(hf / CONFIG_FILE))
+    shapes = hf_shapes(bindings) | {name: entry.shape for name, entry in carried.items()}
+    left_out = check_tensors(source, shapes, ignored=family.ignored)
+    pieces = import_pieces(source, bindings, architecture, torch_dtype(dtype))
+    total = sum(piece.nbytes for piece in pieces) + sum(entry.nbytes for entry in carried.values())
     target = iteration_directory(megatron, IMPORT_ITERATION)
     if overwrite or not target.exists():
-        _check_space(megatron, total)
+        check_space(megatron, total)
     with locked(megatron, flag="--megatron"):
         remove_stale_temporaries(target)
-        if _already_imported(target, source, bindings, architecture, _dtype(dtype), overwrite=overwrite):
+        if _already_imported(target, source, bindings, architecture, torch_dtype(dtype), overwrite=overwrite):
             logger.info("%s holds this model already", target)
             publish(megatron, IMPORT_ITERATION)
             return target
         begin = time.monotonic()
-        with atomic_directory(target, replaces=MANIFEST_FILE) as directory, _bar(total, "import") as bar:
-            states = _extra_states(architecture)
+        with atomic_directory(target, replaces=MANIFEST_FILE) as directory, progress_bar(total, "import") as bar:
+            states = extra_states(architecture)
             write_distcp(directory, pieces, objects=states, progress=bar.update, workers=workers)
-            torch.save(_COMMON_STATE, directory / COMMON_FILE)
-            (directory / "metadata.json").write_text(json.dumps(_METADATA_JSON))
-            write_architecture(architecture, directory, tokenizer=_tokenizer_record(hf, tokenizer))
+            torch.save(COMMON_STATE, directory / COMMON_FILE)
+            (directory / "metadata.json").write_text(json.dumps(METADATA_JSON))
+            write_architecture(architecture, directory, tokenizer=tokenizer_record(hf, tokenizer))
             (directory / HF_DIRECTORY).mkdir()
             copy_side_files(hf, directory / HF_DIRECTORY)
-            if not left_out:
+            write_carried(carried, directory / HF_DIRECTORY, progress=bar.update)
+            if not left_out and not source.is_quantized:
                 write_json(directory / HF_DIRECTORY / LAYOUT_FILE, source.layout())
             write_manifest(directory)
         publish(megatron, IMPORT_ITERATION)
     logger.info(
-        "imported %s to %s: %s parameters, %s", hf, target, f"{architecture.num_parameters():,}", _speed(total, begin)
+        "imported %s to %s: %s parameters, %s", hf, target, f"{architecture.num_parameters():,}", speed(total, begin)
     )
     return target
 
@@ -176,12 +177,13 @@ def export_checkpoint(
         flag="--hf",
     )
     opened = open_megatron(megatron, template=template, leave_unchecked=True)
-    cast = _dtype(dtype)
+    cast = torch_dtype(dtype)
     tensors = {
-        name: (cast or opened.dtype(binding), shape)
+        name: (binding.mapping.cast(cast) or opened.dtype(binding), shape)
         for binding in opened.bindings
         for name, shape in binding.hf_shapes.items()
     }
+    tensors |= {name: (entry.dtype, entry.shape) for name, entry in opened.carried.items()}
     kept = kept_files(tensors, opened.directory / HF_DIRECTORY / LAYOUT_FILE) if max_shard_size is None else None
     layout = kept or new_files(tensors, max_shard_bytes=parse_size(max_shard_size or DEFAULT_SHARD_SIZE))
     if overwrite:
@@ -193,8 +195,8 @@ def export_checkpoint(
             logger.info("%s holds this model already", hf)
             return hf
         begin = time.monotonic()
-        _check_space(hf, total)
-        with atomic_directory(hf, replaces=CONFIG_FILE) as directory, _bar(total, "export") as bar:
+        check_space(hf, total)
+        with atomic_directory(hf, replaces=CONFIG_FILE) as directory, progress_bar(total, "export") as bar:
             write_tensors(
                 directory,
                 layout,
@@ -204,25 +206,9 @@ def export_checkpoint(
                 progress=bar.update,
                 workers=workers,
             )
-            _write_side_files(opened, directory, dtype=_main_dtype(tensors), types_changed=kept is None)
-    logger.info("exported %s to %s: %d files, %s", opened.directory, hf, len(layout.files), _speed(total, begin))
+            _write_side_files(opened, directory, dtype=main_dtype(tensors), types_changed=kept is None)
+    logger.info("exported %s to %s: %d files, %s", opened.directory, hf, len(layout.files), speed(total, begin))
     return hf
-
-
-def _extra_states(architecture: Architecture) -> dict[str, Any]:
-    layers, experts = architecture.num_layers, architecture.num_moe_experts
-    keys = [
-        f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
-        for layer in range(layers)
-        for module in (_DENSE_EXTRA_STATES if experts is None else _MIXTURE_EXTRA_STATES)
-    ]
-    keys += [
-        f"decoder.layers.{module}._extra_state/shard_{layer}.{expert}_{layers}.{experts}"
-        for layer in range(layers)
-        for expert in range(experts or 0)
-        for module in _EXPERT_EXTRA_STATES
-    ]
-    return dict.fromkeys([*keys, "decoder.final_layernorm._extra_state/shard_0_1"])
 
 
 def _already_imported(
@@ -253,7 +239,10 @@ def _already_imported(
         opened.check_objects()
     except (DataError, ConversionError) as error:
         raise ConversionError(f"{target} is there, and damaged ({error}) Add --overwrite to import again.") from None
-    dtypes = {binding.mapping.key: cast or source.entries[next(iter(binding.hf_shapes))].dtype for binding in bindings}
+    dtypes = {
+        binding.place.key: binding.mapping.cast(cast) or source.entries[next(iter(binding.hf_shapes))].dtype
+        for binding in bindings
+    }
     if (
         opened.architecture != architecture
         or any(opened.reader.dtype(key) != kind for key, kind in dtypes.items())
@@ -277,18 +266,23 @@ def _already_exported(hf: Path, opened: OpenedMegatron, cast: torch.dtype | None
     if opened.unchecked:
         verify_checkpoint(opened.directory, names=list(opened.unchecked))
     try:
-        source = open_hf_checkpoint(hf)
+        source = open_source(hf)
         architecture = architecture_from_hf(read_config(hf))
     except (ConversionError, DataError) as error:
         raise ConversionError(f"{hf} is there, and damaged ({error}) Add --overwrite to export again.") from None
     if (
         architecture != opened.architecture
-        or any(cast not in (None, entry.dtype) for entry in source.entries.values())
+        or any(cast not in (None, source.entries[name].dtype) for name in _cast_names(opened) & set(source.entries))
         or (opened.side_files is not None and not _same_side_files(opened.side_files, hf, but=(CONFIG_FILE,)))
         or compare_tensors(source, opened, dtype=cast)
     ):
         raise ConversionError(f"{hf} holds another model or another dtype. Choose another --hf, or add --overwrite.")
     return True
+
+
+def _cast_names(opened: OpenedMegatron) -> set[str]:
+    """Name the tensors that --dtype casts."""
+    return {name for one in opened.bindings if not one.mapping.keeps_type for name in one.hf_shapes}
 
 
 def _check_replaced(hf: Path, opened: OpenedMegatron) -> None:
@@ -329,20 +323,26 @@ def _write_side_files(opened: OpenedMegatron, directory: Path, *, dtype: str, ty
     )
 
 
-def _tokenizer_record(hf: Path, digest: str | None) -> dict[str, Any]:
+def tokenizer_record(hf: Path, digest: str | None) -> dict[str, Any]:
+    """Describe a model's tokenizer for model.json."""
     files = [name for name in (*ID_FILES, *TEXT_FILES) if (hf / name).is_file()]
     if digest is None:
         logger.warning("%s has no tokenizer (none of %s): exports will have none", hf, ", ".join(ID_FILES))
     return {"hash": digest, "files": files}
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """Find the type of a name -> type; of None, None.
+
+    Raises:
+        ConversionError: there is none.
+    """
     if name is not None and name not in DTYPES:
         raise ConversionError(f"dtype is {name!r}. Use --dtype with one of: {', '.join(DTYPES)}.")
     return None if name is None else getattr(torch, name)
 
 
-def _main_dtype(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
+def main_dtype(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
     """Name the dtype that most values have."""
     counts: Counter[torch.dtype] = Counter()
     for kind, shape in tensors.values():
@@ -350,7 +350,12 @@ def _main_dtype(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> s
     return str(counts.most_common(1)[0][0]).removeprefix("torch.")
 
 
-def _check_space(path: Path, needed: int) -> None:
+def check_space(path: Path, needed: int) -> None:
+    """Refuse to write where there is no room.
+
+    Raises:
+        ConversionError: names what is needed and what is free.
+    """
     place = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(place).free
     if free < needed:
@@ -360,10 +365,12 @@ def _check_space(path: Path, needed: int) -> None:
         )
 
 
-def _bar(total: int, description: str) -> "tqdm[Any]":
+def progress_bar(total: int, description: str) -> "tqdm[Any]":
+    """Show how many bytes are written, on a terminal."""
     return tqdm(total=total, desc=description, unit="B", unit_scale=True, disable=None)
 
 
-def _speed(nbytes: int, begin: float) -> str:
+def speed(nbytes: int, begin: float) -> str:
+    """Spell how fast bytes were written since `begin` (time.monotonic)."""
     seconds = time.monotonic() - begin
     return f"{nbytes / 1e9:.2f} GB in {seconds:.1f} s ({nbytes / 1e9 / seconds:.2f} GB/s)"

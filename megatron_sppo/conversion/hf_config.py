@@ -1,15 +1,16 @@
 """Hugging Face's config.json <-> our Architecture, and settings that would change the computation refused."""
 
-import dataclasses
 import json
 import logging
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_sppo.architecture import Architecture, Llama3RopeScaling
+from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE
-from megatron_sppo.conversion.config_values import agreed, only, positive, whole
+from megatron_sppo.conversion.config_values import agreed, only, positive, switch, whole
+from megatron_sppo.conversion.expert_config import expert_keys, read_experts
 from megatron_sppo.conversion.families import family_of
+from megatron_sppo.conversion.hf_rope import rope_fields, rope_keys
 from megatron_sppo.conversion.mapping import Family
 from megatron_sppo.errors import ConversionError
 
@@ -17,10 +18,6 @@ logger = logging.getLogger(__name__)
 
 MAX_LAYERS = 10_000
 """More than any model has."""
-
-# mcore 0.16.1 and 0.19.2, rotary_pos_embedding.py: of Llama 3's scaling only the factor can be set. These are the
-# low and the high frequency's factor, and the original length.
-_MCORE_FIXES = (1.0, 4.0, 8192)
 
 
 def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE) -> Architecture:
@@ -34,7 +31,9 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         ConversionError: another family, a setting that the Megatron model would not honour, or an impossible number.
     """
     family = family_of(config.get("model_type"), place=place)
-    if config.get("quantization_config") is not None:
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if quantization is not None and (family.quantized is None or method != family.quantized):
         raise ConversionError(f"{place} describes quantized weights (quantization_config). Use the unquantized model.")
     if absent := [key for key in family.required if key not in config]:
         raise ConversionError(
@@ -69,13 +68,11 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         raise ConversionError(
             f"{place}: head_dim ({head_dim}) is odd, and rotary embeddings need pairs. The config is wrong."
         )
-    tied = config.get("tie_word_embeddings", family.tied)
-    if not isinstance(tied, bool):
-        raise ConversionError(f"{place}: tie_word_embeddings is {tied!r}; it must be true or false.")
-    base, scaling = _rope(config, place, default_base=family.rotary_base)
+    tied = switch(config, "tie_word_embeddings", place, default=family.tied)
     num_layers = whole(config, "num_hidden_layers", place)
     if num_layers > MAX_LAYERS:  # what is counted layer by layer below would not end
         raise ConversionError(f"{place} promises {num_layers} layers. The config is damaged: fetch the model again.")
+    windows = _windows(config, family, place, num_layers=num_layers)
     return Architecture(
         family=family.model_type,
         num_layers=num_layers,
@@ -87,22 +84,19 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         vocab_size=whole(config, "vocab_size", place),
         max_position_embeddings=whole(config, "max_position_embeddings", place),
         layernorm_epsilon=positive(config, "rms_norm_eps", place, default=1e-6),
-        rotary_base=base,
-        rope_scaling=scaling,
         share_embeddings_and_output_weights=tied,
         **family.traits,
+        **_biases(config, family, place),
         **_numbers(config, family, place),
-        **_windows(config, family, place, num_layers=num_layers),
-        **_experts(config, family, place),
+        **windows,
+        **rope_fields(config, family, place, windowed=bool(windows)),
+        **read_experts(config, family, place, num_layers=num_layers),
     )
 
 
 def hf_from_architecture(architecture: Architecture, *, dtype: str) -> dict[str, Any]:
     """Write config.json's content for an architecture, in the spelling of transformers 5: for models that have none."""
     family = family_of(architecture.family, place="model.json")
-    rope: dict[str, Any] = {"rope_theta": architecture.rotary_base, "rope_type": "default"}
-    if architecture.rope_scaling:
-        rope |= {"rope_type": "llama3", **dataclasses.asdict(architecture.rope_scaling)}
     return {
         "architectures": [family.architecture_class],
         "dtype": dtype,
@@ -115,15 +109,16 @@ def hf_from_architecture(architecture: Architecture, *, dtype: str) -> dict[str,
         "num_hidden_layers": architecture.num_layers,
         "num_key_value_heads": architecture.num_query_groups,
         "rms_norm_eps": architecture.layernorm_epsilon,
-        "rope_parameters": rope,
         "tie_word_embeddings": architecture.share_embeddings_and_output_weights,
         "vocab_size": architecture.vocab_size,
-        **_expert_keys(architecture, family),
+        **rope_keys(architecture, family),
+        **expert_keys(architecture, family),
         **{
             key: allowed[-1]
             for key, allowed in family.fixed.items()
             if allowed[-1] is not None or key in family.required
         },
+        **{key: getattr(architecture, names[0]) for key, names in family.biases.items()},
         **{key: getattr(architecture, name) for key, name in family.numbers.items()},
         **_window_keys(architecture, family),
     }
@@ -139,13 +134,30 @@ def _numbers(config: Mapping[str, Any], family: Family, place: str) -> dict[str,
     return values
 
 
+def _biases(config: Mapping[str, Any], family: Family, place: str) -> dict[str, Any]:
+    """Read which linear layers have biases -> Architecture's fields."""
+    values: dict[str, Any] = {}
+    for key, names in family.biases.items():
+        value = config.get(key) or False
+        if not isinstance(value, bool):
+            raise ConversionError(f"{place}: {key} is {config[key]!r}; it must be true or false.")
+        values |= dict.fromkeys(names, value)
+    return values
+
+
 def _windows(config: Mapping[str, Any], family: Family, place: str, *, num_layers: int) -> dict[str, Any]:
     """Read which layers see a window of tokens only -> Architecture's fields; none where no layer does."""
     keys, windowed, has_window = family.windows, [False] * num_layers, False
     if keys is not None and config.get("sliding_window") is not None:
         has_window = keys.switch is None or bool(config.get(keys.switch, False))
         first = whole(config, keys.first_layer, place, least=0) if has_window and keys.first_layer else 0
-        windowed = [has_window and layer >= first and (layer - first) % keys.every == 0 for layer in range(num_layers)]
+        end = whole(config, keys.end, place, least=0) if has_window and keys.end else num_layers
+        windowed = [
+            has_window and first <= layer < end and (layer - first) % keys.every == 0 for layer in range(num_layers)
+        ]
+        if keys.full_every is not None:
+            full = whole(config, keys.full_every_key or "", place, default=keys.full_every)
+            windowed = [one and (layer + 1) % full != 0 for layer, one in enumerate(windowed)]
     listed = config.get("layer_types")
     if listed is not None:
         kinds = ("full_attention", "sliding_attention")
@@ -185,96 +197,8 @@ def _window_keys(architecture: Architecture, family: Family) -> dict[str, Any]:
         written[keys.switch] = any(windowed)
     if keys.first_layer is not None:
         written[keys.first_layer] = [*windowed, True].index(True)
+    if keys.end is not None:
+        written[keys.end] = len(windowed)
     if keys.layer_types:
         written["layer_types"] = [("sliding" if one else "full") + "_attention" for one in windowed]
     return written
-
-
-def _experts(config: Mapping[str, Any], family: Family, place: str) -> dict[str, Any]:
-    """Read the mixture of experts -> Architecture's fields; none for a dense family."""
-    keys = family.experts
-    if keys is None:
-        return {}
-    agreed(place, only(config, *keys.count))
-    count = next((key for key in keys.count if config.get(key) is not None), keys.count[0])
-    normalised = True if keys.normalised is None else config.get(keys.normalised, False)
-    if not isinstance(normalised, bool):
-        raise ConversionError(f"{place}: {keys.normalised} is {normalised!r}; it must be true or false.")
-    return {
-        "num_moe_experts": whole(config, count, place),
-        "moe_router_topk": whole(config, keys.chosen, place),
-        "moe_ffn_hidden_size": whole(config, keys.width, place),
-        "moe_router_pre_softmax": not normalised,
-    }
-
-
-def _expert_keys(architecture: Architecture, family: Family) -> dict[str, Any]:
-    """Undo `_experts` -> keys of config.json."""
-    keys = family.experts
-    if keys is None:
-        return {}
-    written = {
-        keys.count[0]: architecture.num_moe_experts,
-        keys.chosen: architecture.moe_router_topk,
-        keys.width: architecture.moe_ffn_hidden_size,
-    }
-    return written if keys.normalised is None else written | {keys.normalised: not architecture.moe_router_pre_softmax}
-
-
-def _rope(config: Mapping[str, Any], place: str, *, default_base: float) -> tuple[float, Llama3RopeScaling | None]:
-    """Read base and scaling from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
-
-    A config may hold both, as when somebody adds rope_scaling to what transformers 5 has written. transformers 5.19
-    then takes rope_scaling whole and forgets rope_parameters' rope_theta (modeling_rope_utils.py,
-    convert_rope_params_to_dict); others take the other. Both are read here, and must say the same.
-    """
-    spelled = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key) not in (None, {})}
-    rest = only(config, "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-    read = {
-        key: _rope_of(key, scaling, rest, place, default_base=default_base)
-        for key, scaling in (spelled or {"rope_parameters": {}}).items()
-    }
-    if len({*read.values()}) > 1:
-        raise ConversionError(
-            f"{place} describes its rotary embeddings twice, and differently: rope_parameters "
-            f"{json.dumps(spelled['rope_parameters'])}, rope_scaling {json.dumps(spelled['rope_scaling'])}. "
-            "Remove the one that the model was not trained with."
-        )
-    return next(iter(read.values()))
-
-
-def _rope_of(
-    key: str, scaling: Any, rest: Mapping[str, Any], place: str, *, default_base: float
-) -> tuple[float, Llama3RopeScaling | None]:
-    """Read one spelling of the rotary embeddings, and what stands beside it at the top of the config."""
-    if not isinstance(scaling, dict):
-        raise ConversionError(f"{place}: {key} is {scaling!r}; it must be an object. Fetch the model again.")
-    if any(isinstance(value, dict) for value in scaling.values()):
-        raise ConversionError(
-            f"{place}: {key} has other values for each of {', '.join(scaling)}; the Megatron model has one "
-            "rotary embedding for all layers. Use another model."
-        )
-    for name in rest:
-        agreed(place, {name: rest[name], f"{key}.{name}": scaling.get(name)})
-    kind = agreed(place, {f"{key}.rope_type": scaling.get("rope_type"), f"{key}.type": scaling.get("type")})
-    scaling = {**rest, **scaling}
-    base = positive(scaling, "rope_theta", place, default=default_base)
-    if scaling.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise ConversionError(f"{place} rotates a part of each head only (partial_rotary_factor). Use another model.")
-    if kind in (None, "default"):
-        return base, None
-    if kind != "llama3":
-        raise ConversionError(
-            f"{place} says {key} of type {kind!r}; the Megatron model knows 'default' and 'llama3'. Use another model."
-        )
-    factor, low, high = (positive(scaling, key, place) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    original = whole(scaling, "original_max_position_embeddings", place)
-    if (low, high, original) != _MCORE_FIXES:
-        raise ConversionError(
-            f"{place} scales RoPE with low_freq_factor {low:g}, high_freq_factor {high:g}, "
-            f"original_max_position_embeddings {original}; Megatron-Core fixes them at "
-            f"{', '.join(f'{fixed:g}' for fixed in _MCORE_FIXES)}. Use another model."
-        )
-    return base, Llama3RopeScaling(
-        factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_position_embeddings=original
-    )

@@ -1,9 +1,10 @@
 """Core attention of our own: causal within each document and, where prompts are shared, over what it continues.
 
 Megatron-Core's own local attention refuses packed sequences and context parallelism, and Transformer Engine's knows no
-shared prompts, no soft-capped scores, and no windows across context-parallel ranks. Shapes follow mcore's
-SelfAttention: T = tokens of a packed micro-batch, S = tokens, B = sequences, D = head size. Under context parallelism
-queries are this rank's share of the tokens; keys and values of all are gathered, and their gradients reduce-scattered.
+shared prompts, no soft-capped scores, no windows across context-parallel ranks, and no sinks of packed sequences.
+Shapes follow mcore's SelfAttention: T = tokens of a packed micro-batch, S = tokens, B = sequences, D = head size. Under
+context parallelism queries are this rank's share of the tokens; keys and values of all are gathered, and their
+gradients reduce-scattered.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -52,6 +55,13 @@ class DocumentAttention(torch.nn.Module):
         assert not (config.attention_dropout if attention_dropout is None else attention_dropout)
         self.softmax_scale = softmax_scale
         self.softcap = softcap
+        # Each head's sink, under Megatron-Core's name: a score that takes its part of the softmax and has no value.
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
+            # Megatron-Core does not mark its own: the gradient's norm would count the first rank's heads alone.
+            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
         self.window = None if windows is None else windows[layer_number - 1]
         self.context_parallel_size = config.context_parallel_size
 
@@ -81,10 +91,20 @@ class DocumentAttention(torch.nn.Module):
                 softmax_scale=self.softmax_scale,
                 window=self.window,
                 softcap=self.softcap,
+                sinks=self.softmax_offset,
             )
         else:
             context = self._attend_by_documents(query, key, value, row)
         return context.flatten(2) if packed_seq_params is None else context.squeeze(1).flatten(1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Describe the sinks, divided by heads, as Megatron-Core's attention does -> {key: ShardedTensor}."""
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True), prefix, {"softmax_offset": 0}, sharded_offsets
+        )
+        return sharded
 
     def _row(self, query: Tensor, packed_seq_params: PackedSeqParams | None) -> Row:
         if packed_seq_params is not None:
@@ -96,7 +116,8 @@ class DocumentAttention(torch.nn.Module):
 
     def _needs_more_than_causality(self, row: Row) -> bool:
         across_ranks = self.context_parallel_size > 1
-        return across_ranks or row.parents is not None or self.window is not None or self.softcap is not None
+        by_scores = self.softcap is not None or self.softmax_offset is not None
+        return across_ranks or row.parents is not None or self.window is not None or by_scores
 
     def _attend_by_documents(self, query: Tensor, key: Tensor, value: Tensor, row: Row) -> Tensor:
         """Attend from this rank's tokens of each document to the keys of its path -> [S / C, B, Q, D]."""
@@ -111,9 +132,15 @@ class DocumentAttention(torch.nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, visible: Tensor | None) -> Tensor:
         """Attend causally (`visible` None) or where `visible` [queries, keys] -> [S, B, Q, D]."""
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        if self.softcap is not None:
-            context = _capped_attention(
-                query, key, value, visible=visible, scale=self.softmax_scale, softcap=self.softcap
+        if self.softcap is not None or self.softmax_offset is not None:
+            context = _written_out(
+                query,
+                key,
+                value,
+                visible=visible,
+                scale=self.softmax_scale,
+                softcap=self.softcap,
+                sinks=self.softmax_offset,
             )
             return context.permute(2, 0, 1, 3)
         context = scaled_dot_product_attention(
@@ -156,6 +183,7 @@ def with_shared_prompts(core_attention: type, *, windows: Sequence[int | None]) 
                 "softmax_scale": softmax_scale,
                 "window": windows[layer_number - 1],
                 "softcap": None,
+                "sinks": None,
             }
             self._context_parallel_size = config.context_parallel_size
 
@@ -172,18 +200,31 @@ def with_shared_prompts(core_attention: type, *, windows: Sequence[int | None]) 
     return SharedPromptAttention
 
 
-def _capped_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, visible: Tensor | None, scale: float | None, softcap: float
+def _written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    visible: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Attend by scores c tanh(q k / c), written out and rounded as Hugging Face's eager Gemma-2 -> [B, Q, S, D].
+    """Attend by scores c tanh(q k / c), or beside a sink, rounded as Hugging Face's eager Gemma-2 -> [B, Q, S, D].
 
     All scores of a document are in memory at once, several times over until backward: recompute_granularity selective
     keeps them of one layer only.
     """
     key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in (key, value))
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = torch.tanh(scores / softcap) * softcap
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if visible is None:
         visible = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is None:
+        weights = scores.softmax(-1, dtype=torch.float32)
+    else:
+        column = sinks[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, column), dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
     return weights.to(query.dtype) @ value

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from megatron_sppo.architecture import Architecture
-from megatron_sppo.config import DECIDES, NonNegativeFloat, PositiveInt, check_ranges
+from megatron_sppo.checkpoints.adapter_file import AdapterSettings, resolve_targets
+from megatron_sppo.config import (
+    DECIDES,
+    LAYOUT,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    check_ranges,
+    flag_of,
+)
 from megatron_sppo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -82,6 +93,67 @@ class ModelConfig:
         return {"float32": 4, "bfloat16": 2}[self.params_dtype]
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Low-rank adapters (LoRA) in place of the weights: W x + scale B (A x), and A and B alone are trained."""
+
+    lora_rank: PositiveInt | None = None
+    """Rank of A and B. Unset: no adapters, the weights themselves are trained."""
+    lora_alpha: PositiveFloat | None = None
+    """scale is lora_alpha / lora_rank. Unset: as lora_rank, so that scale is 1."""
+    lora_dropout: NonNegativeFloat = 0.0
+    """0 and nothing else: with dropout a policy's log-probabilities would not be those of its weights."""
+    lora_targets: tuple[str, ...] = ()
+    """Linear modules with adapters, by their names in Hugging Face's layers, as PEFT's target_modules: q_proj, k_proj,
+    v_proj, o_proj, gate_proj, up_proj, down_proj, or what the family calls them; `experts` for all of the experts'.
+    Unset: all."""
+    lora_scaling: Literal["lora", "rslora"] = "lora"
+    """rslora: scale is lora_alpha / sqrt(lora_rank), PEFT's use_rslora."""
+    load_adapter: Annotated[Path | None, LAYOUT] = None
+    """Megatron checkpoint (as --load) of the adapters that pi_t has on the model of --load. Unset: pi_t is that model,
+    and the adapters start at B = 0."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.lora_dropout:
+            raise ConfigError(
+                f"lora_dropout is {self.lora_dropout}: log-ratios are between probabilities of the weights alone, and "
+                "with dropout they would not begin at 0. Use --lora-dropout 0."
+            )
+        self.check_given([name for name in _OF_ADAPTERS if getattr(self, name) != getattr(AdapterConfig, name)])
+
+    def check_given(self, given: Collection[str]) -> None:
+        """Refuse settings of adapters where there are none.
+
+        Raises:
+            ConfigError: names the first.
+        """
+        if self.lora_rank is None and (idle := [name for name in _OF_ADAPTERS if name in given]):
+            raise ConfigError(
+                f"{idle[0]} is set and there are no adapters. Use --lora-rank 16 (or another rank) beside it, or leave "
+                f"{flag_of(idle[0])} out."
+            )
+
+    def settings(self, architecture: Architecture) -> AdapterSettings | None:
+        """Spell the adapters of a model out -> settings, or None for none.
+
+        Raises:
+            ConfigError: a target is no module of the model.
+        """
+        if self.lora_rank is None:
+            return None
+        return AdapterSettings(
+            rank=self.lora_rank,
+            alpha=float(self.lora_alpha or self.lora_rank),
+            scaling=self.lora_scaling,
+            targets=resolve_targets(self.lora_targets, architecture),
+        )
+
+
+_OF_ADAPTERS = ("lora_alpha", "lora_targets", "lora_scaling", "load_adapter")
+"""Settings that nothing reads without adapters."""
+
+
 def token_multiple(config: ModelConfig, *, tensor_model_parallel_size: int, sequence_parallel: bool) -> int:
     """Say what the tokens of a micro-batch must be a multiple of -> int.
 
@@ -134,10 +206,13 @@ def _unfit_size(
         ("query channels", query, tensor),
         ("query, key and value channels", query + 2 * key, tensor),
     ]
-    if architecture.moe_ffn_hidden_size is None:
+    if architecture.num_expert_layers < architecture.num_layers:
         sides.append(("feed-forward channels", architecture.ffn_hidden_size, tensor))
-    else:
+    if architecture.moe_ffn_hidden_size is not None:
         sides.append(("feed-forward channels of an expert", architecture.moe_ffn_hidden_size, expert_tensor))
+    if architecture.moe_shared_expert_intermediate_size is not None:
+        shared = architecture.moe_shared_expert_intermediate_size
+        sides.append(("feed-forward channels of the shared expert", shared, tensor))
     return next((side for side in sides if side[1] // side[2] % multiple), None)
 
 

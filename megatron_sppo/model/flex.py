@@ -1,7 +1,7 @@
 """Attention by FlexAttention: the kernel for rows that Transformer Engine has none for, and none other than a kernel.
 
-Those are shared prompts, soft-capped scores, and windows under context parallelism. Compiled, it holds what any flash
-attention holds; run uncompiled it would make all [heads, queries, keys] scores, as it does on the CPU, in tests.
+Those are shared prompts, soft-capped scores, sinks, and windows under context parallelism. Compiled, it holds what any
+flash attention holds; run uncompiled it would make all [heads, queries, keys] scores, as it does on the CPU, in tests.
 """
 
 import functools
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.visibility import Row
@@ -30,8 +30,13 @@ def flex(
     softmax_scale: float | None,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend from this rank's tokens [S / C, B, Q, D] to the row's [S, B, G, D] -> [S / C, B, Q, D].
+
+    Args:
+        sinks: [Q], a further score of each head, without a value: the softmax over scores s and a sink z is that over s
+            alone times sum exp(s) / (sum exp(s) + exp(z)), which is sigmoid(logsumexp(s) - z).
 
     Raises:
         ConfigError: there are more kinds of rows than kernels may be compiled for.
@@ -39,7 +44,7 @@ def flex(
     query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
     plain: Any = flex_attention
     attend = _compiled() if query.is_cuda else plain
-    context = attend(
+    found = attend(
         query,
         key,
         value,
@@ -47,7 +52,14 @@ def flex(
         block_mask=row.block_mask(window),
         scale=softmax_scale,
         enable_gqa=query.shape[1] != key.shape[1],
+        return_aux=None if sinks is None else AuxRequest(lse=True),
     )
+    if sinks is None:
+        context: Tensor = found
+    else:
+        context, further = found
+        taken_BQS = torch.sigmoid(further.lse - sinks.float()[:, None])
+        context = (context * taken_BQS[..., None]).to(query.dtype)
     return context.permute(2, 0, 1, 3)
 
 

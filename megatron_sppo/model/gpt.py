@@ -5,12 +5,15 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.model.adapters import Adapters
 from megatron_sppo.model.config import ModelConfig, padded_vocab_size
 from megatron_sppo.model.layer_spec import layer_spec
+from megatron_sppo.model.rope import LongSequences, RotaryTable, has_own_rope, long_sequences
 from megatron_sppo.model.router_losses import (
     PackedDocuments,
     RouterLosses,
@@ -42,6 +45,10 @@ class PolicyModel(GPTModel):
     head_chunk_size: int | None
     logit_softcap: float | None
     router_losses: tuple[RouterLosses, ...] = ()
+    adapters: Adapters
+    """Where there are any (`adapters.attach_adapters`)."""
+    long_sequences: LongSequences | None = None
+    """Of a model whose frequencies depend on a sequence's length (longrope)."""
 
     def _preprocess(self, *, position_ids: Tensor, packed_seq_params: Any = None, **kwargs: Any) -> tuple[Any, ...]:
         """Embed, and look up the rotary table -> GPTModel's tuple, with a line of the table for each token of a tree.
@@ -54,7 +61,14 @@ class PolicyModel(GPTModel):
         embedded, rotary, *rest = super()._preprocess(
             position_ids=position_ids, packed_seq_params=packed_seq_params, **kwargs
         )
-        if isinstance(packed_seq_params, PackedRow) and packed_seq_params.shares_prompts:
+        if self.long_sequences is not None:
+            rotary = self.long_sequences.lines(
+                rotary,
+                packed_seq_params,
+                num_rows=position_ids.shape[0],
+                num_tokens=position_ids.shape[1] * self.pg_collection.cp.size(),
+            )
+        elif isinstance(packed_seq_params, PackedRow) and packed_seq_params.shares_prompts:
             rotary = rotary[packed_seq_params.row.keys.position]
         return embedded, rotary, *rest
 
@@ -130,7 +144,7 @@ def build_stage(
     vp_stage: int | None = None,
 ) -> PolicyModel:
     """Build one pipeline stage (or virtual stage) of the policy with random weights -> PolicyModel."""
-    scaling = architecture.rope_scaling
+    transformer_config.moe_router_enable_expert_bias = architecture.moe_router_enable_expert_bias
     model = PolicyModel(
         config=transformer_config,
         transformer_layer_spec=layer_spec(
@@ -144,13 +158,17 @@ def build_stage(
         share_embeddings_and_output_weights=architecture.share_embeddings_and_output_weights,
         position_embedding_type="rope",
         rotary_base=architecture.rotary_base,
-        rope_scaling=scaling is not None,
-        rope_scaling_factor=scaling.factor if scaling is not None else 1.0,
+        rotary_percent=architecture.rotary_percent,
         vp_stage=vp_stage,
     )
     model.true_vocab_size = architecture.vocab_size
     model.head_chunk_size = config.head_chunk_size
     model.logit_softcap = architecture.logit_softcap
+    if has_own_rope(architecture):
+        model.rotary_pos_emb = RotaryTable(architecture, model.rotary_pos_emb)
+        model.long_sequences = long_sequences(architecture)
+    if architecture.moe_router_enable_expert_bias:
+        _keep_expert_biases(model)
     if pre_process and architecture.scale_embeddings:
         _scale_embeddings(model, architecture.hidden_size**0.5)
     if config.has_router_losses:
@@ -158,6 +176,18 @@ def build_stage(
             model, aux_loss_coeff=config.moe_aux_loss_coeff, z_loss_coeff=config.moe_z_loss_coeff
         )
     return model
+
+
+def _keep_expert_biases(model: PolicyModel) -> None:
+    """Keep Megatron-Core's load balancing from the routers' biases: they are part of the model that is aligned.
+
+    Once a router is built these two flags ask for nothing but counts of tokens (router.py, _apply_expert_bias) and the
+    update by them (finalize_model_grads.py, _update_router_expert_bias).
+    """
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.enable_expert_bias = False
+    model.config.moe_router_enable_expert_bias = False
 
 
 def _scale_embeddings(model: PolicyModel, factor: float) -> None:
@@ -190,8 +220,10 @@ def forward(
         response: without it the last stage returns logits.
     """
     packed = None
+    stage = get_attr_wrapped_model(model, "router_losses", return_model_obj=True)
+    if stage.long_sequences is not None:
+        stage.long_sequences.note(lengths_B)
     if cu_seqlens is not None:
-        stage = get_attr_wrapped_model(model, "router_losses", return_model_obj=True)
         groups = stage.pg_collection
         rank, size = groups.cp.rank(), groups.cp.size()
         row = Row(cu_seqlens, parents, num_tokens=tokens_BS.shape[1] * size, rank=rank, size=size)

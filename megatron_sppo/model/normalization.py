@@ -4,6 +4,7 @@ Also the norms that neither layer spec of Megatron-Core has: behind a linear lay
 """
 
 import functools
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -44,19 +45,47 @@ def with_post_norm(linear: type, norm: type) -> type:
     """Make a row-parallel linear layer whose output is normalised -> class; its norm is named `post_layernorm`.
 
     There the output is whole, or under sequence parallelism this rank's tokens of it: what any norm of a layer sees.
+    A hook normalises: what else is to be added to the layer's own output hangs in front of it (`adapters`).
     """
+
+    def normalise(layer: Any, _inputs: Any, outputs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, None]:
+        output, bias = outputs
+        return layer.post_layernorm(output if bias is None else output + bias), None
 
     class PostNormLinear(linear):
         def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **kwargs: object) -> None:
             super().__init__(input_size, output_size, config=config, **kwargs)
             self.post_layernorm = norm(config=config, hidden_size=output_size, eps=config.layernorm_epsilon)
-
-        def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-            output, bias = super().forward(hidden)
-            assert bias is None, "a bias would be added behind the norm"
-            return self.post_layernorm(output), None
+            self.register_forward_hook(normalise)
 
     return PostNormLinear
+
+
+@functools.cache
+def with_bias(linear: type) -> type:
+    """Make a linear layer with a bias whatever Megatron-Core says, which has one switch for all linear layers."""
+
+    class BiasedLinear(linear):
+        def __init__(self, *args: object, bias: bool, **kwargs: object) -> None:
+            super().__init__(*args, bias=True, **kwargs)
+
+    return BiasedLinear
+
+
+@functools.cache
+def with_own_output(linear: type) -> type:
+    """Make a row-parallel linear layer whose output may be added to in place.
+
+    Megatron-Core adds an expert's bias so (0.16.1 and 0.19.2, mlp.py), and its own layer's output is a view that
+    autograd forbids it for.
+    """
+
+    class OwnOutputLinear(linear):
+        def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+            output, bias = super().forward(hidden)
+            return output.clone(), bias
+
+    return OwnOutputLinear
 
 
 class _AcrossHeadsNorm(torch.nn.Module):

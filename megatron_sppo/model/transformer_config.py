@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 
 import torch
 import yaml
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer import TransformerConfig
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.model.rope import is_longrope
 from megatron_sppo.model.transformer_engine import resolve_transformer_impl
 
 T = TypeVar("T")
@@ -21,6 +23,7 @@ T = TypeVar("T")
 _ACTIVATIONS = {
     "silu": torch.nn.functional.silu,
     "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
 }
 
 
@@ -36,7 +39,8 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
     fused = resolve_transformer_impl(config) == "transformer_engine"
     values: dict[str, Any] = {
         **{name: value for name, value in shared_fields(architecture).items() if value is not None},
-        "add_bias_linear": False,
+        # Megatron-Core's switch for all biases at once, for experts alone: layer_spec.py puts in the single ones.
+        "add_bias_linear": architecture.add_mlp_bias and architecture.num_moe_experts is not None,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
         "activation_func": _ACTIVATIONS[architecture.activation_func],
@@ -59,7 +63,7 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
         "bias_activation_fusion": fused and architecture.activation_func == "silu",
         "masked_softmax_fusion": False,
         "persist_layer_norm": fused,
-        "apply_rope_fusion": fused,
+        "apply_rope_fusion": fused and not is_longrope(architecture),
         # Transformer Engine's ring of keys and values; our attention for the torch spec gathers them whatever this is.
         "cp_comm_type": "p2p" if fused else None,
         **_experts(architecture, fused=fused),
@@ -68,6 +72,11 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
         **parallelism,
     }
     values |= parse_overrides(config.transformer_config, TransformerConfig, flag="--transformer-config", taken=values)
+    if is_longrope(architecture) and values["apply_rope_fusion"]:
+        raise ConfigError(
+            "--transformer-config apply_rope_fusion=true: Transformer Engine's kernel has one table for all sequences, "
+            "and longrope one for short and one for long ones. Remove it."
+        )
     if config.has_router_losses:
         _check_router_losses(architecture, values)
     return mcore_dataclass(TransformerConfig, values)
@@ -101,8 +110,10 @@ def _experts(architecture: Architecture, *, fused: bool) -> dict[str, Any]:
     padding go through the router without touching the others.
     """
     if architecture.num_moe_experts is None:
-        return {}
+        return {"moe_layer_freq": 1}
     return {
+        # A list, or one kind of layer: Megatron-Core does not stack layers in a checkpoint where it is given a list.
+        "moe_layer_freq": list(architecture.moe_layer_freq) or 1,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_z_loss_coeff": None,
@@ -226,6 +237,7 @@ _REFUSED = {
         ("cuda_graph_impl", "cuda_graph_scope", "cuda_graph_modules", "enable_cuda_graph", "external_cuda_graph"),
         _CAPTURED,
     ),
+    "moe_router_bias_update_rate": "a router's bias is part of the model, and nothing changes it in training",
     "fp4": "it needs a Blackwell GPU (compute capability 10.0); this is for Hopper",
     "tp_comm_overlap": _USER_BUFFERS,
 }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.planning.frozen import Sizes, with_adapters
 from megatron_sppo.planning.parameters import Grid
 
 FLOAT32 = 4
@@ -55,37 +56,27 @@ class Activations:
         return sum(self.layer.values())
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Sizes:
-    """Numbers of a rank that every list below is made of."""
-
-    tokens: int
-    between: int
-    hidden: int
-    query: int
-    key: int
-    head: int
-    heads: int
-    width: int
-    type_bytes: int
-
-    @property
-    def residual(self) -> int:
-        """Bytes of [n, H]."""
-        return self.between * self.hidden * self.type_bytes
-
-
 def activations(
-    architecture: Architecture, model: ModelConfig, grid: Grid, shape: MicroBatchShape, *, engine: bool
+    architecture: Architecture,
+    model: ModelConfig,
+    grid: Grid,
+    shape: MicroBatchShape,
+    *,
+    engine: bool,
+    has_experts: bool,
 ) -> Activations:
     """Add up what is kept of one micro-batch -> Activations.
 
     Args:
         engine: Transformer Engine's spec (CUDA); otherwise torch's (CPU).
+        has_experts: of the layer; models may have both kinds.
     """
     parallel, tensor = grid.parallel, grid.parallel.tensor_model_parallel_size
-    width = architecture.moe_ffn_hidden_size or architecture.ffn_hidden_size
-    sizes = _Sizes(
+    if has_experts:
+        width = (architecture.moe_ffn_hidden_size or 0) // parallel.expert_tensor_parallel_size
+    else:
+        width = architecture.ffn_hidden_size // tensor
+    sizes = Sizes(
         tokens=shape.num_tokens,
         between=shape.num_tokens // (tensor if parallel.sequence_parallel else 1),
         hidden=architecture.hidden_size,
@@ -93,14 +84,23 @@ def activations(
         key=architecture.key_channels // tensor,
         head=architecture.kv_channels,
         heads=architecture.num_attention_heads // tensor,
-        width=width // (parallel.expert_tensor_parallel_size if architecture.num_moe_experts else tensor),
+        width=width,
+        shared=(architecture.moe_shared_expert_intermediate_size or 0) // tensor if has_experts else 0,
+        has_experts=has_experts,
         type_bytes=model.type_bytes,
     )
-    items = _engine_layer if engine else _torch_layer
-    whole = items(architecture, model, grid, shape, sizes, recompute=False)
+
+    def items(*, recompute: bool) -> dict[str, int]:
+        listed = _engine_layer if engine else _torch_layer
+        found = listed(architecture, model, grid, shape, sizes, recompute=recompute)
+        if grid.adapters is None:
+            return found
+        return with_adapters(found, architecture, grid, sizes, engine=engine, is_fp8=model.fp8 != "none")
+
+    whole = items(recompute=False)
     kept = whole
     if model.recompute_granularity == "selective":
-        kept = items(architecture, model, grid, shape, sizes, recompute=True)
+        kept = items(recompute=True)
     elif model.recompute_granularity == "full":
         kept = {"layer input": sizes.residual}
     kept_bytes, whole_bytes = sum(kept.values()), sum(whole.values())
@@ -122,10 +122,11 @@ def activations(
 def _takes_flex(architecture: Architecture, grid: Grid, shape: MicroBatchShape) -> bool:
     """Tell whether FlexAttention takes Transformer Engine's place (model/layer_spec.py, model/attention.py)."""
     windows_across_ranks = architecture.sliding_window is not None and grid.parallel.context_parallel_size > 1
-    return shape.num_path_keys > 0 or architecture.attention_softcap is not None or windows_across_ranks
+    by_scores = architecture.attention_softcap is not None or architecture.has_sinks
+    return shape.num_path_keys > 0 or by_scores or windows_across_ranks
 
 
-def _working(sizes: _Sizes, *, engine: bool, gathered_keys: int) -> int:
+def _working(sizes: Sizes, *, engine: bool, gathered_keys: int) -> int:
     """Estimate the backward pass's own tensors: gradients of a layer's widest part, and of the residual stream.
 
     Args:
@@ -133,16 +134,16 @@ def _working(sizes: _Sizes, *, engine: bool, gathered_keys: int) -> int:
     """
     if engine:
         gathered = sizes.tokens * sizes.hidden * sizes.type_bytes
-        dense = 3 * sizes.residual + gathered + 3 * sizes.tokens * sizes.width * sizes.type_bytes
+        dense = 3 * sizes.residual + gathered + 3 * sizes.tokens * max(sizes.width, sizes.shared) * sizes.type_bytes
         # Gradients of queries, of keys and values as they are seen and as they are returned to their ranks.
         attention = sizes.tokens * (2 * sizes.query + 4 * sizes.key * gathered_keys) * sizes.type_bytes
         return max(dense, attention + 2 * sizes.residual) if gathered_keys else dense
     # The norm's backward pass has four float32 tensors of the residual's size at one time.
     norm = 4 * sizes.between * sizes.hidden * FLOAT32
-    return max(norm, 2 * sizes.residual + 2 * sizes.tokens * sizes.width * sizes.type_bytes)
+    return max(norm, 2 * sizes.residual + 2 * sizes.tokens * max(sizes.width, sizes.shared) * sizes.type_bytes)
 
 
-def _torch_norm(sizes: _Sizes) -> dict[str, int]:
+def _torch_norm(sizes: Sizes) -> dict[str, int]:
     """model/normalization.py keeps the float32 input, the scale and the normalised input."""
     return {"norm": sizes.between * (sizes.hidden * (FLOAT32 + sizes.type_bytes) + FLOAT32)}
 
@@ -152,7 +153,7 @@ def _torch_layer(
     model: ModelConfig,
     grid: Grid,
     shape: MicroBatchShape,
-    sizes: _Sizes,
+    sizes: Sizes,
     *,
     recompute: bool,
 ) -> dict[str, int]:
@@ -168,7 +169,7 @@ def _torch_layer(
         "queries, keys and values": wide * (2 * sizes.query + 3 * sizes.key),
         "input of linear_proj": wide * sizes.query,
     }
-    capped = architecture.attention_softcap is not None
+    capped = architecture.attention_softcap is not None or architecture.has_sinks
     if context > 1:
         # Keys and values of all ranks, gathered and put in order, in place of the views; soft caps repeat them anyway.
         items["queries, keys and values"] = wide * (sizes.query + (0 if capped else 2 * sizes.key * context))
@@ -184,14 +185,14 @@ def _torch_layer(
     if architecture.qk_layernorm:
         channels, norms = sizes.query + sizes.key, sizes.heads + sizes.key // sizes.head
         items["norms of queries and keys"] = sizes.tokens * (channels * (FLOAT32 + sizes.type_bytes) + norms * FLOAT32)
-    if architecture.num_moe_experts is None:
+    if not sizes.has_experts:
         # Gate and up, silu(gate), up + 0 (megatron-core 0.16.1 and 0.19.2, mlp.py adds an offset), their product.
         items["feed-forward"] = sizes.residual + wide * 5 * sizes.width
         return items
     return items | _torch_experts(architecture, grid, sizes)
 
 
-def _capped_attention(shape: MicroBatchShape, sizes: _Sizes, *, context: int) -> int:
+def _capped_attention(shape: MicroBatchShape, sizes: Sizes, *, context: int) -> int:
     """Count what soft-capped attention keeps (model/attention.py): keys and values repeated, scores three times, masks.
 
     The scores' hyperbolic tangent, their float32 softmax, and that in the activations' type where it is another.
@@ -205,14 +206,18 @@ def _capped_attention(shape: MicroBatchShape, sizes: _Sizes, *, context: int) ->
     return repeated + scores * (sizes.heads * (sizes.type_bytes + FLOAT32 + weights) + 1)
 
 
-def _torch_experts(architecture: Architecture, grid: Grid, sizes: _Sizes) -> dict[str, int]:
+def _torch_experts(architecture: Architecture, grid: Grid, sizes: Sizes) -> dict[str, int]:
     """List what a mixture keeps on the CPU: of tokens of all ranks, their routes and the experts' tensors."""
     parallel = grid.parallel
     experts, chosen = architecture.num_moe_experts or 0, architecture.moe_router_topk or 0
     gathered = sizes.between * parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
     routed = gathered * chosen // parallel.expert_model_parallel_size  # to the experts here, where all are as busy
     local = experts // parallel.expert_model_parallel_size
+    shared = 5 * sizes.tokens * sizes.shared * sizes.type_bytes  # as in a dense layer; its input is the router's
+    if architecture.moe_shared_expert_gate:
+        shared += sizes.residual + sizes.between * sizes.type_bytes
     return {
+        "shared experts": shared,
         "router": sizes.residual + sizes.between * chosen * (8 + FLOAT32),
         "routes": gathered * local * (1 + FLOAT32) + routed * (8 + FLOAT32),
         # As in a dense layer, and the product once more: weighed by the router.
@@ -220,7 +225,7 @@ def _torch_experts(architecture: Architecture, grid: Grid, sizes: _Sizes) -> dic
     }
 
 
-def _engine_norm(sizes: _Sizes) -> dict[str, int]:
+def _engine_norm(sizes: Sizes) -> dict[str, int]:
     """Transformer Engine's RMSNorm keeps its input and the reciprocal root."""
     return {"norm": sizes.residual + sizes.between * FLOAT32}
 
@@ -230,7 +235,7 @@ def _engine_layer(
     model: ModelConfig,
     grid: Grid,
     shape: MicroBatchShape,
-    sizes: _Sizes,
+    sizes: Sizes,
     *,
     recompute: bool,
 ) -> dict[str, int]:
@@ -257,12 +262,15 @@ def _engine_layer(
         items["attention"] = output + sizes.tokens * sizes.heads * FLOAT32
     if architecture.qk_layernorm:
         items["norms of queries and keys"] = wide * (sizes.query + sizes.key)
-    if architecture.num_moe_experts is None:
+    if not sizes.has_experts:
         items["feed-forward"] = normed + wide * 2 * sizes.width + sizes.tokens * sizes.width * product_bytes
         return items
     # Tokens are exchanged with those who hold their experts; as many come as go where the router is balanced.
     routed = sizes.between * (architecture.moe_router_topk or 0)
-    items["router"] = sizes.residual + sizes.between * 3 * architecture.num_moe_experts * FLOAT32
+    items["router"] = sizes.residual + sizes.between * 3 * (architecture.num_moe_experts or 0) * FLOAT32
+    items["shared experts"] = wide * 2 * sizes.shared + sizes.tokens * sizes.shared * product_bytes
+    if architecture.moe_shared_expert_gate:
+        items["shared experts"] += sizes.residual + sizes.between * sizes.type_bytes
     items["experts"] = routed * (
         sizes.hidden * product_bytes + sizes.width * (2 * sizes.type_bytes + product_bytes) + 2 * FLOAT32
     )

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_sppo.architecture import Architecture
+from megatron_sppo.architecture import Architecture, RopeScaling
 from megatron_sppo.checkpoints.hf_files import read_config
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf
@@ -35,6 +35,19 @@ def _shape(
 
 _TIED = {"share_embeddings_and_output_weights": True}
 _QWEN2 = {"max_position_embeddings": 32768}
+_LONG = {"max_position_embeddings": 65536}
+_GPT_OSS: dict[str, Any] = {
+    "max_position_embeddings": 131072,
+    "rotary_base": 150000.0,
+    "rope_scaling": RopeScaling(
+        rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+        original_max_position_embeddings=4096, attention_factor=1.3465735902799727,
+    ),
+    "sliding_window": 128,
+    "activation_func_clamp_value": 7.0,
+    "moe_router_topk": 4,
+    "moe_ffn_hidden_size": 2880,
+}  # fmt: skip
 _GEMMA2 = {"attention_softcap": 50.0, "logit_softcap": 30.0, "sliding_window": 4096}
 
 PUBLISHED: dict[str, Architecture] = {
@@ -45,15 +58,60 @@ PUBLISHED: dict[str, Architecture] = {
     "llama3-70b": _shape("llama", 80, 8192, 28672, 64, 8, 128, 128256),
     "mistral-7b": _shape("mistral", 32, 4096, 14336, 32, 8, 128, 32000, max_position_embeddings=32768),
     "gemma-2-9b": _shape("gemma2", 42, 3584, 14336, 16, 8, 256, 256000, **_TIED, **_GEMMA2),
+    "gemma-3-1b": _shape(
+        "gemma3_text", 26, 1152, 6912, 4, 1, 256, 262144, **_TIED, max_position_embeddings=32768, rotary_base=1e6,
+        windowed_rotary_base=1e4, query_pre_attn_scalar=256, sliding_window=512,
+        full_attention_layers=tuple(range(5, 26, 6)),
+    ),
+    "olmo-3-7b": _shape(
+        "olmo3", 32, 4096, 11008, 32, 32, 128, 100278, **_LONG, sliding_window=4096,
+        full_attention_layers=tuple(range(3, 32, 4)),
+    ),
+    "olmo-3-32b": _shape(
+        "olmo3", 64, 5120, 27648, 40, 8, 128, 100278, **_LONG, sliding_window=4096,
+        full_attention_layers=tuple(range(3, 64, 4)),
+    ),
+    "mistral-small-24b": _shape("mistral", 40, 5120, 32768, 32, 8, 128, 131072, max_position_embeddings=32768),
     "qwen2.5-7b": _shape("qwen2", 28, 3584, 18944, 28, 4, 128, 152064, **_QWEN2),
     "qwen2.5-72b": _shape("qwen2", 80, 8192, 29568, 64, 8, 128, 152064, **_QWEN2),
     "qwen3-8b": _shape("qwen3", 36, 4096, 12288, 32, 8, 128, 151936, max_position_embeddings=40960),
     "mixtral-8x7b": _shape(
         "mixtral", 32, 4096, 14336, 32, 8, 128, 32000, num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=14336
     ),
+    "gpt-oss-20b": _shape(
+        "gpt_oss", 24, 2880, 2880, 64, 8, 64, 201088, **_GPT_OSS, num_moe_experts=32,
+        full_attention_layers=tuple(range(1, 24, 2)),
+    ),
+    "gpt-oss-120b": _shape(
+        "gpt_oss", 36, 2880, 2880, 64, 8, 64, 201088, **_GPT_OSS, num_moe_experts=128,
+        full_attention_layers=tuple(range(1, 36, 2)),
+    ),
     "qwen3-30b-a3b": _shape(
         "qwen3_moe", 48, 2048, 6144, 32, 4, 128, 151936,
         num_moe_experts=128, moe_router_topk=8, moe_ffn_hidden_size=768,
+    ),
+    "qwen3-235b-a22b": _shape(
+        "qwen3_moe", 94, 4096, 12288, 64, 4, 128, 151936,
+        num_moe_experts=128, moe_router_topk=8, moe_ffn_hidden_size=1536, max_position_embeddings=40960,
+    ),
+    "qwen1.5-moe-a2.7b": _shape(
+        "qwen2_moe", 24, 2048, 5632, 16, 16, 128, 151936, num_moe_experts=60, moe_router_topk=4,
+        moe_ffn_hidden_size=1408, moe_shared_expert_intermediate_size=5632, moe_router_pre_softmax=True,
+    ),
+    "qwen2-57b-a14b": _shape(
+        "qwen2_moe", 28, 3584, 18944, 28, 4, 128, 151936, num_moe_experts=64, moe_router_topk=8,
+        moe_ffn_hidden_size=2560, moe_shared_expert_intermediate_size=20480, moe_router_pre_softmax=True,
+    ),
+    "glm-4.5-air": _shape(
+        "glm4_moe", 46, 4096, 10944, 96, 8, 128, 151552, num_moe_experts=128, moe_router_topk=8,
+        moe_ffn_hidden_size=1408, moe_shared_expert_intermediate_size=1408, moe_layer_freq=(0,) + 45 * (1,),
+        add_qkv_bias=True, rotary_percent=0.5, max_position_embeddings=131072,
+    ),
+    "glm-4.5": _shape(
+        "glm4_moe", 92, 5120, 12288, 96, 8, 128, 151552, num_moe_experts=160, moe_router_topk=8,
+        moe_ffn_hidden_size=1536, moe_shared_expert_intermediate_size=1536, moe_layer_freq=(0, 0, 0) + 89 * (1,),
+        moe_router_topk_scaling_factor=2.5, add_qkv_bias=True, qk_layernorm=True, rotary_percent=0.5,
+        max_position_embeddings=131072,
     ),
 }  # fmt: skip
 """By name. Number of weights as published: tests/unit/planning/test_parameters.py."""

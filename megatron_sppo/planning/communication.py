@@ -12,7 +12,7 @@ from megatron_sppo.architecture import Architecture
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.planning.activations import FLOAT32
 from megatron_sppo.planning.config import MachineConfig
-from megatron_sppo.planning.parameters import Grid, buffer_elements, stage_shards
+from megatron_sppo.planning.parameters import Grid, buffer_elements, trained_shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +77,13 @@ def _tensor(architecture: Architecture, model: ModelConfig, grid: Grid, tokens: 
     """Each layer gathers before two products and scatters sums after two others, forward and backward.
 
     With sequence parallelism backward gathers the two inputs once more, for their weights' gradients. Without, two sums
-    on all ranks a pass: as much as a gather and a scatter each.
+    on all ranks a pass: as much as a gather and a scatter each. Adapters send their `rank` channels alone: left out.
     """
     size = grid.parallel.tensor_model_parallel_size
     if size == 1:
         return 0.0
     unit = tokens * architecture.hidden_size * model.type_bytes * (size - 1) / size
-    backward = 6 if grid.parallel.sequence_parallel else 4
+    backward = 6 if grid.parallel.sequence_parallel and grid.adapters is None else 4
     return grid.most_layers(architecture.num_layers) * unit * (4 * _passes(model) + backward)
 
 
@@ -115,7 +115,14 @@ def _expert(architecture: Architecture, model: ModelConfig, grid: Grid, tokens: 
         return 0.0
     split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     once = tokens / split * (architecture.moe_router_topk or 0) * architecture.hidden_size * model.type_bytes
-    return grid.most_layers(architecture.num_layers) * 2 * once * (size - 1) / size * (_passes(model) + 1)
+    layers = max(
+        sum(architecture.has_experts(layer) for chunk in chunks for layer in chunk)
+        for chunks in (
+            grid.chunks_of_stage(architecture.num_layers, stage)
+            for stage in range(parallel.pipeline_model_parallel_size)
+        )
+    )
+    return layers * 2 * once * (size - 1) / size * (_passes(model) + 1)
 
 
 def _data(architecture: Architecture, grid: Grid, element_bytes: int) -> float:
@@ -123,7 +130,7 @@ def _data(architecture: Architecture, grid: Grid, element_bytes: int) -> float:
     worst = 0.0
     for stage in {0, grid.parallel.pipeline_model_parallel_size - 1}:
         volume = 0.0
-        for chunk in stage_shards(architecture, grid, stage):
+        for chunk in trained_shards(architecture, grid, stage):
             for is_expert, ranks in ((False, grid.optimizer_ranks), (True, grid.expert_optimizer_ranks)):
                 elements = buffer_elements(chunk, grid, is_expert=is_expert)
                 volume += elements * element_bytes * (ranks - 1) / ranks

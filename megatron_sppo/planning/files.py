@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.planning.config import MachineConfig, PlanConfig
-from megatron_sppo.planning.parameters import Grid, rank_elements
+from megatron_sppo.planning.parameters import Grid, num_trained, rank_elements
 
 _GIGA = 1e9
 _FLOAT32 = 4
@@ -67,8 +67,9 @@ def file_traffic(
     narrow = config.model.type_bytes
     moments = 1 if config.optimization.optimizer == "rmsprop" else 2
     state = (moments + (narrow < _FLOAT32)) * _FLOAT32
-    parameters, busiest = architecture.num_parameters(), rank_elements(architecture, grid)
-    weights, checkpoint = parameters * narrow, parameters * (narrow + state)
+    trained, busiest = num_trained(architecture, grid.adapters), rank_elements(architecture, grid, trained=True)
+    # With adapters the base is read, and adapters alone are written, exported and given to the engines beside it.
+    weights, exported, checkpoint = architecture.num_parameters() * narrow, trained * narrow, trained * (narrow + state)
     interval = config.run.save_interval or num_steps
     saves = -(-num_steps // interval)
     disks = _Disks(config.machine, grid.world_size)
@@ -85,9 +86,9 @@ def file_traffic(
                 between=interval * step_seconds,
                 in_background=config.run.async_save,
             ),
-            _loading(disks, weights, busiest * narrow),
-            _export(disks, weights),
-            _hashing(disks, weights),
+            _loading(disks, weights, rank_elements(architecture, grid) * narrow),
+            _export(disks, exported),
+            _hashing(disks, exported),
             _hand_over(disks, weights),
         ),
         peak_disk_bytes=peak_disk_bytes(
@@ -97,6 +98,7 @@ def file_traffic(
             keep_last=config.run.keep_last,
             iterations=config.workload.num_iterations,
             keep_iterations=config.workload.keep_iterations,
+            exported=exported,
         ),
     )
 
@@ -109,6 +111,7 @@ def peak_disk_bytes(
     keep_last: int | None,
     iterations: int,
     keep_iterations: int | None,
+    exported: int | None = None,
 ) -> int:
     """Add up a run directory when it is fullest: in its last iteration -> bytes.
 
@@ -120,9 +123,11 @@ def peak_disk_bytes(
         saves: of an iteration.
         keep_last: training's, checkpoints of an iteration; None: all.
         keep_iterations: self-play's; None: all.
+        exported: of an iteration; None: the weights.
     """
+    exported = weights if exported is None else exported
     kept = min(saves, keep_last or saves)
-    finished = kept * checkpoint + weights
+    finished = kept * checkpoint + exported
     under_way = max(min(saves, kept + 1) * checkpoint, finished)
     older = min(iterations - 1, keep_iterations or iterations)
     return weights + older * finished + under_way

@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from megatron_sppo.architecture import Architecture
+from megatron_sppo.architecture import EXPERT_WEIGHTS, Architecture
+from megatron_sppo.checkpoints.adapter_file import AdapterSettings, adapted_modules
 from megatron_sppo.model.config import padded_vocab_size
 from megatron_sppo.training.config import ParallelConfig
 
@@ -23,10 +24,12 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A layout in a world: how many ranks lie along each axis."""
+    """A layout in a world: how many ranks lie along each axis, and what they train."""
 
     parallel: ParallelConfig
     world_size: int
+    adapters: AdapterSettings | None = None
+    """None: the weights themselves."""
 
     @property
     def data_parallel_size(self) -> int:
@@ -50,6 +53,13 @@ class Grid:
             return given[stage]
         return (num_layers - sum(given.values())) // (last + 1 - len(given))
 
+    def chunks_of_stage(self, num_layers: int, stage: int) -> list[range]:
+        """List the layers, from 0, of each model chunk of a pipeline stage (mcore, get_transformer_layer_offset)."""
+        before = sum(self.layers_of_stage(num_layers, earlier) for earlier in range(stage)) // self.num_chunks
+        layers = self.layers_of_stage(num_layers, stage) // self.num_chunks
+        starts = [chunk * (num_layers // self.num_chunks) + before for chunk in range(self.num_chunks)]
+        return [range(start, start + layers) for start in starts]
+
     def most_layers(self, num_layers: int) -> int:
         """Count the layers of the fullest pipeline stage -> int."""
         return max(
@@ -68,17 +78,19 @@ class Grid:
         return stage_ranks // (self.parallel.expert_model_parallel_size * self.parallel.expert_tensor_parallel_size)
 
 
-def layer_shards(architecture: Architecture, parallel: ParallelConfig) -> list[Shard]:
+def layer_shards(architecture: Architecture, parallel: ParallelConfig, *, has_experts: bool) -> list[Shard]:
     """List one layer's parameters as a rank holds them."""
     weights = architecture.layer_weights(
-        tensor_ranks=parallel.tensor_model_parallel_size, expert_tensor_ranks=parallel.expert_tensor_parallel_size
+        has_experts=has_experts,
+        tensor_ranks=parallel.tensor_model_parallel_size,
+        expert_tensor_ranks=parallel.expert_tensor_parallel_size,
     )
-    experts = architecture.num_moe_experts
     copies = {"norm": architecture.norms_per_layer}
-    if experts is not None:
-        copies |= dict.fromkeys(("linear_fc1", "linear_fc2"), experts // parallel.expert_model_parallel_size)
+    if has_experts:
+        experts = (architecture.num_moe_experts or 0) // parallel.expert_model_parallel_size
+        copies |= dict.fromkeys(EXPERT_WEIGHTS, experts)
     return [
-        Shard(name=name, numel=numel, is_expert=experts is not None and name.startswith("linear_fc"))
+        Shard(name=name, numel=numel, is_expert=has_experts and name.startswith("linear_fc"))
         for name, numel in weights.items()
         for _ in range(copies.get(name, 1))
     ]
@@ -91,10 +103,16 @@ def stage_shards(architecture: Architecture, grid: Grid, stage: int) -> list[lis
     """
     parallel = grid.parallel
     last = parallel.pipeline_model_parallel_size - 1
-    layers = grid.layers_of_stage(architecture.num_layers, stage) // grid.num_chunks
     rows = padded_vocab_size(architecture.vocab_size, parallel.tensor_model_parallel_size)
     vocabulary = rows // parallel.tensor_model_parallel_size * architecture.hidden_size
-    chunks = [layer_shards(architecture, parallel) * layers for _ in range(grid.num_chunks)]
+    kinds = {
+        has_experts: layer_shards(architecture, parallel, has_experts=has_experts)
+        for has_experts in architecture.layer_kinds()
+    }
+    chunks = [
+        [shard for layer in layers for shard in kinds[architecture.has_experts(layer)]]
+        for layers in grid.chunks_of_stage(architecture.num_layers, stage)
+    ]
     if stage == 0:
         chunks[0] = [Shard(name="embedding", numel=vocabulary), *chunks[0]]
     if stage == last:
@@ -104,19 +122,62 @@ def stage_shards(architecture: Architecture, grid: Grid, stage: int) -> list[lis
     return chunks
 
 
+def adapter_shards(architecture: Architecture, grid: Grid) -> list[Shard]:
+    """List one layer's adapters as a rank holds them: B or A divided as the layer's outputs or inputs are."""
+    settings, parallel = grid.adapters, grid.parallel
+    if settings is None:
+        return []
+    copies = (architecture.num_moe_experts or 0) // parallel.expert_model_parallel_size
+    shards = []
+    for module in adapted_modules(architecture, settings.targets):
+        expert = module.is_expert
+        ranks = parallel.expert_tensor_parallel_size if expert else parallel.tensor_model_parallel_size
+        for matrix, (rows, columns) in module.matrices(settings.rank).items():
+            is_divided = (matrix == "lora_A") != module.is_column_parallel
+            shard = Shard(
+                name=module.key(matrix), numel=rows * columns // (ranks if is_divided else 1), is_expert=expert
+            )
+            shards += [shard] * (copies if expert else 1)
+    return shards
+
+
+def trained_shards(architecture: Architecture, grid: Grid, stage: int) -> list[list[Shard]]:
+    """List what has gradients and optimizer state: all parameters, or adapters -> as `stage_shards`."""
+    if grid.adapters is None:
+        return stage_shards(architecture, grid, stage)
+    layers = grid.layers_of_stage(architecture.num_layers, stage) // grid.num_chunks
+    return [adapter_shards(architecture, grid) * layers for _ in range(grid.num_chunks)]
+
+
+def num_trained(architecture: Architecture, adapters: AdapterSettings | None) -> int:
+    """Count what is trained of the whole model, and so saved -> int."""
+    if adapters is None:
+        return architecture.num_parameters()
+    experts = architecture.num_moe_experts or 0
+    return architecture.num_layers * sum(
+        rows * columns * (experts if module.is_expert else 1)
+        for module in adapted_modules(architecture, adapters.targets)
+        for rows, columns in module.matrices(adapters.rank).values()
+    )
+
+
 def count(shards: list[Shard]) -> int:
     """Add up weights -> int."""
     return sum(shard.numel for shard in shards)
 
 
-def rank_elements(architecture: Architecture, grid: Grid) -> float:
+def rank_elements(architecture: Architecture, grid: Grid, *, trained: bool = False) -> float:
     """Count the weights that the busiest rank saves or loads, where those that hold the same ones share them -> float.
 
     As in a buffer, without its alignment: a stage's dense weights by their copies, its experts by theirs.
+
+    Args:
+        trained: only what is trained (`trained_shards`).
     """
+    listed = trained_shards if trained else stage_shards
     found = []
     for stage in range(grid.parallel.pipeline_model_parallel_size):
-        shards = [shard for chunk in stage_shards(architecture, grid, stage) for shard in chunk]
+        shards = [shard for chunk in listed(architecture, grid, stage) for shard in chunk]
         experts = count([shard for shard in shards if shard.is_expert])
         found.append((count(shards) - experts) / grid.optimizer_ranks + experts / grid.expert_optimizer_ranks)
     return max(found)

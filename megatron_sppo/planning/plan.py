@@ -91,7 +91,8 @@ def make_plan(architecture: Architecture, config: PlanConfig, *, world_size: int
         tensor_model_parallel_size=config.parallel.tensor_model_parallel_size,
         expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
     )
-    grid = Grid(parallel=config.parallel, world_size=world_size)
+    adapters = config.adapters.settings(architecture)
+    grid = Grid(parallel=config.parallel, world_size=world_size, adapters=adapters)
     config.check_batch(data_parallel_size=grid.data_parallel_size)
     shape = largest_micro_batch(config, grid, architecture)
     step = step_time(architecture, config, grid)

@@ -58,6 +58,7 @@ def _memory(plans: tuple[Plan, ...]) -> list[str]:
         ("fullest pipeline stage", lambda plan: f"{plan.fullest.stage} of {len(plan.stages)}"),
         ("weights of it, billions", lambda plan: f"{plan.fullest.num_parameters / 1e9:.3f}"),
         ("  weights, GB", lambda plan: _gigabytes(plan.fullest.weights)),
+        ("  adapters", lambda plan: _gigabytes(plan.fullest.adapters)),
         ("  gradients, float32", lambda plan: _gigabytes(plan.fullest.gradients)),
         ("  optimizer", lambda plan: _gigabytes(plan.fullest.optimizer)),
         ("  FP8 copies of weights", lambda plan: _gigabytes(plan.fullest.fp8_weights)),
@@ -70,6 +71,8 @@ def _memory(plans: tuple[Plan, ...]) -> list[str]:
             lambda plan: " ".join(f"{stage.total / 1e9:.0f}" for stage in plan.stages)[: _COLUMN - 1],
         ),
     ]
+    if not any(plan.fullest.adapters for plan in plans):
+        rows = [row for row in rows if row[0] != "  adapters"]
     return ["", "memory of a rank", *(_row(name, plans, value) for name, value in rows)]
 
 

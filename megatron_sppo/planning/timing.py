@@ -98,14 +98,14 @@ def step_time(architecture: Architecture, config: PlanConfig, grid: Grid) -> Ste
         "attended_positions": attended,
         "num_response_tokens": work.rows_per_step * response,
     }
-    forward, again = _stage_seconds(architecture, model, machine, grid, counts)
-    compute = (1 + flops.BACKWARD_FACTOR) * forward + again
+    forward, backward, again = _stage_seconds(architecture, model, machine, grid, counts)
+    compute = forward + backward + again
     ranks = grid.data_parallel_size * parallel.context_parallel_size
     traffic = step_traffic(architecture, model, grid, machine, tokens_per_rank=tokens / ranks)
     between = sum(line.seconds for line in traffic if line.axis not in _DATA_AXES)
     stages = parallel.pipeline_model_parallel_size
     idle = (stages - 1) / (num * grid.num_chunks)
-    behind = flops.BACKWARD_FACTOR * forward / num  # the last micro-batch's backward pass
+    behind = backward / num  # the last micro-batch's backward pass
     at_the_end = sum(
         max(0.0, line.seconds - behind) if line.may_hide else line.seconds
         for line in traffic
@@ -114,7 +114,7 @@ def step_time(architecture: Architecture, config: PlanConfig, grid: Grid) -> Ste
     return StepTime(
         num_micro_batches=num,
         num_tokens=tokens,
-        model_flops=flops.training_flops(architecture, **counts),
+        model_flops=flops.training_flops(architecture, **counts, is_frozen=grid.adapters is not None),
         compute_seconds=compute,
         bubble_fraction=idle / (1 + idle),
         traffic=tuple(traffic),
@@ -124,8 +124,8 @@ def step_time(architecture: Architecture, config: PlanConfig, grid: Grid) -> Ste
 
 def _stage_seconds(
     architecture: Architecture, model: ModelConfig, machine: MachineConfig, grid: Grid, counts: dict[str, float]
-) -> tuple[float, float]:
-    """Time the busiest stage's forward pass, and what backward computes again -> seconds, seconds.
+) -> tuple[float, float, float]:
+    """Time the busiest stage's forward and backward passes, and what backward computes again -> seconds each.
 
     FP8 speeds the layers' products alone; attention and the head stay in bfloat16. The last stage has the head.
     """
@@ -134,12 +134,31 @@ def _stage_seconds(
     ranks = grid.world_size / stages
     product_rate = (machine.fp8_tflops if model.fp8 != "none" else machine.bf16_tflops) * _TERA * ranks
     rate = machine.bf16_tflops * _TERA * ranks
-    layers = grid.most_layers(architecture.num_layers)
-    products = layers * flops.layer_flops_per_token(architecture) * counts["num_tokens"] / product_rate
+    layers, per_token = _busiest_layers(architecture, grid)
+    products = per_token * counts["num_tokens"] / product_rate
     attention = layers * flops.attention_flops_per_position(architecture) * counts["attended_positions"] / rate
     head = flops.head_flops_per_token(architecture) * counts["num_response_tokens"] / rate
     again = {"none": 0.0, "selective": attention, "full": products + attention}[model.recompute_granularity]
-    return products + attention + head, again + head
+    factor = flops.BACKWARD_FACTOR if grid.adapters is None else flops.FROZEN_BACKWARD_FACTOR
+    backward = factor * (products + head) + flops.BACKWARD_FACTOR * attention
+    return products + attention + head, backward, again + head
+
+
+def _busiest_layers(architecture: Architecture, grid: Grid) -> tuple[int, int]:
+    """Find the pipeline stage with the most products in its layers -> (layers, FLOPs of their products per token)."""
+    kinds = {
+        has_experts: flops.layer_flops_per_token(architecture, has_experts=has_experts)
+        for has_experts in architecture.layer_kinds()
+    }
+    stages = [
+        [kinds[architecture.has_experts(layer)] for chunk in chunks for layer in chunk]
+        for chunks in (
+            grid.chunks_of_stage(architecture.num_layers, stage)
+            for stage in range(grid.parallel.pipeline_model_parallel_size)
+        )
+    ]
+    busiest = max(stages, key=sum)
+    return len(busiest), sum(busiest)
 
 
 def stage_seconds(architecture: Architecture, config: PlanConfig, grid: Grid, step: StepTime) -> dict[str, float]:
@@ -149,7 +168,8 @@ def stage_seconds(architecture: Architecture, config: PlanConfig, grid: Grid, st
     pair_tokens = min(given.mean_prompt_tokens, source) + 2 * min(given.mean_response_tokens, candidate)
     num_pairs = given.num_prompts * given.num_responses * (given.num_responses - 1)
     judging = num_pairs * pair_tokens * 2 * _PAIRRM_BACKBONE / (machine.judge_tflops * _TERA * grid.world_size)
-    forward_share = 1 / (1 + flops.BACKWARD_FACTOR)
+    factor = flops.BACKWARD_FACTOR if grid.adapters is None else flops.FROZEN_BACKWARD_FACTOR
+    forward_share = 1 / (1 + factor)
     passes = 1 + max(
         len(config.reference), config.objective.row.num_references[0]
     )  # pi_t's, and the objective's others
@@ -175,7 +195,7 @@ def _rollout_seconds(architecture: Architecture, config: PlanConfig, grid: Grid)
     length = given.mean_prompt_tokens + given.mean_response_tokens / 2
     cache = 4 * architecture.num_layers * architecture.key_channels * length
     read = (weights + together * cache) / size / (machine.hbm_gb_per_s * 1e9 * machine.decode_efficiency)
-    per_token = flops.layer_flops_per_token(architecture) * architecture.num_layers
+    per_token = flops.all_layers_flops_per_token(architecture)
     computed = together * per_token / size / (machine.bf16_tflops * _TERA)
     decoding = answers * given.mean_response_tokens / samplers / together * max(read, computed)
     prompts = given.num_prompts * given.mean_prompt_tokens * per_token / (samplers * size * machine.bf16_tflops * _TERA)

@@ -1,6 +1,7 @@
 """One HTML page that tells a run's whole story and needs nothing beside it: no network, no script, no other file."""
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,13 @@ h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 0 0 10px;
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 16px; margin-top: 16px; }
 .card, section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px; }
 section { margin-top: 16px; min-width: 0; } .panels section { margin-top: 0; } .panels + section { margin-top: 16px; }
+.panels.four { grid-template-columns: repeat(auto-fit, minmax(430px, 1fr)); }
 .card b { display: block; font-size: 25px; line-height: 1.25; } .card.good b { color: var(--good); }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 7px 12px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--muted); font-weight: 600; font-size: 13px; }
-td:not(:first-child):not(:last-child) span { white-space: nowrap; } td:last-child { overflow-wrap: anywhere; }
+td:not(:first-child):not(:last-child) span { white-space: nowrap; } td:last-child { overflow-wrap: break-word; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; margin: 6px 0 18px; }
 .answer { border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; min-width: 0; }
 .answer h4 { margin: 0 0 4px; font-size: 12.5px; color: var(--muted); }
@@ -52,7 +54,7 @@ pre { margin: 0; font-size: 12.5px; overflow-x: auto; white-space: pre-wrap; ove
 details summary { cursor: pointer; font-weight: 600; } details pre { margin-top: 10px; }
 @media (max-width: 640px) {
   main { padding: 18px 10px 40px; } .card, section { padding: 12px; }
-  .pair, .panels { grid-template-columns: minmax(0, 1fr); } .cards { grid-template-columns: 1fr 1fr; }
+  .pair, .panels, .panels.four { grid-template-columns: minmax(0, 1fr); } .cards { grid-template-columns: 1fr 1fr; }
   .wide img { max-width: none; }
   table { font-size: 12.5px; } th { font-size: 11px; } th, td { padding-right: 5px; }
 }
@@ -87,6 +89,7 @@ def render(run: RunData) -> str:
     iterations = run.summary["iterations"]
     base_tokens = run.summary.get("base_mean_response_tokens")
     figures = [
+        _figure("Instructions followed on held-out prompts", plots.accuracy_figure(iterations), _ACCURACY_NOTE),
         _figure("Win rate on held-out prompts", plots.win_rate_figure(iterations), _WIN_RATE_NOTE),
         _figure("Loss", plots.loss_figure(run.metrics), _LOSS_NOTE),
         _figure("Answer length", plots.length_figure(iterations, base_tokens), _LENGTH_NOTE),
@@ -97,7 +100,7 @@ def render(run: RunData) -> str:
         f'<p class="muted">{_subtitle(run)}</p>',
         _cards(iterations),
         _section("Results", _results_table(run), _RESULTS_NOTE),
-        f'<div class="panels">{"".join(figures)}</div>',
+        f'<div class="panels{" four" if all(figures) else ""}">{"".join(figures)}</div>',
         *_tournament(run.tournament),
         _figure("How the judge judges", judge_figure(run.iterations), _JUDGE_FIGURE_NOTE, is_wide=True),
         _section("The judge", _diagnostics_table(run), _JUDGE_NOTE),
@@ -125,6 +128,10 @@ def render(run: RunData) -> str:
     )
 
 
+_ACCURACY_NOTE = (
+    "Share of the instructions that the answers follow, and of the answers that follow all of their prompt's, checked "
+    "by a program; 0 is the start model. Bars are bootstrap 95 % intervals over prompts."
+)
 _WIN_RATE_NOTE = (
     "Mean over prompts of how often the judge prefers the policy's answers; bars are bootstrap 95 % intervals over "
     "prompts. 50 % is parity."
@@ -188,20 +195,29 @@ def _cards(iterations: Sequence[dict[str, Any]]) -> str:
         return ""
     last = iterations[-1]
     rate = last["win_rate_vs_base"]
-    cards = [("Iterations", str(len(iterations)), "", False)]
+    cards = []
+    if plots.is_checked(last):
+        accuracy = last["accuracy"]
+        held, start = (accuracy[who]["instruction_level"] for who in ("policy", "base"))
+        note = f"{_interval(held)}; the start model {100 * start['mean']:.1f} %"
+        cards.append(("Instructions followed", f"{100 * held['mean']:.1f} %", note, held["low"] > start["high"]))
     if rate:
-        interval = f"95 % interval {100 * rate['low']:.1f} to {100 * rate['high']:.1f}, {rate['num_prompts']} prompts"
-        cards.insert(0, ("Win rate against the base", f"{100 * rate['mean']:.1f} %", interval, rate["low"] > 0.5))
+        note = f"{_interval(rate)}, {rate['num_prompts']} prompts"
+        cards.append(("Win rate against the base", f"{100 * rate['mean']:.1f} %", note, rate["low"] > 0.5))
     if last["mean_response_tokens"] is not None:
         cards.append(("Tokens an answer", f"{last['mean_response_tokens']:.1f}", "held-out, mean", False))
     total = sum(sum(entry["seconds"].values()) for entry in iterations)
-    cards.append(("Time of all iterations", _duration(total), "", False))
+    cards.append(("Time of all iterations", _duration(total), f"iterations: {len(iterations)}", False))
     items = "".join(
         f'<div class="card{" good" if is_good else ""}"><span class="muted">{_text(name)}</span><b>{_text(value)}</b>'
         f'<span class="muted">{_text(note)}</span></div>'
         for name, value, note, is_good in cards
     )
     return f'<div class="cards">{items}</div>'
+
+
+def _interval(rate: Mapping[str, float]) -> str:
+    return f"95 % interval {100 * rate['low']:.1f} to {100 * rate['high']:.1f}"
 
 
 def _results_table(run: RunData) -> str:
@@ -335,7 +351,8 @@ def _cell(text: str) -> str:
     """Frame a cell -> HTML. A number is not broken; an interval may stand below its mean."""
     if len(text) > _LONGEST_NUMBER:
         return f"<td>{_text(text)}</td>"
-    return f"<td><span>{_text(text).replace(' [', '</span> <span>[')}</span></td>"
+    breakable = re.sub("([:/])", r"\1<wbr>", _text(text))  # names of judges, which may be paths
+    return f"<td><span>{breakable.replace(' [', '</span> <span>[')}</span></td>"
 
 
 def _number(value: Any, *, digits: int = 1) -> str:

@@ -42,6 +42,30 @@ _MAX_DOTS = 20_000
 """Of a panel of responses; of more, so many are drawn, evenly, and the outermost."""
 
 
+def is_checked(entry: dict[str, Any]) -> bool:
+    """Whether an iteration's entry in summary.json has accuracies of both the policy and the start model."""
+    accuracy = entry.get("accuracy") or {}
+    return bool(accuracy.get("policy") and accuracy.get("base"))
+
+
+def accuracy_figure(iterations: Sequence[dict[str, Any]]) -> str | None:
+    """Draw the held-out strict accuracies, the start model's at 0 -> data URI, or None where no judge checks."""
+    checked = [entry for entry in iterations if is_checked(entry)]
+    if not checked:
+        return None
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_figure(1)
+        steps = [0, *(entry["iteration"] for entry in checked)]
+        for series, level in enumerate(("instruction_level", "prompt_level")):
+            rates = [checked[0]["accuracy"]["base"][level], *(entry["accuracy"]["policy"][level] for entry in checked)]
+            _rates(axes[0], steps, rates, series=series, label=("of instructions", "of answers, all held")[series])
+        axes[0].set_xticks(steps)
+        axes[0].set_ylim(bottom=0)
+        axes[0].set(xlabel="iteration", ylabel="followed, %")
+        figure.legend(loc="outside upper center", ncols=2)
+        return data_uri(figure)
+
+
 def win_rate_figure(iterations: Sequence[dict[str, Any]]) -> str | None:
     """Draw the held-out win rates with 95 % intervals -> data URI, or None without an evaluation."""
     if not any(entry["win_rate_vs_base"] for entry in iterations):
@@ -53,23 +77,23 @@ def win_rate_figure(iterations: Sequence[dict[str, Any]]) -> str | None:
         ):
             entries = [entry for entry in iterations if entry[f"win_rate_vs_{opponent}"]]
             rates = [entry[f"win_rate_vs_{opponent}"] for entry in entries]
-            steps = np.array([entry["iteration"] for entry in entries]) + 0.06 * (2 * series - 1)
-            means = 100 * np.array([rate["mean"] for rate in rates])
-            below = means - 100 * np.array([rate["low"] for rate in rates])
-            above = 100 * np.array([rate["high"] for rate in rates]) - means
-            style: dict[str, Any] = {
-                "color": _COLORS[series],
-                "marker": "os"[series],
-                "linestyle": "-:"[series],
-                "capsize": 4,
-            }
-            axes[0].errorbar(steps, means, yerr=[np.maximum(below, 0), np.maximum(above, 0)], label=label, **style)
+            _rates(axes[0], [entry["iteration"] for entry in entries], rates, series=series, label=label)
         axes[0].axhline(50, color=_MUTED, linestyle="--", linewidth=1)
         axes[0].set_xticks([entry["iteration"] for entry in iterations])
         axes[0].set_xlim(iterations[0]["iteration"] - 0.5, iterations[-1]["iteration"] + 0.5)
         axes[0].set(xlabel="iteration", ylabel="win rate, %")
         figure.legend(loc="outside upper center", ncols=2)
         return data_uri(figure)
+
+
+def _rates(axes: Axes, steps: Sequence[int], rates: Sequence[dict[str, float]], *, series: int, label: str) -> None:
+    """Draw rates with their intervals, the second of two series a little to the right of the first."""
+    means = 100 * np.array([rate["mean"] for rate in rates])
+    below = means - 100 * np.array([rate["low"] for rate in rates])
+    above = 100 * np.array([rate["high"] for rate in rates]) - means
+    style: dict[str, Any] = {"color": _COLORS[series], "marker": "os"[series], "linestyle": "-:"[series], "capsize": 4}
+    bars = [np.maximum(below, 0), np.maximum(above, 0)]
+    axes.errorbar(np.array(steps) + 0.06 * (2 * series - 1), means, yerr=bars, label=label, **style)
 
 
 def loss_figure(metrics: StepMetrics) -> str | None:

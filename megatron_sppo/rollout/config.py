@@ -168,6 +168,10 @@ class GenerateConfig:
 
     model: Annotated[Path, LAYOUT]
     """Hugging Face directory of the policy; its tokenizer and chat template make the prompts' token ids."""
+    adapter: Annotated[Path | None, LAYOUT] = None
+    """PEFT directory of a LoRA adapter (adapter_config.json, adapter_model.safetensors): the policy is --model with it.
+    vLLM takes it on top of the base's weights, which are read once; servers load it by themselves, for which they need
+    --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1. That it is in use is proven before anything is sampled."""
     prompts: Annotated[Path, LAYOUT]
     """File (.jsonl, .json, .csv, .tsv, .parquet, plain or .gz, .zst), dataset directory or hub:NAME[:SUBSET][@SPLIT]:
     rows with `prompt` or `messages`, or in the columns of ShareGPT, UltraFeedback, HH, Nectar, Alpaca or Orca."""

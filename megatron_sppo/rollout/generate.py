@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sppo.checkpoints.model_files import ModelFiles, read_model_files
+from megatron_sppo.checkpoints.peft_files import PeftAdapter
 from megatron_sppo.cluster.config import PoolConfig
 from megatron_sppo.cluster.pool import logs_directory, run_tasks
 from megatron_sppo.cluster.progress import StageProgress, progress_file
@@ -18,7 +19,9 @@ from megatron_sppo.rollout.chat_template import ChatTokenizer, TokenizedPrompt
 from megatron_sppo.rollout.config import GenerateConfig, Sampling
 from megatron_sppo.rollout.finished_shards import FinishedShard, FinishedShards, open_finished_shards, read_earlier_job
 from megatron_sppo.rollout.outcomes import count_outcomes, outcome_warnings
+from megatron_sppo.rollout.policy import Policy, open_adapter_of
 from megatron_sppo.rollout.prepared import PreparedPrompts, PromptsRecord, inputs_hash, prepare_prompts
+from megatron_sppo.rollout.probes import Probes
 from megatron_sppo.rollout.prompts import PromptRows
 from megatron_sppo.rollout.records import (
     SCHEMA_VERSION,
@@ -60,11 +63,13 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
     tokenizer = ChatTokenizer(config.model, template=config.template)
     sampling = replace(config.sampling(), stop_token_ids=_stop_token_ids(tokenizer, files))
     settings = {**sampling.as_dict(), "chat_template_kwargs": tokenizer.arguments}
+    adapter = None if config.adapter is None else open_adapter_of(config.model, files.model_hash, config.adapter)
     prompts = _Prompts(config, rows, tokenizer, room=_room(config, files))
     identity = {
         "model_hash": files.model_hash,
         "tokenizer_hash": files.tokenizer_hash,
         "chat_template_hash": tokenizer.template_hash,
+        **({} if adapter is None else {"adapter_hash": adapter.adapter_hash}),
     }
     request = {
         **identity,
@@ -79,12 +84,15 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
         if finished.is_complete():
             logger.info("%s is complete: nothing to do", config.output)
         elif missing := finished.missing():
+            max_model_len = prompts.prepared.longest + sampling.max_tokens
             make_worker = WorkerFactory(
                 config=config,
-                max_model_len=prompts.prepared.longest + sampling.max_tokens,
+                max_model_len=max_model_len,
                 sampling=sampling,
                 model_hash=files.model_hash,
                 tokenizer_hash=files.tokenizer_hash,
+                adapter=adapter,
+                probes=_probes(config, files, adapter, max_model_len) if make_sampler is None else None,
                 make_sampler=make_sampler,
             )
             _sample_missing(make_worker, prompts, missing, finished, vocab_size=files.vocab_size)
@@ -101,6 +109,7 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
             vocab_size=files.vocab_size,
             sampling=settings,
             num_prompts=prompts.record.num_prompts - len(refused),
+            adapter=None if config.adapter is None else str(config.adapter),
             shards=tuple(shard.entry for shard in finished.in_order() if shard.entry.rows),
             quarantined=(*prompts.record.quarantined, *refused),
             outcomes=finished.outcomes(),
@@ -110,6 +119,13 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
         _tell_engine_steps(manifest.engine_steps)
         write_manifest(config.output, manifest)
     return manifest
+
+
+def _probes(config: GenerateConfig, files: ModelFiles, adapter: PeftAdapter | None, room: int) -> Probes | None:
+    """Compute what engines of our own have to give with the adapter; servers are asked for more than that."""
+    if adapter is None or config.servers.server:
+        return None
+    return Policy(directory=config.model, model_hash=files.model_hash, room=room, adapter=adapter).adapted_probes()
 
 
 class _Prompts:

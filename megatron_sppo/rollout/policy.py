@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
+from megatron_sppo.checkpoints.peft_files import PeftAdapter, check_fits, open_peft_adapter
 from megatron_sppo.rollout.probes import MOST_TOKENS, Probes, compute_probes
 from megatron_sppo.rollout.weight_sums import Sums, weight_sum
 
@@ -25,8 +26,10 @@ class Policy:
     model_hash: str
     room: int
     """Tokens that servers take at least; probes are no longer."""
+    adapter: PeftAdapter | None = None
+    """What is on top of the directory's weights, which are its base."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _probes: Probes | None = None
+    _probes: dict[bool, Probes] = field(default_factory=dict)
     _sums: dict[frozenset[tuple[str, str]], Sums] = field(default_factory=dict)
     _files: HFCheckpoint | None = None
 
@@ -43,14 +46,24 @@ class Policy:
         return f"sppo-{self.model_hash[:32]}"
 
     def probes(self) -> Probes:
-        """What the model gives for the fixed texts -> Probes."""
+        """What the model of the directory gives for the fixed texts -> Probes."""
+        return self._computed(None)
+
+    def adapted_probes(self) -> Probes:
+        """What it gives with the adapter -> Probes."""
+        assert self.adapter is not None
+        return self._computed(self.adapter)
+
+    def _computed(self, adapter: PeftAdapter | None) -> Probes:
         with self._lock:
-            if self._probes is None:
+            if (is_adapted := adapter is not None) not in self._probes:
                 start = time.monotonic()
-                logger.info("computing log-probabilities of fixed texts with %s on this CPU", self.directory)
-                self._probes = compute_probes(self.directory, most_tokens=max(2, min(MOST_TOKENS, self.room - 1)))
+                model = f"{self.directory} and {adapter.directory}" if adapter is not None else str(self.directory)
+                logger.info("computing log-probabilities of fixed texts with %s on this CPU", model)
+                most_tokens = max(2, min(MOST_TOKENS, self.room - 1))
+                self._probes[is_adapted] = compute_probes(self.directory, adapter=adapter, most_tokens=most_tokens)
                 logger.info("computed in %.0f s", time.monotonic() - start)
-            return self._probes
+            return self._probes[is_adapted]
 
     def named(self, name: str) -> str | None:
         """Find the weight in the files that a server's weight is -> its name, or None: the files have none of it."""
@@ -83,3 +96,15 @@ class Policy:
                     found[name] = by_own[own, dtype]
                 self._sums[key] = found
             return self._sums[key]
+
+
+def open_adapter_of(model: Path, model_hash: str, adapter: Path) -> PeftAdapter:
+    """Open an adapter and hold it against its base -> PeftAdapter.
+
+    Raises:
+        ConversionError: it is none that can be used, or another model's.
+    """
+    opened, base = open_peft_adapter(adapter), open_hf_checkpoint(model)
+    shapes = {name: entry.shape for name, entry in base.entries.items()}
+    check_fits(opened, shapes, base=model, base_hash=model_hash)
+    return opened

@@ -2,7 +2,8 @@
 
 The truth is computed here from the Hugging Face directory by transformers, in float32 on the CPU. The files stay mapped
 and one module at a time is widened, so memory holds a layer, not the model: a model of 70 billion is read once. (The
-experts of a mixture are the exception: transformers fuses them, which makes a copy.)
+experts of a mixture are the exception: transformers fuses them, which makes a copy.) An adapter is added to the widened
+weights.
 
 A server computes in its own precision, so it agrees up to rounding. Measured with SmolLM2-135M in bfloat16: vLLM's
 values lie 0.018 standard deviations of the truth from it (root mean square), transformers' own as far. Unrelated models
@@ -11,11 +12,13 @@ then only the checksum (`served_weights`) tells.
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sppo.checkpoints.peft_files import PeftAdapter
 from megatron_sppo.checkpoints.pretrained import load_pretrained
 from megatron_sppo.errors import ConversionError, DataError
 
@@ -64,10 +67,11 @@ class Probes:
         return math.inf if not math.isfinite(off) else math.sqrt(off / spread) if spread else math.sqrt(off)
 
 
-def compute_probes(model_dir: Path, *, most_tokens: int = MOST_TOKENS) -> Probes:
+def compute_probes(model_dir: Path, *, adapter: PeftAdapter | None = None, most_tokens: int = MOST_TOKENS) -> Probes:
     """Give the fixed texts to the model of a Hugging Face directory -> Probes.
 
     Args:
+        adapter: what is added to its weights.
         most_tokens: of a probe; a server's context may be shorter than MOST_TOKENS.
 
     Raises:
@@ -91,7 +95,7 @@ def compute_probes(model_dir: Path, *, most_tokens: int = MOST_TOKENS) -> Probes
             f"the weights of servers cannot be proven: transformers does not load {model_dir} ({reason}). "
             "Use --server-weights trust if you know that the servers hold them."
         ) from None
-    _widen_one_at_a_time(model)
+    _widen_one_at_a_time(model, adapter)
     longest = max(len(ids) for ids in token_ids)
     # Padded behind, where causal attention does not look.
     tokens_NS = torch.tensor([ids + [0] * (longest - len(ids)) for ids in token_ids])
@@ -107,13 +111,20 @@ def compute_probes(model_dir: Path, *, most_tokens: int = MOST_TOKENS) -> Probes
     )
 
 
-def _widen_one_at_a_time(model: Any) -> None:
-    """Let each module compute in float32 with weights that are widened for its call alone."""
+def _widen_one_at_a_time(model: Any, adapter: PeftAdapter | None) -> None:
+    """Let each module compute in float32 with weights that are widened, and adapted, for its call alone."""
+    import torch
+
+    adapted = dict(_adapted_parameters(model, adapter)) if adapter is not None else {}
 
     def widen(module: Any, *_: Any) -> None:
         module.mapped = {name: parameter.data for name, parameter in module.named_parameters(recurse=False)}
         for name, parameter in module.named_parameters(recurse=False):
-            parameter.data = module.mapped[name].float()
+            added = adapted.get((module, name), [])
+            parameter.data = module.mapped[name].to(torch.float32, copy=bool(added))
+            for place, of_adapter in added:
+                assert adapter is not None
+                parameter.data[place] += adapter.delta(of_adapter)
 
     def put_back(module: Any, *_: Any) -> None:
         for name, parameter in module.named_parameters(recurse=False):
@@ -124,3 +135,42 @@ def _widen_one_at_a_time(model: Any) -> None:
         if any(True for _ in module.parameters(recurse=False)):
             module.register_forward_pre_hook(widen)
             module.register_forward_hook(put_back)
+
+
+_EXPERT = re.compile(r"(?P<layer>.*\.layers\.\d+)\..*\.experts\.(?P<expert>\d+)\.(?P<name>\w+)")
+_PARTS_OF_EXPERTS = {
+    "gate_proj": ("gate_up_proj", 0),
+    "w1": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+    "w3": ("gate_up_proj", 1),
+    "down_proj": ("down_proj", None),
+    "w2": ("down_proj", None),
+}
+"""An expert's matrices -> (the parameter that transformers 5 fuses them into, which half of its rows)."""
+
+
+def _adapted_parameters(model: Any, adapter: PeftAdapter) -> Iterator[tuple[tuple[Any, str], list[tuple[Any, str]]]]:
+    """Find what an adapter is added to -> ((module, parameter), [(index of the part, the adapter's name of it)]).
+
+    Raises:
+        DataError: a module that transformers' model does not have.
+    """
+    modules = dict(model.named_modules())
+    experts = {name.rpartition(".mlp.")[0]: module for name, module in modules.items() if name.endswith(".mlp.experts")}
+    found: dict[tuple[Any, str], list[tuple[Any, str]]] = {}
+    for name in adapter.factors:
+        match = _EXPERT.fullmatch(name)
+        if name in modules and getattr(modules[name], "weight", None) is not None:
+            found[modules[name], "weight"] = [(..., name)]
+        elif match is not None and match["layer"] in experts and match["name"] in _PARTS_OF_EXPERTS:
+            parameter, half = _PARTS_OF_EXPERTS[match["name"]]
+            module, expert = experts[match["layer"]], int(match["expert"])
+            rows = getattr(module, parameter).shape[1]
+            place = slice(None) if half is None else slice(half * rows // 2, (half + 1) * rows // 2)
+            found.setdefault((module, parameter), []).append(((expert, place), name))
+        else:
+            raise DataError(
+                f"{adapter.directory} adapts {name}, which transformers' model does not have. "
+                "Use --server-weights trust if you know that the servers hold it."
+            )
+    yield from found.items()

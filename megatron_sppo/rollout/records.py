@@ -114,6 +114,10 @@ class RolloutManifest:
     """What became of the answers (`outcomes.count_outcomes`); None: not counted."""
     engine_steps: EngineSteps | None = None
     """None: not counted, as with servers."""
+    adapter: str | None = None
+    """The LoRA adapter that was on top of `model`; None: the model itself sampled."""
+    adapter_hash: Sha256 | None = None
+    """Its `PeftAdapter.adapter_hash`; `model_hash` is its base's."""
 
     @property
     def num_responses(self) -> int:
@@ -160,8 +164,9 @@ def write_manifest(directory: Path, manifest: RolloutManifest) -> Path:
     """Write `manifest.json` -> its path. Call it last: its presence says that the rollouts are complete."""
     path = Path(directory, MANIFEST_NAME)
     content = asdict(manifest)
-    if manifest.engine_steps is None:
-        del content["engine_steps"]  # what versions before wrote stays the same to the byte when it is written again
+    for name in ("engine_steps", "adapter", "adapter_hash"):
+        if content[name] is None:
+            del content[name]  # what versions before wrote stays the same to the byte when it is written again
     write_json(path, content)
     return path
 

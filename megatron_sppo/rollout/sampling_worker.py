@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_sppo.checkpoints.model_files import model_hash, read_model_files
+from megatron_sppo.checkpoints.model_files import read_model_files
+from megatron_sppo.checkpoints.peft_files import PeftAdapter
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.rollout.config import GenerateConfig, Sampling
-from megatron_sppo.rollout.policy import Policy
+from megatron_sppo.rollout.policy import Policy, open_adapter_of
+from megatron_sppo.rollout.probes import Probes
 from megatron_sppo.rollout.records import EngineSteps
 from megatron_sppo.rollout.sampler import Answer, Sampler, Shard
 from megatron_sppo.rollout.server import ServerSampler
@@ -36,6 +38,9 @@ class WorkerFactory:
     sampling: Sampling
     model_hash: str
     tokenizer_hash: str
+    adapter: PeftAdapter | None = None
+    probes: Probes | None = None
+    """What model and adapter give for the fixed texts, for engines of our own: computed once, for all of them."""
     make_sampler: SamplerFactory | None = None
 
     def __call__(self) -> "SamplingWorker":
@@ -44,11 +49,34 @@ class WorkerFactory:
         Raises:
             ConfigError: this machine has another model under that name, or none; what the sampler raises.
         """
-        config = self.config
+        config, adapter = self.config, self.adapter
         if not config.pool.is_embedded:  # the driver's path may lead to a local copy here
             config = replace(config, model=Path(config.model).absolute())
             self._check_model(config.model)
-        return SamplingWorker((self.make_sampler or start_sampler)(config, self.max_model_len), self.sampling)
+            adapter = self._own_adapter(config.model)
+        if self.make_sampler is not None:
+            return SamplingWorker(self.make_sampler(config, self.max_model_len), self.sampling)
+        policy = Policy(directory=config.model, model_hash=self.model_hash, room=self.max_model_len, adapter=adapter)
+        return SamplingWorker(start_sampler(config, policy, self.probes), self.sampling)
+
+    def _own_adapter(self, model: Path) -> PeftAdapter | None:
+        """Open this machine's copy of the adapter, if there is one.
+
+        Raises:
+            ConfigError: it has another under that name, or none.
+        """
+        if self.adapter is None:
+            return None
+        directory, host = Path(self.adapter.directory).absolute(), socket.gethostname()
+        if not directory.is_dir():
+            raise ConfigError(f"{directory} does not exist on {host}. Copy it there, or use a shared --adapter.")
+        adapter = open_adapter_of(model, self.model_hash, directory)
+        if adapter.adapter_hash != self.adapter.adapter_hash:
+            raise ConfigError(
+                f"{directory} on {host} is another adapter than the driver's. Copy it there again, or use a shared "
+                "--adapter."
+            )
+        return adapter
 
     def _check_model(self, directory: Path) -> None:
         host = socket.gethostname()
@@ -78,9 +106,16 @@ class SamplingWorker:
         self._sampler.close()
 
 
-def start_sampler(config: GenerateConfig, max_model_len: int) -> Sampler:
+def start_sampler(config: GenerateConfig, policy: Policy, probes: Probes | None) -> Sampler:
     """Start vLLM, or talk to the servers that the config names -> Sampler."""
+    room = policy.room
     if config.servers.server:
-        policy = Policy(directory=config.model, model_hash=model_hash(config.model), room=max_model_len)
-        return ServerSampler(config.servers, max_model_len=max_model_len, policy=policy)
-    return VllmSampler(config.model, config=config.engine, max_model_len=max_model_len, seed=config.seed)
+        return ServerSampler(config.servers, max_model_len=room, policy=policy)
+    return VllmSampler(
+        config.model,
+        config=config.engine,
+        max_model_len=room,
+        seed=config.seed,
+        adapter=policy.adapter,
+        probes=probes,
+    )

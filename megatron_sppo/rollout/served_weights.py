@@ -9,14 +9,20 @@ read out by a product with the identity, which is exact: what is computed with c
 
 Experts of a mixture are not told: kernels keep them in orders of their own. Nor are quantized weights: the files have
 other numbers.
+
+LoRA adapters are told likewise. vLLM keeps them in slots of stacked buffers, in the model's type, the scaling
+multiplied into B (vLLM 0.32, lora/lora_weights.py `optimize`); a module that it does not find is passed over in
+silence. What lies in the slots is what counts.
 """
 
 import os
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_sppo.rollout.vllm_seeder import Seeder
 from megatron_sppo.rollout.weight_sums import Sums, added, can_be_summed, weight_sum
 
+FACTOR_A, FACTOR_B = ".lora_A", ".lora_B"
 _IDENTITY_ROWS = 512
 
 
@@ -63,6 +69,35 @@ class ServedWeights:
             head.quant_method.process_weights_after_loading(head)
         return {"packed": True}
 
+    def sppo_adapters(self) -> dict[str, Any]:
+        """Sum this rank's share of each adapter in a slot -> {"sums": {id: {name: [hex sum, numbers]}}, "dtype"}.
+
+        Names are those of PEFT's modules with .lora_A or .lora_B; what is zero throughout is left out.
+        """
+        import torch
+
+        worker: Any = self
+        manager = getattr(getattr(worker.model_runner, "lora_manager", None), "_adapter_manager", None)
+        if manager is None or manager.lora_config.fully_sharded_loras:  # cut otherwise than below
+            return {"sums": {}, "dtype": ""}
+        held: dict[str, Sums] = {}
+        with torch.inference_mode():
+            for slot, adapter in enumerate(manager.lora_index_to_id):
+                if adapter is not None:
+                    shares = ({name: _told(*part)} for name, *part in _adapter_pieces(manager, slot))
+                    held[str(adapter)] = added(shares)
+        return {
+            "sums": {
+                adapter: {name: [f"{value:016x}", count] for name, (value, count) in sums.items() if value}
+                for adapter, sums in held.items()
+            },
+            "dtype": str(manager.lora_config.lora_dtype).removeprefix("torch."),
+        }
+
+
+class SeededWeights(Seeder, ServedWeights):
+    """Adds what an engine of ours needs that computes with an adapter."""
+
 
 Piece = tuple[str, Any, int, int]
 """(name in the files, part of that weight, its first row, its first column)."""
@@ -103,9 +138,43 @@ def _pieces(model: Any) -> Iterator[Piece]:
                 yield full, weight, 0, 0
 
 
+def _told(part: Any, row: int, column: int) -> tuple[int, int]:
+    return weight_sum(part, first_row=row, first_column=column), part.numel()
+
+
+def _adapter_pieces(manager: Any, slot: int) -> Iterator[Piece]:
+    """Cut the matrices of an adapter into parts of those in PEFT's file -> each number on exactly one rank."""
+    import torch
+    from vllm.distributed import get_tensor_model_parallel_rank
+    from vllm.model_executor.layers.linear import LinearBase, RowParallelLinear
+
+    is_first, packed = get_tensor_model_parallel_rank() == 0, manager.packed_modules_mapping
+    for path, layer in manager.modules.items():
+        base = getattr(layer, "base_layer", None)
+        if not isinstance(base, LinearBase):
+            continue  # experts
+        last = path.rpartition(".")[2]
+        matrices_a = [stacked[slot, 0] for stacked in layer.lora_a_stacked]
+        matrix_b = torch.cat([stacked[slot, 0] for stacked in layer.lora_b_stacked])
+        if isinstance(base, RowParallelLinear):  # ranks divide its inputs: A, and not B
+            yield f"{path}{FACTOR_A}", matrices_a[0], 0, base.tp_rank * matrices_a[0].shape[1]
+            if is_first:
+                yield f"{path}{FACTOR_B}", matrix_b, 0, 0
+            continue
+        names = packed.get(last, [])
+        if is_first:
+            for name, matrix in zip(names if len(names) == len(matrices_a) else [last], matrices_a, strict=True):
+                yield f"{path.removesuffix(last)}{name}{FACTOR_A}", matrix, 0, 0
+        for name, part, row, column in _linear(
+            f"{path}.weight", path, base, "weight", matrix_b, packed, is_first=is_first
+        ):
+            yield f"{name.removesuffix('.weight')}{FACTOR_B}", part, row, column
+
+
 def _linear(
     full: str, path: str, module: Any, name: str, weight: Any, packed: dict[str, list[str]], *, is_first: bool
 ) -> Iterator[Piece]:
+    """Cut a linear layer's parameter, or a matrix with the same rows, into parts of those in the files."""
     from vllm.model_executor.layers import linear
 
     last = path.rpartition(".")[2]

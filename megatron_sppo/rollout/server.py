@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.rollout.adapter_hand_over import takes_adapters
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
 from megatron_sppo.rollout.config import Sampling, ServerConfig
 from megatron_sppo.rollout.hand_over import EXTENSION, Unproven, can_be_given_weights
@@ -51,7 +52,8 @@ class ServerSampler:
 
         Args:
             max_model_len: tokens of the longest prompt with its answer; a server that allows less is refused.
-            policy: what servers have to hold; None: whatever they hold is sampled from.
+            policy: what servers have to hold; None: whatever they hold is sampled from. An adapter is loaded by those
+                of server_weights=trust too.
             first_pause_seconds: before the first retry; doubled for each further one.
 
         Raises:
@@ -60,7 +62,8 @@ class ServerSampler:
         """
         self._config = config
         self._first_pause_seconds = first_pause_seconds
-        asked = policy if config.server_weights != "trust" else None
+        has_adapter = policy is not None and policy.adapter is not None
+        asked = policy if config.server_weights != "trust" or has_adapter else None
         self._pool = ServerPool([Server(url, config, policy=asked) for url in config.server])
         faults = self._ask_all(max_model_len)
         self._has_answered = False
@@ -214,28 +217,33 @@ class ServerSampler:
         )
 
 
-def check_takes_weights(config: ServerConfig) -> None:
-    """Refuse servers that cannot be given the weights of a next iteration; nothing is changed on them.
+def check_takes_policies(config: ServerConfig, *, adapters: bool) -> None:
+    """Refuse servers that cannot be given the policy of a next iteration; nothing is changed on them.
+
+    Args:
+        adapters: the policies are adapters on one base; otherwise whole models.
 
     Raises:
-        ConfigError: no server answers, or none of those that do has vLLM's development routes.
+        ConfigError: no server answers, or none of those that do has the routes for it.
     """
     faults = []
+    missing = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" if adapters else "VLLM_SERVER_DEV_MODE=1"
     for url in config.server:
         server = Server(url, config, policy=None)
         try:
             server.find_model(config.server_model, 0)
-            if can_be_given_weights(server):
+            if takes_adapters(server) if adapters else can_be_given_weights(server):
                 continue
-            fault = "it takes no new weights: VLLM_SERVER_DEV_MODE=1 is not set there"
+            fault = f"it takes no new {'adapters' if adapters else 'weights'}: {missing} is not set there"
         except ServerFault as error:
             fault = str(error)
         faults.append(f"{server.url}: {fault}")
         logger.warning("server %s cannot be used: %s", server.url, fault)
     if len(faults) == len(config.server):
+        lora = " --enable-lora --max-lora-rank R" if adapters else ""
         raise ConfigError(
-            f"no server can take over the weights of a next iteration ({faults[0]}). "
-            f"Start them with `VLLM_SERVER_DEV_MODE=1 vllm serve MODEL_DIR --worker-extension-cls {EXTENSION}`, where "
+            f"no server can take over the {'adapter' if adapters else 'weights'} of a next iteration ({faults[0]}). "
+            f"Start them with `{missing} vllm serve MODEL_DIR{lora} --worker-extension-cls {EXTENSION}`, where "
             "nobody else reaches them, or use --iterations 1."
         )
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.rollout.adapter_hand_over import load_adapter, prove_adapter, still_uses
+from megatron_sppo.rollout.adapter_proof import adapter_name
 from megatron_sppo.rollout.config import ServerConfig
 from megatron_sppo.rollout.hand_over import CannotTell, DiedLoading, Proof, Unproven, prove, still_holds
 from megatron_sppo.rollout.openai_server import HttpError, OpenAIServer, UnusableReply
@@ -44,7 +46,7 @@ class Server:
         """Make the clients; nothing is sent.
 
         Args:
-            policy: what it has to hold; None: whatever it holds is sampled from.
+            policy: what it has to hold; None: whatever it holds is sampled from. With an adapter, what it has to use.
         """
         self.url = url.rstrip("/").removesuffix("/v1")
         self.root: str | None = None
@@ -68,7 +70,12 @@ class Server:
         # vLLM closes a connection on which it answered 500 (a method that its workers lack).
         self._bare_api = OpenAIServer(self.url, keeps_connections=False, **settings)
         self._policy = policy
+        self._adapter = None if policy is None else policy.adapter
+        self._adapter_name = None if self._adapter is None else adapter_name(self._adapter)
+        self._proves = config.server_weights != "trust"
         self._proof: Proof | None = None
+        self._proof_of_base: Proof | None = None
+        """Outlives a doubt, where there is an adapter: what is computed with it shows its base too."""
         self._lock = threading.Lock()
         self._confirmed = 0.0
         """When the last confirmation began."""
@@ -76,16 +83,13 @@ class Server:
 
     def find_model(self, name: str | None, max_model_len: int) -> None:
         """Learn the served model's name and check its context length."""
-        with self._worded(of_row=()):
-            reply = self._api.exchange("/models", timeout_seconds=min(self._timeout, _MODELS_TIMEOUT_SECONDS))
-        listed: Any = reply.get("data")
-        is_list = isinstance(listed, list) and all(isinstance(m, dict) and isinstance(m.get("id"), str) for m in listed)
-        models = {model["id"]: model for model in listed} if is_list else {}
+        models = self._models()
         if not models:
             raise ConfigError(
                 f"{self.url} answers /v1/models without model names: it is no OpenAI API. Check --server."
             )
-        names = list(models)
+        # Adapters are listed as models that have a parent.
+        names = [listed for listed, card in models.items() if name is not None or not card.get("parent")]
         if name is None and len(names) != 1:
             raise ConfigError(
                 f"{self.url} serves {len(names)} models ({', '.join(names)}). Choose with --server-model NAME."
@@ -104,6 +108,18 @@ class Server:
                 f"Restart it with --max-model-len {max_model_len}, or use --max-model-len {allowed} here."
             )
 
+    def _models(self) -> dict[str, dict[str, Any]]:
+        """Ask which models and adapters are served -> {name: what is said of it}, empty where that makes no sense."""
+        with self._worded(of_row=()):
+            reply = self._api.exchange("/models", timeout_seconds=min(self._timeout, _MODELS_TIMEOUT_SECONDS))
+        listed: Any = reply.get("data")
+        is_list = isinstance(listed, list) and all(isinstance(m, dict) and isinstance(m.get("id"), str) for m in listed)
+        return {model["id"]: model for model in listed} if is_list else {}
+
+    def adapters(self) -> dict[str, str]:
+        """Ask which adapters it has -> {name: directory}, in the order in which it got them."""
+        return {name: str(card.get("root")) for name, card in self._models().items() if card.get("parent")}
+
     def make_ready(self) -> Proof | None:
         """Have the server hold the policy's weights; costs nothing where that is proven -> Proof, None: not asked for.
 
@@ -111,7 +127,7 @@ class Server:
             Unproven: it cannot be shown; the server is `unusable` from now on.
             ServerFault: it does not answer.
         """
-        policy, must_be_sure = self._policy, self._config.server_weights == "prove"
+        policy = self._policy
         if policy is None or self._proof is not None:
             return self._proof
         with self._lock:
@@ -119,13 +135,7 @@ class Server:
                 return self._proof
             self.is_busy = True
             try:
-                proof = prove(self, policy, must_be_sure=must_be_sure)
-            except CannotTell as fault:
-                if must_be_sure:
-                    self._leave_out(f"{fault}: which weights it holds cannot be told. Use a vLLM server")
-                logger.warning("%s: %s: that it holds the weights of --model is not proven", self.url, fault)
-                self._policy = None
-                return None
+                proof = self._prove(policy)
             except Unproven as fault:
                 self._leave_out(str(fault))
             except DiedLoading as fault:
@@ -136,8 +146,43 @@ class Server:
             finally:
                 self.is_busy = False
             self._proof, self._confirmed = proof, time.monotonic()
-        done = "has loaded" if proof.was_loaded else "holds"
-        logger.info("server %s %s %s: %s", self.url, done, policy.directory, proof)
+        return proof
+
+    def _prove(self, policy: Policy) -> Proof | None:
+        """Prove base and adapter, as far as is asked -> Proof, None: nothing was proven and nothing need be again."""
+        must_be_sure = self._config.server_weights == "prove"
+        try:
+            if self._adapter is None:
+                proof = prove(self, policy, must_be_sure=must_be_sure)
+                done = "has loaded" if proof.was_loaded else "holds"
+                logger.info("server %s %s %s: %s", self.url, done, policy.directory, proof)
+                return proof
+            if self._proves:
+                return self._prove_adapter(policy)
+        except CannotTell as fault:
+            if must_be_sure:
+                self._leave_out(f"{fault}: which weights it holds cannot be told. Use a vLLM server")
+            of_what = "--model" if self._adapter is None else "--model and --adapter"
+            logger.warning("%s: %s: that it holds the weights of %s is not proven", self.url, fault, of_what)
+            if self._adapter is None:
+                self._policy = None
+                return None
+            self._proves = False
+        assert self._adapter is not None
+        load_adapter(self, self._adapter)
+        return Proof(distance=0.0, num_sums=0, num_weights=0, was_loaded=False, is_marked=False, salt=None)
+
+    def _prove_adapter(self, policy: Policy) -> Proof:
+        if self._proof_of_base is not None and still_uses(self, policy):
+            return self._proof_of_base
+        # Its base never changes, so that what it computes is enough to know it.
+        self._proof_of_base = proof = prove(self, policy, must_be_sure=False)
+        distance = prove_adapter(self, policy)
+        logger.info(
+            "server %s holds %s (%s) and computes with %s: log-probabilities of fixed texts differ by %.4f standard "
+            "deviations",
+            *(self.url, policy.directory, proof, policy.adapter and policy.adapter.directory, distance),
+        )
         return proof
 
     def doubt(self) -> None:
@@ -155,27 +200,37 @@ class Server:
             ServerFault: the server was restarted or given other weights in the meantime; the answer is void.
         """
         policy = self._policy
-        if proof is None or policy is None or not (proof.is_marked or self._config.server_weights == "prove"):
+        if proof is None or policy is None:
+            return
+        if self._adapter is None and not (proof.is_marked or self._config.server_weights == "prove"):
             return
         with self._lock:
             if self._confirmed >= since and self._proof is proof:
                 return
             began = time.monotonic()
-            if self._proof is not proof or not still_holds(self, policy, proof):
+            if self._proof is not proof or not self._still_holds(policy, proof):
                 self.doubt()
                 raise UnusableReply("it was restarted or given other weights while it answered")
             self._confirmed = began
+
+    def _still_holds(self, policy: Policy, proof: Proof) -> bool:
+        if self._adapter_name is not None:  # a restart loses it, and its base is what the server is started with
+            return self._adapter_name in self.adapters()
+        return still_holds(self, policy, proof)
 
     def post_completion(self, body: dict[str, Any]) -> dict[str, Any]:
         """Send one completion request -> the reply's JSON object."""
         if self._model is None:  # it did not answer at the start
             self.find_model(None, 0)
-        body = {"model": self._model, **body}
+        body = {"model": self._adapter_name or self._model, **body}
         limit, name = body.pop("max_tokens"), self._limit_name
         with self._worded(of_row=_OF_THE_ROW):
             try:
                 return self._api.exchange("/completions", {**body, name: limit})
             except HttpError as refusal:  # of requests in flight each learns it by itself
+                if refusal.status == 404 and body["model"] == self._adapter_name:
+                    self.doubt()
+                    raise UnusableReply("it does not know the adapter any more: it was restarted") from None
                 wants_other = refusal.status in _OF_THE_ROW and _OTHER_LIMIT_NAME in refusal.words
                 if name == _OTHER_LIMIT_NAME or not wants_other:
                     raise
@@ -183,14 +238,18 @@ class Server:
             self._limit_name = _OTHER_LIMIT_NAME
             return self._api.exchange("/completions", {**body, self._limit_name: limit})
 
-    def log_probs(self, token_ids: Sequence[int]) -> list[float]:
+    def log_probs(self, token_ids: Sequence[int], *, of_adapter: str | None = None) -> list[float]:
         """Ask for the log-probability of each token but the first -> nats.
+
+        Args:
+            of_adapter: name of the adapter that is asked; None: the base.
 
         Raises:
             CannotTell: the server gives none.
         """
         # vLLM reads no prefix cache for a request like this, and so computes every token.
         body = {"prompt": list(token_ids), "n": 1, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        body["model"] = of_adapter or self._model
         try:
             reply = self.post_completion(body)
         except RowRefused as refusal:

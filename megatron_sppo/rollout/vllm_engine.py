@@ -11,17 +11,28 @@ thread count gives the same tokens.
 """
 
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_sppo.checkpoints.peft_files import PeftAdapter
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.rollout.adapter_proof import adapter_name, find_fault, read_held
 from megatron_sppo.rollout.config import EngineConfig, Sampling
+from megatron_sppo.rollout.probes import Probes
 from megatron_sppo.rollout.records import EngineSteps, Response
 from megatron_sppo.rollout.sampler import AnsweredShard, Shard, ShardsUnderWay, prompt_seed
 
+logger = logging.getLogger(__name__)
+
 _SEEDER = "megatron_sppo.rollout.vllm_seeder.Seeder"
+_SEEDER_THAT_TELLS = "megatron_sppo.rollout.served_weights.SeededWeights"
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""vLLM 0.32, config/lora.py: what its buffers may be made for."""
+_LORA_ID = 1
+"""An engine of ours has one adapter, for as long as it lives."""
 _CPU_KV_CACHE_BYTES = 2 * 2**30
 _CPU_MAX_NUM_SEQS = 256
 
@@ -29,15 +40,27 @@ _CPU_MAX_NUM_SEQS = 256
 class VllmSampler:
     """Samples with an engine in this process (CPU) or with vLLM's own processes (GPU)."""
 
-    def __init__(self, model_dir: Path, *, config: EngineConfig, max_model_len: int, seed: int) -> None:
-        """Start the engine.
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        config: EngineConfig,
+        max_model_len: int,
+        seed: int,
+        adapter: PeftAdapter | None = None,
+        probes: Probes | None = None,
+    ) -> None:
+        """Start the engine, and prove that it computes with the adapter, where there is one.
 
         Args:
             max_model_len: prompt and response tokens of the longest sequence.
             seed: for the engine's start; `sample` seeds each shard or request.
+            adapter: on top of the model's weights.
+            probes: what model and adapter give for the fixed texts; needed with an adapter.
 
         Raises:
-            ConfigError: vLLM is not installed, or cannot run this model in this configuration.
+            ConfigError: vLLM is not installed, or cannot run this model in this configuration; it does not take the
+                adapter, or cannot be shown to compute with it.
         """
         # vLLM's own log is long; its errors stay. Read when vLLM is imported.
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -54,6 +77,8 @@ class VllmSampler:
             arguments["max_num_seqs"] = config.max_num_seqs
         if config.enforce_eager is not None:
             arguments["enforce_eager"] = config.enforce_eager
+        if adapter is not None:
+            arguments |= _lora_arguments(adapter)
         try:
             self._llm = vllm.LLM(
                 model=str(model_dir),
@@ -64,8 +89,7 @@ class VllmSampler:
                 seed=seed,
                 trust_remote_code=False,
                 disable_log_stats=True,
-                worker_extension_cls=_SEEDER,
-                **arguments,
+                **{"worker_extension_cls": _SEEDER, **arguments},
             )
         except (ValueError, RuntimeError, OSError) as error:
             # pydantic's ValidationError is a ValueError; an engine process that died is a RuntimeError.
@@ -75,7 +99,11 @@ class VllmSampler:
                 "try --max-model-len, --tensor-parallel-size or --dtype."
             ) from error
         self._vllm = vllm
-        self._stream = RequestStream(self._llm, one_at_a_time=is_cpu)
+        lora_request = None
+        if adapter is not None:
+            assert probes is not None
+            lora_request = self._take_up(adapter, probes)
+        self._stream = RequestStream(self._llm, one_at_a_time=is_cpu, lora_request=lora_request)
 
     def sample(
         self, shards: Iterable[Shard], *, sampling: Sampling, on_progress: Callable[[int, int], None]
@@ -105,17 +133,65 @@ class VllmSampler:
         """Stop the engine and its processes."""
         self._llm.llm_engine.engine_core.shutdown()
 
+    def _take_up(self, adapter: PeftAdapter, probes: Probes) -> Any:
+        """Load the adapter, and prove that requests with it are computed with it -> vLLM's LoRARequest."""
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest(adapter_name(adapter), _LORA_ID, str(adapter.directory.absolute()))
+        try:
+            # Not left to the first request: there a fault would leave the engine waiting for ever (vLLM 0.32).
+            self._llm.llm_engine.add_lora(request)
+        except Exception as error:
+            self.close()
+            reason = " ".join(str(error).split())[:400]
+            raise ConfigError(
+                f"vLLM does not take the adapter {adapter.directory} ({reason}). Merge it: "
+                "`megatron-sppo convert export --merge`, and use the merged model as --model."
+            ) from error
+        base, log_probs = self._log_probs(probes, None), self._log_probs(probes, request)
+        fault = find_fault(
+            adapter,
+            probes,
+            log_probs=log_probs,
+            others={"the base alone": base},
+            held=read_held(self._llm.collective_rpc("sppo_adapters")),
+        )
+        if fault is not None:
+            self.close()
+            raise ConfigError(
+                f"vLLM does not compute with the adapter: {fault}. Merge it: `megatron-sppo convert export --merge`, "
+                "and use the merged model as --model."
+            )
+        logger.info(
+            "vLLM computes with %s: its matrices are held to the bit, log-probabilities of fixed texts differ by %.4f "
+            "standard deviations",
+            *(adapter.directory, probes.distance(log_probs)),
+        )
+        return request
+
+    def _log_probs(self, probes: Probes, lora_request: Any) -> list[list[float]]:
+        """Ask for the fixed texts, all with the adapter or all without: a CPU mixes what is computed at once."""
+        params = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        prompts = [self._vllm.TokensPrompt(prompt_token_ids=list(ids)) for ids in probes.token_ids]
+        outputs: Any = self._llm.generate(prompts, params, use_tqdm=False, lora_request=lora_request)
+        return [
+            [places[token].logprob for token, places in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
+            for ids, output in zip(probes.token_ids, outputs, strict=True)
+        ]
+
 
 class RequestStream:
     """Shards into vLLM's engine and out of it. Imports nothing of vLLM, so that any engine with its methods will do."""
 
-    def __init__(self, llm: Any, *, one_at_a_time: bool) -> None:
+    def __init__(self, llm: Any, *, one_at_a_time: bool, lora_request: Any = None) -> None:
         """Take an engine.
 
         Args:
             llm: `vllm.LLM`; of it, `llm_engine` with `add_request`, `step` and the numbers of unfinished requests.
             one_at_a_time: seed the engine for each shard, and take it when the last one is answered.
+            lora_request: the adapter of all requests; None: there is none.
         """
+        self._adapter = {} if lora_request is None else {"lora_request": lora_request}
         self._llm, self._one_at_a_time = llm, one_at_a_time
         self._engine: Any = llm.llm_engine
         self._slots: int = self._engine.vllm_config.scheduler_config.max_num_seqs
@@ -176,7 +252,7 @@ class RequestStream:
             for position in range(len(shard.prompts)):
                 name = str(next(self._numbers))
                 places[name] = (shard, position)
-                self._engine.add_request(name, *request(shard, position))
+                self._engine.add_request(name, *request(shard, position), **self._adapter)
         return bool(self._engine.has_unfinished_requests())
 
 
@@ -188,6 +264,21 @@ def _response(completion: Any, k: int, seed: int | None) -> Response:
         finish_reason=str(completion.finish_reason),
         seed=None if seed is None else seed + k,
     )
+
+
+def _lora_arguments(adapter: PeftAdapter) -> dict[str, Any]:
+    """Make room for one adapter -> LLM arguments.
+
+    Raises:
+        ConfigError: its rank is beyond what vLLM can hold.
+    """
+    room = next((rank for rank in _LORA_RANKS if rank >= adapter.rank), None)
+    if room is None:
+        raise ConfigError(
+            f"{adapter.directory} has rank {adapter.rank}, and vLLM holds up to {_LORA_RANKS[-1]}. Merge it: "
+            "`megatron-sppo convert export --merge`, and use the merged model as --model."
+        )
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room, "worker_extension_cls": _SEEDER_THAT_TELLS}
 
 
 def _cpu_arguments(config: EngineConfig) -> dict[str, Any]:

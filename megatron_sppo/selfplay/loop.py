@@ -17,7 +17,7 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.rollout.hub import is_hub_name
 from megatron_sppo.rollout.outcomes import mean_response_tokens
 from megatron_sppo.rollout.records import read_rollouts
-from megatron_sppo.rollout.server import check_takes_weights
+from megatron_sppo.rollout.server import check_takes_policies
 from megatron_sppo.selfplay import config as settings
 from megatron_sppo.selfplay import summary
 from megatron_sppo.selfplay.commands import (
@@ -82,7 +82,7 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
             retire_iterations(config, machine, paths, finished=config.run.iterations)
             return summary.read_summary(paths.run_dir)
         if config.servers.server and config.run.iterations > 1 and not config.run.rollout_command:
-            check_takes_weights(config.servers)
+            check_takes_policies(config.servers, adapters=False)
         if _has_other_trackers(config):  # one that does not answer is said before anything is computed
             _in_own_process(summary.track, config, paths, [])
         evaluates = _prepare(config, machine, paths)

@@ -14,9 +14,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_sppo.checkpoints import adapter_file
+from megatron_sppo.errors import ConfigError
+from megatron_sppo.model import adapters
 from megatron_sppo.model.gpt import PolicyModel
 from megatron_sppo.training.optimizer import allocate_state, separate_steps
-from megatron_sppo.training.policy import Policy, zero_padded_vocabulary
+from megatron_sppo.training.policy import Policy, weights_hash, zero_padded_vocabulary
 from megatron_sppo.training.verified_load import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -25,9 +28,23 @@ OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 """The sharding that resumes in another layout; `dp_reshardable` restores a wrong Adam step on torch's AdamW."""
 
 
-def load_weights(policy: Policy, checkpoint: Path) -> None:
-    """Load the model of one `iter_*` directory into this rank's part of the policy: `load_stages`. Collective."""
-    load_stages(policy.stages, checkpoint)
+def load_weights(policy: Policy, *checkpoints: Path) -> None:
+    """Load `iter_*` directories into this rank's part of the policy, one after the other. Collective.
+
+    A model puts adapters back to where they begin; adapters are laid on the model that is there.
+
+    Raises:
+        ConfigError, DataError: as `load_stages`; adapters of another base, or of other settings than the policy's.
+    """
+    for checkpoint in checkpoints:
+        if adapter_file.is_adapter(checkpoint):
+            _check_base(policy, checkpoint)
+            _adopt_trained(policy, _load(describe_trained(policy), checkpoint, weights_only=True))
+            continue
+        load_stages(policy.stages, checkpoint)
+        if policy.adapters is not None:
+            for stage in policy.stages:
+                stage.adapters.reset()
 
 
 def load_stages(stages: Sequence[PolicyModel], checkpoint: Path, *, is_verified: bool = False) -> None:
@@ -46,12 +63,20 @@ def load_stages(stages: Sequence[PolicyModel], checkpoint: Path, *, is_verified:
 
 @torch.no_grad()
 def resume(checkpoint: Path, policy: Policy, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> None:
-    """Restore weights, optimizer, schedule and RNG from an `iter_*` directory of `save`, in any layout. Collective."""
-    model_state = describe_model(policy.stages)
+    """Restore what is trained, optimizer, schedule and RNG from an `iter_*` directory of `save`, in any layout.
+
+    Adapters are laid on the base, which is there. Collective.
+
+    Raises:
+        ConfigError, DataError: as `load_weights`.
+    """
+    if policy.adapters is not None:
+        _check_base(policy, checkpoint)
+    trained = describe_trained(policy)
     allocate_state(optimizer)
-    optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=True, metadata=OPTIMIZER_SHARDING)
-    loaded = _load({**model_state, "optimizer": optimizer_state}, checkpoint, weights_only=False)
-    _adopt_model(policy.stages, loaded)
+    optimizer_state = optimizer.sharded_state_dict(trained, is_loading=True, metadata=OPTIMIZER_SHARDING)
+    loaded = _load({**trained, "optimizer": optimizer_state}, checkpoint, weights_only=False)
+    _adopt_trained(policy, loaded)
     for group in _saved_groups(loaded["optimizer"]):
         # They come with the rates of the run that saved them, by which 0.19.2 also tells them apart; the command line
         # decides.
@@ -75,15 +100,66 @@ def _saved_groups(state: Mapping[Any, Any]) -> Iterator[dict[str, Any]]:
 
 def describe_model(stages: Sequence[PolicyModel]) -> dict[str, Any]:
     """Describe the stages to the checkpoint -> by Megatron-LM's names: `model`; `model0`, `model1`, ... interleaved."""
-    if len(stages) == 1:
-        return {"model": stages[0].sharded_state_dict()}
-    return {f"model{index}": stage.sharded_state_dict() for index, stage in enumerate(stages)}
+    return {name: stage.sharded_state_dict() for name, stage in zip(_names(stages), stages, strict=True)}
+
+
+def describe_trained(policy: Policy) -> dict[str, Any]:
+    """Describe what is trained, and so saved: the stages, or their adapters alone -> as `describe_model`."""
+    if policy.adapters is None:
+        return describe_model(policy.stages)
+    names = _names(policy.stages)
+    return {name: stage.adapters.describe() for name, stage in zip(names, policy.stages, strict=True)}
+
+
+def name_base(policy: Policy) -> adapter_file.AdapterFile | None:
+    """Describe the policy's adapters and the base that they lie on -> None without adapters. Collective."""
+    if policy.adapters is None:
+        return None
+    base = adapter_file.BaseName(
+        weights_hash=weights_hash(policy.stages),
+        params_dtype=str(policy.config.params_dtype).removeprefix("torch."),
+    )
+    return adapter_file.AdapterFile(settings=policy.adapters, base=base)
+
+
+def _check_base(policy: Policy, checkpoint: Path) -> None:
+    """Refuse adapters that are not of the policy's kind, or not trained on the weights that it has. Collective."""
+    found, ours = adapter_file.read_adapter(checkpoint), name_base(policy)
+    if ours is None or found.settings != ours.settings:
+        raise ConfigError(f"{checkpoint} holds other adapters than this run's. Use {found.settings.flags}.")
+    theirs, here = found.base, ours.base
+    if theirs.params_dtype != here.params_dtype:
+        raise ConfigError(
+            f"{checkpoint} holds adapters that were trained on weights in {theirs.params_dtype}, and these are in "
+            f"{here.params_dtype}. Use --params-dtype {theirs.params_dtype}."
+        )
+    if theirs.weights_hash != here.weights_hash:
+        raise ConfigError(
+            f"{checkpoint} holds adapters of a base with weights {theirs.weights_hash}, and those of --load are "
+            f"{here.weights_hash}. Use --load with the model that they were trained on."
+        )
+
+
+def _names(stages: Sequence[PolicyModel]) -> list[str]:
+    return ["model"] if len(stages) == 1 else [f"model{index}" for index in range(len(stages))]
 
 
 def _adopt_model(stages: Sequence[PolicyModel], loaded: Mapping[str, Any]) -> None:
-    for index, stage in enumerate(stages):
-        stage.load_state_dict(loaded["model" if len(stages) == 1 else f"model{index}"])
+    for name, stage in zip(_names(stages), stages, strict=True):
+        # Adapters, where there are any, stay: a model's checkpoint has none.
+        own = {key: value for key, value in stage.state_dict().items() if key.startswith(f"{adapters.NAME}.")}
+        stage.load_state_dict({**loaded[name], **own})
     zero_padded_vocabulary(stages)
+
+
+def _adopt_trained(policy: Policy, loaded: Mapping[str, Any]) -> None:
+    if policy.adapters is None:
+        return _adopt_model(policy.stages, loaded)
+    for name, stage in zip(_names(policy.stages), policy.stages, strict=True):
+        stage.adapters.load_state_dict(
+            {key.removeprefix(f"{adapters.NAME}."): value for key, value in loaded[name].items()}
+        )
+    return None
 
 
 def _load(state: dict[str, Any], checkpoint: Path, *, weights_only: bool, is_verified: bool = False) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from megatron_sppo.config import (
     flag_of,
 )
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.model.config import AdapterConfig, ModelConfig
 from megatron_sppo.objective.names import parse_baseline
 from megatron_sppo.objective.table import OBJECTIVES, Objective, find_objective
 from megatron_sppo.tracking.config import TrackingConfig
@@ -314,6 +314,7 @@ class TrainingConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimization: Annotated[OptimizationConfig, TUNABLE]
     model: Annotated[ModelConfig, TUNABLE] = field(default_factory=ModelConfig)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: Annotated[RunConfig, TUNABLE] = field(default_factory=RunConfig)
 

@@ -96,12 +96,14 @@ class Grace:
 def checkpoint_bytes(policy: Policy, optimization: OptimizationConfig) -> int:
     """Count the bytes of a training checkpoint: weights, float32 masters of narrower ones, moments -> int. Collective.
 
-    Without what is small: schedule, RNG, the model's own files.
+    Of adapters alone where the weights are frozen. Without what is small: schedule, RNG, the model's own files.
     """
     moments = 2 if optimization.optimizer == "adam" else 1
     ours = 0
     for chunk in policy.chunks:
         for parameter in chunk.parameters():
+            if not parameter.requires_grad:
+                continue
             narrow = parameter.element_size() < 4
             of_one = parameter.element_size() + 4 * (moments + narrow)
             replica = parallel.is_first_replica() if getattr(parameter, "allreduce", True) else None

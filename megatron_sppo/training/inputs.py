@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_sppo.architecture import FILE_NAME as ARCHITECTURE_FILE
 from megatron_sppo.architecture import Architecture, read_architecture
-from megatron_sppo.checkpoints import distcp, megatron_checkpoint
+from megatron_sppo.checkpoints import adapter_file, distcp, megatron_checkpoint
 from megatron_sppo.checkpoints.items import Items
 from megatron_sppo.checkpoints.tokenizer import is_tokenizer_of
 from megatron_sppo.command_line import launch
@@ -47,15 +47,73 @@ def open_source(config: TrainingConfig, resumed: Path | None = None) -> tuple[Pa
     """
     check_machine(config.model)
     _refuse_layout(config)
-    source, architecture, tokenizer = parallel.told_by_rank_zero(
-        config.parallel, functools.partial(_describe_source, config.load, resumed)
-    )
+    source, architecture, tokenizer = _told_source(config, config.load, resumed)
+    if resumed is None:
+        _refuse_adapter(config.load, source)
     _check_layout(config, architecture)
     return source, architecture, {**tokenizer, "directory": source / megatron_checkpoint.HF_DIRECTORY}
 
 
-def open_references(config: TrainingConfig, architecture: Architecture, tokenizer: dict[str, Any]) -> list[Path]:
-    """Find the checkpoints of further references -> `iter_*` directories. Collective.
+def open_weights(
+    config: TrainingConfig, architecture: Architecture, source: Path, resumed: Path | None = None
+) -> list[Path]:
+    """Find what is loaded before a run begins or goes on -> `iter_*` directories in their order. Collective.
+
+    That is pi_t: a model, and the adapters of --load-adapter on it. Where a run goes on: the base, where there are
+    adapters, and otherwise nothing.
+
+    Args:
+        source: `open_source`, and `resumed` as there.
+
+    Raises:
+        DataError: one does not exist, or is damaged.
+        ConfigError: it holds no such adapters as the settings are of, or adapters in place of a base.
+    """
+    settings = config.adapters.settings(architecture)
+    if resumed is not None:
+        if settings is None:
+            return []
+        source = _told_source(config, config.load)[0]
+        _refuse_adapter(config.load, source)
+        return [source]
+    root = config.adapters.load_adapter
+    if root is None:
+        return [source]
+    found, theirs, _ = _told_source(config, root)
+    if not adapter_file.is_adapter(found):
+        raise ConfigError(
+            f"{root} holds a model and no adapters. Use --load {root} without --load-adapter, or --load-adapter with "
+            "the --save of a run with --lora-rank."
+        )
+    content = adapter_file.read_adapter(found)
+    if theirs != architecture:
+        raise ConfigError(
+            f"{root} holds adapters of a model of another architecture than {config.load}. Use --load with the model "
+            "that they were trained on."
+        )
+    if content.settings != settings:
+        raise ConfigError(f"{root} holds other adapters than are asked for. Use {content.settings.flags} with it.")
+    return [source, found]
+
+
+def _refuse_adapter(root: Path, found: Path) -> None:
+    """Refuse adapters where a model is wanted.
+
+    Raises:
+        ConfigError: names their base.
+    """
+    if adapter_file.is_adapter(found):
+        content = adapter_file.read_adapter(found)
+        raise ConfigError(
+            f"{root} holds adapters on a base with weights {content.base.weights_hash}, and no model. "
+            f"Use --load with that base, --load-adapter {root} and {content.settings.flags}."
+        )
+
+
+def open_references(config: TrainingConfig, architecture: Architecture, tokenizer: dict[str, Any]) -> list[list[Path]]:
+    """Find the checkpoints of further references -> for each what is to be loaded, `iter_*` directories. Collective.
+
+    One with adapters lies on the model of `--load`, as pi_t's do.
 
     Raises:
         DataError: one does not exist, or is damaged.
@@ -76,21 +134,27 @@ def open_references(config: TrainingConfig, architecture: Architecture, tokenize
                 f"{root} has another tokenizer (sha256 {its[:12]}) than {config.load} ({ours[:12]}): the data's tokens "
                 "are other texts to it. Give --reference checkpoints of the same model."
             )
-        sources.append(source)
+        sources.append(_with_its_base(config, source))
     return sources
 
 
-def open_reference(config: TrainingConfig, root: Path) -> Path:
-    """Find the checkpoint of a further reference that a run began with -> `iter_*` directory. Collective.
+def open_reference(config: TrainingConfig, root: Path) -> list[Path]:
+    """Find the checkpoint of a further reference that a run began with -> as `open_references`. Collective.
 
     Raises:
         DataError: it does not exist, or is damaged.
     """
-    return _told_source(config, root)[0]
+    return _with_its_base(config, _told_source(config, root)[0])
 
 
-def _told_source(config: TrainingConfig, root: Path) -> tuple[Path, Architecture, dict[str, Any]]:
-    return parallel.told_by_rank_zero(config.parallel, functools.partial(_describe_source, root, None))
+def _with_its_base(config: TrainingConfig, source: Path) -> list[Path]:
+    return [_told_source(config, config.load)[0], source] if adapter_file.is_adapter(source) else [source]
+
+
+def _told_source(
+    config: TrainingConfig, root: Path, resumed: Path | None = None
+) -> tuple[Path, Architecture, dict[str, Any]]:
+    return parallel.told_by_rank_zero(config.parallel, functools.partial(_describe_source, root, resumed))
 
 
 def _refuse_layout(config: TrainingConfig) -> None:
@@ -148,6 +212,7 @@ def open_dataset(config: TrainingConfig, architecture: Architecture, tokenizer: 
             f"seq_length ({seq_length} tokens) exceeds the model's {architecture.max_position_embeddings} "
             f"positions. Use --seq-length {architecture.max_position_embeddings}."
         )
+    _refuse_long_shared_prompts(config, architecture)
     dataset = PreferenceDataset(config.data, verify_contents=parallel.is_rank_zero())
     theirs, ours = dataset.manifest.tokenizer_hash, tokenizer.get("hash")
     if theirs and ours and theirs != ours and not is_tokenizer_of(tokenizer["directory"], [theirs]):
@@ -162,6 +227,19 @@ def open_dataset(config: TrainingConfig, architecture: Architecture, tokenizer: 
             "Generate and score rollouts with this model."
         )
     return dataset
+
+
+def _refuse_long_shared_prompts(config: TrainingConfig, architecture: Architecture) -> None:
+    """Refuse a prompt that is computed once for responses of both kinds: short and long ones rotate differently."""
+    scaling = architecture.rope_scaling
+    if not config.batch.share_prompts or scaling is None or scaling.rope_type != "longrope":
+        return
+    short, longest = scaling.original_max_position_embeddings, config.batch.seq_length
+    if (longest or architecture.max_position_embeddings) > (short or 0):
+        raise ConfigError(
+            "share_prompts computes a prompt once, and this model (longrope) has other frequencies for sequences above "
+            f"{short} tokens. Use --no-share-prompts, or --seq-length {short}."
+        )
 
 
 def list_batches(config: TrainingConfig, dataset: PreferenceDataset, architecture: Architecture) -> Batches:

@@ -19,7 +19,6 @@ from megatron_sppo.checkpoints.megatron_checkpoint import HF_DIRECTORY
 from megatron_sppo.checkpoints.tokenizer import token_texts
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.microbatch import MicroBatch
-from megatron_sppo.errors import ConfigError
 from megatron_sppo.storage import atomic_file, refuse_foreign_file
 from megatron_sppo.training import checkpoint, inputs, parallel
 from megatron_sppo.training.batches import Batches, StepPlan
@@ -46,20 +45,17 @@ def inspect(config: InspectionConfig) -> dict[str, Any]:
     batch = dataclasses.replace(config.batch, selection="all")
     config = dataclasses.replace(config, objective=ObjectiveConfig(), batch=batch)
     policy_source, architecture, tokenizer = inputs.open_source(config)
-    reference_source, other, _ = inputs.open_source(dataclasses.replace(config, load=config.reference[0]))
-    if other != architecture:
-        raise ConfigError(
-            f"{config.load} and {config.reference[0]} hold models of different architectures. "
-            "Give --reference the checkpoint that the policy was trained from."
-        )
+    (reference_sources,) = inputs.open_references(config, architecture, tokenizer)
+    policy_sources = inputs.open_weights(config, architecture, policy_source)
     dataset = inputs.open_dataset(config, architecture, tokenizer)
     batches = inputs.list_batches(config, dataset, architecture)
     rows = np.flatnonzero(np.isin(batches.index.group, prompts_by_decidedness(dataset, config.num_prompts)))
     parallel.initialize(config.parallel, seed=config.batch.seed)
-    policy = build_policy(architecture, config.model, config.parallel)
+    adapters = config.adapters.settings(architecture)
+    policy = build_policy(architecture, config.model, config.parallel, adapters=adapters)
     log_probs = []
-    for source in (policy_source, reference_source):
-        checkpoint.load_weights(policy, source)
+    for sources in (policy_sources, reference_sources):
+        checkpoint.load_weights(policy, *sources)
         log_probs.append(_token_log_probs(policy, batches, rows, size=config.batch.global_batch_size))
     summary: dict[str, Any] = {}
     if parallel.is_rank_zero():

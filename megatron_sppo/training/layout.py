@@ -71,6 +71,12 @@ def _check_experts(config: ParallelConfig, architecture: Architecture, *, world_
             "a mixture of experts under tensor parallelism needs sequence parallelism (Megatron-Core trains it with no "
             "other). Add --sequence-parallel."
         )
+    if architecture.add_mlp_bias and config.expert_tensor_parallel_size > 1:
+        tensor = config.tensor_model_parallel_size
+        raise ConfigError(
+            f"{tensor} tensor-parallel ranks would split experts that have biases, and Megatron-Core would add the "
+            f"bias {tensor} times. Use --expert-model-parallel-size {tensor}, which leaves experts whole."
+        )
     if experts % ranks:
         fitting = [size for size in range(1, experts + 1) if experts % size == 0]
         raise ConfigError(
@@ -93,10 +99,12 @@ def _split_counts(config: ParallelConfig, architecture: Architecture) -> dict[st
         "attention heads": architecture.num_attention_heads,
         "key/value heads": architecture.num_query_groups,
     }
-    if architecture.moe_ffn_hidden_size is None:
-        return {**counts, "feed-forward channels": architecture.ffn_hidden_size}
-    if config.expert_tensor_parallel_size > 1:
-        return {**counts, "feed-forward channels of an expert": architecture.moe_ffn_hidden_size}
+    if architecture.num_expert_layers < architecture.num_layers:
+        counts["feed-forward channels"] = architecture.ffn_hidden_size
+    if architecture.moe_ffn_hidden_size is not None and config.expert_tensor_parallel_size > 1:
+        counts["feed-forward channels of an expert"] = architecture.moe_ffn_hidden_size
+    if architecture.moe_shared_expert_intermediate_size is not None:
+        counts["feed-forward channels of the shared expert"] = architecture.moe_shared_expert_intermediate_size
     return counts
 
 

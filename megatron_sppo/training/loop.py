@@ -201,6 +201,7 @@ def _speed(plan: StepPlan, seconds: float, policy: Policy) -> dict[str, float]:
         num_tokens=plan.num_computed_tokens,
         attended_positions=plan.attended_positions,
         num_response_tokens=int(plan.num_response_tokens.sum()),
+        is_frozen=policy.adapters is not None,
     )
     on_gpu = torch.cuda.is_available()
     speed = {

@@ -28,7 +28,7 @@ def load_or_compute(
     policy: Policy,
     dataset: PreferenceDataset,
     batches: Batches,
-    sources: Sequence[Path],
+    sources: Sequence[Sequence[Path]],
     *,
     config: TrainingConfig,
     stop: StopRequest,
@@ -45,7 +45,7 @@ def load_or_compute(
     """
     found = []
     for source in sources:
-        checkpoint.load_weights(policy, source)
+        checkpoint.load_weights(policy, *source)
         names = reference.fingerprint(policy, dataset, batches, config)
         values = reference.load_or_compute(
             policy, dataset, batches, names, config=config, stop=stop, name=reference_file.name_of(names)
@@ -94,7 +94,7 @@ def read_for_resume(
 
 
 def _load(policy: Policy, config: TrainingConfig, root: Path) -> None:
-    checkpoint.load_weights(policy, inputs.open_reference(config, root))
+    checkpoint.load_weights(policy, *inputs.open_reference(config, root))
 
 
 def beside(reference_GK: np.ndarray, others: Sequence[np.ndarray]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer import TransformerConfig
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.checkpoints.adapter_file import AdapterSettings
+from megatron_sppo.model import adapters as low_rank
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import PolicyModel, build_stage
 from megatron_sppo.model.router_losses import METRICS
@@ -26,8 +28,10 @@ _FUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 """Transformer Engine's names of norms inside the linear layers that it fuses them with -> the torch spec's."""
-_LOCAL_EXPERT = re.compile(r"\.experts\.local_experts\.(?P<expert>\d+)\.(?P<module>linear_fc[12])\.weight$")
-_GROUPED_EXPERT = re.compile(r"\.experts\.(?P<module>linear_fc[12])\.weight(?P<expert>\d+)$")
+_LOCAL_EXPERT = re.compile(
+    r"\.experts\.local_experts\.(?P<expert>\d+)\.(?P<module>linear_fc[12])\.(?P<kind>weight|bias)$"
+)
+_GROUPED_EXPERT = re.compile(r"\.experts\.(?P<module>linear_fc[12])\.(?P<kind>weight|bias)(?P<expert>\d+)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,8 @@ class Policy:
     architecture: Architecture
     config: TransformerConfig
     chunks: tuple[DistributedDataParallel, ...]
+    adapters: AdapterSettings | None = None
+    """None: the weights themselves are trained."""
 
     def pop_router_sums(self) -> torch.Tensor:
         """Add up this rank's losses of routers since the last call -> [2] float64 on the device, by `METRICS`."""
@@ -46,13 +52,13 @@ class Policy:
         return sums
 
     def router_metrics(self, sums: torch.Tensor, *, num_sequences: int) -> dict[str, float]:
-        """Average the routers' losses, added up over all ranks, over layers and sequences -> {metric: value}.
+        """Average the routers' losses, added up over all ranks, over mixtures and sequences -> {metric: value}.
 
         Empty without such losses.
         """
         if not any(stage.router_losses for stage in self.stages):
             return {}
-        means = sums / (num_sequences * self.architecture.num_layers)
+        means = sums / (num_sequences * self.architecture.num_expert_layers)
         return dict(zip(METRICS, means.tolist(), strict=True))
 
     def gather_weights(self) -> None:
@@ -89,10 +95,21 @@ def mcore_config(architecture: Architecture, model: ModelConfig, layout: Paralle
     return config
 
 
-def build_policy(architecture: Architecture, model: ModelConfig, layout: ParallelConfig) -> Policy:
+def build_policy(
+    architecture: Architecture,
+    model: ModelConfig,
+    layout: ParallelConfig,
+    *,
+    adapters: AdapterSettings | None = None,
+    seed: int = 0,
+) -> Policy:
     """Build this rank's stages with random weights and wrap them in Megatron's DDP -> Policy.
 
-    Gradients are accumulated and reduced in float32 whatever the weights' type.
+    Gradients are accumulated and reduced in float32 whatever the weights' type. With adapters all weights are frozen,
+    and have neither gradients nor optimizer state.
+
+    Args:
+        seed: of the adapters' A.
     """
     config = mcore_config(architecture, model, layout)
     ddp_values: dict[str, Any] = {
@@ -109,15 +126,17 @@ def build_policy(architecture: Architecture, model: ModelConfig, layout: Paralle
     for index, stage in enumerate(_stages(architecture, config, model, layout)):
         stage.to(parallel.device())
         _set_experts_apart(stage)
+        if adapters is not None:
+            low_rank.attach_adapters(stage, architecture, adapters, seed=seed)
         chunk = DistributedDataParallel(config=config, ddp_config=ddp_config, module=stage, disable_bucketing=index > 0)
-        if ddp_config.overlap_param_gather and stage.post_process:
+        if ddp_config.overlap_param_gather and stage.post_process and adapters is None:
             _gather_the_head_s_weight_in_time(chunk, stage)
         chunks.append(chunk)
     config.finalize_model_grads_func = reduce_gradients
     if ddp_config.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-    return Policy(architecture=architecture, config=config, chunks=tuple(chunks))
+    return Policy(architecture=architecture, config=config, chunks=tuple(chunks), adapters=adapters)
 
 
 def _gather_the_head_s_weight_in_time(chunk: DistributedDataParallel, stage: PolicyModel) -> None:
@@ -187,10 +206,34 @@ def weights_hash(stages: Sequence[PolicyModel]) -> str:
     """Hash the weights' bits, the same in every layout and layer spec -> 12 hex digits. Collective over all ranks.
 
     Each parameter's bit patterns are added as integers and weighted by a hash of its global name, modulo 2^48:
-    additions commute, so shards and stages may be summed in any order.
+    additions commute, so shards and stages may be summed in any order. Adapters are left out: `adapters_hash`.
     """
+    return _hash_of(_own_parameters(stages))
+
+
+def adapters_hash(stages: Sequence[PolicyModel]) -> str | None:
+    """Hash the adapters as `weights_hash` the weights -> 12 hex digits; None where they add nothing. Collective."""
+    own = {name: parameter for stage in stages for name, parameter in _own_adapters(stage)}
+    added = torch.zeros(1, dtype=torch.int64, device=parallel.device())
+    for name, parameter in own.items():
+        if "lora_B" in name:
+            added += parameter.detach().count_nonzero()
+    found = _hash_of(own.items())
+    return found if int(parallel.sum_over_world(added)) else None
+
+
+def _own_adapters(stage: PolicyModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the adapters' parameters that this rank alone answers for, by names that hold in every layout."""
+    for adapter in stage.adapters.each():
+        first = parallel.is_first_expert_replica() if adapter.is_expert else parallel.is_first_replica()
+        for name, parameter in adapter.names():
+            if first and (adapter.group.rank() == 0 or getattr(parameter, "tensor_model_parallel", False)):
+                yield name, parameter
+
+
+def _hash_of(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
     total = 0
-    for name, parameter in _own_parameters(stages):
+    for name, parameter in parameters:
         factor = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") | 1
         bits = parameter.detach().view(torch.int16 if parameter.element_size() == 2 else torch.int32)
         total += factor * int(bits.sum(dtype=torch.int64))
@@ -198,12 +241,20 @@ def weights_hash(stages: Sequence[PolicyModel]) -> str:
     return f"{int(parallel.sum_over_world(partial)) % (1 << _HASH_BITS):012x}"
 
 
+def _weights(stage: PolicyModel) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from stage.named_parameters()
+    yield from (pair for pair in stage.named_buffers() if pair[0].endswith(".router.expert_bias"))
+
+
 def _own_parameters(stages: Sequence[PolicyModel]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the parameters that this rank alone answers for, by the torch spec's names in the whole model."""
+    """Yield the weights that this rank alone answers for, by the torch spec's names in the whole model.
+
+    Parameters, and the biases of routers, which no gradient changes and all else depends on.
+    """
     for stage in stages:
         offsets = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(stage.decoder.layers)}
-        for name, parameter in stage.named_parameters():
-            if not _answers_for(parameter):
+        for name, parameter in _weights(stage):
+            if name.startswith(f"{low_rank.NAME}.") or not _answers_for(parameter):
                 continue
             if stage.share_embeddings_and_output_weights and name == "output_layer.weight":
                 continue  # the last stage's copy of the tied embedding
@@ -216,7 +267,7 @@ def _own_parameters(stages: Sequence[PolicyModel]) -> Iterator[tuple[str, torch.
             yield _global_expert(name, stage.config), parameter
 
 
-def _answers_for(parameter: torch.nn.Parameter) -> bool:
+def _answers_for(parameter: torch.Tensor) -> bool:
     """Tell whether this rank is the first of those that hold the same values."""
     if not getattr(parameter, "allreduce", True):  # an expert
         return parallel.is_first_expert_replica()
@@ -232,4 +283,4 @@ def _global_expert(name: str, config: TransformerConfig) -> str:
         return name
     per_rank = (config.num_moe_experts or 0) // config.expert_model_parallel_size
     expert = parallel.expert_parallel_rank() * per_rank + int(found["expert"])
-    return f"{name[: found.start()]}.experts.{expert}.{found['module']}.weight"
+    return f"{name[: found.start()]}.experts.{expert}.{found['module']}.{found['kind']}"

@@ -15,8 +15,17 @@ logger = logging.getLogger(__name__)
 
 _SAVED_AS = {"resume_key": "facts", "micro_batch_key": "packs"}
 """What checkpoints call it."""
-_ADDED_SETTINGS: dict[str, Any] = {"reference_weights": [], "reverse_kl_weight": 0.5, "forward_kl_weight": 0.0}
-"""Of no effect on the objectives that there were before."""
+_ADDED_SETTINGS: dict[str, Any] = {
+    "reference_weights": [],
+    "reverse_kl_weight": 0.5,
+    "forward_kl_weight": 0.0,
+    "lora_rank": None,
+    "lora_alpha": None,
+    "lora_dropout": 0.0,
+    "lora_targets": [],
+    "lora_scaling": "lora",
+}
+"""Of no effect on the runs that there were before."""
 
 
 @dataclass

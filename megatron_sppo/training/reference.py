@@ -4,6 +4,7 @@ The numbers lie beside the data with a fingerprint of all that they depend on. A
 silently: a reference of another model or precision shows as nats in the loss.
 """
 
+import dataclasses
 import logging
 import os
 import sys
@@ -26,7 +27,7 @@ from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import TrainingConfig
 from megatron_sppo.training.forward_step import log_probs, log_probs_and_sum
 from megatron_sppo.training.metrics import drift_per_token
-from megatron_sppo.training.policy import Policy, weights_hash
+from megatron_sppo.training.policy import Policy, adapters_hash, weights_hash
 from megatron_sppo.training.progress import Progress
 from megatron_sppo.training.stopping import SIGTERM_EXIT_CODE, StopRequest
 
@@ -44,7 +45,7 @@ def fingerprint(policy: Policy, dataset: PreferenceDataset, batches: Batches, co
     """
     model, batch = config.model, config.batch
     names: dict[str, Any] = {
-        "weights_hash": weights_hash(policy.stages),
+        **_weights_names(policy),
         "dataset_hash": dataset.dataset_hash,
         "selection": batches.selection,
         "seq_length": batch.seq_length,
@@ -63,6 +64,20 @@ def fingerprint(policy: Policy, dataset: PreferenceDataset, batches: Batches, co
             "global_batch_size": batch.global_batch_size,
             "micro_batch_size": batch.micro_batch_size,
         }
+    return names
+
+
+def _weights_names(policy: Policy) -> dict[str, Any]:
+    """Name the weights of a policy, and the adapters on them -> JSON dict. Collective.
+
+    Adapters that add nothing leave their base's numbers, to the bit; but in FP8 its norms are rounded otherwise.
+    """
+    names: dict[str, Any] = {"weights_hash": weights_hash(policy.stages)}
+    if policy.adapters is not None:
+        added = adapters_hash(policy.stages)
+        if added is not None or policy.config.fp8:
+            settings = dataclasses.asdict(policy.adapters)
+            names["adapter"] = {"adapters_hash": added, **settings, "targets": list(policy.adapters.targets)}
     return names
 
 
@@ -212,7 +227,8 @@ def read_or_extend(
     if not steps:
         return values
     load_weights()
-    if weights_hash(policy.stages) != expected["weights_hash"]:
+    found = _weights_names(policy)
+    if any(expected.get(name) != found.get(name) for name in ("weights_hash", "adapter")):
         raise ConfigError(
             f"the reference in {store.directory} has no log pi of the responses of {len(steps)} steps that the run is "
             f"now to do, and {flag} is not the policy that computed it. Use the one that the run began with, or no "

@@ -25,12 +25,12 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_sppo.checkpoints import megatron_checkpoint, retention
+from megatron_sppo.checkpoints import adapter_file, megatron_checkpoint, retention
 from megatron_sppo.command_line import death_with_parent
 from megatron_sppo.errors import DataError
 from megatron_sppo.storage import explain_os_error, publish_directory
 from megatron_sppo.training import parallel
-from megatron_sppo.training.checkpoint import OPTIMIZER_SHARDING, describe_model
+from megatron_sppo.training.checkpoint import OPTIMIZER_SHARDING, describe_trained, name_base
 from megatron_sppo.training.digesting_strategy import DigestingStrategy
 from megatron_sppo.training.policy import Policy
 from megatron_sppo.training.progress import Progress
@@ -52,7 +52,9 @@ class Saver:
         keep_last: int | None = None,
         needed: Sequence[Path] = (),
     ) -> None:
-        """Take what is to be saved whenever `save` is called.
+        """Take what is to be saved whenever `save` is called: weights, or adapters alone with a name of their base.
+
+        Collective with adapters.
 
         Args:
             root: where the checkpoints go; it is this run's alone.
@@ -65,6 +67,7 @@ class Saver:
         self._root, self._source = Path(root), Path(source)
         self._policy, self._optimizer, self._scheduler, self._progress = policy, optimizer, scheduler, progress
         self._in_background, self._keep_last, self._needed = in_background, keep_last, needed
+        self._adapter = name_base(policy)
         self._begun: _Begun | None = None
         self._validated = False
         self._seconds = 0.0
@@ -129,7 +132,7 @@ class Saver:
 
     def _state(self) -> dict[str, Any]:
         self._policy.gather_weights()
-        weights = describe_model(self._policy.stages)
+        weights = describe_trained(self._policy)
         return {
             **weights,
             "optimizer": self._optimizer.sharded_state_dict(weights, metadata=OPTIMIZER_SHARDING),
@@ -147,6 +150,8 @@ class Saver:
                 # Those of the run's last checkpoint, which stays: what it was resumed from may have been removed since.
                 last = megatron_checkpoint.tracked_directory(self._root) or self._source
                 megatron_checkpoint.carry_model_files(last, partial)
+                if self._adapter is not None:
+                    adapter_file.write_adapter(partial, self._adapter)
                 megatron_checkpoint.write_manifest(partial)
                 publish_directory(partial, megatron_checkpoint.iteration_directory(self._root, step))
                 megatron_checkpoint.publish(self._root, step)

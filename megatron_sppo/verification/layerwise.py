@@ -20,9 +20,10 @@ from torch import Tensor
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.distcp import DistcpReader
-from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
+from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
 from megatron_sppo.checkpoints.pretrained import load_pretrained
 from megatron_sppo.conversion.megatron_model import OpenedMegatron
+from megatron_sppo.conversion.sources import open_source
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import PolicyModel, build_stage, forward
 from megatron_sppo.training import parallel
@@ -69,7 +70,7 @@ def hf_logits(hf: Path, dtype: torch.dtype, *, on_layer: Callable[[], object], a
     from transformers import AutoConfig, AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM
-    source, device = open_hf_checkpoint(hf), parallel.device()
+    source, device = open_source(hf), parallel.device()
     config = AutoConfig.from_pretrained(
         hf, attn_implementation=attention, local_files_only=True, trust_remote_code=False
     )
@@ -220,8 +221,24 @@ def _cut(config: Any, layers: Sequence[int]) -> Any:
     cut = copy.deepcopy(config)
     if getattr(cut, "layer_types", None) is not None:
         cut.layer_types = [config.layer_types[index] for index in layers]
+    _set_kind_of_layer(cut, config, layers)
     cut.num_hidden_layers, cut.vocab_size, cut.pad_token_id = len(layers), _ROWS, None
     return cut
+
+
+def _set_kind_of_layer(cut: Any, config: Any, layers: Sequence[int]) -> None:
+    """Have a cut model's layers dense or sparse as they are in the whole one: configs say which by number."""
+    for key in ("mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace"):
+        if not hasattr(config, key):
+            continue
+        if key == "first_k_dense_replace":
+            value: Any = sum(layer < config.first_k_dense_replace for layer in layers)
+        elif key == "decoder_sparse_step":
+            value = 1
+        else:
+            step, dense = config.decoder_sparse_step, config.mlp_only_layers or []
+            value = [place for place, layer in enumerate(layers) if layer in dense or (layer + 1) % step]
+        setattr(cut, key, value)
 
 
 def _mcore_loader(opened: OpenedMegatron, stage: PolicyModel, prefix: str) -> Callable[[torch.nn.Module], object]:

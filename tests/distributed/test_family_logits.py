@@ -15,7 +15,7 @@ import torch
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.verification.verify import verify
 from tests.distributed.harness import run_ranks
-from tests.families import FAMILIES, MIXTURES, family_model, hugging_face_logits, token_ids
+from tests.families import BIASED_EXPERTS, FAMILIES, MIXTURES, family_model, hugging_face_logits, token_ids
 
 TOLERANCE = 1e-5
 TP2: dict[str, Any] = {"tensor_model_parallel_size": 2}
@@ -53,6 +53,9 @@ def layouts_of(family: str, model: str) -> list[str]:
         fits = not (tensor and model == ONE_KEY_VALUE_HEAD)
         if family in MIXTURES:
             fits = fits and tensor == ("sequence_parallel" in layout)
+            # Tensor-parallel ranks would split the experts, whose biases Megatron-Core would add once a rank.
+            whole = family not in BIASED_EXPERTS or "expert_model_parallel_size" in layout
+            fits = fits and (whole or not tensor)
         else:
             fits = fits and "expert_model_parallel_size" not in layout
         if fits:

@@ -34,13 +34,13 @@ def first_step(megatron: str, data: str, reference_GK: np.ndarray, save: str | N
     A checkpoint is free of the layout, so the test exports it with the converter and holds it against Hugging Face.
     `log_ratio` is the largest |log pi_theta - log pi_t| where the reference pass is our own.
     """
-    from megatron_sppo.training import checkpoint, parallel
+    from megatron_sppo.training import checkpoint, inputs, parallel
     from megatron_sppo.training.forward_step import gradient_step, log_probs, objective_terms
     from megatron_sppo.training.optimizer import build_optimizer
     from megatron_sppo.training.policy import weights_hash
 
     config, source, batches, policy = _begin(["--load", megatron, "--data", data, "--save", save or "nowhere", *argv])
-    checkpoint.load_weights(policy, source)
+    checkpoint.load_weights(policy, *inputs.open_weights(config, policy.architecture, source))
     weights = weights_hash(policy.stages)
     optimizer = build_optimizer(policy.chunks, config.optimization, config.model, config.parallel)
     plan = next(batches.steps(first=1, last=1, reference_GK=reference_GK))
@@ -50,7 +50,7 @@ def first_step(megatron: str, data: str, reference_GK: np.ndarray, save: str | N
     router_losses = policy.router_metrics(router_sums, num_sequences=len(plan.rows))
     terms = objective_terms(plan, log_prob_N, objective=config.objective)
     for stage in policy.stages:
-        if stage.post_process:  # the head's gradient never went through autograd
+        if stage.post_process and policy.adapters is None:  # the head's gradient never went through autograd
             tied = stage.share_embeddings_and_output_weights
             weight = stage.shared_embedding_or_output_weight() if tied else stage.output_layer.weight
             assert weight.grad_added_to_main_grad and weight.grad is None
@@ -114,7 +114,9 @@ def _begin(argv: list[str]) -> tuple[Any, Path, Any, Any]:
     dataset = inputs.open_dataset(config, architecture, tokenizer)
     batches = inputs.list_batches(config, dataset, architecture)
     parallel.initialize(config.parallel, seed=1)
-    return config, source, batches, build_policy(architecture, config.model, config.parallel)
+    adapters = config.adapters.settings(architecture)
+    policy = build_policy(architecture, config.model, config.parallel, adapters=adapters, seed=config.batch.seed)
+    return config, source, batches, policy
 
 
 @torch.no_grad()
@@ -125,7 +127,7 @@ def _save_gradient(policy: Any, source: Path, root: Path) -> None:
     from megatron_sppo.training import checkpoint, parallel
 
     for chunk in policy.chunks:
-        for parameter in chunk.parameters():
+        for parameter in chunk.params_with_grad:
             parameter.copy_(parameter.main_grad)
         if chunk.ddp_config.use_distributed_optimizer:
             # Each rank has the reduced gradient of its own shard alone; gathered as the optimizer gathers weights.
@@ -134,7 +136,7 @@ def _save_gradient(policy: Any, source: Path, root: Path) -> None:
     if parallel.is_rank_zero():
         target.mkdir(parents=True)
     torch.distributed.barrier()
-    save_as_a_run(checkpoint.describe_model(policy.stages), target)
+    save_as_a_run(checkpoint.describe_trained(policy), target)
     assert dist_checkpointing.check_is_distributed_checkpoint(str(target))
     if parallel.is_rank_zero():
         megatron_checkpoint.carry_model_files(source, target)

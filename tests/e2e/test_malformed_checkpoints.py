@@ -223,9 +223,15 @@ ONE: dict[str, tuple[Damage, str]] = {
     "another vocabulary": (config(vocab_size=300), r"embed_tokens\.weight of shape"),
     "heads that do not divide": (config(num_key_value_heads=3), r"num_query_groups"),
     "an odd head": (config(head_dim=7), r"head_dim \(7\) is odd"),
-    "biases": (config(attention_bias=True), r"attention_bias"),
+    "biases that are not there": (config(attention_bias=True), r"lacks .*self_attn\.q_proj\.bias"),
+    "biases in words": (config(mlp_bias="yes"), r"mlp_bias is 'yes'"),
     "another activation": (config(hidden_act="gelu"), r"hidden_act"),
-    "an unknown rotary scaling": (config(rope_parameters={"rope_type": "yarn", "factor": 2.0}), r"yarn"),
+    "an unknown rotary scaling": (config(rope_parameters={"rope_type": "ntk", "factor": 2.0}), r"'ntk'"),
+    "a rotary scaling below 0": (config(rope_parameters={"rope_type": "yarn", "factor": -2.0}), r"factor is -2"),
+    "rotary factors of another model": (
+        config(rope_parameters={"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}),
+        r"short_factor has 1 numbers for 4 frequencies",
+    ),
     "tied in words": (config(tie_word_embeddings="yes"), r"tie_word_embeddings"),
 }
 TWO: dict[str, tuple[Damage, str]] = {

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_sppo.architecture import Architecture, Llama3RopeScaling, read_architecture, write_architecture
+from megatron_sppo.architecture import Architecture, RopeScaling, read_architecture, write_architecture
 from megatron_sppo.errors import ConversionError, DataError
 
 SMOLLM2_135M = {
@@ -126,7 +126,7 @@ def test_parameters_are_counted_as_published(values, published):
     "scaling",
     [
         None,
-        Llama3RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192),
+        RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192),
     ],
 )
 def test_model_json_reads_back_equal(tmp_path, scaling):

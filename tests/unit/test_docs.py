@@ -89,6 +89,23 @@ def test_every_measured_number_of_the_alignment_page_is_one_of_a_committed_json(
         assert any(f"{scale * one:.{digits}f}" == text for one in found for scale in (1, 100)), text
 
 
+def test_what_the_demo_gave_is_said_as_it_was_measured() -> None:
+    """The table in the quickstart; in README the last iteration's held instructions beside the start model's."""
+    result = json.loads((REPOSITORY / "benchmarks/results/alignment/demo.json").read_text(encoding="utf-8"))
+    assert "\n".join(result["table"]) in (DOCS / "quickstart.md").read_text(encoding="utf-8")
+    accuracy = result["summary"]["iterations"][-1]["accuracy"]
+    readme = " ".join((REPOSITORY / "README.md").read_text(encoding="utf-8").replace("\n> ", "\n").split())
+    held, start = (
+        "{:.1f} % [{:.1f}, {:.1f}]".format(*(100 * accuracy[who]["instruction_level"][key] for key in KEYS))
+        for who in ("policy", "base")
+    )
+    assert f"{held} of the instructions in {accuracy['policy']['instruction_level']['num_prompts']} prompts" in readme
+    assert f"the start model {start}" in readme
+
+
+KEYS = ("mean", "low", "high")
+
+
 def test_the_page_of_messages_has_every_message() -> None:
     written = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     assert (

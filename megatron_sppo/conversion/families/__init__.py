@@ -1,12 +1,44 @@
 """One table per model family; FAMILIES lists them by `model_type`."""
 
-from megatron_sppo.conversion.families import gemma2, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, qwen3_moe
+from megatron_sppo.conversion.families import (
+    gemma2,
+    gemma3_text,
+    glm4_moe,
+    gpt_oss,
+    llama,
+    ministral,
+    mistral,
+    mixtral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 from megatron_sppo.conversion.mapping import Family
 from megatron_sppo.errors import ConversionError
 
 FAMILIES = {
     module.FAMILY.model_type: module.FAMILY
-    for module in (llama, mistral, qwen2, qwen3, mixtral, qwen3_moe, gemma2, olmo2, phi3)
+    for module in (
+        llama,
+        mistral,
+        ministral,
+        qwen2,
+        qwen3,
+        mixtral,
+        qwen2_moe,
+        qwen3_moe,
+        glm4_moe,
+        gemma2,
+        gemma3_text,
+        gpt_oss,
+        olmo2,
+        olmo3,
+        phi3,
+    )
 }
 
 

@@ -39,7 +39,6 @@ FAMILY = Family(
         "final_logit_softcapping",
     ),
     fixed={
-        "attention_bias": (None, False),
         "hidden_activation": (None, "gelu_pytorch_tanh"),
         "use_bidirectional_attention": (False, None),
     },
@@ -55,6 +54,7 @@ FAMILY = Family(
         "attn_logit_softcapping": "attention_softcap",
         "final_logit_softcapping": "logit_softcap",
     },
+    biases={"attention_bias": llama.ATTENTION_BIASES},
     windows=WindowKeys(every=2, layer_types=True),
     tied=True,
 )

@@ -2,6 +2,36 @@
 
 from megatron_sppo.conversion.mapping import Copy, Family, FusedQKV, GateUp, VocabRows
 
+ATTENTION_BIASES = ("add_qkv_bias", "add_proj_bias")
+"""What `attention_bias` says in most families."""
+
+BIASES = (
+    FusedQKV(
+        "decoder.layers.{layer}.self_attention.linear_qkv.bias",
+        "model.layers.{layer}.self_attn.{qkv}_proj.bias",
+        columns=(),
+        only="add_qkv_bias",
+    ),
+    Copy(
+        "decoder.layers.{layer}.self_attention.linear_proj.bias",
+        "model.layers.{layer}.self_attn.o_proj.bias",
+        ("hidden",),
+        only="add_proj_bias",
+    ),
+    GateUp(
+        "decoder.layers.{layer}.mlp.linear_fc1.bias",
+        "model.layers.{layer}.mlp.{gate_up}_proj.bias",
+        columns=(),
+        only="add_mlp_bias",
+    ),
+    Copy(
+        "decoder.layers.{layer}.mlp.linear_fc2.bias",
+        "model.layers.{layer}.mlp.down_proj.bias",
+        ("hidden",),
+        only="add_mlp_bias",
+    ),
+)
+
 MAPPINGS = (
     VocabRows("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
     FusedQKV(
@@ -16,6 +46,7 @@ MAPPINGS = (
     Copy(
         "decoder.layers.{layer}.mlp.linear_fc2.weight", "model.layers.{layer}.mlp.down_proj.weight", ("hidden", "ffn")
     ),
+    *BIASES,
     # Megatron-Core saves both layer specs under the names of Transformer Engine's fused layers.
     Copy(
         "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
@@ -35,6 +66,7 @@ FAMILY = Family(
     model_type="llama",
     architecture_class="LlamaForCausalLM",
     mappings=MAPPINGS,
-    fixed={"attention_bias": (None, False), "mlp_bias": (None, False), "hidden_act": (None, "silu")},
+    fixed={"hidden_act": (None, "silu")},
+    biases={"attention_bias": ATTENTION_BIASES, "mlp_bias": ("add_mlp_bias",)},
     ignored=(".self_attn.rotary_emb.inv_freq",),
 )

@@ -16,7 +16,8 @@ FAMILY = Family(
     mappings=MAPPINGS,
     # Absent, it would mean 1e-5.
     required=("rms_norm_eps",),
-    fixed={"attention_bias": (None, False), "clip_qkv": (None,), "hidden_act": (None, "silu")},
+    fixed={"clip_qkv": (None,), "hidden_act": (None, "silu")},
+    biases={"attention_bias": llama.ATTENTION_BIASES},
     traits={
         "qk_layernorm": True,
         "qk_layernorm_across_heads": True,

@@ -1,4 +1,4 @@
-"""Phi-3 (4k contexts) and Phi-4: Llama's model, with query, key and value, and gate and up, in one tensor each."""
+"""Phi-3, Phi-3.5 and Phi-4: Llama's model, with query, key and value, and gate and up, in one tensor each."""
 
 from megatron_sppo.conversion.families import llama
 from megatron_sppo.conversion.mapping import Family, FusedQKV, GateUp, PackedGateUp, PackedQKV, WindowKeys
@@ -21,4 +21,7 @@ FAMILY = Family(
     fixed={"hidden_act": (None, "silu")},
     ignored=llama.FAMILY.ignored,
     windows=WindowKeys(),
+    rope_types=("longrope",),
+    rotary_percent=1.0,
+    original_positions=4096,
 )

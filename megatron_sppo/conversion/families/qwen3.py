@@ -16,7 +16,8 @@ FAMILY = Family(
     architecture_class="Qwen3ForCausalLM",
     mappings=MAPPINGS,
     required=("num_key_value_heads", "head_dim"),
-    fixed={"attention_bias": (None, False), "use_sliding_window": (None, True, False), "hidden_act": (None, "silu")},
+    fixed={"use_sliding_window": (None, True, False), "hidden_act": (None, "silu")},
     traits={"qk_layernorm": True},
+    biases={"attention_bias": llama.ATTENTION_BIASES},
     windows=qwen2.WINDOWS,
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sppo.architecture import Llama3RopeScaling
+from megatron_sppo.architecture import RopeScaling
 from megatron_sppo.checkpoints.hf_files import read_config
 from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture
 from megatron_sppo.errors import ConversionError
@@ -19,6 +19,10 @@ LLAMA31 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
 
 def old_spelling(**changes: Any) -> dict[str, Any]:
@@ -38,9 +42,7 @@ def test_every_field_is_taken_over() -> None:
 def test_llama_31_scaling_is_read_in_both_spellings() -> None:
     new = llama_config(rope_parameters={"rope_theta": 500000.0, **LLAMA31})
     old = old_spelling(rope_theta=500000.0, rope_scaling=LLAMA31)
-    expected = Llama3RopeScaling(
-        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
-    )
+    expected = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
     for config in (new, old):
         read = architecture_from_hf(config)
         assert read.rotary_base == 500000.0
@@ -56,21 +58,21 @@ def test_llama_2_without_optional_keys_has_a_head_per_key_and_hidden_size_over_h
     assert not read.share_embeddings_and_output_weights
 
 
-@pytest.mark.parametrize("scaling", [None, LLAMA31])
+@pytest.mark.parametrize("scaling", [None, LLAMA31, YARN, {**YARN, "truncate": False}, LONG])
 def test_a_written_config_reads_back_the_same(scaling: dict[str, Any] | None) -> None:
     rope = {"rope_theta": 5e5, **(scaling or {"rope_type": "default"})}
     read = architecture_from_hf(llama_config(rope_parameters=rope, tie_word_embeddings=True))
     assert architecture_from_hf(hf_from_architecture(read, dtype="bfloat16")) == read
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
-
-
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         # What transformers 5 wrote, and what somebody added to it in the spelling of transformers 4.
-        ({"rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}, "rope_scaling": YARN}, "'yarn'"),
+        (
+            {"rope_parameters": {"rope_theta": 1e5, "rope_type": "default"}, "rope_scaling": YARN},
+            "twice, and differently",
+        ),
         ({"rope_parameters": {"rope_theta": 1e5}, "rope_scaling": LLAMA31}, "twice, and differently"),
         ({"rope_parameters": {"rope_theta": 1e5, **LLAMA31}, "rope_scaling": LLAMA31}, "twice, and differently"),
         ({"rope_parameters": {"rope_theta": 1e5}, "rope_scaling": {"rope_type": "default"}}, "twice, and differently"),
@@ -104,13 +106,21 @@ def test_architectures_of_another_family_are_said(caplog: pytest.LogCaptureFixtu
     ("changes", "named"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2'"),
-        ({"attention_bias": True}, "attention_bias: true"),
-        ({"mlp_bias": True}, "mlp_bias: true"),
+        ({"attention_bias": "yes"}, "attention_bias is 'yes'"),
+        ({"mlp_bias": 1}, "mlp_bias is 1"),
         ({"hidden_act": "gelu"}, 'hidden_act: "gelu"'),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
-        ({"rope_parameters": {"type": "linear", "factor": 4.0}}, "'linear'"),
-        ({"rope_parameters": {**LLAMA31, "low_freq_factor": 2.0}}, "low_freq_factor 2"),
-        ({"rope_parameters": {**LLAMA31, "original_max_position_embeddings": 4096}}, "4096"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "factor is missing"),
+        ({"rope_parameters": {"type": "linear", "factor": -4.0}}, "factor is -4"),
+        ({"rope_parameters": {"type": "ntk", "factor": 4.0}}, "'ntk'.*knows 'default', 'linear'"),
+        ({"rope_parameters": {"type": [], "factor": 4.0}}, "of type"),
+        ({"rope_parameters": {**LLAMA31, "low_freq_factor": 4.0}}, r"low_freq_factor \(4\) must be below"),
+        ({"rope_parameters": {**YARN, "truncate": "no"}}, "truncate is 'no'"),
+        ({"rope_parameters": {**YARN, "beta_fast": float("inf")}}, "beta_fast is inf"),
+        ({"rope_parameters": {**YARN, "attention_factor": -1.0}}, "attention_factor is -1"),
+        ({"rope_parameters": {**YARN, "original_max_position_embeddings": 0}}, "original_max_position_embeddings is 0"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4}}, "long_factor is None"),
+        ({"rope_parameters": {**LONG, "long_factor": [2.0] * 3}}, "long_factor has 3 numbers for 4 frequencies"),
+        ({"rope_parameters": {**LONG, "long_factor": [2.0, 0.0, 2.0, 2.0]}}, "long_factor is 0.0"),
         ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta is nan"),
         ({"rope_parameters": [1]}, "rope_parameters"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "for each of full_attention"),
@@ -148,6 +158,20 @@ GEMMA2 = {
 PHI3 = {"model_type": "phi3", "sliding_window": 2047}
 
 
+KINDS = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+GEMMA3 = {"model_type": "gemma3_text", "sliding_window": 8, "query_pre_attn_scalar": 256, "rope_parameters": KINDS}
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "sliding_window": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "swiglu_limit": 7.0,
+    "attention_bias": True,
+    "rope_parameters": {"rope_theta": 150000.0, **YARN, "truncate": False},
+}
+OLMO3 = {"model_type": "olmo3", "sliding_window": 8, "rope_parameters": KINDS}
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -163,7 +187,6 @@ PHI3 = {"model_type": "phi3", "sliding_window": 2047}
         ({**SWITCHED, "max_window_layers": None}, "max_window_layers is missing"),
         ({**SWITCHED, "max_window_layers": -1}, "max_window_layers is -1"),
         ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        ({**GEMMA2, "attention_bias": True}, "attention_bias: true"),
         ({**GEMMA2, "hidden_activation": "gelu"}, 'hidden_activation: "gelu"'),
         ({**GEMMA2, "use_bidirectional_attention": True}, "use_bidirectional_attention: true"),
         ({**GEMMA2, "query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),
@@ -172,17 +195,50 @@ PHI3 = {"model_type": "phi3", "sliding_window": 2047}
         ({key: value for key, value in GEMMA2.items() if key != "final_logit_softcapping"}, "final_logit_softcapping"),
         ({**GEMMA2, "sliding_window": None, "layer_types": ["sliding_attention"] * 2}, "layer_types with sliding"),
         ({"model_type": "gemma"}, "'gemma'"),
-        ({"model_type": "gemma3_text"}, "'gemma3_text'"),
-        ({"model_type": "olmo2", "attention_bias": True}, "attention_bias: true"),
+        ({"model_type": "gemma3"}, "'gemma3'"),
+        ({**GEMMA3, "use_bidirectional_attention": True}, "use_bidirectional_attention: true"),
+        ({**GEMMA3, "sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        ({**GEMMA3, "rope_scaling": LLAMA31}, "rope_parameters and rope_scaling"),
+        ({**GEMMA3, "rope_parameters": {"rope_theta": 1e6}}, "rope_parameters has rope_theta"),
+        ({**GEMMA3, "rope_parameters": {"full_attention": [1e6]}}, r"rope_parameters.full_attention is \[1"),
+        (
+            {**GEMMA3, "rope_parameters": {"sliding_attention": YARN}},
+            "scales the rotary embeddings of layers with a wi",
+        ),
+        ({**GEMMA3, "rope_parameters": {"full_attention": {**YARN, "truncate": False}}}, "transformers overlooks it"),
+        ({**OLMO3, "rope_parameters": None, "rope_theta": 1e4}, "rope_theta 10000.0 outside of rope_parameters"),
+        ({**GPT_OSS, "rope_parameters": None}, "does not say rope_parameters or rope_scaling"),
+        ({**GPT_OSS, "swiglu_alpha": 1.0}, "swiglu_alpha: 1.0"),
+        ({**GPT_OSS, "swiglu_limit": 0}, "swiglu_limit is 0"),
+        ({**GPT_OSS, "attention_bias": False}, "attention_bias: false"),
+        ({**GPT_OSS, "quantization_config": {"quant_method": "fp8"}}, "quantized weights"),
+        ({**GPT_OSS, "quantization_config": "mxfp5"}, "quantized weights"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "quantized weights"),
+        ({"model_type": "olmo3"}, "does not say sliding_window"),
+        ({**WINDOW, "model_type": "ministral", "layer_types": ["full_attention"]}, "layer_types must name"),
         ({"model_type": "olmo2", "clip_qkv": 8.0}, "clip_qkv: 8.0"),
-        ({**PHI3, "rope_parameters": {"rope_type": "longrope", "factor": 32.0}}, "'longrope'"),
-        ({**PHI3, "rope_parameters": None, "rope_scaling": {"type": "su"}}, "'su'"),
-        ({**PHI3, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.75}}, "partial_rotary_factor"),
+        ({**PHI3, "rope_parameters": {"rope_type": "longrope", "factor": 32.0}}, "short_factor is None"),
+        ({**PHI3, "rope_parameters": None, "rope_scaling": {"type": "su"}}, "short_factor is None"),
+        (
+            {**PHI3, "rope_parameters": {**LONG, "original_max_position_embeddings": 64}},
+            "where transformers takes 4096",
+        ),
+        ({**PHI3, "rope_parameters": YARN}, "'yarn'; the Megatron model of phi3 knows 'default', 'longrope'"),
+        ({**PHI3, "rope_parameters": {"partial_rotary_factor": 0.4}}, "of 8 channels a head are 3"),
+        ({**PHI3, "rope_parameters": {"partial_rotary_factor": 1.5}}, "rotary_percent 1.5"),
         ({**PHI3, "hidden_act": "gelu"}, 'hidden_act: "gelu"'),
-        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias: true"),
-        ({"model_type": "qwen2_moe"}, "'qwen2_moe'"),
-        ({**MIXTURES["qwen3_moe"], "decoder_sparse_step": 2}, "decoder_sparse_step: 2"),
-        ({**MIXTURES["qwen3_moe"], "mlp_only_layers": [0]}, r"mlp_only_layers: \[0\]"),
+        ({"model_type": "qwen2_moe"}, "does not say num_experts"),
+        ({**MIXTURES["qwen2_moe"], "shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size is -1"),
+        (
+            {**MIXTURES["qwen2_moe"], "shared_expert_intermediate_size": 0},
+            "moe_shared_expert_intermediate_size is None",
+        ),
+        ({**MIXTURES["qwen2_moe"], "qkv_bias": False}, "qkv_bias: false"),
+        ({**MIXTURES["qwen3_moe"], "decoder_sparse_step": 3}, "none of the 2 layers has experts"),
+        ({**MIXTURES["qwen3_moe"], "decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        ({**MIXTURES["qwen3_moe"], "mlp_only_layers": [0, 1]}, "none of the 2 layers has experts"),
+        ({**MIXTURES["qwen3_moe"], "mlp_only_layers": [0.5]}, r"mlp_only_layers is \[0.5\]"),
+        ({**MIXTURES["qwen3_moe"], "mlp_only_layers": "0"}, "mlp_only_layers is '0'"),
         ({**MIXTURES["qwen3_moe"], "use_sliding_window": True}, "use_sliding_window: true"),
         ({**MIXTURES["qwen3_moe"], "shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size: 64"),
         ({**MIXTURES["qwen3_moe"], "num_experts": None}, "num_experts is missing"),
@@ -210,7 +266,7 @@ def test_each_family_writes_a_config_that_reads_back_and_that_transformers_reads
         theirs = transformers.AutoConfig.for_model(**written)
         assert (theirs.num_key_value_heads, theirs.hidden_size, theirs.tie_word_embeddings) == (4, 64, False)
         assert getattr(theirs, "head_dim", 8) in (8, None)
-        assert getattr(theirs, "sliding_window", None) == read.sliding_window
+        assert (getattr(theirs, "sliding_window", None) or None) == read.sliding_window
         windows = [
             read.sliding_window if kind != "full_attention" else None
             for kind in getattr(theirs, "layer_types", None) or ()
@@ -225,7 +281,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     **MIXTURES,
     "gemma2": GEMMA2,
+    "gpt_oss": {**GPT_OSS, "layer_types": ["full_attention", "sliding_attention"]},
+    "gemma3_text": {**GEMMA3, "layer_types": ["sliding_attention", "full_attention"]},
+    "ministral": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "olmo2": {},
+    "olmo3": {**OLMO3, "layer_types": ["full_attention", "sliding_attention"]},
     "phi3": PHI3,
 }
 
@@ -244,12 +304,47 @@ FAMILIES: dict[str, dict[str, Any]] = {
         ({**SWITCHED, "layer_types": ["sliding_attention", "full_attention"]}, [4096, None]),
         (GEMMA2, [4096, None]),
         ({**GEMMA2, "layer_types": ["full_attention", "sliding_attention"]}, [None, 4096]),
+        (GPT_OSS, [8, None]),
+        (GEMMA3, [8, 8]),
+        ({**GEMMA3, "sliding_window_pattern": 2}, [8, None]),
+        ({**OLMO3, "layer_types": ["full_attention", "sliding_attention"]}, [None, 8]),
+        ({**WINDOW, "model_type": "ministral"}, [4096, 4096]),
+        ({**WINDOW, "model_type": "ministral", "layer_types": ["full_attention", "sliding_attention"]}, [None, 4096]),
     ],
 )
 def test_the_layers_with_a_window_are_those_of_transformers(changes: dict[str, Any], windows: list[int | None]) -> None:
     read = architecture_from_hf({**llama_config(), **changes})
     assert [read.window(layer) for layer in range(2)] == windows
     assert (read.sliding_window is None) == (windows == [None, None])
+    assert architecture_from_hf(hf_from_architecture(read, dtype="float32")) == read
+
+
+@pytest.mark.parametrize(
+    ("changes", "bases"),
+    [
+        # As Google's and Ai2's files spell it, before transformers 5.
+        (
+            {**GEMMA3, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear"}},
+            (1e6, 1e4),
+        ),
+        ({**GEMMA3}, (1e6, 1e4)),
+        ({**OLMO3, "rope_theta": 5e5, "rope_scaling": YARN}, (5e5, 5e5)),
+        ({**OLMO3, "rope_theta": 5e5}, (5e5, None)),
+    ],
+)
+def test_two_kinds_of_layers_have_the_bases_of_transformers(
+    changes: dict[str, Any], bases: tuple[float, float | None]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = {**llama_config(), **changes, "layer_types": ["sliding_attention", "full_attention"]}
+    del config["rope_parameters"]
+    if "rope_type" in config.get("rope_scaling", {}):
+        config["rope_scaling"] = {"factor": 8.0, **config["rope_scaling"]}
+    read = architecture_from_hf(config)
+    assert (read.rotary_base, read.windowed_rotary_base) == bases
+    theirs = transformers.AutoConfig.for_model(**config).rope_parameters
+    assert theirs["full_attention"]["rope_theta"] == bases[0]
+    assert theirs["sliding_attention"]["rope_theta"] == (bases[1] or bases[0])
     assert architecture_from_hf(hf_from_architecture(read, dtype="float32")) == read
 
 

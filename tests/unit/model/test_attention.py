@@ -8,7 +8,9 @@ import torch
 from megatron_sppo.model.attention import DocumentAttention, with_shared_prompts
 from tests.unit.model.trees import SEQUENCES, SMALL, Tree, random_heads, random_tree
 
-CONFIG = SimpleNamespace(attention_dropout=0.0, context_parallel_size=1)
+PLAIN = {"attention_dropout": 0.0, "context_parallel_size": 1, "tensor_model_parallel_size": 1}
+CONFIG = SimpleNamespace(**PLAIN, softmax_type="vanilla")
+WITH_SINKS = SimpleNamespace(**PLAIN, softmax_type="learnable", num_attention_heads=4, params_dtype=torch.float64)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -28,6 +30,29 @@ def test_each_path_attends_by_itself(tree: Tree, groups: int, window: int | None
     ours, theirs = (torch.autograd.grad((answer * weight).sum(), heads) for answer in (context, expected))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("tree", [SMALL, SEQUENCES])
+def test_a_sink_takes_its_part_of_each_heads_softmax(tree: Tree, window: int | None, softcap: float | None) -> None:
+    """And has a gradient; one far below all scores takes nothing."""
+    heads = random_heads(tree.num_tokens, heads=4, groups=2)
+    attention = DocumentAttention(WITH_SINKS, 1, None, "self", softmax_scale=0.7, windows=(window,), softcap=softcap)
+    assert attention.softmax_offset is not None
+    with torch.no_grad():
+        attention.softmax_offset.copy_(torch.tensor([0.3, -1.0, 2.0, -100.0]))
+    sinks = attention.softmax_offset.detach().clone().requires_grad_()
+    context = attention(*heads, packed_seq_params=tree.packed())
+    expected = tree.attention(*heads, scale=0.7, window=window, softcap=softcap, sinks=sinks)
+    torch.testing.assert_close(context, expected, rtol=0, atol=1e-6)
+    weight = torch.randn_like(expected)
+    ours = torch.autograd.grad((context * weight).sum(), [*heads, attention.softmax_offset])
+    theirs = torch.autograd.grad((expected * weight).sum(), [*heads, sinks])
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    without = tree.attention(*heads, scale=0.7, window=window, softcap=softcap).unflatten(1, (4, -1))
+    torch.testing.assert_close(context.unflatten(1, (4, -1))[:, 3], without[:, 3], rtol=0, atol=1e-6)
 
 
 def test_padded_sequences_attend_causally_each_on_its_own() -> None:

@@ -41,6 +41,18 @@ def test_each_path_attends_by_itself(
         torch.testing.assert_close(answer.squeeze(1).flatten(1), expected[held], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("tree", [SMALL, random_tree(0, num_tokens=600)])
+def test_a_sink_takes_its_part_of_each_heads_softmax(tree: Tree, window: int | None) -> None:
+    heads = random_heads(tree.num_tokens, heads=4, groups=2, dtype=torch.float32)
+    query, key, value = (tensor.detach() for tensor in heads)
+    sinks = torch.tensor([0.3, -1.0, 2.0, -100.0])
+    expected = tree.attention(query, key, value, scale=0.3, window=window, sinks=sinks)
+    tensors = (tensor.unsqueeze(1) for tensor in (query, key, value))
+    answer = flex(*tensors, tree.row(), softmax_scale=0.3, window=window, softcap=None, sinks=sinks)
+    torch.testing.assert_close(answer.squeeze(1).flatten(1), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch):
     """Let `flex` compile on the CPU as it would on CUDA, up to dynamo's part -> counter of compiled graphs."""

@@ -47,9 +47,17 @@ class Tree:
         return seen
 
     def attention(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scale: float, window: int | None, softcap: float | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """[T, heads, D], [T, groups, D] twice -> [T, heads * D]: each path by itself."""
+        """[T, heads, D], [T, groups, D] twice -> [T, heads * D]: each path by itself; sinks [heads]."""
         key, value = (tensor.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for tensor in (key, value))
         context = torch.full_like(query, torch.nan)
         for path, before in self.paths():
@@ -60,7 +68,9 @@ class Tree:
             hidden = place > place[before:, None]
             if window is not None:
                 hidden |= place <= place[before:, None] - window
-            weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+            weights = scores.masked_fill(hidden, -torch.inf).exp()
+            others = 0.0 if sinks is None else sinks.exp()[:, None, None]
+            weights = weights / (weights.sum(-1, keepdim=True) + others)
             context[path[before:]] = torch.einsum("hst,thd->shd", weights, value[path])
         return context.flatten(1)
 

@@ -29,6 +29,8 @@ TP2 = {"tensor_model_parallel_size": 2}
 TP2_SP = {**TP2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
+SHARED_EXPERT = {"moe_shared_expert_intermediate_size": 160}
+GATE = {"moe_shared_expert_gate": True}
 SHARED = (96, 64, 96)  # tokens of a prompt and of two responses to it
 GEMMA2 = {**gemma2.FAMILY.traits, "attention_softcap": 50.0, "logit_softcap": 30.0}
 
@@ -53,6 +55,9 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], str, str]] = {
     "PP2 TP2 SP last": (4, 3, PP2 | TP2_SP, {}, "none", "bfloat16"),
     "mixture": (1, 0, {}, MIXTURE, "none", "bfloat16"),
     "mixture TP2 SP": (2, 0, TP2_SP, MIXTURE, "none", "float32"),
+    "mixture, shared expert": (1, 0, {}, MIXTURE | SHARED_EXPERT, "none", "bfloat16"),
+    "mixture, gated shared expert TP2 SP": (2, 0, TP2_SP, MIXTURE | SHARED_EXPERT | GATE, "none", "bfloat16"),
+    "mixture, gated shared expert": (1, 0, {}, MIXTURE | SHARED_EXPERT | GATE, "none", "float32"),
     "shared": (1, 0, {}, {}, "none", "bfloat16"),
     "shared selective": (1, 0, {}, {}, "selective", "bfloat16"),
     "shared CP2": (2, 1, CP2, {}, "none", "float32"),  # the other rank has tokens of one response only
@@ -120,6 +125,7 @@ def planned(case: str, *, first: bool, last: bool, layers: int) -> tuple[int, in
         Grid(parallel=parallel, world_size=world_size),
         MicroBatchShape(num_tokens=columns, num_response_tokens=columns // 2, **documents),
         engine=False,
+        has_experts="num_moe_experts" in fields,
     )
     kept = layers * plan.per_layer + first * plan.first + last * plan.last
     return kept, kept + plan.recomputed + plan.working
@@ -145,6 +151,7 @@ def engine_plan(fp8: str, recompute: str, **axes: Any) -> Activations:
         Grid(parallel=parallel, world_size=parallel.model_parallel_size),
         MicroBatchShape(num_tokens=4096, num_response_tokens=4096, sum_of_squares=0),
         engine=True,
+        has_experts=False,
     )
 
 
@@ -199,6 +206,7 @@ def shared_engine_plan(architecture: str, **axes: Any) -> Activations:
         Grid(parallel=parallel, world_size=parallel.model_parallel_size),
         MicroBatchShape(num_tokens=4096, num_response_tokens=4096, sum_of_squares=4096**2, num_path_keys=8192),
         engine=True,
+        has_experts=False,
     )
 
 

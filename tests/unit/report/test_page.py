@@ -39,7 +39,7 @@ SECTIONS = (
 class Page(HTMLParser):
     """Collects what a browser would see: tags with their attributes, and the text between them."""
 
-    VOID = ("meta", "img", "br", "link")
+    VOID = ("meta", "img", "br", "wbr", "link")
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -97,6 +97,25 @@ def test_the_results_are_the_summary_s(page: Page) -> None:
     assert "54.0 % [51.0, 57.0]" in page.text
     assert "train, s" in page.text and "80.2" in page.text
     assert "triples of answers that beat each other in a circle" in page.text and "0.0800" in page.text
+
+
+def test_held_instructions_come_first_where_a_judge_checks(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    before = Page(write_report(run).read_text(encoding="utf-8"))
+    summary = json.loads((run / "summary.json").read_text())
+
+    def rates(low: float) -> dict:
+        rate = {"mean": low + 0.05, "low": low, "high": low + 0.1, "num_prompts": 20}
+        return {"prompt_level": rate, "instruction_level": rate}
+
+    for entry in summary["iterations"]:
+        entry["accuracy"] = {"policy": rates(0.2 + 0.2 * entry["iteration"]), "base": rates(0.2)}
+    (run / "summary.json").write_text(json.dumps(summary))
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert "Instructions followed65.0 %95 % interval 60.0 to 70.0; the start model 25.0 %" in page.text
+    assert "Instructions followed" not in before.text
+    shown, shown_before = (sum(tag == "img" for tag, _ in one.tags) for one in (page, before))
+    assert shown == shown_before + 1
 
 
 def test_the_gpu_is_shown_where_one_was_sampled(tmp_path: Path) -> None:

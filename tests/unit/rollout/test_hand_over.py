@@ -28,7 +28,7 @@ from megatron_sppo.rollout.policy import Policy
 from megatron_sppo.rollout.probes import Probes, compute_probes
 from megatron_sppo.rollout.prompts import Prompt
 from megatron_sppo.rollout.sampler import Shard
-from megatron_sppo.rollout.server import ServerSampler, check_takes_weights
+from megatron_sppo.rollout.server import ServerSampler, check_takes_policies
 from megatron_sppo.rollout.server_pool import Server
 from megatron_sppo.rollout.weight_sums import weight_sum
 from tests.models import tiny_llama
@@ -414,10 +414,10 @@ def test_nothing_is_asked_of_a_trusted_server(serve, models) -> None:
 
 def test_servers_that_take_no_weights_are_refused_before_a_run(serve, models, caplog) -> None:
     good, bad = serve(), serve(has_dev_mode=False)
-    check_takes_weights(ServerConfig(server=(good.url, bad.url)))
+    check_takes_policies(ServerConfig(server=(good.url, bad.url)), adapters=False)
     assert f"{bad.url} cannot be used: it takes no new weights: VLLM_SERVER_DEV_MODE=1" in caplog.text
     with pytest.raises(ConfigError, match="no server can take over the weights.*VLLM_SERVER_DEV_MODE=1 vllm serve"):
-        check_takes_weights(ServerConfig(server=(bad.url,)))
+        check_takes_policies(ServerConfig(server=(bad.url,)), adapters=False)
     assert (good.held, good.calls) == (models.old, [])
 
 

@@ -1,6 +1,7 @@
 """Proves: the probes' log-probabilities are those of transformers in float32, from weights that stay in the files."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
+from safetensors.torch import load_file, save_file
 
+from megatron_sppo.checkpoints.peft_files import open_peft_adapter
 from megatron_sppo.checkpoints.pretrained import load_pretrained
 from megatron_sppo.errors import ConversionError
 from megatron_sppo.rollout import probes as probes_module
 from megatron_sppo.rollout.probes import TOLERANCE, Probes, compute_probes
+from tests.adapters import random_adapter
 from tests.models import MIXTURES, tiny_llama
 
 KINDS: dict[str, dict[str, object]] = {
@@ -36,6 +40,44 @@ def test_log_probabilities_are_those_of_the_model_in_float32(kind: str, dtype: s
             truth = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
         expected = truth[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
         assert torch.tensor(found, dtype=torch.float64) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_with_an_adapter_they_are_those_of_peft_on_the_model_in_float32(dtype: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = tiny_llama(tmp_path / "base", scale=0.2, dtype=dtype)
+    directory = random_adapter(tmp_path / "adapter", base, use_rslora=True)
+    before = (base / "model.safetensors").read_bytes()
+    probes = compute_probes(base, adapter=open_peft_adapter(directory))
+    assert (base / "model.safetensors").read_bytes() == before
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, directory).eval()
+    for ids, found in zip(probes.token_ids, probes.log_probs, strict=True):
+        with torch.no_grad():
+            truth = model(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
+        expected = truth[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
+        assert torch.tensor(found, dtype=torch.float64) == pytest.approx(expected, abs=1e-4)
+    assert probes.distance(compute_probes(base).log_probs) > TOLERANCE
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_adapters_of_experts_are_added_to_the_expert_s_own_rows(kind: str, tmp_path: Path) -> None:
+    """The truth: scaling * B @ A added to the weights in the file, of a model that transformers then loads."""
+    base = tiny_llama(tmp_path / "base", scale=0.2, **MIXTURES[kind])
+    targets = ("q_proj", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
+    present = targets[:4] if kind == "mixtral" else (targets[0], *targets[4:])
+    directory = random_adapter(tmp_path / "adapter", base, rank=2, alpha=1, targets=present)
+    probes = compute_probes(base, adapter=open_peft_adapter(directory))
+    weights, factors = load_file(base / "model.safetensors"), load_file(directory / "adapter_model.safetensors")
+    for name in [*weights]:
+        prefix = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        if f"{prefix}A.weight" in factors:
+            weights[name] += 0.5 * factors[f"{prefix}B.weight"] @ factors[f"{prefix}A.weight"]
+    merged = tmp_path / "merged"
+    shutil.copytree(base, merged)
+    save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+    assert probes.distance(compute_probes(merged).log_probs) < 1e-4
+    assert probes.distance(compute_probes(base).log_probs) > TOLERANCE
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -68,6 +68,15 @@ def test_a_dense_model_has_no_experts_to_divide() -> None:
         check_layout(layout(expert=2), Architecture(**DENSE), world_size=2)
 
 
+def test_experts_with_biases_are_not_split() -> None:
+    """Megatron-Core adds the whole bias on each rank of a split expert, and then the ranks' answers up."""
+    biases = {"add_qkv_bias": True, "add_proj_bias": True, "add_mlp_bias": True}
+    biased = Architecture(**{**MIXTURE, "moe_ffn_hidden_size": 32, **biases})
+    with pytest.raises(ConfigError, match="bias 2 times.*--expert-model-parallel-size 2"):
+        check_layout(layout(tensor=2), biased, world_size=2)
+    check_layout(layout(tensor=2, expert=2), biased, world_size=2)
+
+
 def test_a_mixture_under_tensor_parallelism_needs_sequence_parallelism() -> None:
     alone = ParallelConfig(tensor_model_parallel_size=2)
     mixture = Architecture(**{**MIXTURE, "moe_ffn_hidden_size": 32})

@@ -36,6 +36,11 @@ def test_every_setting_is_marked_as_free_or_must_be_the_same() -> None:
         "batch.seed",
         "optimization.optimizer",
         "model.params_dtype",
+        "adapters.lora_rank",
+        "adapters.lora_alpha",
+        "adapters.lora_dropout",
+        "adapters.lora_targets",
+        "adapters.lora_scaling",
         "parallel.use_distributed_optimizer",
     }
 

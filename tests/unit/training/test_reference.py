@@ -120,8 +120,8 @@ class Pass:
         )
 
 
-POLICY: Any = type("Policy", (), {"stages": ()})
-"""Nothing is asked of it here but its hash."""
+POLICY: Any = type("Policy", (), {"stages": (), "adapters": None})
+"""Nothing is asked of it here but its hash, and whether it has adapters."""
 
 
 @pytest.fixture

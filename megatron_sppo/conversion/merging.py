@@ -1,0 +1,123 @@
+"""Adapters added to their base: a plain model of Hugging Face's, for which nobody needs to know of LoRA."""
+
+import functools
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
+from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
+from megatron_sppo.checkpoints.hf_writer import (
+    Computed,
+    FileLayout,
+    Moved,
+    Rows,
+    new_files,
+    parse_size,
+    write_tensors,
+)
+from megatron_sppo.checkpoints.peft_files import weight_delta
+from megatron_sppo.checkpoints.safetensors_file import entries_of_header
+from megatron_sppo.checkpoints.side_files import write_side_files
+from megatron_sppo.conversion import convert
+from megatron_sppo.conversion.adapter_checkpoint import OpenedAdapter, open_adapter_checkpoint
+from megatron_sppo.conversion.adapters import check_base, shapes_of
+from megatron_sppo.errors import ConversionError
+from megatron_sppo.storage import atomic_directory, locked_place, refuse_foreign, remove_stale_temporaries
+
+logger = logging.getLogger(__name__)
+
+
+def export_merged(
+    megatron: Path,
+    hf: Path,
+    *,
+    base: Path,
+    dtype: str | None = None,
+    max_shard_size: str | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+) -> Path:
+    """Add a checkpoint's adapters to their base, weight + scaling * B @ A -> Hugging Face directory of a plain model.
+
+    Product and sum are computed in float32 and rounded once, to the weight's type or `dtype`. What has no adapter is
+    copied byte for byte.
+
+    Args:
+        base: Hugging Face directory of the model that they were trained on, which is proven.
+        dtype, max_shard_size, overwrite, workers: as `convert.export_checkpoint`; without them types and files are the
+            base's.
+
+    Raises:
+        ConversionError, DataError: as `export_adapter`.
+    """
+    hf, base = Path(hf), Path(base)
+    refuse_foreign(hf, ours=(CONFIG_FILE,), inputs=(Path(megatron), base), flag="--hf")
+    opened, cast = open_adapter_checkpoint(megatron), convert.torch_dtype(dtype)
+    source = check_base(opened, base)
+    tensors = {name: (cast or entry.dtype, entry.shape) for name, entry in source.entries.items()}
+    is_kept = cast is None and max_shard_size is None
+    if is_kept:
+        layout = _layout_of(source)
+    else:
+        size = parse_size(max_shard_size or convert.DEFAULT_SHARD_SIZE)
+        layout = new_files(tensors, max_shard_bytes=size)
+    with locked_place(hf, flag="--hf"):
+        remove_stale_temporaries(hf)
+        if hf.exists() and any(hf.iterdir()) and not overwrite:
+            _check_already_merged(hf, opened, source, cast)
+            logger.info("%s holds this model already", hf)
+            return hf
+        begin = time.monotonic()
+        total = sum(math.prod(shape) * kind.itemsize for kind, shape in tensors.values())
+        convert.check_space(hf, total)
+        with (
+            atomic_directory(hf, replaces=CONFIG_FILE) as directory,
+            convert.progress_bar(total, "merge") as bar,
+        ):
+            pieces = _merged(opened, source, cast)
+            write_tensors(directory, layout, pieces, digests={}, items={}, progress=bar.update, workers=workers)
+            write_side_files(base, directory, dtype=None if is_kept else convert.main_dtype(tensors))
+    logger.info("merged %s into %s: %s, %s", opened.directory, base, hf, convert.speed(total, begin))
+    return hf
+
+
+def _merged(opened: OpenedAdapter, source: HFCheckpoint, cast: torch.dtype | None) -> Iterator[Moved | Computed]:
+    for name, entry in source.entries.items():
+        is_adapted, is_cast = name.removesuffix(".weight") in opened.factors, cast not in (None, entry.dtype)
+        if is_adapted or is_cast or not entry.shape:
+            yield Computed(names=[name], make=functools.partial(_merged_weight, opened, source, name, cast))
+        else:
+            yield Moved(spans=[entry.rows(0, entry.shape[0])], rows=[Rows(name, 0, entry.shape[0])])
+
+
+def _merged_weight(
+    opened: OpenedAdapter, source: HFCheckpoint, name: str, cast: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    weight, module = source.read(name), name.removesuffix(".weight")
+    kind = cast or weight.dtype
+    if module in opened.factors:
+        weight = weight.float() + weight_delta(*opened.read(module), opened.content.settings.scale)
+    yield name, weight.to(kind)
+
+
+def _layout_of(source: HFCheckpoint) -> FileLayout:
+    """Lay a model out as another's files are."""
+    files = {name: (raw, entries_of_header(Path(name), raw)) for name, raw in source.headers.items()}
+    return FileLayout(files=files, index=source.layout()["index"])
+
+
+def _check_already_merged(hf: Path, opened: OpenedAdapter, source: HFCheckpoint, cast: torch.dtype | None) -> None:
+    there = open_hf_checkpoint(hf)
+    same = shapes_of(there) == shapes_of(source) and read_config(hf).get("model_type") == opened.architecture.family
+    for name in source.entries if same else ():
+        ((_, weight),) = _merged_weight(opened, source, name, cast)
+        found = there.read(name)
+        same = same and found.dtype == weight.dtype and torch.equal(found, weight)
+    if not same:
+        raise ConversionError(f"{hf} holds another model or another dtype. Choose another --hf, or add --overwrite.")
