@@ -46,6 +46,7 @@ LONGROPE = {
         "rope_theta": 1e4,
         "rope_type": "longrope",
         "partial_rotary_factor": 0.5,
+        "factor": 4.0,
         "short_factor": [1.0, 1.1, 1.3],
         "long_factor": [1.5, 2.5, 4.0],
         "original_max_position_embeddings": 24,
