@@ -151,7 +151,7 @@ test-gpu-emulated: $(ENGINE)/.unpacked
 
 # Pages that are made from code; one that is not what the code says now fails tests/unit/test_docs.py.
 pages: $(VENV)/.installed
-	@for page in troubleshooting commands benchmarks alignment; do $(BIN)/python docs/$$page.py; done
+	@for page in troubleshooting commands benchmarks alignment families; do $(BIN)/python docs/$$page.py; done
 
 docs: $(VENV)/.installed
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
