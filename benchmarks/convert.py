@@ -27,10 +27,10 @@ from benchmarks.record import Row, describe_cpu, peak_in_child, peak_of, ratio_o
 from megatron_sppo.checkpoints.hf_files import read_config
 from megatron_sppo.checkpoints.hf_writer import write_tensor
 from megatron_sppo.checkpoints.safetensors_file import new_header, write_header
+from megatron_sppo.conversion.binding import bind, hf_shapes
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture
-from megatron_sppo.conversion.mapping import bind, hf_shapes
 
 LLAMA3_8B = {
     "attention_bias": False,

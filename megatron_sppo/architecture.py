@@ -18,6 +18,18 @@ EXPERT_WEIGHTS = ("linear_fc1", "linear_fc2", "linear_fc1.bias", "linear_fc2.bia
 """Names in `layer_weights` of what each expert has."""
 
 _EXPERT_NUMBERS = ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size")
+_EXPERT_SETTINGS = (
+    "moe_layer_freq",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+    "moe_router_pre_softmax",
+    "moe_router_score_function",
+    "moe_router_enable_expert_bias",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
+)
+_TUPLES = ("full_attention_layers", "moe_layer_freq")
 
 
 _SCALING_NEEDS = {
@@ -79,7 +91,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A decoder-only transformer, dense or with a mixture of experts in every layer, by Megatron-Core's field names."""
+    """A decoder-only transformer, dense or with a mixture of experts, by Megatron-Core's field names."""
 
     family: str
     """Name of the conversion table, such as "llama": megatron_sppo/conversion/families/<family>.py."""
@@ -139,14 +151,32 @@ class Architecture:
     full_attention_layers: tuple[int, ...] = ()
     """Layers, from 0, without that window."""
     num_moe_experts: int | None = None
-    """Experts of every layer; None in a dense model."""
+    """Experts of a layer that has any; None in a dense model."""
     moe_router_topk: int | None = None
     """Experts that each token goes to."""
     moe_ffn_hidden_size: int | None = None
-    """Feed-forward channels of one expert; `ffn_hidden_size` is then of no use but kept, as config.json keeps it."""
+    """Feed-forward channels of one expert; `ffn_hidden_size` is that of dense layers, and kept where there are none, as
+    config.json keeps it."""
+    moe_layer_freq: tuple[int, ...] = ()
+    """For each layer 1 if it has experts and 0 if it is dense; () in a mixture whose every layer has experts."""
+    moe_shared_expert_intermediate_size: int | None = None
+    """Feed-forward channels of the expert, or of all of them together, that every token goes to; None: no such one."""
+    moe_shared_expert_gate: bool = False
+    """What the shared expert answers is multiplied by the sigmoid of one more row of weights (Qwen2-MoE)."""
     moe_router_pre_softmax: bool = False
     """True: an expert's weight is its part of the softmax over all experts. False: of the softmax over the chosen ones,
     which is the same as dividing the chosen parts of the former by their sum."""
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """sigmoid: each expert is scored by itself, and the scores of the chosen ones are divided by their sum, unless one
+    alone is chosen (DeepSeek-V3)."""
+    moe_router_enable_expert_bias: bool = False
+    """Experts are chosen by score + bias, and weighed by score. The bias is part of the model: nothing changes it."""
+    moe_router_num_groups: int | None = None
+    """Experts are chosen from `moe_router_group_topk` of so many groups of neighbours, by the two best of each; None:
+    from all."""
+    moe_router_group_topk: int | None = None
+    moe_router_topk_scaling_factor: float | None = None
+    """Weights of the chosen experts are multiplied by this; None: by 1."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -220,22 +250,80 @@ class Architecture:
     def _check_experts(self) -> None:
         numbers = {name: getattr(self, name) for name in _EXPERT_NUMBERS}
         if all(value is None for value in numbers.values()):
-            if self.moe_router_pre_softmax:
-                raise ConversionError("moe_router_pre_softmax is set without experts. The model's config is wrong.")
+            if given := [name for name in _EXPERT_SETTINGS if getattr(self, name) not in (None, False, (), "softmax")]:
+                raise ConversionError(f"{given[0]} is set without experts. The model's config is wrong.")
             return
         for name, value in numbers.items():
             if value is None or value < 1:
                 raise ConversionError(f"{name} is {value}; a mixture of experts needs at least 1.")
+        if self.moe_layer_freq and (
+            len(self.moe_layer_freq) != self.num_layers or not {0} < {0, *self.moe_layer_freq} <= {0, 1}
+        ):
+            raise ConversionError(
+                f"moe_layer_freq {list(self.moe_layer_freq)} must be 0 or 1 for each of the {self.num_layers} layers, "
+                "and 1 for some. The model's config is wrong."
+            )
+        shared = self.moe_shared_expert_intermediate_size
+        if (shared is None and self.moe_shared_expert_gate) or (shared is not None and shared < 1):
+            raise ConversionError(
+                f"moe_shared_expert_intermediate_size is {shared}; a shared expert needs at least 1. "
+                "The model's config is wrong."
+            )
+        self._check_router()
+
+    def _check_router(self) -> None:
         experts, chosen = self.num_moe_experts or 0, self.moe_router_topk or 0
         if chosen > experts:
             raise ConversionError(
                 f"moe_router_topk ({chosen}) is more than num_moe_experts ({experts}). The model's config is wrong."
             )
-        if chosen == 1 and not self.moe_router_pre_softmax:
+        if self.moe_router_score_function not in ("softmax", "sigmoid"):
+            raise ConversionError(
+                f"moe_router_score_function is {self.moe_router_score_function!r}; it must be softmax or sigmoid."
+            )
+        softmax = self.moe_router_score_function == "softmax"
+        if softmax and chosen == 1 and not self.moe_router_pre_softmax:
             raise ConversionError(
                 "moe_router_topk is 1 with normalised weights: the router has no gradient, and Megatron-Core refuses "
                 "it. Use another model."
             )
+        if softmax and self.moe_router_enable_expert_bias:
+            raise ConversionError(
+                "moe_router_enable_expert_bias is set with softmax scores, which Megatron-Core has no biases for. "
+                "Use another model."
+            )
+        scaling = self.moe_router_topk_scaling_factor
+        if scaling is not None and not scaling > 0:
+            raise ConversionError(f"moe_router_topk_scaling_factor is {scaling}; it must be above 0.")
+        groups, best = self.moe_router_num_groups, self.moe_router_group_topk
+        if groups is None and best is None:
+            return
+        if not groups or not best or best >= groups or experts % groups or chosen > experts // groups * best:
+            raise ConversionError(
+                f"moe_router_num_groups ({groups}) must divide num_moe_experts ({experts}), and moe_router_group_topk "
+                f"({best}) be less, with room for the {chosen} chosen ones. The model's config is wrong."
+            )
+        if chosen // best != 2 or experts // groups < 2:
+            raise ConversionError(
+                f"{chosen} experts are chosen from {best} of {groups} groups: Megatron-Core judges a group by its "
+                f"{chosen // best} best experts (moe_router_topk // moe_router_group_topk), this model by two. "
+                "Use another model."
+            )
+
+    def has_experts(self, layer: int) -> bool:
+        """Tell whether a layer (from 0) is a mixture of experts."""
+        return self.num_moe_experts is not None and (not self.moe_layer_freq or self.moe_layer_freq[layer] == 1)
+
+    @property
+    def num_expert_layers(self) -> int:
+        """Layers that have experts."""
+        return sum(self.has_experts(layer) for layer in range(self.num_layers))
+
+    def layer_kinds(self) -> dict[bool, int]:
+        """Count the layers of each kind that there is -> {whether they have experts: layers}."""
+        sparse = self.num_expert_layers
+        counts = {True: sparse, False: self.num_layers - sparse}
+        return {has_experts: number for has_experts, number in counts.items() if number}
 
     @property
     def has_sinks(self) -> bool:
@@ -266,10 +354,15 @@ class Architecture:
         """Norms of hidden size in a layer: before, behind (OLMo-2) or around both units (Gemma-2)."""
         return 2 * (self.pre_layernorm + self.post_layernorm)
 
-    def layer_weights(self, *, tensor_ranks: int = 1, expert_tensor_ranks: int = 1) -> dict[str, int]:
+    def layer_weights(
+        self, *, has_experts: bool, tensor_ranks: int = 1, expert_tensor_ranks: int = 1
+    ) -> dict[str, int]:
         """Count one layer's weights, kind by kind, as a rank holds them -> {Megatron's name: weights of one}.
 
         There are `norms_per_layer` of "norm"; with experts, linear_fc1 and linear_fc2 are those of one.
+
+        Args:
+            has_experts: of the layer; models may have both kinds.
         """
         hidden, head = self.hidden_size, self.kv_channels
         queries = self.query_channels // tensor_ranks
@@ -285,23 +378,39 @@ class Architecture:
             across = self.qk_layernorm_across_heads
             weights["q_layernorm"] = self.query_channels if across else head
             weights["k_layernorm"] = self.key_channels if across else head
-        if self.num_moe_experts is None:
+        if not has_experts:
             width = self.ffn_hidden_size // tensor_ranks
-        else:
-            width = (self.moe_ffn_hidden_size or 0) // expert_tensor_ranks
-            weights["router"] = self.num_moe_experts * hidden
+            return weights | self._feed_forward_weights(width, has_experts=False)
+        width = (self.moe_ffn_hidden_size or 0) // expert_tensor_ranks
+        weights["router"] = (self.num_moe_experts or 0) * hidden
+        if self.moe_shared_expert_intermediate_size is not None:
+            shared = self.moe_shared_expert_intermediate_size // tensor_ranks
+            weights |= {"shared_experts.linear_fc1": 2 * shared * hidden, "shared_experts.linear_fc2": hidden * shared}
+        if self.moe_shared_expert_gate:
+            weights["shared_experts.gate"] = hidden
+        return weights | self._feed_forward_weights(width, has_experts=True)
+
+    def _feed_forward_weights(self, width: int, *, has_experts: bool) -> dict[str, int]:
+        """Count what a feed-forward unit of so many channels has, or one expert of a layer, and its router's bias."""
+        hidden = self.hidden_size
+        biases: dict[str, int] = {}
         if self.add_mlp_bias:
-            weights |= {"linear_fc1.bias": 2 * width, "linear_fc2.bias": hidden}
-            weights |= {"router.bias": self.num_moe_experts} if self.num_moe_experts is not None else {}
-        return weights | {"linear_fc1": 2 * width * hidden, "linear_fc2": hidden * width}
+            biases = {"linear_fc1.bias": 2 * width, "linear_fc2.bias": hidden}
+            biases |= {"router.bias": self.num_moe_experts or 0} if has_experts else {}
+        return biases | {"linear_fc1": 2 * width * hidden, "linear_fc2": hidden * width}
 
     def num_parameters(self) -> int:
-        """Count the weights as the checkpoint holds them, tied embeddings once -> int."""
-        copies = {"norm": self.norms_per_layer}
-        copies |= dict.fromkeys(EXPERT_WEIGHTS, self.num_moe_experts or 1)
-        layer = sum(number * copies.get(name, 1) for name, number in self.layer_weights().items())
+        """Count the weights as the checkpoint holds them, tied embeddings once -> int; routers' biases are weights."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.share_embeddings_and_output_weights else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        biases = self.num_expert_layers * (self.num_moe_experts or 0) * self.moe_router_enable_expert_bias
+        total = embeddings + self.hidden_size + biases
+        for has_experts, layers in self.layer_kinds().items():
+            copies = {"norm": self.norms_per_layer}
+            if has_experts:
+                copies |= dict.fromkeys(EXPERT_WEIGHTS, self.num_moe_experts or 0)
+            weights = self.layer_weights(has_experts=has_experts)
+            total += layers * sum(number * copies.get(name, 1) for name, number in weights.items())
+        return total
 
 
 def write_architecture(architecture: Architecture, directory: Path, *, tokenizer: dict[str, Any]) -> None:
@@ -345,8 +454,7 @@ def read_architecture(directory: Path) -> tuple[Architecture, dict[str, Any]]:
                 key: tuple(v) if isinstance(v, list) else v for key, v in values["rope_scaling"].items()
             }
             values = {**values, "rope_scaling": RopeScaling(**scaling)}
-        if "full_attention_layers" in values:
-            values = {**values, "full_attention_layers": tuple(values["full_attention_layers"])}
+        values = {name: tuple(value) if name in _TUPLES else value for name, value in values.items()}
         return Architecture(**values), tokenizer
     except (TypeError, AttributeError) as error:
         raise ConversionError(f"{path} does not describe a model ({error}). Import the model again.") from None

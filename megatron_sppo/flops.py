@@ -23,11 +23,32 @@ def attended_positions(num_tokens: Count) -> Count:
     return num_tokens * (num_tokens + 1) // 2
 
 
-def layer_flops_per_token(architecture: Architecture) -> int:
-    """Count the products of one layer for one token, forward, without attention's scores and values."""
-    weights, experts = architecture.layer_weights(), architecture.moe_router_topk or 1
-    feed_forward = experts * (weights["linear_fc1"] + weights["linear_fc2"])
-    return 2 * (weights["linear_proj"] + weights["linear_qkv"] + weights.get("router", 0) + feed_forward)
+def layer_flops_per_token(architecture: Architecture, *, has_experts: bool) -> int:
+    """Count the products of one layer for one token, forward, without attention's scores and values.
+
+    Args:
+        has_experts: of the layer; models may have both kinds.
+    """
+    return 2 * _weights_met(architecture, has_experts=has_experts)
+
+
+def all_layers_flops_per_token(architecture: Architecture) -> int:
+    """Count the same of all layers."""
+    return sum(
+        number * layer_flops_per_token(architecture, has_experts=has_experts)
+        for has_experts, number in architecture.layer_kinds().items()
+    )
+
+
+_MATRICES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "router", "gate")
+
+
+def _weights_met(architecture: Architecture, *, has_experts: bool) -> int:
+    """Count the weights of a layer's matrices that one token is multiplied with -> int."""
+    weights = architecture.layer_weights(has_experts=has_experts)
+    chosen = (architecture.moe_router_topk or 0) if has_experts else 1
+    times = dict.fromkeys(("linear_fc1", "linear_fc2"), chosen)
+    return sum(number * times.get(name, 1) for name, number in weights.items() if name.rpartition(".")[2] in _MATRICES)
 
 
 def attention_flops_per_position(architecture: Architecture) -> int:
@@ -50,11 +71,9 @@ def forward_flops(
         attended_positions: the function of that name, summed over the documents.
         num_response_tokens: rows that reach the vocabulary.
     """
-    layer = (
-        layer_flops_per_token(architecture) * num_tokens
-        + attention_flops_per_position(architecture) * attended_positions
-    )
-    return architecture.num_layers * layer + head_flops_per_token(architecture) * num_response_tokens
+    attention = architecture.num_layers * attention_flops_per_position(architecture) * attended_positions
+    products = all_layers_flops_per_token(architecture) * num_tokens
+    return products + attention + head_flops_per_token(architecture) * num_response_tokens
 
 
 def training_flops(
@@ -88,6 +107,12 @@ def crossover_length(architecture: Architecture) -> float:
     Causal attention of a layer takes about 2 * n * d FLOPs a token forward (d = heads x head size) and its matrices
     take 2 * (weights of a layer that a token meets): they are equal at n = weights / d, 53,000 tokens for Llama-3-8B.
     """
-    weights, experts = architecture.layer_weights(), architecture.moe_router_topk or 1
-    feed_forward = experts * (weights["linear_fc1"] + weights["linear_fc2"])
-    return (weights["linear_proj"] + weights["linear_qkv"] + feed_forward) / architecture.query_channels
+    met = sum(
+        number * (_weights_met(architecture, has_experts=has_experts) - _router(architecture, has_experts=has_experts))
+        for has_experts, number in architecture.layer_kinds().items()
+    )
+    return met / (architecture.num_layers * architecture.query_channels)
+
+
+def _router(architecture: Architecture, *, has_experts: bool) -> int:
+    return architecture.layer_weights(has_experts=has_experts).get("router", 0)

@@ -75,6 +75,54 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         **EXPERTS,
     },
+    "qwen3_moe, dense between": {
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [1],
+        **EXPERTS,
+    },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        **EXPERTS,
+    },
+    "qwen2_moe, dense between": {
+        "model_type": "qwen2_moe",
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 2,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 2,
+        **EXPERTS,
+    },
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 24,
+        "routed_scaling_factor": 1.5,
+        "use_qk_norm": True,
+        "num_nextn_predict_layers": 0,
+        **EXPERTS,
+    },
+    "glm4_moe, biases, groups, two shared": {
+        "model_type": "glm4_moe",
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 24,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 0,
+        "attention_bias": True,
+        "num_nextn_predict_layers": 0,
+    },
     "gemma2": {
         "model_type": "gemma2",
         "sliding_window": 8,
@@ -120,7 +168,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3, longrope": {"model_type": "phi3", **LONGROPE},
     "qwen3, yarn": {"model_type": "qwen3", "rope_parameters": YARN},
 }
-MIXTURES = ("gpt_oss", "mixtral", "qwen3_moe")
+MIXTURES = tuple(name for name, settings in FAMILIES.items() if "num_experts_per_tok" in settings)
 """Those with experts."""
 BIASED_EXPERTS = ("gpt_oss",)
 """Those whose experts have biases."""
@@ -135,7 +183,8 @@ def family_model(directory: Path, name: str, **overrides: Any) -> Path:
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
+        biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+        for parameter in (*model.parameters(), *biases):
             # Norms are vectors around what they begin with, 0 or 1. Matrices keep the size of what they multiply, so
             # that scores and logits are of the order of the caps.
             noise = torch.randn(parameter.shape, generator=generator)

@@ -24,10 +24,20 @@ MIXTURE_KEYS = {
     "num_local_experts",
     "num_experts_per_tok",
     "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "qkv_bias",
     "norm_topk_prob",
     "decoder_sparse_step",
     "mlp_only_layers",
     "router_aux_loss_coef",
+    "n_routed_experts",
+    "n_shared_experts",
+    "n_group",
+    "topk_group",
+    "routed_scaling_factor",
+    "first_k_dense_replace",
+    "num_nextn_predict_layers",
+    "use_qk_norm",
 }
 MIXTURES: dict[str, dict[str, Any]] = {
     # Four experts of 32 channels, two for each token; keys as the hub's config.json spell them.
@@ -40,6 +50,32 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
+    },
+    "qwen2_moe": {
+        "model_type": "qwen2_moe",
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "glm4_moe": {
+        "model_type": "glm4_moe",
+        "architectures": ["Glm4MoeForCausalLM"],
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "n_group": 1,
+        "topk_group": 1,
+        "use_qk_norm": True,
+        "num_nextn_predict_layers": 1,
     },
     "mixtral": {
         "model_type": "mixtral",
@@ -119,16 +155,16 @@ def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{layer}."
         shapes |= {
             prefix + "input_layernorm.weight": (hidden,),
-            **feed_forward_shapes(config, prefix),
+            **feed_forward_shapes(config, prefix, dense=layer < config.get("first_k_dense_replace", 0)),
             prefix + "post_attention_layernorm.weight": (hidden,),
             prefix + "self_attn.k_proj.weight": (keys, hidden),
             prefix + "self_attn.o_proj.weight": (hidden, queries),
             prefix + "self_attn.q_proj.weight": (queries, hidden),
             prefix + "self_attn.v_proj.weight": (keys, hidden),
         }
-        if config["model_type"] == "qwen2":
+        if config["model_type"] in ("qwen2", "qwen2_moe"):
             shapes |= {prefix + f"self_attn.{x}_proj.bias": (keys if x in "kv" else queries,) for x in "kqv"}
-        if config["model_type"] in ("qwen3", "qwen3_moe"):
+        if config["model_type"] in ("qwen3", "qwen3_moe") or config.get("use_qk_norm"):
             shapes |= {prefix + f"self_attn.{x}_norm.weight": (head,) for x in "kq"}
     shapes["model.norm.weight"] = (hidden,)
     if not config["tie_word_embeddings"]:
@@ -136,11 +172,11 @@ def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def feed_forward_shapes(config: dict[str, Any], prefix: str) -> dict[str, tuple[int, ...]]:
+def feed_forward_shapes(config: dict[str, Any], prefix: str, *, dense: bool = False) -> dict[str, tuple[int, ...]]:
     """List the tensors of one layer's feed-forward unit, or of its experts, by the names that the hub's files use."""
     hidden, ffn = config["hidden_size"], config["intermediate_size"]
-    if config["model_type"] == "qwen3_moe":
-        count, width = config["num_experts"], config["moe_intermediate_size"]
+    if config["model_type"] in ("qwen2_moe", "qwen3_moe", "glm4_moe") and not dense:
+        count, width = config.get("num_experts") or config["n_routed_experts"], config["moe_intermediate_size"]
         block, gate, up, down = "mlp", "gate_proj", "up_proj", "down_proj"
     elif config["model_type"] == "mixtral":
         count, width = config["num_local_experts"], ffn
@@ -152,6 +188,12 @@ def feed_forward_shapes(config: dict[str, Any], prefix: str) -> dict[str, tuple[
             prefix + "mlp.up_proj.weight": (ffn, hidden),
         }
     shapes: dict[str, tuple[int, ...]] = {f"{prefix}{block}.gate.weight": (count, hidden)}
+    if config["model_type"] == "qwen2_moe":
+        shapes |= shared_expert_shapes(f"{prefix}mlp.shared_expert", hidden, config["shared_expert_intermediate_size"])
+        shapes[f"{prefix}mlp.shared_expert_gate.weight"] = (1, hidden)
+    if config["model_type"] == "glm4_moe":
+        shapes |= shared_expert_shapes(f"{prefix}mlp.shared_experts", hidden, config["n_shared_experts"] * width)
+        shapes[f"{prefix}mlp.gate.e_score_correction_bias"] = (count,)
     for expert in range(count):
         name = f"{prefix}{block}.experts.{expert}"
         shapes |= {
@@ -162,6 +204,15 @@ def feed_forward_shapes(config: dict[str, Any], prefix: str) -> dict[str, tuple[
     return shapes
 
 
+def shared_expert_shapes(name: str, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
+    """List the tensors of a shared expert."""
+    return {
+        f"{name}.down_proj.weight": (hidden, width),
+        f"{name}.gate_proj.weight": (width, hidden),
+        f"{name}.up_proj.weight": (width, hidden),
+    }
+
+
 def random_weights(
     shapes: dict[str, tuple[int, ...]], *, dtype: torch.dtype, seed: int, scale: float
 ) -> dict[str, torch.Tensor]:
@@ -170,7 +221,8 @@ def random_weights(
     weights = {}
     for name, shape in shapes.items():
         noise = torch.randn(shape, generator=generator) * scale
-        weights[name] = (noise + 1.0 if name.endswith("norm.weight") else noise).to(dtype)
+        kept = torch.float32 if name.endswith("e_score_correction_bias") else dtype  # as transformers keeps it
+        weights[name] = (noise + 1.0 if name.endswith("norm.weight") else noise).to(kept)
     return weights
 
 

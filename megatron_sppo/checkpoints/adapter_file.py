@@ -21,6 +21,8 @@ KEY_ROOT = "adapter."
 EXPERTS = "experts"
 """Target that stands for every matrix of a mixture's experts."""
 
+_STACKED_EXPERTS = ("gpt_oss",)
+"""Families whose experts lie in tensors of all experts of a layer, which no module of PEFT's is."""
 _PACKED_FAMILIES = ("phi3",)
 """Families whose Hugging Face modules hold query, key and value, and gate and up, in one."""
 _EXPERT_NAMES = {"mixtral": ("w1", "w3", "w2")}
@@ -107,7 +109,11 @@ class AdapterFile:
 
 
 def linear_modules(architecture: Architecture) -> tuple[AdaptedModule, ...]:
-    """List the linear modules of every layer -> in the order of a layer's computation; a mixture's router is none."""
+    """List the linear modules of every layer -> in the order of a layer's computation; a mixture's router is none.
+
+    Those of attention alone where layers are of two kinds, or where a shared expert has modules of the experts' names:
+    an adapter is the same in every layer and has one shape. And where Hugging Face's experts are no modules.
+    """
     hidden, query, key = architecture.hidden_size, architecture.query_channels, architecture.key_channels
     packed = architecture.family in _PACKED_FAMILIES
     qkv = (("q", query), ("k", key), ("v", key))
@@ -118,6 +124,9 @@ def linear_modules(architecture: Architecture) -> tuple[AdaptedModule, ...]:
             for letter, rows in qkv
         ]
     modules.append(AdaptedModule(name="o_proj", linear="linear_proj", in_features=query, parts=(("o", hidden),)))
+    has_shared = architecture.moe_shared_expert_intermediate_size is not None
+    if len(architecture.layer_kinds()) > 1 or has_shared or architecture.family in _STACKED_EXPERTS:
+        return tuple(modules)
     is_expert = architecture.num_moe_experts is not None
     width = (architecture.moe_ffn_hidden_size or 0) if is_expert else architecture.ffn_hidden_size
     gate, up, down = ("gate_proj", "up_proj", "down_proj")

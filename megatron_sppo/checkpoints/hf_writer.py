@@ -22,6 +22,7 @@ from megatron_sppo.checkpoints.digests import FileDigests
 from megatron_sppo.checkpoints.hf_files import INDEX_FILE, SINGLE_FILE
 from megatron_sppo.checkpoints.megatron_checkpoint import check_digest
 from megatron_sppo.checkpoints.safetensors_file import (
+    LENGTH_BYTES,
     Entry,
     Shape,
     Span,
@@ -182,6 +183,14 @@ def write_tensors(
         ]
         tasks += [functools.partial(_compute, transfer, one, places) for one in computed]
         transfer.run(tasks)
+
+
+def copy_tensors(tensors: Mapping[str, Entry], path: Path, *, progress: Callable[[int], object]) -> None:
+    """Copy tensors of other files into a new one, in the order given, and write its items' digests beside it."""
+    raw, _ = new_header(path, {name: (entry.dtype, entry.shape) for name, entry in tensors.items()})
+    header = len(raw).to_bytes(LENGTH_BYTES, "little") + raw
+    with Transfer(workers=1, progress=progress) as transfer:
+        transfer.gather(path, [[header], *([entry.span] for entry in tensors.values())])
 
 
 @contextlib.contextmanager

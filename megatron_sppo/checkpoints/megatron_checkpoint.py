@@ -9,7 +9,9 @@ with digests, which its entry names, is that of the digests. An iteration direct
 after it. Training shares these functions.
 """
 
+import contextlib
 import logging
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -38,6 +40,8 @@ MANIFEST_FILE = "manifest.json"
 BACKEND_FILE = "metadata.json"
 HF_DIRECTORY = "hf"
 """Inside an iteration directory: config.json, tokenizer and chat template of the model, for the export."""
+CARRIED_FILE = "carried.safetensors"
+"""In there: tensors of the Hugging Face model that are no part of its decoder (conversion/carried.py), if any."""
 MANIFEST_VERSION = 1
 ITERATION_PATTERN = "iter_" + 7 * "[0-9]" + "*"
 """Glob of the iteration directories; those of a self-play run (`iter_1`) are others."""
@@ -309,4 +313,15 @@ def carry_model_files(source: Path, target: Path) -> None:
     if Path(source, MODEL_FILE).is_file():
         shutil.copyfile(Path(source, MODEL_FILE), Path(target, MODEL_FILE))
     if Path(source, HF_DIRECTORY).is_dir():
-        shutil.copytree(Path(source, HF_DIRECTORY), Path(target, HF_DIRECTORY), dirs_exist_ok=True)
+        shutil.copytree(
+            Path(source, HF_DIRECTORY), Path(target, HF_DIRECTORY), dirs_exist_ok=True, copy_function=_linked_or_copied
+        )
+
+
+def _linked_or_copied(source: str, target: str) -> str:
+    """Copy a file; gigabytes that no checkpoint changes are the same file under one more name, where that can be."""
+    if Path(source).name == CARRIED_FILE:
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return target
+    return shutil.copyfile(source, target)

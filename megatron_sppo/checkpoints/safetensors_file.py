@@ -64,6 +64,11 @@ class Entry:
         dtype: torch.dtype = getattr(torch, {**WEIGHTS, **_PACKED}[self.kind])
         return dtype
 
+    @property
+    def span(self) -> Span:
+        """All of its bytes."""
+        return Span(self.file, self.offset, self.nbytes)
+
     def rows(self, start: int, count: int) -> Span:
         """Find some of its rows -> span."""
         row = self.nbytes // self.shape[0] if self.shape[0] else 0

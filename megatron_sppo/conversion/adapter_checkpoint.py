@@ -23,8 +23,8 @@ from megatron_sppo.checkpoints.megatron_checkpoint import (
     verify_checkpoint,
 )
 from megatron_sppo.checkpoints.peft_files import PeftAdapter
+from megatron_sppo.conversion.binding import bind
 from megatron_sppo.conversion.families import family_of
-from megatron_sppo.conversion.mapping import bind
 from megatron_sppo.errors import ConversionError, some_of
 
 # L = layers, E = experts, r = rank

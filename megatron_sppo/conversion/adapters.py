@@ -50,9 +50,9 @@ from megatron_sppo.conversion.adapter_checkpoint import (
     adapter_pieces,
     open_adapter_checkpoint,
 )
+from megatron_sppo.conversion.binding import bind
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf
-from megatron_sppo.conversion.mapping import bind
 from megatron_sppo.conversion.megatron_model import different_fields
 from megatron_sppo.conversion.weights_hash import weights_hash
 from megatron_sppo.errors import ConfigError, ConversionError, some_of

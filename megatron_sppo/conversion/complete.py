@@ -9,9 +9,9 @@ from pathlib import Path
 
 from megatron_sppo.checkpoints.hf_checkpoint import check_tensors, open_hf_checkpoint
 from megatron_sppo.checkpoints.hf_files import read_config
+from megatron_sppo.conversion.binding import bind, hf_shapes
 from megatron_sppo.conversion.families import FAMILIES
 from megatron_sppo.conversion.hf_config import architecture_from_hf
-from megatron_sppo.conversion.mapping import bind, hf_shapes
 from megatron_sppo.errors import ConversionError
 
 

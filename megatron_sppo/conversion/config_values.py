@@ -50,6 +50,18 @@ def positive(values: Mapping[str, Any], key: str, place: str, *, default: float 
     return float(value)
 
 
+def switch(values: Mapping[str, Any], key: str, place: str, *, default: bool) -> bool:
+    """Read a boolean.
+
+    Raises:
+        ConversionError: it is none.
+    """
+    value = values.get(key, default)
+    if not isinstance(value, bool):
+        raise ConversionError(f"{place}: {key} is {value!r}; it must be true or false.")
+    return value
+
+
 def _number(values: Mapping[str, Any], key: str, default: float | None) -> float | None:
     """Read a finite number; None where there is none."""
     value = default if values.get(key) is None else values[key]

@@ -44,9 +44,11 @@ from megatron_sppo.checkpoints.megatron_checkpoint import (
 )
 from megatron_sppo.checkpoints.side_files import check_side_files, copy_side_files, side_files, write_side_files
 from megatron_sppo.checkpoints.tokenizer import ID_FILES, TEXT_FILES
+from megatron_sppo.conversion.binding import Binding, bind, hf_shapes
+from megatron_sppo.conversion.carried import carried_tensors, write_carried
+from megatron_sppo.conversion.extra_states import extra_states
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture
-from megatron_sppo.conversion.mapping import Binding, bind, hf_shapes
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, open_megatron
 from megatron_sppo.conversion.moves import export_tensors, import_pieces
 from megatron_sppo.conversion.sources import open_source
@@ -75,14 +77,6 @@ METADATA_JSON = {
 }
 COMMON_STATE = {"iteration": IMPORT_ITERATION, "checkpoint_version": 3.0}
 
-# Modules whose (here empty) extra state mcore's layer specs ask for: Transformer Engine keeps FP8 scales there.
-# A reader takes what it knows: those of per-head norms, for example, exist only where there are such norms.
-_ATTENTION = tuple(f"self_attention.{name}" for name in ("linear_qkv", "linear_proj", "core_attention"))
-_HEAD_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
-_DENSE_EXTRA_STATES = (*_ATTENTION, "mlp.linear_fc1", "mlp.linear_fc2", *_HEAD_NORMS)
-_MIXTURE_EXTRA_STATES = (*_ATTENTION, *_HEAD_NORMS, "pre_mlp_layernorm")
-_EXPERT_EXTRA_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
-
 
 def import_checkpoint(
     hf: Path, megatron: Path, *, dtype: str | None = None, overwrite: bool = False, workers: int | None = None
@@ -103,20 +97,24 @@ def import_checkpoint(
     refuse_foreign(
         megatron, ours=(TRACKER_FILE, ITERATION_PATTERN, f".{ITERATION_PATTERN}"), inputs=(hf,), flag="--megatron"
     )
-    architecture = architecture_from_hf(read_config(hf), place=str(hf / CONFIG_FILE))
+    config = read_config(hf)
+    architecture = architecture_from_hf(config, place=str(hf / CONFIG_FILE))
     family = family_of(architecture.family, place=str(hf))
     source = open_source(hf)
     tokenizer = check_side_files(hf)
-    experts = architecture.num_moe_experts if any(mapping.per_expert for mapping in family.mappings) else None
-    if architecture.num_layers * (experts or 1) > len(source.entries):
+    alone = any(mapping.per_expert for mapping in family.mappings)
+    experts = architecture.num_expert_layers * (architecture.num_moe_experts or 0) if alone else 0
+    if architecture.num_layers + experts > len(source.entries):
         raise ConversionError(
             f"{hf} holds {len(source.entries)} tensors, too few for the {architecture.num_layers} layers that its "
             f"{CONFIG_FILE} promises. Fetch the model again."
         )
     bindings = bind(family, architecture)
-    left_out = check_tensors(source, hf_shapes(bindings), ignored=family.ignored)
+    carried = carried_tensors(source, family, architecture, config, place=str(hf / CONFIG_FILE))
+    shapes = hf_shapes(bindings) | {name: entry.shape for name, entry in carried.items()}
+    left_out = check_tensors(source, shapes, ignored=family.ignored)
     pieces = import_pieces(source, bindings, architecture, torch_dtype(dtype))
-    total = sum(piece.nbytes for piece in pieces)
+    total = sum(piece.nbytes for piece in pieces) + sum(entry.nbytes for entry in carried.values())
     target = iteration_directory(megatron, IMPORT_ITERATION)
     if overwrite or not target.exists():
         check_space(megatron, total)
@@ -128,13 +126,14 @@ def import_checkpoint(
             return target
         begin = time.monotonic()
         with atomic_directory(target, replaces=MANIFEST_FILE) as directory, progress_bar(total, "import") as bar:
-            states = _extra_states(architecture)
+            states = extra_states(architecture)
             write_distcp(directory, pieces, objects=states, progress=bar.update, workers=workers)
             torch.save(COMMON_STATE, directory / COMMON_FILE)
             (directory / "metadata.json").write_text(json.dumps(METADATA_JSON))
             write_architecture(architecture, directory, tokenizer=tokenizer_record(hf, tokenizer))
             (directory / HF_DIRECTORY).mkdir()
             copy_side_files(hf, directory / HF_DIRECTORY)
+            write_carried(carried, directory / HF_DIRECTORY, progress=bar.update)
             if not left_out and not source.is_quantized:
                 write_json(directory / HF_DIRECTORY / LAYOUT_FILE, source.layout())
             write_manifest(directory)
@@ -180,10 +179,11 @@ def export_checkpoint(
     opened = open_megatron(megatron, template=template, leave_unchecked=True)
     cast = torch_dtype(dtype)
     tensors = {
-        name: (cast or opened.dtype(binding), shape)
+        name: (binding.mapping.cast(cast) or opened.dtype(binding), shape)
         for binding in opened.bindings
         for name, shape in binding.hf_shapes.items()
     }
+    tensors |= {name: (entry.dtype, entry.shape) for name, entry in opened.carried.items()}
     kept = kept_files(tensors, opened.directory / HF_DIRECTORY / LAYOUT_FILE) if max_shard_size is None else None
     layout = kept or new_files(tensors, max_shard_bytes=parse_size(max_shard_size or DEFAULT_SHARD_SIZE))
     if overwrite:
@@ -209,22 +209,6 @@ def export_checkpoint(
             _write_side_files(opened, directory, dtype=main_dtype(tensors), types_changed=kept is None)
     logger.info("exported %s to %s: %d files, %s", opened.directory, hf, len(layout.files), speed(total, begin))
     return hf
-
-
-def _extra_states(architecture: Architecture) -> dict[str, Any]:
-    layers, experts = architecture.num_layers, architecture.num_moe_experts
-    keys = [
-        f"decoder.layers.{module}._extra_state/shard_{layer}_{layers}"
-        for layer in range(layers)
-        for module in (_DENSE_EXTRA_STATES if experts is None else _MIXTURE_EXTRA_STATES)
-    ]
-    keys += [
-        f"decoder.layers.{module}._extra_state/shard_{layer}.{expert}_{layers}.{experts}"
-        for layer in range(layers)
-        for expert in range(experts or 0)
-        for module in _EXPERT_EXTRA_STATES
-    ]
-    return dict.fromkeys([*keys, "decoder.final_layernorm._extra_state/shard_0_1"])
 
 
 def _already_imported(
@@ -255,7 +239,10 @@ def _already_imported(
         opened.check_objects()
     except (DataError, ConversionError) as error:
         raise ConversionError(f"{target} is there, and damaged ({error}) Add --overwrite to import again.") from None
-    dtypes = {binding.mapping.key: cast or source.entries[next(iter(binding.hf_shapes))].dtype for binding in bindings}
+    dtypes = {
+        binding.place.key: binding.mapping.cast(cast) or source.entries[next(iter(binding.hf_shapes))].dtype
+        for binding in bindings
+    }
     if (
         opened.architecture != architecture
         or any(opened.reader.dtype(key) != kind for key, kind in dtypes.items())
@@ -285,12 +272,17 @@ def _already_exported(hf: Path, opened: OpenedMegatron, cast: torch.dtype | None
         raise ConversionError(f"{hf} is there, and damaged ({error}) Add --overwrite to export again.") from None
     if (
         architecture != opened.architecture
-        or any(cast not in (None, entry.dtype) for entry in source.entries.values())
+        or any(cast not in (None, source.entries[name].dtype) for name in _cast_names(opened) & set(source.entries))
         or (opened.side_files is not None and not _same_side_files(opened.side_files, hf, but=(CONFIG_FILE,)))
         or compare_tensors(source, opened, dtype=cast)
     ):
         raise ConversionError(f"{hf} holds another model or another dtype. Choose another --hf, or add --overwrite.")
     return True
+
+
+def _cast_names(opened: OpenedMegatron) -> set[str]:
+    """Name the tensors that --dtype casts."""
+    return {name for one in opened.bindings if not one.mapping.keeps_type for name in one.hf_shapes}
 
 
 def _check_replaced(hf: Path, opened: OpenedMegatron) -> None:

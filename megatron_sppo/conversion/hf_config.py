@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE
-from megatron_sppo.conversion.config_values import agreed, only, positive, whole
+from megatron_sppo.conversion.config_values import agreed, only, positive, switch, whole
+from megatron_sppo.conversion.expert_config import expert_keys, read_experts
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_rope import rope_fields, rope_keys
 from megatron_sppo.conversion.mapping import Family
@@ -67,9 +68,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         raise ConversionError(
             f"{place}: head_dim ({head_dim}) is odd, and rotary embeddings need pairs. The config is wrong."
         )
-    tied = config.get("tie_word_embeddings", family.tied)
-    if not isinstance(tied, bool):
-        raise ConversionError(f"{place}: tie_word_embeddings is {tied!r}; it must be true or false.")
+    tied = switch(config, "tie_word_embeddings", place, default=family.tied)
     num_layers = whole(config, "num_hidden_layers", place)
     if num_layers > MAX_LAYERS:  # what is counted layer by layer below would not end
         raise ConversionError(f"{place} promises {num_layers} layers. The config is damaged: fetch the model again.")
@@ -91,7 +90,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         **_numbers(config, family, place),
         **windows,
         **rope_fields(config, family, place, windowed=bool(windows)),
-        **_experts(config, family, place),
+        **read_experts(config, family, place, num_layers=num_layers),
     )
 
 
@@ -113,7 +112,7 @@ def hf_from_architecture(architecture: Architecture, *, dtype: str) -> dict[str,
         "tie_word_embeddings": architecture.share_embeddings_and_output_weights,
         "vocab_size": architecture.vocab_size,
         **rope_keys(architecture, family),
-        **_expert_keys(architecture, family),
+        **expert_keys(architecture, family),
         **{
             key: allowed[-1]
             for key, allowed in family.fixed.items()
@@ -152,7 +151,10 @@ def _windows(config: Mapping[str, Any], family: Family, place: str, *, num_layer
     if keys is not None and config.get("sliding_window") is not None:
         has_window = keys.switch is None or bool(config.get(keys.switch, False))
         first = whole(config, keys.first_layer, place, least=0) if has_window and keys.first_layer else 0
-        windowed = [has_window and layer >= first and (layer - first) % keys.every == 0 for layer in range(num_layers)]
+        end = whole(config, keys.end, place, least=0) if has_window and keys.end else num_layers
+        windowed = [
+            has_window and first <= layer < end and (layer - first) % keys.every == 0 for layer in range(num_layers)
+        ]
         if keys.full_every is not None:
             full = whole(config, keys.full_every_key or "", place, default=keys.full_every)
             windowed = [one and (layer + 1) % full != 0 for layer, one in enumerate(windowed)]
@@ -195,37 +197,8 @@ def _window_keys(architecture: Architecture, family: Family) -> dict[str, Any]:
         written[keys.switch] = any(windowed)
     if keys.first_layer is not None:
         written[keys.first_layer] = [*windowed, True].index(True)
+    if keys.end is not None:
+        written[keys.end] = len(windowed)
     if keys.layer_types:
         written["layer_types"] = [("sliding" if one else "full") + "_attention" for one in windowed]
     return written
-
-
-def _experts(config: Mapping[str, Any], family: Family, place: str) -> dict[str, Any]:
-    """Read the mixture of experts -> Architecture's fields; none for a dense family."""
-    keys = family.experts
-    if keys is None:
-        return {}
-    agreed(place, only(config, *keys.count))
-    count = next((key for key in keys.count if config.get(key) is not None), keys.count[0])
-    normalised = True if keys.normalised is None else config.get(keys.normalised, False)
-    if not isinstance(normalised, bool):
-        raise ConversionError(f"{place}: {keys.normalised} is {normalised!r}; it must be true or false.")
-    return {
-        "num_moe_experts": whole(config, count, place),
-        "moe_router_topk": whole(config, keys.chosen, place),
-        "moe_ffn_hidden_size": whole(config, keys.width, place),
-        "moe_router_pre_softmax": not normalised,
-    }
-
-
-def _expert_keys(architecture: Architecture, family: Family) -> dict[str, Any]:
-    """Undo `_experts` -> keys of config.json."""
-    keys = family.experts
-    if keys is None:
-        return {}
-    written = {
-        keys.count[0]: architecture.num_moe_experts,
-        keys.chosen: architecture.moe_router_topk,
-        keys.width: architecture.moe_ffn_hidden_size,
-    }
-    return written if keys.normalised is None else written | {keys.normalised: not architecture.moe_router_pre_softmax}

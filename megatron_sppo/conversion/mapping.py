@@ -3,19 +3,18 @@
 A family's table (families/<family>.py) is a tuple of these. A Megatron name with "{layer}" is one slice of a tensor
 that Megatron-Core's distributed checkpoint stacks over layers: "decoder.layers.{layer}.mlp.linear_fc2.weight" is
 [layer] of the key "decoder.layers.mlp.linear_fc2.weight", whose first axis counts layers. "{expert}" likewise: experts
-are the second axis.
+are the second axis. Where layers are of two kinds nothing is stacked over them, experts still are.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.safetensors_file import Shape
-from megatron_sppo.errors import ConversionError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,9 +23,8 @@ if TYPE_CHECKING:
 def dimension(architecture: Architecture, name: str) -> int:
     """Return the size of a named dimension.
 
-    "hidden", "ffn", "query" (all heads), "key" (all key/value heads), "head", "heads" (how many),
-    "vocab",
-    "experts", "expert_ffn" (one).
+    "hidden", "ffn", "query" (all heads), "key" (all key/value heads), "head", "heads" (how many), "vocab",
+    "experts", "expert_ffn" (one), "shared_ffn" (of all shared experts), "one".
     """
     return {
         "hidden": architecture.hidden_size,
@@ -38,6 +36,8 @@ def dimension(architecture: Architecture, name: str) -> int:
         "vocab": architecture.vocab_size,
         "experts": architecture.num_moe_experts or 0,
         "expert_ffn": architecture.moe_ffn_hidden_size or 0,
+        "shared_ffn": architecture.moe_shared_expert_intermediate_size or 0,
+        "one": 1,
     }[name]
 
 
@@ -58,8 +58,12 @@ class TensorMapping:
     """Megatron-Core's name; with "{layer}" where it belongs to a layer, and "{expert}" where to an expert of it."""
     hf: str
     """Hugging Face's name; with "{layer}" likewise."""
+    layers: Literal["all", "dense", "sparse"] = field(default="all", kw_only=True)
+    """Which layers have it, of a model where some are dense and others have experts."""
     only: str | None = field(default=None, kw_only=True)
     """Field of `Architecture` without which no layer has it, such as "qk_layernorm"."""
+    keeps_type: bool = field(default=False, kw_only=True)
+    """Whether no cast changes it: transformers keeps it in float32 whatever the model's type."""
 
     @property
     def per_layer(self) -> bool:
@@ -71,17 +75,20 @@ class TensorMapping:
 
     @property
     def key(self) -> str:
-        """Megatron's key in the distributed checkpoint, layers and experts stacked."""
+        """Megatron's key in the distributed checkpoint where layers and experts are stacked."""
         return self.megatron.replace(".{layer}", "").replace(".{expert}", "")
 
-    def stacked(self, architecture: Architecture) -> Shape:
-        """Axes of the key before those of the tensor: layers, experts."""
-        layers = (architecture.num_layers,) if self.per_layer else ()
-        return (*layers, dimension(architecture, "experts")) if self.per_expert else layers
+    def cast(self, dtype: Any) -> Any:
+        """Say which type a conversion to `dtype` gives the tensor -> torch.dtype; None: its own."""
+        return None if self.keeps_type else dtype
 
     def applies(self, architecture: Architecture) -> bool:
         """Whether a model of this architecture has the tensor."""
         return self.only is None or bool(getattr(architecture, self.only))
+
+    def in_layer(self, architecture: Architecture, layer: int) -> bool:
+        """Whether a layer (from 0) has the tensor."""
+        return self.layers == "all" or (self.layers == "sparse") == architecture.has_experts(layer)
 
     def parts(self) -> tuple[str, ...]:
         """Hugging Face's names, layer and expert not yet filled in."""
@@ -271,8 +278,21 @@ class ExpertKeys:
     """Key of one expert's feed-forward channels."""
     chosen: str = "num_experts_per_tok"
     normalised: str | None = None
-    """Boolean key that says whether the chosen experts' weights are made to add up to 1; absent means false. None: they
-    always are."""
+    """Boolean key that says whether the chosen experts' weights are made to add up to 1. None: they always are."""
+    normalised_by_default: bool = False
+    """What it means where `normalised` is absent."""
+    dense_between: bool = False
+    """Whether `decoder_sparse_step` and `mlp_only_layers` say which layers are dense."""
+    dense_before: str | None = None
+    """Key of the number of layers in front that are dense. Neither: none is."""
+    shared_width: str | None = None
+    """Key of the feed-forward channels of the shared experts."""
+    shared_count: str | None = None
+    """Key of the number of shared experts, each as wide as another. Neither: there are none."""
+    groups: tuple[str, str] | None = None
+    """Keys of the number of groups that experts are chosen from, and of how many of them are looked at."""
+    scaling: str | None = None
+    """Key of the factor of the chosen experts' weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +303,8 @@ class WindowKeys:
     """Boolean key without which there is no window, whatever `sliding_window` says."""
     first_layer: str | None = None
     """Key of the first layer, from 0, that has the window; None: layer 0."""
+    end: str | None = None
+    """Key of the first layer behind those that may have it; None: there is none."""
     every: int = 1
     """From there on each layer has it, or every second one."""
     full_every: int | None = None
@@ -324,7 +346,9 @@ class Family:
     """Keys of config.json with a number above 0, or null, and the fields of `Architecture` that take it as it is."""
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Keys of config.json that are true, false or absent (false), and the fields of `Architecture` that say the same:
-    {"mlp_bias": ("add_mlp_bias",)}."""
+    {"mlp_bias": ("add_mlp_bias",)}. GLM says so of its norms of heads, too."""
+    further_layers: str | None = None
+    """Key of the number of layers behind the decoder's, which predict further tokens: they are carried along."""
     windows: WindowKeys | None = None
     """None in a family whose every layer sees all tokens up to its own."""
     rotary_base: float = 10000.0
@@ -346,79 +370,3 @@ class Family:
     """Whether the output layer shares the embedding where config.json does not say."""
     experts: ExpertKeys | None = None
     """None in a dense family."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Binding:
-    """A mapping at its place in one model: names and shapes filled in."""
-
-    mapping: TensorMapping
-    index: tuple[int, ...]
-    """The tensor's place on the stacked axes of its key: (), (layer,) or (layer, expert)."""
-    hf_shapes: Mapping[str, Shape] = field(hash=False)
-    """Hugging Face's names and shapes, in the order of the mapping's parts."""
-
-    @property
-    def megatron_name(self) -> str:
-        return _filled_in(self.mapping.megatron, self.index)
-
-
-def bind(family: Family, architecture: Architecture) -> tuple[Binding, ...]:
-    """Lay a family's table over a model -> one binding per Megatron tensor, layer and expert.
-
-    In the order of embedding, layers, the rest.
-
-    Raises:
-        ConversionError: two mappings claim one Hugging Face tensor or one Megatron key.
-    """
-    table = [mapping for mapping in family.mappings if mapping.applies(architecture)]
-    layers = [mapping for mapping in table if mapping.per_layer]
-    before = list(itertools.takewhile(lambda mapping: not mapping.per_layer, table))
-    after = [mapping for mapping in table[len(before) :] if not mapping.per_layer]
-    bindings = [_binding(mapping, architecture, ()) for mapping in before]
-    places: Sequence[tuple[int, ...]]
-    for layer in range(architecture.num_layers):
-        for mapping in layers:
-            experts = range(dimension(architecture, "experts"))
-            places = [(layer, expert) for expert in experts] if mapping.per_expert else [(layer,)]
-            bindings += [_binding(mapping, architecture, place) for place in places]
-    bindings += [_binding(mapping, architecture, ()) for mapping in after]
-    _check_no_double((name for binding in bindings for name in binding.hf_shapes), family)
-    _check_no_double((binding.megatron_name for binding in bindings), family)
-    return tuple(bindings)
-
-
-def hf_shapes(bindings: Sequence[Binding]) -> dict[str, Shape]:
-    """List the Hugging Face tensors of a model -> {name: shape}, in the bindings' order."""
-    return {name: shape for binding in bindings for name, shape in binding.hf_shapes.items()}
-
-
-def megatron_shapes(bindings: Sequence[Binding], architecture: Architecture) -> dict[str, Shape]:
-    """List the keys of the distributed checkpoint -> {key: global shape}, layers as the first axis, then experts."""
-    mappings = dict.fromkeys(binding.mapping for binding in bindings)
-    return {
-        mapping.key: (*mapping.stacked(architecture), *mapping.megatron_shape(architecture)) for mapping in mappings
-    }
-
-
-def _binding(mapping: TensorMapping, architecture: Architecture, index: tuple[int, ...]) -> Binding:
-    names = [_filled_in(name, index) for name in mapping.parts()]
-    shapes = dict(zip(names, mapping.part_shapes(architecture), strict=True))
-    return Binding(mapping=mapping, index=index, hf_shapes=shapes)
-
-
-def _filled_in(name: str, index: tuple[int, ...]) -> str:
-    for place, number in zip(("{layer}", "{expert}"), index, strict=False):
-        name = name.replace(place, str(number))
-    return name
-
-
-def _check_no_double(names: Iterable[str], family: Family) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise ConversionError(
-                f"two mappings of the family {family.model_type!r} claim {name!r}. "
-                f"Correct megatron_sppo/conversion/families/{family.model_type}.py."
-            )
-        seen.add(name)

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
 from megatron_sppo.checkpoints.items import Items
 from megatron_sppo.checkpoints.megatron_checkpoint import (
+    CARRIED_FILE,
     HF_DIRECTORY,
     MANIFEST_FILE,
     check_backend,
@@ -26,10 +27,12 @@ from megatron_sppo.checkpoints.megatron_checkpoint import (
     resolve_checkpoint,
     verify_checkpoint,
 )
-from megatron_sppo.checkpoints.safetensors_file import Span
+from megatron_sppo.checkpoints.safetensors_file import Entry, Span, read_tensor
+from megatron_sppo.conversion.binding import Binding, Place, bind
+from megatron_sppo.conversion.carried import open_carried
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf
-from megatron_sppo.conversion.mapping import Binding, VocabRows, bind, megatron_shapes
+from megatron_sppo.conversion.mapping import VocabRows
 from megatron_sppo.errors import ConversionError, some_of
 
 logger = logging.getLogger(__name__)
@@ -49,11 +52,17 @@ class OpenedMegatron:
     """{file: sha256 that it must have} of those that whoever reads them has still to check."""
     items: Mapping[str, FileDigests]
     """{file: digests of its items}. `read` checks what it reads by them; who reads a file otherwise does so too."""
+    carried: Mapping[str, Entry]
+    """Tensors that are no part of the decoder, and go back into the Hugging Face files as they are."""
+
+    def place_of(self, binding: Binding) -> Place:
+        """Find the form in which the checkpoint holds a tensor; the usual one where it holds none."""
+        stored = self.reader.metadata.state_dict_metadata
+        return next((place for place in binding.places if place.key in stored), binding.place)
 
     def key_of(self, binding: Binding) -> str:
-        """Key in the checkpoint: stacked over layers, or one of its own (mcore's non-homogeneous layers)."""
-        stored = self.reader.metadata.state_dict_metadata
-        return binding.mapping.key if binding.mapping.key in stored else binding.megatron_name
+        """Key in the checkpoint."""
+        return self.place_of(binding).key
 
     def dtype(self, binding: Binding) -> torch.dtype:
         return self.reader.dtype(self.key_of(binding))
@@ -83,11 +92,8 @@ class OpenedMegatron:
 
     def _box(self, binding: Binding) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         """Place a Megatron tensor in the checkpoint -> (key, offsets, sizes)."""
-        shape = binding.mapping.megatron_shape(self.architecture)
-        key, offsets = self.key_of(binding), (0,) * len(shape)
-        if key != binding.mapping.key:
-            return key, offsets, shape
-        return key, (*binding.index, *offsets), (*(1,) * len(binding.index), *shape)
+        shape, place = binding.mapping.megatron_shape(self.architecture), self.place_of(binding)
+        return place.key, (*place.offsets, *(0,) * len(shape)), (*(1,) * len(place.offsets), *shape)
 
 
 def open_megatron(
@@ -118,7 +124,7 @@ def open_megatron(
     carried = directory / HF_DIRECTORY
     has_manifest = (directory / MANIFEST_FILE).is_file()
     if has_manifest:
-        own = [directory / MODEL_FILE, *sorted(carried.glob("*"))]
+        own = [directory / MODEL_FILE, *(path for path in sorted(carried.glob("*")) if path.name != CARRIED_FILE)]
         names = [METADATA_FILE, *(path.relative_to(directory).as_posix() for path in own if path.is_file())]
         verify_checkpoint(directory, names=names)
     else:
@@ -139,7 +145,8 @@ def open_megatron(
     reader = DistcpReader.open(directory, items=items)
     _check_counts(reader, architecture)
     bindings = bind(family, architecture)
-    files = reader.files([*megatron_shapes(bindings, architecture), *(one.megatron_name for one in bindings)])
+    files = [f"{HF_DIRECTORY}/{CARRIED_FILE}"] if (carried / CARRIED_FILE).is_file() else []
+    files += reader.files(list(dict.fromkeys(place.key for binding in bindings for place in binding.places)))
     unchecked: dict[str, str] = {}
     if has_manifest:
         unchecked = expected_digests(directory, names=items.without_digests(files))
@@ -157,6 +164,7 @@ def open_megatron(
         side_files=side_files,
         unchecked=unchecked,
         items={name: digests for name in files if (digests := items.digests(name)) is not None},
+        carried=open_carried(carried),
     )
     if not any_keys:
         _check_keys(opened, template)
@@ -180,20 +188,28 @@ def compare_tensors(
         Names of the tensors that differ in bytes, dtype or shape, or that `source` lacks.
     """
     different = []
+    for name, tensor, cast in _exported(opened, dtype):
+        entry = source.entries.get(name)
+        if entry is None or entry.shape != tuple(tensor.shape) or (cast is None and entry.dtype != tensor.dtype):
+            different.append(name)
+            continue
+        other = source.read(name)
+        if cast is not None:
+            tensor, other = tensor.to(cast), other.to(cast)
+        # As bytes: equal means equal for NaN and -0.0 too.
+        if not torch.equal(_bytes(tensor), _bytes(other)):
+            different.append(name)
+        progress(entry.nbytes)
+    return different
+
+
+def _exported(opened: OpenedMegatron, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor, torch.dtype | None]]:
+    """Read all that an export writes, one at a time -> (name, tensor, type that it is cast to)."""
     for binding in opened.bindings:
         for name, tensor in opened.read(binding).items():
-            entry = source.entries.get(name)
-            if entry is None or entry.shape != tuple(tensor.shape) or (dtype is None and entry.dtype != tensor.dtype):
-                different.append(name)
-                continue
-            other = source.read(name)
-            if dtype is not None:
-                tensor, other = tensor.to(dtype), other.to(dtype)
-            # As bytes: equal means equal for NaN and -0.0 too.
-            if not torch.equal(_bytes(tensor), _bytes(other)):
-                different.append(name)
-            progress(entry.nbytes)
-    return different
+            yield name, tensor, binding.mapping.cast(dtype)
+    for name, entry in opened.carried.items():
+        yield name, read_tensor(entry), None
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -213,7 +229,7 @@ def _check_carried(carried: Path, architecture: Architecture) -> None:
 def _check_counts(reader: DistcpReader, architecture: Architecture) -> None:
     """Refuse more layers than there can be, before each is laid out."""
     values = sum(math.prod(shape) for shape in reader.shapes().values())
-    if architecture.num_layers * (architecture.num_moe_experts or 1) > values:
+    if architecture.num_layers + architecture.num_expert_layers * (architecture.num_moe_experts or 0) > values:
         raise ConversionError(
             f"{reader.directory} holds {values} values, too few for {architecture.num_layers} layers. "
             "It is a checkpoint of another model."
@@ -253,14 +269,13 @@ class KeyFaults:
 def key_faults(opened: OpenedMegatron) -> KeyFaults:
     """Hold the checkpoint's keys against the architecture's."""
     stored = opened.reader.shapes()
-    stacked = megatron_shapes(opened.bindings, opened.architecture)
     missing, misshapen, known = dict[str, None](), {}, set()
     for binding in opened.bindings:
-        key = opened.key_of(binding)
+        place = opened.place_of(binding)
+        key, wanted = place.key, (*place.stacked, *binding.mapping.megatron_shape(opened.architecture))
         known.add(key)
-        wanted = stacked[key] if key in stacked else binding.mapping.megatron_shape(opened.architecture)
         if key not in stored:
-            missing[binding.mapping.key] = None
+            missing[key] = None
             continue
         found = stored[key]
         # Megatron pads the vocabulary.

@@ -10,7 +10,9 @@ from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.distcp_writer import Piece
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
 from megatron_sppo.checkpoints.hf_writer import Computed, Moved, Rows
-from megatron_sppo.conversion.mapping import Binding, ExpertStack, Run, megatron_shapes, to_megatron
+from megatron_sppo.checkpoints.safetensors_file import Entry, read_tensor
+from megatron_sppo.conversion.binding import Binding, megatron_shapes
+from megatron_sppo.conversion.mapping import ExpertStack, Run, to_megatron
 from megatron_sppo.conversion.megatron_model import OpenedMegatron
 from megatron_sppo.errors import ConversionError
 
@@ -27,26 +29,27 @@ def import_pieces(
     dtypes: dict[str, tuple[torch.dtype, str]] = {}
     pieces = []
     for binding in bindings:
-        mapping, index, names = binding.mapping, binding.index, list(binding.hf_shapes)
+        mapping, place, names = binding.mapping, binding.place, list(binding.hf_shapes)
         found = [source.entries[name].dtype for name in names]
-        dtype, first = dtypes.setdefault(mapping.key, (found[0], names[0]))
+        to = mapping.cast(cast)
+        dtype, first = dtypes.setdefault(place.key, (found[0], names[0]))
         for name, other in zip(names, found, strict=True):
-            if cast is None and other != dtype:
+            if to is None and other != dtype:
                 raise ConversionError(
                     f"{source.directory} holds {first} in {dtype} and {name} in {other}, "
                     "which Megatron keeps in one tensor. Choose one type: --dtype bfloat16."
                 )
         shape = mapping.megatron_shape(architecture)
-        moves = all(cast in (None, kind) for kind in found)
+        moves = all(to in (None, kind) for kind in found)
         if isinstance(mapping, ExpertStack):
             pieces += [
                 Piece(
-                    key=mapping.key,
-                    offsets=(*index, expert, *(0,) * (len(shape) - 1)),
-                    sizes=(*(1,) * len(index), 1, *shape[1:]),
-                    global_shape=shapes[mapping.key],
-                    dtype=cast or dtype,
-                    values=functools.partial(_of_expert, source, names[0], mapping, expert, cast or dtype),
+                    key=place.key,
+                    offsets=(*place.offsets, expert, *(0,) * (len(shape) - 1)),
+                    sizes=(*(1,) * len(place.offsets), 1, *shape[1:]),
+                    global_shape=shapes[place.key],
+                    dtype=to or dtype,
+                    values=functools.partial(_of_expert, source, names[0], mapping, expert, to or dtype),
                 )
                 for expert in range(shape[0])
             ]
@@ -56,14 +59,14 @@ def import_pieces(
             num_rows = sum(run.rows for run in runs)
             pieces.append(
                 Piece(
-                    key=mapping.key,
-                    offsets=(*index, first_row, *(0,) * (len(shape) - 1)),
-                    sizes=(*(1,) * len(index), num_rows, *shape[1:]),
-                    global_shape=shapes[mapping.key],
-                    dtype=cast or dtype,
+                    key=place.key,
+                    offsets=(*place.offsets, first_row, *(0,) * (len(shape) - 1)),
+                    sizes=(*(1,) * len(place.offsets), num_rows, *shape[1:]),
+                    global_shape=shapes[place.key],
+                    dtype=to or dtype,
                     values=tuple(source.entries[names[part]].rows(start, rows) for part, start, rows in runs)
                     if moves
-                    else functools.partial(_megatron_rows, source, names, runs, cast or dtype),
+                    else functools.partial(_megatron_rows, source, names, runs, to or dtype),
                 )
             )
             first_row += num_rows
@@ -85,13 +88,23 @@ def export_tensors(opened: OpenedMegatron, cast: torch.dtype | None) -> Iterator
     """
     for binding in opened.bindings:
         names = list(binding.hf_shapes)
-        is_moved = cast in (None, opened.dtype(binding)) and not isinstance(binding.mapping, ExpertStack)
+        to = binding.mapping.cast(cast)
+        is_moved = to in (None, opened.dtype(binding)) and not isinstance(binding.mapping, ExpertStack)
         spans = opened.spans(binding) if is_moved else None
         if spans is None:
-            yield Computed(names=names, make=functools.partial(_hf_tensors, opened, binding, cast))
+            yield Computed(names=names, make=functools.partial(_hf_tensors, opened, binding, to))
         else:
             runs = binding.mapping.runs(opened.architecture)
             yield Moved(spans=spans, rows=[Rows(names[part], start, rows) for part, start, rows in runs])
+    for name, entry in opened.carried.items():
+        if entry.shape:
+            yield Moved(spans=[entry.span], rows=[Rows(name, 0, entry.shape[0])])
+        else:  # a single number has no rows
+            yield Computed(names=[name], make=functools.partial(_one_tensor, name, entry))
+
+
+def _one_tensor(name: str, entry: Entry) -> list[tuple[str, Tensor]]:
+    return [(name, read_tensor(entry))]
 
 
 def _hf_tensors(opened: OpenedMegatron, binding: Binding, cast: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:

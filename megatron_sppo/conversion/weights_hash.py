@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
-from megatron_sppo.conversion.mapping import Binding
+from megatron_sppo.conversion.binding import Binding
 
 _HASH_BITS = 48
 _IN_MODULES_OF_THE_TORCH_SPEC = {
@@ -30,13 +30,14 @@ def weights_hash(source: HFCheckpoint, bindings: tuple[Binding, ...], *, dtype: 
         name = binding.megatron_name
         for of_checkpoint, of_spec in _IN_MODULES_OF_THE_TORCH_SPEC.items():
             name = name.replace(of_checkpoint, of_spec)
+        kind = torch.float32 if binding.mapping.keeps_type else dtype
         for part, (experts, *_) in binding.hf_shapes.items():
             if _STACK in name:  # all experts in one tensor; training knows each by its number
                 for expert in range(experts):
                     one = name.replace(_STACK, f".mlp.experts.{expert}.linear_fc")
-                    total += _factor(one) * _bits(source.read_rows(part, expert, 1), dtype)
+                    total += _factor(one) * _bits(source.read_rows(part, expert, 1), kind)
             else:
-                total += _factor(name) * _bits(source.read(part), dtype)
+                total += _factor(name) * _bits(source.read(part), kind)
     return f"{total % (1 << _HASH_BITS):012x}"
 
 

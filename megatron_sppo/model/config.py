@@ -206,10 +206,13 @@ def _unfit_size(
         ("query channels", query, tensor),
         ("query, key and value channels", query + 2 * key, tensor),
     ]
-    if architecture.moe_ffn_hidden_size is None:
+    if architecture.num_expert_layers < architecture.num_layers:
         sides.append(("feed-forward channels", architecture.ffn_hidden_size, tensor))
-    else:
+    if architecture.moe_ffn_hidden_size is not None:
         sides.append(("feed-forward channels of an expert", architecture.moe_ffn_hidden_size, expert_tensor))
+    if architecture.moe_shared_expert_intermediate_size is not None:
+        shared = architecture.moe_shared_expert_intermediate_size
+        sides.append(("feed-forward channels of the shared expert", shared, tensor))
     return next((side for side in sides if side[1] // side[2] % multiple), None)
 
 

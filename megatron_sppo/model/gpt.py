@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
@@ -143,6 +144,7 @@ def build_stage(
     vp_stage: int | None = None,
 ) -> PolicyModel:
     """Build one pipeline stage (or virtual stage) of the policy with random weights -> PolicyModel."""
+    transformer_config.moe_router_enable_expert_bias = architecture.moe_router_enable_expert_bias
     model = PolicyModel(
         config=transformer_config,
         transformer_layer_spec=layer_spec(
@@ -165,6 +167,8 @@ def build_stage(
     if has_own_rope(architecture):
         model.rotary_pos_emb = RotaryTable(architecture, model.rotary_pos_emb)
         model.long_sequences = long_sequences(architecture)
+    if architecture.moe_router_enable_expert_bias:
+        _keep_expert_biases(model)
     if pre_process and architecture.scale_embeddings:
         _scale_embeddings(model, architecture.hidden_size**0.5)
     if config.has_router_losses:
@@ -172,6 +176,18 @@ def build_stage(
             model, aux_loss_coeff=config.moe_aux_loss_coeff, z_loss_coeff=config.moe_z_loss_coeff
         )
     return model
+
+
+def _keep_expert_biases(model: PolicyModel) -> None:
+    """Keep Megatron-Core's load balancing from the routers' biases: they are part of the model that is aligned.
+
+    Once a router is built these two flags ask for nothing but counts of tokens (router.py, _apply_expert_bias) and the
+    update by them (finalize_model_grads.py, _update_router_expert_bias).
+    """
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.enable_expert_bias = False
+    model.config.moe_router_enable_expert_bias = False
 
 
 def _scale_embeddings(model: PolicyModel, factor: float) -> None:

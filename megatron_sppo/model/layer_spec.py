@@ -1,5 +1,6 @@
 """Layer specifications: Transformer Engine's on CUDA, torch's on CPU. Same parameters, same checkpoint keys."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.model.attention import DocumentAttention, with_shared_prompts
@@ -18,14 +20,29 @@ from megatron_sppo.model.rope import has_own_rope, rotary_self_attention
 
 def layer_spec(
     architecture: Architecture, config: TransformerConfig, implementation: str, *, vp_stage: int | None
-) -> object:
-    """Choose the decoder's spec for this pipeline stage -> ModuleSpec or TransformerBlockSubmodules."""
-    if implementation == "transformer_engine":
-        return _transformer_engine_spec(architecture, config)
-    return _torch_spec(architecture, config, vp_stage=vp_stage)
+) -> TransformerBlockSubmodules:
+    """Choose the specs of the layers of this pipeline stage -> TransformerBlockSubmodules, a spec for each layer."""
+    make, norm = _specs_of(implementation)
+    kinds = {
+        has_experts: make(architecture, config, has_experts=has_experts) for has_experts in architecture.layer_kinds()
+    }
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+    return TransformerBlockSubmodules(
+        layer_specs=[kinds[architecture.has_experts(layer)] for layer in layers], layer_norm=norm
+    )
 
 
-def _transformer_engine_spec(architecture: Architecture, config: TransformerConfig) -> ModuleSpec:
+def _specs_of(implementation: str) -> tuple[Callable[..., ModuleSpec], type]:
+    """Choose who makes a layer's spec, and the final norm."""
+    if implementation != "transformer_engine":
+        return _torch_spec, RMSNorm
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return _transformer_engine_spec, TENorm
+
+
+def _transformer_engine_spec(architecture: Architecture, config: TransformerConfig, *, has_experts: bool) -> ModuleSpec:
     """Megatron's Transformer Engine spec, with our parts where it has none for a family."""
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
@@ -36,8 +53,8 @@ def _transformer_engine_spec(architecture: Architecture, config: TransformerConf
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 
     spec = get_gpt_layer_with_transformer_engine_spec(
-        num_experts=config.num_moe_experts,
-        moe_grouped_gemm=config.num_moe_experts is not None,
+        num_experts=config.num_moe_experts if has_experts else None,
+        moe_grouped_gemm=has_experts,
         qk_layernorm=config.qk_layernorm,
     )
     layer = spec.submodules
@@ -45,7 +62,7 @@ def _transformer_engine_spec(architecture: Architecture, config: TransformerConf
     column = TELayerNormColumnParallelLinear if architecture.pre_layernorm else TEColumnParallelLinear
     if not architecture.pre_layernorm:
         attention.linear_qkv = _dense_mlp(layer).linear_fc1 = column
-    _add_parts(architecture, layer, column=column, row=TERowParallelLinear, norm=TENorm)
+    _add_parts(architecture, layer, column=column, row=TERowParallelLinear, norm=TENorm, has_experts=has_experts)
     # Transformer Engine has no soft-capping, its attention over a ring of context-parallel ranks no windows, and that
     # of packed sequences no sinks.
     windows_across_ranks = architecture.sliding_window is not None and config.context_parallel_size > 1
@@ -56,15 +73,15 @@ def _transformer_engine_spec(architecture: Architecture, config: TransformerConf
     return spec
 
 
-def _torch_spec(
-    architecture: Architecture, config: TransformerConfig, *, vp_stage: int | None
-) -> TransformerBlockSubmodules:
+def _torch_spec(architecture: Architecture, config: TransformerConfig, *, has_experts: bool) -> ModuleSpec:
     """Megatron's local spec with our norm and attention in the places where the stock ones refuse SP and packing."""
     spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+        num_experts=config.num_moe_experts if has_experts else None,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
     )
     layer = spec.submodules
-    if config.num_moe_experts is not None:
+    if has_experts:
         # The local spec renames every norm before an MLP to that of a fused linear layer, which experts do not have:
         # Transformer Engine's spec saves it under its own name, and so do we.
         layer.sharded_state_dict_keys_map = {
@@ -76,21 +93,23 @@ def _torch_spec(
     if config.qk_layernorm:
         attention.q_layernorm = RMSNorm
         attention.k_layernorm = RMSNorm
-    _add_parts(architecture, layer, column=ColumnParallelLinear, row=RowParallelLinear, norm=RMSNorm)
-    if architecture.add_mlp_bias and config.num_moe_experts is not None:
+    _add_parts(
+        architecture, layer, column=ColumnParallelLinear, row=RowParallelLinear, norm=RMSNorm, has_experts=has_experts
+    )
+    if architecture.add_mlp_bias and has_experts:
         _submodules(_dense_mlp(layer).experts).linear_fc2 = with_own_output(RowParallelLinear)
-    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    layers = [ModuleSpec(module=spec.module, submodules=layer) for _ in range(num_layers)]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    return spec
 
 
-def _add_parts(architecture: Architecture, layer: Any, *, column: type, row: type, norm: type) -> None:
+def _add_parts(
+    architecture: Architecture, layer: Any, *, column: type, row: type, norm: type, has_experts: bool
+) -> None:
     """Put into a layer what no spec of Megatron-Core has a place for: norms, single biases, rotary tables."""
     attention = layer.self_attention.submodules
     projection, last = row, row
     if architecture.add_proj_bias:
         attention.linear_proj = projection = with_bias(row)
-    if architecture.add_mlp_bias and architecture.num_moe_experts is None:
+    if architecture.add_mlp_bias and not has_experts:
         _dense_mlp(layer).linear_fc1 = with_bias(column)
         _dense_mlp(layer).linear_fc2 = last = with_bias(row)
     if architecture.post_layernorm:

@@ -1,6 +1,7 @@
 """Auxiliary losses of a mixture's routers, sequence by sequence: the same in every layout, packing and micro-batching.
 
-For a sequence of T tokens, E experts of which k are chosen a token, router logits z_ti and s = softmax(z):
+For a sequence of T tokens, E experts of which k are chosen a token, router logits z_ti and s = softmax(z), or
+s = sigmoid(z) / sum_i sigmoid(z_ti) of routers that score by it (DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20):
 
     load balancing   E / (k T^2) * sum_i (sum_t chosen_ti) (sum_t s_ti)      1 where the experts share evenly
     z                1 / T * sum_t logsumexp_i(z_ti)^2                       Zoph et al. 2022 (arXiv:2202.08906), eq. 5
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from megatron_sppo.model.visibility import PackedRow
 from megatron_sppo.model.zigzag import zigzag_positions
@@ -51,6 +53,7 @@ class RouterLosses:
         self._sums: Tensor | None = None
         """[2] float32, over the sequences so far, this rank's part: load balancing, z."""
         self._topk, self._group = router.topk, router.tp_cp_group
+        self._score_function = router.score_function
         self._mcore_routing: Callable[..., tuple[Tensor, Tensor]] = router.routing
         self._documents: PackedDocuments | None = None
 
@@ -76,6 +79,7 @@ class RouterLosses:
             documents.sequence_of_token,
             documents.lengths,
             topk=self._topk,
+            score_function=self._score_function,
             group=self._group,
         )
         sums = torch.stack([loss.detach() for loss in losses])
@@ -91,6 +95,7 @@ def router_losses(
     lengths: Tensor,
     *,
     topk: int,
+    score_function: str = "softmax",
     group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """Sum both losses over the sequences -> (load balancing, z), this rank's part of each; they add up over `group`.
@@ -102,6 +107,7 @@ def router_losses(
         chosen: [t, E] bool, the experts that each token goes to.
         sequence_of_token: [t], B for padding.
         lengths: [B], tokens of each sequence on all ranks together.
+        score_function: softmax or sigmoid.
         group: ranks that share out the tokens of these sequences.
     """
     num_sequences, num_experts = len(lengths), logits.shape[1]
@@ -111,7 +117,8 @@ def router_losses(
     if group is not None and group.size() > 1 and num_sequences:
         counts = counts.contiguous()
         dist.all_reduce(counts, group=group)
-    scores = empty.index_add(0, sequence_of_token, logits.softmax(1))[:num_sequences]
+    scores_of_token = logits.softmax(1) if score_function == "softmax" else normalize(logits.sigmoid(), p=1, dim=1)
+    scores = empty.index_add(0, sequence_of_token, scores_of_token)[:num_sequences]
     balance_B = num_experts / topk * (counts * scores).sum(1) / lengths.square()
     squares = logits.logsumexp(1).square()
     z_B = squares.new_zeros(num_sequences + 1).index_add(0, sequence_of_token, squares)[:num_sequences] / lengths
@@ -119,9 +126,11 @@ def router_losses(
 
 
 def attach_router_losses(model: GPTModel, *, aux_loss_coeff: float, z_loss_coeff: float) -> tuple[RouterLosses, ...]:
-    """Give every router of a stage its losses -> RouterLosses of each layer."""
+    """Give every router of a stage its losses -> RouterLosses of each layer that has experts."""
     attached = []
     for layer in model.decoder.layers:
+        if not hasattr(layer.mlp, "router"):
+            continue  # a dense layer
         losses = RouterLosses(layer.mlp.router, aux_loss_coeff=aux_loss_coeff, z_loss_coeff=z_loss_coeff)
         layer.register_forward_pre_hook(losses.note_documents, with_kwargs=True)
         layer.mlp.router.routing = losses.routing

@@ -110,8 +110,10 @@ def _experts(architecture: Architecture, *, fused: bool) -> dict[str, Any]:
     padding go through the router without touching the others.
     """
     if architecture.num_moe_experts is None:
-        return {}
+        return {"moe_layer_freq": 1}
     return {
+        # A list, or one kind of layer: Megatron-Core does not stack layers in a checkpoint where it is given a list.
+        "moe_layer_freq": list(architecture.moe_layer_freq) or 1,
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         "moe_z_loss_coeff": None,
@@ -235,6 +237,7 @@ _REFUSED = {
         ("cuda_graph_impl", "cuda_graph_scope", "cuda_graph_modules", "enable_cuda_graph", "external_cuda_graph"),
         _CAPTURED,
     ),
+    "moe_router_bias_update_rate": "a router's bias is part of the model, and nothing changes it in training",
     "fp4": "it needs a Blackwell GPU (compute capability 10.0); this is for Hopper",
     "tp_comm_overlap": _USER_BUFFERS,
 }

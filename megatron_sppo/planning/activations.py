@@ -57,15 +57,25 @@ class Activations:
 
 
 def activations(
-    architecture: Architecture, model: ModelConfig, grid: Grid, shape: MicroBatchShape, *, engine: bool
+    architecture: Architecture,
+    model: ModelConfig,
+    grid: Grid,
+    shape: MicroBatchShape,
+    *,
+    engine: bool,
+    has_experts: bool,
 ) -> Activations:
     """Add up what is kept of one micro-batch -> Activations.
 
     Args:
         engine: Transformer Engine's spec (CUDA); otherwise torch's (CPU).
+        has_experts: of the layer; models may have both kinds.
     """
     parallel, tensor = grid.parallel, grid.parallel.tensor_model_parallel_size
-    width = architecture.moe_ffn_hidden_size or architecture.ffn_hidden_size
+    if has_experts:
+        width = (architecture.moe_ffn_hidden_size or 0) // parallel.expert_tensor_parallel_size
+    else:
+        width = architecture.ffn_hidden_size // tensor
     sizes = Sizes(
         tokens=shape.num_tokens,
         between=shape.num_tokens // (tensor if parallel.sequence_parallel else 1),
@@ -74,7 +84,9 @@ def activations(
         key=architecture.key_channels // tensor,
         head=architecture.kv_channels,
         heads=architecture.num_attention_heads // tensor,
-        width=width // (parallel.expert_tensor_parallel_size if architecture.num_moe_experts else tensor),
+        width=width,
+        shared=(architecture.moe_shared_expert_intermediate_size or 0) // tensor if has_experts else 0,
+        has_experts=has_experts,
         type_bytes=model.type_bytes,
     )
 
@@ -93,6 +105,8 @@ def activations(
         kept = {"layer input": sizes.residual}
     kept_bytes, whole_bytes = sum(kept.values()), sum(whole.values())
     norm = sum(_engine_norm(sizes).values()) if engine else sum(_torch_norm(sizes).values())
+    if grid.adapters is not None and not engine:
+        norm -= sizes.residual  # kept for its weight's gradient alone
     rows = shape.num_response_tokens * (sizes.hidden * sizes.type_bytes + 2 * 8 + 2 * FLOAT32)
     return Activations(
         layer=kept,
@@ -122,13 +136,13 @@ def _working(sizes: Sizes, *, engine: bool, gathered_keys: int) -> int:
     """
     if engine:
         gathered = sizes.tokens * sizes.hidden * sizes.type_bytes
-        dense = 3 * sizes.residual + gathered + 3 * sizes.tokens * sizes.width * sizes.type_bytes
+        dense = 3 * sizes.residual + gathered + 3 * sizes.tokens * max(sizes.width, sizes.shared) * sizes.type_bytes
         # Gradients of queries, of keys and values as they are seen and as they are returned to their ranks.
         attention = sizes.tokens * (2 * sizes.query + 4 * sizes.key * gathered_keys) * sizes.type_bytes
         return max(dense, attention + 2 * sizes.residual) if gathered_keys else dense
     # The norm's backward pass has four float32 tensors of the residual's size at one time.
     norm = 4 * sizes.between * sizes.hidden * FLOAT32
-    return max(norm, 2 * sizes.residual + 2 * sizes.tokens * sizes.width * sizes.type_bytes)
+    return max(norm, 2 * sizes.residual + 2 * sizes.tokens * max(sizes.width, sizes.shared) * sizes.type_bytes)
 
 
 def _torch_norm(sizes: Sizes) -> dict[str, int]:
@@ -173,7 +187,7 @@ def _torch_layer(
     if architecture.qk_layernorm:
         channels, norms = sizes.query + sizes.key, sizes.heads + sizes.key // sizes.head
         items["norms of queries and keys"] = sizes.tokens * (channels * (FLOAT32 + sizes.type_bytes) + norms * FLOAT32)
-    if architecture.num_moe_experts is None:
+    if not sizes.has_experts:
         # Gate and up, silu(gate), up + 0 (megatron-core 0.16.1 and 0.19.2, mlp.py adds an offset), their product.
         items["feed-forward"] = sizes.residual + wide * 5 * sizes.width
         return items
@@ -201,7 +215,11 @@ def _torch_experts(architecture: Architecture, grid: Grid, sizes: Sizes) -> dict
     gathered = sizes.between * parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
     routed = gathered * chosen // parallel.expert_model_parallel_size  # to the experts here, where all are as busy
     local = experts // parallel.expert_model_parallel_size
+    shared = 5 * sizes.tokens * sizes.shared * sizes.type_bytes  # as in a dense layer; its input is the router's
+    if architecture.moe_shared_expert_gate:
+        shared += sizes.residual + sizes.between * sizes.type_bytes
     return {
+        "shared experts": shared,
         "router": sizes.residual + sizes.between * chosen * (8 + FLOAT32),
         "routes": gathered * local * (1 + FLOAT32) + routed * (8 + FLOAT32),
         # As in a dense layer, and the product once more: weighed by the router.
@@ -246,12 +264,15 @@ def _engine_layer(
         items["attention"] = output + sizes.tokens * sizes.heads * FLOAT32
     if architecture.qk_layernorm:
         items["norms of queries and keys"] = wide * (sizes.query + sizes.key)
-    if architecture.num_moe_experts is None:
+    if not sizes.has_experts:
         items["feed-forward"] = normed + wide * 2 * sizes.width + sizes.tokens * sizes.width * product_bytes
         return items
     # Tokens are exchanged with those who hold their experts; as many come as go where the router is balanced.
     routed = sizes.between * (architecture.moe_router_topk or 0)
-    items["router"] = sizes.residual + sizes.between * 3 * architecture.num_moe_experts * FLOAT32
+    items["router"] = sizes.residual + sizes.between * 3 * (architecture.num_moe_experts or 0) * FLOAT32
+    items["shared experts"] = wide * 2 * sizes.shared + sizes.tokens * sizes.shared * product_bytes
+    if architecture.moe_shared_expert_gate:
+        items["shared experts"] += sizes.residual + sizes.between * sizes.type_bytes
     items["experts"] = routed * (
         sizes.hidden * product_bytes + sizes.width * (2 * sizes.type_bytes + product_bytes) + 2 * FLOAT32
     )

@@ -90,6 +90,29 @@ PUBLISHED: dict[str, Architecture] = {
         "qwen3_moe", 48, 2048, 6144, 32, 4, 128, 151936,
         num_moe_experts=128, moe_router_topk=8, moe_ffn_hidden_size=768,
     ),
+    "qwen3-235b-a22b": _shape(
+        "qwen3_moe", 94, 4096, 12288, 64, 4, 128, 151936,
+        num_moe_experts=128, moe_router_topk=8, moe_ffn_hidden_size=1536, max_position_embeddings=40960,
+    ),
+    "qwen1.5-moe-a2.7b": _shape(
+        "qwen2_moe", 24, 2048, 5632, 16, 16, 128, 151936, num_moe_experts=60, moe_router_topk=4,
+        moe_ffn_hidden_size=1408, moe_shared_expert_intermediate_size=5632, moe_router_pre_softmax=True,
+    ),
+    "qwen2-57b-a14b": _shape(
+        "qwen2_moe", 28, 3584, 18944, 28, 4, 128, 151936, num_moe_experts=64, moe_router_topk=8,
+        moe_ffn_hidden_size=2560, moe_shared_expert_intermediate_size=20480, moe_router_pre_softmax=True,
+    ),
+    "glm-4.5-air": _shape(
+        "glm4_moe", 46, 4096, 10944, 96, 8, 128, 151552, num_moe_experts=128, moe_router_topk=8,
+        moe_ffn_hidden_size=1408, moe_shared_expert_intermediate_size=1408, moe_layer_freq=(0,) + 45 * (1,),
+        add_qkv_bias=True, rotary_percent=0.5, max_position_embeddings=131072,
+    ),
+    "glm-4.5": _shape(
+        "glm4_moe", 92, 5120, 12288, 96, 8, 128, 151552, num_moe_experts=160, moe_router_topk=8,
+        moe_ffn_hidden_size=1536, moe_shared_expert_intermediate_size=1536, moe_layer_freq=(0, 0, 0) + 89 * (1,),
+        moe_router_topk_scaling_factor=2.5, add_qkv_bias=True, qk_layernorm=True, rotary_percent=0.5,
+        max_position_embeddings=131072,
+    ),
 }  # fmt: skip
 """By name. Number of weights as published: tests/unit/planning/test_parameters.py."""
 

@@ -115,7 +115,14 @@ def _expert(architecture: Architecture, model: ModelConfig, grid: Grid, tokens: 
         return 0.0
     split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     once = tokens / split * (architecture.moe_router_topk or 0) * architecture.hidden_size * model.type_bytes
-    return grid.most_layers(architecture.num_layers) * 2 * once * (size - 1) / size * (_passes(model) + 1)
+    layers = max(
+        sum(architecture.has_experts(layer) for chunk in chunks for layer in chunk)
+        for chunks in (
+            grid.chunks_of_stage(architecture.num_layers, stage)
+            for stage in range(parallel.pipeline_model_parallel_size)
+        )
+    )
+    return layers * 2 * once * (size - 1) / size * (_passes(model) + 1)
 
 
 def _data(architecture: Architecture, grid: Grid, element_bytes: int) -> float:

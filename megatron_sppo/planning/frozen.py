@@ -24,6 +24,9 @@ class Sizes:
     head: int
     heads: int
     width: int
+    shared: int
+    """Feed-forward channels of the shared expert."""
+    has_experts: bool
     type_bytes: int
 
     @property
@@ -44,10 +47,10 @@ def with_adapters(
     items = dict(items)
     # Tokens that go through the feed-forward matrices here: each goes to several experts.
     inner = sizes.tokens
-    if architecture.num_moe_experts is not None:
+    if sizes.has_experts:
         inner = sizes.between * (architecture.moe_router_topk or 0)
-    unit = "feed-forward" if architecture.num_moe_experts is None else "experts"
-    between = inner if architecture.num_moe_experts is not None else sizes.between
+    unit = "experts" if sizes.has_experts else "feed-forward"
+    between = inner if sizes.has_experts else sizes.between
     inputs = {
         "linear_qkv": ("input of linear_qkv", sizes.between * sizes.hidden),
         "linear_proj": ("input of linear_proj", sizes.tokens * sizes.query),
@@ -56,6 +59,8 @@ def with_adapters(
     }
     for name, (item, elements) in inputs.items():
         items[item] += elements * ((narrow if name in adapted else 0) - product)
+    if sizes.shared:
+        items["shared experts"] -= sizes.tokens * sizes.shared * product
     if engine and is_fp8 and "linear_proj" in adapted and "attention" in items:
         items["attention"] -= sizes.tokens * sizes.query * narrow  # its output is the adapter's input
     if not engine:  # a norm keeps what it has made of its input for its weight's gradient alone

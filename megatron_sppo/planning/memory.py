@@ -1,5 +1,6 @@
 """Bytes of a rank of each pipeline stage: what it always holds, and the most that it holds beside it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_sppo.architecture import Architecture
@@ -11,7 +12,10 @@ from megatron_sppo.planning.parameters import Grid, Shard, buffer_elements, coun
 
 GIB = 1 << 30
 
-_MATRICES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+_MATRICES = (
+    *("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
+    *("shared_experts.linear_fc1", "shared_experts.linear_fc2"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +91,10 @@ def stage_memory(
     }
     held = sum(elements.values()) * model.type_bytes
     frozen = 0 if grid.adapters is None else count(shards) * model.type_bytes
-    kept = activations(architecture, model, grid, shape, engine=engine)
+    kept = {
+        has_experts: activations(architecture, model, grid, shape, engine=engine, has_experts=has_experts)
+        for has_experts in architecture.layer_kinds()
+    }
     waiting = chunks_in_flight(grid, stage, num_micro_batches=num_micro_batches)
     in_flight = _in_flight(architecture, grid, kept, stage, waiting)
     in_flight += waiting * _pipeline_buffers(architecture, model, grid, shape, stage, engine=engine)
@@ -127,14 +134,23 @@ def _optimizer(elements: dict[bool, int], model: ModelConfig, grid: Grid, name: 
     return elements[False] // grid.optimizer_ranks * each + elements[True] // grid.expert_optimizer_ranks * each
 
 
-def _in_flight(architecture: Architecture, grid: Grid, kept: Activations, stage: int, waiting: int) -> int:
-    """What the waiting passes keep: layers in proportion; the embedding's and the head's only of their own chunk."""
+def _in_flight(
+    architecture: Architecture, grid: Grid, kept: Mapping[bool, Activations], stage: int, waiting: int
+) -> int:
+    """What the waiting passes keep: of their layers; the embedding's and the head's only of their own chunk.
+
+    Where layers are of two kinds, every pass is taken to be of the chunk that keeps the most.
+    """
     stages = grid.parallel.pipeline_model_parallel_size
-    layers = grid.layers_of_stage(architecture.num_layers, stage) // grid.num_chunks
+    layers = max(
+        sum(kept[architecture.has_experts(layer)].per_layer for layer in chunk)
+        for chunk in grid.chunks_of_stage(architecture.num_layers, stage)
+    )
+    ends = next(iter(kept.values()))
     whole = -(-waiting // grid.num_chunks)
-    first = whole * kept.first if stage == 0 else 0
-    last = kept.last if stage == stages - 1 else 0
-    return waiting * layers * kept.per_layer + first + last
+    first = whole * ends.first if stage == 0 else 0
+    last = ends.last if stage == stages - 1 else 0
+    return waiting * layers + first + last
 
 
 def _pipeline_buffers(
@@ -159,20 +175,20 @@ def _working(
     model: ModelConfig,
     grid: Grid,
     shape: MicroBatchShape,
-    kept: Activations,
+    kept: Mapping[bool, Activations],
     shards: list[Shard],
     *,
     is_last: bool,
     engine: bool,
 ) -> int:
     """Find the costliest moment of a backward pass, beyond what is kept -> bytes: a layer's, or the head's."""
-    layer = kept.recomputed + kept.working
+    layer = max(kind.recomputed + kind.working for kind in kept.values())
     if grid.adapters is None:  # a weight's gradient, before it is added to its buffer
         layer += max(shard.numel for shard in shards if shard.name in _MATRICES) * model.type_bytes
     if not is_last:
         return layer
     # What the head kept is gone before the last layer's turn.
-    return max(layer - kept.last, head_workspace(architecture, model, grid, shape, engine=engine))
+    return max(layer - next(iter(kept.values())).last, head_workspace(architecture, model, grid, shape, engine=engine))
 
 
 def head_workspace(

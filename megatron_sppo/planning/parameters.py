@@ -53,6 +53,13 @@ class Grid:
             return given[stage]
         return (num_layers - sum(given.values())) // (last + 1 - len(given))
 
+    def chunks_of_stage(self, num_layers: int, stage: int) -> list[range]:
+        """List the layers, from 0, of each model chunk of a pipeline stage (mcore, get_transformer_layer_offset)."""
+        before = sum(self.layers_of_stage(num_layers, earlier) for earlier in range(stage)) // self.num_chunks
+        layers = self.layers_of_stage(num_layers, stage) // self.num_chunks
+        starts = [chunk * (num_layers // self.num_chunks) + before for chunk in range(self.num_chunks)]
+        return [range(start, start + layers) for start in starts]
+
     def most_layers(self, num_layers: int) -> int:
         """Count the layers of the fullest pipeline stage -> int."""
         return max(
@@ -71,17 +78,19 @@ class Grid:
         return stage_ranks // (self.parallel.expert_model_parallel_size * self.parallel.expert_tensor_parallel_size)
 
 
-def layer_shards(architecture: Architecture, parallel: ParallelConfig) -> list[Shard]:
+def layer_shards(architecture: Architecture, parallel: ParallelConfig, *, has_experts: bool) -> list[Shard]:
     """List one layer's parameters as a rank holds them."""
     weights = architecture.layer_weights(
-        tensor_ranks=parallel.tensor_model_parallel_size, expert_tensor_ranks=parallel.expert_tensor_parallel_size
+        has_experts=has_experts,
+        tensor_ranks=parallel.tensor_model_parallel_size,
+        expert_tensor_ranks=parallel.expert_tensor_parallel_size,
     )
-    experts = architecture.num_moe_experts
     copies = {"norm": architecture.norms_per_layer}
-    if experts is not None:
-        copies |= dict.fromkeys(EXPERT_WEIGHTS, experts // parallel.expert_model_parallel_size)
+    if has_experts:
+        experts = (architecture.num_moe_experts or 0) // parallel.expert_model_parallel_size
+        copies |= dict.fromkeys(EXPERT_WEIGHTS, experts)
     return [
-        Shard(name=name, numel=numel, is_expert=experts is not None and name.startswith("linear_fc"))
+        Shard(name=name, numel=numel, is_expert=has_experts and name.startswith("linear_fc"))
         for name, numel in weights.items()
         for _ in range(copies.get(name, 1))
     ]
@@ -94,10 +103,16 @@ def stage_shards(architecture: Architecture, grid: Grid, stage: int) -> list[lis
     """
     parallel = grid.parallel
     last = parallel.pipeline_model_parallel_size - 1
-    layers = grid.layers_of_stage(architecture.num_layers, stage) // grid.num_chunks
     rows = padded_vocab_size(architecture.vocab_size, parallel.tensor_model_parallel_size)
     vocabulary = rows // parallel.tensor_model_parallel_size * architecture.hidden_size
-    chunks = [layer_shards(architecture, parallel) * layers for _ in range(grid.num_chunks)]
+    kinds = {
+        has_experts: layer_shards(architecture, parallel, has_experts=has_experts)
+        for has_experts in architecture.layer_kinds()
+    }
+    chunks = [
+        [shard for layer in layers for shard in kinds[architecture.has_experts(layer)]]
+        for layers in grid.chunks_of_stage(architecture.num_layers, stage)
+    ]
     if stage == 0:
         chunks[0] = [Shard(name="embedding", numel=vocabulary), *chunks[0]]
     if stage == last:

@@ -134,14 +134,31 @@ def _stage_seconds(
     ranks = grid.world_size / stages
     product_rate = (machine.fp8_tflops if model.fp8 != "none" else machine.bf16_tflops) * _TERA * ranks
     rate = machine.bf16_tflops * _TERA * ranks
-    layers = grid.most_layers(architecture.num_layers)
-    products = layers * flops.layer_flops_per_token(architecture) * counts["num_tokens"] / product_rate
+    layers, per_token = _busiest_layers(architecture, grid)
+    products = per_token * counts["num_tokens"] / product_rate
     attention = layers * flops.attention_flops_per_position(architecture) * counts["attended_positions"] / rate
     head = flops.head_flops_per_token(architecture) * counts["num_response_tokens"] / rate
     again = {"none": 0.0, "selective": attention, "full": products + attention}[model.recompute_granularity]
     factor = flops.BACKWARD_FACTOR if grid.adapters is None else flops.FROZEN_BACKWARD_FACTOR
     backward = factor * (products + head) + flops.BACKWARD_FACTOR * attention
     return products + attention + head, backward, again + head
+
+
+def _busiest_layers(architecture: Architecture, grid: Grid) -> tuple[int, int]:
+    """Find the pipeline stage with the most products in its layers -> (layers, FLOPs of their products per token)."""
+    kinds = {
+        has_experts: flops.layer_flops_per_token(architecture, has_experts=has_experts)
+        for has_experts in architecture.layer_kinds()
+    }
+    stages = [
+        [kinds[architecture.has_experts(layer)] for chunk in chunks for layer in chunk]
+        for chunks in (
+            grid.chunks_of_stage(architecture.num_layers, stage)
+            for stage in range(grid.parallel.pipeline_model_parallel_size)
+        )
+    ]
+    busiest = max(stages, key=sum)
+    return len(busiest), sum(busiest)
 
 
 def stage_seconds(architecture: Architecture, config: PlanConfig, grid: Grid, step: StepTime) -> dict[str, float]:
@@ -178,7 +195,7 @@ def _rollout_seconds(architecture: Architecture, config: PlanConfig, grid: Grid)
     length = given.mean_prompt_tokens + given.mean_response_tokens / 2
     cache = 4 * architecture.num_layers * architecture.key_channels * length
     read = (weights + together * cache) / size / (machine.hbm_gb_per_s * 1e9 * machine.decode_efficiency)
-    per_token = flops.layer_flops_per_token(architecture) * architecture.num_layers
+    per_token = flops.all_layers_flops_per_token(architecture)
     computed = together * per_token / size / (machine.bf16_tflops * _TERA)
     decoding = answers * given.mean_response_tokens / samplers / together * max(read, computed)
     prompts = given.num_prompts * given.mean_prompt_tokens * per_token / (samplers * size * machine.bf16_tflops * _TERA)

@@ -99,10 +99,12 @@ def _split_counts(config: ParallelConfig, architecture: Architecture) -> dict[st
         "attention heads": architecture.num_attention_heads,
         "key/value heads": architecture.num_query_groups,
     }
-    if architecture.moe_ffn_hidden_size is None:
-        return {**counts, "feed-forward channels": architecture.ffn_hidden_size}
-    if config.expert_tensor_parallel_size > 1:
-        return {**counts, "feed-forward channels of an expert": architecture.moe_ffn_hidden_size}
+    if architecture.num_expert_layers < architecture.num_layers:
+        counts["feed-forward channels"] = architecture.ffn_hidden_size
+    if architecture.moe_ffn_hidden_size is not None and config.expert_tensor_parallel_size > 1:
+        counts["feed-forward channels of an expert"] = architecture.moe_ffn_hidden_size
+    if architecture.moe_shared_expert_intermediate_size is not None:
+        counts["feed-forward channels of the shared expert"] = architecture.moe_shared_expert_intermediate_size
     return counts
 
 

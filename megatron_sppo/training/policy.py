@@ -52,13 +52,13 @@ class Policy:
         return sums
 
     def router_metrics(self, sums: torch.Tensor, *, num_sequences: int) -> dict[str, float]:
-        """Average the routers' losses, added up over all ranks, over layers and sequences -> {metric: value}.
+        """Average the routers' losses, added up over all ranks, over mixtures and sequences -> {metric: value}.
 
         Empty without such losses.
         """
         if not any(stage.router_losses for stage in self.stages):
             return {}
-        means = sums / (num_sequences * self.architecture.num_layers)
+        means = sums / (num_sequences * self.architecture.num_expert_layers)
         return dict(zip(METRICS, means.tolist(), strict=True))
 
     def gather_weights(self) -> None:
@@ -241,11 +241,19 @@ def _hash_of(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
     return f"{int(parallel.sum_over_world(partial)) % (1 << _HASH_BITS):012x}"
 
 
+def _weights(stage: PolicyModel) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from stage.named_parameters()
+    yield from (pair for pair in stage.named_buffers() if pair[0].endswith(".router.expert_bias"))
+
+
 def _own_parameters(stages: Sequence[PolicyModel]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the parameters that this rank alone answers for, by the torch spec's names in the whole model."""
+    """Yield the weights that this rank alone answers for, by the torch spec's names in the whole model.
+
+    Parameters, and the biases of routers, which no gradient changes and all else depends on.
+    """
     for stage in stages:
         offsets = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(stage.decoder.layers)}
-        for name, parameter in stage.named_parameters():
+        for name, parameter in _weights(stage):
             if name.startswith(f"{low_rank.NAME}.") or not _answers_for(parameter):
                 continue
             if stage.share_embeddings_and_output_weights and name == "output_layer.weight":
@@ -259,7 +267,7 @@ def _own_parameters(stages: Sequence[PolicyModel]) -> Iterator[tuple[str, torch.
             yield _global_expert(name, stage.config), parameter
 
 
-def _answers_for(parameter: torch.nn.Parameter) -> bool:
+def _answers_for(parameter: torch.Tensor) -> bool:
     """Tell whether this rank is the first of those that hold the same values."""
     if not getattr(parameter, "allreduce", True):  # an expert
         return parallel.is_first_expert_replica()

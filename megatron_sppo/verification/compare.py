@@ -21,10 +21,11 @@ from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.distcp import METADATA_FILE
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, GENERATION_FILE, read_config
 from megatron_sppo.checkpoints.megatron_checkpoint import ITERATION_PATTERN, TRACKER_FILE, resolve_checkpoint
+from megatron_sppo.checkpoints.safetensors_file import read_tensor
 from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
+from megatron_sppo.conversion.binding import Binding
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf
-from megatron_sppo.conversion.mapping import Binding
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, different_fields, key_faults, open_megatron
 from megatron_sppo.conversion.sources import open_source
 from megatron_sppo.errors import ConversionError, DataError
@@ -157,11 +158,13 @@ def _open_megatron(path: Path, *, template: Path) -> Side:
     opened = open_megatron(path, template=template if needs_template else None, any_keys=True)
     faults = key_faults(opened)
     absent = {*faults.missing, *faults.misshapen}
-    usable = [one for one in opened.bindings if not {one.mapping.key, opened.key_of(one)} & absent]
+    usable = [one for one in opened.bindings if opened.key_of(one) not in absent]
     places = {name: binding for binding in usable for name in binding.hf_shapes}
     last: dict[str, Tensor] = {}
 
     def read(name: str) -> Tensor:
+        if name in opened.carried:
+            return read_tensor(opened.carried[name])
         if name not in last:  # a Megatron tensor holds several of Hugging Face's, which are asked for in a row
             last.clear()
             last.update(opened.read(places[name]))
@@ -172,7 +175,8 @@ def _open_megatron(path: Path, *, template: Path) -> Side:
         opened=opened,
         architecture=opened.architecture,
         files=opened.side_files,
-        tensors={name: _described(opened, binding, name) for name, binding in places.items()},
+        tensors={name: _described(opened, binding, name) for name, binding in places.items()}
+        | {name: (entry.dtype, entry.shape) for name, entry in opened.carried.items()},
         read=read,
         faults=(
             *(f"lacks {key}" for key in faults.missing),

@@ -221,8 +221,24 @@ def _cut(config: Any, layers: Sequence[int]) -> Any:
     cut = copy.deepcopy(config)
     if getattr(cut, "layer_types", None) is not None:
         cut.layer_types = [config.layer_types[index] for index in layers]
+    _set_kind_of_layer(cut, config, layers)
     cut.num_hidden_layers, cut.vocab_size, cut.pad_token_id = len(layers), _ROWS, None
     return cut
+
+
+def _set_kind_of_layer(cut: Any, config: Any, layers: Sequence[int]) -> None:
+    """Have a cut model's layers dense or sparse as they are in the whole one: configs say which by number."""
+    for key in ("mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace"):
+        if not hasattr(config, key):
+            continue
+        if key == "first_k_dense_replace":
+            value: Any = sum(layer < config.first_k_dense_replace for layer in layers)
+        elif key == "decoder_sparse_step":
+            value = 1
+        else:
+            step, dense = config.decoder_sparse_step, config.mlp_only_layers or []
+            value = [place for place, layer in enumerate(layers) if layer in dense or (layer + 1) % step]
+        setattr(cut, key, value)
 
 
 def _mcore_loader(opened: OpenedMegatron, stage: PolicyModel, prefix: str) -> Callable[[torch.nn.Module], object]:

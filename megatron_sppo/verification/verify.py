@@ -18,9 +18,9 @@ from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
 from megatron_sppo.checkpoints.megatron_checkpoint import resolve_checkpoint
 from megatron_sppo.checkpoints.side_files import check_side_files
+from megatron_sppo.conversion.binding import hf_shapes
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf
-from megatron_sppo.conversion.mapping import hf_shapes
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, different_fields, open_megatron
 from megatron_sppo.conversion.sources import open_source
 from megatron_sppo.errors import ConversionError
@@ -132,13 +132,15 @@ def _remedy(report: dict[str, Any]) -> str:
 
 def _compare_tensors(hf: Path, opened: OpenedMegatron) -> dict[str, Any]:
     source = open_source(hf)
-    dtypes = {opened.dtype(binding) for binding in opened.bindings}
-    stored = {entry.dtype for entry in source.entries.values()}
+    weights = [binding for binding in opened.bindings if not binding.mapping.keeps_type]
+    dtypes = {opened.dtype(binding) for binding in weights}
+    names = {name for binding in weights for name in binding.hf_shapes}
+    stored = {entry.dtype for name, entry in source.entries.items() if name in names}
     # An import with --dtype is the same model in another type: the Hugging Face side is then cast as the import did.
     cast = next(iter(dtypes)) if len(dtypes) == 1 and stored != dtypes else None
     with tqdm(total=source.nbytes, desc="tensors", unit="B", unit_scale=True, disable=None) as bar:
         different = compare_tensors(source, opened, dtype=cast, progress=bar.update)
-    shapes = hf_shapes(opened.bindings)
+    shapes = hf_shapes(opened.bindings) | {name: entry.shape for name, entry in opened.carried.items()}
     unusable = [
         f"{name} is missing" if entry is None else f"{name} has shape {list(entry.shape)}, not {list(shape)}"
         for name, shape in shapes.items()

@@ -3,6 +3,7 @@
 from megatron_sppo.conversion.families import (
     gemma2,
     gemma3_text,
+    glm4_moe,
     gpt_oss,
     llama,
     ministral,
@@ -12,6 +13,7 @@ from megatron_sppo.conversion.families import (
     olmo3,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
     qwen3_moe,
 )
@@ -27,7 +29,9 @@ FAMILIES = {
         qwen2,
         qwen3,
         mixtral,
+        qwen2_moe,
         qwen3_moe,
+        glm4_moe,
         gemma2,
         gemma3_text,
         gpt_oss,

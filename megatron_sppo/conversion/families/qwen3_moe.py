@@ -1,4 +1,6 @@
-"""Qwen3-MoE: Qwen3's attention, and in every layer a mixture of experts without shared ones."""
+"""Qwen3-MoE: Qwen3's attention, and mixtures of experts without shared ones; some layers may be dense."""
+
+import dataclasses
 
 from megatron_sppo.conversion.families import llama, qwen3
 from megatron_sppo.conversion.mapping import Copy, ExpertKeys, Family, GateUp
@@ -10,25 +12,32 @@ NORM = Copy(
     "decoder.layers.{layer}.pre_mlp_layernorm.weight",
     "model.layers.{layer}.post_attention_layernorm.weight",
     ("hidden",),
+    layers="sparse",
 )
 ATTENTION_AND_ENDS = tuple(mapping for mapping in llama.MAPPINGS if ".mlp." not in mapping.megatron)
-
-MAPPINGS = (
-    *ATTENTION_AND_ENDS,
-    NORM,
-    *qwen3.HEAD_NORMS,
-    Copy(f"{MLP}.router.weight", f"{HF_MLP}.gate.weight", ("experts", "hidden")),
+# What a layer without experts has in their place.
+DENSE = tuple(dataclasses.replace(mapping, layers="dense") for mapping in llama.MAPPINGS if ".mlp." in mapping.megatron)
+EXPERTS = (
     GateUp(
         f"{MLP}.experts.experts.{{expert}}.linear_fc1.weight",
         f"{HF_MLP}.experts.{{expert}}.{{gate_up}}_proj.weight",
         width="expert_ffn",
+        layers="sparse",
     ),
     Copy(
         f"{MLP}.experts.experts.{{expert}}.linear_fc2.weight",
         f"{HF_MLP}.experts.{{expert}}.down_proj.weight",
         ("hidden", "expert_ffn"),
+        layers="sparse",
     ),
 )
+SPARSE = (
+    NORM,
+    Copy(f"{MLP}.router.weight", f"{HF_MLP}.gate.weight", ("experts", "hidden"), layers="sparse"),
+    *EXPERTS,
+)
+
+MAPPINGS = (*ATTENTION_AND_ENDS, *qwen3.HEAD_NORMS, *DENSE, *SPARSE)
 
 FAMILY = Family(
     model_type="qwen3_moe",
@@ -38,9 +47,6 @@ FAMILY = Family(
     fixed={
         "use_sliding_window": (None, False),
         "hidden_act": (None, "silu"),
-        # Dense layers between the sparse ones.
-        "decoder_sparse_step": (None, 1),
-        "mlp_only_layers": (None, []),
         # Not this family's, but named as such by some derived models.
         "shared_expert_intermediate_size": (0, None),
         "num_shared_experts": (0, None),
@@ -49,6 +55,9 @@ FAMILY = Family(
     biases={"attention_bias": llama.ATTENTION_BIASES},
     traits={"qk_layernorm": True},
     experts=ExpertKeys(
-        count=("num_experts", "num_local_experts"), width="moe_intermediate_size", normalised="norm_topk_prob"
+        count=("num_experts", "num_local_experts"),
+        width="moe_intermediate_size",
+        normalised="norm_topk_prob",
+        dense_between=True,
     ),
 )

@@ -17,9 +17,9 @@ from megatron_sppo.checkpoints.adapter_file import (
     resolve_targets,
     write_adapter,
 )
+from megatron_sppo.conversion.binding import bind, hf_shapes
 from megatron_sppo.conversion.families import FAMILIES
 from megatron_sppo.conversion.hf_config import architecture_from_hf
-from megatron_sppo.conversion.mapping import bind, hf_shapes
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.model.config import AdapterConfig
 from tests.families import FAMILIES as CONFIGS
@@ -27,21 +27,24 @@ from tests.families import family_model
 
 SETTINGS = AdapterSettings(rank=4, alpha=8.0, scaling="rslora", targets=("q_proj", "down_proj"))
 CONTENT = AdapterFile(settings=SETTINGS, base=BaseName(weights_hash="0123456789ab", params_dtype="bfloat16"))
-NO_ADAPTERS = ("norm", "embed", "lm_head", "gate.weight", "router", "sinks")
+NO_ADAPTERS = ("norm", "embed", "lm_head", "gate.weight", "expert_gate", "router", "sinks")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_modules_are_the_two_dimensional_weights_of_the_family_s_layers(name: str, tmp_path: Path) -> None:
-    """Names and sizes as the converter's table has them, which writes what Hugging Face loads."""
+    """Names and sizes as the converter's table has them, which writes what Hugging Face loads.
+
+    Of names that mean weights of two shapes, experts and a shared one say, there is no adapter.
+    """
     config = json.loads((family_model(tmp_path / "hf", name) / "config.json").read_text())
     architecture = architecture_from_hf(config)
     table = hf_shapes(bind(FAMILIES[architecture.family], architecture))
-    expected = {
-        key.split(".")[-2]: shape
-        for key, shape in table.items()
-        if re.match(r"model\.layers\.0\.", key) and key.endswith(".weight") and len(shape) == 2
-        if not any(part in key for part in NO_ADAPTERS)
-    }
+    shapes: dict[str, set[tuple[int, ...]]] = {}
+    for key, shape in table.items():
+        is_matrix = re.match(r"model\.layers\.\d+\.", key) and key.endswith(".weight") and len(shape) == 2
+        if is_matrix and not any(part in key for part in NO_ADAPTERS):
+            shapes.setdefault(key.split(".")[-2], set()).add(shape)
+    expected = {name: next(iter(found)) for name, found in shapes.items() if len(found) == 1}
     found = {module.name: (module.out_features, module.in_features) for module in linear_modules(architecture)}
     assert found == expected
 

@@ -18,9 +18,9 @@ from megatron_sppo.architecture import read_architecture
 from megatron_sppo.checkpoints import adapter_file
 from megatron_sppo.checkpoints.hf_checkpoint import open_hf_checkpoint
 from megatron_sppo.conversion.adapters import export_adapter, import_adapter
+from megatron_sppo.conversion.binding import bind
 from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.conversion.families import family_of
-from megatron_sppo.conversion.mapping import bind
 from megatron_sppo.conversion.megatron_model import open_megatron
 from megatron_sppo.conversion.merging import export_merged
 from megatron_sppo.conversion.weights_hash import weights_hash

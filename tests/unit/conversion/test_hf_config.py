@@ -227,9 +227,18 @@ OLMO3 = {"model_type": "olmo3", "sliding_window": 8, "rope_parameters": KINDS}
         ({**PHI3, "rope_parameters": {"partial_rotary_factor": 0.4}}, "of 8 channels a head are 3"),
         ({**PHI3, "rope_parameters": {"partial_rotary_factor": 1.5}}, "rotary_percent 1.5"),
         ({**PHI3, "hidden_act": "gelu"}, 'hidden_act: "gelu"'),
-        ({"model_type": "qwen2_moe"}, "'qwen2_moe'"),
-        ({**MIXTURES["qwen3_moe"], "decoder_sparse_step": 2}, "decoder_sparse_step: 2"),
-        ({**MIXTURES["qwen3_moe"], "mlp_only_layers": [0]}, r"mlp_only_layers: \[0\]"),
+        ({"model_type": "qwen2_moe"}, "does not say num_experts"),
+        ({**MIXTURES["qwen2_moe"], "shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size is -1"),
+        (
+            {**MIXTURES["qwen2_moe"], "shared_expert_intermediate_size": 0},
+            "moe_shared_expert_intermediate_size is None",
+        ),
+        ({**MIXTURES["qwen2_moe"], "qkv_bias": False}, "qkv_bias: false"),
+        ({**MIXTURES["qwen3_moe"], "decoder_sparse_step": 3}, "none of the 2 layers has experts"),
+        ({**MIXTURES["qwen3_moe"], "decoder_sparse_step": 0}, "decoder_sparse_step is 0"),
+        ({**MIXTURES["qwen3_moe"], "mlp_only_layers": [0, 1]}, "none of the 2 layers has experts"),
+        ({**MIXTURES["qwen3_moe"], "mlp_only_layers": [0.5]}, r"mlp_only_layers is \[0.5\]"),
+        ({**MIXTURES["qwen3_moe"], "mlp_only_layers": "0"}, "mlp_only_layers is '0'"),
         ({**MIXTURES["qwen3_moe"], "use_sliding_window": True}, "use_sliding_window: true"),
         ({**MIXTURES["qwen3_moe"], "shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size: 64"),
         ({**MIXTURES["qwen3_moe"], "num_experts": None}, "num_experts is missing"),
@@ -257,7 +266,7 @@ def test_each_family_writes_a_config_that_reads_back_and_that_transformers_reads
         theirs = transformers.AutoConfig.for_model(**written)
         assert (theirs.num_key_value_heads, theirs.hidden_size, theirs.tie_word_embeddings) == (4, 64, False)
         assert getattr(theirs, "head_dim", 8) in (8, None)
-        assert getattr(theirs, "sliding_window", None) == read.sliding_window
+        assert (getattr(theirs, "sliding_window", None) or None) == read.sliding_window
         windows = [
             read.sliding_window if kind != "full_attention" else None
             for kind in getattr(theirs, "layer_types", None) or ()

@@ -9,18 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.conversion.binding import bind, hf_shapes, megatron_shapes
 from megatron_sppo.conversion.families import FAMILIES, family_of, llama
 from megatron_sppo.conversion.mapping import (
     Copy,
+    Family,
     FusedQKV,
     GateUp,
     PackedGateUp,
     PackedQKV,
     TensorMapping,
     VocabRows,
-    bind,
-    hf_shapes,
-    megatron_shapes,
     to_megatron,
 )
 from megatron_sppo.errors import ConversionError
@@ -45,6 +44,15 @@ def architecture(**changes: object) -> Architecture:
 
 
 EXPERTS = {"num_moe_experts": 3, "moe_router_topk": 2, "moe_ffn_hidden_size": 4}
+SHARED_EXPERT = {"moe_shared_expert_intermediate_size": 8}
+
+
+def experts_of(family: Family) -> dict[str, object]:
+    """Describe small experts in the way of a family -> fields of Architecture; none of a dense family."""
+    keys = family.experts
+    if keys is None:
+        return {}
+    return EXPERTS | (SHARED_EXPERT if keys.shared_width or keys.shared_count else {})
 
 
 def fused_of(
@@ -150,6 +158,19 @@ def test_megatron_keys_stack_the_experts_after_the_layers(family: str) -> None:
     assert not any("mlp.linear_fc" in key for key in shapes)
 
 
+def test_layers_of_two_kinds_are_not_stacked_and_their_experts_are() -> None:
+    """Megatron-Core's keys where `moe_layer_freq` is a list (transformer_block.py, sharded_state_dict)."""
+    model = architecture(family="qwen2_moe", moe_layer_freq=(1, 0), add_qkv_bias=True, **EXPERTS, **SHARED_EXPERT)
+    shapes = megatron_shapes(bind(FAMILIES["qwen2_moe"], model), model)
+    assert shapes["decoder.layers.0.mlp.experts.experts.linear_fc1.weight"] == (3, 8, 6)
+    assert shapes["decoder.layers.0.mlp.shared_experts.linear_fc1.weight"] == (16, 6)
+    assert shapes["decoder.layers.0.pre_mlp_layernorm.weight"] == (6,)
+    assert shapes["decoder.layers.1.mlp.linear_fc1.weight"] == (10, 6)
+    assert shapes["decoder.layers.1.mlp.linear_fc1.layer_norm_weight"] == (6,)
+    assert not any("decoder.layers.0.mlp.linear_fc" in key or "decoder.layers.1.mlp.experts" in key for key in shapes)
+    assert {key.split(".")[2] for key in shapes if key.startswith("decoder.layers")} == {"0", "1"}
+
+
 def test_an_experts_place_is_its_layer_and_its_number() -> None:
     model = architecture(family="mixtral", **EXPERTS)
     name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
@@ -172,7 +193,7 @@ def test_the_number_of_values_is_the_architectures(families: str) -> None:
     model = architecture(
         family=families,
         **family.traits,
-        **(EXPERTS if family.experts else {}),
+        **experts_of(family),
     )
     bindings = bind(family, model)
     expected = model.num_parameters()

@@ -21,6 +21,11 @@ from megatron_sppo.training.optimizer import build_optimizer
 from megatron_sppo.training.policy import build_policy
 from tests.unit.planning.models import MIXTURE, TINY
 
+SHARED_EXPERT = {"moe_shared_expert_intermediate_size": 160}
+_AIR_ATTENTION = 2 * 4096 * 12288 + 2 * 4096 * 1024 + 14336 + 2 * 4096
+_ATTENTION = 2 * 5120 * 12288 + 2 * 5120 * 1024 + 14336 + 2 * 5120 + 2 * 128
+FURTHER_LAYER_OF_AIR = _AIR_ATTENTION + 129 * 3 * 4096 * 1408 + 128 * 4097 + 2 * 4096**2 + 3 * 4096 + 2 * 151552 * 4096
+FURTHER_LAYER = _ATTENTION + 161 * 3 * 5120 * 1536 + 160 * 5121 + 2 * 5120**2 + 3 * 5120 + 2 * 151552 * 5120
 # As the models' cards and papers count them.
 PUBLISHED_WEIGHTS = {
     "smollm2-135m": 134_515_008,
@@ -41,6 +46,13 @@ PUBLISHED_WEIGHTS = {
     "gpt-oss-20b": 20_914_757_184,
     "gpt-oss-120b": 116_829_156_672,
     "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    # As the hub counts them, without layer 46 or 92, which predicts a further token: a layer with experts, norms and
+    # a projection of their outputs, a norm, and copies of embedding and output weights.
+    "glm-4.5-air": 110_468_824_832 - FURTHER_LAYER_OF_AIR,
+    "glm-4.5": 358_337_791_296 - FURTHER_LAYER,
+    "qwen1.5-moe-a2.7b": 14_315_784_192,
+    "qwen2-57b-a14b": 57_408_658_944,
 }
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
@@ -74,6 +86,21 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         4,
         {"tensor_model_parallel_size": 2, "sequence_parallel": True, "expert_model_parallel_size": 2},
         MIXTURE,
+    ),
+    "mixture, gated shared expert, dense between, PP2 VPP2": (
+        4,
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        MIXTURE | SHARED_EXPERT | {"moe_shared_expert_gate": True, "moe_layer_freq": (0, 1, 1, 0)},
+    ),
+    "mixture, shared expert, dense in front, TP2 SP PP2": (
+        4,
+        {
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "pipeline_model_parallel_size": 2,
+            "decoder_first_pipeline_num_layers": 1,
+        },
+        MIXTURE | SHARED_EXPERT | {"moe_layer_freq": (0, 0, 1, 1)},
     ),
 }
 

@@ -17,7 +17,7 @@ from megatron_sppo.checkpoints.distcp_writer import Piece, write_distcp
 from megatron_sppo.checkpoints.megatron_checkpoint import MANIFEST_FILE, write_manifest
 from megatron_sppo.commands import convert as command
 from megatron_sppo.conversion import convert
-from megatron_sppo.conversion.mapping import megatron_shapes
+from megatron_sppo.conversion.binding import megatron_shapes
 from megatron_sppo.conversion.megatron_model import open_megatron
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.verification.compare import compare, summary

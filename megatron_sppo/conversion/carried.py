@@ -1,0 +1,46 @@
+"""Tensors of a Hugging Face model that are no part of its decoder, kept beside the Megatron checkpoint as they are.
+
+GLM's and DeepSeek's files hold layers behind the last one that predict further tokens (for speculative decoding).
+Nothing here computes them: an import copies their bytes to hf/carried.safetensors of the iteration, every checkpoint of
+a run that starts there has them, and an export puts them back. No cast touches them.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_sppo.architecture import Architecture
+from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
+from megatron_sppo.checkpoints.hf_writer import copy_tensors
+from megatron_sppo.checkpoints.megatron_checkpoint import CARRIED_FILE
+from megatron_sppo.checkpoints.safetensors_file import Entry, read_header
+from megatron_sppo.conversion.config_values import whole
+from megatron_sppo.conversion.mapping import Family
+
+
+def carried_tensors(
+    source: HFCheckpoint, family: Family, architecture: Architecture, config: Mapping[str, Any], *, place: str
+) -> dict[str, Entry]:
+    """Find the tensors of layers behind the decoder's, as many as config.json promises -> {name: entry}; often none."""
+    if family.further_layers is None:
+        return {}
+    count = whole(config, family.further_layers, place, least=0, default=0)
+    first = architecture.num_layers
+    prefixes = tuple(f"model.layers.{layer}." for layer in range(first, first + count))
+    return {name: entry for name, entry in source.entries.items() if prefixes and name.startswith(prefixes)}
+
+
+def write_carried(tensors: Mapping[str, Entry], directory: Path, *, progress: Callable[[int], object]) -> None:
+    """Copy them into one file of a directory, with its digests beside; nothing where there are none."""
+    if tensors:
+        copy_tensors(tensors, Path(directory, CARRIED_FILE), progress=progress)
+
+
+def open_carried(directory: Path) -> dict[str, Entry]:
+    """Find what a checkpoint carries along in its hf/ directory -> {name: entry}.
+
+    Raises:
+        ConversionError: the file is damaged.
+    """
+    path = Path(directory, CARRIED_FILE)
+    return read_header(path)[1] if path.is_file() else {}
