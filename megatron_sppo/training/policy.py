@@ -190,6 +190,9 @@ def _set_experts_apart(stage: PolicyModel) -> None:
     for name, parameter in stage.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = False
+            # Megatron-Core marks the bias of a row-parallel layer (0.16.1, tensor_parallel/layers.py), and would add up
+            # the gradients of other experts' biases on the ranks that sequence parallelism shares tokens with.
+            parameter.sequence_parallel = False
 
 
 @torch.no_grad()
