@@ -15,7 +15,9 @@ PYTHON ?=
 ITERATIONS ?= 2
 JUDGE ?= verifiable:ifeval
 PROMPTS ?= examples/data/instructions.jsonl
-RUN ?= runs/demo
+# LORA=1: adapters of rank 16 in place of the weights, as PEFT's files on one base; their learning rate is ten times as high.
+LORA ?=
+RUN ?= runs/demo$(if $(LORA),-lora)
 
 TORCH := 2.13.0
 EXTRAS := judge,cluster,verifiable,evaluation,trackers,dev
@@ -62,6 +64,7 @@ help:
 	@echo 'make docs     the pages, in site/          make pages     write again those that are made from code'
 	@echo 'make clean    remove environments, caches and built models (not runs/)'
 	@echo
+	@echo 'make demo LORA=1     the same by LoRA adapters: base and adapter sample, nothing else is exported'
 	@echo 'make demo JUDGE=$(JUDGE) ITERATIONS=$(ITERATIONS) RUN=$(RUN)      JUDGE=rules:concise; pairrm:llm-blender/PairRM where a hub is reachable'
 
 interpreter:
@@ -100,7 +103,7 @@ $(SMOLLM2)/config.json: | $(VENV)/.installed
 
 demo: install $(SMOLLM2)/config.json
 	@TOKENIZERS_PARALLELISM=false $(BIN)/python tools/self_play.py --config examples/configs/smollm2_demo.yaml --model $(SMOLLM2) \
-	  --prompts $(PROMPTS) --output $(RUN) --iterations $(ITERATIONS) --judge $(JUDGE)
+	  --prompts $(PROMPTS) --output $(RUN) --iterations $(ITERATIONS) --judge $(JUDGE)$(if $(LORA), --training lora_rank=16 lr=4e-4)
 
 # vLLM first: it holds numpy and transformers below their newest releases, and all targets are to see the same ones.
 test: install lint docs test-unit test-triton test-distributed test-cudaless test-e2e
@@ -152,7 +155,7 @@ test-gpu-emulated: $(ENGINE)/.unpacked
 
 # Pages that are made from code; one that is not what the code says now fails tests/unit/test_docs.py.
 pages: $(VENV)/.installed
-	@for page in troubleshooting commands benchmarks alignment; do $(BIN)/python docs/$$page.py; done
+	@for page in troubleshooting commands benchmarks alignment families; do $(BIN)/python docs/$$page.py; done
 
 docs: $(VENV)/.installed
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site

@@ -134,11 +134,12 @@ def _markdown(text: str) -> dict[str, dict[str, int]]:
     }
 
 
-def lm_eval_command(model: str, name: str) -> str:
-    """Spell how lm-evaluation-harness looks for regressions of a model -> a command line."""
+def lm_eval_command(model: str, name: str, adapter: str | None = None) -> str:
+    """Spell how lm-evaluation-harness looks for regressions of a model, or of an adapter on it -> a command line."""
+    on_top = "" if adapter is None else f",peft={adapter}"
     return shlex.join(
         [
-            "lm_eval", "--model", "hf", "--model_args", f"pretrained={model},dtype=bfloat16",
+            "lm_eval", "--model", "hf", "--model_args", f"pretrained={model}{on_top},dtype=bfloat16",
             "--tasks", ",".join(REGRESSION_TASKS), "--apply_chat_template",
             "--batch_size", "auto", "--output_path", f"lm_eval/{_file_name(name)}",
         ]

@@ -120,7 +120,8 @@ def _player(player: Player, prompt_ids: Sequence[str], resampling: Resampling) -
         "sampling_seed": player.seed,
         "num_prompts": len(player.groups),
         "a_a": "second sampling" if player.second is not None else "its own answers, first half against second",
-        "lm_eval": None if manifest is None else lm_eval_command(manifest.model, player.name),
+        **({} if manifest is None or manifest.adapter is None else {"adapter": manifest.adapter}),
+        "lm_eval": None if manifest is None else lm_eval_command(manifest.model, player.name, manifest.adapter),
         **{name: mean_of(values_N, resampling) for name, values_N in numbers.items()},
     }
 

@@ -14,10 +14,12 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from megatron_sppo.checkpoints.model_files import model_hash
+from megatron_sppo.checkpoints.peft_files import open_peft_adapter
 from megatron_sppo.checkpoints.pretrained import load_pretrained
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.evaluation.estimates import Resampling, mean_of
 from megatron_sppo.evaluation.players import Field, Player
+from megatron_sppo.rollout.probes import add_adapter
 from megatron_sppo.rollout.records import RolloutGroup
 
 logger = logging.getLogger(__name__)
@@ -70,7 +72,16 @@ def _load(player: Player) -> Any:
         raise DataError(
             f"{directory} holds another model than the one that sampled {player.name}. Sample again, or leave --kl out."
         )
-    return load_pretrained(AutoModelForCausalLM, directory, dtype=torch.float32).eval()
+    model = load_pretrained(AutoModelForCausalLM, directory, dtype=torch.float32).eval()
+    if manifest.adapter is not None:
+        adapter = open_peft_adapter(Path(manifest.adapter))
+        if manifest.adapter_hash not in (None, adapter.adapter_hash):
+            raise DataError(
+                f"{manifest.adapter} holds another adapter than the one that sampled {player.name}. Sample again, or "
+                "leave --kl out."
+            )
+        add_adapter(model, adapter)
+    return model
 
 
 def _log_probs(model: Any, player: Player, prompt_ids: Sequence[str], *, by: str) -> np.ndarray:

@@ -274,6 +274,11 @@ def _with_second(player: Player, directory: Path) -> Player:
             "same. Sample the second with another: `megatron-sppo rollouts --seed "
             f"{player.seed + 1}`."
         )
+    if player.manifest.adapter_hash != second.manifest.adapter_hash:
+        raise DataError(
+            f"{directory} was sampled with another adapter than {player.source}. Give --second-sampling "
+            f"{player.name}= answers of the same checkpoint."
+        )
     identity = {"model_hash": player.manifest.model_hash, "model": player.manifest.model}
     for name, ours in identity.items():
         theirs = getattr(second.manifest, name)

@@ -105,6 +105,8 @@ def activations(
         kept = {"layer input": sizes.residual}
     kept_bytes, whole_bytes = sum(kept.values()), sum(whole.values())
     norm = sum(_engine_norm(sizes).values()) if engine else sum(_torch_norm(sizes).values())
+    if grid.adapters is not None and not engine:
+        norm -= sizes.residual  # kept for its weight's gradient alone
     rows = shape.num_response_tokens * (sizes.hidden * sizes.type_bytes + 2 * 8 + 2 * FLOAT32)
     return Activations(
         layer=kept,

@@ -137,6 +137,17 @@ def _widen_one_at_a_time(model: Any, adapter: PeftAdapter | None) -> None:
             module.register_forward_hook(put_back)
 
 
+def add_adapter(model: Any, adapter: PeftAdapter) -> None:
+    """Add an adapter to the float32 weights of a model of transformers', in place.
+
+    Raises:
+        DataError: it adapts a module that the model does not have.
+    """
+    for (module, name), added in _adapted_parameters(model, adapter):
+        for place, of_adapter in added:
+            getattr(module, name).data[place] += adapter.delta(of_adapter)
+
+
 _EXPERT = re.compile(r"(?P<layer>.*\.layers\.\d+)\..*\.experts\.(?P<expert>\d+)\.(?P<name>\w+)")
 _PARTS_OF_EXPERTS = {
     "gate_proj": ("gate_up_proj", 0),

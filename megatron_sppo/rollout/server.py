@@ -240,7 +240,7 @@ def check_takes_policies(config: ServerConfig, *, adapters: bool) -> None:
         faults.append(f"{server.url}: {fault}")
         logger.warning("server %s cannot be used: %s", server.url, fault)
     if len(faults) == len(config.server):
-        lora = " --enable-lora --max-lora-rank R" if adapters else ""
+        lora = " --enable-lora --max-lora-rank R --lora-target-modules q_proj ..." if adapters else ""
         raise ConfigError(
             f"no server can take over the {'adapter' if adapters else 'weights'} of a next iteration ({faults[0]}). "
             f"Start them with `{missing} vllm serve MODEL_DIR{lora} --worker-extension-cls {EXTENSION}`, where "

@@ -278,7 +278,20 @@ def _lora_arguments(adapter: PeftAdapter) -> dict[str, Any]:
             f"{adapter.directory} has rank {adapter.rank}, and vLLM holds up to {_LORA_RANKS[-1]}. Merge it: "
             "`megatron-sppo convert export --merge`, and use the merged model as --model."
         )
-    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room, "worker_extension_cls": _SEEDER_THAT_TELLS}
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_lora_rank": room,
+        # Not the output layer: around it an engine on a CPU dies of the log-probabilities of a prompt (vLLM 0.32,
+        # lora/punica_wrapper/punica_cpu.py `add_lora_logits`).
+        "lora_target_modules": sorted({_in_vllm(module) for module in adapter.factors}),
+        "worker_extension_cls": _SEEDER_THAT_TELLS,
+    }
+
+
+def _in_vllm(module: str) -> str:
+    """Name the last part of the module that vLLM has for one of PEFT's: of a mixture's experts, all of them are one."""
+    return "experts" if ".experts." in module else module.rpartition(".")[2]
 
 
 def _cpu_arguments(config: EngineConfig) -> dict[str, Any]:

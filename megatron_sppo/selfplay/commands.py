@@ -66,16 +66,34 @@ class RunPaths:
         return self.base_rollouts if iteration == 0 else self.of(iteration, "eval") / "rollouts"
 
     def hugging_face(self, config: SelfPlayConfig, iteration: int) -> Path:
-        """Hugging Face directory of the policy after an iteration; 0 is the start model -> path."""
-        return config.run.model if iteration == 0 else self.of(iteration, "hf")
+        """Hugging Face directory of the policy after an iteration, or its base; 0 is the start model -> path."""
+        return config.run.model if iteration == 0 or config.swaps_adapters else self.of(iteration, "hf")
+
+    def adapter(self, config: SelfPlayConfig, iteration: int) -> Path | None:
+        """PEFT directory of the policy after an iteration -> path, or None: it is a whole model."""
+        return self.of(iteration, "adapter") if config.swaps_adapters and iteration > 0 else None
+
+    def policy(self, config: SelfPlayConfig, iteration: int) -> tuple[Path, ...]:
+        """What samples as the policy after an iteration -> Hugging Face directory, and PEFT's if there is one."""
+        adapter = self.adapter(config, iteration)
+        return (self.hugging_face(config, iteration), *([] if adapter is None else [adapter]))
+
+    def export(self, config: SelfPlayConfig, iteration: int) -> Path:
+        """What an iteration's export writes -> path."""
+        return self.adapter(config, iteration) or self.of(iteration, "hf")
 
     def auxiliary(self, iteration: int) -> Path:
         """Megatron checkpoint of onpo's auxiliary policy after an iteration; 0 is the start model -> path."""
         return self.base if iteration == 0 else self.of(iteration, "auxiliary")
 
     def checkpoint(self, iteration: int) -> Path:
-        """Megatron checkpoint of the policy after an iteration; 0 is the start model -> path."""
+        """Megatron checkpoint that an iteration's training wrote; 0 is the start model -> path."""
         return self.base if iteration == 0 else self.of(iteration, "checkpoint")
+
+    def megatron(self, config: SelfPlayConfig, iteration: int) -> Path:
+        """Megatron checkpoint of the policy after an iteration, its adapter alone, or merged -> path."""
+        merges = config.run.lora_merge_each_iteration and iteration > 0
+        return self.of(iteration, "merged") if merges else self.checkpoint(iteration)
 
 
 def start_stages(config: SelfPlayConfig, paths: RunPaths, *, evaluates: bool) -> Iterator[Stage]:
@@ -95,19 +113,20 @@ def iteration_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int, *,
     """List the stages of iteration 1, 2, ... -> stages."""
     prefix = f"iter_{iteration}"
     rollouts, dataset = paths.of(iteration, "rollouts"), paths.of(iteration, "dataset")
-    model, checkpoint = paths.hugging_face(config, iteration - 1), paths.of(iteration, "checkpoint")
+    checkpoint, sampled_from = paths.of(iteration, "checkpoint"), paths.policy(config, iteration - 1)
     yield Stage(
         name=f"{prefix}-rollouts",
         command=_rollout_command(
             config,
-            model=model,
+            model=sampled_from[0],
+            adapter=paths.adapter(config, iteration - 1),
             prompts=paths.prompts(iteration),
             output=rollouts,
             num_responses=config.rollout.num_responses,
             seed=config.run.seed + iteration,
             allow_no_signal=config.scoring.allow_no_signal,
         ),
-        inputs=(model, paths.prompts(iteration)),
+        inputs=(*sampled_from, paths.prompts(iteration)),
         outputs=(rollouts,),
     )
     yield Stage(
@@ -117,24 +136,50 @@ def iteration_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int, *,
         outputs=(dataset,),
     )
     yield from _training_stages(config, paths, iteration)
-    previous = paths.checkpoint(iteration - 1)
     if config.evaluation.inspected_prompts:
         yield Stage(
             name=f"{prefix}-inspect",
             command=_command(config, "inspect", *_flags(_inspection(config, paths, iteration))),
-            inputs=(checkpoint, previous, dataset),
+            inputs=(checkpoint, paths.megatron(config, iteration - 1), dataset),
             outputs=(paths.token_log_ratios(iteration),),
         )
-    to_hugging_face = ("--megatron", str(checkpoint), "--hf", str(paths.of(iteration, "hf")))
-    yield Stage(
-        name=f"{prefix}-export",
-        command=_command(config, "convert", "export", *to_hugging_face, "--template", str(config.run.model)),
-        inputs=(checkpoint,),
-        outputs=(paths.of(iteration, "hf"),),
-    )
+    yield from _export_stages(config, paths, iteration)
     if evaluates:
         yield _heldout_rollouts(config, paths, iteration, name=f"{prefix}-eval-rollouts")
         yield _evaluation(config, paths, iteration)
+
+
+def _export_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> Iterator[Stage]:
+    """List what makes of a trained checkpoint what samplers take, and training where it is merged -> stages."""
+    prefix, checkpoint, export = f"iter_{iteration}", paths.checkpoint(iteration), paths.export(config, iteration)
+    base = paths.hugging_face(config, iteration - 1)
+    inputs: tuple[Path, ...] = (checkpoint,)
+    written: tuple[str, ...] = ("--hf", str(export), "--template", str(config.run.model))
+    if config.swaps_adapters:
+        written = ("--adapter", str(export), "--base", str(base))
+    elif config.run.lora_merge_each_iteration:
+        written, inputs = ("--hf", str(export), "--merge", "--base", str(base)), (checkpoint, base)
+    yield Stage(
+        name=f"{prefix}-export",
+        command=_command(config, "convert", "export", "--megatron", str(checkpoint), *written),
+        inputs=inputs,
+        outputs=(export,),
+    )
+    if config.run.lora_merge_each_iteration:
+        merged = paths.megatron(config, iteration)
+        yield Stage(
+            name=f"{prefix}-import",
+            command=_command(config, "convert", "import", "--hf", str(export), "--megatron", str(merged)),
+            inputs=(export,),
+            outputs=(merged,),
+        )
+
+
+def _start(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> tuple[Path, Path | None]:
+    """Choose what the policy after an iteration is to training -> (checkpoint to --load, that of --load-adapter)."""
+    if config.swaps_adapters and iteration > 0:
+        return paths.base, paths.checkpoint(iteration)
+    return paths.megatron(config, iteration), None
 
 
 def _training_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> Iterator[Stage]:
@@ -143,7 +188,8 @@ def _training_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int) ->
     Both of onpo's start from pi_t on the same data: the auxiliary takes its step from the auxiliary before it, and
     pi_{t+1} takes the same step from the new one (Zhang et al. 2025, arXiv:2502.16852, algorithm 1).
     """
-    objective, previous = config.training.objective, paths.checkpoint(iteration - 1)
+    objective = config.training.objective
+    load, load_adapter = _start(config, paths, iteration - 1)
     trained = [("train", paths.of(iteration, "checkpoint"), _references(config, paths, iteration))]
     if objective.objective == "onpo":
         trained.insert(0, ("train-auxiliary", paths.auxiliary(iteration), (paths.auxiliary(iteration - 1),)))
@@ -151,10 +197,12 @@ def _training_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int) ->
         weights = objective.reference_weights
         if objective.objective == "mnpo":
             weights = weights[: len(references)]
+        start = (load,) if load_adapter is None else (load, load_adapter)
         settings = replace(
             config.training,
             objective=replace(objective, reference_weights=weights),
-            load=previous,
+            adapters=replace(config.training.adapters, load_adapter=load_adapter),
+            load=load,
             data=paths.of(iteration, "dataset"),
             save=save,
             reference=references,
@@ -164,7 +212,7 @@ def _training_stages(config: SelfPlayConfig, paths: RunPaths, iteration: int) ->
         yield Stage(
             name=f"iter_{iteration}-{name}",
             command=_command(config, "train", *_flags(settings)),
-            inputs=(previous, paths.of(iteration, "dataset"), *references),
+            inputs=(*start, paths.of(iteration, "dataset"), *references),
             outputs=(save,),
         )
 
@@ -176,7 +224,8 @@ def _references(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> tupl
         return (paths.auxiliary(iteration),)
     if name == "mnpo":
         newest = iteration - 2
-        return tuple(paths.checkpoint(number) for number in range(newest, -1, -1)[: config.run.past_policies])
+        past = range(newest, -1, -1)[: config.run.past_policies]
+        return tuple(paths.megatron(config, number) for number in past)
     return (paths.base,) if name in ("inpo", "nash_md", "rspo") else ()
 
 
@@ -208,19 +257,20 @@ def check_stages(config: SelfPlayConfig) -> None:
 
 
 def _heldout_rollouts(config: SelfPlayConfig, paths: RunPaths, iteration: int, *, name: str) -> Stage:
-    model, output = paths.hugging_face(config, iteration), paths.heldout_rollouts(iteration)
+    policy, output = paths.policy(config, iteration), paths.heldout_rollouts(iteration)
     return Stage(
         name=name,
         command=_rollout_command(
             config,
-            model=model,
+            model=policy[0],
+            adapter=paths.adapter(config, iteration),
             prompts=paths.heldout,
             output=output,
             num_responses=config.eval_num_responses,
             seed=config.run.seed + _EVALUATION_SEED,
             allow_no_signal=True,  # a policy that always answers the same can still be judged against another
         ),
-        inputs=(model, paths.heldout),
+        inputs=(*policy, paths.heldout),
         outputs=(output,),
     )
 
@@ -229,7 +279,7 @@ def _rollout_command(config: SelfPlayConfig, *, allow_no_signal: bool, **job: An
     """Spell a rollout stage -> tokens.
 
     Args:
-        job: GenerateConfig's model, prompts, output, num_responses and seed.
+        job: GenerateConfig's model, adapter, prompts, output, num_responses and seed.
     """
     section, own = config.rollout, config.run.rollout_command
     options = section.rollout_options
@@ -280,11 +330,16 @@ def _given(option: int, setting: int) -> int:
 
 def _inspection(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> InspectionConfig:
     training = {section.name: getattr(config.training, section.name) for section in fields(TrainingConfig)}
+    adapters, checkpoint = config.training.adapters, paths.checkpoint(iteration)
+    load, load_adapter = checkpoint, None
+    if adapters.lora_rank is not None:  # the checkpoint lies on what its training was given
+        load, load_adapter = _start(config, paths, iteration - 1)[0], checkpoint
     return InspectionConfig(
         **training
         | {
-            "load": paths.checkpoint(iteration),
-            "reference": (paths.checkpoint(iteration - 1),),
+            "load": load,
+            "adapters": replace(adapters, load_adapter=load_adapter),
+            "reference": (paths.megatron(config, iteration - 1),),
             "data": paths.of(iteration, "dataset"),
             "save": Path(),
             "output": paths.token_log_ratios(iteration),

@@ -22,7 +22,7 @@ MIN_RESAMPLES = 2000
 
 _NOWHERE = Path("decided-by-self-play")
 _OF_ROLLOUTS: dict[str, Any] = {"model": _NOWHERE, "prompts": _NOWHERE, "output": _NOWHERE, "seed": 0}
-_OF_ROLLOUTS |= {"num_responses": 2, "max_tokens": 1}
+_OF_ROLLOUTS |= {"num_responses": 2, "max_tokens": 1, "adapter": None}
 _OF_SCORING: dict[str, Any] = {"rollouts": _NOWHERE, "output": _NOWHERE, "from_dataset": None, "judge": "pairrm:"}
 _OF_TRAINING: dict[str, Any] = {"load": _NOWHERE, "data": _NOWHERE, "save": _NOWHERE, "reference": ()}
 """What self-play decides of each stage, with stand-ins."""
@@ -70,6 +70,9 @@ class RunConfig:
     """Iterations whose checkpoints and Hugging Face exports are kept, the newest ones; older ones are removed when an
     iteration has ended. Start model, rollouts, datasets and results stay. None: all are kept. How many checkpoints each
     iteration keeps is training's own setting: `training: {keep_last: 1}`."""
+    lora_merge_each_iteration: bool = False
+    """Of runs with `training: {lora_rank: R}`: add each iteration's adapter to the model, from which the next one
+    starts with a new adapter. Otherwise iterations go on with one adapter, on the start model."""
     training_processes: Annotated[PositiveInt, LAYOUT] = 1
     """Ranks of the training stage on this machine; above 1 it is started by torchrun."""
     training_launcher: Annotated[str | None, LAYOUT] = None
@@ -230,6 +233,7 @@ class SelfPlayConfig:
             )
         if self.training.objective.objective == "mnpo":
             self._check_past_policies()
+        self._check_adapters()
 
     def _check_past_policies(self) -> None:
         """Refuse weights that are not one for each earlier policy, and to remove policies that will be read."""
@@ -244,6 +248,34 @@ class SelfPlayConfig:
                 f"keep_last is {self.run.keep_last}, and objective mnpo reads pi_t and {past} policies before it. "
                 f"Use --keep-last {past + 1}, or a smaller --past-policies."
             )
+
+    def _check_adapters(self) -> None:
+        """Refuse settings of adapters that fit neither each other nor what self-play decides."""
+        adapters, merges = self.training.adapters, self.run.lora_merge_each_iteration
+        if adapters.load_adapter is not None:
+            raise ConfigError(
+                "training names load_adapter, which self-play decides: iterations begin with B = 0, or where the one "
+                "before ended. Leave it out, or merge that adapter into --model."
+            )
+        if merges and adapters.lora_rank is None:
+            raise ConfigError(
+                "lora_merge_each_iteration is set and there are no adapters. Use --training lora_rank=16 beside it."
+            )
+        if merges and self.training.objective.objective == "onpo":
+            raise ConfigError(
+                "objective onpo goes on with two adapters on one model, which lora_merge_each_iteration changes. "
+                "Leave --lora-merge-each-iteration out."
+            )
+        if self.swaps_adapters and self.run.rollout_command:
+            raise ConfigError(
+                "rollout_command samples with models, and an iteration's policy is an adapter on one. "
+                "Use --lora-merge-each-iteration, or leave --rollout-command out."
+            )
+
+    @property
+    def swaps_adapters(self) -> bool:
+        """Whether policies are adapters on the start model, and not models."""
+        return self.training.adapters.lora_rank is not None and not self.run.lora_merge_each_iteration
 
     def tracking_of(self, stage: str) -> TrackingConfig:
         """Spell who is told of a training stage: whom the run tells, unless training has its own -> config."""

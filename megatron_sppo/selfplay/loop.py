@@ -82,7 +82,7 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
             retire_iterations(config, machine, paths, finished=config.run.iterations)
             return summary.read_summary(paths.run_dir)
         if config.servers.server and config.run.iterations > 1 and not config.run.rollout_command:
-            check_takes_policies(config.servers, adapters=False)
+            check_takes_policies(config.servers, adapters=config.swaps_adapters)
         if _has_other_trackers(config):  # one that does not answer is said before anything is computed
             _in_own_process(summary.track, config, paths, [])
         evaluates = _prepare(config, machine, paths)

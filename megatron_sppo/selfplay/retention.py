@@ -20,8 +20,9 @@ def retire_iterations(config: SelfPlayConfig, machine: StageMachine, paths: RunP
     for iteration in range(1, finished - config.run.keep_last + 1):
         if not all(_is_whole(config, machine, paths, number) for number in (finished, iteration)):
             continue
-        checkpoint, export = paths.checkpoint(iteration), paths.hugging_face(config, iteration)
-        for root in (checkpoint, paths.auxiliary(iteration)):
+        export = paths.export(config, iteration)
+        roots = {paths.checkpoint(iteration), paths.megatron(config, iteration), paths.auxiliary(iteration)}
+        for root in sorted(roots):
             machine.retire(root, parts=tuple(root.glob(_ITERATIONS)))
         machine.retire(export, parts=(export,))
 

@@ -67,6 +67,7 @@ class PeftTruth(Truth):
     """PEFT's model in place of Hugging Face's, and the gradients of adapters."""
 
     targets: tuple[str, ...] = ()
+    params_dtype: str = "float32"
 
     @property
     def adapters(self) -> Path:
@@ -75,7 +76,7 @@ class PeftTruth(Truth):
         if not root.exists():
             torch.save(self.matrices(), root.with_suffix(".pt"))
             files = (str(self.megatron), str(self.data), f"{root}.pt", str(root))
-            run_ranks(lay_adapters, 1, *files, [*self.argv(), "--params-dtype", "float32", "--lr", "1e-3"])
+            run_ranks(lay_adapters, 1, *files, [*self.argv(), "--params-dtype", self.params_dtype, "--lr", "1e-3"])
         return root
 
     def argv(self) -> list[str]:

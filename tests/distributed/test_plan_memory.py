@@ -37,6 +37,11 @@ LAYOUTS = {
         *("--recompute-granularity", "none", "--virtual-pipeline-model-parallel-size", "2"),
     ],
     "TP2 DP2, float32": ["--pipeline-model-parallel-size", "1", "--params-dtype", "float32"],
+    "adapters": ["--lora-rank", "16"],
+    "adapters, TP2 DP2, float32": [
+        *("--pipeline-model-parallel-size", "1", "--params-dtype", "float32", "--lora-rank", "16"),
+        *("--recompute-granularity", "full"),
+    ],
     "CP2 PP2": ["--tensor-model-parallel-size", "1", "--no-sequence-parallel", "--context-parallel-size", "2"],
 }
 
@@ -98,7 +103,8 @@ def two_steps(architecture: Architecture, data: str, argv: list[str]) -> tuple[i
     reference = np.zeros((dataset.num_groups, dataset.num_responses), np.float32)
     parallel.initialize(config.parallel, seed=1)
     with LiveBytes() as live:
-        policy = build_policy(architecture, config.model, config.parallel)
+        adapters = config.adapters.settings(architecture)
+        policy = build_policy(architecture, config.model, config.parallel, adapters=adapters)
         optimizer = build_optimizer(policy.chunks, config.optimization, config.model, config.parallel)
         for plan in batches.steps(first=1, last=2, reference_GK=reference):
             optimizer.zero_grad()
@@ -112,7 +118,7 @@ def two_steps(architecture: Architecture, data: str, argv: list[str]) -> tuple[i
 def planned(model: Path, argv: list[str]) -> tuple[Grid, list[StageMemory]]:
     config, _ = read_plan(["--config", str(CONFIG), *argv], name="test", description="")
     architecture = architecture_of(model)
-    grid = Grid(parallel=config.parallel, world_size=4)
+    grid = Grid(parallel=config.parallel, world_size=4, adapters=config.adapters.settings(architecture))
     shape = largest_micro_batch(config, grid, architecture)
     num = config.batch.global_batch_size * LENGTH // (PACKED * grid.data_parallel_size)
     optimizer = config.optimization.optimizer

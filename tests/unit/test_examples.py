@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sppo import config
+from megatron_sppo.planning.config import read_plan
+from megatron_sppo.planning.plan import make_report
 from megatron_sppo.selfplay.config import SelfPlayConfig
 from megatron_sppo.training.config import TrainingConfig
 
@@ -30,7 +32,7 @@ def training_of(name: str) -> TrainingConfig:
 
 
 def test_every_configuration_is_covered_here():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*SELF_PLAY, "llama3_70b_h100"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*SELF_PLAY, "llama3_70b_h100", "llama3_70b_lora_8h100"}
 
 
 @pytest.mark.parametrize("name", SELF_PLAY)
@@ -69,6 +71,23 @@ def test_the_authors_third_model_has_the_recipe_of_their_second():
     gemma, llama = self_play_config("gemma2_9b_official"), self_play_config("llama3_8b_official")
     for section in ("run", "rollout", "scoring", "evaluation", "training"):
         assert getattr(gemma, section) == getattr(llama, section)
+
+
+def test_the_70b_configuration_of_adapters_fits_eight_gpus_in_fp8_and_in_bfloat16():
+    """70.55 billion weights of 2 bytes over 8 ranks, as much in FP8 both ways, and all else below 20 GB."""
+    path = CONFIGS / "llama3_70b_lora_8h100.yaml"
+    for flags, num_copies in ((), 1), (("--fp8", "none"), 0):
+        config, _ = read_plan(["--config", str(path), *flags], name="plan", description="")
+        (plan,) = make_report(config, config_file=path).plans
+        assert (plan.world_size, plan.fits) == (8, True)
+        memory = plan.fullest
+        assert memory.weights == pytest.approx(2 * 70.55e9 / 8, rel=1e-3)
+        assert memory.fp8_weights == pytest.approx(num_copies * 2 * 68.45e9 / 8, rel=1e-3)  # the layers' matrices
+        assert memory.total - memory.weights - memory.fp8_weights < 20e9
+        # Rank 16 on seven modules of 80 layers, as PEFT counts them; whole A or B on every rank.
+        inputs, outputs = (6 * 8192 + 28672), (2 * 8192 + 2 * 1024 + 2 * 28672 + 8192)
+        assert plan.files.checkpoint_bytes == 80 * 16 * (inputs + outputs) * 14
+        assert memory.optimizer == pytest.approx(6 * memory.adapters, rel=0.01)
 
 
 def test_the_70b_configuration_fits_32_and_64_gpus():

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from benchmarks.simulation import simulated_rank
+from megatron_sppo.architecture import Architecture
+from megatron_sppo.checkpoints.adapter_file import AdapterSettings, resolve_targets
 from megatron_sppo.conversion.families import gemma2
 from megatron_sppo.model import gpt
-from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.model.config import AdapterConfig, ModelConfig
 from megatron_sppo.planning.activations import Activations, MicroBatchShape, activations
 from megatron_sppo.planning.architectures import PUBLISHED
 from megatron_sppo.planning.memory import chunks_in_flight
@@ -62,7 +64,22 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], str, str]] = {
     "shared selective": (1, 0, {}, {}, "selective", "bfloat16"),
     "shared CP2": (2, 1, CP2, {}, "none", "float32"),  # the other rank has tokens of one response only
     "shared soft caps": (1, 0, {}, GEMMA2, "none", "bfloat16"),
+    "adapters": (1, 0, {}, {}, "none", "bfloat16"),
+    "adapters, float32": (1, 0, {}, {}, "none", "float32"),
+    "adapters, selective, TP2 SP": (2, 1, TP2_SP, {}, "selective", "bfloat16"),
+    "adapters, full": (1, 0, {}, {}, "full", "bfloat16"),
+    "adapters, PP2 last": (2, 1, PP2, {}, "none", "bfloat16"),
+    "adapters, mixture": (1, 0, {}, MIXTURE, "none", "bfloat16"),
+    "adapters of some": (1, 0, {}, {"qk_layernorm": True}, "none", "bfloat16"),
 }
+
+
+def adapters_of(case: str, architecture: Architecture) -> AdapterSettings | None:
+    """Of rank 8, on all modules or on two of a layer's linear layers."""
+    if not case.startswith("adapters"):
+        return None
+    targets = resolve_targets(("v_proj", "down_proj") if "some" in case else (), architecture)
+    return AdapterSettings(rank=8, alpha=8.0, scaling="lora", targets=targets)
 
 
 def measured(case: str) -> tuple[int, int, bool, bool, int]:
@@ -71,7 +88,7 @@ def measured(case: str) -> tuple[int, int, bool, bool, int]:
     architecture, parallel = dataclasses.replace(TINY, **fields), ParallelConfig(**axes)
     model = ModelConfig(params_dtype=dtype, recompute_granularity=recompute, head_chunk_size=64)
     with simulated_rank(parallel, rank=rank, world_size=world_size):
-        policy = build_policy(architecture, model, parallel)
+        policy = build_policy(architecture, model, parallel, adapters=adapters_of(case, architecture))
         stage, chunk = policy.stages[0], policy.chunks[0]
         columns = TOKENS // parallel.context_parallel_size
         tokens, positions = torch.arange(columns)[None], torch.arange(columns)[None]
@@ -119,10 +136,11 @@ def planned(case: str, *, first: bool, last: bool, layers: int) -> tuple[int, in
         paths = [prompt + response for response in responses]
         pairs = prompt**2 + sum(response * path for response, path in zip(responses, paths, strict=True))
         documents = {"sum_of_squares": pairs, "num_path_keys": sum(paths)}
+    architecture = dataclasses.replace(TINY, **fields)
     plan = activations(
-        dataclasses.replace(TINY, **fields),
+        architecture,
         ModelConfig(params_dtype=dtype, recompute_granularity=recompute),
-        Grid(parallel=parallel, world_size=world_size),
+        Grid(parallel=parallel, world_size=world_size, adapters=adapters_of(case, architecture)),
         MicroBatchShape(num_tokens=columns, num_response_tokens=columns // 2, **documents),
         engine=False,
         has_experts="num_moe_experts" in fields,
@@ -143,12 +161,16 @@ def test_what_is_kept_and_the_peak_are_as_planned(case: str) -> None:
     assert planned_peak == pytest.approx(peak, rel=0.1)
 
 
-def engine_plan(fp8: str, recompute: str, **axes: Any) -> Activations:
-    parallel = ParallelConfig(**axes)
+def engine_plan(fp8: str, recompute: str, *, rank: int | None = None, **axes: Any) -> Activations:
+    parallel, architecture = ParallelConfig(**axes), PUBLISHED["llama3-70b"]
     return activations(
-        PUBLISHED["llama3-70b"],
+        architecture,
         ModelConfig(fp8=fp8, recompute_granularity=recompute),
-        Grid(parallel=parallel, world_size=parallel.model_parallel_size),
+        Grid(
+            parallel=parallel,
+            world_size=parallel.model_parallel_size,
+            adapters=AdapterConfig(lora_rank=rank).settings(architecture),
+        ),
         MicroBatchShape(num_tokens=4096, num_response_tokens=4096, sum_of_squares=0),
         engine=True,
         has_experts=False,
@@ -169,6 +191,17 @@ def test_transformer_engine_s_layer_is_the_arithmetic_of_its_modules() -> None:
     saved = 4 * tokens * 8  # log-sum-exp
     assert engine_plan("none", "selective", **layout).per_layer == expected - saved
     assert engine_plan("none", "full", **layout).per_layer == 2 * n * hidden
+
+
+def test_adapters_keep_their_inputs_and_what_lies_between_a_and_b_whatever_the_products_type() -> None:
+    """As without: every input of a product is an adapter's. With rank 16: qkv 3, fc1 2, of T; proj and fc2 1, of n."""
+    n, tokens, rank = 512, 4096, 16
+    layout = {"tensor_model_parallel_size": 8, "sequence_parallel": True}
+    inner = 2 * rank * (5 * tokens + 2 * n)
+    for fp8 in ("none", "hybrid"):
+        for recompute in ("none", "selective"):
+            with_adapters = engine_plan(fp8, recompute, rank=rank, **layout).per_layer
+            assert with_adapters == engine_plan("none", recompute, **layout).per_layer + inner
 
 
 def test_fp8_halves_the_inputs_of_products_and_keeps_the_attention_s_output_beside_its_copy() -> None:

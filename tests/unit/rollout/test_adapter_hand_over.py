@@ -313,7 +313,9 @@ def test_a_server_that_cannot_tell_is_used_with_a_warning_where_no_proof_is_aske
 def test_servers_that_take_no_adapters_are_refused_before_the_first_iteration(serve) -> None:
     good, bad = serve(), serve(takes_adapters=False)
     check_takes_policies(ServerConfig(server=(good.url, bad.url)), adapters=True)
-    with pytest.raises(ConfigError, match="take over the adapter of a next iteration.*--enable-lora --max-lora-rank R"):
+    with pytest.raises(
+        ConfigError, match="take over the adapter of a next iteration.*--enable-lora --max-lora-rank R --lora-target"
+    ):
         check_takes_policies(ServerConfig(server=(bad.url,)), adapters=True)
     assert good.adapters == {}
 

@@ -292,10 +292,10 @@ def test_all_but_the_layout_decides() -> None:
             *("pipeline_model_parallel_size", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
             *("virtual_pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"),
             *("sequence_parallel", "async_save", "keep_last", "grace_seconds", "reference_piece_seconds", *TRACKING),
-            "reference",
+            *("reference", "load_adapter"),
         },
         GenerateConfig: {
-            "model",
+            *("model", "adapter"),
             "prompts",
             "output",
             "allow_no_signal",
