@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from megatron_sppo import config
+from megatron_sppo.command_line import refuse_ranks
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.storage import refuse_foreign_file, write_json
 
@@ -155,8 +156,10 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     )
     match settings:
         case ImportConfig():
+            refuse_ranks(f"{name} import")
             _import(settings)
         case ExportConfig():
+            refuse_ranks(f"{name} export")
             _export(settings)
         case VerifyConfig():
             from megatron_sppo.verification import verify as verification  # builds both models: heavy

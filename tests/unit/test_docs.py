@@ -51,7 +51,7 @@ def script(name: str) -> types.ModuleType:
 SETTINGS, SCRIPTS = (getattr(script("commands"), name) for name in ("COMMANDS", "SCRIPTS"))
 
 
-@pytest.mark.parametrize("name", ["troubleshooting", "commands", "benchmarks", "alignment"])
+@pytest.mark.parametrize("name", ["troubleshooting", "commands", "benchmarks", "alignment", "families"])
 def test_a_page_made_from_code_is_what_the_code_says_now(name: str) -> None:
     written = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     assert written == script(name).page(), f"run: python docs/{name}.py"

@@ -1,0 +1,84 @@
+"""Write docs/families.md: what the tests hold each family's models to, taken from the tables that the tests run by.
+
+python docs/families.py            # tests/unit/test_docs.py fails where the page is not what this writes
+"""
+
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PAGE = REPOSITORY / "docs/families.md"
+HEAD = """# What is proven of each family
+
+Each row is a tiny random model that transformers itself made and wrote, with awkward sizes. Of every one the suite
+shows, on each run:
+
+- Hugging Face to Megatron to Hugging Face, every file byte for byte;
+- Hugging Face's logits within 1e-5 in float32, in each layout of the row, loaded by Megatron-Core in real gloo ranks.
+
+Gradients are held against Hugging Face's autograd (1e-5 of a tensor's largest entry), with the loss, the
+log-probabilities and the first log-ratio, which is 0. "All pairs" is a cover of every two choices of tensor, pipeline,
+context, data and expert parallelism, sequence parallelism, packing, recomputation and sharding that can meet. Some of
+the mixtures' layouts run in `make test-full` only. A family without gradients of its own computes nothing that another
+one does not.
+
+Nothing of this was run on a GPU: [Limits](limits.md).
+
+| family | model | logits in | gradients in |
+|---|---|---|---|
+"""
+FOOT = """
+This page is written by `docs/families.py` from `tests/families.py` and `tests/distributed/`.
+"""
+ALL_PAIRS = "all pairs (`test_layouts.py`)"
+ALL_PAIRS_OF_MIXTURES = "all pairs (`test_moe_layouts.py`)"
+
+
+def page() -> str:
+    """Make the page -> its text."""
+    sys.path.insert(0, str(REPOSITORY))
+    try:
+        from tests.distributed import test_family_gradients, test_family_logits, test_mixture_families
+        from tests.families import FAMILIES
+    finally:
+        sys.path.remove(str(REPOSITORY))
+    gradients: dict[str, list[str]] = {
+        "llama": [ALL_PAIRS],
+        "qwen3_moe": [ALL_PAIRS_OF_MIXTURES],
+        "mixtral": [ALL_PAIRS_OF_MIXTURES],
+    }
+    for name, layouts in test_family_gradients.LAYOUTS.items():
+        gradients.setdefault(name, []).extend(layouts)
+    for case in test_mixture_families.CASES:
+        name, _, flags = case.values if hasattr(case, "values") else case
+        gradients.setdefault(name, []).append(layout_of(flags))
+    rows = []
+    for name, settings in FAMILIES.items():
+        models = test_family_logits.MODELS
+        layouts = dict.fromkeys(one for model in models for one in test_family_logits.layouts_of(name, model))
+        variant = name.partition(", ")[2]
+        found = ", ".join(dict.fromkeys(gradients.get(name, [])))
+        rows.append(f"| `{settings['model_type']}` | {variant} | {', '.join(layouts)} | {found} |")
+    return HEAD + "\n".join(rows) + "\n" + FOOT
+
+
+def layout_of(flags: str) -> str:
+    """Name a layout by the flags that make it -> such as "TP2 SP PP2"."""
+    words = flags.split()
+    sizes = {"tensor-model": "TP", "pipeline-model": "PP", "context": "CP", "expert-model": "EP"}
+    found = [
+        f"{short}{words[words.index(flag) + 1]}"
+        for axis, short in sizes.items()
+        if (flag := f"--{axis}-parallel-size") in words
+    ]
+    found += ["SP"] * ("--sequence-parallel" in words) + ["padded"] * ("--no-packing" in words)
+    return " ".join(found if any(one[-1].isdigit() for one in found) else ["one rank", *found])
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
