@@ -90,7 +90,7 @@ def test_workers_tell_the_matrices_that_lie_in_their_slots(tmp_path: Path, ranks
 
 
 def test_rollouts_with_an_adapter_are_peft_s(tmp_path: Path) -> None:
-    """Greedy, in float32: every token of every answer, and the manifest names base and adapter."""
+    """Greedy: every token of every answer, and the manifest names base and adapter."""
     peft = pytest.importorskip("peft")
     base = tiny_llama(tmp_path / "base", scale=0.1, **SHAPE)
     adapter = random_adapter(tmp_path / "adapter", base, scale=0.1, use_rslora=True)
