@@ -165,7 +165,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
     },
     "phi3": {"model_type": "phi3", "sliding_window": 8},
-    "phi3 longrope": {"model_type": "phi3", **LONGROPE},
+    "phi3, longrope of a half": {"model_type": "phi3", **LONGROPE},
     "qwen3, yarn": {"model_type": "qwen3", "rope_parameters": YARN},
 }
 MIXTURES = tuple(name for name, settings in FAMILIES.items() if "num_experts_per_tok" in settings)
