@@ -42,8 +42,9 @@ BRIEFLY := 2> >(grep -v '^WARNING' >&2) $(DOTS)
 # Tests and demo never ask a hub for what they build themselves, and two cores are best served by one thread a process.
 TEST_ENVIRONMENT := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 PYTEST := $(TEST_ENVIRONMENT) $(BIN)/python -m pytest --durations=25
-# Two tests at a time. The modules are dealt out whole, so that what their tests share is made once.
-TWO_AT_A_TIME := -n 2 --dist loadscope
+# Two tests at a time. The modules are dealt out whole, so that what their tests share is made once, and the long ones
+# first (tests/conftest.py); loadgroup does nothing under pytest 9.2 and xdist 3.8.
+TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Transformer Engine's Python half, which runs on an emulated GPU (tests/cudaless). It stays out of the environment, where
 # it would change what the other tests see. Both lines of Megatron-Core take 2.11: 0.16 wants >= 2.9, < 2.12.
@@ -160,10 +161,9 @@ docs: $(VENV)/.installed
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
 	@echo "site/index.html"
 
-# Module by module, for what the tests of one share (loadgroup does nothing under pytest 9.2 and xdist 3.8). Those that
-# start vLLM never run two at once: tests/e2e/conftest.py.
+# Modules that start vLLM never run two at once: tests/e2e/conftest.py.
 test-e2e: install
-	$(PYTEST) tests/e2e -n 2 --dist loadfile
+	$(PYTEST) tests/e2e $(TWO_AT_A_TIME)
 
 clean:
 	rm -rf .venv .venv-3.* .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache site

@@ -63,13 +63,45 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("models") / "tiny_llama")
 
 
+LONGEST_FIRST = (
+    "test_self_play",
+    "test_cluster_rollouts_vllm",
+    "test_cluster_scoring",
+    "test_self_play_vllm",
+    "test_async_saves",
+    "test_pretrain",
+    "test_family_logits",
+    "test_self_play_servers",
+    "test_alignment_benchmark",
+    "test_docs_vllm",
+    "test_self_play_bytes",
+    "test_served_weights",
+    "test_self_play_references",
+    "test_wheel",
+    "test_cluster_rollouts",
+    "test_gpu_benchmarks",
+    "test_plan_memory",
+    "test_optimizer_shards",
+    "test_moe_layouts",
+    "test_moe_pretrain",
+    "test_pretrain_signals",
+    "test_reference_signals",
+)
+"""Modules that take long, so that two workers end together; those that start vLLM one at a time are not neighbours."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-layouts", action="store_true", help="run the tests marked all_layouts too")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses by the mark
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what stands on Megatron-Core, leave `all_layouts` for --all-layouts, skip `gpu` where there is none."""
+    """Mark what stands on Megatron-Core, leave `all_layouts` for --all-layouts, skip `gpu` where there is none.
+
+    Long modules come first, in which order xdist deals them out (--no-loadscope-reorder).
+    """
+    place = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
     for item in items:
         if imports_megatron(item.path):
             item.add_marker(pytest.mark.megatron)

@@ -46,6 +46,7 @@ LONGROPE = {
         "rope_theta": 1e4,
         "rope_type": "longrope",
         "partial_rotary_factor": 0.5,
+        "factor": 4.0,
         "short_factor": [1.0, 1.1, 1.3],
         "long_factor": [1.5, 2.5, 4.0],
         "original_max_position_embeddings": 24,
@@ -164,7 +165,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
     },
     "phi3": {"model_type": "phi3", "sliding_window": 8},
-    "phi3, longrope": {"model_type": "phi3", **LONGROPE},
+    "phi3, longrope of a half": {"model_type": "phi3", **LONGROPE},
     "qwen3, yarn": {"model_type": "qwen3", "rope_parameters": YARN},
 }
 MIXTURES = tuple(name for name, settings in FAMILIES.items() if "num_experts_per_tok" in settings)

@@ -2,12 +2,15 @@
 
 `ray symmetric-run --min-nodes` waits too, but stays connected, and Ray ends a connected process with exit code 1 when
 its node is stopped: a stage that has ended well would count as failed.
+
+MEGATRON_SPPO_BEGUN names a file that is made first of all: ray_node.sh learns from it that Ray has started here.
 """
 
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 COUNT = """
 import ray, sys
@@ -20,6 +23,8 @@ SECONDS = 600
 def main() -> None:
     """Wait, then become the command."""
     nodes, *words = sys.argv[1:]
+    if begun := os.environ.get("MEGATRON_SPPO_BEGUN"):
+        Path(begun).touch()
     deadline = time.monotonic() + SECONDS
     while subprocess.run([sys.executable, "-c", COUNT, nodes], stderr=subprocess.DEVNULL, check=False).returncode != 0:
         if time.monotonic() > deadline:

@@ -1,8 +1,8 @@
 """A language model as judge, over the OpenAI-compatible API: `endpoint:URL[#MODEL]`, pairwise, both orders.
 
 The model answers "A" or "B", after its reasoning where `verdict_tokens` leaves room for one. Where the server gives
-log-probabilities the logit is log p(A) - log p(B) of that token; else the bare verdict counts as +-VERDICT_LOGIT. What
-each was is counted.
+log-probabilities the logit is log p(A) - log p(B) of that token; else the bare verdict counts as +-VERDICT_LOGIT
+(verdict.py). What each was is counted.
 
 A refusal is held against a question that no server refuses: is that one answered, the row is at fault, and its group is
 set aside with the server's words; is it refused too, the setting is at fault, and the run ends with them.
@@ -20,7 +20,6 @@ import contextlib
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import threading
@@ -38,6 +37,7 @@ import numpy as np
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.judge.protocol import Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.judge.source import UnreadableGroup, conversation_text
+from megatron_sppo.judge.verdict import UNREADABLE, verdict_logit
 from megatron_sppo.rollout.openai_server import HttpError, NoReply, OpenAIServer, ServerFault, UnusableReply
 from megatron_sppo.storage import atomic_file, sha256_of_json
 
@@ -46,17 +46,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VERDICT_LOGIT = 2.0
-"""Nats of a bare verdict: a server that gives no log-probabilities says nothing about how sure its model was."""
-LARGEST_LOGIT = 10.0
-"""Nats; log-probabilities of a sure model run to infinity."""
-
 LONGEST_WAIT_SECONDS = 600.0
 """A server may ask for so much quiet; who asks for more is left alone, and the run ends."""
-LEAST_MASS = 0.1
-"""Less probability on both letters together is no verdict: the model was about to say something else."""
-THINKING_ENDS = "</think>"
-UNREADABLE = "unreadable_verdicts"
 
 _INSTRUCTION = (
     "You compare two answers to the same conversation. Say which is more helpful, correct and clear. "
@@ -414,51 +405,3 @@ def _cache_directory() -> Path | None:
         return Path(named) if named else None
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root, "megatron_sppo", "endpoint")
-
-
-def verdict_logit(choice: dict[str, Any]) -> tuple[float, str]:
-    """Read a verdict -> (logit of "A beats B" in nats, how it was read).
-
-    log p(A) - log p(B) over the alternatives of the verdict's token, the first one or the first letter behind the
-    reasoning; a letter that is not among them counts as the least likely one that is. Where something else than a
-    letter is nearly certain, it is no verdict. "logprob_verdicts", "bare_verdicts", or "unreadable_verdicts", which
-    count as a tie.
-    """
-    listed = _alternatives(choice)
-    mass = {letter: sum(math.exp(value) for token, value in listed if _letter(token) == letter) for letter in "AB"}
-    if mass["A"] + mass["B"] >= LEAST_MASS:
-        floor = min(math.exp(value) for _, value in listed) or 1e-30
-        logit = math.log(mass["A"] or floor) - math.log(mass["B"] or floor)
-        return max(-LARGEST_LOGIT, min(LARGEST_LOGIT, logit)), "logprob_verdicts"
-    message = choice.get("message")
-    text = str(message.get("content") or "") if isinstance(message, dict) else ""
-    # With room for more than a letter, some explain themselves in the lines below it.
-    letter = _letter((text.rpartition(THINKING_ENDS)[2].strip().splitlines() or [""])[0])
-    if letter:
-        return (VERDICT_LOGIT if letter == "A" else -VERDICT_LOGIT), "bare_verdicts"
-    return 0.0, UNREADABLE
-
-
-def _alternatives(choice: dict[str, Any]) -> list[tuple[str, float]]:
-    """Find the tokens that could have stood in the verdict's place, with their log-probabilities."""
-    try:
-        entries = choice["logprobs"]["content"]
-        texts = [str(entry.get("token", "")) for entry in entries]
-        place, written = 0, ""
-        for number, text in enumerate(texts):
-            written += text
-            if written.rstrip().endswith(THINKING_ENDS):
-                place = number + 1
-        if place:
-            # White space may stand before the letter.
-            place = next((number for number in range(place, len(texts)) if texts[number].strip()), place)
-        listed = [(str(entry["token"]), float(entry["logprob"])) for entry in entries[place]["top_logprobs"]]
-        # A probability is at most 1; JSON of some servers holds NaN.
-        return [(text, min(value, 0.0)) for text, value in listed if not math.isnan(value)]
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-        return []
-
-
-def _letter(text: str) -> str:
-    stripped = text.strip(" \t\n\r\"'*[]().:\u2581\u0120").upper()
-    return stripped if stripped in ("A", "B") else ""

@@ -19,7 +19,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from megatron_sppo.rollout.records import Turn, text_fault
-from megatron_sppo.rollout.tables import UnusableRow
+from megatron_sppo.rollout.table_files import UnusableRow
 
 PROMPT_COLUMNS = frozenset(
     {"prompt", "messages", "conversations", "conversation", "instruction", "question", "problem", "chosen", "rejected"}

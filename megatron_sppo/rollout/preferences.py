@@ -51,7 +51,8 @@ from megatron_sppo.rollout.records import (
     write_manifest,
     write_shard,
 )
-from megatron_sppo.rollout.tables import SplitRows, UnusableRow, warn_of_several_splits
+from megatron_sppo.rollout.table_files import UnusableRow
+from megatron_sppo.rollout.tables import SplitRows, warn_of_several_splits
 from megatron_sppo.storage import atomic_directory, read_json
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ from megatron_sppo.rollout.conversations import (
     refuse_bad_text,
 )
 from megatron_sppo.rollout.records import SetAside, Turn
-from megatron_sppo.rollout.tables import SplitRows, UnusableRow
+from megatron_sppo.rollout.table_files import UnusableRow
+from megatron_sppo.rollout.tables import SplitRows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,63 +1,35 @@
 """Files and dataset directories -> rows, whatever they are written in; which rows are read is never guessed.
 
-Read: JSON Lines, a JSON list, CSV, TSV and Parquet, plain or compressed (.gz, .zst); directories as the hub lays them
-(`train.jsonl`, `data/train-00000-of-00002.parquet`, `SUBSET/train/0000.parquet`, the `configs` of a README.md) and as
-`datasets.save_to_disk` writes them; `hub:NAME` as hub.py says. Of several subsets or splits one must be chosen.
+Read: files (table_files.py); directories as the hub lays them (`train.jsonl`, `data/train-00000-of-00002.parquet`,
+`SUBSET/train/0000.parquet`, the `configs` of a README.md) and as `datasets.save_to_disk` writes them; `hub:NAME` as
+hub.py says. Of several subsets or splits one must be chosen.
 """
 
-import csv
 import fnmatch
 import functools
-import gzip
-import io
 import itertools
-import json
 import logging
 import re
-import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import yaml
 
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.hub import hub_name, is_hub_name, load_hub_table
-from megatron_sppo.storage import damage, packaged_examples
+from megatron_sppo.rollout.table_files import COMPRESSED, KINDS, KNOWN, Rows, UnusableRow, file_rows, kind_of
+from megatron_sppo.storage import packaged_examples
 
 logger = logging.getLogger(__name__)
 
-Rows = Iterator[Any]
-"""Rows as they stand, an UnusableRow in place of one that cannot be read."""
-
-_JSON, _CSV, _PARQUET = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv"), (".parquet",)
-_KINDS = (*_JSON, *_CSV, *_PARQUET)
-_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-_KNOWN = f"{', '.join(_KINDS)}, plain or with {' or '.join(_COMPRESSED)}"
 _NOT_ROWS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 _SAVED_DICT = "dataset_dict.json"
-_LISTS = (
-    *("messages", "conversations", "conversation", "history", "answers", "completions"),
-    *("probability", "rm_scores", "instruction_id_list", "kwargs"),
-)
-"""Columns that hold a list; a CSV cell spells it as JSON."""
-_MESSAGES_AS_JSON = re.compile(r'\s*(\[\s*)?\{\s*"(role|content|from|value)"')
-_MESSAGES_AS_PYTHON = re.compile(r"\s*(\[\s*)?\{\s*'(role|content|from|value)'")
-"""Messages in a CSV cell; the second is what pandas makes of them."""
-_NOT_UTF8 = re.compile("[\udc80-\udcff]")
-"""What `errors="surrogateescape"` makes of bytes that are no UTF-8."""
-_MOST_CELL_BYTES = 1 << 30
-_ROWS_PER_BATCH = 1024
-"""Of a Parquet file, held as Python objects at once."""
 _SPLIT_WORD = re.compile(
     r"(?<![a-z])(train(ing)?|valid(ation)?|val|dev|test(ing)?|eval(uation)?|held[-_]?out)(?![a-z])", re.IGNORECASE
 )
 """The words by which the hub knows a split in the name of a file or directory, and our own."""
 _SHARD_NUMBER = re.compile(r"([-_.](part|shard))?[-_.]\d+([-_]of[-_]\d+(-[0-9a-z]+)?)?$")
-
-
-class UnusableRow(Exception):
-    """Why one row is set aside, as a clause."""
 
 
 class SplitRows:
@@ -119,7 +91,7 @@ def table_rows(
         ConfigError: a subset or split must be chosen, or does not exist.
         DataError: no such file, an unknown or unreadable one.
     """
-    read = functools.partial(_file_rows, columns=columns, context=context)
+    read = functools.partial(file_rows, columns=columns, context=context)
     if is_hub_name(path):
         name = hub_name(path, subset=subset, split=split)
         table = load_hub_table(path, name)
@@ -132,152 +104,10 @@ def table_rows(
         raise ConfigError(f"{path} is not a directory: it has no subsets. Leave out --subset.")
     if not path.is_file():
         raise DataError(
-            f"{path} does not exist. Give a dataset directory, a file ({_KNOWN}) or hub:NAME; "
+            f"{path} does not exist. Give a dataset directory, a file ({KNOWN}) or hub:NAME; "
             f"{packaged_examples('data/*.jsonl')} is in the package."
         )
     return read(path)
-
-
-def _file_rows(path: Path, columns: frozenset[str] | None, context: frozenset[str]) -> Rows:
-    """Read one file; what goes wrong on the way is worded here."""
-    kind = _kind(path)
-    if kind not in _KINDS:
-        raise DataError(f"{path}: files that end in {path.suffix!r} are not read. Give one of: {_KNOWN}.")
-    if path.suffix not in _COMPRESSED and (fact := damage(path, "")):
-        raise DataError(fact)
-    try:
-        if kind in _PARQUET:
-            yield from _parquet_rows(path, columns, context)
-        else:
-            yield from _csv_rows(path) if kind in _CSV else _json_rows(path)
-    except (OSError, EOFError, zlib.error) as error:
-        reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
-        remedy = "Download or write it again" if path.suffix in _COMPRESSED else "Give a readable file"
-        raise DataError(f"{path} cannot be read ({reason}). {remedy}.") from None
-
-
-def _kind(path: Path) -> str:
-    """Tell what a file holds by its name, compression aside -> suffix, such as ".jsonl"."""
-    return (Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix).lower()
-
-
-def _open(path: Path) -> IO[bytes]:
-    """Open a file for reading, decompressed; damage shows when it is read."""
-    if path.suffix == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    if path.suffix == ".zst":
-        import pyarrow  # comes with datasets, and reads zstd without a further package
-
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    return open(path, "rb")
-
-
-def _json_rows(path: Path) -> Rows:
-    """Read a JSON list or JSON Lines, told apart by the first character, whatever the suffix says."""
-    with _open(path) as file:
-        start = file.peek(4096)  # type: ignore[attr-defined]
-        if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-            yield from _json_list(path, file.read())
-            return
-        for line in file:
-            if line.strip():
-                yield _json_line(line)
-
-
-def _json_list(path: Path, content: bytes) -> Rows:
-    try:
-        return iter(json.loads(content.decode("utf-8-sig")))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}). Fix it, or write one row a line (.jsonl).") from None
-
-
-def _json_line(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
-    except UnusableRow as fault:
-        return fault
-    except UnicodeDecodeError as error:
-        return UnusableRow(f"the line is not UTF-8 (byte {error.start})")
-    except (ValueError, RecursionError):
-        return UnusableRow("the line is not valid JSON")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object; json itself silently takes the last of two values."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise UnusableRow(f"the line names {next(name for name in names if names.count(name) > 1)} twice")
-    return found
-
-
-def _csv_rows(path: Path) -> Rows:
-    """Read a table with a header line; an empty cell is None."""
-    csv.field_size_limit(_MOST_CELL_BYTES)
-    with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        # strict: a quotation mark that is never closed would take all further rows into its cell
-        lines = csv.reader(file, delimiter="\t" if _kind(path) == ".tsv" else ",", strict=True)
-        header: list[str] | None = None
-        while True:
-            start = lines.line_num + 1
-            try:
-                cells = next(lines)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                if header is None or "end of data" in str(error):
-                    raise DataError(
-                        f"{path}, line {start}: no valid CSV ({error}: is a quotation mark closed?). Write it again."
-                    ) from None
-                yield UnusableRow(f"line {start} is no valid CSV ({error})")
-                continue
-            if header is None:
-                header = cells
-                if len(set(header)) < len(header):
-                    raise DataError(f"{path} names a column twice ({', '.join(header)}). Rename one.")
-            elif cells:
-                yield _csv_row(header, cells)
-
-
-def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | UnusableRow:
-    if len(cells) != len(header):
-        return UnusableRow(f"the row has {len(cells)} cells, the header {len(header)}")
-    if any(map(_NOT_UTF8.search, cells)):
-        return UnusableRow("the row is not UTF-8")
-    row: dict[str, Any] = {name: cell or None for name, cell in zip(header, cells, strict=True)}
-    for name, cell in row.items():
-        # Conversations are spelled as JSON; a text that merely begins with a bracket stays a text.
-        if cell is not None and _MESSAGES_AS_PYTHON.match(cell):
-            return UnusableRow(f"the cell {name} holds messages in Python's spelling, not in JSON's (use json.dumps)")
-        if cell is not None and (name in _LISTS or _MESSAGES_AS_JSON.match(cell)):
-            try:
-                row[name] = json.loads(cell)
-            except (ValueError, RecursionError):
-                if name in _LISTS:
-                    return UnusableRow(f"the cell {name} is no JSON list")
-    return row
-
-
-def _parquet_rows(path: Path, columns: frozenset[str] | None, context: frozenset[str]) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with _open(path) as stream:
-            content = pyarrow.BufferReader(stream.read()) if path.suffix in _COMPRESSED else path
-        file = pyarrow.parquet.ParquetFile(content)
-        names = file.schema_arrow.names
-        if columns is not None and not columns.intersection(names):
-            raise DataError(f"{path} has no column prompt or messages (it has: {', '.join(names)}). Rename the column.")
-        chosen = names if columns is None else [name for name in names if name in columns | context]
-        for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=chosen):
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path} is no readable Parquet file ({reason}). Download or write it again.") from None
-
-
-# Directories
 
 
 def _directory_rows(path: Path, split: str | None, subset: str | None, read: Callable[[Path], Rows]) -> Rows:
@@ -292,7 +122,7 @@ def _directory_rows(path: Path, split: str | None, subset: str | None, read: Cal
         return _with_split(_saved_rows(saved[chosen], None), chosen)
     by_subset = _layout(path)
     if not by_subset:
-        raise DataError(f"{path} holds no dataset: no state.json and no file of the kinds {_KNOWN}. Check the path.")
+        raise DataError(f"{path} holds no dataset: no state.json and no file of the kinds {KNOWN}. Check the path.")
     by_split = by_subset[_choose("subset", path, subset, by_subset)]
     unnamed = by_split.pop("", [])
     if not by_split:  # rows may name their split themselves
@@ -321,7 +151,7 @@ def _choose(what: str, path: Path, wanted: str | None, names: Collection[str]) -
 
 def _refuse_two_kinds(path: Path, files: Sequence[Path]) -> None:
     """One table is often there in two formats: reading both would double its rows."""
-    by_kind = {(_kind(file), file.suffix in _COMPRESSED): file.relative_to(path) for file in files}
+    by_kind = {(kind_of(file), file.suffix in COMPRESSED): file.relative_to(path) for file in files}
     if len(by_kind) > 1:
         raise ConfigError(
             f"{path} has files of several kinds ({', '.join(map(str, by_kind.values()))}). Give one file."
@@ -344,7 +174,7 @@ def _layout(path: Path) -> dict[str, dict[str, list[Path]]]:
 
 def _holds_rows(file: Path, root: Path) -> bool:
     is_hidden = any(part.startswith((".", "_")) for part in file.relative_to(root).parts)
-    return _kind(file) in _KINDS and file.name not in _NOT_ROWS and not is_hidden and file.is_file()
+    return kind_of(file) in KINDS and file.name not in _NOT_ROWS and not is_hidden and file.is_file()
 
 
 def _declared_layout(path: Path, files: Sequence[Path]) -> dict[str, dict[str, list[Path]]]:
@@ -396,7 +226,7 @@ def _is_named(place: str, pattern: Any) -> bool:
 
 def _subset_and_split(place: Path) -> tuple[str, str]:
     """Read a file's place in a dataset directory -> (subset, split); "default" and "" where it names none."""
-    name = place.name.removesuffix(place.suffix) if place.suffix in _COMPRESSED else place.name
+    name = place.name.removesuffix(place.suffix) if place.suffix in COMPRESSED else place.name
     stem = Path(name).stem
     bare = _SHARD_NUMBER.sub("", stem)
     folders = [folder.removeprefix("partial-") for folder in place.parts[:-1] if folder != "data"]

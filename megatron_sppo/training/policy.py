@@ -190,6 +190,10 @@ def _set_experts_apart(stage: PolicyModel) -> None:
     for name, parameter in stage.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = False
+            # Megatron-Core takes the bias of a row-parallel expert for one that tensor-parallel ranks hold alike
+            # (0.16.1, tensor_parallel/layers.py): it would add up the gradients of other experts' biases, and leave
+            # those of all ranks but the first out of the gradient's norm.
+            parameter.sequence_parallel, parameter.tensor_model_parallel = False, True
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ LAYOUTS = {
     "llama, biases": {"TP2 SP": (2, f"{TP2} --sequence-parallel")},
     "olmo2": {"TP2": (2, TP2), "TP2 SP": (2, f"{TP2} --sequence-parallel")},
     "olmo3": {"TP2 SP": (2, f"{TP2} --sequence-parallel"), "CP2 padded": (2, f"{CP2} --no-packing")},
-    "phi3, longrope": {"CP2": (2, CP2), "TP2 SP padded": (2, f"{TP2} --sequence-parallel --no-packing")},
+    "phi3, longrope of a half": {"CP2": (2, CP2), "TP2 SP padded": (2, f"{TP2} --sequence-parallel --no-packing")},
     "llama": {
         # Six layers: one and one in the first stage's chunks, two and two in the last one's.
         "PP2 VPP2 uneven": (

@@ -18,6 +18,7 @@ class ThreeNodes:
 
     def __init__(self, *, num_gpus: int = 0) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 is Ray's own: beside other tests a worker would starve
         from ray.cluster_utils import Cluster
 
         node: dict[str, Any] = {"num_cpus": 1, "num_gpus": num_gpus, "object_store_memory": OBJECT_STORE_BYTES}
@@ -51,7 +52,7 @@ def kill(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 300.0) -> Any:
     """Wait for something -> what the condition gave."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):

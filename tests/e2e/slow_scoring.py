@@ -1,7 +1,7 @@
 """tools/score_pairrm.py with judges that take their time, wherever they judge: it lasts long enough to be killed.
 
 SLOW_SECONDS: of a call, which is a shard. SLOW_PAUSE: while this file is there, no call ends. SLOW_LOG: file that each
-call appends its process to. SLOW_FIRST: the first process named there takes as many times longer.
+call appends its process to. SLOW_FIRST: the first process named there is at its first call until there are so many.
 """
 
 import os
@@ -25,16 +25,19 @@ class SlowJudge:
         self.name, self.fingerprint, self.counts = judge.name, judge.fingerprint, judge.counts
 
     def judge_logits(self, groups: Any) -> Any:
-        seconds = float(self._settings["SLOW_SECONDS"] or 0)
         if log := self._settings["SLOW_LOG"]:
             with open(log, "a") as file:
                 file.write(f"{os.getpid()}\n")
-            if Path(log).read_text().split()[0] == str(os.getpid()):
-                seconds *= float(self._settings["SLOW_FIRST"] or 1)
-        time.sleep(seconds)
+            while calls_of(log)[0] == str(os.getpid()) and len(calls_of(log)) < int(self._settings["SLOW_FIRST"]):
+                time.sleep(0.02)
+        time.sleep(float(self._settings["SLOW_SECONDS"] or 0))
         while self._settings["SLOW_PAUSE"] and os.path.exists(self._settings["SLOW_PAUSE"]):
             time.sleep(0.02)
         return self._judge.judge_logits(groups)
+
+
+def calls_of(log: str) -> list[str]:
+    return Path(log).read_text().split()
 
 
 class Slowed:

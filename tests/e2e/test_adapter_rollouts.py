@@ -103,12 +103,13 @@ def test_rollouts_with_an_adapter_are_peft_s(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "adapted")
     assert manifest.adapter == str(adapter)
     assert manifest.adapter_hash == open_peft_adapter(adapter).adapter_hash
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    for policy, is_same in ((model, False), (peft.PeftModel.from_pretrained(model, adapter).eval(), True)):
+    for is_adapted in (False, True):
+        policy = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        policy = (peft.PeftModel.from_pretrained(policy, adapter) if is_adapted else policy).eval()
         same = []
         for group in read_rollouts(tmp_path / "adapted"):
             tokens = torch.tensor([group.prompt_token_ids])
             with torch.no_grad():
                 out = policy.generate(input_ids=tokens, max_new_tokens=12, do_sample=False, eos_token_id=[2])
             same.append(tuple(out[0, tokens.shape[1] :].tolist()) == group.responses[0].token_ids)
-        assert all(same) is is_same
+        assert all(same) is is_adapted

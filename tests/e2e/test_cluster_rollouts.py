@@ -38,7 +38,7 @@ def start(model: Path, output: Path, *more: str, seconds_per_shard: float = 0.5)
 
 
 def ended(process: "subprocess.Popen[str]") -> "subprocess.CompletedProcess[str]":
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=500)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 

@@ -64,7 +64,7 @@ def test_engines_a_node_and_the_driver_are_killed_and_the_bytes_are_those_of_one
     _, err = driver.communicate()
     assert 3 <= num_done() < NUM_SHARDS, err
     wait_until(lambda: not nodes.actors(), "the end of the dead driver's engines")
-    _, err = (again := start(model, output, "--ray", nodes.address, "--workers", "2")).communicate(timeout=300)
+    _, err = (again := start(model, output, "--ray", nodes.address, "--workers", "1")).communicate(timeout=300)
     assert again.returncode == 0, err
     assert len(read_manifest(output).shards) == NUM_SHARDS
     for path in alone.glob("shard-*.jsonl"):

@@ -56,7 +56,7 @@ def start(*arguments: object, seconds: float, **settings: object) -> "subprocess
 
 def ended(process: "subprocess.Popen[str]") -> str:
     """Wait for a stage that must end well -> what it said."""
-    _, errors = process.communicate(timeout=240)
+    _, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors
     return errors
 
@@ -119,13 +119,13 @@ def test_workers_a_node_and_the_driver_are_killed_and_the_bytes_are_those_of_one
     chance = random.Random(7)
     rules = ["--rollouts", rollouts, "--judge", "rules:cyclic", "--selection", "extremes"]
     stage = Stage(nodes, tmp_path / "rules", *rules)
-    stage.kill_workers(chance, rounds=3, num_workers=3)
+    stage.kill_workers(chance, rounds=5, num_workers=3)
     assert "died" in stage.end()
     assert files_of(stage.output) == alone(tmp_path / "rules_alone", *rules)
 
     neural = ["--rollouts", rollouts, "--judge", f"pairrm:{pairrm}"]
     first = Stage(nodes, tmp_path / "neural", *neural)
-    first.kill_workers(chance, rounds=2, num_workers=3)
+    first.kill_workers(chance, rounds=1, num_workers=3)
     nodes.remove_a_node()
     kill(first.process.pid)
     first.process.communicate()
@@ -133,7 +133,7 @@ def test_workers_a_node_and_the_driver_are_killed_and_the_bytes_are_those_of_one
     stamps = {path: path.stat().st_mtime_ns for path in first.work_dir.glob("scores-*.npz")}
     wait_until(lambda: not nodes.actors(), "the end of the dead driver's workers")
     second = Stage(nodes, tmp_path / "neural", *neural)
-    second.kill_workers(chance, rounds=3, num_workers=2)
+    second.kill_workers(chance, rounds=1, num_workers=2)
     assert stamps == {path: path.stat().st_mtime_ns for path in stamps}, "a judged shard was judged again"
     second.end()
     assert stage.num_kills + first.num_kills + second.num_kills >= 20
@@ -143,17 +143,15 @@ def test_workers_a_node_and_the_driver_are_killed_and_the_bytes_are_those_of_one
 
 
 def test_workers_of_a_ray_that_starts_here_wait_for_no_other(rollouts: Path, tmp_path: Path) -> None:
-    """One of two workers takes ten times as long for a shard: the other has judged most of them by then."""
+    """One of two workers is at its shard until the other has judged all that is left but what lies ready with it."""
     arguments = ["--rollouts", rollouts, "--judge", "rules:concise"]
     log = tmp_path / "log"
     process = start(
-        *arguments, "--output", tmp_path / "two", "--workers", "2", seconds=0.1, SLOW_LOG=log, SLOW_FIRST=10
+        *arguments, "--output", tmp_path / "two", "--workers", "2", seconds=0, SLOW_LOG=log, SLOW_FIRST=NUM_SHARDS - 1
     )
     ended(process)
     calls = log.read_text().split()
-    assert len(set(calls)) == 2 and len(calls) == NUM_SHARDS
-    both = Counter(calls[next(n for n, pid in enumerate(calls) if pid != calls[0]) :])  # from when the second is there
-    assert max(both.values()) > 3 * both[calls[0]], both
+    assert Counter(calls) == {calls[0]: 2, calls[1]: NUM_SHARDS - 2} and len(calls) == NUM_SHARDS
     assert files_of(tmp_path / "two") == alone(tmp_path / "one", *arguments)
 
 
@@ -170,7 +168,7 @@ def test_a_ray_that_starts_here_is_nobody_else_s_and_ends_with_the_command(rollo
     guarded = [member for member in family if "raylet" in member.name() or "gcs_server" in member.name()]
     words = {member.environ().get("RAY_AUTH_TOKEN") for member in guarded}
     process.terminate()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=500)
     assert ports and {port.laddr.ip.removeprefix("::ffff:") for port in ports} == {"127.0.0.1"}
     assert len(guarded) == 2 and len(words) == 1 and len(words.pop() or "") == 64
     assert process.returncode == -signal.SIGTERM, errors
@@ -200,10 +198,12 @@ def test_evaluation_on_a_cluster_writes_the_result_of_one_process(
         write_rollouts(tmp_path / name, sampled, rows_per_shard=10)
     sides = [part for name in ("policy", "base", "previous") for part in (f"--{name}", tmp_path / name)]
     arguments = [*sides, "--judge", f"pairrm:{pairrm}", "--judge-after", "</think>"]
-    for output, more in (("one.json", ()), ("pool.json", ("--ray", nodes.address))):
-        command = [sys.executable, "-m", "megatron_sppo", "evaluate", *map(str, arguments), *more]
-        done = subprocess.run([*command, "--output", tmp_path / output], capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
+    pool = ("evaluate", *arguments, "--output", tmp_path / "pool.json", "--ray", nodes.address)
+    command = [sys.executable, "-m", "megatron_sppo", *map(str, pool)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    one = run_here("megatron_sppo/__main__.py", "evaluate", *arguments, "--output", tmp_path / "one.json")
+    assert one.returncode == 0, one.stderr
     assert (tmp_path / "pool.json").read_bytes() == (tmp_path / "one.json").read_bytes()
 
 
@@ -215,6 +215,6 @@ def test_a_judge_that_a_worker_cannot_load_is_one_line(nodes: ThreeNodes, rollou
     process = start(
         "--rollouts", rollouts, "--judge", f"pairrm:{empty}", "--output", output, "--ray", nodes.address, seconds=0
     )
-    _, errors = process.communicate(timeout=200)
+    _, errors = process.communicate(timeout=500)
     assert process.returncode == 2, errors
     assert "error: " in errors.splitlines()[-1] and str(empty) in errors.splitlines()[-1] and not output.exists()

@@ -24,6 +24,7 @@ from megatron_sppo.verification import layerwise
 from megatron_sppo.verification import verify as verification
 from megatron_sppo.verification.logits import hf_logits, prompt_logits
 from megatron_sppo.verification.probes import prompt_token_ids
+from tests.commands import run_here
 from tests.families import FAMILIES, family_model
 from tests.models import tiny_llama
 
@@ -182,7 +183,8 @@ def test_import_export_verify_from_the_command_line(tmp_path: Path) -> None:
     hf, megatron, out, report = tmp_path / "hf", tmp_path / "megatron", tmp_path / "out", tmp_path / "report.json"
     tiny_llama(hf, dtype="bfloat16")
     assert run("import", "--hf", hf, "--megatron", megatron).returncode == 0
-    assert run("export", "--megatron", megatron / "iter_0000000", "--hf", out).returncode == 0
+    exported = run_here("tools/convert.py", "export", "--megatron", megatron / "iter_0000000", "--hf", out)
+    assert exported.returncode == 0, exported.stderr
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in hf.iterdir()}
     verified = run("verify", "--hf", out, "--megatron", megatron, "--json", report)
     assert verified.returncode == 0, verified.stderr
@@ -190,7 +192,7 @@ def test_import_export_verify_from_the_command_line(tmp_path: Path) -> None:
     assert json.loads(report.read_text())["faults"] == []
     # Another model's tokenizer and chat template, the same weights.
     (out / "chat_template.jinja").write_text("other")
-    refused = run("verify", "--hf", out, "--megatron", megatron)
+    refused = run_here("tools/convert.py", "verify", "--hf", out, "--megatron", megatron)
     assert refused.returncode == 2
     assert "chat_template.jinja differs" in refused.stderr.splitlines()[-1]
 
@@ -211,7 +213,7 @@ def test_import_export_verify_from_the_command_line(tmp_path: Path) -> None:
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], named: str) -> None:
     tiny_llama(tmp_path / "hf")
     paths = {"absent", "hf", "m", "out"}
-    result = run(*(tmp_path / a if a in paths else a for a in arguments))
+    result = run_here("tools/convert.py", *(tmp_path / a if a in paths else a for a in arguments))
     assert result.returncode == 2, result.stderr
     assert named in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr

@@ -68,19 +68,20 @@ def test_parts_go_on_after_one_fails_and_the_table_tells(
         "works": part(machine, "print('fine')"),
         "peer": part(machine, "", needs=(ABSENT,)),
     }
-    monkeypatch.setenv("LIMIT", "2")
+    monkeypatch.setenv("LIMIT", "5")
     out = machine.parent.parent / "out"
     monkeypatch.setenv("OUT", str(out))
     assert run_script(monkeypatch, parts, "all") == 1
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     table = lines[lines.index(["part", "outcome", "seconds", "targets", "met", "figures"]) :]
     outcomes = {line[0]: line[1] for line in table if line and line[0] in parts}
+    met = {line[0]: line[3:] for line in table if line and line[0] in parts}
     assert outcomes == {"writes": "passed", "breaks": "failed", "hangs": "failed", "peer": "skipped", "works": "passed"}
-    assert ["writes", "passed", "0", "1", "of", "2", "figure.json"] in table
+    assert met["writes"] == ["1", "of", "2", "figure.json"]
     summary = json.loads((machine / "hopper.json").read_text())
     reasons = {result["part"]: result["reason"] for result in summary["parts"]}
     assert reasons["breaks"] == "exit code 1: RuntimeError: no kernel image"
-    assert reasons["hangs"] == "took more than LIMIT=2 seconds: in the middle"
+    assert reasons["hangs"] == "took more than LIMIT=5 seconds: in the middle"
     assert reasons["peer"] == "missing: no_such_module"
     assert any("lack a C compiler: g1 and g2 measure torch's own operators" in " ".join(line) for line in lines)
     assert any(line[:2] == ["Send", "back"] and line[2] == "results/h100/*.json" for line in lines)

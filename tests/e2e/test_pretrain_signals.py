@@ -1,9 +1,9 @@
 """examples/pretrain_sppo.py as a process that is killed and stopped: what it leaves resumes to the same numbers.
 
 kill -9 at random moments, saves included, and SIGTERM. One process on the tiny Llama; layouts are in tests/distributed.
+Those that get SIGTERM are started as a user starts them, the others are forked (forked.py).
 """
 
-import contextlib
 import json
 import os
 import random
@@ -17,9 +17,9 @@ import pytest
 
 from megatron_sppo.conversion.convert import import_checkpoint
 from tests.distributed.conftest import write_dataset
+from tests.e2e.forked import SCRIPT, Training, open_files
 from tests.models import tiny_llama
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 24
 FLAGS = (
     f"--params-dtype float32 --lr 1e-4 --eta 10 --global-batch-size 8 --micro-batch-size 2 --num-epochs {STEPS // 4} "
@@ -32,17 +32,23 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("signals")
     import_checkpoint(tiny_llama(root / "hf"), root / "megatron")
     write_dataset(root / "data", root / "hf")
-    assert start(root, root / "whole").wait() == 0
+    assert train(root, root / "whole").wait() == 0
     return root
+
+
+def train(root: Path, save: Path, *flags: str, **environment: str) -> Training:
+    return Training([*places(root, save), *FLAGS, *flags], environment)
+
+
+def places(root: Path, save: Path) -> list[str]:
+    return ["--load", str(root / "megatron"), "--data", str(root / "data"), "--save", str(save)]
 
 
 def start(
     root: Path, save: Path, *flags: str, stderr: int = subprocess.DEVNULL, **environment: str
 ) -> subprocess.Popen:
-    script = [sys.executable, str(REPOSITORY / "examples/pretrain_sppo.py")]
-    paths = ["--load", str(root / "megatron"), "--data", str(root / "data"), "--save", str(save)]
     return subprocess.Popen(
-        [*script, *paths, *FLAGS, *flags],
+        [sys.executable, str(SCRIPT), *places(root, save), *FLAGS, *flags],
         stderr=stderr,
         stdin=subprocess.DEVNULL,
         text=True,
@@ -55,16 +61,7 @@ def numbers(save: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if not name.startswith("perf/")} for line in lines]
 
 
-def processes_of(save: Path) -> list[str]:
-    """Find what still runs with the directory on its command line: a killed run may leave no writer behind."""
-    lines = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            lines.append(path.read_bytes().decode(errors="replace"))
-    return [line for line in lines if str(save) in line]
-
-
-def wait_for_step(save: Path, process: subprocess.Popen, step: int) -> None:
+def wait_for_step(save: Path, process: subprocess.Popen | Training, step: int) -> None:
     while process.poll() is None:
         if (save / "metrics.jsonl").exists() and len((save / "metrics.jsonl").read_text().splitlines()) >= step:
             return
@@ -75,7 +72,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_an_undisturbed_
     """Each life is killed a few steps after it began, at a random point of a step or of a save."""
     save, dice, kills = world / "killed", random.Random(5), 0
     for _ in range(20):
-        process = start(world, save)
+        process = train(world, save)
         done = len(numbers(save)) if (save / "metrics.jsonl").exists() else 0
         wait_for_step(save, process, min(STEPS, done + dice.randint(3, 7)))
         time.sleep(dice.random() * 0.2)
@@ -84,10 +81,10 @@ def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_an_undisturbed_
             break
         kills += 1
     assert kills >= 3
-    assert start(world, save).wait() == 0
+    assert train(world, save).wait() == 0
     assert numbers(save) == numbers(world / "whole")
     assert not list(save.glob(".iter_*"))
-    assert processes_of(save) == []
+    assert open_files(save) == []
 
 
 def test_sigterm_saves_and_exits_with_143_and_the_same_command_goes_on(world: Path) -> None:
@@ -95,11 +92,11 @@ def test_sigterm_saves_and_exits_with_143_and_the_same_command_goes_on(world: Pa
     process = start(world, save)
     wait_for_step(save, process, 3)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 143
+    assert process.wait(timeout=300) == 143
     stopped_at = len(numbers(save))
     assert 3 <= stopped_at < STEPS
     assert (save / "latest_checkpointed_iteration.txt").read_text() == f"{stopped_at}\n"
-    assert start(world, save).wait() == 0
+    assert train(world, save).wait() == 0
     assert numbers(save) == numbers(world / "whole")
 
 
@@ -128,7 +125,7 @@ def test_a_second_sigterm_changes_nothing_and_trackers_hear_of_each_step_once(
     client = mlflow.MlflowClient(tracking_uri=(save / "trackers" / "mlruns").as_uri())
     run_id = json.loads((save / "trackers.json").read_text())["mlflow"]
     assert client.get_run(run_id).info.status == "KILLED"
-    assert start(world, save, *trackers).wait() == 0
+    assert train(world, save, *trackers).wait() == 0
     assert numbers(save) == numbers(world / "whole")
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED" and run.data.params["optimization.lr"] == "0.0001"
@@ -139,22 +136,22 @@ def test_a_second_sigterm_changes_nothing_and_trackers_hear_of_each_step_once(
 def test_a_tracker_that_cannot_be_started_is_refused_before_anything_is_computed(world: Path) -> None:
     save = world / "untracked"
     address = {"MLFLOW_TRACKING_URI": "http://me:hidden-word@127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
-    process = start(world, save, "--tracker", "mlflow", stderr=subprocess.PIPE, **address)
+    process = train(world, save, "--tracker", "mlflow", **address)
     said = process.communicate()[1]
-    assert process.returncode == 2 and "hidden-word" not in said
+    assert process.wait() == 2 and "hidden-word" not in said
     assert "error: tracker mlflow cannot be started: " in said.splitlines()[-1]
     assert not (save / "metrics.jsonl").exists()
 
 
 def test_a_second_run_on_the_same_save_is_refused_and_the_first_is_untouched(world: Path) -> None:
     save = world / "shared"
-    first = start(world, save)
+    first = train(world, save)
     wait_for_step(save, first, 2)
     first.send_signal(signal.SIGSTOP)
-    second = start(world, save, stderr=subprocess.PIPE)
+    second = train(world, save)
     last_line = second.communicate(timeout=120)[1].splitlines()[-1]
     first.send_signal(signal.SIGCONT)
-    assert second.returncode == 2
+    assert second.wait() == 2
     assert f"{save} is in use by process {first.pid} on " in last_line and "--save" in last_line
     assert first.wait(timeout=120) == 0
     assert numbers(save) == numbers(world / "whole")
@@ -163,7 +160,7 @@ def test_a_second_run_on_the_same_save_is_refused_and_the_first_is_untouched(wor
 def test_a_save_directory_that_holds_something_else_is_left_alone(world: Path) -> None:
     (world / "notes").mkdir()
     (world / "notes" / "diary.txt").write_text("dear")
-    process = start(world, world / "notes", stderr=subprocess.PIPE)
+    process = train(world, world / "notes")
     last_line = process.communicate(timeout=120)[1].splitlines()[-1]
-    assert process.returncode == 2 and "holds diary.txt, which this command did not write" in last_line
+    assert process.wait() == 2 and "holds diary.txt, which this command did not write" in last_line
     assert [path.name for path in (world / "notes").iterdir()] == ["diary.txt"]

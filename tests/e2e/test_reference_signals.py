@@ -1,13 +1,12 @@
 """A reference pass that is killed and stopped: the same command goes on from its pieces, to the same bytes.
 
-One process on the tiny Llama, a piece after each step. Where the reference is read and refused: tests/distributed.
+One process on the tiny Llama, forked (forked.py), a piece after each step. Where the reference is read and refused:
+tests/distributed.
 """
 
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,10 +14,10 @@ import pytest
 
 from megatron_sppo.conversion.convert import import_checkpoint
 from tests.distributed.conftest import write_dataset
-from tests.e2e.test_pretrain_signals import numbers, processes_of
+from tests.e2e.forked import Training, open_files
+from tests.e2e.test_pretrain_signals import numbers
 from tests.models import tiny_llama
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 36
 """Of three epochs, the last of which the run does not finish: of as many steps is the reference pass."""
 FLAGS = (
@@ -37,18 +36,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(root: Path, name: str, *, stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
+def start(root: Path, name: str) -> Training:
     """Train into `name` on the data `name`_data."""
-    script = [sys.executable, str(REPOSITORY / "examples/pretrain_sppo.py")]
-    paths = ["--load", str(root / "megatron"), "--data", str(root / f"{name}_data"), "--save", str(root / name)]
-    return subprocess.Popen([*script, *paths, *FLAGS], stderr=stderr, stdin=subprocess.DEVNULL, text=True)
+    return Training(["--load", root / "megatron", "--data", root / f"{name}_data", "--save", root / name, *FLAGS])
 
 
 def reference_of(data: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(data.glob("reference*"))}
 
 
-def wait_for_pieces(data: Path, process: subprocess.Popen, count: int) -> None:
+def wait_for_pieces(data: Path, process: Training, count: int) -> None:
     while process.poll() is None and len(list(data.glob("reference.pieces-*/[0-9]*.json"))) < count:
         time.sleep(0.001)
 
@@ -60,11 +57,11 @@ def test_a_reference_pass_goes_on_where_it_was_ended_and_ends_with_the_same_byte
     data = world / f"{name}_data"
     shutil.copytree(world / "data", data)
     for _ in range(2):
-        process = start(world, name, stderr=subprocess.PIPE)
+        process = start(world, name)
         wait_for_pieces(data, process, done + 3)
         process.send_signal(signum)
         said = process.communicate(timeout=120)[1]
-        assert process.returncode == (-signal.SIGKILL if signum == signal.SIGKILL else 143), said
+        assert process.wait() == (-signal.SIGKILL if signum == signal.SIGKILL else 143), said
         assert not (data / "reference.json").exists()
         left = re.search(r"goes on: (\d+) responses are there, (\d+) steps are left", said)
         assert (left is None) == (done == 0)
@@ -78,4 +75,4 @@ def test_a_reference_pass_goes_on_where_it_was_ended_and_ends_with_the_same_byte
     assert reference_of(data) == reference_of(world / "whole_data")
     assert set(reference_of(data)) == {"reference.bin", "reference.idx", "reference.json"}
     assert numbers(world / name) == numbers(world / "whole")
-    assert processes_of(world / name) == []
+    assert open_files(world / name) == open_files(data) == []

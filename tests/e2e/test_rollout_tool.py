@@ -1,6 +1,6 @@
 """Proves tools/generate_rollouts.py as a user meets it: exit codes, one line for what can be mended, a server run.
 
-The engine is a local HTTP server; vLLM itself is in test_rollout_vllm.py.
+The engine is a local HTTP server; vLLM itself is in test_self_play_vllm.py.
 """
 
 import importlib.util

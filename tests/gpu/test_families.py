@@ -25,7 +25,7 @@ SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_atte
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in MIXTURES])
 def test_transformer_engine_computes_hugging_faces_logits(family: str, tmp_path: Path) -> None:
     assert resolve_transformer_impl(ModelConfig()) == "transformer_engine"
-    longer = {"rope_parameters": LONGER} if family == "phi3, longrope" else {}
+    longer = {"rope_parameters": LONGER} if family == "phi3, longrope of a half" else {}
     hf = family_model(tmp_path / "hf", family, **SIZES, **longer)
     import_checkpoint(hf, tmp_path / "megatron", dtype="bfloat16")
     assert verify(hf, tmp_path / "megatron", dtype="bfloat16")["faults"] == []

@@ -18,8 +18,13 @@ def check(run: Path, scratch: Path) -> None:
     assert [entry["iteration"] for entry in summary["iterations"]] == [1, 2]
     for entry in summary["iterations"]:
         print(f"iteration {entry['iteration']}: seconds {entry['seconds']}")
+        for opponent in ("base", "previous"):
+            rate = entry[f"win_rate_vs_{opponent}"]
+            assert 1 <= rate["num_prompts"] <= 4 and 0 <= rate["low"] <= rate["mean"] <= rate["high"] <= 1, rate
     stages = json.loads((run / "state.json").read_text())["stages"]
     assert all(stage["status"] == "done" for stage in stages.values()), stages
+    held_out = stages["base-eval-rollouts"]
+    check_rollouts(held_out["command"], run / "base_eval/rollouts", scratch / "alone_base")
     for iteration in (1, 2):
         lines = (run / f"iter_{iteration}/checkpoint/metrics.jsonl").read_text().splitlines()
         steps = [json.loads(line)["step"] for line in lines]
@@ -27,6 +32,8 @@ def check(run: Path, scratch: Path) -> None:
         assert last > 10 and steps == list(range(1, last + 1)), steps
         stage = stages[f"iter_{iteration}-rollouts"]
         check_rollouts(stage["command"], run / f"iter_{iteration}/rollouts", scratch / f"alone_{iteration}")
+        stage = stages[f"iter_{iteration}-eval-rollouts"]
+        check_rollouts(stage["command"], run / f"iter_{iteration}/eval/rollouts", scratch / f"alone_eval_{iteration}")
     assert (run / "report.html").stat().st_size > 10_000
     os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
     client = MlflowClient(tracking_uri=(run / "trackers/mlruns").absolute().as_uri())

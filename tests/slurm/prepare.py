@@ -13,7 +13,7 @@ rollout:
   max_tokens: 24
   rollout_options: {max_model_len: 256, shard_size: 8, enforce_eager: true}
 scoring: {judge: rules:concise, allow_no_signal: true}
-evaluation: {heldout_prompts: 0, inspected_prompts: 2}
+evaluation: {heldout_prompts: 4, eval_num_responses: 1, inspected_prompts: 2}
 training:
   eta: 10
   lr: 1.0e-4

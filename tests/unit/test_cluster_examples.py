@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -181,3 +182,50 @@ def test_training_pods_find_their_rendezvous_and_may_save_before_they_are_killed
     assert int(flags["nproc-per-node"]) == container["resources"]["limits"]["nvidia.com/gpu"]
     grace = {variable["name"]: variable["value"] for variable in container["env"]}["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]
     assert flags["grace-seconds"] == grace and int(grace) < pod["terminationGracePeriodSeconds"]
+
+
+RAY = """#!/bin/bash
+echo "$@" >> "$LOG"
+if [[ $(wc -l < "$LOG") == 3 ]]; then touch "$LOG.last"; until [[ -e $LOG.closed ]]; do sleep 0.05; done; fi
+[[ -z ${BEGINS:-} ]] || touch "$MEGATRON_SPPO_BEGUN"
+exit ${STATUS:-3}
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "code"), [({"STATUS": "0"}, 1), ({"STATUS": "0", "BEGINS": "1"}, 0), ({"BEGINS": "1"}, 3)]
+)
+def test_a_stage_whose_ray_did_not_start_has_failed(tmp_path: Path, environment: dict[str, str], code: int) -> None:
+    """symmetric-run itself ends with 0 then."""
+    ray = tmp_path / "ray"
+    ray.write_text(RAY)
+    ray.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(SLURM / "ray_node.sh"), "127.0.0.1:1", str(ray)],
+        env={**os.environ, **environment, "LOG": str(tmp_path / "log"), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code and ("error: Ray did not start on" in done.stderr) == (code == 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "ray"]
+
+
+@pytest.mark.parametrize(("node", "runs"), [("0", 1), ("1", 3)])
+def test_ray_is_started_again_on_a_node_for_as_long_as_the_first_node_has_it(
+    tmp_path: Path, node: str, runs: int
+) -> None:
+    """The third run ends after the first node's Ray, as it does at the end of a stage."""
+    log, ray = tmp_path / "log", tmp_path / "ray"
+    ray.write_text(RAY)
+    ray.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_NODEID": node, "LOG": str(log)}
+    with socket.create_server(("127.0.0.1", 0)) as first_node:
+        address = f"127.0.0.1:{first_node.getsockname()[1]}"
+        command = ["bash", str(SLURM / "ray_node.sh"), address, "ray", "symmetric-run", "--", "python"]
+        process = subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not (tmp_path / "log.last").exists():
+            time.sleep(0.02)
+    (tmp_path / "log.closed").touch()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 3 and said.count("it is started again") == runs - 1
+    assert log.read_text().splitlines() == ["symmetric-run -- python"] * runs

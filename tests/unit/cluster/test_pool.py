@@ -4,6 +4,8 @@ Real processes and Ray are in tests/e2e/test_cluster_pool.py.
 """
 
 import random
+import threading
+import time
 
 import pytest
 
@@ -40,8 +42,18 @@ def test_one_worker_works_in_this_process_without_ray(monkeypatch, tmp_path):
 
 
 def test_several_workers_answer_every_task_once_and_report_all_of_it():
-    progress = Progress()
-    team = ThreadTeam(Squarer, 3)
+    progress, all_there = Progress(), threading.Barrier(3, timeout=30)
+
+    class Punctual(Squarer):
+        """Answers nothing before each worker has a task: on a busy machine two could be done before the third is up."""
+
+        def run(self, tasks, on_progress):
+            for number, task in enumerate(tasks):
+                if number == 0:
+                    all_there.wait()
+                yield from super().run(iter([task]), on_progress)
+
+    team = ThreadTeam(Punctual, 3)
     assert collected(drive(team, tasks(40), progress=progress)) == squares(40)
     assert (progress.units, progress.amount) == (40, 400)
     assert team.is_closed
@@ -82,15 +94,11 @@ class Deadly(Squarer):
     def run(self, tasks, on_progress):
         for task in tasks:
             if task.index == 5:
-                Deadly.team.kill(next(n for n, desk in Deadly.team.desks.items() if desk._thread.ident == _ident()))
+                Deadly.team.kill(
+                    next(n for n, desk in Deadly.team.desks.items() if desk._thread.ident == threading.get_ident())
+                )
                 return
             yield from super().run(iter([task]), on_progress)
-
-
-def _ident():
-    import threading
-
-    return threading.get_ident()
 
 
 def test_a_task_that_three_workers_die_at_ends_the_stage_and_is_named():
@@ -143,13 +151,16 @@ def test_a_worker_that_dies_where_others_work_is_given_up_and_its_tasks_are_not_
     made = []
 
     class Sick(Squarer):
-        """The first worker's machine is broken, before and after its restarts."""
+        """The first worker's machine is broken, before and after its restarts; the second's task takes until then."""
 
         def run(self, tasks, on_progress):
             for task in tasks:
-                if team.desks[0]._thread.ident == _ident():
+                if team.desks[0]._thread.ident == threading.get_ident():
                     raise RuntimeError("ECC error")
-                yield from Squarer(seconds=0.05).run(iter([task]), on_progress)
+                patience = time.monotonic() + 30
+                while not team.dismissed and time.monotonic() < patience:
+                    time.sleep(0.002)
+                yield from super().run(iter([task]), on_progress)
 
     def make():
         made.append(1)

@@ -95,3 +95,17 @@ def test_of_ray_s_message_the_cause_and_the_machine_are_told():
     assert _reason(RuntimeError(UNMADE)) == "ModuleNotFoundError: No module named 'megatron_sppo' on 10.0.0.3"
     assert _reason(RuntimeError("The actor is temporarily unavailable")) == "The actor is temporarily unavailable"
     assert len(_reason(RuntimeError("x" * 5000))) < 300
+
+
+def test_a_ray_that_does_not_start_in_its_time_is_one_line(monkeypatch):
+    """Ray's own error on a busy machine is an Exception and no more (2.60, _private/node.py)."""
+    ray = pytest.importorskip("ray")
+
+    def init(**_):
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    words = r"^--workers 2: Ray does not start or answer \(The current node timed out.*when this machine is less busy"
+    with pytest.raises(ConfigError, match=words):
+        connect(PoolConfig(workers=2))

@@ -81,7 +81,7 @@ def test_a_round_trip_is_the_same_to_the_byte(base: Path, tmp_path: Path, kind: 
         assert (tmp_path / "back" / file).read_bytes() == (adapter / file).read_bytes()
 
 
-@pytest.mark.parametrize("kind", [*MIXTURES, "phi3"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "phi3"])
 def test_experts_and_packed_modules_come_out_as_they_went_in(kind: str, tmp_path: Path) -> None:
     hf = family_model(tmp_path / "hf", kind) if kind == "phi3" else tiny_llama(tmp_path / "hf", **MIXTURES[kind])
     targets = {"phi3": ("qkv_proj", "gate_up_proj"), "mixtral": ("w1", "w2", "w3", "o_proj")}

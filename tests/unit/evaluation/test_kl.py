@@ -11,12 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_sppo.checkpoints.model_files import model_hash
+from megatron_sppo.checkpoints.peft_files import open_peft_adapter
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.evaluation.estimates import Resampling
 from megatron_sppo.evaluation.kl import answer_log_probs, kl_to_baseline
 from megatron_sppo.evaluation.players import read_field
 from megatron_sppo.judge.config import EvaluateConfig
 from megatron_sppo.rollout.records import read_manifest, write_manifest
+from tests.adapters import random_adapter
 from tests.models import tiny_llama
 from tests.unit.selfplay.synthetic import group, write_rollouts
 
@@ -68,6 +70,27 @@ def test_the_kl_is_the_mean_log_ratio_of_the_player_s_own_answers(config, models
     expected = np.mean([answer_log_probs(policy, one) - answer_log_probs(base, one) for one in groups])
     assert found["policy"]["kl_to_baseline"]["mean"] == pytest.approx(expected, abs=1e-4)
     assert found["policy"]["kl_estimated_from"]["sampling"] == {"temperature": 1.0, "top_p": 1.0}
+
+
+def test_a_player_that_sampled_with_an_adapter_is_base_and_adapter(config, models, tmp_path):
+    """Its base is the baseline's model: without the adapter the KL would be 0."""
+    peft = pytest.importorskip("peft")
+    directory = random_adapter(tmp_path / "adapter", models[0])
+    adapter_hash = open_peft_adapter(directory).adapter_hash
+    manifest = read_manifest(tmp_path / "policy")
+    of_base = replace(manifest, model=str(models[0]), model_hash=model_hash(models[0]), adapter=str(directory))
+    write_manifest(tmp_path / "policy", replace(of_base, adapter_hash=adapter_hash))
+    field = read_field(config)
+    found = kl_to_baseline(field, PROMPTS, Resampling(resamples=20, seed=0))["policy"]["kl_to_baseline"]["mean"]
+    base = AutoModelForCausalLM.from_pretrained(models[0], dtype=torch.float32).eval()
+    groups = [field.players[1].groups[p] for p in PROMPTS]
+    without = [answer_log_probs(base, one) for one in groups]
+    policy = peft.PeftModel.from_pretrained(base, directory).eval()
+    expected = np.mean([answer_log_probs(policy, one) - before for one, before in zip(groups, without, strict=True)])
+    assert found == pytest.approx(expected, abs=1e-3) and abs(found) > 0.1
+    write_manifest(tmp_path / "policy", replace(of_base, adapter_hash="0" * 64))
+    with pytest.raises(DataError, match="holds another adapter than the one that sampled policy"):
+        kl_to_baseline(read_field(config), PROMPTS, Resampling(resamples=20, seed=0))
 
 
 def test_a_model_that_is_gone_or_another_is_told(config, tmp_path, models):

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.judge.endpoint import LARGEST_LOGIT, VERDICT_LOGIT, EndpointJudge, verdict_logit
+from megatron_sppo.judge.endpoint import EndpointJudge
 from megatron_sppo.judge.load import load_judge
+from megatron_sppo.judge.verdict import LARGEST_LOGIT, VERDICT_LOGIT, verdict_logit
 from tests.unit.judge.groups import group_of
 
 KEY = "sk-a-secret-of-the-user"

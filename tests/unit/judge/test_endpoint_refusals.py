@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.judge.endpoint import VERDICT_LOGIT, EndpointJudge, verdict_logit
+from megatron_sppo.judge.endpoint import EndpointJudge
 from megatron_sppo.judge.protocol import Unjudged
+from megatron_sppo.judge.verdict import VERDICT_LOGIT, verdict_logit
 from tests.unit.judge.groups import group_of
 from tests.unit.judge.judge_server import Answer, Server, longer_wins, running_server
 

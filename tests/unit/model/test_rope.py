@@ -97,7 +97,7 @@ def _one_rank() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_one_rank")
-@pytest.mark.parametrize("family", ["phi3, longrope", "qwen3, yarn"])
+@pytest.mark.parametrize("family", ["phi3, longrope of a half", "qwen3, yarn"])
 def test_each_sequence_is_rotated_as_hugging_face_rotates_it_alone(family: str, tmp_path: Path) -> None:
     hf = family_model(tmp_path / "hf", family)
     checkpoint = import_checkpoint(hf, tmp_path / "megatron")

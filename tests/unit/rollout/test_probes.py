@@ -60,7 +60,7 @@ def test_with_an_adapter_they_are_those_of_peft_on_the_model_in_float32(dtype: s
     assert probes.distance(compute_probes(base).log_probs) > TOLERANCE
 
 
-@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_adapters_of_experts_are_added_to_the_expert_s_own_rows(kind: str, tmp_path: Path) -> None:
     """The truth: scaling * B @ A added to the weights in the file, of a model that transformers then loads."""
     base = tiny_llama(tmp_path / "base", scale=0.2, **MIXTURES[kind])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.rollout import tables
+from megatron_sppo.rollout import table_files
 from megatron_sppo.rollout.prompts import Prompt, PromptRows, PromptsHash, read_prompts
 from megatron_sppo.storage import sha256_of_json
 
@@ -255,8 +255,8 @@ def hash_of(prompts: Iterable[Prompt]) -> str:
 
 def test_prompts_are_read_as_they_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[bytes] = []
-    real = tables._json_line
-    monkeypatch.setattr(tables, "_json_line", lambda line: lines.append(line) or real(line))
+    real = table_files._json_line
+    monkeypatch.setattr(table_files, "_json_line", lambda line: lines.append(line) or real(line))
     rows = PromptRows(write_rows(tmp_path / "rows.jsonl", [*ROWS, 5]))
     prompts = iter(rows)
     for number, expected in enumerate(IDS, start=1):

@@ -15,7 +15,8 @@ import pyarrow.parquet
 import pytest
 
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.rollout.tables import UnusableRow, table_rows
+from megatron_sppo.rollout.table_files import UnusableRow
+from megatron_sppo.rollout.tables import table_rows
 
 ROWS: list[dict[str, Any]] = [{"prompt": 'Why, "sky"?\nTwo lines'}, {"prompt": "\u00e9t\u00e9?"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

@@ -1,7 +1,7 @@
 """Proves how shards are fed to vLLM's engine, with an engine that computes nothing but counts its steps.
 
 It has slots, lets requests in as slots come free and computes a token of each a step, as vLLM's scheduler does. Not
-here: vLLM itself (tests/e2e/test_rollout_vllm.py).
+here: vLLM itself (tests/e2e/test_self_play_vllm.py).
 """
 
 import random

@@ -6,14 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from megatron_sppo.selfplay.process import last_error, run_logged
 
 STAGE = """
-import sys, time
+import os, sys, time
 assert sys.argv[1] == str(sys.stderr.isatty()), sys.stderr.isatty()
 print("a line for the log", file=sys.stderr)
 for percent in (10, 60, 100):
-    sys.stderr.write(f"\\rprogress {percent} %"); sys.stderr.flush(); time.sleep(0.3)
+    sys.stderr.write(f"\\rprogress {percent} %"); sys.stderr.flush()
+    while percent < 100 and "SEEN" in os.environ and not os.path.exists(f"{os.environ['SEEN']}/{percent}"):
+        time.sleep(0.01)
 sys.stderr.write("\\nlast words\\n")
 """
 
@@ -30,7 +34,11 @@ def last_lines(path: Path, count: int) -> list[str]:
     return path.read_text().splitlines()[-count:]  # before them stands the command
 
 
-def test_on_a_terminal_the_bar_is_shown_and_the_log_keeps_its_last_state(tmp_path: Path) -> None:
+def test_on_a_terminal_the_bar_is_shown_and_the_log_keeps_its_last_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stage goes on when its bar was seen."""
+    monkeypatch.setenv("SEEN", str(tmp_path))
     log, (ours, theirs) = tmp_path / "stage.log", pty.openpty()
     process = subprocess.Popen([sys.executable, "-c", RUNNER, STAGE, str(log)], stderr=theirs, stdout=theirs)
     os.close(theirs)
@@ -43,9 +51,11 @@ def test_on_a_terminal_the_bar_is_shown_and_the_log_keeps_its_last_state(tmp_pat
         if not block:
             break
         seen += block
+        for percent in (10, 60):
+            if f"progress {percent} %".encode() in seen:
+                (tmp_path / str(percent)).touch()
     os.close(ours)
     assert process.wait(timeout=30) == 0
-    assert b"progress 10 %" in seen and b"progress 60 %" in seen
     assert b"a line for the log" not in seen and b"last words" not in seen
     assert last_lines(log, 3) == ["a line for the log", "progress 100 %", "last words"]
 
