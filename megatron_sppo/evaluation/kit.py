@@ -13,6 +13,7 @@ from megatron_sppo.evaluation.export import check_export, export_answers, lm_eva
 from megatron_sppo.evaluation.length_control import DifficultyTable, read_difficulty_table, require_scikit_learn
 from megatron_sppo.evaluation.over_optimisation import over_optimisation
 from megatron_sppo.evaluation.players import Field, Player, read_field
+from megatron_sppo.evaluation.result_file import RESULT_KEY, SCHEMA_VERSION
 from megatron_sppo.evaluation.standings import length_controlled, standings
 from megatron_sppo.evaluation.tournament import Tournament, hold, shared_prompts
 from megatron_sppo.judge.accuracy import strict_accuracy
@@ -24,12 +25,6 @@ from megatron_sppo.judge.workers import PooledJudge, open_judge
 from megatron_sppo.storage import refuse_foreign_file, write_json
 
 logger = logging.getLogger(__name__)
-
-SCHEMA_VERSION = 1
-RESULT_KEY = "tournament_version"
-"""Every result has it, near its beginning: what lacks it is not written over."""
-RESULT_NAME = "tournament.json"
-"""Under this name in a run directory the run's report shows it."""
 
 
 def evaluate_players(config: EvaluateConfig) -> dict[str, Any]:

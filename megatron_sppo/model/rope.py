@@ -37,7 +37,9 @@ def inverse_frequencies(
         channels: R.
         long: for sequences above `original_max_position_embeddings`, in longrope.
     """
-    exponents = torch.arange(0, channels, 2, dtype=torch.int64).to(device=device, dtype=torch.float) / channels
+    # On the CPU also where a model is built on the meta device, to be run layer by layer.
+    whole = torch.arange(0, channels, 2, dtype=torch.int64, device="cpu")
+    exponents = whole.to(device=device, dtype=torch.float) / channels
     kind = None if scaling is None else scaling.rope_type
     if scaling is None or kind == "dynamic":  # up to the model's positions dynamic scaling is none
         return 1.0 / (base**exponents)
@@ -77,7 +79,7 @@ def _yarn(periods: Tensor, channels: int, base: float, scaling: RopeScaling) -> 
     low, high = max(low, 0), min(high, channels - 1)
     if low == high:
         high += 0.001
-    ramp = (torch.arange(channels // 2, dtype=torch.float32) - low) / (high - low)
+    ramp = (torch.arange(channels // 2, dtype=torch.float32, device="cpu") - low) / (high - low)
     extrapolated = 1 - ramp.clamp(0, 1).to(periods.device)
     return 1.0 / (factor * periods) * (1 - extrapolated) + 1.0 / periods * extrapolated
 

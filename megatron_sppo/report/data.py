@@ -12,7 +12,7 @@ import numpy as np
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.schema import MANIFEST_NAME
 from megatron_sppo.errors import DataError
-from megatron_sppo.evaluation.kit import RESULT_KEY, RESULT_NAME, SCHEMA_VERSION
+from megatron_sppo.evaluation.result_file import RESULT_KEY, RESULT_NAME, SCHEMA_VERSION
 from megatron_sppo.report.tokens import TokenAnswer, read_token_answers
 from megatron_sppo.rollout.records import RolloutGroup, Turn, read_manifest, read_shard
 from megatron_sppo.selfplay.commands import RunPaths

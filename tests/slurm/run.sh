@@ -63,7 +63,7 @@ export MEGATRON_SPPO_RAY_OPTIONS="--num-cpus=1 --object-store-memory=100000000"
 said() {  # said FILE: a job's own log, shortened, without this machine's directories
   say "what the job itself said"
   sed -e "s|$dir|DIR|g" -e "s|$root|CHECKOUT|g" -e "s|$(dirname "$(dirname "$python")")|VENV|g" "$1" \
-    | grep -E '^[0-9:]+ |^megatron-sppo|^slurmstepd|^srun' | grep -v -E '%\|| prompts/s|\| loss ' | cut -c1-170
+    | grep -E '^[0-9:]+ |^megatron-sppo|^slurmstepd|^srun' | grep -v -E '%\|| prompts/s|\| loss | s a step, the median' | cut -c1-170
 }
 submit() { on sbatch --parsable --nodes 2 --gpus-per-node 1 --output "$dir/%x-%j.log" "$@"; }
 

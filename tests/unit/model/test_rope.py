@@ -15,7 +15,7 @@ import transformers
 from megatron.core.models.common.embeddings import RotaryEmbedding
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_sppo.architecture import read_architecture
+from megatron_sppo.architecture import RopeScaling, read_architecture
 from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.errors import ConfigError
@@ -119,6 +119,20 @@ def test_each_sequence_is_rotated_as_hugging_face_rotates_it_alone(family: str, 
         expected = hugging_face_logits(hf, tokens[index : index + 1, :length])[0]
         for ours in (padded[index, :length], packed[0, bounds[index] : bounds[index + 1]]):
             assert (ours[:, : architecture.vocab_size] - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama3", "linear", "yarn"])
+def test_a_model_that_is_built_on_the_meta_device_has_real_frequencies(kind: str) -> None:
+    """As `verify --layerwise` builds it: weights come layer by layer, tables are computed once."""
+    settings = {
+        "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+        "linear": {},
+        "yarn": {"beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 64},
+    }[kind]
+    scaling = RopeScaling(rope_type=kind, factor=4.0, **settings)
+    with torch.device("meta"):
+        found = inverse_frequencies(16, 1e4, scaling)
+    assert torch.equal(found, inverse_frequencies(16, 1e4, scaling))
 
 
 def test_longrope_keeps_to_the_rotation_that_takes_a_table_for_each_sequence() -> None:
