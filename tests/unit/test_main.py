@@ -44,7 +44,7 @@ def test_a_tool_can_be_loaded_as_a_module(path: Path) -> None:
         (["convert"], "megatron-sppo convert: error: a command is missing. Use one of: megatron-sppo convert import,"),
         (["--nothing"], "megatron-sppo: error: no command '--nothing'. Use one of:"),
         (["convert", "imprt"], "megatron-sppo convert: error: no command 'imprt'. Did you mean import? Use one of:"),
-        (["convert", "import"], "megatron-sppo convert: error: --hf, --megatron are missing."),
+        (["convert", "import"], "megatron-sppo convert: error: --megatron is missing."),
         (["report", "--runs", "x"], "megatron-sppo report: error: unknown flag --runs. Did you mean --run?"),
         (
             ["train", "--config", "examples/configs/nothing.yaml"],
