@@ -77,7 +77,10 @@ def hf_logits(hf: Path, dtype: torch.dtype, *, on_layer: Callable[[], object], a
     with torch.device("meta"):
         model = auto.from_config(config, dtype=dtype).eval()
     # A model of no layers and few rows gives all that is no layer: norms, rotary frequencies, the embedding's scale.
-    small = auto.from_config(_cut(config, []), dtype=dtype).to(device).eval()
+    bare = _cut(config, [])
+    if getattr(config, "layer_types", None) is not None:
+        bare.layer_types = config.layer_types  # rotary frequencies may be each kind's own
+    small = auto.from_config(bare, dtype=dtype).to(device).eval()
     decoder = model.get_decoder()
     for target, donor in ((model, small), (decoder, small.get_decoder())):
         for name, child in donor.named_children():

@@ -41,8 +41,10 @@ def make_sampler(config: GenerateConfig, max_model_len: int, *, seconds: float) 
 def main() -> None:
     """Write rollouts of hashed bytes."""
     generate = config.parse(GenerateConfig, name=NAME, description=__doc__ or "")
-    # Tokenizers of transformers do without what its models need, which costs four seconds to import.
-    sys.modules.update(dict.fromkeys(("torch", "sklearn")))
+    # Tokenizers of transformers do without what its models need, which costs four seconds to import; the default size
+    # of a shard does not, for it depends on whether there is a GPU.
+    if generate.shard_size is not None:
+        sys.modules.update(dict.fromkeys(("torch", "sklearn")))
     seconds = float(os.environ.get("FAKE_SECONDS_PER_SHARD", "0"))
     generate_rollouts(generate, make_sampler=functools.partial(make_sampler, seconds=seconds))
 
