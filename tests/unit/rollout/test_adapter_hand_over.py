@@ -27,7 +27,7 @@ from megatron_sppo.rollout.sampler import Shard
 from megatron_sppo.rollout.server import ServerSampler, check_takes_policies
 from megatron_sppo.rollout.weight_sums import weight_sum
 from tests.adapters import random_adapter
-from tests.unit.rollout.test_hand_over import PROMPTS, SAMPLING, HoldingVllm, Models
+from tests.unit.rollout.test_hand_over import PROMPTS, SAMPLING, HoldingVllm, Models, serving
 
 RANK, ALPHA = 4, 8
 
@@ -143,19 +143,8 @@ class AdaptedVllm(HoldingVllm):
 
 @pytest.fixture
 def serve(models: Adapters) -> Iterator[Callable[..., AdaptedVllm]]:
-    servers: list[AdaptedVllm] = []
-
-    def start(**unlike: Any) -> AdaptedVllm:
-        server = AdaptedVllm(models, unlike.pop("start", models.old))
-        for name, value in unlike.items():
-            assert hasattr(server, name)
-            setattr(server, name, value)
-        servers.append(server)
-        return server
-
-    yield start
-    for server in servers:
-        server.close()
+    with serving(AdaptedVllm, models) as start:
+        yield start
 
 
 def sampler_of(*servers: AdaptedVllm, adapter: Path, weights: str = "prove", **settings: Any) -> ServerSampler:

@@ -5,6 +5,7 @@ log-probabilities are transformers', their sums are those of the files. So each 
 workers themselves tell is in tests/e2e/test_self_play_servers.py and test_served_weights.py.
 """
 
+import contextlib
 import json
 import logging
 import threading
@@ -191,12 +192,13 @@ class HoldingVllm:
         self.http.server_close()
 
 
-@pytest.fixture
-def serve(models: Models) -> Iterator[Callable[..., HoldingVllm]]:
+@contextlib.contextmanager
+def serving(kind: type[HoldingVllm], models: Models) -> Iterator[Callable[..., HoldingVllm]]:
+    """Start servers by a function, each unlike the others in what it is given; they end with the block."""
     servers: list[HoldingVllm] = []
 
     def start(**unlike: Any) -> HoldingVllm:
-        server = HoldingVllm(models, unlike.pop("start", models.old))
+        server = kind(models, unlike.pop("start", models.old))
         for name, value in unlike.items():
             assert hasattr(server, name)
             setattr(server, name, value)
@@ -206,6 +208,12 @@ def serve(models: Models) -> Iterator[Callable[..., HoldingVllm]]:
     yield start
     for server in servers:
         server.close()
+
+
+@pytest.fixture
+def serve(models: Models) -> Iterator[Callable[..., HoldingVllm]]:
+    with serving(HoldingVllm, models) as start:
+        yield start
 
 
 @pytest.fixture(autouse=True)
