@@ -128,11 +128,15 @@ those of a stage on Ray. An engine computes 8 answers at once, a step for each t
 last has drained, and loses all that it has at work when it dies, for a minute; the driver takes 10 ms to write a
 shard. What is missing to 100 % is the end of the stage, when some engines still have an answer at work: the share
 falls where a stage is shorter or an engine wider, to 86 % with 64 answers at once and shards of 16, for 100 prompts
-an engine.""",
+an engine.
+
+New weights for a running server are loaded in place and proven, beside a server that is started anew with them and
+proves nothing: three turns, tests running beside.""",
         command="""\
 OMP_NUM_THREADS=1 python -m benchmarks.rollouts --prompts 4 --max-tokens 32
-python -m benchmarks.rollout_simulation""",
-        files=(f"{OTHER_CPU}/rollouts", f"{OTHER_CPU}/rollout_simulation"),
+python -m benchmarks.rollout_simulation
+OMP_NUM_THREADS=1 python -m benchmarks.hand_over --model .cache/smollm2""",
+        files=(f"{OTHER_CPU}/rollouts", f"{OTHER_CPU}/rollout_simulation", f"{OTHER_CPU}/hand_over"),
     ),
     Figure(
         title="C8: cost that does not grow",
