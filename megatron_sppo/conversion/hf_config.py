@@ -86,7 +86,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         layernorm_epsilon=positive(config, "rms_norm_eps", place, default=1e-6),
         share_embeddings_and_output_weights=tied,
         **family.traits,
-        **_biases(config, family, place),
+        **_switches(config, family, place),
         **_numbers(config, family, place),
         **windows,
         **rope_fields(config, family, place, windowed=bool(windows)),
@@ -118,7 +118,7 @@ def hf_from_architecture(architecture: Architecture, *, dtype: str) -> dict[str,
             for key, allowed in family.fixed.items()
             if allowed[-1] is not None or key in family.required
         },
-        **{key: getattr(architecture, names[0]) for key, names in family.biases.items()},
+        **{key: getattr(architecture, names[0]) for key, names in family.switches.items()},
         **{key: getattr(architecture, name) for key, name in family.numbers.items()},
         **_window_keys(architecture, family),
     }
@@ -134,10 +134,10 @@ def _numbers(config: Mapping[str, Any], family: Family, place: str) -> dict[str,
     return values
 
 
-def _biases(config: Mapping[str, Any], family: Family, place: str) -> dict[str, Any]:
-    """Read which linear layers have biases -> Architecture's fields."""
+def _switches(config: Mapping[str, Any], family: Family, place: str) -> dict[str, Any]:
+    """Read what is switched on, such as biases of linear layers -> Architecture's fields."""
     values: dict[str, Any] = {}
-    for key, names in family.biases.items():
+    for key, names in family.switches.items():
         value = config.get(key) or False
         if not isinstance(value, bool):
             raise ConversionError(f"{place}: {key} is {config[key]!r}; it must be true or false.")

@@ -344,9 +344,9 @@ class Family:
     """Fields of `Architecture` that every model of the family has alike, such as {"add_qkv_bias": True}."""
     numbers: Mapping[str, str] = field(default_factory=dict)
     """Keys of config.json with a number above 0, or null, and the fields of `Architecture` that take it as it is."""
-    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Keys of config.json that are true, false or absent (false), and the fields of `Architecture` that say the same:
-    {"mlp_bias": ("add_mlp_bias",)}. GLM says so of its norms of heads, too."""
+    {"mlp_bias": ("add_mlp_bias",)}."""
     further_layers: str | None = None
     """Key of the number of layers behind the decoder's, which predict further tokens: they are carried along."""
     windows: WindowKeys | None = None

@@ -54,7 +54,7 @@ FAMILY = Family(
         "attn_logit_softcapping": "attention_softcap",
         "final_logit_softcapping": "logit_softcap",
     },
-    biases={"attention_bias": llama.ATTENTION_BIASES},
+    switches={"attention_bias": llama.ATTENTION_BIASES},
     windows=WindowKeys(every=2, layer_types=True),
     tied=True,
 )

@@ -12,7 +12,7 @@ FAMILY = Family(
     fixed=gemma2.FAMILY.fixed,
     ignored=gemma2.FAMILY.ignored,
     traits={**gemma2.FAMILY.traits, "qk_layernorm": True},
-    biases=gemma2.FAMILY.biases,
+    switches=gemma2.FAMILY.switches,
     numbers=gemma2.FAMILY.numbers,
     windows=WindowKeys(layer_types=True, full_every=6, full_every_key="sliding_window_pattern"),
     rotary_base=1e6,

@@ -67,6 +67,6 @@ FAMILY = Family(
     architecture_class="LlamaForCausalLM",
     mappings=MAPPINGS,
     fixed={"hidden_act": (None, "silu")},
-    biases={"attention_bias": ATTENTION_BIASES, "mlp_bias": ("add_mlp_bias",)},
+    switches={"attention_bias": ATTENTION_BIASES, "mlp_bias": ("add_mlp_bias",)},
     ignored=(".self_attn.rotary_emb.inv_freq",),
 )

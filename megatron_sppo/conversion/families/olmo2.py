@@ -17,7 +17,7 @@ FAMILY = Family(
     # Absent, it would mean 1e-5.
     required=("rms_norm_eps",),
     fixed={"clip_qkv": (None,), "hidden_act": (None, "silu")},
-    biases={"attention_bias": llama.ATTENTION_BIASES},
+    switches={"attention_bias": llama.ATTENTION_BIASES},
     traits={
         "qk_layernorm": True,
         "qk_layernorm_across_heads": True,

@@ -11,7 +11,7 @@ FAMILY = Family(
     required=("rms_norm_eps", "sliding_window"),
     fixed={"hidden_act": (None, "silu")},
     traits=olmo2.FAMILY.traits,
-    biases={"attention_bias": llama.ATTENTION_BIASES},
+    switches={"attention_bias": llama.ATTENTION_BIASES},
     windows=WindowKeys(layer_types=True, full_every=4),
     rotary_base=5e5,
     windowed_rope=WindowedRope(base=5e5),

@@ -18,6 +18,6 @@ FAMILY = Family(
     required=("num_key_value_heads", "head_dim"),
     fixed={"use_sliding_window": (None, True, False), "hidden_act": (None, "silu")},
     traits={"qk_layernorm": True},
-    biases={"attention_bias": llama.ATTENTION_BIASES},
+    switches={"attention_bias": llama.ATTENTION_BIASES},
     windows=qwen2.WINDOWS,
 )

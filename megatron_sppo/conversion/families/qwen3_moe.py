@@ -52,7 +52,7 @@ FAMILY = Family(
         "num_shared_experts": (0, None),
         "n_shared_experts": (0, None),
     },
-    biases={"attention_bias": llama.ATTENTION_BIASES},
+    switches={"attention_bias": llama.ATTENTION_BIASES},
     traits={"qk_layernorm": True},
     experts=ExpertKeys(
         count=("num_experts", "num_local_experts"),
