@@ -61,6 +61,8 @@ setup(
         "dev": [
             # The peer of the length-controlled win rate.
             "alpaca_eval>=0.6.6",
+            # alpaca_eval 0.6.6 imports pkg_resources.
+            "setuptools<81",
             "gguf>=0.10",
             "hypothesis>=6.100",
             # The pages: make docs.
