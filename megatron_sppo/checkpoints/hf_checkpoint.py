@@ -46,6 +46,11 @@ class HFCheckpoint:
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Each tensor's shape."""
+        return {name: entry.shape for name, entry in self.entries.items()}
+
     def layout(self) -> dict[str, Any]:
         """Describe how the tensors lie in the files, for `kept_files`."""
         index = self.directory / INDEX_FILE

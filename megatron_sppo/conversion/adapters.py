@@ -17,9 +17,7 @@ from megatron_sppo.checkpoints.distcp import COMMON_FILE
 from megatron_sppo.checkpoints.distcp_writer import write_distcp
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
-from megatron_sppo.checkpoints.hf_writer import (
-    write_tensor,
-)
+from megatron_sppo.checkpoints.hf_writer import write_tensor
 from megatron_sppo.checkpoints.megatron_checkpoint import (
     HF_DIRECTORY,
     ITERATION_PATTERN,
@@ -98,7 +96,7 @@ def import_adapter(
     architecture = architecture_from_hf(read_config(base), place=str(base / CONFIG_FILE))
     family = family_of(architecture.family, place=str(base))
     source = open_hf_checkpoint(base)
-    check_fits(opened, shapes_of(source), base=base, base_hash=None if opened.base_hash is None else model_hash(base))
+    check_fits(opened, source.shapes, base=base, base_hash=None if opened.base_hash is None else model_hash(base))
     settings = AdapterSettings(
         rank=opened.rank,
         alpha=float(opened.alpha),
@@ -235,11 +233,6 @@ def check_base(opened: OpenedAdapter, base: Path) -> HFCheckpoint:
             f"{named.weights_hash} (in {named.params_dtype}). Give the model that they were trained on."
         )
     return source
-
-
-def shapes_of(source: HFCheckpoint) -> dict[str, tuple[int, ...]]:
-    """List a model's tensors -> {name: shape}."""
-    return {name: entry.shape for name, entry in source.entries.items()}
 
 
 def _layout(opened: PeftAdapter) -> dict[str, str]:

@@ -26,7 +26,7 @@ from megatron_sppo.checkpoints.safetensors_file import entries_of_header
 from megatron_sppo.checkpoints.side_files import write_side_files
 from megatron_sppo.conversion import convert
 from megatron_sppo.conversion.adapter_checkpoint import OpenedAdapter, open_adapter_checkpoint
-from megatron_sppo.conversion.adapters import check_base, shapes_of
+from megatron_sppo.conversion.adapters import check_base
 from megatron_sppo.errors import ConversionError
 from megatron_sppo.storage import atomic_directory, locked_place, refuse_foreign, remove_stale_temporaries
 
@@ -114,7 +114,7 @@ def _layout_of(source: HFCheckpoint) -> FileLayout:
 
 def _check_already_merged(hf: Path, opened: OpenedAdapter, source: HFCheckpoint, cast: torch.dtype | None) -> None:
     there = open_hf_checkpoint(hf)
-    same = shapes_of(there) == shapes_of(source) and read_config(hf).get("model_type") == opened.architecture.family
+    same = there.shapes == source.shapes and read_config(hf).get("model_type") == opened.architecture.family
     for name in source.entries if same else ():
         ((_, weight),) = _merged_weight(opened, source, name, cast)
         found = there.read(name)

@@ -104,7 +104,6 @@ def open_adapter_of(model: Path, model_hash: str, adapter: Path) -> PeftAdapter:
     Raises:
         ConversionError: it is none that can be used, or another model's.
     """
-    opened, base = open_peft_adapter(adapter), open_hf_checkpoint(model)
-    shapes = {name: entry.shape for name, entry in base.entries.items()}
-    check_fits(opened, shapes, base=model, base_hash=model_hash)
+    opened = open_peft_adapter(adapter)
+    check_fits(opened, open_hf_checkpoint(model).shapes, base=model, base_hash=model_hash)
     return opened

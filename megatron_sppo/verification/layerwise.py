@@ -77,10 +77,7 @@ def hf_logits(hf: Path, dtype: torch.dtype, *, on_layer: Callable[[], object], a
     with torch.device("meta"):
         model = auto.from_config(config, dtype=dtype).eval()
     # A model of no layers and few rows gives all that is no layer: norms, rotary frequencies, the embedding's scale.
-    bare = _cut(config, [])
-    if getattr(config, "layer_types", None) is not None:
-        bare.layer_types = config.layer_types  # rotary frequencies may be each kind's own
-    small = auto.from_config(bare, dtype=dtype).to(device).eval()
+    small = auto.from_config(_cut(config, []), dtype=dtype).to(device).eval()
     decoder = model.get_decoder()
     for target, donor in ((model, small), (decoder, small.get_decoder())):
         for name, child in donor.named_children():
@@ -223,7 +220,8 @@ def _cut(config: Any, layers: Sequence[int]) -> Any:
     """Describe a model of some of the layers, with a vocabulary of next to nothing -> config."""
     cut = copy.deepcopy(config)
     if getattr(cut, "layer_types", None) is not None:
-        cut.layer_types = [config.layer_types[index] for index in layers]
+        # Rotary frequencies may be each kind's own, and a model of no layers is built for those of all kinds.
+        cut.layer_types = [config.layer_types[index] for index in layers] or config.layer_types
     _set_kind_of_layer(cut, config, layers)
     cut.num_hidden_layers, cut.vocab_size, cut.pad_token_id = len(layers), _ROWS, None
     return cut
