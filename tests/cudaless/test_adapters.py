@@ -12,13 +12,10 @@ from typing import Any
 
 import pytest
 
-from megatron_sppo.conversion.convert import import_checkpoint
-from tests.cudaless.test_layouts import MODELS, SIZES
-from tests.distributed.conftest import write_dataset
+from tests.cudaless.test_layouts import make_truth
 from tests.distributed.test_adapter_layouts import PeftTruth
 from tests.distributed.test_layouts import FULL, SP, TP2
 from tests.gpu.test_hopper import distance, gap_per_token
-from tests.models import tiny_llama
 
 BATCH = "--params-dtype bfloat16 --micro-batch-size 4"
 # (model, ranks, flags)
@@ -38,10 +35,7 @@ BOUNDS = {"bfloat16": (0.012, 0.13), "tensorwise": (0.1, 0.7)}
 def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PeftTruth]:
     @cache
     def find(model: str) -> PeftTruth:
-        root = tmp_path_factory.mktemp(model)
-        hf = tiny_llama(root / "hf", num_hidden_layers=4, **SIZES, **MODELS[model])
-        import_checkpoint(hf, root / "megatron")
-        truth = PeftTruth(hf=hf, megatron=root / "megatron", data=write_dataset(root / "data", hf))
+        truth = make_truth(PeftTruth, tmp_path_factory.mktemp(model), model)
         truth.params_dtype = "bfloat16"
         return truth
 

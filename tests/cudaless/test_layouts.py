@@ -9,7 +9,7 @@ NCCL, overlap, `tp_comm_overlap`.
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -19,6 +19,8 @@ from tests.distributed.test_layouts import CP2, PP2, SHARDED, SP, TP2
 from tests.distributed.truth import Truth
 from tests.gpu.test_hopper import distance, gap_per_token
 from tests.models import MIXTURES, tiny_llama
+
+T = TypeVar("T", bound=Truth)
 
 ENGINE = "--params-dtype bfloat16 --transformer-impl transformer_engine --micro-batch-size 4"
 MODELS: dict[str, dict[str, Any]] = {
@@ -49,14 +51,18 @@ REORDERED = 1e-5
 """Distance of gradients that are summed over micro-batches in another order, in float32 (found: 3e-6, DP2)."""
 
 
+def make_truth(kind: type[T], root: Path, model: str) -> T:
+    """Make one of the models, its import and its dataset."""
+    hf = tiny_llama(root / "hf", num_hidden_layers=4, **SIZES, **MODELS[model])
+    import_checkpoint(hf, root / "megatron")
+    return kind(hf=hf, megatron=root / "megatron", data=write_dataset(root / "data", hf))
+
+
 @pytest.fixture(scope="module")
 def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Truth]:
     @cache
     def find(model: str) -> Truth:
-        root = tmp_path_factory.mktemp(model)
-        hf = tiny_llama(root / "hf", num_hidden_layers=4, **SIZES, **MODELS[model])
-        import_checkpoint(hf, root / "megatron")
-        return Truth(hf=hf, megatron=root / "megatron", data=write_dataset(root / "data", hf))
+        return make_truth(Truth, tmp_path_factory.mktemp(model), model)
 
     return find
 
