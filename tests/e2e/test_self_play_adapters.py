@@ -64,6 +64,14 @@ def test_three_iterations_with_one_adapter_on_one_base_in_one_engine(tmp_path: P
     assert [manifest.adapter for manifest in manifests.values()] == [None, adapter, adapter]
     assert len({manifest.model_hash for manifest in manifests.values()}) == 1
 
+    # What was computed by the engine that had sampled for others before is what the same command computes alone.
+    stage = json.loads((run / "state.json").read_text())["stages"]["iter_2-rollouts"]["command"]
+    again = [tmp_path / "again" if token == str(run / "iter_2/rollouts") else token for token in stage]
+    subprocess.run([*map(str, again)], cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert [path.name for path in (tmp_path / "again").glob("shard-*")] == ["shard-00000.jsonl"]
+    for path in (tmp_path / "again").glob("shard-*"):
+        assert path.read_bytes() == (run / "iter_2/rollouts" / path.name).read_bytes()
+
     # What Megatron computed of each token, of the policy and of the one before it, against peft on transformers.
     for iteration in (1, 2):
         policies = []
