@@ -53,14 +53,15 @@ ENGINE := .cache/transformer-engine-2.11.0
 TRITON := .cache/triton-3.5.1-python$(VERSION)
 EMULATED := CUDALESS=1 PYTHONPATH=$(CURDIR)/tests/cudaless/startup:$(CURDIR)/$(ENGINE):$(CURDIR) $(PYTEST) -p tests.cudaless.plugin
 
-.PHONY: help interpreter install demo test test-full test-megatron lint test-unit test-distributed test-triton \
-  test-cudaless test-gpu-emulated test-e2e full-run-is-due pages docs clean
+.PHONY: help interpreter install demo test test-full test-megatron lint test-unit test-reliability test-distributed \
+  test-triton test-cudaless test-gpu-emulated test-e2e soak full-run-is-due pages docs clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
 	@echo 'make test-full     every layout too, as is due when training, model or data changed'
 	@echo 'make lint     ruff and mypy            make test-unit | test-distributed | test-triton | test-cudaless | test-e2e'
 	@echo 'make test-gpu-emulated     all that is written for a GPU, on an emulated one (half an hour)'
+	@echo 'make test-reliability     some of the faults of each kind; make soak SOAK_MINUTES=60     all of them, and a table'
 	@echo 'make docs     the pages, in site/          make pages     write again those that are made from code'
 	@echo 'make clean    remove environments, caches and built models (not runs/)'
 	@echo
@@ -106,7 +107,7 @@ demo: install $(SMOLLM2)/config.json
 	  --prompts $(PROMPTS) --output $(RUN) --iterations $(ITERATIONS) --judge $(JUDGE)$(if $(LORA), --training lora_rank=16 lr=4e-4)
 
 # vLLM first: it holds numpy and transformers below their newest releases, and all targets are to see the same ones.
-test: install lint docs test-unit test-triton test-distributed test-cudaless test-e2e
+test: install lint docs test-unit test-reliability test-triton test-distributed test-cudaless test-e2e
 
 # What a full run stands for: these sources and Megatron-Core's versions. `make test-full` notes it, for you to commit.
 FULL_RUN := tests/full_run.txt
@@ -126,6 +127,14 @@ lint: $(VENV)/.installed
 
 test-unit: $(VENV)/.installed
 	$(PYTEST) tests/unit tests/gpu $(TWO_AT_A_TIME)
+
+# Faults that are made: some of each kind here, all of them and an hour of self-play among them in `make soak`.
+test-reliability: install
+	$(PYTEST) tests/reliability $(TWO_AT_A_TIME)
+
+SOAK_MINUTES ?= 60
+soak: install
+	$(TEST_ENVIRONMENT) $(BIN)/python -m benchmarks.soak --minutes $(SOAK_MINUTES)
 
 # On the second version of Megatron-Core: PYTHON=python3.12.
 test-megatron: $(VENV)/.installed test-cudaless

@@ -317,7 +317,9 @@ class Architecture:
     @property
     def num_expert_layers(self) -> int:
         """Layers that have experts."""
-        return sum(self.has_experts(layer) for layer in range(self.num_layers))
+        if self.num_moe_experts is None:
+            return 0
+        return sum(self.moe_layer_freq) if self.moe_layer_freq else self.num_layers
 
     def layer_kinds(self) -> dict[bool, int]:
         """Count the layers of each kind that there is -> {whether they have experts: layers}."""

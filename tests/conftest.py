@@ -18,6 +18,8 @@ import pytest
 
 from tests.imports import imports_megatron
 
+pytest_plugins = ["tests.reliability.tally"]
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -52,6 +52,11 @@ class Objective:
         return 2 if self.column is None else 1
 
     @property
+    def strength(self) -> str:
+        """The one of eta and beta that the loss reads, and its value, for people."""
+        return f"beta {self.beta:g}" if self.name in _STRENGTH_IS_BETA else f"eta {self.eta:g}"
+
+    @property
     def nats_per_reward(self) -> float:
         """Nats of log-ratio that make one unit of reward: eta, or 1 / beta for dpo and ipo."""
         return 1 / self.beta if self.name in _STRENGTH_IS_BETA else self.eta

@@ -134,7 +134,10 @@ class Batches:
         """Say what is trained on, and count what is not."""
         index, config = self.index, self._config
         logger.info(
-            "%d responses of %d prompts (%s), %d steps; left out: %d tied prompts, %d tied pairs, %d too long rows",
+            "%s at %s: %d responses of %d prompts (%s), %d steps; left out: %d tied prompts, %d tied pairs, "
+            "%d too long rows",
+            config.objective.objective,
+            config.objective.row.strength,
             index.num_rows,
             self._dataset.num_groups,
             self.selection,

@@ -234,6 +234,13 @@ def test_steps_are_those_asked_for_and_the_data_repeats(dataset, settings, expec
         assert f"num_epochs 2 is 12 steps: {ends} ends the run" in caplog.text
 
 
+@pytest.mark.parametrize(("objective", "strength"), [("sppo", "eta 1000"), ("inpo", "eta 1000"), ("ipo", "beta 0.1")])
+def test_the_strength_that_the_objective_reads_is_said(dataset, objective, strength, caplog) -> None:
+    with caplog.at_level("INFO"):
+        Batches(dataset, config(micro_batch_size=2, objective=objective), max_length=64)
+    assert f"{objective} at {strength}: " in caplog.text
+
+
 def test_fewer_responses_than_a_global_batch_are_said(dataset, caplog) -> None:
     settings = dataclasses.replace(config(micro_batch_size=2), batch=BatchConfig(global_batch_size=128))
     Batches(dataset, settings, max_length=64)
