@@ -37,12 +37,13 @@ def main(cpu_seconds: float, requests: IO[str], replies: IO[str]) -> None:
             signal.setitimer(signal.ITIMER_PROF, cpu_seconds)  # SIGPROF, which nobody here handles: the end
             reply: dict[str, Any]
             try:
-                (text,), _ = render_jinja_template(
+                rendered: Any = render_jinja_template(
                     [conversation],
                     chat_template=asked["template"],
                     add_generation_prompt=asked["add_generation_prompt"],
                     **asked["values"],
                 )
+                text = rendered[0][0]
                 reply = {"text": text}
                 if len(text) > LARGEST_TEXT:
                     reply = {"exhausted": f"it writes {len(text)} characters, and at most {LARGEST_TEXT} are taken"}

@@ -103,7 +103,7 @@ def start(
         started[name] = TRACKERS[name](introduction)
     known = ids | {name: tracker.id for name, tracker in started.items() if tracker.id}
     if keeps_id and known != ids:
-        write_json(directory / ID_FILE, known)
+        write_json(directory / ID_FILE, known, seal=True)
     return TrackedRun(started)
 
 

@@ -51,7 +51,7 @@ PROBES = (
     "e\u0301 \u00e9 \ufb01",
 )
 """The prompts, and what tokenizers differ in: white space, digits, special tokens as text, composed characters."""
-_USER = ({"role": "user", "content": "?"},)
+_USER = (Turn(role="user", content="?"),)
 
 
 def compare_tokenizers(hf: Path, directory: Path, found: str | None) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _different_probes(one: Any, other: Any) -> list[str]:
 def _chat(tokenizer: Any, text: str) -> str | None:
     if tokenizer.chat_template is None:
         return None
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}, *_USER]
+    messages = [Turn(role="user", content=text), Turn(role="assistant", content=text), *_USER]
     try:
         return render(tokenizer, messages, add_generation_prompt=True)
     except TemplateRefusal as error:

@@ -134,7 +134,7 @@ def test_a_directory_without_a_record_of_its_prompts_gets_one_when_it_is_gone_on
     """
     run(config)
     before = files_of(config.output)
-    request = json.loads(before["request.json"])
+    request = read_json(config.output / "request.json")
     del request["prompts"]
     (config.output / "request.json").write_text(json.dumps(request, indent=2) + "\n")
     (config.output / "manifest.json").unlink()
@@ -270,6 +270,7 @@ import sys
 from pathlib import Path
 
 from megatron_sppo.rollout.generate import GenerateConfig, generate_rollouts
+from megatron_sppo.storage import read_json
 from tests.unit.rollout.fake_sampler import FakeSampler, fake_factory
 
 class Stalling(FakeSampler):
