@@ -29,6 +29,7 @@ from megatron_sppo.rollout.generate import _default_shard_size, generate_rollout
 from megatron_sppo.rollout.prompts import PromptRows
 from megatron_sppo.rollout.records import EngineSteps, Response, read_manifest, read_rollouts
 from megatron_sppo.rollout.sampler import Refusal
+from megatron_sppo.storage import read_json
 from tests.unit.rollout.fake_sampler import FakeSampler, fake_factory
 
 NUM_PROMPTS = 10
@@ -270,7 +271,6 @@ import sys
 from pathlib import Path
 
 from megatron_sppo.rollout.generate import GenerateConfig, generate_rollouts
-from megatron_sppo.storage import read_json
 from tests.unit.rollout.fake_sampler import FakeSampler, fake_factory
 
 class Stalling(FakeSampler):
