@@ -191,6 +191,7 @@ def test_the_same_command_gives_the_same_result_and_another_seed_other_intervals
     assert other["mean"] == rate["mean"] and other["low"] != rate["low"]
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("flags", "error", "message"),
     [

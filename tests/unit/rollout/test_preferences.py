@@ -78,6 +78,7 @@ def test_rows_of_both_projects_are_read(row, texts, form, expected) -> None:
         assert math.isclose(read.preferences[i, j], value, rel_tol=1e-12)
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -235,6 +236,7 @@ def test_the_prompt_is_all_that_the_answers_saw(name: str) -> None:
     assert read.responses[:2] == ("a", "b")
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("row", "reason"),
     [

@@ -178,6 +178,7 @@ def with_response(row: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return {**row, "responses": [row["responses"][0], {**row["responses"][1], **fields}]}
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("fault", ROW_FAULTS)
 def test_a_bad_row_is_refused_with_its_file_and_number(rollouts: Path, fault: str) -> None:
     manifest = read_json(rollouts / "manifest.json")
@@ -203,6 +204,7 @@ MANIFEST_FAULTS = {
 }
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("key", MANIFEST_FAULTS)
 def test_a_bad_manifest_is_refused(rollouts: Path, key: str) -> None:
     manifest = read_json(rollouts / "manifest.json")
@@ -211,6 +213,7 @@ def test_a_bad_manifest_is_refused(rollouts: Path, key: str) -> None:
         read_manifest(rollouts)
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("key", ["model", "model_hash", "sampling", "shards", "quarantined"])
 def test_a_manifest_that_lacks_a_key_names_it(rollouts: Path, key: str) -> None:
     manifest = read_json(rollouts / "manifest.json")
