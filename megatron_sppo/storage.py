@@ -431,11 +431,37 @@ def packaged_examples(pattern: str) -> str:
     return ", ".join(sorted(str(path.relative_to(_PACKAGE)) for path in (_PACKAGE / "examples").glob(pattern)))
 
 
-def contained(root: Path, name: str) -> Path:
-    """Resolve a file name that was read from a file, and refuse one that leads out of `root`."""
-    path = Path(root, name)
+def named_inside(root: Path, name: str) -> Path:
+    """Join a file name that was read from a file to its root, and refuse one that leads out of it -> path.
+
+    Raises:
+        DataError: it is absolute, or goes up.
+    """
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise DataError(f"{root} names the file {name!r}, which lies outside it. Do not use this directory.")
+    return Path(root, name)
+
+
+def contained(root: Path, name: str) -> Path:
+    """Find a file whose name was read from a file, and refuse what leads out of `root`, by a link too -> path.
+
+    The hub's cache is the exception: models--ORG--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH.
+
+    Raises:
+        DataError: it does.
+    """
+    path = named_inside(root, name)
+    if "\0" in name:
+        return path  # no file is called so
+    home, target = os.path.realpath(root), os.path.realpath(path)
+    if target != home and not target.startswith(os.path.join(home, "")):
+        parent = os.path.dirname(home)
+        blobs = os.path.join(os.path.dirname(parent), "blobs", "")
+        if os.path.basename(parent) != "snapshots" or not target.startswith(blobs):
+            raise DataError(
+                f"{path} is a link to {target}, outside of {root}. Put the file itself there: "
+                f"cp --remove-destination {target} {path}"
+            )
     return path
 
 
