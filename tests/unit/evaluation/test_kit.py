@@ -178,7 +178,7 @@ def test_the_printed_tables_name_judges_floors_and_the_command_against_regressio
 def test_the_json_on_stdout_is_the_result_without_its_prompts(run, capsys):
     result = run("--players", "a=a", "b=b", "--json", "--length-control", "none")
     printed = json.loads(capsys.readouterr().out)
-    assert printed == {key: value for key, value in result.items() if key != "prompts"}
+    assert printed == {key: value for key, value in result.items() if key not in ("prompts", "content_sha256")}
     assert "length_controlled" not in printed["judges"][0]
 
 
