@@ -13,7 +13,6 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, clip_grads, get_megatron_optimizer
-from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -233,8 +232,6 @@ class ReshardableOptimizer(DistributedOptimizer):
                         place.copy_(piece.flatten())
             # Does something where the optimizer keeps its state in other types than it gives it out in.
             self._set_main_param_and_optimizer_states(parameter, values)
-        if isinstance(self.optimizer, HybridDeviceOptimizer):
-            self.optimizer._sync_hdo_state_to_sub_optimizers()
 
     def _held_ranges(self) -> Iterator[tuple[torch.Tensor, int]]:
         """Yield the parameters that this rank holds a range of -> (parameter, where in it the range begins)."""
