@@ -1,6 +1,7 @@
 """How every tool starts and ends: logging to stderr, one line for what a user can fix, exit codes.
 
 0 done    1 crash (traceback)    2 bad input or a disk that refuses (one line)    130 interrupted    141 reader gone
+3 a rank computes wrongly (one line)    4 a rank hangs (one line, and stacks)
 """
 
 import contextlib
@@ -14,9 +15,11 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from megatron_sppo.errors import ConfigError, ConversionError, DataError
+from megatron_sppo.errors import ConfigError, ConversionError, DataError, MachineError
 
 EXIT_BAD_INPUT = 2
+EXIT_MACHINE = 3
+EXIT_HANG = 4
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
@@ -26,9 +29,9 @@ _USER_ERRORS = (ConfigError, DataError, ConversionError, OSError)
 def run(main: Callable[[], None], *, name: str) -> NoReturn:
     """Run a tool's `main` and exit the process with the code that its outcome deserves.
 
-    The last line on stderr is `NAME: error: FACT. REMEDY.` for ConfigError, DataError, ConversionError and OSError;
-    `--debug` on the command line puts the traceback before it. Any other exception is a fault of the program: it
-    leaves with its traceback, and Python exits with 1.
+    The last line on stderr is `NAME: error: FACT. REMEDY.` for ConfigError, DataError, ConversionError and OSError, and
+    for MachineError (exit code 3); `--debug` on the command line puts the traceback before it. Any other exception is a
+    fault of the program: it leaves with its traceback, and Python exits with 1.
 
     Args:
         main: takes nothing, returns nothing; it parses sys.argv itself.
@@ -51,6 +54,11 @@ def run(main: Callable[[], None], *, name: str) -> NoReturn:
             traceback.print_exc()
         _last_line(f"{name}: error: {one_line(error)}")
         sys.exit(EXIT_BAD_INPUT)
+    except MachineError as error:
+        if debug:
+            traceback.print_exc()
+        _last_line(f"{name}: error: {one_line(error)}")
+        sys.exit(EXIT_MACHINE)
     sys.exit(0)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_sppo.cluster.config import PoolConfig
+from megatron_sppo.cluster.kept import run_kept
 from megatron_sppo.cluster.schedule import MOST_LOSSES, Schedule
 from megatron_sppo.cluster.worker import Lost, Numbered, Reply, ResultT, TaskT, Worker, WorkerCrashed
 from megatron_sppo.errors import DataError
@@ -82,6 +83,7 @@ def run_tasks(
     logs: Path,
     ahead: int = 0,
     size_of: Callable[[TaskT], int] = lambda _: 1,
+    kept: str | None = None,
 ) -> Generator[tuple[TaskT, ResultT], None, None]:
     """Work a stage off -> (task, its result), each once, as soon as it is there, in any order.
 
@@ -93,12 +95,17 @@ def run_tasks(
         logs: directory for what each worker writes to stdout and stderr; a worker in this process writes to ours.
         ahead: tasks that lie ready with a worker beside those that it has taken.
         size_of: units of progress that a task is.
+        kept: where a process is kept for the one worker that would live in this one (`kept.kept_address`).
 
     Raises:
         ConfigError, DataError, ConversionError, OSError: what a worker raises, at its start or later; a pool that
             cannot be had; a task that three workers died at; no worker left.
         WorkerCrashed: a fault of the program, three times at the same task, or wherever it starts.
     """
+    if pool.is_embedded and kept is not None:
+        progress.workers(1, 1)
+        yield from run_kept(kept, make_worker, tasks, progress.add)
+        return
     if pool.is_embedded:
         yield from _run_here(make_worker, tasks, progress)
         return

@@ -72,6 +72,20 @@ class WorkerCrashed(RuntimeError):
         return str(self).rpartition("\n")[2]
 
 
+_left_behind: dict[str, Any] | None = None
+
+
+def left_behind() -> dict[str, Any] | None:
+    """What the worker before has left here, to be taken or added to -> None: this process ends with its worker."""
+    return _left_behind
+
+
+def keep_what_workers_leave() -> None:
+    """Say that other workers will live in this process after the first."""
+    global _left_behind
+    _left_behind = {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Reply:
     """What came of a worker since its last reply."""

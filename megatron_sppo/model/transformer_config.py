@@ -223,6 +223,10 @@ _USER_BUFFERS = (
     "(initialize_ub), and micro-batches have as many as their responses need. Overlap gradients and weights with "
     "--ddp-config overlap_grad_reduce=true overlap_param_gather=true in its place"
 )
+_OFFLOADED_ACTIVATIONS = (
+    "what it computes has been held against no run without it here, least of all with adapters and with passes without "
+    "backward, such as the reference's. Use --recompute-granularity full, which frees as much"
+)
 _REFUSED = {
     "overlap_p2p_comm": _POINT_TO_POINT,
     "batch_p2p_comm": _POINT_TO_POINT,
@@ -231,6 +235,8 @@ _REFUSED = {
     "overlap_p2p_comm_warmup_flush": _POINT_TO_POINT,
     "variable_seq_lengths": "the micro-batches of a step have one shape already, and Megatron-Core refuses the "
     "dispatcher that experts use on the CPU beside it",
+    "grad_norm_skip_threshold": "steps of too large a gradient are left out, counted and named, by --on-bad-step skip "
+    "and --spike-factor",
     "overlap_param_gather_with_optimizer_step": "it belongs to another order of optimizer and first forward than this "
     "loop has. Use --ddp-config overlap_grad_reduce=true overlap_param_gather=true in its place",
     **dict.fromkeys(
@@ -240,6 +246,13 @@ _REFUSED = {
     "moe_router_bias_update_rate": "a router's bias is part of the model, and nothing changes it in training",
     "fp4": "it needs a Blackwell GPU (compute capability 10.0); this is for Hopper",
     "tp_comm_overlap": _USER_BUFFERS,
+    # Measured with 0.16.1's HybridDeviceOptimizer; 0.19.2's is the same in this.
+    "optimizer_cpu_offload": "Megatron-Core's HybridDeviceOptimizer steps what lies on the CPU with torch's AdamW, in "
+    "RMSprop's place too, and a resumed run goes on from the weights that it had copied there before the checkpoint "
+    "was loaded. Use --use-distributed-optimizer, which shards the optimizer's state, or --lora-rank 16, which needs "
+    "next to none",
+    "cpu_offloading": _OFFLOADED_ACTIVATIONS,
+    "fine_grained_activation_offloading": _OFFLOADED_ACTIVATIONS,
 }
 """Fields of Megatron-Core that are never the user's, and why."""
 

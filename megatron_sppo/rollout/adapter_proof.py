@@ -21,7 +21,7 @@ from megatron_sppo.rollout.weight_sums import Sums, added, weight_sum
 
 LogProbs = Sequence[Sequence[float]]
 
-_EXPERTS = ".experts."
+EXPERTS = ".experts."
 """Part of the names of modules whose matrices the worker does not tell."""
 
 
@@ -103,7 +103,7 @@ def _sums(adapter: PeftAdapter, dtype: str) -> dict[str, int]:
 
     kind, found = getattr(torch, dtype), {}
     for module in adapter.factors:
-        if _EXPERTS in module:
+        if EXPERTS in module:
             continue
         first, second = (matrix.to(kind) for matrix in adapter.read(module))
         found[f"{module}{FACTOR_A}"] = weight_sum(first)

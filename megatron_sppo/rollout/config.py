@@ -116,6 +116,12 @@ class EngineConfig:
     """Responses computed at once. None: vLLM's choice on GPUs, 256 on CPU."""
     enforce_eager: bool | None = None
     """Do not compile the model. None: compiled on GPUs, not on CPU, where a minute of compiling gains about a tenth."""
+    max_lora_rank: PositiveInt | None = None
+    """Rank that the engine has room for, 1 to 512, where the model is to get adapters later and be asked alone first:
+    self-play with adapters sets it, so that one engine serves all of a run. None: the rank of --adapter."""
+    lora_target_modules: tuple[str, ...] = ()
+    """With --max-lora-rank: modules that adapters may be of, such as q_proj; experts for all of a mixture's. Unset: all
+    linear modules of the layers."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

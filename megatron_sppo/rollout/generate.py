@@ -11,6 +11,7 @@ from typing import Any
 from megatron_sppo.checkpoints.model_files import ModelFiles, read_model_files
 from megatron_sppo.checkpoints.peft_files import PeftAdapter
 from megatron_sppo.cluster.config import PoolConfig
+from megatron_sppo.cluster.kept import kept_address
 from megatron_sppo.cluster.pool import logs_directory, run_tasks
 from megatron_sppo.cluster.progress import StageProgress, progress_file
 from megatron_sppo.cluster.ray_team import cluster_has_gpus
@@ -43,6 +44,8 @@ _SHARD_SIZE, _SHARD_SIZES_ON_GPU = 64, (4, 512)
 _SHARDS_ON_GPU = 16384
 """An engine on a GPU takes shards in an endless stream, of whatever size. With small ones all engines of a cluster end
 at about the same time (benchmarks/rollout_simulation.py); of many prompts fewer files are kinder to everyone after."""
+_KEPT_LENGTH = 2048
+"""Tokens; on a CPU, whose cache has 2 GiB, one such sequence of any model that one would run there has room."""
 
 
 def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | None = None) -> RolloutManifest:
@@ -84,7 +87,7 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
         if finished.is_complete():
             logger.info("%s is complete: nothing to do", config.output)
         elif missing := finished.missing():
-            max_model_len = prompts.prepared.longest + sampling.max_tokens
+            max_model_len = _engine_length(config, prompts.prepared.longest + sampling.max_tokens, _room(config, files))
             make_worker = WorkerFactory(
                 config=config,
                 max_model_len=max_model_len,
@@ -227,6 +230,18 @@ def _room(config: GenerateConfig, files: ModelFiles) -> int:
     return room
 
 
+def _engine_length(config: GenerateConfig, needed: int, room: int) -> int:
+    """Choose the longest sequence of the engines -> tokens.
+
+    Of one that further jobs are to use, what those will hardly exceed: they have other prompts.
+    """
+    if config.engine.max_lora_rank is None or config.servers.server:
+        return needed
+    if config.max_model_len is not None:
+        return room
+    return min(room, max(_KEPT_LENGTH, 1 << (needed - 1).bit_length()))
+
+
 def shard_seed(seed: int, index: int) -> int:
     """Derive shard `index`'s seed from the run's -> int in [0, 2**31). Shards resume alone, so each has its own."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:4]) >> 1
@@ -316,6 +331,7 @@ def _sample_missing(
             progress=progress,
             logs=logs_directory(config.output),
             size_of=lambda shard: len(shard.prompts),
+            kept=None if config.servers.server else kept_address(),
         )
         with contextlib.closing(answered):
             for shard, answers in answered:

@@ -11,30 +11,17 @@ thread count gives the same tokens.
 """
 
 import itertools
-import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_sppo.checkpoints.peft_files import PeftAdapter
-from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.rollout.adapter_proof import adapter_name, find_fault, read_held
+from megatron_sppo.errors import DataError
 from megatron_sppo.rollout.config import EngineConfig, Sampling
 from megatron_sppo.rollout.probes import Probes
 from megatron_sppo.rollout.records import EngineSteps, Response
 from megatron_sppo.rollout.sampler import AnsweredShard, Shard, ShardsUnderWay, prompt_seed
-
-logger = logging.getLogger(__name__)
-
-_SEEDER = "megatron_sppo.rollout.vllm_seeder.Seeder"
-_SEEDER_THAT_TELLS = "megatron_sppo.rollout.served_weights.SeededWeights"
-_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""vLLM 0.32, config/lora.py: what its buffers may be made for."""
-_LORA_ID = 1
-"""An engine of ours has one adapter, for as long as it lives."""
-_CPU_KV_CACHE_BYTES = 2 * 2**30
-_CPU_MAX_NUM_SEQS = 256
+from megatron_sppo.rollout.vllm_start import take_engine
 
 
 class VllmSampler:
@@ -50,7 +37,7 @@ class VllmSampler:
         adapter: PeftAdapter | None = None,
         probes: Probes | None = None,
     ) -> None:
-        """Start the engine, and prove that it computes with the adapter, where there is one.
+        """Start the engine, or take the one that is kept, and prove that it computes with the adapter, if there is one.
 
         Args:
             max_model_len: prompt and response tokens of the longest sequence.
@@ -62,48 +49,13 @@ class VllmSampler:
             ConfigError: vLLM is not installed, or cannot run this model in this configuration; it does not take the
                 adapter, or cannot be shown to compute with it.
         """
-        # vLLM's own log is long; its errors stay. Read when vLLM is imported.
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        try:
-            import vllm
-            from vllm.platforms import current_platform
-        except ImportError as error:
-            raise ConfigError(
-                f"vLLM cannot be imported ({error}). Install it (`pip install -e .[vllm]`), or use --server URL."
-            ) from None
-        is_cpu = bool(current_platform.is_cpu())
-        arguments: dict[str, Any] = _cpu_arguments(config) if is_cpu else {}
-        if config.max_num_seqs is not None:
-            arguments["max_num_seqs"] = config.max_num_seqs
-        if config.enforce_eager is not None:
-            arguments["enforce_eager"] = config.enforce_eager
-        if adapter is not None:
-            arguments |= _lora_arguments(adapter)
-        try:
-            self._llm = vllm.LLM(
-                model=str(model_dir),
-                dtype=config.dtype,
-                tensor_parallel_size=config.tensor_parallel_size,
-                gpu_memory_utilization=config.gpu_memory_utilization,
-                max_model_len=max_model_len,
-                seed=seed,
-                trust_remote_code=False,
-                disable_log_stats=True,
-                **{"worker_extension_cls": _SEEDER, **arguments},
-            )
-        except (ValueError, RuntimeError, OSError) as error:
-            # pydantic's ValidationError is a ValueError; an engine process that died is a RuntimeError.
-            reason = " ".join(str(error).split())
-            raise ConfigError(
-                f"vLLM cannot run {model_dir} here ({reason[:400]}). Set VLLM_LOGGING_LEVEL=INFO for its log; "
-                "try --max-model-len, --tensor-parallel-size or --dtype."
-            ) from error
-        self._vllm = vllm
+        self._engine = take_engine(model_dir, config=config, max_model_len=max_model_len, seed=seed, adapter=adapter)
         lora_request = None
         if adapter is not None:
             assert probes is not None
-            lora_request = self._take_up(adapter, probes)
-        self._stream = RequestStream(self._llm, one_at_a_time=is_cpu, lora_request=lora_request)
+            lora_request = self._engine.use(adapter, probes)
+        self._vllm = self._engine.vllm
+        self._stream = RequestStream(self._engine.llm, one_at_a_time=self._engine.is_cpu, lora_request=lora_request)
 
     def sample(
         self, shards: Iterable[Shard], *, sampling: Sampling, on_progress: Callable[[int, int], None]
@@ -130,54 +82,8 @@ class VllmSampler:
         return self._stream.answer(shards, request, on_progress)
 
     def close(self) -> None:
-        """Stop the engine and its processes."""
-        self._llm.llm_engine.engine_core.shutdown()
-
-    def _take_up(self, adapter: PeftAdapter, probes: Probes) -> Any:
-        """Load the adapter, and prove that requests with it are computed with it -> vLLM's LoRARequest."""
-        from vllm.lora.request import LoRARequest
-
-        request = LoRARequest(adapter_name(adapter), _LORA_ID, str(adapter.directory.absolute()))
-        try:
-            # Not left to the first request: there a fault would leave the engine waiting for ever (vLLM 0.32).
-            self._llm.llm_engine.add_lora(request)
-        except Exception as error:
-            self.close()
-            reason = " ".join(str(error).split())[:400]
-            raise ConfigError(
-                f"vLLM does not take the adapter {adapter.directory} ({reason}). Merge it: "
-                "`megatron-sppo convert export --merge`, and use the merged model as --model."
-            ) from error
-        base, log_probs = self._log_probs(probes, None), self._log_probs(probes, request)
-        fault = find_fault(
-            adapter,
-            probes,
-            log_probs=log_probs,
-            others={"the base alone": base},
-            held=read_held(self._llm.collective_rpc("sppo_adapters")),
-        )
-        if fault is not None:
-            self.close()
-            raise ConfigError(
-                f"vLLM does not compute with the adapter: {fault}. Merge it: `megatron-sppo convert export --merge`, "
-                "and use the merged model as --model."
-            )
-        logger.info(
-            "vLLM computes with %s: its matrices are held to the bit, log-probabilities of fixed texts differ by %.4f "
-            "standard deviations",
-            *(adapter.directory, probes.distance(log_probs)),
-        )
-        return request
-
-    def _log_probs(self, probes: Probes, lora_request: Any) -> list[list[float]]:
-        """Ask for the fixed texts, all with the adapter or all without: a CPU mixes what is computed at once."""
-        params = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-        prompts = [self._vllm.TokensPrompt(prompt_token_ids=list(ids)) for ids in probes.token_ids]
-        outputs: Any = self._llm.generate(prompts, params, use_tqdm=False, lora_request=lora_request)
-        return [
-            [places[token].logprob for token, places in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
-            for ids, output in zip(probes.token_ids, outputs, strict=True)
-        ]
+        """Stop the engine and its processes, or leave it for the next job of a process that is kept."""
+        self._engine.leave()
 
 
 class RequestStream:
@@ -264,46 +170,3 @@ def _response(completion: Any, k: int, seed: int | None) -> Response:
         finish_reason=str(completion.finish_reason),
         seed=None if seed is None else seed + k,
     )
-
-
-def _lora_arguments(adapter: PeftAdapter) -> dict[str, Any]:
-    """Make room for one adapter -> LLM arguments.
-
-    Raises:
-        ConfigError: its rank is beyond what vLLM can hold.
-    """
-    room = next((rank for rank in _LORA_RANKS if rank >= adapter.rank), None)
-    if room is None:
-        raise ConfigError(
-            f"{adapter.directory} has rank {adapter.rank}, and vLLM holds up to {_LORA_RANKS[-1]}. Merge it: "
-            "`megatron-sppo convert export --merge`, and use the merged model as --model."
-        )
-    return {
-        "enable_lora": True,
-        "max_loras": 1,
-        "max_lora_rank": room,
-        # Not the output layer: around it an engine on a CPU dies of the log-probabilities of a prompt (vLLM 0.32,
-        # lora/punica_wrapper/punica_cpu.py `add_lora_logits`).
-        "lora_target_modules": sorted({_in_vllm(module) for module in adapter.factors}),
-        "worker_extension_cls": _SEEDER_THAT_TELLS,
-    }
-
-
-def _in_vllm(module: str) -> str:
-    """Name the last part of the module that vLLM has for one of PEFT's: of a mixture's experts, all of them are one."""
-    return "experts" if ".experts." in module else module.rpartition(".")[2]
-
-
-def _cpu_arguments(config: EngineConfig) -> dict[str, Any]:
-    """Choose what is fast without a GPU, as measured on two cores -> LLM arguments.
-
-    In-process: 5 s to start instead of 20 to 30, and the only way to repeat a shard token for token. vLLM reads that
-    from the environment alone; what the user has set there stays.
-    """
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    if config.tensor_parallel_size > 1:
-        raise ConfigError("--tensor-parallel-size is for GPUs; this machine has none that vLLM sees. Leave it out.")
-    arguments: dict[str, Any] = {"max_num_seqs": _CPU_MAX_NUM_SEQS, "enforce_eager": True}
-    if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        arguments["kv_cache_memory_bytes"] = _CPU_KV_CACHE_BYTES
-    return arguments

@@ -294,12 +294,21 @@ def _rollout_command(config: SelfPlayConfig, *, allow_no_signal: bool, **job: An
         engine=replace(
             options.engine,
             tensor_parallel_size=_given(options.engine.tensor_parallel_size, section.rollout_tensor_parallel_size),
+            **_room_for_adapters(config),
         ),
         servers=config.servers,
-        # Servers are a pool of their own, and a command of the user's own promises none.
-        pool=options.pool if own or config.servers.server else _pool(config, options.pool),
+        # Servers are a pool of their own; a command of the user's promises none.
+        pool=options.pool if own or config.servers.server else config.rollout_pool,
     )
     return (*shlex.split(own), *_flags(settings)) if own else _command(config, "rollouts", *_flags(settings))
+
+
+def _room_for_adapters(config: SelfPlayConfig) -> dict[str, Any]:
+    """Choose what an engine of ours has room for from the first stage on -> settings of EngineConfig."""
+    adapters, own = config.training.adapters, config.rollout.rollout_options.engine
+    if not config.swaps_adapters or config.servers.server or own.max_lora_rank is not None:
+        return {}
+    return {"max_lora_rank": adapters.lora_rank, "lora_target_modules": adapters.lora_targets}
 
 
 def _scoring(config: SelfPlayConfig, rollouts: Path, dataset: Path) -> ScoreConfig:

@@ -73,6 +73,10 @@ class RunConfig:
     lora_merge_each_iteration: bool = False
     """Of runs with `training: {lora_rank: R}`: add each iteration's adapter to the model, from which the next one
     starts with a new adapter. Otherwise iterations go on with one adapter, on the start model."""
+    keep_engine: Annotated[bool, LAYOUT] = True
+    """Of runs with `training: {lora_rank: R}`, where iterations go on with one adapter: one vLLM engine of this machine
+    samples for all of them; adapters are changed in it, and while others work it gives its GPUs' memory back. Off: it
+    is started anew for each stage. Without effect with servers, `workers`, `ray` or a rollout_launcher."""
     training_processes: Annotated[PositiveInt, LAYOUT] = 1
     """Ranks of the training stage on this machine; above 1 it is started by torchrun."""
     training_launcher: Annotated[str | None, LAYOUT] = None
@@ -276,6 +280,18 @@ class SelfPlayConfig:
     def swaps_adapters(self) -> bool:
         """Whether policies are adapters on the start model, and not models."""
         return self.training.adapters.lora_rank is not None and not self.run.lora_merge_each_iteration
+
+    @property
+    def keeps_engine(self) -> bool:
+        """Whether one engine samples for all stages: all have its weights, and it is on this machine."""
+        is_here = self.rollout_pool.is_embedded and not self.servers.server and not self.run.rollout_launcher
+        return self.run.keep_engine and self.swaps_adapters and is_here
+
+    @property
+    def rollout_pool(self) -> PoolConfig:
+        """The pool of rollouts: the stage's own where it has one, and the run's otherwise."""
+        own = self.rollout.rollout_options.pool
+        return self.run.pool if own == PoolConfig() else own
 
     def tracking_of(self, stage: str) -> TrackingConfig:
         """Spell who is told of a training stage: whom the run tells, unless training has its own -> config."""

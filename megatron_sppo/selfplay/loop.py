@@ -4,6 +4,7 @@ Every stage is a command of this package, run as its own process and logged, so 
 state of the run is on disk after each; the same command goes on where the last one stopped.
 """
 
+import contextlib
 import importlib.metadata
 import logging
 import multiprocessing
@@ -29,10 +30,10 @@ from megatron_sppo.selfplay.commands import (
     start_stages,
 )
 from megatron_sppo.selfplay.config import SelfPlayConfig
-from megatron_sppo.selfplay.process import interruptible
+from megatron_sppo.selfplay.process import interruptible, kept_process
 from megatron_sppo.selfplay.prompt_parts import divide_prompts, hash_of_prompts, refuse_uncheckable, write_prompts
 from megatron_sppo.selfplay.retention import retire_iterations
-from megatron_sppo.selfplay.stages import STATE_NAME, Stage, StageMachine, read_state
+from megatron_sppo.selfplay.stages import LOGS_NAME, STATE_NAME, Stage, StageMachine, read_state
 from megatron_sppo.storage import locked, refuse_foreign
 
 logger = logging.getLogger(__name__)
@@ -86,17 +87,26 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
         if _has_other_trackers(config):  # one that does not answer is said before anything is computed
             _in_own_process(summary.track, config, paths, [])
         evaluates = _prepare(config, machine, paths)
-        has_news = _run_all(start_stages(config, paths, evaluates=evaluates), machine)
-        for iteration in range(1, config.run.iterations + 1):
-            logger.info("iteration %d of %d", iteration, config.run.iterations)
-            has_news |= _run_all(iteration_stages(config, paths, iteration, evaluates=evaluates), machine)
-            shown = _SHOWN if iteration == config.run.iterations else (summary.SUMMARY_NAME,)
-            is_summed_up = machine.state["summed_up"] >= iteration and _are_there(paths, shown)
-            if has_news or not is_summed_up:
-                _sum_up(config, machine, paths, iteration)
-            retire_iterations(config, machine, paths, finished=iteration)
-        machine.update(finished=True, iterations_done=config.run.iterations)
+        with contextlib.ExitStack() as stack:
+            if config.keeps_engine:
+                log_path = paths.run_dir / LOGS_NAME / "engine.log"
+                stack.enter_context(kept_process(log_path, on_start=machine.note_kept_process))
+            _run_iterations(config, machine, paths, evaluates=evaluates)
+        machine.update(finished=True, iterations_done=config.run.iterations, kept_process=None)
         return summary.read_summary(paths.run_dir)
+
+
+def _run_iterations(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths, *, evaluates: bool) -> None:
+    """Run all stages, and show after each iteration how the run stands."""
+    has_news = _run_all(start_stages(config, paths, evaluates=evaluates), machine)
+    for iteration in range(1, config.run.iterations + 1):
+        logger.info("iteration %d of %d", iteration, config.run.iterations)
+        has_news |= _run_all(iteration_stages(config, paths, iteration, evaluates=evaluates), machine)
+        shown = _SHOWN if iteration == config.run.iterations else (summary.SUMMARY_NAME,)
+        is_summed_up = machine.state["summed_up"] >= iteration and _are_there(paths, shown)
+        if has_news or not is_summed_up:
+            _sum_up(config, machine, paths, iteration)
+        retire_iterations(config, machine, paths, finished=iteration)
 
 
 def _is_finished(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths) -> bool:

@@ -18,6 +18,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TextIO
 
+from megatron_sppo.cluster.kept import ADDRESS_VARIABLE
 from megatron_sppo.command_line import TORCHRUN_GRACE_VARIABLE, death_with_parent
 
 _TAIL_BYTES = 1 << 16
+_KEPT_GRACE_SECONDS = 5.0
+"""It has nothing to save."""
 _ERROR_LINE = re.compile(r"^(?:\[[^\]]*\]:?\s*)?([\w.-]+(?: [\w-]+)?: error: .+)$")
 _EXCEPTION_LINE = re.compile(r"^(?:\[[^\]]*\]:?\s*)?([A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b.*)$")
 _TORCHRUN_EXIT_CODE = re.compile(r"exitcode\s*:\s*(-?\d+)|SignalException: Process \d+ got signal: (\d+)")
@@ -127,6 +131,38 @@ def run_logged(command: Sequence[str], log_path: Path, *, on_start: Callable[[in
             _kill_group(process.pid, signal.SIGKILL)  # what the command itself left behind
             if master is not None:
                 os.close(master)
+
+
+@contextlib.contextmanager
+def kept_process(log_path: Path, *, on_start: Callable[[int], None]) -> Iterator[None]:
+    """Keep a process for the workers of the stages that are run in the block (`cluster.kept`); it ends with the block.
+
+    Args:
+        log_path: its stdout and stderr are appended there.
+        on_start: called with its id as soon as it runs.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    # Its socket cannot lie in the run's directory: a socket's path has at most 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="megatron-sppo-") as directory, open(log_path, "ab") as log:
+        address = str(Path(directory, "kept"))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_sppo.cluster.kept", address],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=functools.partial(_end_with_parent, os.getpid(), death_with_parent(signal.SIGTERM)),
+        )
+        try:
+            on_start(process.pid)
+            while not Path(address).exists() and process.poll() is None:
+                time.sleep(0.02)
+            os.environ[ADDRESS_VARIABLE] = address
+            yield
+        finally:
+            os.environ.pop(ADDRESS_VARIABLE, None)
+            _stop(process, grace_seconds=_KEPT_GRACE_SECONDS)
+            _kill_group(process.pid, signal.SIGKILL)
 
 
 def end_orphan(identity: ProcessIdentity, *, grace_seconds: float) -> bool:

@@ -82,7 +82,13 @@ class StageMachine:
             process = entry.pop("process", None)
             if process and end_orphan(ProcessIdentity(**process), grace_seconds=self._grace_seconds):
                 logger.warning("%s was still running without its loop; it has been ended and will be continued.", name)
+        if kept := self.state.pop("kept_process", None):
+            end_orphan(ProcessIdentity(**kept), grace_seconds=self._grace_seconds)
         self._write()
+
+    def note_kept_process(self, pid: int) -> None:
+        """Remember the process that is kept for the stages, for `end_orphans` of the next command."""
+        self.update(kept_process=asdict(identity_of(pid)))
 
     def hash_of(self, path: Path) -> str:
         """Hash a file or directory -> 64 hex digits, or "missing"; of what was retired, what it was."""
@@ -243,17 +249,22 @@ def _has_types(state: dict[str, Any]) -> bool:
         and all(isinstance(entry, dict) and _is_entry(entry) for entry in stages.values())
         and all(isinstance(state.get(name) or {}, dict) for name in parts)
         and all(isinstance(state.get(name, 0), int) for name in counts)
+        and _is_process(state.get("kept_process"))
     )
 
 
 def _is_entry(entry: dict[str, Any]) -> bool:
-    command, process = entry.get("command", []), entry.get("process") or {}
+    command = entry.get("command", [])
     return (
         isinstance(command, list)
         and all(isinstance(token, str) for token in command)
-        and isinstance(process, dict)
-        and (not process or {name: type(value) for name, value in process.items()} == _TYPES_OF_PROCESS)
+        and _is_process(entry.get("process"))
     )
+
+
+def _is_process(value: Any) -> bool:
+    is_described = isinstance(value, dict) and {name: type(of) for name, of in value.items()} == _TYPES_OF_PROCESS
+    return not value or is_described
 
 
 def _failure(stage: Stage, returncode: int, log_path: Path) -> StageFailed:

@@ -13,12 +13,12 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, clip_grads, get_megatron_optimizer
-from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.transformer_config import mcore_dataclass, parse_overrides
+from megatron_sppo.training.bad_steps import GuardedOptimizer
 from megatron_sppo.training.config import OptimizationConfig, ParallelConfig
 from megatron_sppo.training.optimizer_shards import sharded_boxes
 
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 def build_optimizer(
     chunks: Sequence[Any], config: OptimizationConfig, model: ModelConfig, layout: ParallelConfig
-) -> MegatronOptimizer:
-    """Build Megatron-Core's optimizer over DDP-wrapped model chunks -> MegatronOptimizer.
+) -> GuardedOptimizer:
+    """Build Megatron-Core's optimizer over DDP-wrapped model chunks -> GuardedOptimizer.
 
     bfloat16 weights get float32 master weights; the distributed optimizer shards these and the moments.
     """
@@ -50,11 +50,13 @@ def build_optimizer(
     _report_implementation(config.optimizer)
     if torch.cuda.is_available() and clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":
         clip_grads.l2_norm_impl = norm_on_the_device
-    classes: dict[str, Any] = {"DistributedOptimizer": ReshardableOptimizer}
+    classes: dict[str, Any] = {"DistributedOptimizer": ReshardableOptimizer, "ChainedOptimizer": GuardedOptimizer}
     if config.optimizer == "rmsprop":
         classes |= {"Adam": RMSprop, "USING_PYTORCH_OPTIMIZER": False}
     with _in_megatron_core(**classes):
-        return get_megatron_optimizer(mcore_config, list(chunks))
+        optimizer = get_megatron_optimizer(mcore_config, list(chunks))
+    assert isinstance(optimizer, GuardedOptimizer)
+    return optimizer
 
 
 def _report_implementation(name: str) -> None:
@@ -230,8 +232,6 @@ class ReshardableOptimizer(DistributedOptimizer):
                         place.copy_(piece.flatten())
             # Does something where the optimizer keeps its state in other types than it gives it out in.
             self._set_main_param_and_optimizer_states(parameter, values)
-        if isinstance(self.optimizer, HybridDeviceOptimizer):
-            self.optimizer._sync_hdo_state_to_sub_optimizers()
 
     def _held_ranges(self) -> Iterator[tuple[torch.Tensor, int]]:
         """Yield the parameters that this rank holds a range of -> (parameter, where in it the range begins)."""

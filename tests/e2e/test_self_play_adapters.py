@@ -1,7 +1,8 @@
-"""Proves: self-play with LoRA adapters, for real: vLLM samples with base and adapter, training goes on with one, and
-what is exported computes, by `peft` on transformers' model, what Megatron computed; and nothing else is exported.
+"""Proves: self-play with LoRA adapters, for real: one engine of vLLM's samples with base and adapters for all stages,
+training goes on with one, and what is exported computes, by `peft` on transformers' model, what Megatron computed; and
+nothing else is exported.
 
-Two iterations of a tiny random model: nothing is said here about how much is learnt.
+Three iterations of a tiny random model: nothing is said here about how much is learnt.
 """
 
 import importlib.util
@@ -25,7 +26,7 @@ from tests.models import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG: dict[str, Any] = {
-    "run": {"iterations": 2, "max_prompts_per_iteration": 4},
+    "run": {"iterations": 3, "max_prompts_per_iteration": 4},
     "rollout": {"num_responses": 2, "max_tokens": 8, "rollout_options": {"max_model_len": 256}},
     "scoring": {"judge": "rules:concise", "allow_no_signal": True},
     "evaluation": {"heldout_prompts": 2, "eval_num_responses": 1, "inspected_prompts": 2},
@@ -36,7 +37,7 @@ CONFIG: dict[str, Any] = {
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_two_iterations_with_one_adapter_on_one_base(tmp_path: Path) -> None:
+def test_three_iterations_with_one_adapter_on_one_base_in_one_engine(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     shape = {"head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}
     base = tiny_llama(tmp_path / "base", scale=0.1, **shape)
@@ -52,11 +53,24 @@ def test_two_iterations_with_one_adapter_on_one_base(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
     assert not [*run.glob("iter_*/hf")]
+    kept = (run / "logs/engine.log").read_text()
+    assert kept.count("vLLM has started") == 1
+    used = [line.partition(" (")[0] for line in kept.splitlines() if "vLLM computes with" in line]
+    iterations = [1, 1, 2, 2, 3]  # of each adapter, to evaluate it and to go on from it; the last is evaluated alone
+    assert [f"iter_{i}/adapter" in line for i, line in zip(iterations, used, strict=True)] == [True] * 5
     manifests = {name: read_manifest(run / name) for name in ("iter_1/rollouts", "iter_1/eval/rollouts")}
     manifests["iter_2/rollouts"] = read_manifest(run / "iter_2/rollouts")
     adapter = str(run / "iter_1/adapter")
     assert [manifest.adapter for manifest in manifests.values()] == [None, adapter, adapter]
     assert len({manifest.model_hash for manifest in manifests.values()}) == 1
+
+    # What was computed by the engine that had sampled for others before is what the same command computes alone.
+    stage = json.loads((run / "state.json").read_text())["stages"]["iter_2-rollouts"]["command"]
+    again = [tmp_path / "again" if token == str(run / "iter_2/rollouts") else token for token in stage]
+    subprocess.run([*map(str, again)], cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert [path.name for path in (tmp_path / "again").glob("shard-*")] == ["shard-00000.jsonl"]
+    for path in (tmp_path / "again").glob("shard-*"):
+        assert path.read_bytes() == (run / "iter_2/rollouts" / path.name).read_bytes()
 
     # What Megatron computed of each token, of the policy and of the one before it, against peft on transformers.
     for iteration in (1, 2):

@@ -8,11 +8,8 @@ die or come back is in tests/unit/rollout/test_hand_over.py.
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,10 +18,9 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed (there is no CPU wheel for this Python)", allow_module_level=True)
 
-from megatron_sppo.rollout.hand_over import EXTENSION
 from tests.commands import REPOSITORY
 from tests.models import tiny_llama
-from tests.ports import free_ports
+from tests.vllm_servers import vllm_servers
 
 SHAPE = {"dtype": "bfloat16", "tie_word_embeddings": True, "head_dim": 32, "num_attention_heads": 2}
 SHAPE |= {"num_key_value_heads": 1}
@@ -45,35 +41,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def urls(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """Two servers that were started with the start model."""
-    ports, logs = free_ports(2), tmp_path_factory.mktemp("logs")
-    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    processes = []
-    for port in ports:
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        command += ["--served-model-name", "policy", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
-        command += ["--max-model-len", "256", "--max-num-seqs", "16", "--worker-extension-cls", EXTENSION]
-        log = open(logs / f"{port}.log", "w")
-        processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True))
-    found = [f"http://127.0.0.1:{port}" for port in ports]
-    try:
-        for url, process in zip(found, processes, strict=True):
-            wait_for(url, process)
+    with vllm_servers(model, tmp_path_factory.mktemp("logs"), count=2) as found:
         yield found
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait(60)
-
-
-def wait_for(url: str, process: "subprocess.Popen[bytes]") -> None:
-    while process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"{url}/v1/models", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError(f"the server of {url} ended with {process.returncode}")
 
 
 @pytest.mark.slow

@@ -98,6 +98,8 @@ def test_the_padded_vocabulary_divides_and_is_the_least(vocab_size: int, tensor:
         ("external_cuda_graph=true", "tensors of one shape"),
         ("cuda_graph_impl=local", "tensors of one shape"),
         ("cuda_graph_scope=attn", "tensors of one shape"),
+        ("cpu_offloading=true", "--recompute-granularity full"),
+        ("fine_grained_activation_offloading=true", "--recompute-granularity full"),
     ],
 )
 def test_a_host_field_that_is_unknown_or_ours_is_refused(override: str, words: str) -> None:

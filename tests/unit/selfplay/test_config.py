@@ -311,7 +311,7 @@ def test_all_but_the_layout_decides() -> None:
         SelfPlayConfig: {
             *("model", "prompts", "output", "training_processes", "rollout_command", *LAUNCHERS),
             *("rollout_tensor_parallel_size", "server", "allow_no_signal", "inspected_prompts", "keep_last", *TRACKING),
-            *("workers", "ray"),
+            *("workers", "ray", "keep_engine"),
         },
     }
     kinds: dict[type, Any] = {

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.training import optimizer as optimizer_module
-from megatron_sppo.training.config import OptimizationConfig
-from megatron_sppo.training.optimizer import RMSprop, build_scheduler, norm_on_the_device
+from megatron_sppo.training.config import OptimizationConfig, ParallelConfig
+from megatron_sppo.training.optimizer import RMSprop, build_optimizer, build_scheduler, norm_on_the_device
 
 
 def test_rmsprop_is_torchs_bit_for_bit() -> None:
@@ -91,6 +92,13 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict) -> None
 def test_a_warm_up_longer_than_the_run_is_refused() -> None:
     with pytest.raises(ConfigError, match="shorter than the decay"):
         build_scheduler(_Groups(), OptimizationConfig(lr=1.0, lr_warmup_iters=5), train_iters=5)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+def test_an_optimizer_on_the_cpu_beside_a_gpu_is_refused_with_what_it_would_do(optimizer: str) -> None:
+    config = OptimizationConfig(lr=1.0, optimizer=optimizer, optimizer_config=("optimizer_cpu_offload=true",))
+    with pytest.raises(ConfigError, match="before the checkpoint was loaded.*--lora-rank 16"):
+        build_optimizer([], config, ModelConfig(), ParallelConfig())
 
 
 def test_the_norm_of_several_tensors_is_that_of_all_their_numbers() -> None:
