@@ -44,8 +44,10 @@ _CLASSES: dict[tuple[str, str], Any] = {
     )
 } | {("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): _get_layout}
 
-LOADING_ERRORS = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError)
-LOADING_ERRORS += (IndexError, OverflowError, MemoryError, AssertionError)
+LOADING_ERRORS = (
+    *(RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError),
+    *(IndexError, OverflowError, MemoryError, AssertionError),
+)
 """What torch.load and pickle raise on what is damaged, or promises sizes that cannot be."""
 
 
