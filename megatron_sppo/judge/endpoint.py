@@ -366,6 +366,8 @@ class EndpointJudge:
 
     def _refusal(self, route: str, status: int, fault: str) -> _Refused:
         remedy = "Check the address, the model's name and what the server says."
+        if 300 <= status < 400:
+            remedy = "If you trust that address, give it with --judge endpoint:URL#MODEL."
         if status in (401, 403):
             state = "which holds a key that it does not take" if self._key else "which is not set"
             remedy = f"The API key is read from the environment variable {self._key_name}, {state}." + (
