@@ -18,6 +18,10 @@ class ConversionError(ValueError):
     """A checkpoint that cannot be read, mapped or written."""
 
 
+class MachineError(RuntimeError):
+    """A machine that computes wrongly: what ranks must hold alike differs. The tools exit with code 3."""
+
+
 def some_of(names: Sequence[str], *, most: int = 4) -> str:
     """Name the first few of a list for a message -> "a, b, c, d and 3 more"."""
     shown = ", ".join(names[:most])

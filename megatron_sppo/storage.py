@@ -16,7 +16,7 @@ import re
 import shutil
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -311,22 +311,55 @@ def refuse_foreign(directory: Path, *, ours: Sequence[str], inputs: Sequence[Pat
         )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: two-space indent, keys in the order given, a newline at the end."""
+SEAL = "content_sha256"
+"""Key of a JSON object's checksum of everything else in it (`sealed`)."""
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Add a checksum of itself to a JSON object, which `unsealed` checks -> the object with one more key, the last."""
+    as_read = json.loads(json.dumps(content))  # tuples are lists there, and all keys texts
+    return {**content, SEAL: sha256_of_json(as_read)}
+
+
+def unsealed(content: Any, *, place: object) -> Any:
+    """Check a JSON value's checksum of itself, where it has one -> the value without it.
+
+    Raises:
+        DataError: it is other than it was when it was sealed; the message begins with `place`.
+    """
+    if not isinstance(content, dict) or SEAL not in content:
+        return content
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    if sha256_of_json(rest) != content[SEAL]:
+        raise DataError(
+            f"{place}: it is not what was written ({SEAL} differs): damaged, or edited. Write it again; if you changed "
+            f"it on purpose, remove its {SEAL}."
+        )
+    return rest
+
+
+def write_json(path: Path, value: Any, *, seal: bool = False) -> None:
+    """Write JSON atomically: two-space indent, keys in the order given, a newline at the end.
+
+    Args:
+        seal: add a checksum, by which every reader (`read_json`) finds damage; for what no manifest lists.
+    """
     with atomic_file(Path(path)) as file:
-        json.dump(value, file, indent=2, allow_nan=False)
+        json.dump(sealed(value) if seal else value, file, indent=2, allow_nan=False)
         file.write("\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
+    """Read a JSON file, and check it against its own checksum if it was written with one.
 
     Raises:
-        DataError: the file is missing, unreadable or no JSON; the message names it.
+        DataError: the file is missing, unreadable, no JSON or not what was written; the message names it.
     """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return unsealed(json.loads(path.read_text(encoding="utf-8")), place=path)
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(f"{path} does not exist. Check the path, or run the step that writes it.") from None
     except OSError as error:
@@ -398,11 +431,37 @@ def packaged_examples(pattern: str) -> str:
     return ", ".join(sorted(str(path.relative_to(_PACKAGE)) for path in (_PACKAGE / "examples").glob(pattern)))
 
 
-def contained(root: Path, name: str) -> Path:
-    """Resolve a file name that was read from a file, and refuse one that leads out of `root`."""
-    path = Path(root, name)
+def named_inside(root: Path, name: str) -> Path:
+    """Join a file name that was read from a file to its root, and refuse one that leads out of it -> path.
+
+    Raises:
+        DataError: it is absolute, or goes up.
+    """
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise DataError(f"{root} names the file {name!r}, which lies outside it. Do not use this directory.")
+    return Path(root, name)
+
+
+def contained(root: Path, name: str) -> Path:
+    """Find a file whose name was read from a file, and refuse what leads out of `root`, by a link too -> path.
+
+    The hub's cache is the exception: models--ORG--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH.
+
+    Raises:
+        DataError: it does.
+    """
+    path = named_inside(root, name)
+    if "\0" in name:
+        return path  # no file is called so
+    home, target = os.path.realpath(root), os.path.realpath(path)
+    if target != home and not target.startswith(os.path.join(home, "")):
+        parent = os.path.dirname(home)
+        blobs = os.path.join(os.path.dirname(parent), "blobs", "")
+        if os.path.basename(parent) != "snapshots" or not target.startswith(blobs):
+            raise DataError(
+                f"{path} is a link to {target}, outside of {root}. Put the file itself there: "
+                f"cp --remove-destination {target} {path}"
+            )
     return path
 
 

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.serialization import _get_layout
 
 from megatron_sppo.checkpoints.safetensors_file import Span
-from megatron_sppo.checkpoints.torch_streams import Section, object_in
+from megatron_sppo.checkpoints.torch_streams import Section, object_in, refuse_packed
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.storage import contained
 
@@ -44,8 +44,11 @@ _CLASSES: dict[tuple[str, str], Any] = {
     )
 } | {("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): _get_layout}
 
-LOADING_ERRORS = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError)
-"""What torch.load raises on what is damaged."""
+LOADING_ERRORS = (
+    *(RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError),
+    *(IndexError, OverflowError, MemoryError, AssertionError),
+)
+"""What torch.load and pickle raise on what is damaged, or promises sizes that cannot be."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -80,7 +83,7 @@ def read_metadata(directory: Path) -> Any:
         ) from None
     except ConversionError as error:
         raise ConversionError(f"{directory}: {error}") from None
-    except (*LOADING_ERRORS, TypeError, AttributeError, IndexError) as error:
+    except LOADING_ERRORS as error:
         raise ConversionError(f"{path} is damaged ({type(error).__name__}). Use another checkpoint.") from None
     if not isinstance(content, dcp.Metadata) or not isinstance(getattr(content, "storage_data", None), dict):
         raise ConversionError(f"{path} is damaged (no metadata inside). Use another checkpoint.")
@@ -246,6 +249,7 @@ class DistcpReader:
                     if info.offset + info.length > os.fstat(file.fileno()).st_size:
                         raise EOFError("it lies beyond the end")
                     section: Any = Section(file, info.offset, info.length)
+                    refuse_packed(section)
                     tensor = torch.load(section, map_location=device, weights_only=True)
         except FileNotFoundError:
             raise ConversionError(
@@ -350,6 +354,8 @@ def check_common(directory: Path) -> None:
 
 def _load_common(path: Path) -> Any:
     try:
+        with open(path, "rb") as file:
+            refuse_packed(file)
         return torch.load(path, map_location="cpu", weights_only=True)
     except LOADING_ERRORS as error:
         reason = _first_line(error)

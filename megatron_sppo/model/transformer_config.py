@@ -235,6 +235,8 @@ _REFUSED = {
     "overlap_p2p_comm_warmup_flush": _POINT_TO_POINT,
     "variable_seq_lengths": "the micro-batches of a step have one shape already, and Megatron-Core refuses the "
     "dispatcher that experts use on the CPU beside it",
+    "grad_norm_skip_threshold": "steps of too large a gradient are left out, counted and named, by --on-bad-step skip "
+    "and --spike-factor",
     "overlap_param_gather_with_optimizer_step": "it belongs to another order of optimizer and first forward than this "
     "loop has. Use --ddp-config overlap_grad_reduce=true overlap_param_gather=true in its place",
     **dict.fromkeys(

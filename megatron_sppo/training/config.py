@@ -24,6 +24,7 @@ from megatron_sppo.model.config import AdapterConfig, ModelConfig
 from megatron_sppo.objective.names import parse_baseline
 from megatron_sppo.objective.table import OBJECTIVES, Objective, find_objective
 from megatron_sppo.tracking.config import TrackingConfig
+from megatron_sppo.training.safety_config import SafetyConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,6 +318,7 @@ class TrainingConfig:
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run: Annotated[RunConfig, TUNABLE] = field(default_factory=RunConfig)
+    safety: Annotated[SafetyConfig, TUNABLE] = field(default_factory=SafetyConfig)
 
     def __post_init__(self) -> None:
         row, batch = self.objective.row, self.batch

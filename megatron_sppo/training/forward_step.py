@@ -43,9 +43,19 @@ def sppo_forward_step(
         counted = terms.numel() if parallel.context_parallel_rank() == 0 else 0
         count = torch.full((), counted, dtype=torch.int, device=terms.device)
         # The schedule divides the loss in place (megatron-core 0.16.1, schedules.py): report copies only.
-        return terms.sum(), count, {"rows": on_cpu.rows, "log_prob": log_prob_B.detach().clone()}
+        told = log_prob_B.detach(), _terms_of_rows(batch, terms.detach(), log_prob_B.detach())
+        return terms.sum(), count, {"rows": on_cpu.rows, "told": torch.stack(told)}
 
     return output, loss_sum
+
+
+def _terms_of_rows(batch: MicroBatch, terms: Tensor, log_prob_B: Tensor) -> Tensor:
+    """Give each response its term of the objective, that of its pair where there are pairs -> [B].
+
+    Not finite where its log-ratio is not, whatever the objective makes of that: dpo's is 0 at infinity.
+    """
+    rows_per_term = log_prob_B.numel() // max(terms.numel(), 1)
+    return terms.repeat_interleave(rows_per_term) + 0 * (log_prob_B - batch.targets.reference_log_prob)
 
 
 def stage_output(batch: MicroBatch, model: Any) -> Tensor:
@@ -69,17 +79,21 @@ def objective_terms(rows: MicroBatch | StepPlan, log_prob_B: Tensor, *, objectiv
 
 def gradient_step(
     policy: Policy, optimizer: MegatronOptimizer, plan: StepPlan, *, objective: ObjectiveConfig
-) -> Tensor:
-    """Compute the gradient of a step's mean objective -> log pi of this rank's responses, [N] float64, 0 for others'.
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradient of a step's mean objective -> log pi of this rank's responses and the objective's terms.
+
+    Both [N] float64, 0 for others' responses; of a pair both responses have its term.
 
     The gradient lies in the DDP buffers, averaged over sequences and reduced (`reduce_gradients`), for
-    `optimizer.step()`. The CPU waits for nothing: the ranks' sum of the result, on the device, is the whole global
+    `optimizer.step()`. The CPU waits for nothing: the ranks' sums of the results, on the device, are the whole global
     batch's. Collective over all ranks; every data-parallel rank brings the same number of micro-batches.
     """
     for chunk in policy.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    return _run_micro_batches(policy, plan, loss=partial(objective_terms, objective=objective), forward_only=False)
+    loss = partial(objective_terms, objective=objective)
+    log_prob_N, term_N = _run_micro_batches(policy, plan, loss=loss, forward_only=False)
+    return log_prob_N, term_N
 
 
 @torch.no_grad()
@@ -98,23 +112,23 @@ def log_probs_and_sum(policy: Policy, plan: StepPlan, said: Tensor) -> tuple[Ten
     Args:
         said: on the CPU, as much on every rank.
     """
-    log_prob_N = _run_micro_batches(policy, plan, loss=lambda _, log_prob: log_prob, forward_only=True)
+    log_prob_N, _ = _run_micro_batches(policy, plan, loss=lambda _, log_prob: log_prob, forward_only=True)
     both = torch.cat([log_prob_N, parallel.to_device(said.double())])
     log_prob_N, total = parallel.sum_to_cpu(both)().split([len(log_prob_N), len(said)])
     return log_prob_N, total
 
 
 def _run_micro_batches(policy: Policy, plan: StepPlan, *, loss: Loss, forward_only: bool) -> Tensor:
-    """Run Megatron's schedule over this rank's micro-batches -> log pi as `gradient_step`. Collective."""
+    """Run Megatron's schedule over this rank's micro-batches -> log pi and terms as `gradient_step`, [2, N]."""
     reports = run_schedule(policy, plan.micro_batches, partial(sppo_forward_step, loss=loss), forward_only=forward_only)
-    log_prob_N = torch.zeros(len(plan.rows), dtype=torch.float64, device=parallel.device())
+    told_2N = torch.zeros(2, len(plan.rows), dtype=torch.float64, device=parallel.device())
     if parallel.reports_results():
         order = np.argsort(plan.rows)
         rows = np.concatenate([report["rows"].numpy() for report in reports])
         position = torch.from_numpy(order[np.searchsorted(plan.rows, rows, sorter=order)])
-        log_probs = torch.cat([report["log_prob"] for report in reports])
-        log_prob_N.index_copy_(0, parallel.to_device(position), log_probs.double())
-    return log_prob_N
+        told = torch.cat([report["told"] for report in reports], dim=1)
+        told_2N.index_copy_(1, parallel.to_device(position), told.double())
+    return told_2N
 
 
 def run_schedule(

@@ -3,14 +3,11 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import Tensor
 from tqdm import tqdm
 
 from megatron_sppo import flops
@@ -19,6 +16,7 @@ from megatron_sppo.errors import DataError
 from megatron_sppo.model.transformer_config import bfloat16_products
 from megatron_sppo.tracking.run import TrackedRun
 from megatron_sppo.training import parallel
+from megatron_sppo.training.bad_steps import Fault, GradientWatch, GuardedOptimizer, Referee
 from megatron_sppo.training.batches import StepPlan
 from megatron_sppo.training.config import TrainingConfig
 from megatron_sppo.training.forward_step import gradient_step, log_probs, objective_terms
@@ -29,13 +27,14 @@ from megatron_sppo.training.progress import Progress
 from megatron_sppo.training.saving import Saver
 from megatron_sppo.training.stopping import StopRequest
 from megatron_sppo.training.telemetry import GpuSampler, flops_metrics, straggler_metrics
+from megatron_sppo.training.telling import Said, Told, tell
 
 logger = logging.getLogger(__name__)
 
 
 def train(
     policy: Policy,
-    optimizer: MegatronOptimizer,
+    optimizer: GuardedOptimizer,
     scheduler: OptimizerParamScheduler,
     steps: Iterator[StepPlan],
     *,
@@ -49,9 +48,11 @@ def train(
     """Train from `progress.step` to `train_iters` -> whether the run is complete (False: asked to stop, and saved).
 
     Raises:
-        DataError: the loss or the gradient is not finite; what is saved is from before that step.
+        DataError: a step is bad (`bad_steps`) and is not to be left out; what is saved is from before that step.
+        MachineError: a rank computes wrongly.
     """
     sampler, stopwatch = GpuSampler(), _Stopwatch(policy)
+    watch, referee = GradientWatch(policy), Referee(config.safety, progress)
     grace = Grace(
         config.save,
         num_bytes=checkpoint_bytes(policy, config.optimization),
@@ -65,16 +66,36 @@ def train(
         logs = (progress.step + 1) % config.run.log_interval == 0
         stopwatch.start()
         learning_rate = optimizer.param_groups[0]["lr"]
-        told = _Told(seconds=[stopwatch.last_seconds], stops=stop.asked, writes=saver.is_writing())
-        try:
-            metrics, columns, told = _step(policy, optimizer, plan, told, config=config, step=progress.step + 1)
-        except DataError:  # on all ranks; what was begun is from before this step
-            saver.finish()
-            raise
+        said = Said(
+            seconds=stopwatch.last_seconds,
+            num_skipped=progress.num_skipped,
+            stops=stop.asked,
+            writes=saver.is_writing(),
+        )
+        metrics, columns, told, fault = _step(
+            policy,
+            optimizer,
+            plan,
+            said,
+            config=config,
+            step=progress.step + 1,
+            watch=watch,
+            referee=referee,
+        )
+        if fault is None:
+            referee.take()
+            progress.num_clipped += 0 < config.optimization.clip_grad < metrics["grad_norm"]
+        else:
+            try:
+                referee.reject(plan, fault)
+            except DataError:  # on all ranks; what was begun is from before this step
+                saver.finish()
+                raise
         scheduler.step(increment=1)
         progress.step += 1
-        progress.num_clipped += 0 < config.optimization.clip_grad < metrics["grad_norm"]
         metrics["lr"] = learning_rate
+        if config.safety.on_bad_step == "skip":
+            metrics["sppo/skipped_steps"] = progress.num_skipped
         if str(progress.step) in progress.ref_drift:
             metrics["sppo/ref_drift"] = progress.ref_drift[str(progress.step)]
         metrics["sppo/grad_clip_rate"] = progress.num_clipped / progress.step
@@ -86,8 +107,9 @@ def train(
         if all(told.seconds):
             metrics |= straggler_metrics(told.seconds, warns=logs and writes)
         if files is not None:
-            files.write(progress.step, metrics, columns)
-            tracked.log(progress.step, metrics)
+            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # of a bad step
+            files.write(progress.step, finite, columns)
+            tracked.log(progress.step, finite)
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.4g}", grad_norm=f"{metrics['grad_norm']:.3g}")
             if logs:
@@ -113,47 +135,49 @@ def train(
     return progress.step >= train_iters
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Told:
-    """What a rank tells the others in a step, or all of them each other."""
-
-    seconds: list[float]
-    """That each rank computed in the step before; 0 in a process's first."""
-    stops: bool
-    """A rank was asked to stop."""
-    writes: bool
-    """A rank is still writing a checkpoint in the background."""
-
-
 def _step(
-    policy: Policy, optimizer: MegatronOptimizer, plan: StepPlan, told: _Told, *, config: TrainingConfig, step: int
-) -> tuple[dict[str, float], dict[str, Any], _Told]:
-    """Do one optimizer step -> (metrics, columns [N] of the responses, what the ranks told each other).
+    policy: Policy,
+    optimizer: GuardedOptimizer,
+    plan: StepPlan,
+    said: Said,
+    *,
+    config: TrainingConfig,
+    step: int,
+    watch: GradientWatch,
+    referee: Referee,
+) -> tuple[dict[str, float], dict[str, Any], Told, Fault | None]:
+    """Do one optimizer step -> (metrics, columns [N] of the responses, what the ranks told each other, a bad step's
+    fault, with which nothing was updated).
 
     The CPU waits for the device once, where Megatron-Core reads the gradient's norm: all that is read besides has been
-    copied before that. So a loss that is not finite is refused after the update that it spoilt, which nothing saves.
+    copied before that, so that the step is judged before the update.
     """
     wide_log_prob_N = None
     if step == 1 and policy.config.fp8:
         with bfloat16_products(policy.config):
             wide_log_prob_N = log_probs(policy, plan)
-    log_prob_N = gradient_step(policy, optimizer, plan, objective=config.objective)
-    tell = _tell(log_prob_N, policy.pop_router_sums(), told)
-    updated, grad_norm, _ = optimizer.step()
-    assert updated, "only loss scaling skips updates, and there is none"
-    log_prob_N, router_sums, told = tell()
+    told_by_row = gradient_step(policy, optimizer, plan, objective=config.objective)
+    answer = tell([*told_by_row, policy.pop_router_sums()], said, is_unfit=watch.pop())
+    faults: list[Fault | None] = []
+
+    def is_fit(grad_norm: float) -> bool:
+        (log_prob_N, term_N, _), told = answer()
+        faults.append(referee.find_fault(log_prob_N, term_N, grad_norm=grad_norm, told=told))
+        return faults[0] is None
+
+    grad_norm = optimizer.step_if(is_fit)
+    (fault,) = faults
+    (log_prob_N, _, router_sums), told = answer()
     objective = config.objective.row
     log_ratio_N = log_prob_N - plan.targets.reference_log_prob
     target_N = objective.target(plan.targets)
     # The loss is evaluated again on the whole global batch, so that it is one number in every layout.
     loss = float(objective_terms(plan, log_prob_N, objective=config.objective).mean())
-    metrics = {"loss": loss, "grad_norm": float(grad_norm)}
+    metrics = {"loss": loss, "grad_norm": grad_norm}
     metrics |= policy.router_metrics(router_sums, num_sequences=len(plan.rows))
     metrics |= response_metrics(
         log_ratio_N, log_prob_N, win_rate_N=plan.targets.win_rate, target_N=target_N, eta=objective.nats_per_reward
     )
-    _refuse_if_not_finite(metrics["loss"], "loss", plan, step)
-    _refuse_if_not_finite(metrics["grad_norm"], "gradient norm", plan, step)
     if step == 1:
         metrics["sppo/ref_drift_step0"] = drift_per_token(log_ratio_N, plan.num_response_tokens)
     if wide_log_prob_N is not None:
@@ -163,36 +187,7 @@ def _step(
     columns["log_ratio"] = log_ratio_N
     if target_N is not None:
         columns["target"] = target_N
-    return metrics, columns, told
-
-
-def _tell(log_prob_N: Tensor, router_sums: Tensor, told: _Told) -> Callable[[], tuple[Tensor, Tensor, _Told]]:
-    """Add up all that ranks say of a step, by one all-reduce and one copy -> a function that returns the sums, waiting.
-
-    A rank's seconds stand at its place, 0 for none. Collective.
-    """
-    place = launch()
-    ours = torch.zeros(place.world_size + 2, dtype=torch.float64)
-    ours[place.rank], ours[-2], ours[-1] = told.seconds[0], told.stops, told.writes
-    parts = [log_prob_N, router_sums, parallel.to_device(ours)]
-    read = parallel.sum_to_cpu(torch.cat(parts))
-
-    def answer() -> tuple[Tensor, Tensor, _Told]:
-        log_prob_N, router_sums, sums = read().split([len(part) for part in parts])
-        *seconds, stops, writes = sums.tolist()
-        return log_prob_N, router_sums, _Told(seconds=seconds, stops=stops > 0, writes=writes > 0)
-
-    return answer
-
-
-def _refuse_if_not_finite(value: float, what: str, plan: StepPlan, step: int) -> None:
-    if math.isfinite(value):
-        return
-    rows = ", ".join(f"{g}/{k}" for g, k in zip(plan.group[:8].tolist(), plan.response[:8].tolist(), strict=True))
-    raise DataError(
-        f"the {what} of step {step} is {value}; its first responses (prompt group/response) are {rows}. "
-        "Nothing of it was saved. Lower --lr, or leave these rows out, and run the same command again."
-    )
+    return metrics, columns, told, fault
 
 
 def _speed(plan: StepPlan, seconds: float, policy: Policy) -> dict[str, float]:

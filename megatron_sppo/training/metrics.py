@@ -5,6 +5,7 @@ Names are TRL's where it has one; ours stand under `sppo/`.
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,9 +71,10 @@ class StepFiles:
         """Append one step's lines and flush them.
 
         Args:
-            columns: of responses.jsonl, arrays or tensors of the global batch's length.
+            columns: of responses.jsonl, arrays or tensors of the global batch's length; null where a value of theirs is
+                not finite.
         """
-        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        rows = zip(*([_or_null(v) for v in column.tolist()] for column in columns.values()), strict=True)
         responses = [dict(zip(columns, row, strict=True)) for row in rows]
         for file, lines in ((self._metrics, [metrics]), (self._responses, responses)):
             file.writelines(json.dumps({"step": step, **line}) + "\n" for line in lines)
@@ -82,6 +84,10 @@ class StepFiles:
         """Close the files."""
         for file in (self._metrics, self._responses):
             file.close()
+
+
+def _or_null(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON knows neither NaN nor infinity
 
 
 def _keep_lines_before(path: Path, first_step: int) -> None:

@@ -18,6 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.transformer_config import mcore_dataclass, parse_overrides
+from megatron_sppo.training.bad_steps import GuardedOptimizer
 from megatron_sppo.training.config import OptimizationConfig, ParallelConfig
 from megatron_sppo.training.optimizer_shards import sharded_boxes
 
@@ -26,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 def build_optimizer(
     chunks: Sequence[Any], config: OptimizationConfig, model: ModelConfig, layout: ParallelConfig
-) -> MegatronOptimizer:
-    """Build Megatron-Core's optimizer over DDP-wrapped model chunks -> MegatronOptimizer.
+) -> GuardedOptimizer:
+    """Build Megatron-Core's optimizer over DDP-wrapped model chunks -> GuardedOptimizer.
 
     bfloat16 weights get float32 master weights; the distributed optimizer shards these and the moments.
     """
@@ -49,11 +50,13 @@ def build_optimizer(
     _report_implementation(config.optimizer)
     if torch.cuda.is_available() and clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":
         clip_grads.l2_norm_impl = norm_on_the_device
-    classes: dict[str, Any] = {"DistributedOptimizer": ReshardableOptimizer}
+    classes: dict[str, Any] = {"DistributedOptimizer": ReshardableOptimizer, "ChainedOptimizer": GuardedOptimizer}
     if config.optimizer == "rmsprop":
         classes |= {"Adam": RMSprop, "USING_PYTORCH_OPTIMIZER": False}
     with _in_megatron_core(**classes):
-        return get_megatron_optimizer(mcore_config, list(chunks))
+        optimizer = get_megatron_optimizer(mcore_config, list(chunks))
+    assert isinstance(optimizer, GuardedOptimizer)
+    return optimizer
 
 
 def _report_implementation(name: str) -> None:

@@ -36,6 +36,12 @@ class Progress:
     """Optimizer steps done."""
     num_clipped: int = 0
     """Steps whose gradient was clipped."""
+    num_skipped: int = 0
+    """Steps that were bad and left out (`bad_steps`); they count as done."""
+    num_skipped_in_a_row: int = 0
+    """Those at the end."""
+    recent: dict[str, list[float]] = field(default_factory=dict)
+    """Loss and gradient norm of the last steps that were taken, where spikes are looked for."""
     resume_key: dict[str, Any] = field(default_factory=dict)
     """What must be the same when the run is resumed."""
     reference: dict[str, Any] = field(default_factory=dict)
@@ -50,7 +56,9 @@ class Progress:
     def to_json(self) -> dict[str, Any]:
         """Return what a checkpoint stores beside the step itself."""
         values = dataclasses.asdict(self)
-        left_out = {"step"} if self.other_references else {"step", "other_references"}
+        # What says nothing is left out: versions that know nothing of it read the checkpoint too.
+        added = ("other_references", "num_skipped", "num_skipped_in_a_row", "recent")
+        left_out = {"step", *(name for name in added if not values[name])}
         return {_SAVED_AS.get(name, name): value for name, value in values.items() if name not in left_out}
 
     @classmethod

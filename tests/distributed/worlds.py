@@ -45,7 +45,7 @@ def first_step(megatron: str, data: str, reference_GK: np.ndarray, save: str | N
     optimizer = build_optimizer(policy.chunks, config.optimization, config.model, config.parallel)
     plan = next(batches.steps(first=1, last=1, reference_GK=reference_GK))
     reference_N = log_probs(policy, plan)
-    log_prob_N = parallel.sum_to_cpu(gradient_step(policy, optimizer, plan, objective=config.objective))()
+    log_prob_N = parallel.sum_to_cpu(gradient_step(policy, optimizer, plan, objective=config.objective)[0])()
     router_sums = parallel.sum_to_cpu(policy.pop_router_sums())()
     router_losses = policy.router_metrics(router_sums, num_sequences=len(plan.rows))
     terms = objective_terms(plan, log_prob_N, objective=config.objective)

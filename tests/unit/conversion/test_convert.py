@@ -541,6 +541,7 @@ MALFORMED: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(("damage", "named"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_model_is_one_line_and_nothing_is_written(
     tmp_path: Path, damage: Callable[[Path], Any], named: str
@@ -573,6 +574,7 @@ MEGATRON: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(("damage", "named"), MEGATRON.values(), ids=MEGATRON)
 def test_a_damaged_megatron_checkpoint_is_never_exported(
     tmp_path: Path, damage: Callable[[Path], Any], named: str

@@ -28,6 +28,7 @@ ARCHITECTURE = Architecture(
 )
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -77,6 +78,7 @@ def test_the_padded_vocabulary_divides_and_is_the_least(vocab_size: int, tensor:
     assert vocab_size <= padded < vocab_size + math.lcm(128, tensor)
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("override", "words"),
     [
