@@ -53,13 +53,14 @@ def train(
     """
     sampler, stopwatch = GpuSampler(), _Stopwatch(policy)
     watch, referee = GradientWatch(policy), Referee(config.safety, progress)
-    grace = Grace(
-        config.save,
-        num_bytes=checkpoint_bytes(policy, config.optimization),
-        grace_seconds=config.run.grace_seconds or default_grace_seconds(),
-    )
     writes = parallel.is_rank_zero()
-    files = StepFiles(config.save, progress.step + 1) if writes else None
+    num_bytes = checkpoint_bytes(policy, config.optimization)
+    with parallel.failing_together(OSError, DataError):
+        grace = Grace(
+            config.save, num_bytes=num_bytes, grace_seconds=config.run.grace_seconds or default_grace_seconds()
+        )
+        files = StepFiles(config.save, progress.step + 1) if writes else None
+    refused: OSError | DataError | None = None
     bar = tqdm(total=train_iters, initial=progress.step, desc="train", unit="step", disable=None if writes else True)
     for plan in steps:
         started = time.monotonic()
@@ -71,6 +72,7 @@ def train(
             num_skipped=progress.num_skipped,
             stops=stop.asked,
             writes=saver.is_writing(),
+            refused=refused is not None,
         )
         metrics, columns, told, fault = _step(
             policy,
@@ -82,6 +84,9 @@ def train(
             watch=watch,
             referee=referee,
         )
+        if told.refused:
+            saver.finish()
+            parallel.raise_together(refused)
         if fault is None:
             referee.take()
             progress.num_clipped += 0 < config.optimization.clip_grad < metrics["grad_norm"]
@@ -108,7 +113,10 @@ def train(
             metrics |= straggler_metrics(told.seconds, warns=logs and writes)
         if files is not None:
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # of a bad step
-            files.write(progress.step, finite, columns)
+            try:
+                files.write(progress.step, finite, columns)
+            except (OSError, DataError) as error:
+                refused = error  # the other ranks hear of it with the next step's numbers
             tracked.log(progress.step, finite)
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.4g}", grad_norm=f"{metrics['grad_norm']:.3g}")
@@ -120,6 +128,11 @@ def train(
             if told.stops and not last:
                 grace.warn_at_signal(stop)
             began = time.monotonic()
+            if files is not None and refused is None:
+                try:
+                    files.sync()
+                except (OSError, DataError) as error:
+                    refused = error
             saver.save(wait=last or told.stops)
             if not config.run.async_save:
                 grace.note(time.monotonic() - began)
@@ -132,6 +145,7 @@ def train(
     bar.close()
     if files is not None:
         files.close()
+    parallel.raise_together(refused)
     return progress.step >= train_iters
 
 
