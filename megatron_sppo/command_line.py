@@ -7,13 +7,14 @@
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import logging
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
 
 from megatron_sppo.errors import ConfigError, ConversionError, DataError, MachineError
 
@@ -164,15 +165,44 @@ def set_up_logging(*, debug: bool) -> None:
     if place.rank != 0:
         level = max(level, logging.WARNING)
     origin = "" if place.is_alone else f"[rank {place.rank}] "
-    logging.basicConfig(
-        level=logging.WARNING,
-        format=f"%(asctime)s {origin}%(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_WithoutSecrets(f"%(asctime)s {origin}%(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     # The root stays at WARNING: other packages' INFO is noise. Ours follows the level; so does the tool itself.
     for ours in ("megatron_sppo", "__main__"):
         logging.getLogger(ours).setLevel(level)
+
+
+class _WithoutSecrets(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text: str = without_secrets(super().format(record))
+        return text
+
+
+def without_secrets(value: Any) -> Any:
+    """Blot out user names and passwords within addresses, keys, and what environment variables keep secret.
+
+    Args:
+        value: a text, or mappings and lists with texts in them.
+
+    Returns:
+        The same kind.
+    """
+    if isinstance(value, Mapping):
+        return {name: without_secrets(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_secrets(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    value = re.sub(r"(?<=://)[^/\s@]*@", "***@", value)
+    value = re.sub(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|(?<=Bearer )\S{8,})", "***", value)
+    return functools.reduce(lambda text, secret: text.replace(secret, "***"), _secrets(), value)
+
+
+def _secrets() -> list[str]:
+    """List what the environment's variables of telling names hold -> texts long enough to be no ordinary word."""
+    telling = re.compile(r"(KEY|TOKEN|PASSWORD|PASSWD|SECRET|CREDENTIALS)$")
+    return [text for name, text in os.environ.items() if telling.search(name) and len(text) >= 8]
 
 
 def one_line(error: BaseException) -> str:
@@ -189,5 +219,5 @@ def _last_line(text: str) -> None:
     """Write the closing line to stderr after whatever stdout still holds."""
     with contextlib.suppress(OSError):  # stdout's disk is full or its reader gone: the line below can still be said.
         sys.stdout.flush()
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(without_secrets(text) + "\n")
     sys.stderr.flush()

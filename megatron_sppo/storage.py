@@ -6,6 +6,7 @@ Everything is written under a temporary name beside its place, fsynced and renam
 
 import atexit
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -16,7 +17,7 @@ import re
 import shutil
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -70,9 +71,10 @@ def fsync_path(path: Path) -> None:
 def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that appears under `path` only when the block ends well; on any error nothing changes."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_behind(path)
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
@@ -80,7 +82,8 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         os.replace(temporary, path)
         fsync_path(path.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that became read-only: the first error says it
+            temporary.unlink(missing_ok=True)
         explain_os_error(error, path)
         raise
 
@@ -99,10 +102,11 @@ def atomic_directory(path: Path, *, replaces: str) -> Iterator[Path]:
     if path.is_symlink():
         path = path.resolve()  # the link stays, and what it leads to is replaced: it may lie on another disk
     refuse_foreign(path, ours=(replaces,))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale_temporaries(path)
     temporary = temporary_beside(path)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
         publish_directory(temporary, path)
@@ -113,11 +117,19 @@ def atomic_directory(path: Path, *, replaces: str) -> Iterator[Path]:
 
 
 def publish_directory(temporary: Path, path: Path) -> None:
-    """Fsync all of `temporary` and rename it to `path`. An old `path` is moved aside first and then removed."""
+    """Fsync all of `temporary` and rename it to `path`; an old `path` is removed.
+
+    Both change places in one step where the file system can. Elsewhere the old one is moved aside first, so that for a
+    moment there is none: `remove_stale_temporaries` puts it back for one who was killed in it.
+    """
     for directory, _, names in os.walk(temporary):
         for name in names:
             fsync_path(Path(directory, name))
         fsync_path(Path(directory))
+    if path.exists() and exchange(temporary, path):
+        fsync_path(path.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
     aside = path.with_name(f".{path.name}.old-{os.getpid()}")
     if path.exists():
         os.rename(path, aside)
@@ -129,6 +141,24 @@ def publish_directory(temporary: Path, path: Path) -> None:
         raise
     fsync_path(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two names of one file system change places in one step -> False where the system or the disk cannot.
+
+    Raises:
+        OSError: it can, and did not.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux: glibc 2.28, musl 1.2.6
+    if renameat2 is None:
+        return False
+    here, swapped = -100, 2  # AT_FDCWD, RENAME_EXCHANGE: linux/fcntl.h, linux/fs.h
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), swapped) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV):
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
 def remove_stale_temporaries(*paths: Path) -> None:
@@ -150,6 +180,21 @@ def remove_stale_temporaries(*paths: Path) -> None:
                 shutil.rmtree(place, ignore_errors=True)
             else:
                 place.unlink(missing_ok=True)
+
+
+_found_left: dict[Path, dict[str, list[Path]]] = {}
+
+
+def _remove_left_behind(path: Path) -> None:
+    """Remove what killed writers of one file left; a process lists a directory once, however often it writes there."""
+    if path.parent not in _found_left:
+        found = _found_left[path.parent] = {}
+        for kind, name, place in _left_behind(path.parent):
+            if kind == "tmp":
+                found.setdefault(name, []).append(place)
+    for place in _found_left[path.parent].pop(path.name, ()):
+        with contextlib.suppress(OSError):  # it is a directory's, or went by itself
+            place.unlink()
 
 
 def _left_behind(directory: Path) -> list[tuple[str, str, Path]]:
@@ -222,10 +267,10 @@ def _locked_file(path: Path, subject: Path, *, remedy: str) -> Iterator[None]:
         while True:
             try:
                 file = stack.enter_context(open(path, "a+", encoding="utf-8"))
+                _take_lock(file, path, subject, remedy=remedy)
             except OSError as error:
                 explain_os_error(error, subject)
                 raise
-            _take_lock(file, path, subject, remedy=remedy)
             if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 break  # else its last holder has removed the file that we opened
         done = threading.Event()
@@ -311,22 +356,55 @@ def refuse_foreign(directory: Path, *, ours: Sequence[str], inputs: Sequence[Pat
         )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: two-space indent, keys in the order given, a newline at the end."""
+SEAL = "content_sha256"
+"""Key of a JSON object's checksum of everything else in it (`sealed`)."""
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Add a checksum of itself to a JSON object, which `unsealed` checks -> the object with one more key, the last."""
+    as_read = json.loads(json.dumps(content))  # tuples are lists there, and all keys texts
+    return {**content, SEAL: sha256_of_json(as_read)}
+
+
+def unsealed(content: Any, *, place: object) -> Any:
+    """Check a JSON value's checksum of itself, where it has one -> the value without it.
+
+    Raises:
+        DataError: it is other than it was when it was sealed; the message begins with `place`.
+    """
+    if not isinstance(content, dict) or SEAL not in content:
+        return content
+    rest = {key: value for key, value in content.items() if key != SEAL}
+    if sha256_of_json(rest) != content[SEAL]:
+        raise DataError(
+            f"{place}: it is not what was written ({SEAL} differs): damaged, or edited. Write it again; if you changed "
+            f"it on purpose, remove its {SEAL}."
+        )
+    return rest
+
+
+def write_json(path: Path, value: Any, *, seal: bool = False) -> None:
+    """Write JSON atomically: two-space indent, keys in the order given, a newline at the end.
+
+    Args:
+        seal: add a checksum, by which every reader (`read_json`) finds damage; for what no manifest lists.
+    """
     with atomic_file(Path(path)) as file:
-        json.dump(value, file, indent=2, allow_nan=False)
+        json.dump(sealed(value) if seal else value, file, indent=2, allow_nan=False)
         file.write("\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
+    """Read a JSON file, and check it against its own checksum if it was written with one.
 
     Raises:
-        DataError: the file is missing, unreadable or no JSON; the message names it.
+        DataError: the file is missing, unreadable, no JSON or not what was written; the message names it.
     """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return unsealed(json.loads(path.read_text(encoding="utf-8")), place=path)
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(f"{path} does not exist. Check the path, or run the step that writes it.") from None
     except OSError as error:
@@ -398,11 +476,37 @@ def packaged_examples(pattern: str) -> str:
     return ", ".join(sorted(str(path.relative_to(_PACKAGE)) for path in (_PACKAGE / "examples").glob(pattern)))
 
 
-def contained(root: Path, name: str) -> Path:
-    """Resolve a file name that was read from a file, and refuse one that leads out of `root`."""
-    path = Path(root, name)
+def named_inside(root: Path, name: str) -> Path:
+    """Join a file name that was read from a file to its root, and refuse one that leads out of it -> path.
+
+    Raises:
+        DataError: it is absolute, or goes up.
+    """
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise DataError(f"{root} names the file {name!r}, which lies outside it. Do not use this directory.")
+    return Path(root, name)
+
+
+def contained(root: Path, name: str) -> Path:
+    """Find a file whose name was read from a file, and refuse what leads out of `root`, by a link too -> path.
+
+    The hub's cache is the exception: models--ORG--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH.
+
+    Raises:
+        DataError: it does.
+    """
+    path = named_inside(root, name)
+    if "\0" in name:
+        return path  # no file is called so
+    home, target = os.path.realpath(root), os.path.realpath(path)
+    if target != home and not target.startswith(os.path.join(home, "")):
+        parent = os.path.dirname(home)
+        blobs = os.path.join(os.path.dirname(parent), "blobs", "")
+        if os.path.basename(parent) != "snapshots" or not target.startswith(blobs):
+            raise DataError(
+                f"{path} is a link to {target}, outside of {root}. Put the file itself there: "
+                f"cp --remove-destination {target} {path}"
+            )
     return path
 
 
@@ -420,3 +524,7 @@ def explain_os_error(error: BaseException, path: Path) -> None:
         raise DataError(f"{path} could not be written: {error.strerror}. Choose a writable place.") from error
     if error.errno in (errno.EMFILE, errno.ENFILE):
         raise DataError(f"{path} could not be written: {error.strerror}. Raise the limit with `ulimit -n`.") from error
+    if error.errno == errno.EIO and error.filename is None:  # of a file that was open, which the error does not name
+        raise DataError(
+            f"{path} could not be written: {error.strerror}. Check the disk, then run the same command again."
+        ) from error

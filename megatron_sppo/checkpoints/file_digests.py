@@ -6,9 +6,11 @@ remembered for this user: `sha256_of_files`. No torch here: the loop of self-pla
 """
 
 import contextlib
+import hashlib
 import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,11 @@ def sha256_of_items(path: Path) -> str | None:
 def sha256_of_files(paths: Sequence[Path]) -> list[str]:
     """Hash files side by side, but for those that this user hashed before and that were not touched since -> sha256s.
 
-    Remembered in $XDG_CACHE_HOME/megatron_sppo, by place, inode, size and both times of change; links are followed.
+    Remembered in $XDG_CACHE_HOME/megatron_sppo, by place, inode, size and both times of change; links are followed. A
+    file of the hub's cache lies there under its hash, and is held against it.
+
+    Raises:
+        DataError: a file of the hub's cache is not what the hub has.
     """
     memory = _Memory()
     known = [memory.recall(path) for path in paths]
@@ -96,8 +102,45 @@ def sha256_of_files(paths: Sequence[Path]) -> list[str]:
     with ThreadPoolExecutor(max_workers=default_workers()) as pool:  # hashing releases the GIL
         marks = [_mark(path) for path in unknown]
         found = dict(zip(unknown, pool.map(sha256_of_file, unknown), strict=True))
+    for path, digest in found.items():
+        _check_blob(path, digest)
     memory.keep({path: (mark, found[path]) for path, mark in zip(unknown, marks, strict=True)})
     return [digest or found[path] for path, digest in zip(paths, known, strict=True)]
+
+
+def check_blobs(paths: Iterable[Path]) -> None:
+    """Hold the files among these that link into the hub's cache against the hashes that they lie there under.
+
+    Raises:
+        DataError: one is damaged.
+    """
+    sha256_of_files([path for path in paths if _blob_name(path) is not None])
+
+
+def _blob_name(path: Path) -> str | None:
+    """Find what the hub's cache calls the file that a path links to (snapshots/REVISION/NAME -> blobs/HASH) -> hash.
+
+    sha256 of a file in LFS, 64 digits; git's sha1 of a small one, 40.
+    """
+    if not path.is_symlink():
+        return None
+    blob = path.resolve()
+    is_hash = re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name) is not None
+    return blob.name if blob.parent.name == "blobs" and is_hash else None
+
+
+def _check_blob(path: Path, sha256: str) -> None:
+    name = _blob_name(path)
+    if name is None:
+        return
+    if len(name) == 40:
+        content = path.read_bytes()
+        sha256 = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    if sha256 != name:
+        raise DataError(
+            f"{path} is not what the hub has: its hash is not {name[:12]}..., under which it lies in the cache. It is "
+            f"damaged: rm {path.resolve()} and fetch the model again."
+        )
 
 
 def _mark(path: Path) -> list[int]:
@@ -131,7 +174,7 @@ class _Memory:
             return
         entries = {name: entry for name, entry in self._read().items() if name not in added} | added
         with contextlib.suppress(OSError, DataError):  # a home that cannot be written: hashed again the next time
-            write_json(self._path, dict(list(entries.items())[-_MOST_REMEMBERED:]))
+            write_json(self._path, dict(list(entries.items())[-_MOST_REMEMBERED:]), seal=True)
 
     def _read(self) -> dict[str, Any]:
         if self._path is None:

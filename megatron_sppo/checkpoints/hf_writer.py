@@ -32,7 +32,7 @@ from megatron_sppo.checkpoints.safetensors_file import (
 )
 from megatron_sppo.checkpoints.transfer import MAKING, Move, Transfer, bytes_of, write_at
 from megatron_sppo.errors import ConversionError, DataError
-from megatron_sppo.storage import contained, read_json
+from megatron_sppo.storage import named_inside, read_json
 
 Place = tuple[int, Entry]
 """An open file's descriptor, and where a tensor lies in it."""
@@ -86,7 +86,7 @@ def kept_files(tensors: Mapping[str, tuple[torch.dtype, Shape]], path: Path) -> 
     layout = read_json(path)
     try:
         headers = {name: base64.b64decode(encoded) for name, encoded in layout["files"].items()}
-        files = {name: (raw, entries_of_header(contained(Path(), name), raw)) for name, raw in headers.items()}
+        files = {name: (raw, entries_of_header(named_inside(Path(), name), raw)) for name, raw in headers.items()}
         index = layout["index"]
     except DataError:
         raise  # a name that leads elsewhere

@@ -83,6 +83,10 @@ def resolve_checkpoint(path: Path, *, weights_only: bool = False) -> Path:
         )
     named, fault = _tracked(path)
     if named is not None:
+        match = _ITERATION.fullmatch(named.name)
+        if match and (latest := max(iterations(path))) > int(match[1]):
+            later = iteration_directory(path, latest).name
+            logger.warning("%s names %s, and it is taken: not %s", path / TRACKER_FILE, named.name, later)
         return named
     for iteration in reversed(iterations(path)):
         directory = iteration_directory(path, iteration)

@@ -11,16 +11,18 @@ Headers alone are read here, and no torch is needed, until a tensor is.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE
-from megatron_sppo.checkpoints.safetensors_file import Entry, Shape, read_header, read_tensor
+from megatron_sppo.checkpoints.safetensors_file import LENGTH_BYTES, Entry, Shape, read_header, read_tensor
 from megatron_sppo.errors import ConversionError, DataError, some_of
 from megatron_sppo.storage import damage, read_json, sha256_of_file, sha256_of_json
 
@@ -31,6 +33,11 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 BASE_HASH = "base_model_hash"
 """Key of the safetensors file's metadata: `model_hash` of the model that the adapter was trained on. PEFT and vLLM pass
 over it; of an adapter from elsewhere it is not known."""
+
+CONTENT_HASH = "content_sha256"
+"""Key beside it, in adapters that are written here (`seal_adapter`): by it damage is found that no shape shows."""
+NO_HASH = {CONTENT_HASH: "0" * 64}
+"""Metadata of a file that is still being written."""
 
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -127,6 +134,12 @@ def open_peft_adapter(directory: Path) -> PeftAdapter:
             )
         raise ConversionError(f"{directory} has no {ADAPTER_WEIGHTS}. Fetch the adapter again.")
     header, entries = read_header(path)
+    sealed = _metadata(header, CONTENT_HASH)
+    if sealed is not None and sealed != _content_hash(directory):
+        raise ConversionError(
+            f"{path} and {ADAPTER_CONFIG} are not what was written ({CONTENT_HASH} differs): one of them is damaged or "
+            "edited. Export or fetch the adapter again."
+        )
     rank = _whole(config, "r", directory)
     factors = _paired(path, entries, rank)
     targets = config.get("target_modules")
@@ -144,7 +157,7 @@ def open_peft_adapter(directory: Path) -> PeftAdapter:
         is_partial=bool(config.get("layers_to_transform") or config.get("exclude_modules")),
         header=header,
         factors=factors,
-        base_hash=_base_hash(header),
+        base_hash=_metadata(header, BASE_HASH),
     )
     if idle := [name for name in _listed(adapter) if not any(_ends(module, name) for module in factors)]:
         raise ConversionError(
@@ -152,6 +165,25 @@ def open_peft_adapter(directory: Path) -> PeftAdapter:
             f"(it adapts {some_of(_short_names(factors))}). Save the adapter again with PEFT."
         )
     return adapter
+
+
+def seal_adapter(directory: Path) -> None:
+    """Write into a new adapter's weights, whose header holds `NO_HASH` for it, the hash of both of its files."""
+    with open(directory / ADAPTER_WEIGHTS, "r+b") as file:
+        start = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        place = file.read(start).index(NO_HASH[CONTENT_HASH].encode())
+        found = _content_hash(directory)
+        file.seek(LENGTH_BYTES + place)
+        file.write(found.encode())
+
+
+def _content_hash(directory: Path) -> str:
+    """Hash all that an adapter's two files say, but for this hash itself -> 64 hex digits."""
+    with open(directory / ADAPTER_WEIGHTS, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(LENGTH_BYTES), "little")))
+        tensors = hashlib.file_digest(file, "sha256").hexdigest()
+    del header["__metadata__"][CONTENT_HASH]
+    return sha256_of_json({"config": read_json(directory / ADAPTER_CONFIG), "header": header, "tensors": tensors})
 
 
 def check_fits(adapter: PeftAdapter, weights: Mapping[str, Shape], *, base: Path, base_hash: str | None = None) -> None:
@@ -290,9 +322,9 @@ def _paired(path: Path, entries: Mapping[str, Entry], rank: int) -> dict[str, tu
     return pairs
 
 
-def _base_hash(header: bytes) -> str | None:
+def _metadata(header: bytes, key: str) -> str | None:
     metadata = json.loads(header).get("__metadata__")
-    value = metadata.get(BASE_HASH) if isinstance(metadata, dict) else None
+    value = metadata.get(key) if isinstance(metadata, dict) else None
     return value if isinstance(value, str) and value else None
 
 
@@ -342,7 +374,7 @@ def _whole(config: Mapping[str, Any], key: str, directory: Path) -> int:
 
 def _number(config: Mapping[str, Any], key: str, directory: Path) -> float:
     value = config.get(key)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
         return float(value)
     raise ConversionError(
         f"{directory / ADAPTER_CONFIG}: {key} is {value!r}, not a positive number. Save the adapter again."

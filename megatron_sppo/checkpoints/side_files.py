@@ -161,9 +161,13 @@ def _no_number(constant: str) -> float:
 
 
 def _check_template(template: str) -> None:
-    """Raise a ValueError if a chat template is not Jinja, in the dialect of transformers 5 (chat_template_utils.py)."""
-    from jinja2 import Environment, TemplateSyntaxError, nodes
+    """Raise a ValueError if a chat template is not Jinja, in the dialect of transformers 5 (chat_template_utils.py).
+
+    Nothing of it is computed: jinja folds constants when it compiles, and 10**10**8 is one.
+    """
+    from jinja2 import TemplateSyntaxError, nodes
     from jinja2.ext import Extension
+    from jinja2.sandbox import SandboxedEnvironment
 
     class Generation(Extension):
         tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
@@ -172,9 +176,19 @@ def _check_template(template: str) -> None:
             next(parser.stream)
             return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
+    class NothingComputed(SandboxedEnvironment):
+        intercepted_binops = frozenset(SandboxedEnvironment.default_binop_table)
+        intercepted_unops = frozenset(SandboxedEnvironment.default_unop_table)
+
+    def not_here(*_: Any, **__: Any) -> None:
+        raise nodes.Impossible
+
+    environment = NothingComputed(extensions=[Generation, "jinja2.ext.loopcontrols"], autoescape=False, optimized=False)
+    environment.filters = dict.fromkeys(environment.filters, not_here)
+    environment.tests = dict.fromkeys(environment.tests, not_here)
     try:
         # Compiled, for a filter that does not exist is found then.
-        Environment(extensions=[Generation, "jinja2.ext.loopcontrols"], autoescape=False).compile(template)
+        environment.compile(template)
     except TemplateSyntaxError as error:
         raise ValueError(f"a chat template that is no Jinja: {error.message}, line {error.lineno}") from None
 

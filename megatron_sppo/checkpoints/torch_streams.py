@@ -2,6 +2,8 @@
 
 import io
 import os
+import struct
+import zipfile
 from typing import Any
 
 import torch
@@ -59,6 +61,22 @@ class _Memory(_Window):
         return len(view)
 
 
+def refuse_packed(stream: Any) -> None:
+    """Refuse a `torch.save` stream whose members are compressed, which torch never does: a small one may fill memory.
+
+    Raises:
+        ValueError: it is; or it is no such stream.
+    """
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+    except (zipfile.BadZipFile, NotImplementedError, struct.error) as error:
+        raise ValueError(f"no archive of torch.save: {error}") from None
+    if packed:
+        raise ValueError(f"{packed[0]} is compressed, which torch.save does not do")
+    stream.seek(0)
+
+
 def object_in(raw: bytearray) -> Any:
     """Load what a stream holds: tensors, numbers, texts and containers of them -> object, on the CPU.
 
@@ -67,6 +85,7 @@ def object_in(raw: bytearray) -> Any:
     Raises:
         RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError: it is damaged, or names code.
     """
+    refuse_packed(_stream(raw))
     described = torch.load(_stream(raw), map_location="meta", weights_only=True)
     start = getattr(described.untyped_storage(), "_checkpoint_offset", None) if isinstance(described, Tensor) else None
     if start is None or not described.is_contiguous() or not described.numel():

@@ -77,7 +77,8 @@ def run_kept(
                 is_end = is_end or len(given) < reply.num_wanted
     except (EOFError, ConnectionError, FileNotFoundError):
         raise DataError(
-            "the process that keeps the run's engine has ended; its log says why. Run the same command again."
+            "the process that keeps the run's engine has ended: see logs/engine.log in the run's directory. "
+            "Run the same command again, or with --no-keep-engine."
         ) from None
     assert not at_work, f"the worker left {len(at_work)} tasks without a result"
 

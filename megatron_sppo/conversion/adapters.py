@@ -13,8 +13,7 @@ import torch
 from megatron_sppo.architecture import write_architecture
 from megatron_sppo.checkpoints import adapter_file
 from megatron_sppo.checkpoints.adapter_file import AdapterFile, AdapterSettings, BaseName
-from megatron_sppo.checkpoints.distcp import COMMON_FILE
-from megatron_sppo.checkpoints.distcp_writer import write_distcp
+from megatron_sppo.checkpoints.distcp_writer import write_common, write_distcp
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
 from megatron_sppo.checkpoints.hf_writer import write_tensor
@@ -33,10 +32,13 @@ from megatron_sppo.checkpoints.peft_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BASE_HASH,
+    CONTENT_HASH,
+    NO_HASH,
     PeftAdapter,
     adapter_config,
     check_fits,
     open_peft_adapter,
+    seal_adapter,
     tensor_names,
 )
 from megatron_sppo.checkpoints.safetensors_file import entries_of_header, new_header, write_header
@@ -132,7 +134,7 @@ def import_adapter(
         convert.check_space(megatron, total)
         with atomic_directory(target, replaces=MANIFEST_FILE) as directory:
             write_distcp(directory, pieces, objects={}, progress=lambda _: None)
-            torch.save(convert.COMMON_STATE, directory / COMMON_FILE)
+            write_common(directory, convert.COMMON_STATE)
             (directory / "metadata.json").write_text(json.dumps(convert.METADATA_JSON))
             write_architecture(architecture, directory, tokenizer=convert.tokenizer_record(base, tokenizer))
             (directory / HF_DIRECTORY).mkdir()
@@ -191,6 +193,8 @@ def export_adapter(
                     for tensor_name, matrix in zip(tensor_names(name), opened.read(name), strict=True):
                         write_tensor(file.fileno(), entries[tensor_name], matrix.to(entries[tensor_name].dtype))
             (directory / ADAPTER_CONFIG).write_text(config, encoding="utf-8")
+            if NO_HASH[CONTENT_HASH].encode() in header:
+                seal_adapter(directory)
     logger.info("exported %s to %s: rank %d", opened.directory, adapter, opened.content.settings.rank)
     return adapter
 
@@ -266,7 +270,7 @@ def _new_words(opened: OpenedAdapter, cast: torch.dtype | None, base: Path | Non
     for name in opened.factors:
         pair = zip(tensor_names(name), opened.dtypes(name), opened.shapes(name), strict=True)
         named |= {tensor: (cast or kind, shape) for tensor, kind, shape in pair}
-    metadata = {} if base is None else {BASE_HASH: model_hash(base)}
+    metadata = NO_HASH | ({} if base is None else {BASE_HASH: model_hash(base)})
     header, _ = new_header(Path(ADAPTER_WEIGHTS), dict(sorted(named.items())), metadata=metadata)
     return json.dumps(config, indent=2) + "\n", header
 

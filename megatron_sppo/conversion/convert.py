@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from megatron_sppo.architecture import Architecture, write_architecture
 from megatron_sppo.checkpoints.distcp import COMMON_FILE
-from megatron_sppo.checkpoints.distcp_writer import write_distcp
+from megatron_sppo.checkpoints.distcp_writer import write_common, write_distcp
+from megatron_sppo.checkpoints.file_digests import check_blobs
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, check_tensors
 from megatron_sppo.checkpoints.hf_files import (
     CONFIG_FILE,
@@ -102,6 +103,7 @@ def import_checkpoint(
     family = family_of(architecture.family, place=str(hf))
     source = open_source(hf)
     tokenizer = check_side_files(hf)
+    check_blobs({*(entry.file for entry in source.entries.values()), *(hf / name for name in side_files(hf))})
     alone = any(mapping.per_expert for mapping in family.mappings)
     experts = architecture.num_expert_layers * (architecture.num_moe_experts or 0) if alone else 0
     if architecture.num_layers + experts > len(source.entries):
@@ -128,7 +130,7 @@ def import_checkpoint(
         with atomic_directory(target, replaces=MANIFEST_FILE) as directory, progress_bar(total, "import") as bar:
             states = extra_states(architecture)
             write_distcp(directory, pieces, objects=states, progress=bar.update, workers=workers)
-            torch.save(COMMON_STATE, directory / COMMON_FILE)
+            write_common(directory, COMMON_STATE)
             (directory / "metadata.json").write_text(json.dumps(METADATA_JSON))
             write_architecture(architecture, directory, tokenizer=tokenizer_record(hf, tokenizer))
             (directory / HF_DIRECTORY).mkdir()

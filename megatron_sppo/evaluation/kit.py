@@ -65,7 +65,7 @@ def evaluate_players(config: EvaluateConfig) -> dict[str, Any]:
     result["prompts"] = _per_prompt(held, field)
     for warning in (text for row in result["judges"] for text in row["warnings"]):
         logger.warning("%s", warning)
-    write_json(config.output, result)
+    write_json(config.output, result, seal=True)
     return result
 
 

@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.protocol import Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.judge.source import UnreadableGroup
-from megatron_sppo.rollout.chat_template import TEMPLATE_FAULTS
 from megatron_sppo.rollout.records import RolloutGroup, Turn
+from megatron_sppo.rollout.template_process import TemplateRefusal, render
 
 _PLAIN = ("QUESTION", "ANSWER", "QUESTION")
 """Texts that no template knows: what else their rendering holds is the template's own."""
@@ -107,9 +106,9 @@ class ChatText:
             UnreadableGroup: the template refuses it.
         """
         try:
-            return str(self._tokenizer.apply_chat_template(list(turns), tokenize=False))
-        except TEMPLATE_FAULTS as error:
-            raise UnreadableGroup(f"the judge's chat template refuses it: {one_line(error)}") from None
+            return render(self._tokenizer, turns)
+        except TemplateRefusal as reason:
+            raise UnreadableGroup(f"the judge's chat template refuses it: {reason}") from None
 
     def ids(self, rendered: str) -> list[int]:
         """Tokenise a rendered conversation -> ids, the template's markers in them and no other ones.

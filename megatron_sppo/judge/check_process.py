@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import select
-import signal
-import subprocess
-import sys
-import threading
-import time
-import weakref
-from collections import deque
-from pathlib import Path
 from typing import Any
 
-import megatron_sppo
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.checks import UncheckedAnswer
+from megatron_sppo.rollout.line_process import LineProcess
 from megatron_sppo.rollout.records import Turn
 
 _START_SECONDS = 300.0
@@ -77,27 +65,11 @@ class CheckProcess:
         self._child = None
 
 
-class _Child:
+class _Child(LineProcess):
     """One child process, loaded and waiting."""
 
     def __init__(self, target: str, seconds: float) -> None:
-        package = str(Path(megatron_sppo.__file__).parents[1])
-        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_sppo.judge.check_child", target, str(seconds)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,  # what a scorer starts itself is ended with it
-        )
-        self.end = weakref.finalize(self, _kill, self._process)
-        """Kill it and what it has started."""
-        self._rest = b""
-        self._said: deque[bytes] = deque(maxlen=20)
-        assert self._process.stderr is not None
-        self._reader = threading.Thread(target=self._said.extend, args=(self._process.stderr,), daemon=True)
-        self._reader.start()
+        super().__init__("megatron_sppo.judge.check_child", target, str(seconds))
         try:
             reply = self.receive(_START_SECONDS)
         except (TimeoutError, EOFError, OSError) as error:
@@ -111,52 +83,3 @@ class _Child:
             self.end()
             raise ConfigError(reply["refused"])
         self.versions: dict[str, str] = reply["ready"]
-
-    def send(self, request: dict[str, Any]) -> None:
-        """Ask for the check of an answer. An idle child reads at once."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._process.stdin.flush()
-
-    def receive(self, seconds: float) -> dict[str, Any]:
-        """Wait for the reply -> its content.
-
-        Raises:
-            TimeoutError: there is none yet.
-            EOFError: there will be none.
-        """
-        assert self._process.stdout is not None
-        deadline, file = time.monotonic() + seconds, self._process.stdout.fileno()
-        while b"\n" not in self._rest:
-            readable, _, _ = select.select([file], [], [], max(0.0, deadline - time.monotonic()))
-            if not readable:
-                raise TimeoutError
-            if not (more := os.read(file, 1 << 16)):
-                raise EOFError
-            self._rest += more
-        line, _, self._rest = self._rest.partition(b"\n")
-        reply: dict[str, Any] = json.loads(line)
-        return reply
-
-    def last_words(self) -> str:
-        """Say how the process ended, and the last line that it wrote -> one clause."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=5)
-        self._reader.join(timeout=5)
-        code = self._process.returncode
-        how = "it still runs" if code is None else f"exit code {code}"
-        if code is not None and code < 0:
-            how = signal.Signals(-code).name
-        lines = [line.decode(errors="replace").strip() for line in self._said]
-        said = next((line for line in reversed(lines) if line), "")
-        return f"{how}: {said[:160]}" if said else how
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            with contextlib.suppress(OSError):
-                stream.close()

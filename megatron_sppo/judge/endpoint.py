@@ -39,7 +39,7 @@ from megatron_sppo.judge.protocol import Unjudged, Verdict, count_pairs, distinc
 from megatron_sppo.judge.source import UnreadableGroup, conversation_text
 from megatron_sppo.judge.verdict import UNREADABLE, verdict_logit
 from megatron_sppo.rollout.openai_server import HttpError, NoReply, OpenAIServer, ServerFault, UnusableReply
-from megatron_sppo.storage import atomic_file, sha256_of_json
+from megatron_sppo.storage import atomic_file, read_json, sealed, sha256_of_json
 
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
@@ -224,8 +224,8 @@ class EndpointJudge:
         key = sha256_of_json([self._url, body])
         path = self._cache_dir / key[:2] / f"{key}.json" if self._cache_dir else None
         if path is not None:
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                cached = json.loads(path.read_text(encoding="utf-8"))
+            with contextlib.suppress(DataError):  # none, or damaged
+                cached = read_json(path)
                 if isinstance(cached, dict):
                     with self._lock:
                         self.traffic["cached_answers"] += 1
@@ -234,7 +234,7 @@ class EndpointJudge:
         # What cannot be read is asked anew: the server may be fixed by then.
         if path is not None and verdict_logit(choice)[1] != UNREADABLE:
             with atomic_file(path) as file:
-                json.dump(choice, file)
+                json.dump(sealed(choice), file)  # a server's numbers may be NaN
         return choice
 
     def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -366,6 +366,8 @@ class EndpointJudge:
 
     def _refusal(self, route: str, status: int, fault: str) -> _Refused:
         remedy = "Check the address, the model's name and what the server says."
+        if 300 <= status < 400:
+            remedy = "If you trust that address, give it with --judge endpoint:URL#MODEL."
         if status in (401, 403):
             state = "which holds a key that it does not take" if self._key else "which is not set"
             remedy = f"The API key is read from the environment variable {self._key_name}, {state}." + (

@@ -109,7 +109,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     }
     for warning in result["warnings"]:
         logger.warning("%s", warning)
-    write_json(config.output, result)
+    write_json(config.output, result, seal=True)
     return result
 
 

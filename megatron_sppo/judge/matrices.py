@@ -20,7 +20,7 @@ import numpy as np
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.judge.protocol import CERTAIN_LOGIT, LARGEST_LOGIT, Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.rollout.preferences import SUM_TOLERANCE
-from megatron_sppo.storage import sha256_of_file, sha256_of_json
+from megatron_sppo.storage import sha256_of_file, sha256_of_json, unsealed
 
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
@@ -80,7 +80,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], set[str]]:
             if not line.strip():
                 continue
             try:
-                row = msgspec.convert(json.loads(line), _Line)
+                row = msgspec.convert(unsealed(json.loads(line), place="its line"), _Line)
                 prompt_id, (kind, matrix) = str(row.prompt_id), row.logits()
             except (ValueError, TypeError, OverflowError, RecursionError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -256,7 +256,7 @@ def write_diagnostics(output: Path, identity: dict[str, Any], counts: Counter[st
     dataset = PreferenceDataset(output, verify_contents=False)  # hashed while it was written, just now
     identity = {**identity, "dataset": dataset.manifest.dataset_hash}
     diagnostics = {**describe_judge(dataset, counts), "identity": identity}
-    write_json(output / DIAGNOSTICS_NAME, diagnostics)
+    write_json(output / DIAGNOSTICS_NAME, diagnostics, seal=True)
     return diagnostics
 
 

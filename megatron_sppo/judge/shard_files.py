@@ -34,7 +34,7 @@ GROUPS_PER_WINDOW = 256
 """Groups judged at once, and those of a block: bounds the memory, whatever the size of a shard."""
 DAMAGE = (
     *(ValueError, LookupError, EOFError, TypeError, RuntimeError, OverflowError, OSError),
-    *(zipfile.BadZipFile, zlib.error, struct.error),
+    *(zipfile.BadZipFile, zlib.error, struct.error, MemoryError),
 )
 """What reading a damaged file raises."""
 _BLOCKS_NAME = "blocks.json"
@@ -162,6 +162,10 @@ def read_scores(file: Path | IO[bytes], key: ShardKey) -> ShardScores | None:
     if isinstance(file, Path) and not file.is_file():
         return None
     try:
+        with zipfile.ZipFile(file) as archive:
+            _refuse_packed(archive)
+        if not isinstance(file, Path):
+            file.seek(0)
         with np.load(file, allow_pickle=False) as content:
             if json.loads(str(content["key"])) != key.of_scores:
                 return None
@@ -229,8 +233,15 @@ def _block_name(place: int) -> str:
     return f"block-{place:05d}"
 
 
+def _refuse_packed(archive: zipfile.ZipFile) -> None:
+    """Refuse compressed members, which none is written as: a small file could fill the memory."""
+    if packed := [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]:
+        raise zipfile.BadZipFile(f"{packed[0]} is compressed")
+
+
 def _num_blocks(archive: zipfile.ZipFile, key: ShardKey) -> int | None:
     """Count a file's blocks -> None where it has none of this key."""
+    _refuse_packed(archive)
     names = archive.namelist()
     if _BLOCKS_NAME not in names:
         return None

@@ -251,6 +251,7 @@ _REFUSED = {
     "RMSprop's place too, and a resumed run goes on from the weights that it had copied there before the checkpoint "
     "was loaded. Use --use-distributed-optimizer, which shards the optimizer's state, or --lora-rank 16, which needs "
     "next to none",
+    "moe_enable_routing_replay": "nothing here records the routes of the reference pass: none would be replayed",
     "cpu_offloading": _OFFLOADED_ACTIVATIONS,
     "fine_grained_activation_offloading": _OFFLOADED_ACTIVATIONS,
 }

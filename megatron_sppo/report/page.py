@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from megatron_sppo.command_line import without_secrets
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.evaluation.text import judge_notes, judge_rows, judge_title, player_rows
 from megatron_sppo.judge.diagnostics import JUDGE_DIAGNOSTICS, JudgeDiagnostic
@@ -60,7 +61,7 @@ details summary { cursor: pointer; font-weight: 600; } details pre { margin-top:
 }
 """
 
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def write_report(run_dir: Path) -> Path:
@@ -115,7 +116,7 @@ def render(run: RunData) -> str:
         _section("Time", _seconds_table(iterations), _TIME_NOTE),
         _section("Training answers, token by token", _token_answers(run), _TOKENS_NOTE),
         _section("Answers before and after", _answers(run.answers, iterations), _ANSWERS_NOTE),
-        _details("Settings", yaml.safe_dump(run.state.get("config", {}), sort_keys=False, allow_unicode=True)),
+        _details("Settings", _settings(run)),
         _details("Commands", "\n\n".join(_commands(run))),
         _details("Versions", yaml.safe_dump(run.state.get("versions", {}), sort_keys=False)),
     ]
@@ -174,6 +175,10 @@ _ANSWERS_NOTE = (
     "First sampled answer of each, on held-out prompts taken evenly from the best to the worst win rate: no picking. "
     "The win rate counts all answers to the prompt."
 )
+
+
+def _settings(run: RunData) -> str:
+    return yaml.safe_dump(without_secrets(run.state.get("config", {})), sort_keys=False, allow_unicode=True)
 
 
 def _subtitle(run: RunData) -> str:
@@ -316,7 +321,7 @@ def _answer(title: str, text: str) -> str:
 
 def _commands(run: RunData) -> Iterable[str]:
     for name, entry in run.state.get("stages", {}).items():
-        yield f"# {name}\n{' '.join(entry['command'])}"
+        yield f"# {name}\n{without_secrets(' '.join(entry['command']))}"
 
 
 def _section(title: str, content: str, note: str = "", *, is_wide: bool = False) -> str:

@@ -14,15 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
-
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.config import TemplateConfig
 from megatron_sppo.rollout.prompts import Prompt
 from megatron_sppo.rollout.records import Response, RolloutGroup, Turn
+from megatron_sppo.rollout.template_process import (
+    BrokenTemplate,
+    ExhaustingTemplate,
+    TemplateRefusal,
+    render,
+    render_all,
+)
 
-TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What a template's expressions raise on messages that it was not written for."""
 _PROBE = ("FIRST QUESTION", "FIRST ANSWER", "SECOND QUESTION", "SECOND ANSWER")
 
 
@@ -99,12 +102,16 @@ class ChatTokenizer:
         try:
             opened = self._render([_probe_turns()[0]], add_generation_prompt=True)
             whole = self._render(_probe_turns()[:2])
-        except TemplateSyntaxError as error:
+        except BrokenTemplate as error:
             raise DataError(
-                f"the chat template of {place} is no valid Jinja (line {error.lineno}: "
-                f"{error.message}). Fix it, or use --chat-template FILE.jinja."
+                f"the chat template of {place} is no valid Jinja ({error}). Fix it, or use --chat-template FILE.jinja."
             ) from None
-        except TEMPLATE_FAULTS:
+        except ExhaustingTemplate as error:
+            raise DataError(
+                f"the chat template of {place} cannot be rendered: {error}. Use --chat-template FILE.jinja, or a model "
+                "that you trust."
+            ) from None
+        except TemplateRefusal:
             return  # it may want a system message; each prompt is judged by itself
         opening = whole.removeprefix(opened).partition(_PROBE[1])[0] if whole.startswith(opened) else ""
         if any(opening.lstrip().startswith(token) and token in opened for token in self._special_texts):
@@ -162,7 +169,7 @@ class ChatTokenizer:
 
     def tokenize_all(self, prompts: Sequence[Prompt]) -> list[TokenizedPrompt | UnusablePrompt]:
         """Template prompts and tokenise them in one call -> for each, in order, what `tokenize` returns or raises."""
-        texts = [self._prompt_text(prompt) for prompt in prompts]
+        texts = self._prompt_texts(prompts)
         usable = [text for text in texts if isinstance(text, str)]
         ids = iter(self._tokenizer(usable, add_special_tokens=False)["input_ids"] if usable else ())
         return [
@@ -170,14 +177,22 @@ class ChatTokenizer:
             for prompt, text in zip(prompts, texts, strict=True)
         ]
 
-    def _prompt_text(self, prompt: Prompt) -> str | UnusablePrompt:
-        """Render a prompt, if it is one that the template takes as it is -> text, or why not."""
+    def _prompt_texts(self, prompts: Sequence[Prompt]) -> list[str | UnusablePrompt]:
+        """Render prompts, those that the template takes as they are -> for each its text, or why not."""
+        texts: list[str | UnusablePrompt | None] = [self._forged(prompt) for prompt in prompts]
+        sound = [place for place, text in enumerate(texts) if text is None]
+        rendered = self._render_all([prompts[place].messages for place in sound], add_generation_prompt=True)
+        for place, text in zip(sound, rendered, strict=True):
+            texts[place] = text if isinstance(text, str) else _refused(text)
+        return [text for text in texts if text is not None]
+
+    def _forged(self, prompt: Prompt) -> UnusablePrompt | None:
         try:
             for turn in prompt.messages:
                 self._refuse_special(turn["content"], f"the {turn['role']} message")
-            return self._rendered(prompt.messages, add_generation_prompt=True)
         except UnusablePrompt as reason:
             return reason.with_traceback(None)
+        return None
 
     @staticmethod
     def _tokenized(prompt: Prompt, text: str, token_ids: tuple[int, ...]) -> TokenizedPrompt | UnusablePrompt:
@@ -268,7 +283,7 @@ class ChatTokenizer:
         for number, before in itertools.product((4, 2), ((), (system,))):
             try:
                 whole = self._render([*before, *turns[:number]])
-            except TEMPLATE_FAULTS:
+            except TemplateRefusal:
                 continue
             if all(text in whole for text in _PROBE[1 if number == 4 else 0 : number]):
                 return whole
@@ -292,20 +307,23 @@ class ChatTokenizer:
     def _rendered(self, messages: Sequence[Turn], *, add_generation_prompt: bool = False) -> str:
         try:
             return self._render(messages, add_generation_prompt=add_generation_prompt)
-        except TEMPLATE_FAULTS as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UnusablePrompt(f"the chat template refuses it: {reason}") from None
+        except TemplateRefusal as reason:
+            raise _refused(reason) from None
 
     def _render(self, messages: Sequence[Turn], *, add_generation_prompt: bool = False) -> str:
-        return str(
-            self._tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=self._template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-                **self.arguments,
-            )
-        )
+        return render(self._tokenizer, messages, **self._settings(add_generation_prompt))
+
+    def _render_all(
+        self, conversations: Sequence[Sequence[Turn]], *, add_generation_prompt: bool
+    ) -> list[str | TemplateRefusal]:
+        return render_all(self._tokenizer, conversations, **self._settings(add_generation_prompt))
+
+    def _settings(self, add_generation_prompt: bool) -> dict[str, Any]:
+        return {
+            "template": self._template,
+            "add_generation_prompt": add_generation_prompt,
+            "arguments": self.arguments,
+        }
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -318,6 +336,10 @@ class ChatTokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Turn response ids into text without special tokens -> str."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def _refused(reason: TemplateRefusal) -> UnusablePrompt:
+    return UnusablePrompt(f"the chat template refuses it: {reason}")
 
 
 def _probe_turns() -> list[Turn]:

@@ -18,6 +18,9 @@ TopP = Annotated[float, Range(0, 1, above=True)]
 SAMPLING_PRESETS = {"paper": {"temperature": 1.0, "top_p": 1.0}, "official": {"temperature": 0.7, "top_p": 0.9}}
 """Sampling of the paper, and of the authors' published scripts."""
 
+MAX_LORA_RANK = 512
+"""vLLM 0.32, config/lora.py: the largest that its buffers may be made for."""
+
 _OWN_ARGUMENTS = frozenset(
     {
         "messages",
@@ -116,7 +119,7 @@ class EngineConfig:
     """Responses computed at once. None: vLLM's choice on GPUs, 256 on CPU."""
     enforce_eager: bool | None = None
     """Do not compile the model. None: compiled on GPUs, not on CPU, where a minute of compiling gains about a tenth."""
-    max_lora_rank: PositiveInt | None = None
+    max_lora_rank: Annotated[int | None, Range(1, MAX_LORA_RANK)] = None
     """Rank that the engine has room for, 1 to 512, where the model is to get adapters later and be asked alone first:
     self-play with adapters sets it, so that one engine serves all of a run. None: the rank of --adapter."""
     lora_target_modules: tuple[str, ...] = ()

@@ -7,6 +7,7 @@ first and entered second, so a kill costs at most the shards at work; one whose 
 """
 
 import contextlib
+import json
 import logging
 import os
 from collections import Counter
@@ -27,7 +28,9 @@ from megatron_sppo.storage import (
     read_json_as,
     refuse_foreign,
     remove_stale_temporaries,
+    sealed,
     sha256_of_file,
+    unsealed,
     write_json,
 )
 
@@ -126,7 +129,7 @@ class FinishedShards:
             if self._lines is None:
                 self._lines = open(path, "ab")
                 fsync_path(self._directory)
-            self._lines.write(msgspec.json.encode({"index": index, **asdict(shard)}) + b"\n")
+            self._lines.write(json.dumps(sealed({"index": index, **asdict(shard)})).encode() + b"\n")
             self._lines.flush()
             os.fsync(self._lines.fileno())
         except OSError as error:
@@ -149,7 +152,7 @@ class FinishedShards:
         self.close()
         shards = {str(index): asdict(shard) for index, shard in sorted(self._finished.items())}
         content = {"request": self._request, "prompts": asdict(self._prompts), "shards": shards}
-        write_json(self._directory / REQUEST_NAME, content)
+        write_json(self._directory / REQUEST_NAME, content, seal=True)
         (self._directory / LINES_NAME).unlink(missing_ok=True)
 
 
@@ -227,8 +230,8 @@ def _entered_by_lines(path: Path) -> dict[int, FinishedShard]:
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         try:
-            entered = msgspec.json.decode(line, type=_Line)
-        except ValueError as error:
+            entered = msgspec.convert(unsealed(json.loads(line), place="it"), _Line)
+        except (ValueError, RecursionError) as error:
             logger.warning("%s, line %d is damaged (%s): its shard will be sampled again", path, number, error)
             continue
         found[entered.index] = FinishedShard(

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+from megatron_sppo.command_line import without_secrets
 from megatron_sppo.errors import ConfigError
 
 LARGEST_REPLY_BYTES = 1 << 28
@@ -66,7 +67,6 @@ class OpenAIServer:
         *,
         key: str,
         timeout_seconds: float,
-        follows_redirects: bool = True,
         keeps_connections: bool = True,
     ) -> None:
         import openai  # a second of CPU time
@@ -83,7 +83,8 @@ class OpenAIServer:
                 timeout=timeout_seconds,
                 max_retries=0,
                 http_client=openai.DefaultHttpxClient(
-                    follow_redirects=follows_redirects,
+                    # One leads to a server that nobody has named, with the prompts and, on one host, the key.
+                    follow_redirects=False,
                     limits=limits,
                     # A proxy cannot reach our own loopback.
                     trust_env=not _is_loopback(urlsplit(url).hostname or ""),
@@ -113,7 +114,10 @@ class OpenAIServer:
                 reply = self._client.post(route, cast_to=kind, body=body, options=options)
         except self._openai.APIStatusError as error:
             asked = retry_after_seconds(error.response.headers.get("Retry-After"))
-            raise HttpError(error.status_code, self._words(error.response.text), retry_after=asked) from None
+            words = self._words(error.response.text)
+            if 300 <= error.status_code < 400:
+                words = self.shown(f"it redirects to {error.response.headers.get('Location')}, where nothing is sent")
+            raise HttpError(error.status_code, words, retry_after=asked) from None
         except self._openai.OpenAIError as error:
             cause = error.__cause__ or error
             if isinstance(cause, ServerFault):
@@ -130,7 +134,7 @@ class OpenAIServer:
     def shown(self, text: str) -> str:
         """Shorten a server's words to one line without the key, which some servers repeat -> str."""
         text = (text.replace(self._key, "***") if self._key else text)[:_READ_OF_REFUSALS]
-        line = " ".join(text.split())
+        line = without_secrets(" ".join(text.split()))
         return line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]}..."
 
     def _words(self, text: str) -> str:

@@ -53,7 +53,7 @@ from megatron_sppo.rollout.records import (
 )
 from megatron_sppo.rollout.table_files import UnusableRow
 from megatron_sppo.rollout.tables import SplitRows, warn_of_several_splits
-from megatron_sppo.storage import atomic_directory, read_json
+from megatron_sppo.storage import atomic_directory, read_json, sealed
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ class _Groups:
             self.counts[read.form] += 1
             self.counts.update(_lost(row))
             line = {"prompt_id": group.prompt_id, "preferences": read.preferences.tolist()}
-            matrices.write(json.dumps(line) + "\n")
+            matrices.write(json.dumps(sealed(line)) + "\n")
             yield group
 
     def _group(self, row: PreferenceRow) -> RolloutGroup:

@@ -167,7 +167,7 @@ def write_manifest(directory: Path, manifest: RolloutManifest) -> Path:
     for name in ("engine_steps", "adapter", "adapter_hash"):
         if content[name] is None:
             del content[name]  # what versions before wrote stays the same to the byte when it is written again
-    write_json(path, content)
+    write_json(path, content, seal=True)
     return path
 
 

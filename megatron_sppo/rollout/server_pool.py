@@ -64,8 +64,7 @@ class Server:
                 "VLLM_API_KEY holds a space, a line's end or a character beyond ASCII: no HTTP header carries it. "
                 "Use `export VLLM_API_KEY=KEY` with the key alone."
             )
-        # A redirection leads to a server that nobody has proven.
-        settings: Any = {"key": self._key, "timeout_seconds": self._timeout, "follows_redirects": False}
+        settings: Any = {"key": self._key, "timeout_seconds": self._timeout}
         self._api = OpenAIServer(f"{self.url}/v1", **settings)
         # vLLM closes a connection on which it answered 500 (a method that its workers lack).
         self._bare_api = OpenAIServer(self.url, keeps_connections=False, **settings)
@@ -258,7 +257,7 @@ class Server:
             (choice,) = reply["choices"]
             given = choice["prompt_logprobs"][1:]
             values = [float(places[str(token)]["logprob"]) for token, places in zip(token_ids[1:], given, strict=True)]
-        except (KeyError, TypeError, ValueError, IndexError):
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError):
             raise CannotTell("it gives no log-probabilities of a prompt (vLLM's prompt_logprobs)") from None
         return values
 

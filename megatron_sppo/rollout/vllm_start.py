@@ -17,14 +17,14 @@ from megatron_sppo.checkpoints.peft_files import PeftAdapter
 from megatron_sppo.cluster.worker import left_behind
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.rollout.adapter_proof import EXPERTS, LogProbs, adapter_name, find_fault, read_held
-from megatron_sppo.rollout.config import EngineConfig
+from megatron_sppo.rollout.config import MAX_LORA_RANK, EngineConfig
 from megatron_sppo.rollout.probes import Probes
 
 logger = logging.getLogger(__name__)
 
 _SEEDER = "megatron_sppo.rollout.vllm_seeder.Seeder"
 _SEEDER_THAT_TELLS = "megatron_sppo.rollout.served_weights.SeededWeights"
-_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, MAX_LORA_RANK)
 """vLLM 0.32, config/lora.py: what its buffers may be made for."""
 _CPU_KV_CACHE_BYTES = 2 * 2**30
 _CPU_MAX_NUM_SEQS = 256
@@ -220,8 +220,8 @@ def _lora_arguments(model_dir: Path, config: EngineConfig, adapter: PeftAdapter 
     rank = max(config.max_lora_rank or 1, 1 if adapter is None else adapter.rank)
     room = next((known for known in _LORA_RANKS if known >= rank), None)
     if room is None:
-        what = f"max_lora_rank is {rank}" if adapter is None else f"{adapter.directory} has rank {rank}"
-        raise ConfigError(f"{what}, and vLLM holds up to {_LORA_RANKS[-1]}. {_MERGE}")
+        assert adapter is not None
+        raise ConfigError(f"{adapter.directory} has rank {rank}, and vLLM holds up to {MAX_LORA_RANK}. {_MERGE}")
     modules = set() if adapter is None else {_in_vllm(module) for module in adapter.factors}
     if config.max_lora_rank is not None:
         modules |= set(config.lora_target_modules) or _linear_modules(model_dir)

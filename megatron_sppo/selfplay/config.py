@@ -14,7 +14,7 @@ from megatron_sppo.cluster.config import PoolConfig
 from megatron_sppo.config import LAYOUT, NonNegativeInt, PositiveInt, Seed, SettingsOf, check_ranges, flag_of
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.config import ScoreConfig
-from megatron_sppo.rollout.config import GenerateConfig, ServerConfig, Temperature, TopP
+from megatron_sppo.rollout.config import MAX_LORA_RANK, GenerateConfig, ServerConfig, Temperature, TopP
 from megatron_sppo.tracking.config import OFFLINE_NAME, TrackingConfig
 from megatron_sppo.training.config import TrainingConfig
 
@@ -274,6 +274,13 @@ class SelfPlayConfig:
             raise ConfigError(
                 "rollout_command samples with models, and an iteration's policy is an adapter on one. "
                 "Use --lora-merge-each-iteration, or leave --rollout-command out."
+            )
+
+        rank = adapters.lora_rank or 0
+        if self.swaps_adapters and rank > MAX_LORA_RANK and not self.servers.server:
+            raise ConfigError(
+                f"lora_rank is {rank}, and vLLM holds adapters of rank {MAX_LORA_RANK} at most. "
+                f"Use --training lora_rank={MAX_LORA_RANK}, or --lora-merge-each-iteration."
             )
 
     @property

@@ -54,7 +54,7 @@ class FileHashes:
     def save(self) -> None:
         """Write what was learnt."""
         if self._changed:
-            write_json(self.path, self._known)
+            write_json(self.path, self._known, seal=True)
             self._changed = False
 
     def _of_files(self, files: Sequence[Path], *, listed: dict[Path, str]) -> dict[Path, str]:

@@ -216,7 +216,7 @@ class StageMachine:
 
     def _write(self) -> None:
         self._hashes.save()
-        write_json(self.path, self.state)
+        write_json(self.path, self.state, seal=True)
 
 
 def _remove(path: Path) -> None:

@@ -52,7 +52,7 @@ def write_summary(
 ) -> None:
     """Write summary.json: one entry an iteration, beside it what belongs to none."""
     content = {"iterations": list(iterations), "base_mean_response_tokens": base_response_tokens, "seconds": seconds}
-    write_json(paths.run_dir / SUMMARY_NAME, content)
+    write_json(paths.run_dir / SUMMARY_NAME, content, seal=True)
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_sppo.command_line import without_secrets
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.storage import read_json, write_json
 from megatron_sppo.tracking.config import OFFLINE_NAME, TrackingConfig
-from megatron_sppo.tracking.trackers import TRACKERS, Introduction, Outcome, Tracker, without_secrets
+from megatron_sppo.tracking.trackers import TRACKERS, Introduction, Outcome, Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def start(
         started[name] = TRACKERS[name](introduction)
     known = ids | {name: tracker.id for name, tracker in started.items() if tracker.id}
     if keeps_id and known != ids:
-        write_json(directory / ID_FILE, known)
+        write_json(directory / ID_FILE, known, seal=True)
     return TrackedRun(started)
 
 

@@ -1,9 +1,7 @@
 """The trackers, each by its own library, which is imported when its tracker starts and not before."""
 
-import functools
 import importlib
 import os
-import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -11,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_sppo.command_line import without_secrets
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.tracking.config import TrackerName
 
@@ -196,28 +195,6 @@ TRACKERS: dict[TrackerName, Callable[[Introduction], Tracker]] = {
     "wandb": WeightsAndBiases,
     "mlflow": MLflow,
 }
-
-
-def without_secrets(value: Any) -> Any:
-    """Blot out user names and passwords within addresses, and what environment variables keep secret -> the same kind.
-
-    Args:
-        value: a text, or mappings and lists with texts in them.
-    """
-    if isinstance(value, Mapping):
-        return {name: without_secrets(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_secrets(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    value = re.sub(r"(?<=://)[^/\s@]*@", "***@", value)
-    return functools.reduce(lambda text, secret: text.replace(secret, "***"), _secrets(), value)
-
-
-def _secrets() -> list[str]:
-    """List what the environment's variables of telling names hold -> texts long enough to be no ordinary word."""
-    telling = re.compile(r"(KEY|TOKEN|PASSWORD|SECRET)$")
-    return [text for name, text in os.environ.items() if telling.search(name) and len(text) >= 8]
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -56,13 +56,14 @@ def train(
     sampler, stopwatch, stragglers = GpuSampler(), _Stopwatch(policy), Stragglers(parallel.host_names())
     watch, referee = GradientWatch(policy), Referee(config.safety, progress)
     replicas = ReplicaCheck(policy, optimizer, every=config.safety.check_replicas)
-    grace = Grace(
-        config.save,
-        num_bytes=checkpoint_bytes(policy, config.optimization),
-        grace_seconds=config.run.grace_seconds or default_grace_seconds(),
-    )
     writes = parallel.is_rank_zero()
-    files = StepFiles(config.save, progress.step + 1) if writes else None
+    num_bytes = checkpoint_bytes(policy, config.optimization)
+    with parallel.failing_together(OSError, DataError):
+        grace = Grace(
+            config.save, num_bytes=num_bytes, grace_seconds=config.run.grace_seconds or default_grace_seconds()
+        )
+        files = StepFiles(config.save, progress.step + 1) if writes else None
+    refused: OSError | DataError | None = None
     bar = tqdm(total=train_iters, initial=progress.step, desc="train", unit="step", disable=None if writes else True)
     beat(f"data of step {progress.step + 1}")
     for plan in steps:
@@ -76,6 +77,7 @@ def train(
             num_skipped=progress.num_skipped,
             stops=stop.asked,
             writes=saver.is_writing(),
+            refused=refused is not None,
         )
         metrics, columns, told, fault = _step(
             policy,
@@ -88,6 +90,9 @@ def train(
             referee=referee,
             replicas=replicas,
         )
+        if told.refused:
+            saver.finish()
+            parallel.raise_together(refused)
         if fault is None:
             referee.take()
             progress.num_clipped += 0 < config.optimization.clip_grad < metrics["grad_norm"]
@@ -114,7 +119,10 @@ def train(
             metrics |= stragglers.note(told.seconds)
         if files is not None:
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # of a bad step
-            files.write(progress.step, finite, columns)
+            try:
+                files.write(progress.step, finite, columns)
+            except (OSError, DataError) as error:
+                refused = error  # the other ranks hear of it with the next step's numbers
             tracked.log(progress.step, finite)
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.4g}", grad_norm=f"{metrics['grad_norm']:.3g}")
@@ -128,6 +136,11 @@ def train(
             beat(f"save of step {progress.step}")
             replicas.before_save(progress.step)
             began = time.monotonic()
+            if files is not None and refused is None:
+                try:
+                    files.sync()
+                except (OSError, DataError) as error:
+                    refused = error
             saver.save(wait=last or told.stops)
             if not config.run.async_save:
                 grace.note(time.monotonic() - began)
@@ -141,6 +154,7 @@ def train(
     bar.close()
     if files is not None:
         files.close()
+    parallel.raise_together(refused)
     return progress.step >= train_iters
 
 

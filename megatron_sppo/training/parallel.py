@@ -98,6 +98,16 @@ def told_by_rank_zero(config: ParallelConfig, find: Callable[[], T]) -> T:
     return found  # type: ignore[return-value]
 
 
+def made_by_rank_zero(config: ParallelConfig, make: Callable[[], T]) -> T | None:
+    """Let rank 0 alone make something that stays there -> what it made, on other ranks None. Collective.
+
+    As `told_by_rank_zero`, whose errors these are; what is made is not sent.
+    """
+    made: list[T] = []
+    told_by_rank_zero(config, lambda: made.append(make()))
+    return made[0] if made else None
+
+
 @contextlib.contextmanager
 def _beating(store: Store) -> Iterator[None]:
     """Count up in the store for as long as the block takes, so that whoever waits for its end sees that it goes on."""
@@ -303,6 +313,13 @@ def failing_together(*faults: type[Exception]) -> Iterator[None]:
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, fault)
     raise next(one for one in found if one is not None)
+
+
+def raise_together(fault: OSError | DataError | None) -> None:
+    """Raise on every rank what one has run into, if any has. Collective over all ranks."""
+    with failing_together(OSError, DataError):
+        if fault is not None:
+            raise fault
 
 
 def sum_over_world(values: torch.Tensor) -> torch.Tensor:

@@ -285,12 +285,12 @@ class _Store:
             replaces: some values were read. A run may train against them, so all lie in a piece while the old files are
                 gone and the new ones are not there yet.
         """
-        if parallel.is_rank_zero():
-            if replaces:
-                self.keep(np.flatnonzero(~np.isnan(values)), values)
-            reference_file.write_reference(self.directory, values, self._expected, name=self._name)
-            self._pieces.remove()
-        torch.distributed.barrier()
+        with parallel.failing_together(OSError, DataError):
+            if parallel.is_rank_zero():
+                if replaces:
+                    self.keep(np.flatnonzero(~np.isnan(values)), values)
+                reference_file.write_reference(self.directory, values, self._expected, name=self._name)
+                self._pieces.remove()
 
 
 def _missing_steps(batches: Batches, values: np.ndarray, *, first: int, num_passes: int) -> list[int]:
@@ -349,29 +349,39 @@ def _fill(
 ) -> bool:
     """Compute log pi_t of steps where it is NaN -> whether all of it (False: asked to stop, and kept). Collective.
 
+    What rank 0 cannot keep it tells the others with the next step's numbers: every rank raises it then.
+
     Raises:
         DataError: pi_t gives no number for a response, and such are not to be left out (`on_bad_step`).
     """
     seconds, on_bad_step = config.run.reference_piece_seconds, config.safety.on_bad_step
     flat, fresh, kept_at = values.reshape(-1), list[np.ndarray](), time.monotonic()
+    refused: OSError | DataError | None = None
     bar = tqdm(total=len(steps), desc="reference", unit="step", disable=None if parallel.is_rank_zero() else True)
     with bar, ahead(batches.plans(steps)) as plans:
         for done, (step, plan) in enumerate(zip(steps, plans, strict=True), start=1):
             beat(f"reference pass of step {step}")
-            log_prob_N, asked = log_probs_and_sum(policy, plan, torch.tensor([float(stop.asked)]))
+            said = torch.tensor([float(stop.asked), float(refused is not None)])
+            log_prob_N, (asked, refusals) = log_probs_and_sum(policy, plan, said)
             places = _places(batches, values, step, plan.rows)
             absent = np.isnan(flat[places])
             check_reference(plan, log_prob_N, stops=on_bad_step == "stop")
             flat[places[absent]] = log_prob_N.float().numpy()[absent]
             fresh.append(places[absent])
             bar.update()
+            if float(refusals) > 0:
+                parallel.raise_together(refused)
             if done == len(steps):
                 break  # published whole; a SIGTERM now is for the first step of training
             stops = float(asked) > 0
             if stops or time.monotonic() - kept_at >= seconds:
-                keep(np.concatenate(fresh), values)
+                try:
+                    keep(np.concatenate(fresh), values)
+                except (OSError, DataError) as error:
+                    refused = error
                 fresh, kept_at = [], time.monotonic()
             if stops:
+                parallel.raise_together(refused)
                 logger.warning(
                     "stopped by a signal after step %d of %d of the reference pass; the same command goes on",
                     done,

@@ -20,9 +20,9 @@ from megatron_sppo.checkpoints.tokenizer import (
 )
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import DataError
-from megatron_sppo.rollout.chat_template import TEMPLATE_FAULTS
 from megatron_sppo.rollout.prompts import read_prompts
 from megatron_sppo.rollout.records import Turn
+from megatron_sppo.rollout.template_process import TemplateRefusal, render
 from megatron_sppo.storage import damage
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ PROBES = (
     "e\u0301 \u00e9 \ufb01",
 )
 """The prompts, and what tokenizers differ in: white space, digits, special tokens as text, composed characters."""
-_USER = ({"role": "user", "content": "?"},)
+_USER = (Turn(role="user", content="?"),)
 
 
 def compare_tokenizers(hf: Path, directory: Path, found: str | None) -> dict[str, Any]:
@@ -110,10 +110,10 @@ def _different_probes(one: Any, other: Any) -> list[str]:
 def _chat(tokenizer: Any, text: str) -> str | None:
     if tokenizer.chat_template is None:
         return None
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}, *_USER]
+    messages = [Turn(role="user", content=text), Turn(role="assistant", content=text), *_USER]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TEMPLATE_FAULTS as error:
+        return render(tokenizer, messages, add_generation_prompt=True)
+    except TemplateRefusal as error:
         return f"refused: {error}"
 
 
@@ -152,7 +152,7 @@ def prompt_token_ids(
         for prompt in chosen:
             try:
                 lists.append(_prompt_ids(tokenizer, prompt.messages))
-            except TEMPLATE_FAULTS as error:
+            except TemplateRefusal as error:
                 logger.warning("prompt %s is left out: the chat template refuses it: %s", prompt.prompt_id, error)
         if not lists:
             raise DataError(f"the chat template of {hf} refuses every prompt of {prompts}. Leave out --prompts.")
@@ -163,5 +163,5 @@ def prompt_token_ids(
 def _prompt_ids(tokenizer: Any, messages: Sequence[Turn]) -> list[int]:
     if tokenizer.chat_template is None:
         return tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    text = render(tokenizer, messages, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]

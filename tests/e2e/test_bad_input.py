@@ -260,6 +260,7 @@ def arguments(command: str, places: dict[str, Path]) -> list[str]:
     return [part.format(**places) for part in command.split()]
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input_is_one_line_and_exit_code_2(name, world, tmp_path):
     case = CASES[name]

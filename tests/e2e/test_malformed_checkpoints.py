@@ -259,6 +259,7 @@ TWO: dict[str, tuple[Damage, str]] = {
 }
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("case", [("one", name) for name in ONE] + [("two", name) for name in TWO], ids=lambda c: c[1])
 def test_a_malformed_model_is_refused(
     case: tuple[str, str],
@@ -463,6 +464,7 @@ MEGATRON: dict[str, tuple[Damage, str]] = {
 }
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("name", MEGATRON)
 def test_a_malformed_megatron_checkpoint_is_refused(
     name: str, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -110,6 +110,7 @@ def test_yaml_values_may_look_like_flags_or_numbers_or_booleans(tmp_path):
     assert (run.load, run.fp8, run.bias, run.optimization.betas) == (Path("--weird"), "007", True, ())
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -134,6 +135,7 @@ def test_bad_command_lines_are_refused_in_one_line(argv, words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -383,6 +385,7 @@ def test_another_command_s_settings_are_typed_as_name_value_and_written_as_a_map
     assert over == Loop(rounds=3, other=dataclasses.replace(typed.other, optimization=optimization, fp8="e4m3"))
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -53,6 +53,7 @@ def test_the_tracker_decides_even_where_a_later_iteration_lies(tmp_path: Path) -
     assert resolve_checkpoint(tmp_path / "iter_0000009") == tmp_path / "iter_0000009"
 
 
+@pytest.mark.counts("trackers")
 @pytest.mark.parametrize("text", ["", "garbage", "99", "-3", "5.0", "\x00\xff", "５"])
 def test_a_bad_tracker_yields_the_newest_sound_iteration_and_says_so(
     tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture

@@ -55,6 +55,7 @@ def test_every_shard_of_the_index_is_hashed_and_must_be_there(model_dir: Path) -
         model_hash(model_dir)
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     "damage", [lambda b: b[:-1], lambda b: b[:100], lambda b: b[:4], lambda b: b"x" * 64, lambda b: b""]
 )

@@ -97,6 +97,7 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_that_is_more_or_less_than_plain_lora_is_refused(base: Path, tmp_path: Path, kind: str) -> None:
     changes, message = KINDS[kind]
@@ -150,6 +151,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], None], str]] = {
 }
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_tensors_that_are_not_the_base_s_are_refused(base: Path, tmp_path: Path, kind: str) -> None:
     damage, message = DAMAGE[kind]

@@ -84,6 +84,7 @@ def test_random_damage_to_the_header_is_refused_or_harmless(tmp_path: Path) -> N
     assert refused > 150
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     "header",
     [

@@ -220,6 +220,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], None], str]] = {
 }
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_adapter_is_one_line_and_nothing_is_written(tmp_path: Path, kind: str) -> None:
     damage, message = BAD[kind]
@@ -287,6 +288,7 @@ USAGE = {
 }
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("case", USAGE)
 def test_flags_that_do_not_go_together_are_one_line(case: str) -> None:
     arguments, message = USAGE[case]

@@ -541,6 +541,7 @@ MALFORMED: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(("damage", "named"), MALFORMED.values(), ids=MALFORMED)
 def test_a_malformed_model_is_one_line_and_nothing_is_written(
     tmp_path: Path, damage: Callable[[Path], Any], named: str
@@ -573,6 +574,7 @@ MEGATRON: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(("damage", "named"), MEGATRON.values(), ids=MEGATRON)
 def test_a_damaged_megatron_checkpoint_is_never_exported(
     tmp_path: Path, damage: Callable[[Path], Any], named: str
@@ -745,12 +747,12 @@ def test_a_reader_sees_old_or_new_whichever_step_fails(
             patch.setattr(os, name, fail)
             try:
                 convert_again()
-            except OSError:
+            except (OSError, DataError):
                 failed += 1
         assert state() in (files_of(old), files_of(new)), (name, failing_call)
         shutil.rmtree(tmp_path / "seen", ignore_errors=True)
         assert not [path.name for path in tmp_path.rglob(".*") if ".tmp-" in path.name], (name, failing_call)
-    assert failed >= 8, "some steps are not taken three times"
+    assert failed >= 6, "some steps are not taken three times, and a rename only where two places cannot be exchanged"
     convert_again()
     assert state() == files_of(new)
 

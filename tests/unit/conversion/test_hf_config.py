@@ -65,6 +65,7 @@ def test_a_written_config_reads_back_the_same(scaling: dict[str, Any] | None) ->
     assert architecture_from_hf(hf_from_architecture(read, dtype="bfloat16")) == read
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -102,6 +103,7 @@ def test_architectures_of_another_family_are_said(caplog: pytest.LogCaptureFixtu
     assert "Qwen2ForCausalLM" in caplog.text and "go by model_type (LlamaForCausalLM)" in caplog.text
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -172,6 +174,7 @@ GPT_OSS = {
 OLMO3 = {"model_type": "olmo3", "sliding_window": 8, "rope_parameters": KINDS}
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -391,6 +394,7 @@ def test_quantized_weights_are_refused() -> None:
         architecture_from_hf({**llama_config(), "quantization_config": {"quant_method": "fp8"}})
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", "\x00\xff"])
 def test_a_damaged_config_is_one_line_with_its_path(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content, encoding="latin-1")

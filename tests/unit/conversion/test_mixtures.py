@@ -101,6 +101,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], Any], s
 }
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("case", MALFORMED)
 def test_a_malformed_mixture_is_one_line_and_nothing_is_written(case: str, tmp_path: Path) -> None:
     config, change, named = MALFORMED[case]
@@ -113,6 +114,7 @@ def test_a_malformed_mixture_is_one_line_and_nothing_is_written(case: str, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

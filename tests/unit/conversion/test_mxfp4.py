@@ -108,6 +108,7 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(("damage", "named"), MALFORMED.values(), ids=MALFORMED)
 def test_malformed_quantized_files_are_one_line_and_nothing_is_written(
     damage: Callable[[dict[str, Any]], Any], named: str, quantized: Path, tmp_path: Path

@@ -131,6 +131,7 @@ def test_any_flipped_bit_is_detected(tmp_path, name):
     PreferenceDataset(directory)
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("name", file_names())
 def test_missing_cut_and_grown_files_are_named_even_without_checksums(tmp_path, name):
     directory = write(tmp_path / "d", groups())
@@ -222,6 +223,7 @@ def patch_index(offset, contents):
     return change
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(("change", "manifest", "message"), [
     (lambda _: None, {"num_prompts": 5}, r"tokens\.idx does not hold 5 documents of 5"),
     (lambda _: None, {"num_responses": 5}, r"tokens\.idx does not hold 6 documents of 6"),
@@ -255,6 +257,7 @@ def test_a_consistent_looking_but_wrong_dataset_is_refused_in_one_line(tmp_path,
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(("group", "reason"), [
     (([], [[1]] * 4, np.zeros((4, 4))), "the prompt has no tokens"),
     (([1], [[1], [], [2], []], np.zeros((4, 4))), "responses [1, 3] have no tokens"),

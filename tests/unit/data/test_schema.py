@@ -61,6 +61,7 @@ def test_dataset_hash_depends_on_the_files_alone():
     assert dataclasses.replace(MANIFEST, files=files).dataset_hash != MANIFEST.dataset_hash
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(("key", "value"), [
     ("schema_version", 2), ("schema_version", "1"), ("schema_version", True), ("schema_version", None),
     ("num_prompts", 0), ("num_prompts", -1), ("num_prompts", 1.5), ("num_prompts", True), ("num_prompts", "3"),
@@ -79,6 +80,7 @@ def test_a_wrong_value_is_refused_by_name(tmp_path, key, value):
     assert "manifest.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(DatasetManifest)])
 def test_a_missing_key_is_refused_by_name(tmp_path, key):
     write_manifest(tmp_path, MANIFEST)
@@ -87,6 +89,7 @@ def test_a_missing_key_is_refused_by_name(tmp_path, key):
         read_manifest(tmp_path)
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("entry", [
     None, [], {}, {"sha256": "0" * 64}, {"sha256": "0" * 63, "bytes": 1}, {"sha256": "Z" * 64, "bytes": 1},
     {"sha256": "0" * 64, "bytes": -1}, {"sha256": "0" * 64, "bytes": "1"}, {"sha256": "0" * 64, "bytes": 1, "x": 0},
@@ -98,6 +101,7 @@ def test_a_wrong_file_entry_is_refused_by_name(tmp_path, entry):
         read_manifest(tmp_path)
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b"3", b'"x"', b"\xff\xfe", b"{}", b"[" * 100_000])
 def test_what_is_no_manifest_is_refused(tmp_path, text):
     (tmp_path / "manifest.json").write_bytes(text)
@@ -125,6 +129,7 @@ def test_a_selection_is_written_as_it_is_read(text):
     assert str(parse_selection(text)) == text
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     "text", ["", "ALL", "top-bottom", "top-bottom:0", "top-bottom:-1", "top-bottom:x", "extremes:1"]
 )

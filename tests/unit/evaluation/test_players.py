@@ -144,6 +144,7 @@ def test_a_second_sampling_is_of_the_same_model_under_another_seed(place):
         field("a=a", f"x={answers(rows)}", second_sampling=("x=b",))
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("players", "changes", "message"),
     [
@@ -161,6 +162,7 @@ def test_names_that_cannot_be_are_refused(place, players, changes, message):
         field(*players, **changes)
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("content", "message"),
     [

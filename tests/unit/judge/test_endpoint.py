@@ -216,6 +216,7 @@ def test_several_models_must_be_told_apart(server: Server) -> None:
     assert EndpointJudge(f"{server.url}#b").name == f"endpoint:{server.url}#b"
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     "spec",
     ["localhost:8000", "file:///etc/passwd", "ftp://x/v1", "http://", "http://user:pw@h/v1", "http://h/v1?key=pw"],
@@ -263,6 +264,7 @@ def test_letters_that_the_model_was_not_about_to_say_are_no_verdict(
     assert (pytest.approx(logit), kind) == expected
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     "address", ["http://[::1/v1", "http://h:port/v1", "http://h:99999/v1", "http://h/v 1", "http://h/\u00fc"]
 )

@@ -54,6 +54,7 @@ NO_MAX_TOKENS = (
 TOO_LONG = "This model's maximum context length is 300 tokens. However, you requested 900 tokens."
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("status", "content", "words"),
     [

@@ -18,6 +18,7 @@ from megatron_sppo.errors import DataError
 from megatron_sppo.judge.config import EvaluateConfig
 from megatron_sppo.judge.evaluation import bootstrap, cross_verdicts, evaluate, join_groups
 from megatron_sppo.rollout.records import RolloutGroup
+from megatron_sppo.storage import read_json
 from tests.unit.selfplay.synthetic import group, write_rollouts
 
 
@@ -193,7 +194,7 @@ def test_better_answers_win_and_the_first_iteration_s_previous_policy_is_the_bas
     assert result["win_rate_vs_base"]["low"] > 0.7
     assert result["win_rate_vs_previous"] == result["win_rate_vs_base"]
     assert result["mean_response_tokens"] == len(good)  # a token is a character in these rollouts
-    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert read_json(tmp_path / "result.json") == result
 
 
 def test_a_judge_that_checks_gives_accuracies_beside_win_rates(tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ def altered(directory: Path, changes: dict[str, torch.Tensor | None]) -> Path:
     return directory
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -59,6 +59,7 @@ def test_a_diagonal_may_hold_anything_as_it_is_not_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(matrix, np.array([[0, 1.5], [-0.5, 0]], dtype=np.float32))
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("line", "fact"),
     [
@@ -87,6 +88,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         load_judge(f"matrices:{tmp_path / 'nowhere'}")
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("row", "reason"),
     [

@@ -91,6 +91,7 @@ def test_cyclic_is_a_tie_half_a_circle_and_a_whole_circle_apart() -> None:
     np.testing.assert_array_equal(logits, np.zeros((3, 3), dtype=np.float32))
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("spec", ["rules:kind", "rules:", "rules", "", "oracle:x", "pairrm:", "endpoint:"])
 def test_an_unknown_spec_is_refused_with_what_to_type(spec: str) -> None:
     with pytest.raises(ConfigError, match="Use .*rules:concise"):

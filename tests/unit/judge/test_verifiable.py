@@ -117,6 +117,7 @@ def test_kwargs_as_text_and_ifbench_are_read(ifeval: Judge) -> None:
     assert ifeval.passed(with_columns(["one two", "one"], columns)).tolist() == [[1], [0]]
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [
@@ -261,6 +262,7 @@ def test_a_scorer_of_one_s_own_may_print_and_return_any_number(
     assert judge.name == f"python:my_scorer.py:{function}"
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
@@ -298,6 +300,7 @@ def test_a_scorer_that_hangs_is_ended_and_the_next_prompt_is_judged(scorers: Pat
     assert time.monotonic() - start < 60
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -28,6 +28,7 @@ ARCHITECTURE = Architecture(
 )
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -77,6 +78,7 @@ def test_the_padded_vocabulary_divides_and_is_the_least(vocab_size: int, tensor:
     assert vocab_size <= padded < vocab_size + math.lcm(128, tensor)
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -96,6 +98,7 @@ def test_the_padded_vocabulary_divides_and_is_the_least(vocab_size: int, tensor:
         ("external_cuda_graph=true", "tensors of one shape"),
         ("cuda_graph_impl=local", "tensors of one shape"),
         ("cuda_graph_scope=attn", "tensors of one shape"),
+        ("moe_enable_routing_replay=true", "nothing here records the routes"),
         ("cpu_offloading=true", "--recompute-granularity full"),
         ("fine_grained_activation_offloading=true", "--recompute-granularity full"),
     ],

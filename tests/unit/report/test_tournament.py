@@ -7,6 +7,7 @@ import pytest
 from megatron_sppo.commands import evaluate
 from megatron_sppo.errors import DataError
 from megatron_sppo.report.page import write_report
+from megatron_sppo.storage import read_json
 from tests.unit.report.test_page import HOSTILE, Page
 from tests.unit.selfplay.synthetic import write_run
 
@@ -17,7 +18,7 @@ def run_dir(tmp_path_factory):
     run_dir = write_run(tmp_path_factory.mktemp("runs") / "run")
     flags = ["--run", str(run_dir), "--judge", "rules:concise", "--more-judges", "rules:cyclic", "--allow-no-signal"]
     evaluate.main("evaluate", [*flags, "--output", str(run_dir / "tournament.json"), "--bootstrap-resamples", "50"])
-    result = json.loads((run_dir / "tournament.json").read_text().replace('"iter_2"', json.dumps(HOSTILE)))
+    result = json.loads(json.dumps(read_json(run_dir / "tournament.json")).replace('"iter_2"', json.dumps(HOSTILE)))
     result["judges"][0]["judge"] += HOSTILE
     (run_dir / "tournament.json").write_text(json.dumps(result))
     return run_dir

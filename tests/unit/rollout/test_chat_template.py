@@ -51,6 +51,7 @@ def test_the_ids_are_those_of_the_text_and_no_bos_is_added(tokenizer_dir: Path) 
     assert decoded == EXPECTED
 
 
+@pytest.mark.counts("injections")
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
 def test_a_text_with_a_special_token_is_refused(tokenizer_dir: Path, token: str) -> None:
     with pytest.raises(UnusablePrompt, match="user message holds the model's special token"):

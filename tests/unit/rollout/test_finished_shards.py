@@ -13,6 +13,7 @@ from megatron_sppo.errors import DataError
 from megatron_sppo.rollout.finished_shards import FinishedShard, open_finished_shards
 from megatron_sppo.rollout.prepared import PromptsRecord
 from megatron_sppo.rollout.records import Response, RolloutGroup, ShardEntry, shard_name, write_shard
+from megatron_sppo.storage import read_json
 
 REQUEST = {"model_hash": "m", "seed": 0}
 PROMPTS = PromptsRecord(inputs="0" * 64, prompts_hash="1" * 64, num_prompts=5, quarantined=())
@@ -166,7 +167,7 @@ def test_a_complete_directory_of_an_earlier_version_stays_the_same_to_the_byte(t
     """Self-play knows a stage's output by its digest: a look by hand at a done stage must not make it begin anew."""
     enter(tmp_path, *range(NUM_SHARDS))
     (tmp_path / "manifest.json").write_text("{}")
-    content = json.loads((tmp_path / "request.json").read_text())
+    content = read_json(tmp_path / "request.json")
     content.pop("prompts")
     (tmp_path / "request.json").write_text(json.dumps(content | ({} if record is None else {"prompts": record})))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

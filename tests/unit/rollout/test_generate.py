@@ -29,6 +29,7 @@ from megatron_sppo.rollout.generate import _default_shard_size, generate_rollout
 from megatron_sppo.rollout.prompts import PromptRows
 from megatron_sppo.rollout.records import EngineSteps, Response, read_manifest, read_rollouts
 from megatron_sppo.rollout.sampler import Refusal
+from megatron_sppo.storage import read_json
 from tests.unit.rollout.fake_sampler import FakeSampler, fake_factory
 
 NUM_PROMPTS = 10
@@ -134,7 +135,7 @@ def test_a_directory_without_a_record_of_its_prompts_gets_one_when_it_is_gone_on
     """
     run(config)
     before = files_of(config.output)
-    request = json.loads(before["request.json"])
+    request = read_json(config.output / "request.json")
     del request["prompts"]
     (config.output / "request.json").write_text(json.dumps(request, indent=2) + "\n")
     (config.output / "manifest.json").unlink()

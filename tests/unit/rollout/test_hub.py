@@ -177,6 +177,7 @@ def test_what_hf_download_has_left_is_read_too(offline: Path, tmp_path: Path, mo
     assert len(hub_fingerprint(Path("hub:HuggingFaceH4/ultrafeedback_binarized@test_prefs"))) == 64
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("name", "chosen", "message"),
     [

@@ -102,6 +102,7 @@ def test_a_refusal_carries_the_servers_words_in_one_line_without_the_key(
     assert (caught.value.status, caught.value.words) == (422, words)
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("content", [b"[]", b"7", b"<html>", b"", b"[" * 100_000, b"\xff"])
 def test_what_is_no_json_object_is_shown(server: Server, content: bytes) -> None:
     server.reply = (200, content)

@@ -126,6 +126,7 @@ BAD_ROWS = {
 }
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("name", BAD_ROWS)
 def test_a_bad_row_is_set_aside_with_its_reason(tmp_path: Path, name: str) -> None:
     row, reason = BAD_ROWS[name]
@@ -206,6 +207,7 @@ def test_a_file_without_a_usable_prompt_says_why(tmp_path: Path) -> None:
         read_prompts(write_rows(tmp_path / "empty.jsonl", []))
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -386,6 +388,7 @@ CONTRADICTIONS = {
 }
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_columns_that_contradict_each_other_set_the_row_aside(tmp_path: Path, name: str) -> None:
     row, reason = CONTRADICTIONS[name]

@@ -22,6 +22,7 @@ from megatron_sppo.rollout.records import (
     write_manifest,
     write_shard,
 )
+from megatron_sppo.storage import read_json
 
 
 def group(prompt_id: str, text: str = "Ja.\u2028\r\nSo ist es.") -> RolloutGroup:
@@ -120,7 +121,7 @@ def test_rows_have_the_keys_of_the_contract(rollouts: Path) -> None:
 
 
 def test_optional_keys_may_be_absent_and_unknown_keys_are_ignored(rollouts: Path) -> None:
-    manifest = json.loads((rollouts / "manifest.json").read_text())
+    manifest = read_json(rollouts / "manifest.json")
     del manifest["vocab_size"]
     manifest["note"] = "by another producer"
     row = json.loads((rollouts / "shard-00001.jsonl").read_text())
@@ -177,9 +178,10 @@ def with_response(row: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return {**row, "responses": [row["responses"][0], {**row["responses"][1], **fields}]}
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("fault", ROW_FAULTS)
 def test_a_bad_row_is_refused_with_its_file_and_number(rollouts: Path, fault: str) -> None:
-    manifest = json.loads((rollouts / "manifest.json").read_text())
+    manifest = read_json(rollouts / "manifest.json")
     good, second = (rollouts / "shard-00000.jsonl").read_text().strip("\n").split("\n")
     bad = ROW_FAULTS[fault](json.loads(second))
     rewrite(rollouts, manifest, 0, good + "\n" + (bad if isinstance(bad, str) else json.dumps(bad)) + "\n")
@@ -202,17 +204,19 @@ MANIFEST_FAULTS = {
 }
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("key", MANIFEST_FAULTS)
 def test_a_bad_manifest_is_refused(rollouts: Path, key: str) -> None:
-    manifest = json.loads((rollouts / "manifest.json").read_text())
+    manifest = read_json(rollouts / "manifest.json")
     (rollouts / "manifest.json").write_text(json.dumps({**manifest, key: MANIFEST_FAULTS[key]}))
     with pytest.raises(DataError, match="manifest.json: "):
         read_manifest(rollouts)
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("key", ["model", "model_hash", "sampling", "shards", "quarantined"])
 def test_a_manifest_that_lacks_a_key_names_it(rollouts: Path, key: str) -> None:
-    manifest = json.loads((rollouts / "manifest.json").read_text())
+    manifest = read_json(rollouts / "manifest.json")
     del manifest[key]
     (rollouts / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=f"missing required field `{key}`"):

@@ -17,6 +17,7 @@ PROMPT = TokenizedPrompt(prompt=Prompt(prompt_id="p", messages=()), text="", tok
 ANSWER = Response(text="a", token_ids=(5, 2), finish_reason="stop", seed=None)
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("fields", "remedy"),
     [
@@ -43,6 +44,7 @@ def test_good_answers_pass() -> None:
     check_responses([PROMPT], [(ANSWER, replace(ANSWER, token_ids=()))], sampling=SAMPLING, vocab_size=6)
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("answers", "message"),
     [

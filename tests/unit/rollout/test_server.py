@@ -336,6 +336,7 @@ def test_the_served_model_is_checked(serve) -> None:
     assert {body["model"] for body in two.bodies} == {"second"}
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     "url", ["localhost:8000", "ftp://host", "http://", "", "http://node:port", "http://node:99999", "http://[::1"]
 )

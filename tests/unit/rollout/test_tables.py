@@ -68,6 +68,7 @@ def test_compressed_parts_that_were_joined_are_read_whole(tmp_path: Path) -> Non
         assert len(texts(tmp_path / f"both.jsonl{suffix}")) == 2 * len(ROWS)
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize("name", ["cut.jsonl.gz", "cut.jsonl.zst", "other.jsonl.gz", "other.jsonl.zst", "cut.parquet"])
 def test_a_damaged_compressed_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / name, [{"prompt": f"{i} {i * i}"} for i in range(2000)])

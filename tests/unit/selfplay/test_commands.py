@@ -76,6 +76,34 @@ def test_merged_each_iteration_the_next_begins_with_a_new_adapter_on_the_merged_
     assert inspect["--reference"] == "run/iter_2/merged"
 
 
+def test_all_engines_of_a_run_have_room_for_its_adapters_so_that_one_can_serve_them_all() -> None:
+    settings = config({"lora_rank": 16, "lora_targets": ["q_proj", "v_proj"]})
+    started = [*start_stages(settings, RunPaths(run_dir=RUN), evaluates=True)][-1]
+    for stage in (started, stages(settings, 1)["rollouts"], stages(settings, 2)["eval-rollouts"]):
+        assert flags(stage)["--max-lora-rank"] == "16"
+        place = stage.command.index("--lora-target-modules")
+        assert stage.command[place + 1 : place + 3] == ("q_proj", "v_proj")
+
+
+@pytest.mark.parametrize(
+    ("training", "run", "keeps"),
+    [
+        ({"lora_rank": 16}, {}, True),
+        ({"lora_rank": 16}, {"workers": 1}, True),
+        ({"lora_rank": 16}, {"workers": 2}, False),
+        ({"lora_rank": 16}, {"ray": "auto"}, False),
+        ({"lora_rank": 16}, {"rollout_launcher": "srun python"}, False),
+        ({"lora_rank": 16}, {"lora_merge_each_iteration": True}, False),
+        ({"lora_rank": 16}, {"keep_engine": False}, False),
+        ({}, {}, False),
+    ],
+)
+def test_an_engine_is_kept_where_one_on_this_machine_can_serve_all_stages(
+    training: dict[str, Any], run: dict[str, Any], keeps: bool
+) -> None:
+    assert config(training, **run).keeps_engine is keeps
+
+
 def test_without_a_rank_nothing_of_adapters_is_said() -> None:
     settings = config({})
     listed = [*start_stages(settings, RunPaths(run_dir=RUN), evaluates=True), *stages(settings, 2).values()]
@@ -94,6 +122,7 @@ def test_further_references_are_adapters_on_the_same_model(objective: str) -> No
 
 BAD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "merged without adapters": ({}, {"lora_merge_each_iteration": True}, "Use --training lora_rank=16"),
+    "beyond vLLM's room": ({"lora_rank": 600}, {}, "512 at most. Use --training lora_rank=512, or --lora-merge"),
     "an adapter of the user's": ({"lora_rank": 4, "load_adapter": "x"}, {}, "load_adapter, which self-play decides"),
     "a sampler of the user's": ({"lora_rank": 4}, {"rollout_command": "my-sampler"}, "Use --lora-merge-each-iteration"),
     "two adapters, merged": (

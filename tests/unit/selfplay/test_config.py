@@ -193,6 +193,7 @@ def test_settings_of_the_judge_hold_in_training_and_in_evaluation(tmp_path: Path
             assert tuple(token for token in spelled[name] if token in flags) == given
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -218,6 +219,7 @@ def test_training_needs_a_learning_rate(tmp_path: Path) -> None:
         read(tmp_path, text="scoring: {judge: rules:concise}")
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -235,6 +237,7 @@ def test_what_a_later_stage_would_refuse_is_refused_at_the_start(tmp_path: Path,
         check_stages(read(tmp_path, *flags))
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -101,7 +101,7 @@ def test_a_stage_that_goes_away_in_mid_work_takes_the_process_along_and_the_next
         while is_alive(pids[0]) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not is_alive(pids[0])
-        with pytest.raises(DataError, match="its log says why"):
+        with pytest.raises(DataError, match="has ended: see logs/engine.log"):
             work_off(0)
 
 

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 
+from megatron_sppo.command_line import without_secrets
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.tracking import run as tracking
 from megatron_sppo.tracking.config import TrackingConfig
-from megatron_sppo.tracking.trackers import Tracker, without_secrets
+from megatron_sppo.tracking.trackers import Tracker
 
 SETTINGS = {"optimization": {"lr": 5e-7}, "judge": "endpoint:http://me:hidden-word@host:80/v1", "many": [1, None]}
 

@@ -62,6 +62,7 @@ def test_distances_count(model: DebertaV2Model) -> None:
     assert (states[0] - states[1]).abs().max() > 0.1
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("setting", "value"),
     [

@@ -156,6 +156,7 @@ def clean(judge: PairRMJudge, neighbours: list[RolloutGroup]) -> list[np.ndarray
     return judge.judge_logits([*neighbours, group_of("why?", ["look around here", "new work", "the water"])])
 
 
+@pytest.mark.counts("injections")
 @pytest.mark.parametrize("text", HOSTILE)
 @pytest.mark.parametrize("where", ["alone", "before", "inside", "prompt"])
 def test_hostile_text_leaves_its_neighbours_scores_alone_to_the_bit(
@@ -256,6 +257,7 @@ def _with_setting(name: str, value: object) -> Callable[[Path], None]:
     return change
 
 
+@pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     ("damage", "fact"),
     [

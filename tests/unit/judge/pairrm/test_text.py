@@ -88,6 +88,7 @@ def test_what_the_overlay_would_eat_is_read_as_the_text_alone(pairrm: Path) -> N
     assert list(tokens_of(tokenizer).source("\u0338 the water"))[2:-1] == alone
 
 
+@pytest.mark.counts("injections")
 @pytest.mark.parametrize("where", ["prompt", "response"])
 @pytest.mark.parametrize("text", ["\u0338 begins with an overlay", "\u0338", "\u0338\u0338 two"])
 def test_a_row_with_an_overlay_is_judged_and_its_neighbours_stay_to_the_bit(
