@@ -17,14 +17,15 @@ DISTURBANCES = (*SIGNALS, *DISKS, "dead stage", "jumping clock")
 """What may happen to a life; "dead stage": the stage's process is killed, and the loop is not."""
 ENDINGS = {
     "kill -9": (-signal.SIGKILL,),
-    "SIGTERM": (143,),
-    "SIGINT": (130,),
+    "SIGTERM": (143, -signal.SIGTERM),
+    "SIGINT": (130, -signal.SIGINT),
     "SIGHUP": (-signal.SIGHUP,),
     "dead stage": (1,),
     "jumping clock": (),
     **dict.fromkeys(DISKS, (2,)),
 }
-"""Exit codes of a life that was disturbed before it was done; 0 is always possible."""
+"""Exit codes of a life that was disturbed before it was done; 0 is always possible. A signal may come before the
+command listens."""
 
 
 def live(
