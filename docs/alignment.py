@@ -213,7 +213,8 @@ def adapter_rate(result: dict[str, Any]) -> str:
 
 `make demo LORA=1` trains adapters of rank {result["rank"]} in place of the weights. Their learning rate was chosen
 by one training of {num_steps} steps on the best and worst answers of the start model to {result["num_prompts"]}
-prompts. Every row has the same data in the same order; means are of the third step, the first after learning, and all later.
+prompts. Every row has the same data in the same order; means are of the third step, the first after learning, and all
+later ones.
 
 | trained | learning rate | loss, mean | margin of best over worst, mean |
 |---|---|---|---|
