@@ -1,6 +1,6 @@
 """Which learning rate adapters want: the demo's first training, of all weights and of adapters at several rates.
 
-    make demo && python -m benchmarks.adapter_rate --run runs/demo --rates 4e-4 1e-3
+    make demo && python -m benchmarks.adapter_rate --run runs/demo --rates 4e-4 1e-3 2e-3
 
 All are trained on one data set, in one order, from one model, so that their losses can be set side by side, step by
 step; what the run itself trained is the first entry. It is one seed and one pass over few answers.
@@ -30,7 +30,7 @@ class RateConfig:
 
     run: Path = Path("runs/demo")
     """Run of self-play that has trained its first iteration."""
-    rates: tuple[PositiveFloat, ...] = (4e-4, 1e-3)
+    rates: tuple[PositiveFloat, ...] = (4e-4, 1e-3, 2e-3)
     """Learning rates of adapters."""
     rank: PositiveInt = 16
     output: Path = RESULTS / "alignment/adapter_rate.json"
