@@ -458,5 +458,5 @@ def read_architecture(directory: Path) -> tuple[Architecture, dict[str, Any]]:
             values = {**values, "rope_scaling": RopeScaling(**scaling)}
         values = {name: tuple(value) if name in _TUPLES else value for name, value in values.items()}
         return Architecture(**values), tokenizer
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ArithmeticError) as error:
         raise ConversionError(f"{path} does not describe a model ({error}). Import the model again.") from None
