@@ -139,7 +139,7 @@ soak: install
 
 # On the second version of Megatron-Core: PYTHON=python3.12.
 test-megatron: $(VENV)/.installed test-cudaless
-	$(PYTEST) -m megatron tests/unit tests/distributed $(TWO_AT_A_TIME)
+	$(PYTEST) -m megatron tests/unit tests/distributed tests/reliability $(TWO_AT_A_TIME)
 
 $(TRITON)/.unpacked: | $(VENV)/.installed
 	@$(PIP) install --quiet --no-deps --target $(TRITON) triton==3.5.1 'numpy<2.4'
