@@ -306,8 +306,7 @@ def _take_lock(file: IO[str], path: Path, subject: Path, *, remedy: str) -> None
     if host:
         logger.warning("%s was left by process %s on %s, which is gone: taken over", path, pid, host)
     file.truncate(0)
-    file.write(f"{here} {os.getpid()}\n")
-    file.flush()
+    os.write(file.fileno(), f"{here} {os.getpid()}\n".encode())  # nothing is left that closing could fail to write
 
 
 def _age(path: Path) -> float:

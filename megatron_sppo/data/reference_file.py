@@ -18,7 +18,7 @@ import numpy as np
 from megatron_sppo.data.indexed import Column, ColumnWriter, file_entry, verify_file
 from megatron_sppo.data.schema import FileEntry, read_signed, write_signed
 from megatron_sppo.errors import DataError
-from megatron_sppo.storage import atomic_file, fsync_path, remove_stale_temporaries, sha256_of_json
+from megatron_sppo.storage import atomic_file, explain_os_error, fsync_path, remove_stale_temporaries, sha256_of_json
 
 SCHEMA_VERSION = 1
 NAME = "reference"
@@ -61,8 +61,12 @@ def write_reference(
         column.finish()
         # The old manifest goes first: a crash from here on leaves "no reference", never old numbers with a new name.
         if manifest.exists():
-            manifest.unlink()
-            fsync_path(directory)
+            try:
+                manifest.unlink()
+                fsync_path(directory)
+            except OSError as error:
+                explain_os_error(error, manifest)
+                raise
         for file in files:
             with open(Path(scratch, file), "rb") as source, atomic_file(directory / file, "wb") as target:
                 shutil.copyfileobj(source, target)
