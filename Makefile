@@ -54,7 +54,7 @@ TRITON := .cache/triton-3.5.1-python$(VERSION)
 EMULATED := CUDALESS=1 PYTHONPATH=$(CURDIR)/tests/cudaless/startup:$(CURDIR)/$(ENGINE):$(CURDIR) $(PYTEST) -p tests.cudaless.plugin
 
 .PHONY: help interpreter install demo test test-full test-megatron lint test-unit test-reliability test-distributed \
-  test-triton test-cudaless test-gpu-emulated test-e2e soak full-run-is-due pages docs clean
+  test-triton test-cudaless test-gpu-emulated test-e2e soak full-run-is-due pages docs clean constraints pinned
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -63,6 +63,7 @@ help:
 	@echo 'make test-gpu-emulated     all that is written for a GPU, on an emulated one (half an hour)'
 	@echo 'make test-reliability     some of the faults of each kind; make soak SOAK_MINUTES=60     all of them, and a table'
 	@echo 'make docs     the pages, in site/          make pages     write again those that are made from code'
+	@echo 'make constraints     versions and hashes for CI, from what is installed          make pinned     install by them'
 	@echo 'make clean    remove environments, caches and built models (not runs/)'
 	@echo
 	@echo 'make demo LORA=1     the same by LoRA adapters: base and adapter sample, nothing else is exported'
@@ -138,7 +139,7 @@ soak: install
 
 # On the second version of Megatron-Core: PYTHON=python3.12.
 test-megatron: $(VENV)/.installed test-cudaless
-	$(PYTEST) -m megatron tests/unit tests/distributed $(TWO_AT_A_TIME)
+	$(PYTEST) -m megatron tests/unit tests/distributed tests/reliability $(TWO_AT_A_TIME)
 
 $(TRITON)/.unpacked: | $(VENV)/.installed
 	@$(PIP) install --quiet --no-deps --target $(TRITON) triton==3.5.1 'numpy<2.4'
@@ -173,6 +174,17 @@ docs: $(VENV)/.installed
 # Modules that start vLLM never run two at once: tests/e2e/conftest.py.
 test-e2e: install
 	$(PYTEST) tests/e2e $(TWO_AT_A_TIME)
+
+# Versions and hashes of all that is installed here, but for what comes in builds for the CPU: CI installs these first, and
+# finds nothing left to choose. Written anew, by whoever raises a version, on the platform that CI has.
+CONSTRAINTS := .github/constraints-$(VERSION).txt
+constraints: install
+	@$(PIP) freeze --all --exclude-editable | grep -Ev '^(torch|triton|vllm[-_a-z]*|megatron[-_]sppo)==|^-e| @ ' > $(VENV)/frozen.txt
+	@$(PIP) install --quiet --dry-run --no-deps --ignore-installed --report $(VENV)/report.json -r $(VENV)/frozen.txt
+	@$(BIN)/python .github/constraints.py $(VENV)/report.json > $(CONSTRAINTS)
+
+pinned: $(VENV)/.torch
+	@$(PIP) install --require-hashes --no-deps -r $(CONSTRAINTS) $(BRIEFLY)
 
 clean:
 	rm -rf .venv .venv-3.* .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache site

@@ -94,7 +94,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         cases = (config.cases or Path(scratch, "cases.jsonl")).resolve()
         cases.unlink(missing_ok=True)
-        good = run_tests(["tests"], f"--ignore={LOOP}", cases=cases)
+        two_at_a_time = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+        good = run_tests(["tests"], f"--ignore={LOOP}", *two_at_a_time, cases=cases)
         left = config.minutes - (time.monotonic() - begin) / 60
         good = run_tests([LOOP], "--soak-minutes", f"{max(left, 0):.2f}", cases=cases) and good
         rows = rows_of(cases)

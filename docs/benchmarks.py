@@ -36,6 +36,7 @@ named, never estimated. A target that was missed says so.
 | C8, F1 to F15 | how every stage's cost grows, networks taken away |
 | C10 | a training step beside a supervised step |
 | W1 | weak scaling, simulated |
+| R | faults that are made: tried, and passed |
 | 3.1, 3.6 | the theorem and the loss, by their equations' numbers in the paper |
 | G1, G2, G3, G4 | head, step, training and PairRM on a GPU: not run |
 
@@ -171,6 +172,17 @@ One rank's own work in worlds of 8 to 4,096 ranks, with Torch's fake process gro
 does: Megatron-Core lists every group of the world once a run, and each rank plans the whole step.""",
         command="OMP_NUM_THREADS=1 python -m benchmarks.weak_scaling",
         files=(f"{CPU}/weak_scaling",),
+    ),
+    Figure(
+        title="R: faults that are made",
+        text="""\
+Kills, signals, disks that fail, damaged and hostile files, numbers that go wrong: each kind of case, how many were
+tried and how many passed, and whether they are as many as was set beforehand. `make test` tries some of each. A write
+that fails is held by its bytes: a reader sees all of the old or all of the new, and the same command again ends with
+the new. Crashes of the machine are simulated from the log of a writer's operations, on a file system that keeps what
+was not synced in any order, or not at all. What a disk does that lies about fsync is not tried.""",
+        command="make soak SOAK_MINUTES=60",
+        files=tuple(name for name in (f"{OTHER_CPU}/soak",) if (RESULTS / f"{name}.json").exists()),
     ),
     Figure(
         title="3.1 and 3.6: the theorem, and the loss on samples",

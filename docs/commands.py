@@ -75,8 +75,8 @@ unknown keys are errors. A switch such as `--packing` is turned off by `--no-pac
 values takes them one after the other. What several commands share is written once: a section that stood above is
 linked.
 
-Exit codes: 0 done, 2 bad input (the last line on stderr says what, and how to fix it), 1 a fault of the program,
-130 interrupted, 143 stopped by SIGTERM after a checkpoint.
+Exit codes: 0 done, 2 bad input (the last line on stderr says what, and how to fix it), 3 a rank computes wrongly, 4 a
+rank hangs, 1 a fault of the program, 130 interrupted, 143 stopped by SIGTERM after a checkpoint.
 
 This page is written by `docs/commands.py` from the code itself.
 """

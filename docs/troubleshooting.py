@@ -11,7 +11,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs/troubleshooting.md"
 KINDS = {
-    **dict.fromkeys(("ConfigError", "DataError", "ConversionError", "StageFailed"), "line"),
+    **dict.fromkeys(("ConfigError", "DataError", "ConversionError", "MachineError", "StageFailed"), "line"),
     **dict.fromkeys(("UnusablePrompt", "UnusableRow", "UnreadableGroup", "RowRefused"), "row set aside because"),
     "Unproven": "server left out because",
     "warning": "warning",
@@ -41,9 +41,9 @@ ROOMS = {
 HEAD = """# Troubleshooting: every message, and what to do
 
 Each command ends with one line on stderr: `COMMAND: error: FACT. REMEDY.` Search this page for a few words of the
-fact; `...` stands for names and numbers. Exit code 2 means that you can fix it; 1 is a fault of the program, with a
-traceback: please report it with the command, `megatron-sppo --version` and the last line. `--debug` shows where a line
-comes from.
+fact; `...` stands for names and numbers. Exit code 2 means that you can fix it; 3 that a machine computes wrongly and 4
+that one hangs, which the line names; 1 is a fault of the program, with a traceback: please report it with the command,
+`megatron-sppo --version` and the last line. `--debug` shows where a line comes from.
 
 A *line* ends a command. A *warning* does not: the run goes on, and says so because the result may not be what you want.
 A *row set aside* is named in the manifest's `quarantined` with its reason, and counted; the other rows go on.

@@ -5,7 +5,8 @@
         --tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --sequence-parallel
 
 The same command again resumes, in another layout too. One process needs no torchrun. Exit codes: 0 done, 2 something
-that you can fix (one line on stderr), 143 stopped by SIGTERM after a checkpoint, 1 a crash.
+that you can fix (one line on stderr), 143 stopped by SIGTERM after a checkpoint, 3 a rank computes wrongly, 4 a rank
+hangs, 1 a crash.
 """
 
 import functools
@@ -31,6 +32,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     from megatron_sppo.training.policy import build_policy
     from megatron_sppo.training.progress import Progress, resume_key
     from megatron_sppo.training.saving import Saver
+    from megatron_sppo.training.watchdog import watching
 
     # What can be refused is refused here, before the first second of compute.
     config.objective.row.mixture_weights(len(config.reference))
@@ -51,81 +53,83 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     tracked = inputs.start_trackers(config, first_step=progress.step + 1)
 
     parallel.initialize(config.parallel, seed=config.batch.seed)
-    adapters = config.adapters.settings(architecture)  # None: the weights themselves are trained
-    policy = build_policy(architecture, config.model, config.parallel, adapters=adapters, seed=config.batch.seed)
-    stop = stopping.StopRequest()
-    # log pi of policies that the objective looks at beside pi_t: loaded one after another where pi_t will be trained.
-    others = other_references.load_or_compute(policy, dataset, batches, further, config=config, stop=stop)
-    if resumed is None:
-        checkpoint.load_weights(policy, *weights)
-    optimizer = build_optimizer(policy.chunks, config.optimization, config.model, config.parallel)
-    scheduler = build_scheduler(optimizer, config.optimization, train_iters=batches.train_iters)
+    with watching(name, config):
+        adapters = config.adapters.settings(architecture)  # None: the weights themselves are trained
+        policy = build_policy(architecture, config.model, config.parallel, adapters=adapters, seed=config.batch.seed)
+        stop = stopping.StopRequest()
+        # log pi of policies that the objective looks at beside pi_t: loaded one after another where pi_t will be
+        # trained.
+        others = other_references.load_or_compute(policy, dataset, batches, further, config=config, stop=stop)
+        if resumed is None:
+            checkpoint.load_weights(policy, *weights)
+        optimizer = build_optimizer(policy.chunks, config.optimization, config.model, config.parallel)
+        scheduler = build_scheduler(optimizer, config.optimization, train_iters=batches.train_iters)
 
-    # log pi_t of every response, once, through the very micro-batches of training: before the first step log pi_theta
-    # equals it, and every log-ratio is zero.
-    if resumed is None:
-        progress.micro_batch_key = batches.micro_batch_key
-        progress.reference = reference.fingerprint(policy, dataset, batches, config)
-        progress.other_references = [names for names, _ in others]
-        reference_GK = reference.load_or_compute(
-            policy,
-            dataset,
-            batches,
-            progress.reference,
-            config=config,
-            stop=stop,
-            known=next((values for names, values in others if names == progress.reference), None),
-        )
-        progress.ref_drift = reference.drift_by_step(policy, dataset, batches, reference_GK)
-        reference_GK = other_references.beside(reference_GK, [values for _, values in others])
-    else:
-        # A run that is to be longer than it was needs pi_t once more, for the responses that it did not look at.
-        reference_GK = reference.read_for_resume(
-            policy,
-            dataset,
-            batches,
-            progress,
-            config=config,
-            stop=stop,
-            load_pi_t=lambda: checkpoint.load_weights(
-                policy, *inputs.open_weights(config, architecture, inputs.open_source(config)[0])
-            ),
-        )
-        reference_GK = other_references.beside(
-            reference_GK,
-            other_references.read_for_resume(policy, dataset, batches, progress, config=config, stop=stop),
-        )
-        checkpoint.load_weights(policy, *weights)  # the base of adapters, which no checkpoint of theirs holds
-        checkpoint.resume(resumed, policy, optimizer, scheduler)
-        progress.warn_if_micro_batches_changed(batches.micro_batch_key)
+        # log pi_t of every response, once, through the very micro-batches of training: before the first step log
+        # pi_theta equals it, and every log-ratio is zero.
+        if resumed is None:
+            progress.micro_batch_key = batches.micro_batch_key
+            progress.reference = reference.fingerprint(policy, dataset, batches, config)
+            progress.other_references = [names for names, _ in others]
+            reference_GK = reference.load_or_compute(
+                policy,
+                dataset,
+                batches,
+                progress.reference,
+                config=config,
+                stop=stop,
+                known=next((values for names, values in others if names == progress.reference), None),
+            )
+            progress.ref_drift = reference.drift_by_step(policy, dataset, batches, reference_GK)
+            reference_GK = other_references.beside(reference_GK, [values for _, values in others])
+        else:
+            # A run that is to be longer than it was needs pi_t once more, for the responses that it did not look at.
+            reference_GK = reference.read_for_resume(
+                policy,
+                dataset,
+                batches,
+                progress,
+                config=config,
+                stop=stop,
+                load_pi_t=lambda: checkpoint.load_weights(
+                    policy, *inputs.open_weights(config, architecture, inputs.open_source(config)[0])
+                ),
+            )
+            reference_GK = other_references.beside(
+                reference_GK,
+                other_references.read_for_resume(policy, dataset, batches, progress, config=config, stop=stop),
+            )
+            checkpoint.load_weights(policy, *weights)  # the base of adapters, which no checkpoint of theirs holds
+            checkpoint.resume(resumed, policy, optimizer, scheduler)
+            progress.warn_if_micro_batches_changed(batches.micro_batch_key)
 
-    saver = Saver(
-        config.save,
-        policy,
-        optimizer,
-        scheduler,
-        progress=progress,
-        source=source,
-        in_background=config.run.async_save,
-        keep_last=config.run.keep_last,
-        needed=[config.load, *config.reference, *filter(None, [config.adapters.load_adapter])],
-    )
-    # (log pi_theta / pi_t - (eta w - log Z))^2, averaged over the responses of a global batch, one update each; the
-    # next steps' micro-batches are made meanwhile.
-    remaining = batches.steps(first=progress.step + 1, last=batches.train_iters, reference_GK=reference_GK)
-    with tracked, ahead(remaining) as steps:
-        complete = loop.train(
+        saver = Saver(
+            config.save,
             policy,
             optimizer,
             scheduler,
-            steps,
-            config=config,
-            train_iters=batches.train_iters,
             progress=progress,
-            saver=saver,
-            stop=stop,
-            tracked=tracked,
+            source=source,
+            in_background=config.run.async_save,
+            keep_last=config.run.keep_last,
+            needed=[config.load, *config.reference, *filter(None, [config.adapters.load_adapter])],
         )
+        # (log pi_theta / pi_t - (eta w - log Z))^2, averaged over the responses of a global batch, one update each; the
+        # next steps' micro-batches are made meanwhile.
+        remaining = batches.steps(first=progress.step + 1, last=batches.train_iters, reference_GK=reference_GK)
+        with tracked, ahead(remaining) as steps:
+            complete = loop.train(
+                policy,
+                optimizer,
+                scheduler,
+                steps,
+                config=config,
+                train_iters=batches.train_iters,
+                progress=progress,
+                saver=saver,
+                stop=stop,
+                tracked=tracked,
+            )
     if complete:
         stop.restore()
     else:

@@ -455,5 +455,5 @@ def read_architecture(directory: Path) -> tuple[Architecture, dict[str, Any]]:
             values = {**values, "delta_net": DeltaNet(**net | {"linear_attention_freq": tuple(net[_DELTA_LAYERS])})}
         values = {name: tuple(value) if name in _TUPLES else value for name, value in values.items()}
         return Architecture(**values), tokenizer
-    except (TypeError, AttributeError, KeyError) as error:
+    except (TypeError, AttributeError, KeyError, ArithmeticError) as error:
         raise ConversionError(f"{path} does not describe a model ({error}). Import the model again.") from None

@@ -6,6 +6,7 @@ Everything is written under a temporary name beside its place, fsynced and renam
 
 import atexit
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -70,9 +71,10 @@ def fsync_path(path: Path) -> None:
 def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that appears under `path` only when the block ends well; on any error nothing changes."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_behind(path)
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
@@ -80,7 +82,8 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         os.replace(temporary, path)
         fsync_path(path.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk that became read-only: the first error says it
+            temporary.unlink(missing_ok=True)
         explain_os_error(error, path)
         raise
 
@@ -99,10 +102,11 @@ def atomic_directory(path: Path, *, replaces: str) -> Iterator[Path]:
     if path.is_symlink():
         path = path.resolve()  # the link stays, and what it leads to is replaced: it may lie on another disk
     refuse_foreign(path, ours=(replaces,))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale_temporaries(path)
     temporary = temporary_beside(path)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         yield temporary
         publish_directory(temporary, path)
@@ -113,11 +117,19 @@ def atomic_directory(path: Path, *, replaces: str) -> Iterator[Path]:
 
 
 def publish_directory(temporary: Path, path: Path) -> None:
-    """Fsync all of `temporary` and rename it to `path`. An old `path` is moved aside first and then removed."""
+    """Fsync all of `temporary` and rename it to `path`; an old `path` is removed.
+
+    Both change places in one step where the file system can. Elsewhere the old one is moved aside first, so that for a
+    moment there is none: `remove_stale_temporaries` puts it back for one who was killed in it.
+    """
     for directory, _, names in os.walk(temporary):
         for name in names:
             fsync_path(Path(directory, name))
         fsync_path(Path(directory))
+    if path.exists() and exchange(temporary, path):
+        fsync_path(path.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
     aside = path.with_name(f".{path.name}.old-{os.getpid()}")
     if path.exists():
         os.rename(path, aside)
@@ -129,6 +141,24 @@ def publish_directory(temporary: Path, path: Path) -> None:
         raise
     fsync_path(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two names of one file system change places in one step -> False where the system or the disk cannot.
+
+    Raises:
+        OSError: it can, and did not.
+    """
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux: glibc 2.28, musl 1.2.6
+    if renameat2 is None:
+        return False
+    here, swapped = -100, 2  # AT_FDCWD, RENAME_EXCHANGE: linux/fcntl.h, linux/fs.h
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), swapped) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV):
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
 def remove_stale_temporaries(*paths: Path) -> None:
@@ -150,6 +180,21 @@ def remove_stale_temporaries(*paths: Path) -> None:
                 shutil.rmtree(place, ignore_errors=True)
             else:
                 place.unlink(missing_ok=True)
+
+
+_found_left: dict[Path, dict[str, list[Path]]] = {}
+
+
+def _remove_left_behind(path: Path) -> None:
+    """Remove what killed writers of one file left; a process lists a directory once, however often it writes there."""
+    if path.parent not in _found_left:
+        found = _found_left[path.parent] = {}
+        for kind, name, place in _left_behind(path.parent):
+            if kind == "tmp":
+                found.setdefault(name, []).append(place)
+    for place in _found_left[path.parent].pop(path.name, ()):
+        with contextlib.suppress(OSError):  # it is a directory's, or went by itself
+            place.unlink()
 
 
 def _left_behind(directory: Path) -> list[tuple[str, str, Path]]:
@@ -222,10 +267,10 @@ def _locked_file(path: Path, subject: Path, *, remedy: str) -> Iterator[None]:
         while True:
             try:
                 file = stack.enter_context(open(path, "a+", encoding="utf-8"))
+                _take_lock(file, path, subject, remedy=remedy)
             except OSError as error:
                 explain_os_error(error, subject)
                 raise
-            _take_lock(file, path, subject, remedy=remedy)
             if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 break  # else its last holder has removed the file that we opened
         done = threading.Event()
@@ -479,3 +524,7 @@ def explain_os_error(error: BaseException, path: Path) -> None:
         raise DataError(f"{path} could not be written: {error.strerror}. Choose a writable place.") from error
     if error.errno in (errno.EMFILE, errno.ENFILE):
         raise DataError(f"{path} could not be written: {error.strerror}. Raise the limit with `ulimit -n`.") from error
+    if error.errno == errno.EIO and error.filename is None:  # of a file that was open, which the error does not name
+        raise DataError(
+            f"{path} could not be written: {error.strerror}. Check the disk, then run the same command again."
+        ) from error

@@ -5,6 +5,7 @@ the order of rows of Hugging Face's modules, stacked over layers (and experts) a
 PEFT's files are the same tensors under other names. Pure Python: no torch, no megatron.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -220,7 +221,7 @@ def _is_sound(settings: dict[str, Any]) -> bool:
         and rank > 0
         and isinstance(alpha, (int, float))
         and not isinstance(alpha, bool)
-        and 0 < alpha < float("inf")
+        and 0 < alpha <= sys.float_info.max
         and settings["scaling"] in ("lora", "rslora")
         and isinstance(targets, list)
         and bool(targets)

@@ -51,6 +51,9 @@ LOADING_ERRORS = (
 """What torch.load and pickle raise on what is damaged, or promises sizes that cannot be."""
 
 
+_PLACE = ("offset", "length", "relative_path")
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Unpickle DCP's metadata classes and nothing else: no other name is ever looked up, so no code can run."""
 
@@ -85,11 +88,13 @@ def read_metadata(directory: Path) -> Any:
         raise ConversionError(f"{directory}: {error}") from None
     except LOADING_ERRORS as error:
         raise ConversionError(f"{path} is damaged ({type(error).__name__}). Use another checkpoint.") from None
-    if not isinstance(content, dcp.Metadata) or not isinstance(getattr(content, "storage_data", None), dict):
+    parts = [getattr(content, name, None) for name in ("storage_data", "state_dict_metadata")]
+    if not isinstance(content, dcp.Metadata) or not all(isinstance(part, dict) for part in parts):
         raise ConversionError(f"{path} is damaged (no metadata inside). Use another checkpoint.")
     for index, info in content.storage_data.items():
-        if not _are_counts((info.offset, info.length)) or not isinstance(info.relative_path, str):
-            raise ConversionError(f"{path} says no possible place for {index.fqn}. Use another checkpoint.")
+        key, place = getattr(index, "fqn", None), [getattr(info, name, None) for name in _PLACE]
+        if not isinstance(key, str) or not _are_counts(tuple(place[:2])) or not isinstance(place[2], str):
+            raise ConversionError(f"{path} says no possible place for {key}. Use another checkpoint.")
     return content
 
 
@@ -117,8 +122,9 @@ class DistcpReader:
             ConversionError: as `read_metadata`, or a tensor is described in a way that cannot be.
         """
         reader = cls(directory=Path(directory), metadata=read_metadata(directory), items=items)
-        for key in reader.shapes():
-            if not _is_possible(reader.metadata.state_dict_metadata[key]):
+        for key, entry in reader.metadata.state_dict_metadata.items():
+            is_tensor = isinstance(entry, dcp.TensorStorageMetadata)
+            if not isinstance(key, str) or (is_tensor and not _is_possible(entry)):
                 raise ConversionError(
                     f"{Path(directory, METADATA_FILE)} describes {key} in a way that cannot be (its pieces lie outside "
                     "of it). It is damaged: use another checkpoint."
@@ -295,7 +301,9 @@ def _is_possible(described: Any) -> bool:
     """Whether a tensor's description has chunks of its own rank that lie within it."""
     shape = getattr(described, "size", None)
     dtype = getattr(getattr(described, "properties", None), "dtype", None)
-    if not _are_counts(shape) or not isinstance(dtype, torch.dtype) or not isinstance(described.chunks, list):
+    if not _are_counts(shape) or not isinstance(dtype, torch.dtype):
+        return False
+    if not isinstance(getattr(described, "chunks", None), list):
         return False
     return all(
         _are_counts(getattr(chunk, "offsets", None))

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 
-from megatron_sppo.checkpoints.distcp import METADATA_FILE, row_axis
+from megatron_sppo.checkpoints.distcp import COMMON_FILE, METADATA_FILE, row_axis
 from megatron_sppo.checkpoints.safetensors_file import Span
 from megatron_sppo.checkpoints.transfer import MAKING, Made, Transfer, part_of
 
@@ -84,6 +84,17 @@ def write_distcp(
         transfer.run(tasks)
     content = dcp.Metadata(layout.tensors, None, layout.places, dcp.StorageMeta(), _DCP_VERSION)
     (directory / METADATA_FILE).write_bytes(pickle.dumps(content))
+
+
+def write_common(directory: Path, state: Mapping[str, Any]) -> None:
+    """Write what no tensor holds, `common.pt`.
+
+    Raises:
+        OSError: the disk refuses; of Torch's own file that is a RuntimeError ("unexpected pos").
+    """
+    content = io.BytesIO()
+    torch.save(state, content)
+    (directory / COMMON_FILE).write_bytes(content.getbuffer())
 
 
 class _Layout:

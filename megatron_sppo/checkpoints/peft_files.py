@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -373,7 +374,7 @@ def _whole(config: Mapping[str, Any], key: str, directory: Path) -> int:
 
 def _number(config: Mapping[str, Any], key: str, directory: Path) -> float:
     value = config.get(key)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max:
         return float(value)
     raise ConversionError(
         f"{directory / ADAPTER_CONFIG}: {key} is {value!r}, not a positive number. Save the adapter again."

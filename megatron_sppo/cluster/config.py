@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated
 
-from megatron_sppo.config import LAYOUT, PositiveInt, check_ranges
+from megatron_sppo.config import LAYOUT, NonNegativeFloat, PositiveInt, check_ranges
 from megatron_sppo.errors import ConfigError
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(\d{1,5})")
@@ -19,6 +19,11 @@ class PoolConfig:
     ray: Annotated[str | None, LAYOUT] = None
     """Ray cluster to run the workers on: auto (the one that this machine is a node of) or the HOST:PORT of its head.
     None: more than one worker get a Ray of their own on this machine."""
+
+    worker_timeout: Annotated[NonNegativeFloat, LAYOUT] = 3600.0
+    """Seconds without any progress, or any answer, of a worker that has started or has work, after which it is taken to
+    hang: a worker of Ray's is ended and started anew, and another does its work; in this process the stacks are shown
+    and the command ends, exit code 4. More than an engine's start or the longest answer takes. 0: never."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
@@ -33,25 +34,37 @@ def run_kept(
     make_worker: Callable[[], Worker[TaskT, ResultT]],
     tasks: Iterable[TaskT],
     report: Callable[[int, int], None],
+    *,
+    seconds: float = 0.0,
 ) -> Iterator[tuple[TaskT, ResultT]]:
     """Work tasks off in the kept process -> (task, its result), each once, as soon as it is there.
 
     Args:
         make_worker: picklable.
         report: told what the worker reports (`Worker.run`).
+        seconds: without an answer, or without any progress, after which the worker is taken to hang; 0: never.
 
     Raises:
+        DataError: the process has ended, or hangs.
         ConfigError, DataError, ConversionError, OSError, WorkerCrashed: what the worker raises; the process is gone.
     """
     waiting, at_work = iter(tasks), dict[int, TaskT]()
     given: tuple[TaskT, ...] = ()
-    is_end = False
+    is_end, progressed = False, time.monotonic()
     try:
         with Client(address, "AF_UNIX") as process:
             process.send(make_worker)
             while True:
                 process.send((given, is_end))
+                if seconds and (not process.poll(seconds) or time.monotonic() - progressed > seconds):
+                    raise DataError(
+                        f"the process that keeps the run's engine has made no progress for {seconds:.0f} s "
+                        "(--worker-timeout) and is taken to hang; its log says what it did last. Run the same command "
+                        "again."
+                    )
                 reply: Reply = process.recv()
+                if reply.units or reply.amount or reply.results or (reply.is_ready and not at_work):
+                    progressed = time.monotonic()
                 report(reply.units, reply.amount)
                 for result in reply.results:
                     yield at_work.pop(result.index), result

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from megatron_sppo.cluster.config import PoolConfig
 from megatron_sppo.cluster.kept import run_kept
+from megatron_sppo.cluster.own_watch import OwnWatch
 from megatron_sppo.cluster.schedule import MOST_LOSSES, Schedule
 from megatron_sppo.cluster.worker import Lost, Numbered, Reply, ResultT, TaskT, Worker, WorkerCrashed
 from megatron_sppo.errors import DataError
@@ -61,7 +62,7 @@ class Team(Protocol):
         ...
 
     def restart(self, worker: int) -> None:
-        """End a worker's process, which answers, and start it anew; its next reply is of its new life."""
+        """End a worker's process, whether it answers or hangs, and start it anew; its next reply is of its new life."""
         ...
 
     def dismiss(self, worker: int) -> None:
@@ -104,15 +105,15 @@ def run_tasks(
     """
     if pool.is_embedded and kept is not None:
         progress.workers(1, 1)
-        yield from run_kept(kept, make_worker, tasks, progress.add)
+        yield from run_kept(kept, make_worker, tasks, progress.add, seconds=pool.worker_timeout)
         return
     if pool.is_embedded:
-        yield from _run_here(make_worker, tasks, progress)
+        yield from _run_here(make_worker, tasks, progress, watch=OwnWatch(logs, seconds=pool.worker_timeout))
         return
     from megatron_sppo.cluster.ray_team import RayTeam
 
     team = RayTeam(make_worker, pool=pool, num_gpus=num_gpus, logs=logs, ahead=ahead)
-    yield from drive(team, tasks, progress=progress, size_of=size_of)
+    yield from drive(team, tasks, progress=progress, size_of=size_of, timeout=pool.worker_timeout)
 
 
 def logs_directory(output: Path) -> Path:
@@ -122,21 +123,33 @@ def logs_directory(output: Path) -> Path:
 
 
 def _run_here(
-    make_worker: Callable[[], Worker[TaskT, ResultT]], tasks: Iterable[TaskT], progress: ProgressReport
+    make_worker: Callable[[], Worker[TaskT, ResultT]],
+    tasks: Iterable[TaskT],
+    progress: ProgressReport,
+    *,
+    watch: OwnWatch,
 ) -> Iterator[tuple[TaskT, ResultT]]:
-    worker, at_work = make_worker(), dict[int, TaskT]()
+    at_work = dict[int, TaskT]()
 
     def taken() -> Iterator[TaskT]:
         for task in tasks:
             at_work[task.index] = task
+            watch.note()
             yield task
 
-    try:
-        progress.workers(1, 1)
-        for result in worker.run(taken(), progress.add):
-            yield at_work.pop(result.index), result
-    finally:
-        worker.close()
+    def report(units: int, amount: int) -> None:
+        watch.note()
+        progress.add(units, amount)
+
+    with watch:
+        worker = make_worker()
+        try:
+            progress.workers(1, 1)
+            for result in worker.run(taken(), report):
+                with watch.paused():
+                    yield at_work.pop(result.index), result
+        finally:
+            worker.close()
 
 
 @dataclass(kw_only=True)
@@ -149,6 +162,20 @@ class _Member:
     """Since it has finished a task."""
     open_units: int = 0
     """Reported units of tasks that it has not finished."""
+    heard_at: float = 0.0
+    progressed_at: float = 0.0
+    """By the driver's clock."""
+
+    def hangs(self, now: float, timeout: float, *, has_work: bool) -> str | None:
+        """Say why it is taken to hang, if it is -> one clause, or None."""
+        if not timeout or self.life is None:  # one that has not answered yet may wait for its place
+            return None
+        if now - self.heard_at > timeout:
+            return f"it has not answered for {now - self.heard_at:.0f} s (--worker-timeout)"
+        if now - self.progressed_at > timeout and (has_work or not self.is_ready):
+            doing = "its work" if self.is_ready else "its start"
+            return f"it made no progress with {doing} for {now - self.progressed_at:.0f} s (--worker-timeout)"
+        return None
 
 
 @dataclass(kw_only=True)
@@ -175,8 +202,13 @@ def drive(
     progress: ProgressReport,
     size_of: Callable[[TaskT], int] = lambda _: 1,
     clock: Callable[[], float] = time.monotonic,
+    timeout: float = 0.0,
 ) -> Iterator[tuple[TaskT, Any]]:
-    """Work a stage off with a team -> as `run_tasks`. The team is closed at the end, however it comes."""
+    """Work a stage off with a team -> as `run_tasks`. The team is closed at the end, however it comes.
+
+    Args:
+        timeout: seconds after which a worker that has said or done nothing is ended and started anew; 0: never.
+    """
     schedule, roll = Schedule(tasks), _Roll(members={number: _Member() for number in range(team.num_workers)})
     is_orderly = False
     try:
@@ -185,13 +217,20 @@ def drive(
         patience = _Patience(clock)
         progress.workers(0, len(roll.members))
         while not schedule.is_done:
-            for worker, reply in team.replies(1.0):
+            replies, now = team.replies(1.0), clock()  # what is done with them may take long
+            silent = roll.members.keys() - {worker for worker, _ in replies}
+            _end_those_that_hang(silent, now, timeout, schedule, roll, team, progress)
+            for worker, reply in replies:
                 member = roll.members.get(worker)
                 if member is None:
                     continue
                 if isinstance(reply, Lost):
                     _lose(worker, member, reply, schedule, roll, team, progress)
                     continue
+                is_idle = reply.is_ready and not schedule.has_work(worker)
+                member.heard_at = clock()
+                if reply.units or reply.amount or reply.results or is_idle or reply.life != member.life:
+                    member.progressed_at = member.heard_at
                 _accept(worker, member, reply, schedule, progress)
                 for result in reply.results:
                     task = schedule.finish(worker, result.index)
@@ -206,6 +245,8 @@ def drive(
                     _lose(
                         worker, member, Lost(why=reply.failure.summary), schedule, roll, team, progress, reply.failure
                     )
+                    continue
+                if _end_those_that_hang([worker], now, timeout, schedule, roll, team, progress):
                     continue
                 given = schedule.give(worker, reply.num_wanted)
                 team.exchange(worker, member.life, given, has_more=schedule.has_more, is_end=False)
@@ -228,6 +269,27 @@ def _accept(worker: int, member: _Member, reply: Reply, schedule: Schedule[TaskT
     member.open_units += reply.units
     if reply.units or reply.amount:
         progress.add(reply.units, reply.amount)
+
+
+def _end_those_that_hang(
+    workers: Iterable[int],
+    now: float,
+    timeout: float,
+    schedule: Schedule[TaskT],
+    roll: _Roll,
+    team: Team,
+    progress: ProgressReport,
+) -> bool:
+    """End those of some workers that have said or done nothing for too long -> whether there were any."""
+    found = False
+    for worker in workers:
+        member = roll.members[worker]
+        why = member.hangs(now, timeout, has_work=schedule.has_work(worker))
+        if why is not None:
+            team.restart(worker)
+            _lose(worker, member, Lost(why=why), schedule, roll, team, progress)
+            found = True
+    return found
 
 
 def _lose(

@@ -245,6 +245,8 @@ class RayTeam:
     def restart(self, worker: int) -> None:
         """End a worker's process and start it anew."""
         self._ended.add(self._lives[worker])
+        for call in [call for call, (called, _) in self._calls.items() if called == worker]:  # of one that hangs
+            del self._calls[call]
         self._ray.kill(self._actors[worker], no_restart=False)
         self._await(worker)
 

@@ -36,6 +36,10 @@ class Schedule(Generic[TaskT]):
         """Whether every task has its result."""
         return not self._unfinished and not self.has_more
 
+    def has_work(self, worker: int) -> bool:
+        """Tell whether a worker has tasks that it has not answered."""
+        return bool(self._held.get(worker))
+
     def give(self, worker: int, number: int) -> tuple[TaskT, ...]:
         """Give out the next tasks, those first that a dead worker had -> `number` of them, or as many as there are."""
         given: list[TaskT] = []

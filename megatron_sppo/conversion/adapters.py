@@ -13,8 +13,7 @@ import torch
 from megatron_sppo.architecture import write_architecture
 from megatron_sppo.checkpoints import adapter_file
 from megatron_sppo.checkpoints.adapter_file import AdapterFile, AdapterSettings, BaseName
-from megatron_sppo.checkpoints.distcp import COMMON_FILE
-from megatron_sppo.checkpoints.distcp_writer import write_distcp
+from megatron_sppo.checkpoints.distcp_writer import write_common, write_distcp
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
 from megatron_sppo.checkpoints.hf_writer import write_tensor
@@ -135,7 +134,7 @@ def import_adapter(
         convert.check_space(megatron, total)
         with atomic_directory(target, replaces=MANIFEST_FILE) as directory:
             write_distcp(directory, pieces, objects={}, progress=lambda _: None)
-            torch.save(convert.COMMON_STATE, directory / COMMON_FILE)
+            write_common(directory, convert.COMMON_STATE)
             (directory / "metadata.json").write_text(json.dumps(convert.METADATA_JSON))
             write_architecture(architecture, directory, tokenizer=convert.tokenizer_record(base, tokenizer))
             (directory / HF_DIRECTORY).mkdir()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,7 +46,7 @@ def whole(values: Mapping[str, Any], key: str, place: str, *, default: int | Non
 def positive(values: Mapping[str, Any], key: str, place: str, *, default: float | None = None) -> float:
     """Read a number above 0, as `whole` does."""
     value = _number(values, key, default)
-    if value is None or value <= 0:
+    if value is None or not 0 < value <= sys.float_info.max:
         raise _no_number(values, key, place, "a number above 0")
     return float(value)
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from megatron_sppo.architecture import Architecture, write_architecture
 from megatron_sppo.checkpoints.distcp import COMMON_FILE
-from megatron_sppo.checkpoints.distcp_writer import write_distcp
+from megatron_sppo.checkpoints.distcp_writer import write_common, write_distcp
 from megatron_sppo.checkpoints.file_digests import check_blobs
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, check_tensors
 from megatron_sppo.checkpoints.hf_files import (
@@ -131,7 +131,7 @@ def import_checkpoint(
         with atomic_directory(target, replaces=MANIFEST_FILE) as directory, progress_bar(total, "import") as bar:
             states = extra_states(architecture)
             write_distcp(directory, pieces, objects=states, progress=bar.update, workers=workers)
-            torch.save(COMMON_STATE, directory / COMMON_FILE)
+            write_common(directory, COMMON_STATE)
             (directory / "metadata.json").write_text(json.dumps(METADATA_JSON))
             write_architecture(architecture, directory, tokenizer=tokenizer_record(hf, tokenizer))
             (directory / HF_DIRECTORY).mkdir()

@@ -55,7 +55,7 @@ def _alternatives(choice: dict[str, Any]) -> list[tuple[str, float]]:
         listed = [(str(entry["token"]), float(entry["logprob"])) for entry in entries[place]["top_logprobs"]]
         # A probability is at most 1; JSON of some servers holds NaN.
         return [(text, min(value, 0.0)) for text, value in listed if not math.isnan(value)]
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
         return []
 
 

@@ -17,7 +17,7 @@ from megatron_sppo.report.tokens import TokenAnswer, read_token_answers
 from megatron_sppo.rollout.records import RolloutGroup, Turn, read_manifest, read_shard
 from megatron_sppo.selfplay.commands import RunPaths
 from megatron_sppo.selfplay.stages import read_state
-from megatron_sppo.selfplay.summary import METRICS_NAME, read_json_lines, read_summary
+from megatron_sppo.selfplay.summary import METRICS_NAME, SKIPPED_METRIC, read_json_lines, read_summary
 from megatron_sppo.storage import contained, read_json
 
 RESPONSES_NAME = "responses.jsonl"
@@ -63,6 +63,8 @@ class StepMetrics:
     """[S] by MACHINE_METRICS that were sampled; NaN at a step that lacks it."""
     throttled: np.ndarray
     """[S] bool, whether the GPU was slowed down."""
+    num_skipped: int = 0
+    """Bad steps that were left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +145,14 @@ def read_metrics(path: Path) -> StepMetrics:
     """
     losses, iterations, throttled = array("d"), array("q"), array("b")
     machine = {name: array("d") for name in MACHINE_METRICS}
+    skipped: dict[int, int] = {}
     for row in read_json_lines(path):
         if isinstance(row.get("loss"), (int, float)):
             losses.append(row["loss"])
             iterations.append(row["iteration"])
         throttled.append(bool(row.get("gpu/throttled")))
+        if row.get(SKIPPED_METRIC):
+            skipped[row["iteration"]] = int(row[SKIPPED_METRIC])  # so far, in its iteration
         for name, values in machine.items():
             value = row.get(name)
             values.append(value if isinstance(value, (int, float)) else np.nan)
@@ -157,6 +162,7 @@ def read_metrics(path: Path) -> StepMetrics:
         iterations=np.array(iterations),
         machine={name: values for name, values in sampled.items() if not np.isnan(values).all()},
         throttled=np.array(throttled, dtype=bool),
+        num_skipped=sum(skipped.values()),
     )
 
 

@@ -13,7 +13,7 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.evaluation.text import judge_notes, judge_rows, judge_title, player_rows
 from megatron_sppo.judge.diagnostics import JUDGE_DIAGNOSTICS, JudgeDiagnostic
 from megatron_sppo.report import plots
-from megatron_sppo.report.data import AnswerPair, RunData, read_run
+from megatron_sppo.report.data import AnswerPair, RunData, StepMetrics, read_run
 from megatron_sppo.report.judge import judge_figure
 from megatron_sppo.report.tokens import CSS as TOKEN_CSS
 from megatron_sppo.report.tokens import token_html
@@ -92,7 +92,7 @@ def render(run: RunData) -> str:
     figures = [
         _figure("Instructions followed on held-out prompts", plots.accuracy_figure(iterations), _ACCURACY_NOTE),
         _figure("Win rate on held-out prompts", plots.win_rate_figure(iterations), _WIN_RATE_NOTE),
-        _figure("Loss", plots.loss_figure(run.metrics), _LOSS_NOTE),
+        _figure("Loss", plots.loss_figure(run.metrics), _loss_note(run.metrics)),
         _figure("Answer length", plots.length_figure(iterations, base_tokens), _LENGTH_NOTE),
     ]
     preferences = run.iterations[-1].preferences if run.iterations else ()
@@ -331,6 +331,11 @@ def _section(title: str, content: str, note: str = "", *, is_wide: bool = False)
     lead = f'<p class="muted">{_text(note)}</p>' if note else ""
     kind = "scroll wide" if is_wide else "scroll"
     return f'<section><h2>{_text(title)}</h2>{lead}<div class="{kind}">{content}</div></section>'
+
+
+def _loss_note(metrics: StepMetrics) -> str:
+    left_out = f" {metrics.num_skipped} bad steps were left out (sppo/skipped_steps)." if metrics.num_skipped else ""
+    return _LOSS_NOTE + left_out
 
 
 def _figure(title: str, data_uri: str | None, note: str, *, is_wide: bool = False) -> str:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import email.utils
+import functools
 import ipaddress
 import json
 import math
+import time
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -86,7 +88,7 @@ class OpenAIServer:
                     limits=limits,
                     # A proxy cannot reach our own loopback.
                     trust_env=not _is_loopback(urlsplit(url).hostname or ""),
-                    event_hooks={"request": [_strip], "response": [_bound]},
+                    event_hooks={"request": [_strip], "response": [functools.partial(_bound, timeout_seconds)]},
                 ),
             )
         except Exception as error:  # noqa: BLE001 (an InvalidURL of httpx is an Exception and no more)
@@ -154,15 +156,21 @@ def _strip(request: Any) -> None:
         del request.headers[name]
 
 
-def _bound(response: Any) -> None:
-    """Let a reply be read no further than LARGEST_REPLY_BYTES, unpacked, and of a refusal the beginning alone."""
-    whole = response.iter_bytes
+def _bound(timeout_seconds: float, response: Any) -> None:
+    """Let a reply be read no further than LARGEST_REPLY_BYTES, unpacked, and of a refusal the beginning alone.
+
+    And no longer than the time-out: the client's own is of each read, and a server that trickles meets it for ever.
+    """
+    whole, begin = response.iter_bytes, time.monotonic()
 
     def iter_bytes(chunk_size: int | None = None) -> Iterator[bytes]:
         left = _READ_OF_REFUSALS if response.is_error else LARGEST_REPLY_BYTES
         for chunk in whole(chunk_size):
             yield chunk[:left]
             left -= len(chunk)
+            if (seconds := time.monotonic() - begin) > timeout_seconds:
+                response.close()
+                raise NoReply(f"it trickles: {seconds:.0f} s for a part of a reply")
             if left < 0:
                 response.close()
                 if response.is_error:

@@ -255,7 +255,7 @@ def _responses(
     choices = reply.get("choices")
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise UnusableReply("the reply has no choices")
-    by_index = {choice.get("index"): choice for choice in choices}
+    by_index = {choice["index"]: choice for choice in choices if type(choice.get("index")) is int}
     if len(choices) != sampling.num_responses or set(by_index) != set(range(sampling.num_responses)):
         raise UnusableReply(f"{len(choices)} responses came back instead of {sampling.num_responses}")
     responses = []

@@ -257,7 +257,7 @@ class Server:
             (choice,) = reply["choices"]
             given = choice["prompt_logprobs"][1:]
             values = [float(places[str(token)]["logprob"]) for token, places in zip(token_ids[1:], given, strict=True)]
-        except (KeyError, TypeError, ValueError, IndexError):
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError):
             raise CannotTell("it gives no log-probabilities of a prompt (vLLM's prompt_logprobs)") from None
         return values
 

@@ -73,7 +73,7 @@ def _stage(run_dir: Path, name: str, entry: dict[str, Any]) -> dict[str, Any]:
         "log": str(run_dir / LOGS_NAME / f"{name}.log"),
         "is_alive": lives(ProcessIdentity(**process)) if process else None,
         "progress": {**asdict(progress), "line": progress.line()} if progress is not None else None,
-        "training": _last_metrics(output) if output is not None else None,
+        "training": last_metrics(output) if output is not None else None,
     }
 
 
@@ -85,7 +85,7 @@ def _output_of(command: Sequence[str]) -> Path | None:
     return None
 
 
-def _last_metrics(save: Path) -> dict[str, Any] | None:
+def last_metrics(save: Path) -> dict[str, Any] | None:
     """Read the last whole line of a training's metrics -> its numbers, None where there is none."""
     with contextlib.suppress(OSError), open(save / _METRICS_NAME, "rb") as file:
         file.seek(max(0, (save / _METRICS_NAME).stat().st_size - _TAIL_BYTES))

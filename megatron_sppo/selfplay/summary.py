@@ -10,11 +10,14 @@ from megatron_sppo.config import to_dict
 from megatron_sppo.errors import DataError
 from megatron_sppo.selfplay.commands import REPORT_NAME, RunPaths
 from megatron_sppo.selfplay.config import SelfPlayConfig
+from megatron_sppo.selfplay.status import last_metrics
 from megatron_sppo.storage import atomic_directory, atomic_file, read_json, write_json
 from megatron_sppo.tracking.run import start
 
 SUMMARY_NAME = "summary.json"
 METRICS_NAME = "metrics.jsonl"
+SKIPPED_METRIC = "sppo/skipped_steps"
+"""Bad steps that a training has left out so far."""
 EVENTS_NAME = "tensorboard"
 _LEVELS = ("prompt", "instruction")
 _FIELDS = {"iteration", "judge", "win_rate_vs_base", "win_rate_vs_previous", "mean_response_tokens", "seconds"}
@@ -22,7 +25,11 @@ _FIELDS = {"iteration", "judge", "win_rate_vs_base", "win_rate_vs_previous", "me
 
 
 def iteration_summary(paths: RunPaths, iteration: int, *, seconds: dict[str, float], judge: str) -> dict[str, Any]:
-    """Sum up one iteration -> its entry in summary.json. Without an evaluation the win rates are None."""
+    """Sum up one iteration -> its entry in summary.json. Without an evaluation the win rates are None.
+
+    `skipped_steps` is there where training left out bad steps (`--on-bad-step skip`).
+    """
+    num_skipped = (last_metrics(paths.of(iteration, "checkpoint")) or {}).get(SKIPPED_METRIC, 0)
     result = read_json(paths.result(iteration)) if paths.result(iteration).is_file() else {}
     return {
         "iteration": iteration,
@@ -32,6 +39,7 @@ def iteration_summary(paths: RunPaths, iteration: int, *, seconds: dict[str, flo
         **{name: result[name] for name in ("a_a", "accuracy") if result.get(name) is not None},
         "mean_response_tokens": result.get("mean_response_tokens"),
         "seconds": seconds,
+        **({"skipped_steps": num_skipped} if num_skipped else {}),
     }
 
 

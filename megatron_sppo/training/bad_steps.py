@@ -205,6 +205,31 @@ class Referee:
             )
 
 
+def check_reference(plan: StepPlan, log_prob_N: Tensor, *, stops: bool) -> None:
+    """Look whether the reference has a number for each response of a step. Collective where it has not.
+
+    Args:
+        log_prob_N: log pi_t of the global batch, the same on every rank.
+        stops: otherwise it is said, and the steps that need such a number will be bad and left out.
+
+    Raises:
+        DataError: names the responses that it has none for.
+    """
+    unfit = (~log_prob_N.isfinite()).nonzero().flatten().numpy()
+    if not len(unfit):
+        return
+    fault = Fault(what="", positions=unfit, log_prob_N=log_prob_N)
+    place = _place_of(plan, fault)
+    fact = f"the reference has no finite number for {len(unfit)} of {len(plan.rows)} responses of a step{place}"
+    if stops:
+        raise DataError(
+            f"{fact}. Look at the weights of --load (megatron-sppo convert verify), leave these rows out, or use "
+            "--on-bad-step skip."
+        )
+    if parallel.is_rank_zero():
+        logger.warning("%s: steps with them will be left out", fact)
+
+
 def _place_of(plan: StepPlan, fault: Fault) -> str:
     """Name ranks, micro-batches and responses of a fault -> text behind it. Collective."""
     everyone: list[Any] = [None] * torch.distributed.get_world_size()

@@ -61,8 +61,10 @@ _Bucket = tuple[str, str, tuple[list[Any], list[Any]]]
 class DigestingStrategy(TorchDistSaveShardedStrategy):
     """Saves `torch_dist` directories as the module says."""
 
-    def __init__(self) -> None:
+    def __init__(self, failures: list[OSError]) -> None:
+        """Take a list for what befalls rank 0 alone, with the metadata: the others wait for it meanwhile."""
         super().__init__("torch_dist", 1)
+        self._failures = failures
 
     def save(self, sharded_state_dict: Any, checkpoint_dir: Path) -> None:
         """Write all that is this rank's to write, and wait for all ranks. Collective."""
@@ -72,7 +74,7 @@ class DigestingStrategy(TorchDistSaveShardedStrategy):
         """Plan a save -> what remains to be done: the writing, then the metadata, which is collective."""
         assert async_strategy == "mcore"
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        writer = _Writer(checkpoint_dir)
+        writer = _Writer(checkpoint_dir, self._failures)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         plan = mcore_to_pyt_state_dict(by_key, False)
         (planned, *_) = save_state_dict_async_plan(plan, writer, None, coordinator_rank=0, planner=planner)
@@ -86,9 +88,17 @@ class _Writer(FileSystemWriterAsync):
 
     write_buckets: list[_Bucket]
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, failures: list[OSError]) -> None:
         super().__init__(str(directory))
         self._staged: list[_Bucket] = []
+        self._failures = failures
+
+    def finish(self, metadata: Any, results: list[list[WriteResult]]) -> None:
+        """Write `.metadata`, on rank 0; an error is noted, for the other ranks wait in a collective."""
+        try:
+            super().finish(metadata, results)
+        except OSError as error:
+            self._failures.append(error)
 
     def prepare_write_data(self, plan: Any, planner: Any) -> None:
         """Divide the rank's items among files; nothing is copied that need not be."""

@@ -17,6 +17,7 @@ from megatron_sppo.training import parallel
 from megatron_sppo.training.batches import StepPlan
 from megatron_sppo.training.config import ObjectiveConfig
 from megatron_sppo.training.policy import Policy
+from megatron_sppo.training.watchdog import beat
 
 # B = sequences of a micro-batch, R = response tokens, N = responses of a global batch
 
@@ -31,6 +32,7 @@ def sppo_forward_step(
     The number of terms is the schedule's "token" count: with `calculate_per_token_loss` the gradient becomes the exact
     mean over the sequences of the global batch, however unevenly micro-batches and ranks share them.
     """
+    beat("forward and backward")
     on_cpu = next(micro_batches)
     batch = on_cpu.to(parallel.device())
     output = stage_output(batch, model)

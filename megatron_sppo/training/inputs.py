@@ -213,7 +213,8 @@ def open_dataset(config: TrainingConfig, architecture: Architecture, tokenizer: 
             f"positions. Use --seq-length {architecture.max_position_embeddings}."
         )
     _refuse_long_shared_prompts(config, architecture)
-    dataset = PreferenceDataset(config.data, verify_contents=parallel.is_rank_zero())
+    verified = parallel.made_by_rank_zero(config.parallel, lambda: PreferenceDataset(config.data))
+    dataset = PreferenceDataset(config.data, verify_contents=False) if verified is None else verified
     theirs, ours = dataset.manifest.tokenizer_hash, tokenizer.get("hash")
     if theirs and ours and theirs != ours and not is_tokenizer_of(tokenizer["directory"], [theirs]):
         raise DataError(
@@ -313,45 +314,47 @@ def _verify(checkpoint: Path, *, weights_only: bool) -> None:
 def prepare_save_directory(config: TrainingConfig) -> None:
     """Take `--save` for this run alone and write the resolved config into it: a disk that refuses says so now.
 
-    What a run that was killed has left there under other names goes first.
+    What a run that was killed has left there under other names goes first. Collective.
 
     Raises:
-        ConfigError: it holds something else, or another run is writing there.
+        ConfigError, DataError: it holds something else, another run is writing there, or it cannot be written.
     """
-    if parallel.is_rank_zero():
-        resolved, iterations = Path(config.save, RESOLVED_CONFIG_FILE), megatron_checkpoint.ITERATION_PATTERN
-        refuse_foreign(config.save, ours=(RESOLVED_CONFIG_FILE, iterations), inputs=(config.data,), flag="--save")
-        if (
-            resolved.is_file()
-            and not megatron_checkpoint.iterations(config.save)
-            and not is_written_of(config, resolved)
-        ):
-            raise ConfigError(
-                f"{resolved} was not written by this command, which would write its settings over it. Choose another "
-                "directory with --save."
-            )
-        lock_until_exit(config.save, flag="--save")
-        aside = {path.name[1:].partition(".")[0] for path in config.save.glob(f".{iterations}.old-*")}
-        remove_stale_temporaries(*(config.save / name for name in {*aside, grace.PROBE_NAME}))
-        write_yaml(config, resolved)
+    parallel.made_by_rank_zero(config.parallel, lambda: _take_save_directory(config))
+
+
+def _take_save_directory(config: TrainingConfig) -> None:
+    resolved, iterations = Path(config.save, RESOLVED_CONFIG_FILE), megatron_checkpoint.ITERATION_PATTERN
+    refuse_foreign(config.save, ours=(RESOLVED_CONFIG_FILE, iterations), inputs=(config.data,), flag="--save")
+    if resolved.is_file() and not megatron_checkpoint.iterations(config.save) and not is_written_of(config, resolved):
+        raise ConfigError(
+            f"{resolved} was not written by this command, which would write its settings over it. Choose another "
+            "directory with --save."
+        )
+    lock_until_exit(config.save, flag="--save")
+    aside = {path.name[1:].partition(".")[0] for path in config.save.glob(f".{iterations}.old-*")}
+    remove_stale_temporaries(*(config.save / name for name in {*aside, grace.PROBE_NAME}))
+    write_yaml(config, resolved)
 
 
 def start_trackers(config: TrainingConfig, *, first_step: int) -> TrackedRun:
-    """Start the trackers of a training run, on rank 0; the other ranks have none -> TrackedRun.
+    """Start the trackers of a training run, on rank 0; the other ranks have none -> TrackedRun. Collective.
 
     Raises:
         ConfigError: a tracker cannot be started.
     """
     tracking, wants_events = config.run.tracking, config.run.tensorboard
-    if not parallel.is_rank_zero():
-        return TrackedRun({})
     names = tuple(name for name in tracking.tracker if name != "tensorboard" or wants_events)
-    tracked = start(
-        replace(tracking, tracker=names),
-        directory=config.save,
-        kind="train",
-        settings=to_dict(config),
-        first_step=first_step,
-    )
-    tracked.attach(Path(config.save, RESOLVED_CONFIG_FILE))
-    return tracked
+
+    def started() -> TrackedRun:
+        tracked = start(
+            replace(tracking, tracker=names),
+            directory=config.save,
+            kind="train",
+            settings=to_dict(config),
+            first_step=first_step,
+        )
+        tracked.attach(Path(config.save, RESOLVED_CONFIG_FILE))
+        return tracked
+
+    tracked = parallel.made_by_rank_zero(config.parallel, started)
+    return TrackedRun({}) if tracked is None else tracked

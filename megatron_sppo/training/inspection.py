@@ -19,6 +19,7 @@ from megatron_sppo.checkpoints.megatron_checkpoint import HF_DIRECTORY
 from megatron_sppo.checkpoints.tokenizer import token_texts
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.microbatch import MicroBatch
+from megatron_sppo.errors import DataError
 from megatron_sppo.storage import atomic_file, refuse_foreign_file
 from megatron_sppo.training import checkpoint, inputs, parallel
 from megatron_sppo.training.batches import Batches, StepPlan
@@ -58,12 +59,13 @@ def inspect(config: InspectionConfig) -> dict[str, Any]:
         checkpoint.load_weights(policy, *sources)
         log_probs.append(_token_log_probs(policy, batches, rows, size=config.batch.global_batch_size))
     summary: dict[str, Any] = {}
-    if parallel.is_rank_zero():
-        decode = token_texts(policy_source / HF_DIRECTORY)
-        lines = list(_lines(dataset, batches, rows, *log_probs, decode=decode))
-        with atomic_file(config.output) as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        summary = _summary(config, lines)
+    with parallel.failing_together(OSError, DataError):
+        if parallel.is_rank_zero():
+            decode = token_texts(policy_source / HF_DIRECTORY)
+            lines = list(_lines(dataset, batches, rows, *log_probs, decode=decode))
+            with atomic_file(config.output) as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            summary = _summary(config, lines)
     parallel.shut_down()
     return summary
 

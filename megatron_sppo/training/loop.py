@@ -24,10 +24,12 @@ from megatron_sppo.training.grace import Grace, checkpoint_bytes
 from megatron_sppo.training.metrics import StepFiles, drift_per_token, response_metrics
 from megatron_sppo.training.policy import Policy
 from megatron_sppo.training.progress import Progress
+from megatron_sppo.training.replicas import ReplicaCheck
 from megatron_sppo.training.saving import Saver
 from megatron_sppo.training.stopping import StopRequest
-from megatron_sppo.training.telemetry import GpuSampler, flops_metrics, straggler_metrics
+from megatron_sppo.training.telemetry import GpuSampler, Stragglers, flops_metrics
 from megatron_sppo.training.telling import Said, Told, tell
+from megatron_sppo.training.watchdog import beat
 
 logger = logging.getLogger(__name__)
 
@@ -51,17 +53,21 @@ def train(
         DataError: a step is bad (`bad_steps`) and is not to be left out; what is saved is from before that step.
         MachineError: a rank computes wrongly.
     """
-    sampler, stopwatch = GpuSampler(), _Stopwatch(policy)
+    sampler, stopwatch, stragglers = GpuSampler(), _Stopwatch(policy), Stragglers(parallel.host_names())
     watch, referee = GradientWatch(policy), Referee(config.safety, progress)
-    grace = Grace(
-        config.save,
-        num_bytes=checkpoint_bytes(policy, config.optimization),
-        grace_seconds=config.run.grace_seconds or default_grace_seconds(),
-    )
+    replicas = ReplicaCheck(policy, optimizer, every=config.safety.check_replicas)
     writes = parallel.is_rank_zero()
-    files = StepFiles(config.save, progress.step + 1) if writes else None
+    num_bytes = checkpoint_bytes(policy, config.optimization)
+    with parallel.failing_together(OSError, DataError):
+        grace = Grace(
+            config.save, num_bytes=num_bytes, grace_seconds=config.run.grace_seconds or default_grace_seconds()
+        )
+        files = StepFiles(config.save, progress.step + 1) if writes else None
+    refused: OSError | DataError | None = None
     bar = tqdm(total=train_iters, initial=progress.step, desc="train", unit="step", disable=None if writes else True)
+    beat(f"data of step {progress.step + 1}")
     for plan in steps:
+        beat(f"step {progress.step + 1}, before its first micro-batch")
         started = time.monotonic()
         logs = (progress.step + 1) % config.run.log_interval == 0
         stopwatch.start()
@@ -71,6 +77,7 @@ def train(
             num_skipped=progress.num_skipped,
             stops=stop.asked,
             writes=saver.is_writing(),
+            refused=refused is not None,
         )
         metrics, columns, told, fault = _step(
             policy,
@@ -81,7 +88,11 @@ def train(
             step=progress.step + 1,
             watch=watch,
             referee=referee,
+            replicas=replicas,
         )
+        if told.refused:
+            saver.finish()
+            parallel.raise_together(refused)
         if fault is None:
             referee.take()
             progress.num_clipped += 0 < config.optimization.clip_grad < metrics["grad_norm"]
@@ -105,10 +116,13 @@ def train(
         if (waited := saver.pop_seconds()) > 0:
             metrics["perf/save_seconds"] = waited
         if all(told.seconds):
-            metrics |= straggler_metrics(told.seconds, warns=logs and writes)
+            metrics |= stragglers.note(told.seconds)
         if files is not None:
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # of a bad step
-            files.write(progress.step, finite, columns)
+            try:
+                files.write(progress.step, finite, columns)
+            except (OSError, DataError) as error:
+                refused = error  # the other ranks hear of it with the next step's numbers
             tracked.log(progress.step, finite)
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.4g}", grad_norm=f"{metrics['grad_norm']:.3g}")
@@ -119,7 +133,14 @@ def train(
         if last or told.stops or (interval is not None and progress.step % interval == 0):
             if told.stops and not last:
                 grace.warn_at_signal(stop)
+            beat(f"save of step {progress.step}")
+            replicas.before_save(progress.step)
             began = time.monotonic()
+            if files is not None and refused is None:
+                try:
+                    files.sync()
+                except (OSError, DataError) as error:
+                    refused = error
             saver.save(wait=last or told.stops)
             if not config.run.async_save:
                 grace.note(time.monotonic() - began)
@@ -129,9 +150,11 @@ def train(
                 "stopped by a signal after step %d of %d; the same command goes on", progress.step, train_iters
             )
             break
+        beat(f"data of step {progress.step + 1}")
     bar.close()
     if files is not None:
         files.close()
+    parallel.raise_together(refused)
     return progress.step >= train_iters
 
 
@@ -145,6 +168,7 @@ def _step(
     step: int,
     watch: GradientWatch,
     referee: Referee,
+    replicas: ReplicaCheck,
 ) -> tuple[dict[str, float], dict[str, Any], Told, Fault | None]:
     """Do one optimizer step -> (metrics, columns [N] of the responses, what the ranks told each other, a bad step's
     fault, with which nothing was updated).
@@ -157,6 +181,9 @@ def _step(
         with bfloat16_products(policy.config):
             wide_log_prob_N = log_probs(policy, plan)
     told_by_row = gradient_step(policy, optimizer, plan, objective=config.objective)
+    beat(f"reduction of gradients and optimizer of step {step}")
+    if replicas.is_due(step):  # before the update, which makes some of what went wrong in between alike again
+        replicas.check(step)
     answer = tell([*told_by_row, policy.pop_router_sums()], said, is_unfit=watch.pop())
     faults: list[Fault | None] = []
 

@@ -3,6 +3,7 @@
 Names are TRL's where it has one; ours stand under `sppo/`.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from torch import Tensor
+
+from megatron_sppo.storage import explain_os_error
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +65,11 @@ class StepFiles:
     """
 
     def __init__(self, directory: Path, first_step: int) -> None:
+        self._directory = Path(directory)
         paths = [Path(directory, name) for name in ("metrics.jsonl", "responses.jsonl")]
         for path in paths:
-            _keep_lines_before(path, first_step)
+            with self._disk_errors_explained():
+                _keep_lines_before(path, first_step)
         self._metrics, self._responses = (open(path, "a", encoding="utf-8") for path in paths)
 
     def write(self, step: int, metrics: dict[str, float], columns: dict[str, Any]) -> None:
@@ -77,13 +82,30 @@ class StepFiles:
         rows = zip(*([_or_null(v) for v in column.tolist()] for column in columns.values()), strict=True)
         responses = [dict(zip(columns, row, strict=True)) for row in rows]
         for file, lines in ((self._metrics, [metrics]), (self._responses, responses)):
-            file.writelines(json.dumps({"step": step, **line}) + "\n" for line in lines)
-            file.flush()
+            with self._disk_errors_explained():
+                file.writelines(json.dumps({"step": step, **line}) + "\n" for line in lines)
+                file.flush()
+
+    def sync(self) -> None:
+        """Bring what was written down to the disk: a checkpoint's steps are not to be missing here."""
+        for file in (self._metrics, self._responses):
+            with self._disk_errors_explained():
+                os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the files; of a line that could not be written `write` has said so."""
         for file in (self._metrics, self._responses):
-            file.close()
+            with contextlib.suppress(OSError):
+                file.close()
+
+    @contextlib.contextmanager
+    def _disk_errors_explained(self) -> Iterator[None]:
+        """Say of which directory the disk refuses what: an error in an open file names none."""
+        try:
+            yield
+        except OSError as error:
+            explain_os_error(error, self._directory)
+            raise
 
 
 def _or_null(value: float) -> float | None:

@@ -5,7 +5,9 @@ import datetime
 import functools
 import itertools
 import logging
+import os
 import pickle
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -13,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 from megatron.core import parallel_state, tensor_parallel
-from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_sppo.command_line import launch
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _BEAT_SECONDS = 5.0
+_THREAD_TIMEOUT_SECONDS = 15.0
 _uses = itertools.count()
 """Numbers what this process says by the launcher's store; every rank says the same things in the same order."""
 
@@ -95,6 +98,16 @@ def told_by_rank_zero(config: ParallelConfig, find: Callable[[], T]) -> T:
     return found  # type: ignore[return-value]
 
 
+def made_by_rank_zero(config: ParallelConfig, make: Callable[[], T]) -> T | None:
+    """Let rank 0 alone make something that stays there -> what it made, on other ranks None. Collective.
+
+    As `told_by_rank_zero`, whose errors these are; what is made is not sent.
+    """
+    made: list[T] = []
+    told_by_rank_zero(config, lambda: made.append(make()))
+    return made[0] if made else None
+
+
 @contextlib.contextmanager
 def _beating(store: Store) -> Iterator[None]:
     """Count up in the store for as long as the block takes, so that whoever waits for its end sees that it goes on."""
@@ -130,6 +143,21 @@ def _new_store(timeout: datetime.timedelta) -> Store:
     store = _store()
     store.set_timeout(timeout)
     return PrefixStore(f"megatron_sppo/{next(_uses)}", store)
+
+
+def store_of_its_own() -> Store:
+    """Open an empty store that all ranks share, by a connection that nothing else waits on -> Store. Collective.
+
+    A thread may use it while this process waits in a collective, and gives up on it after some seconds.
+    """
+    if launch().is_alone:
+        return HashStore()
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    timeout = datetime.timedelta(seconds=_THREAD_TIMEOUT_SECONDS)
+    connection = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    # torchrun's store outlives the ranks that it starts anew.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"megatron_sppo/{attempt}/{next(_uses)}", connection)
 
 
 @functools.cache
@@ -171,6 +199,15 @@ def data_parallel_size() -> int:
 def replicas() -> torch.distributed.ProcessGroup:
     """Return the group of the ranks that hold the same parameters as this one."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def holders_of(parameter: torch.Tensor) -> torch.distributed.ProcessGroup:
+    """Return the group of the ranks that hold a parameter's very values: by Megatron-Core's marks on it."""
+    if not getattr(parameter, "allreduce", True):  # an expert
+        return parallel_state.get_expert_data_parallel_group()
+    if getattr(parameter, "tensor_model_parallel", False):
+        return replicas()
+    return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
 
 
 def tensor_parallel_rank() -> int:
@@ -227,6 +264,13 @@ def reports_tokens() -> bool:
     )
 
 
+def host_names() -> list[str]:
+    """Name the machine of every rank -> list by rank. Collective."""
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, socket.gethostname())
+    return found
+
+
 def device() -> torch.device:
     """Return where this rank computes."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -269,6 +313,13 @@ def failing_together(*faults: type[Exception]) -> Iterator[None]:
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, fault)
     raise next(one for one in found if one is not None)
+
+
+def raise_together(fault: OSError | DataError | None) -> None:
+    """Raise on every rank what one has run into, if any has. Collective over all ranks."""
+    with failing_together(OSError, DataError):
+        if fault is not None:
+            raise fault
 
 
 def sum_over_world(values: torch.Tensor) -> torch.Tensor:

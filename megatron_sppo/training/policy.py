@@ -257,19 +257,25 @@ def _own_parameters(stages: Sequence[PolicyModel]) -> Iterator[tuple[str, torch.
     Parameters, and the biases of routers, which no gradient changes and all else depends on.
     """
     for stage in stages:
-        offsets = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(stage.decoder.layers)}
-        for name, parameter in _weights(stage):
+        for name, parameter in named_weights(stage):
             if name.startswith(f"{low_rank.NAME}.") or not _answers_for(parameter):
                 continue
             if stage.share_embeddings_and_output_weights and name == "output_layer.weight":
                 continue  # the last stage's copy of the tied embedding
-            for prefix, layer in offsets.items():
-                if name.startswith(prefix):
-                    name = f"decoder.layers.{layer}.{name.removeprefix(prefix)}"
-                    break
             for fused, apart in _FUSED_NORMS.items():
                 name = name.replace(fused, apart)
             yield _global_expert(name, stage.config), parameter
+
+
+def named_weights(stage: PolicyModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a stage's parameters and its routers' biases, layers numbered as in the whole model -> (name, tensor)."""
+    offsets = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(stage.decoder.layers)}
+    for name, parameter in _weights(stage):
+        for prefix, layer in offsets.items():
+            if name.startswith(prefix):
+                name = f"decoder.layers.{layer}.{name.removeprefix(prefix)}"
+                break
+        yield name, parameter
 
 
 def _answers_for(parameter: torch.Tensor) -> bool:

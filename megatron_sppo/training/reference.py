@@ -23,6 +23,7 @@ from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.training import parallel
 from megatron_sppo.training.ahead import ahead
+from megatron_sppo.training.bad_steps import check_reference
 from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import TrainingConfig
 from megatron_sppo.training.forward_step import log_probs, log_probs_and_sum
@@ -30,6 +31,7 @@ from megatron_sppo.training.metrics import drift_per_token
 from megatron_sppo.training.policy import Policy, adapters_hash, weights_hash
 from megatron_sppo.training.progress import Progress
 from megatron_sppo.training.stopping import SIGTERM_EXIT_CODE, StopRequest
+from megatron_sppo.training.watchdog import beat
 
 logger = logging.getLogger(__name__)
 
@@ -283,12 +285,12 @@ class _Store:
             replaces: some values were read. A run may train against them, so all lie in a piece while the old files are
                 gone and the new ones are not there yet.
         """
-        if parallel.is_rank_zero():
-            if replaces:
-                self.keep(np.flatnonzero(~np.isnan(values)), values)
-            reference_file.write_reference(self.directory, values, self._expected, name=self._name)
-            self._pieces.remove()
-        torch.distributed.barrier()
+        with parallel.failing_together(OSError, DataError):
+            if parallel.is_rank_zero():
+                if replaces:
+                    self.keep(np.flatnonzero(~np.isnan(values)), values)
+                reference_file.write_reference(self.directory, values, self._expected, name=self._name)
+                self._pieces.remove()
 
 
 def _missing_steps(batches: Batches, values: np.ndarray, *, first: int, num_passes: int) -> list[int]:
@@ -327,7 +329,7 @@ def _complete(
     num_known = int((~np.isnan(values)).sum())
     if num_known:
         logger.info("the reference pass goes on: %d responses are there, %d steps are left", num_known, len(steps))
-    complete = _fill(policy, batches, values, steps, store.keep, seconds=config.run.reference_piece_seconds, stop=stop)
+    complete = _fill(policy, batches, values, steps, store.keep, config=config, stop=stop)
     if not complete:
         stop.ignore_the_next()
         parallel.shut_down()
@@ -342,27 +344,44 @@ def _fill(
     steps: list[int],
     keep: Callable[[np.ndarray, np.ndarray], None],
     *,
-    seconds: float,
+    config: TrainingConfig,
     stop: StopRequest,
 ) -> bool:
-    """Compute log pi_t of steps where it is NaN -> whether all of it (False: asked to stop, and kept). Collective."""
+    """Compute log pi_t of steps where it is NaN -> whether all of it (False: asked to stop, and kept). Collective.
+
+    What rank 0 cannot keep it tells the others with the next step's numbers: every rank raises it then.
+
+    Raises:
+        DataError: pi_t gives no number for a response, and such are not to be left out (`on_bad_step`).
+    """
+    seconds, on_bad_step = config.run.reference_piece_seconds, config.safety.on_bad_step
     flat, fresh, kept_at = values.reshape(-1), list[np.ndarray](), time.monotonic()
+    refused: OSError | DataError | None = None
     bar = tqdm(total=len(steps), desc="reference", unit="step", disable=None if parallel.is_rank_zero() else True)
     with bar, ahead(batches.plans(steps)) as plans:
         for done, (step, plan) in enumerate(zip(steps, plans, strict=True), start=1):
-            log_prob_N, asked = log_probs_and_sum(policy, plan, torch.tensor([float(stop.asked)]))
+            beat(f"reference pass of step {step}")
+            said = torch.tensor([float(stop.asked), float(refused is not None)])
+            log_prob_N, (asked, refusals) = log_probs_and_sum(policy, plan, said)
             places = _places(batches, values, step, plan.rows)
             absent = np.isnan(flat[places])
+            check_reference(plan, log_prob_N, stops=on_bad_step == "stop")
             flat[places[absent]] = log_prob_N.float().numpy()[absent]
             fresh.append(places[absent])
             bar.update()
+            if float(refusals) > 0:
+                parallel.raise_together(refused)
             if done == len(steps):
                 break  # published whole; a SIGTERM now is for the first step of training
             stops = float(asked) > 0
             if stops or time.monotonic() - kept_at >= seconds:
-                keep(np.concatenate(fresh), values)
+                try:
+                    keep(np.concatenate(fresh), values)
+                except (OSError, DataError) as error:
+                    refused = error
                 fresh, kept_at = [], time.monotonic()
             if stops:
+                parallel.raise_together(refused)
                 logger.warning(
                     "stopped by a signal after step %d of %d of the reference pass; the same command goes on",
                     done,

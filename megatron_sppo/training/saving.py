@@ -12,13 +12,14 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import common
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, TemporalAsyncCaller
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.optimizer import MegatronOptimizer
@@ -26,6 +27,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_sppo.checkpoints import adapter_file, megatron_checkpoint, retention
+from megatron_sppo.checkpoints.distcp_writer import write_common
 from megatron_sppo.command_line import death_with_parent
 from megatron_sppo.errors import DataError
 from megatron_sppo.storage import explain_os_error, publish_directory
@@ -172,15 +174,60 @@ def _plan(state: dict[str, Any], directory: Path, *, validate: bool = True) -> A
     Args:
         validate: hold the ranks' states against each other before that, too; once in a run is enough.
     """
-    strategy = FullyParallelSaveStrategyWrapper(DigestingStrategy(), parallel.replicas())
+    failures: list[OSError] = []  # of rank 0, in what it does alone
+    strategy = FullyParallelSaveStrategyWrapper(DigestingStrategy(failures), parallel.replicas())
     # 0.19.2's default strategy needs a package that 0.16.1 does not know of.
     known = inspect.signature(dist_checkpointing.save).parameters
     settings = {"async_strategy": "mcore"} if "async_strategy" in known else {}
-    request = dist_checkpointing.save(
-        state, str(directory), strategy, validate_access_integrity=validate, async_sharded_save=True, **settings
-    )
+
+    def raise_noted() -> None:
+        parallel.raise_together(failures[0] if failures else None)
+
+    with _common_state_by_hand(failures):
+        request = dist_checkpointing.save(
+            state, str(directory), strategy, validate_access_integrity=validate, async_sharded_save=True, **settings
+        )
     assert request is not None
+    raise_noted()
+    # What follows the strategy's own: rank 0 writes metadata.json, and all wait for it.
+    request.finalize_fns[1:] = [functools.partial(_describe, last, failures) for last in request.finalize_fns[1:]]
+    request.add_finalize_fn(raise_noted)
     return request
+
+
+@contextlib.contextmanager
+def _common_state_by_hand(failures: list[OSError]) -> Iterator[None]:
+    """Let rank 0 note what the disk says of common.pt instead of raising it while the other ranks plan on.
+
+    Megatron-Core 0.16.1 writes it (dist_checkpointing/strategies/common.py) through Torch's own file, of which a full
+    disk is a RuntimeError; 0.19.2 has its content among the sharded objects.
+    """
+
+    def save_common(strategy: Any, state: Any, directory: Path) -> None:
+        if parallel.is_rank_zero():
+            try:
+                write_common(Path(directory), state)
+            except OSError as error:
+                failures.append(error)
+
+    owner = getattr(common, "TorchCommonSaveStrategy", None)
+    if owner is None:
+        yield
+        return
+    theirs, owner.save_common = owner.save_common, save_common
+    try:
+        yield
+    finally:
+        owner.save_common = theirs
+
+
+def _describe(describe: Callable[[], None], failures: list[OSError]) -> None:
+    """Run Megatron-Core's last step of a save, where rank 0 writes, and all meet in a barrier."""
+    try:
+        describe()
+    except OSError as error:
+        failures.append(error)
+        torch.distributed.barrier()  # the one that the others wait in
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -16,7 +16,9 @@ except ImportError:  # a bare machine; training goes on without it
 logger = logging.getLogger(__name__)
 
 STRAGGLER_RATIO = 1.2
-"""A rank that computes this many times as long as the median one is worth a warning."""
+"""A rank that computes this many times as long as the median one is worth a warning ..."""
+STRAGGLER_STEPS = 10
+"""... when it does so for as many steps in a row."""
 PEAK_BF16_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "GH200": 989.0}
 """Dense bfloat16 on paper, by a part of the device's name; MFU is quoted against it."""
 
@@ -178,23 +180,47 @@ def clock_event_reasons(mask: int) -> tuple[str, ...]:
     return tuple(name for name, bit in _REASONS.items() if mask & bit)
 
 
-def straggler_metrics(seconds_by_rank: list[float], *, warns: bool) -> dict[str, float]:
-    """Hold the slowest rank's computation against the median -> metrics.
+class Stragglers:
+    """Says which rank computes longer than the others step after step: one slow step is nothing."""
 
-    Args:
-        seconds_by_rank: until each rank began to reduce gradients; what follows all ranks do together.
-        warns: say which rank it is above `STRAGGLER_RATIO`; one rank does.
-    """
-    slowest, middle = max(seconds_by_rank), median(seconds_by_rank)
-    ratio = slowest / middle if middle > 0 else 1.0
-    if warns and ratio > STRAGGLER_RATIO:
-        logger.warning(
-            "rank %d computes %.2f s a step, the median rank %.2f s. Look at its clocks and its share of the tokens",
-            seconds_by_rank.index(slowest),
-            slowest,
-            middle,
-        )
-    return {"perf/slowest_rank_over_median": ratio}
+    def __init__(self, hosts: Sequence[str]) -> None:
+        """Begin to count.
+
+        Args:
+            hosts: the machine of each rank.
+        """
+        self._hosts, self._rank, self._num_steps = hosts, -1, 0
+
+    def note(self, seconds_by_rank: list[float]) -> dict[str, float]:
+        """Hold the slowest rank's computation against the median -> metrics.
+
+        Warns, on whichever rank shows warnings, of a rank that was the slowest, and above `STRAGGLER_RATIO`, for
+        `STRAGGLER_STEPS` steps in a row, and again after ten times as many.
+
+        Args:
+            seconds_by_rank: until each rank began to reduce gradients; what follows all ranks do together.
+        """
+        slowest, middle = max(seconds_by_rank), median(seconds_by_rank)
+        rank, ratio = seconds_by_rank.index(slowest), slowest / middle if middle > 0 else 1.0
+        self._num_steps = self._num_steps + 1 if rank == self._rank else 1
+        self._rank = rank
+        if ratio <= STRAGGLER_RATIO:
+            self._num_steps = 0
+        elif self._num_steps % STRAGGLER_STEPS == 0 and _is_power_of_ten(self._num_steps // STRAGGLER_STEPS):
+            logger.warning(
+                "rank %d on %s is the slowest for %d steps: %.2f s a step, the median rank %.2f s. Look at its clocks "
+                "and its share of the tokens",
+                rank,
+                self._hosts[rank],
+                self._num_steps,
+                slowest,
+                middle,
+            )
+        return {"perf/slowest_rank_over_median": ratio}
+
+
+def _is_power_of_ten(number: int) -> bool:
+    return number > 0 and str(number).strip("0") == "1"
 
 
 def flops_metrics(model_flops: float, *, seconds: float, world_size: int, device_name: str | None) -> dict[str, float]:

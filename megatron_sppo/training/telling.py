@@ -22,6 +22,8 @@ class Said:
     """It was asked to stop."""
     writes: bool
     """It is still writing a checkpoint in the background."""
+    refused: bool
+    """It could not write the lines of a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,7 @@ class Told:
     """Ranks whose own gradient was not finite, before they added theirs up."""
     stops: bool
     writes: bool
+    refused: bool
 
 
 def tell(values: Sequence[Tensor], said: Said, *, is_unfit: Tensor) -> Callable[[], tuple[tuple[Tensor, ...], Told]]:
@@ -47,22 +50,23 @@ def tell(values: Sequence[Tensor], said: Said, *, is_unfit: Tensor) -> Callable[
     """
     place = launch()
     size = place.world_size
-    ours = torch.zeros(2 * size + 2, dtype=torch.float64)
+    ours = torch.zeros(2 * size + 3, dtype=torch.float64)
     ours[place.rank], ours[size + place.rank] = said.seconds, said.num_skipped
-    ours[-2], ours[-1] = said.stops, said.writes
+    ours[-3], ours[-2], ours[-1] = said.stops, said.writes, said.refused
     before, after = (torch.zeros(n, dtype=torch.float64, device=is_unfit.device) for n in _around(place.rank, size))
     parts = [*values, parallel.to_device(ours), torch.cat([before, is_unfit, after])]
     read = parallel.sum_to_cpu(torch.cat(parts))
 
     def answer() -> tuple[tuple[Tensor, ...], Told]:
         *totals, words, unfit = read().split([len(part) for part in parts])
-        seconds, num_skipped, (stops, writes) = (part.tolist() for part in words.split([size, size, 2]))
+        seconds, num_skipped, (stops, writes, refused) = (part.tolist() for part in words.split([size, size, 3]))
         told = Told(
             seconds=seconds,
             num_skipped=[int(number) for number in num_skipped],
             unfit_gradients=unfit.nonzero().flatten().tolist(),
             stops=stops > 0,
             writes=writes > 0,
+            refused=refused > 0,
         )
         return tuple(totals), told
 

@@ -21,6 +21,7 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.test_layouts import SHARDED, SP, TP2
 from tests.distributed.test_pretrain import BASE, forget_after, losses, metrics, responses
 from tests.distributed.worlds import pretrain
+from tests.reliability.tally import Tally
 from tests.sharded_saves import save_by_megatron_core
 
 STEPS = 24
@@ -219,10 +220,10 @@ def test_sigterm_in_the_midst_of_a_save_in_the_background_publishes_it_and_one_o
     assert numbers(save) == numbers(tmp_path / "whole")
 
 
-def live_and_die(save: str, seed: int, argv: list[str]) -> int:
+def live_and_die(save: str, seed: int, most: int, argv: list[str]) -> int:
     """Start the run again and again, and kill each life by SIGKILL while it saves -> how many were killed."""
     dice, kills = random.Random(seed), 0
-    while kills < KILLS:
+    while kills < most:
         process = forked(argv)
         until = time.monotonic() + 60
         while time.monotonic() < until and not list(Path(save).glob(".iter_*.partial")):
@@ -246,16 +247,78 @@ def still_running(save: Path) -> list[str]:
     return found
 
 
-def test_twenty_kills_in_the_midst_of_saves_lose_nothing(run: Start, untied: Path, tmp_path: Path) -> None:
+def test_twenty_kills_in_the_midst_of_saves_lose_nothing(
+    run: Start, untied: Path, tmp_path: Path, tally: Tally
+) -> None:
     """A life that is killed before it has published anything saves the same step again, to be killed elsewhere."""
     steps = f"--train-iters {3 * KILLS}"  # more than the lives can do, most of which publish no save or one
     run(tmp_path / "whole", steps)
-    save, flags = tmp_path / "killed", f"{steps} --save-interval 1 --async-save"
+    for number in tally.cases("kills", 1, 5):
+        save, flags = tmp_path / f"killed-{number}", f"{steps} --save-interval 1 --async-save"
+        places = ["--load", str(untied), "--data", str(tmp_path / "data"), "--save", str(save)]
+        argv = [*places, *BASE.split(), *RUN.split(), *flags.split()]
+        with tally.together("kills") as kills:
+            kills += [f"training, in save {life} of run {number}" for life in range(KILLS)]
+            assert run_ranks(live_and_die, 1, str(save), 5 + number, KILLS, argv, timeout=600) == [KILLS]
+            assert still_running(save) == []
+            published = len(list(save.glob("iter_*")))
+            assert published < 3 * KILLS
+            assert run(save, flags) == [0]
+            assert numbers(save) == numbers(tmp_path / "whole")
+            assert len(list(save.glob("iter_*"))) == 3 * KILLS and not list(save.glob(".iter_*"))
+
+
+def live_and_die_together(save: str, seed: int, lives: int, argv: list[str]) -> int:
+    """As one of four ranks, die as often, all in one instant or one alone, whose end then ends the others -> lives.
+
+    Half of the lives end in a save, the others at any time.
+    """
+    from megatron_sppo.command_line import launch
+
+    rank, dice, root = launch().rank, random.Random(seed), Path(save)
+    for life in range(lives):
+        in_save, victim, pause = life % 2 == 0, dice.choice([None, 0, 1, 2, 3]), dice.random()
+        saved = len(list(root.glob("iter_*")))
+        meet(root, f"begin-{life}", rank)
+        process = forked(argv)
+        until = time.monotonic() + 120
+        while time.monotonic() < until and len(list(root.glob("iter_*"))) == saved:
+            if in_save and list(root.glob(".iter_*.partial")):
+                break
+            time.sleep(0.001)
+        time.sleep(pause * (0.2 if in_save else 1.0))
+        if rank == victim:
+            os.kill(process, signal.SIGKILL)
+        if victim is not None:
+            meet(root, f"dead-{life}", rank)  # as a launcher that sees one of them gone
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        meet(root, f"end-{life}", rank)
+    return lives
+
+
+def meet(root: Path, name: str, rank: int) -> None:
+    """Wait until all four ranks are here."""
+    root.with_name(f"{root.name}-{name}-{rank}").touch()
+    while len(list(root.parent.glob(f"{root.name}-{name}-*"))) < 4:
+        time.sleep(0.001)
+
+
+def test_ranks_of_tp2_pp2_that_are_killed_resume_bit_exactly(
+    run: Start, untied: Path, tmp_path: Path, tally: Tally
+) -> None:
+    """With the distributed optimizer and saves in the background; whichever rank is killed, none outlives it."""
+    lives = len(tally.cases("kills", 3, 20))
+    steps = f"--train-iters {2 * lives} --save-interval 1 --async-save {SHARDED} --tensor-model-parallel-size 2 "
+    steps += "--pipeline-model-parallel-size 2"
+    run(tmp_path / "whole", steps, world_size=4)
+    save = tmp_path / "killed"
     places = ["--load", str(untied), "--data", str(tmp_path / "data"), "--save", str(save)]
-    assert run_ranks(live_and_die, 1, str(save), 5, [*places, *BASE.split(), *RUN.split(), *flags.split()]) == [KILLS]
-    assert still_running(save) == []
-    published = len(list(save.glob("iter_*")))
-    assert published < 3 * KILLS
-    assert run(save, flags) == [0]
-    assert numbers(save) == numbers(tmp_path / "whole")
-    assert len(list(save.glob("iter_*"))) == 3 * KILLS and not list(save.glob(".iter_*"))
+    argv = [*places, *BASE.split(), *RUN.split(), *steps.split()]
+    with tally.together("kills") as kills:
+        kills += [f"training under TP2 x PP2, life {life}" for life in range(lives)]
+        assert run_ranks(live_and_die_together, 4, str(save), 7, lives, argv, timeout=900) == [lives] * 4
+        assert still_running(save) == []
+        assert run(save, steps, world_size=4) == [0] * 4
+        assert numbers(save) == numbers(tmp_path / "whole")
+        assert not list(save.glob(".iter_*"))

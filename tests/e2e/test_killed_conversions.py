@@ -23,6 +23,7 @@ from megatron_sppo.checkpoints import distcp_writer
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.errors import ConversionError, DataError
 from tests.models import tiny_llama
+from tests.reliability.tally import Tally
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "vocab_size": 2000, "dtype": "bfloat16"}
 SHARD = "2MB"
@@ -128,7 +129,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_killed_import_is_old_new_or_nothing(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_import_is_old_new_or_nothing(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tally: Tally
+) -> None:
     monkeypatch.setattr(distcp_writer, "_MAX_FILE_BYTES", 2_000_000)
     old, new, whole = (files_of(models / name) for name in ("old", "new", "megatron_new"))
     size = sum(path.stat().st_size for path in (models / "megatron_new").rglob("*.distcp"))
@@ -141,22 +144,25 @@ def test_a_killed_import_is_old_new_or_nothing(models: Path, tmp_path: Path, mon
         def convert(megatron: Path = megatron, overwrite: bool = point.replaces) -> None:
             import_checkpoint(models / "new", megatron, overwrite=overwrite, workers=2)
 
-        killed += run_and_kill(convert, point)
-        try:
-            seen = files_of(export_checkpoint(megatron, tmp_path / "seen"))
-        except (DataError, ConversionError) as error:
-            assert re.search("no usable Megatron checkpoint|is not a directory", str(error)), (point, error)
-        else:
-            assert seen == new or (point.replaces and seen == old), point
-            shutil.rmtree(tmp_path / "seen")
-        convert()
-        assert files_of(megatron) == whole, point
-        assert temporaries(tmp_path) == [], point
+        with tally.together("kills") as kills:
+            if run_and_kill(convert, point):
+                kills.append(f"import: {point}")
+            killed += len(kills)
+            try:
+                seen = files_of(export_checkpoint(megatron, tmp_path / "seen"))
+            except (DataError, ConversionError) as error:
+                assert re.search("no usable Megatron checkpoint|is not a directory", str(error)), (point, error)
+            else:
+                assert seen == new or (point.replaces and seen == old), point
+                shutil.rmtree(tmp_path / "seen")
+            convert()
+            assert files_of(megatron) == whole, point
+            assert temporaries(tmp_path) == [], point
         shutil.rmtree(tmp_path / str(number))
     assert killed >= 12
 
 
-def test_a_killed_export_is_old_new_or_nothing(models: Path, tmp_path: Path) -> None:
+def test_a_killed_export_is_old_new_or_nothing(models: Path, tmp_path: Path, tally: Tally) -> None:
     old, new = files_of(models / "old"), files_of(models / "new")
     size = sum(path.stat().st_size for path in (models / "new").glob("*.safetensors"))
     killed = 0
@@ -168,11 +174,14 @@ def test_a_killed_export_is_old_new_or_nothing(models: Path, tmp_path: Path) -> 
         def convert(hf: Path = hf, overwrite: bool = point.replaces) -> None:
             export_checkpoint(models / "megatron_new", hf, overwrite=overwrite, workers=2)
 
-        killed += run_and_kill(convert, point)
-        if hf.exists():
-            assert files_of(hf) == new or (point.replaces and files_of(hf) == old), point
-        convert()
-        assert files_of(hf) == new, point
-        assert temporaries(tmp_path) == [], point
+        with tally.together("kills") as kills:
+            if run_and_kill(convert, point):
+                kills.append(f"export: {point}")
+            killed += len(kills)
+            if hf.exists():
+                assert files_of(hf) == new or (point.replaces and files_of(hf) == old), point
+            convert()
+            assert files_of(hf) == new, point
+            assert temporaries(tmp_path) == [], point
         shutil.rmtree(hf)
     assert killed >= 12

@@ -19,6 +19,7 @@ from megatron_sppo.conversion.convert import import_checkpoint
 from tests.distributed.conftest import write_dataset
 from tests.e2e.forked import SCRIPT, Training, open_files
 from tests.models import tiny_llama
+from tests.reliability.tally import Tally
 
 STEPS = 24
 FLAGS = (
@@ -68,23 +69,47 @@ def wait_for_step(save: Path, process: subprocess.Popen | Training, step: int) -
         time.sleep(0.01)
 
 
-def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_an_undisturbed_one(world: Path) -> None:
+def test_a_run_killed_at_random_moments_ends_with_the_numbers_of_an_undisturbed_one(world: Path, tally: Tally) -> None:
     """Each life is killed a few steps after it began, at a random point of a step or of a save."""
-    save, dice, kills = world / "killed", random.Random(5), 0
-    for _ in range(20):
-        process = train(world, save)
-        done = len(numbers(save)) if (save / "metrics.jsonl").exists() else 0
-        wait_for_step(save, process, min(STEPS, done + dice.randint(3, 7)))
-        time.sleep(dice.random() * 0.2)
-        process.kill()
-        if process.wait() == 0:
-            break
-        kills += 1
-    assert kills >= 3
-    assert train(world, save).wait() == 0
-    assert numbers(save) == numbers(world / "whole")
-    assert not list(save.glob(".iter_*"))
-    assert open_files(save) == []
+    for number in tally.cases("kills", 1, 8):
+        save, dice = world / f"killed-{number}", random.Random(5 + number)
+        with tally.together("kills") as kills:
+            for life in range(20):
+                process = train(world, save)
+                done = len(numbers(save)) if (save / "metrics.jsonl").exists() else 0
+                wait_for_step(save, process, min(STEPS, done + dice.randint(3, 7)))
+                time.sleep(dice.random() * 0.2)
+                process.kill()
+                if process.wait() == 0:
+                    break
+                kills.append(f"training, run {number}, life {life}")
+            assert len(kills) >= 3
+            assert train(world, save).wait() == 0
+            assert numbers(save) == numbers(world / "whole")
+            assert not list(save.glob(".iter_*"))
+            assert open_files(save) == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP], ids=["int", "hup"])
+def test_a_run_that_is_interrupted_or_hung_up_leaves_what_the_same_command_goes_on_from(
+    world: Path, tally: Tally, signum: int
+) -> None:
+    """SIGINT is one line and exit code 130; a terminal that goes ends the process by SIGHUP."""
+    for number in tally.cases("signals", 1, 10):
+        save, dice = world / f"signal-{signum}-{number}", random.Random(number)
+        with tally.case("signals", f"training: {signal.Signals(signum).name}, run {number}"):
+            process = train(world, save)
+            wait_for_step(save, process, dice.randint(1, 9))
+            time.sleep(dice.random() * 0.2)
+            process.send_signal(signum)
+            said = process.communicate(timeout=120)[1].splitlines()
+            assert process.wait() == (130 if signum == signal.SIGINT else -signum), said[-5:]
+            if signum == signal.SIGINT:
+                assert said[-1] == "pretrain_sppo.py: interrupted"
+            assert open_files(save) == []
+            assert train(world, save).wait() == 0
+            assert numbers(save) == numbers(world / "whole")
+            assert not list(save.glob(".iter_*"))
 
 
 def test_sigterm_saves_and_exits_with_143_and_the_same_command_goes_on(world: Path) -> None:

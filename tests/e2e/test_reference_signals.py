@@ -51,6 +51,7 @@ def wait_for_pieces(data: Path, process: Training, count: int) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
+@pytest.mark.counts("signals")
 def test_a_reference_pass_goes_on_where_it_was_ended_and_ends_with_the_same_bytes(world: Path, signum: int) -> None:
     """Ended after 3 pieces and again after 3 more: what is left is what was not in a piece. Training follows."""
     name, done = f"ended_by_{signum}", 0

@@ -27,6 +27,7 @@ from megatron_sppo.judge.score import score
 from megatron_sppo.report.page import write_report
 from tests.commands import run_here
 from tests.models import byte_tokenizer
+from tests.reliability.tally import Tally
 from tests.unit.judge.rollout_files import encoded, random_rollouts, raw_row, write_raw_rollouts
 from tests.unit.judge.tiny_pairrm import make_tiny_pairrm
 from tests.unit.selfplay.synthetic import write_run
@@ -104,7 +105,9 @@ def run_forked(arguments: dict, events_file: Path, last_event: int | None = None
     return process.exitcode
 
 
-def test_killed_at_random_points_of_judging_merging_and_publishing_the_bytes_are_the_same(tmp_path: Path) -> None:
+def test_killed_at_random_points_of_judging_merging_and_publishing_the_bytes_are_the_same(
+    tmp_path: Path, tally: Tally
+) -> None:
     """Every file of the directory, manifest and diagnostics too. A last run of the same command always completes."""
     rollouts = random_rollouts(tmp_path / "rollouts", num_prompts=12, num_responses=3, rows_per_shard=2)
     arguments = {"rollouts": rollouts, "judge": "rules:cyclic", "selection": "extremes"}
@@ -113,13 +116,14 @@ def test_killed_at_random_points_of_judging_merging_and_publishing_the_bytes_are
     num_events = int(events_file.read_text())
     assert num_events > 40, "six shards, five atomic files, one directory and a manifest"
     rng = random.Random(1)
-    for number in range(NUM_KILLS):
+    for number in tally.cases("kills", NUM_KILLS, NUM_KILLS):
         output, last_event = tmp_path / f"killed-{number}", rng.randint(1, num_events)
-        assert run_forked({**arguments, "output": output}, events_file, last_event) == -signal.SIGKILL
-        if (output / "manifest.json").is_file():
-            PreferenceDataset(output)  # what is there is whole
-        assert run_forked({**arguments, "output": output}, events_file) == 0
-        assert contents(output) == contents(tmp_path / "undisturbed"), f"killed at {last_event}"
+        with tally.case("kills", f"score at event {last_event}"):
+            assert run_forked({**arguments, "output": output}, events_file, last_event) == -signal.SIGKILL
+            if (output / "manifest.json").is_file():
+                PreferenceDataset(output)  # what is there is whole
+            assert run_forked({**arguments, "output": output}, events_file) == 0
+            assert contents(output) == contents(tmp_path / "undisturbed"), f"killed at {last_event}"
         shutil.rmtree(output)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"rollouts", "undisturbed", "events"}, "something was left behind"

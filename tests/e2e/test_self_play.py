@@ -5,13 +5,13 @@ Not proved here: vLLM (tests/e2e of the rollouts), or that anything is learnt: t
 """
 
 import hashlib
+import itertools
 import json
 import os
+import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 
 from tests.commands import run_here
 from tests.models import tiny_llama
+from tests.reliability.disturbances import ENDINGS, live
+from tests.reliability.tally import Tally
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES_OF_AN_ITERATION = ("rollouts", "dataset", "train", "inspect", "export", "eval-rollouts", "eval")
@@ -46,12 +48,15 @@ training:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write model, prompts and config -> their directory."""
-    directory = tmp_path_factory.mktemp("inputs")
+    return write_inputs(tmp_path_factory.mktemp("inputs"), CONFIG)
+
+
+def write_inputs(directory: Path, config: str) -> Path:
     tiny_llama(directory / "model")
     rows = [{"prompt_id": f"t{n}", "prompt": f"What is the number {n}?", "split": "train"} for n in range(16)]
     rows += [{"prompt_id": f"h{n}", "prompt": f"Is {n} held out?", "split": "heldout"} for n in range(5)]
     (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (directory / "run.yaml").write_text(CONFIG)
+    (directory / "run.yaml").write_text(config)
     return directory
 
 
@@ -252,44 +257,36 @@ def fingerprints(run_dir: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_kill_9_in_every_stage_then_the_same_command_ends_with_the_same_files(
-    finished: tuple[Path, str], inputs: Path, tmp_path: Path
+def test_a_loop_disturbed_in_every_stage_ends_with_the_same_files(
+    finished: tuple[Path, str], inputs: Path, tmp_path: Path, tally: Tally
 ) -> None:
-    """The loop is killed once in each kind of stage, on one run, and goes on each time.
+    """The loop is killed or stopped once in each kind of stage, or the stage is, on one run, and goes on each time.
+
+    Then it meets a full disk and a clock that jumps.
 
     What may differ is what tells time: seconds in state.json, summary.json and what is made of them, speeds in
     metrics.jsonl, zip containers of checkpoints. Weights, rollouts, datasets and results may not.
     """
     run_dir = tmp_path / "run"
     of_iterations = [*(f"iter_1-{stage}" for stage in STAGES_OF_AN_ITERATION), "iter_2-rollouts", "iter_2-train"]
-    for name in ["import", "base-eval-rollouts", *of_iterations, "report"]:
-        kill_in_stage(inputs, run_dir, name)
+    dice = random.Random(0)
+    disturbances = itertools.cycle(("kill -9", "SIGTERM", "kill -9", "dead stage", "SIGINT", "SIGHUP"))
+    stages = ["import", "base-eval-rollouts", *of_iterations, "report"]
+    for name, disturbance in [*zip(stages, disturbances), (None, "disk full"), (None, "jumping clock")]:  # noqa: B905
+        with tally.case("signals" if name else "loop", f"self-play: {disturbance} in {name}"):
+            code, said = live(
+                command(inputs, run_dir),
+                run_dir,
+                disturbance,
+                dice,
+                environment=environment(),
+                seconds=0,
+                operations=9,
+                stage=name,
+            )
+            assert code in (ENDINGS[disturbance] or (0,)), f"{disturbance} in {name}: exit code {code}, {said}"
     outcome = self_play(inputs, run_dir)
     assert outcome.returncode == 0, outcome.stderr
     ours, undisturbed = fingerprints(run_dir), fingerprints(finished[0])
     assert ours.keys() == undisturbed.keys()
     assert [name for name in ours if ours[name] != undisturbed[name]] == []
-
-
-def kill_in_stage(inputs: Path, run_dir: Path, name: str) -> None:
-    """Start the command, and kill -9 it half a second after the stage has begun."""
-    loop = subprocess.Popen(
-        command(inputs, run_dir),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment(),
-        cwd=run_dir.parent,
-    )
-    deadline = time.monotonic() + 300
-    while not is_running(run_dir, name):
-        assert loop.poll() is None and time.monotonic() < deadline, f"{name} never ran"
-        time.sleep(0.02)
-    time.sleep(0.5)
-    loop.send_signal(signal.SIGKILL)
-    loop.wait()
-
-
-def is_running(run_dir: Path, name: str) -> bool:
-    state = run_dir / "state.json"
-    entry = json.loads(state.read_text())["stages"].get(name, {}) if state.is_file() else {}
-    return entry.get("status") == "running" and "process" in entry

@@ -66,6 +66,18 @@ class Tally:
         finally:
             self.add(kind, name, passed=passed, seconds=time.monotonic() - begin)
 
+    @contextlib.contextmanager
+    def together(self, kind: str) -> Iterator[list[str]]:
+        """Count as many cases as names are put into the list: all passed if the block ends without an error."""
+        names: list[str] = []
+        begin, passed = time.monotonic(), False
+        try:
+            yield names
+            passed = True
+        finally:
+            for name in names:
+                self.add(kind, name, passed=passed, seconds=(time.monotonic() - begin) / len(names))
+
     def add(self, kind: str, name: str, *, passed: bool, seconds: float) -> None:
         """Count a case whose end is known."""
         assert kind in KINDS, f"{kind!r} is none of {KINDS}"

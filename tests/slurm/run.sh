@@ -3,10 +3,11 @@
 # vLLM on the CPU under Ray, trained by two ranks over gloo, and evaluated on held-out prompts. On its way the job is
 # stopped in training as before a time limit, preempted in rollouts and killed in training as by the loss of a node; it
 # must queue itself again each time and end right. The same command on one node then has nothing left to do. Then
-# pretrain_sppo.sbatch is stopped and preempted the same way. Last a job that is cancelled must stay so.
+# pretrain_sppo.sbatch is stopped and preempted the same way. A job that is cancelled must stay so. Last,
+# the lines of docs/cluster.md that are typed by hand on several nodes (by_hand.sh).
 #
 #   make a bare Debian ready:  apt-get install -y --no-install-recommends slurm-wlm munge
-#   tests/slurm/run.sh DIR     as root; DIR is empty; about 30 minutes on two idle cores. What one run printed: log.txt.
+#   tests/slurm/run.sh DIR     as root; DIR is empty; about 40 minutes on two idle cores. What one run printed: log.txt.
 #                              PATIENCE=3: waits three times as long for each step, on a busy machine.
 
 set -euo pipefail
@@ -106,7 +107,8 @@ grep -o 'is finished: nothing is left to do' "$dir/megatron-sppo-$again.log"
 say "pretrain_sppo.sbatch, with SBATCH_SIGNAL=B:TERM@240: 180 s are for the checkpoint"
 export SBATCH_SIGNAL=B:TERM@240
 cat > "$dir/train.yaml" <<'YAML'
-{lr: 1.0e-4, eta: 10, params_dtype: float32, micro_batch_size: 2, global_batch_size: 4, num_epochs: 60, save_interval: 50}
+{lr: 1.0e-4, eta: 10, params_dtype: float32, micro_batch_size: 2, global_batch_size: 4, num_epochs: 60, lr_decay_iters: 1020,
+ save_interval: 50}
 YAML
 train=$(submit examples/slurm/pretrain_sppo.sbatch "$dir/train.yaml" "$run/base" "$run/iter_1/dataset" "$dir/trained")
 wait_for 300 "step 20" has_lines "$dir/trained/metrics.jsonl" 20
@@ -135,4 +137,6 @@ assert steps == list(range(1, len(steps) + 1)), "a step is missing or stands twi
 print(f"{len(steps)} steps, each once")
 PYTHON
 said "$dir/megatron-sppo-$train.log"
+
+source "$here/by_hand.sh"
 say "all is well"

@@ -170,7 +170,7 @@ def check_command(words: list[str], fence: Fence, tmp_path: Path) -> None:
     program, rest = words[0], words[1:]
     if program == "make":
         targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-        assert all(word in targets or re.fullmatch(r"[A-Z]+=\S+", word) for word in rest), fence
+        assert all(word in targets or re.fullmatch(r"[A-Z_]+=\S+", word) for word in rest), fence
     elif Path(program).name in ("python", "python3", "python3.12", "torchrun"):
         check_python(program, rest, fence, tmp_path)
     elif program == "megatron-sppo":

@@ -74,20 +74,62 @@ def write_pair(directory: Path, text: str) -> None:
         (temporary / "two").write_text(text)
 
 
-@pytest.mark.parametrize(
-    ("name", "call"),
-    [("fsync", 0), ("fsync", 1), ("fsync", 2), ("fsync", 3), ("rename", 0), ("rename", 1)],
-)
-def test_a_directory_is_old_or_new_after_any_failing_step(tmp_path, monkeypatch, name, call):
+@pytest.fixture(params=[True, False], ids=["exchanged", "renamed twice"])
+def exchanges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the file system can let two directories change places, as some cannot."""
+    if not request.param:
+        monkeypatch.setattr(storage, "exchange", lambda one, other: False)
+    return request.param
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_a_directory_is_old_or_new_after_any_failing_fsync(tmp_path, monkeypatch, exchanges, call):
     directory = tmp_path / "artefact"
     write_pair(directory, "old")
-    fail_once(monkeypatch, name, call, errno.EIO)
-    with pytest.raises(OSError):
+    fail_once(monkeypatch, "fsync", call, errno.EIO)
+    with pytest.raises(DataError, match=r"artefact could not be written: Input/output error\. Check the disk"):
         write_pair(directory, "new")
     monkeypatch.undo()
     texts = {(directory / part).read_text() for part in ("one", "two")}
     assert texts in ({"old"}, {"new"})
     assert [name for name in entries(tmp_path) if ".tmp-" in name] == []
+
+
+@pytest.mark.parametrize("call", [0, 1])
+def test_a_directory_is_old_after_a_failing_rename(tmp_path, monkeypatch, call):
+    directory = tmp_path / "artefact"
+    write_pair(directory, "old")
+    monkeypatch.setattr(storage, "exchange", lambda one, other: False)
+    fail_once(monkeypatch, "rename", call, errno.EIO)
+    with pytest.raises((OSError, DataError)):
+        write_pair(directory, "new")
+    monkeypatch.undo()
+    assert {(directory / part).read_text() for part in ("one", "two")} == {"old"}
+    assert [name for name in entries(tmp_path) if ".tmp-" in name] == []
+
+
+def test_two_directories_change_places_in_one_step(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not storage.exchange(tmp_path / "one", tmp_path / "other"):
+        assert sys.platform != "linux" or entries(tmp_path / "one") == ["one"]  # then nothing has happened
+        return
+    assert entries(tmp_path / "one") == ["other"] and entries(tmp_path / "other") == ["one"]
+    with pytest.raises(FileNotFoundError, match="absent"):
+        storage.exchange(tmp_path / "one", tmp_path / "absent")
+
+
+def test_a_killed_writer_of_a_file_leaves_what_the_next_one_removes(tmp_path):
+    program = (
+        "import os, signal, sys; from megatron_sppo import storage\n"
+        "with storage.atomic_file(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.json")])
+    storage.write_json(tmp_path / "b.json", 1)
+    assert len(entries(tmp_path)) == 2, "what the other left is not this one's"
+    storage.write_json(tmp_path / "a.json", 1)
+    assert entries(tmp_path) == ["a.json", "b.json"]
 
 
 def test_a_writer_killed_between_its_two_renames_loses_nothing(tmp_path):
@@ -97,6 +139,7 @@ def test_a_writer_killed_between_its_two_renames_loses_nothing(tmp_path):
         "real = os.rename\n"
         "def rename(a, b): real(a, b); os.kill(os.getpid(), signal.SIGKILL)\n"
         "os.rename = rename\n"
+        "storage.exchange = lambda one, other: False\n"
         f"with storage.atomic_directory({str(tmp_path / 'artefact')!r}, replaces='*') as temporary:\n"
         "    (temporary / 'one').touch()\n"
     )

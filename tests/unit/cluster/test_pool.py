@@ -4,6 +4,8 @@ Real processes and Ray are in tests/e2e/test_cluster_pool.py.
 """
 
 import random
+import subprocess
+import sys
 import threading
 import time
 
@@ -180,6 +182,76 @@ def test_a_worker_that_leaves_a_task_unanswered_is_a_fault():
 
     with pytest.raises(WorkerCrashed, match="left 1 tasks without a result"):
         collected(drive(ThreadTeam(Lazy, 1), tasks(3), progress=Progress()))
+
+
+class HangsOnce(Squarer):
+    """The first of them answers nothing, and reports nothing, of its second task."""
+
+    num_made = 0
+
+    def __init__(self):
+        super().__init__()
+        HangsOnce.num_made += 1
+        self._is_first = HangsOnce.num_made == 1
+
+    def run(self, tasks, on_progress):
+        for number, task in enumerate(tasks):
+            if self._is_first and number == 1:
+                threading.Event().wait()
+            yield from super().run(iter([task]), on_progress)
+
+
+@pytest.mark.counts("hangs")
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_worker_without_progress_is_started_anew_and_nothing_is_lost(num_workers, caplog):
+    HangsOnce.num_made, team = 0, ThreadTeam(HangsOnce, num_workers)
+    clock, progress = iter(range(0, 10**9, 10)), Progress()
+    found = collected(drive(team, tasks(9), progress=progress, clock=lambda: next(clock), timeout=300))
+    assert found == squares(9) and (progress.units, progress.amount) == (9, 90)
+    assert HangsOnce.num_made == num_workers + 1
+    assert "it made no progress with its work for 3" in caplog.text and "(--worker-timeout)): 1 tasks" in caplog.text
+
+
+@pytest.mark.counts("hangs")
+def test_a_worker_that_does_not_answer_is_started_anew_and_nothing_is_lost(caplog):
+    class Silent(ThreadTeam):
+        """The first desk's replies to calls with tasks are lost: its process stands still."""
+
+        first = None
+
+        def replies(self, seconds):
+            self.first = self.first or self.desks[0]
+            came = super().replies(0.05)
+            return [(n, r) for n, r in came if r.life != self.first.ping() or not r.is_ready or not r.results]
+
+    clock, team = iter(range(0, 10**9, 10)), Silent(Squarer, 1)
+    found = collected(drive(team, tasks(5), progress=Progress(), clock=lambda: next(clock), timeout=300))
+    assert found == squares(5) and "it has not answered for 3" in caplog.text
+
+
+@pytest.mark.counts("hangs")
+def test_a_worker_that_hangs_in_this_process_ends_it_with_its_stacks(tmp_path):
+    """Exit code 4; a stage whose results are slow to be written does not hang."""
+    script = """
+import sys, time
+from pathlib import Path
+from megatron_sppo.cluster.config import PoolConfig
+from megatron_sppo.cluster.pool import run_tasks
+from tests.unit.cluster.test_pool import HangsOnce
+from tests.unit.cluster.workers import Progress, Task
+
+pool = PoolConfig(worker_timeout=1.0)
+pairs = run_tasks(HangsOnce, map(Task, range(3)), pool=pool, num_gpus=0, progress=Progress(), logs=Path(sys.argv[1]))
+next(pairs)
+time.sleep(3)
+print("slow, and no hang", flush=True)
+next(pairs)
+"""
+    ended = subprocess.run([sys.executable, "-c", script, str(tmp_path / "logs")], capture_output=True, text=True)
+    assert ended.returncode == 4 and ended.stdout == "slow, and no hang\n"
+    line = ended.stderr.splitlines()[-1]
+    assert "error: the worker in this process has made no progress for " in line and "--worker-timeout" in line
+    assert "test_pool.py" in (tmp_path / "logs" / "hang.txt").read_text()
 
 
 def test_a_stage_without_workers_is_said_and_ended(caplog):

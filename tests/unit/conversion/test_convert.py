@@ -747,12 +747,12 @@ def test_a_reader_sees_old_or_new_whichever_step_fails(
             patch.setattr(os, name, fail)
             try:
                 convert_again()
-            except OSError:
+            except (OSError, DataError):
                 failed += 1
         assert state() in (files_of(old), files_of(new)), (name, failing_call)
         shutil.rmtree(tmp_path / "seen", ignore_errors=True)
         assert not [path.name for path in tmp_path.rglob(".*") if ".tmp-" in path.name], (name, failing_call)
-    assert failed >= 8, "some steps are not taken three times"
+    assert failed >= 6, "some steps are not taken three times, and a rename only where two places cannot be exchanged"
     convert_again()
     assert state() == files_of(new)
 

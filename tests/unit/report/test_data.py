@@ -124,6 +124,14 @@ def test_metrics_are_columns_and_what_a_step_lacks_is_a_gap(tmp_path: Path) -> N
     assert read_metrics(tmp_path / "absent.jsonl").losses.size == 0
 
 
+def test_steps_that_were_left_out_are_counted_over_the_iterations(tmp_path: Path) -> None:
+    """Each training counts its own: 2 in the first iteration, 1 in the second."""
+    counts = [(1, 0), (1, 1), (1, 2), (1, 2), (2, 0), (2, 1)]
+    rows = [{"iteration": iteration, "step": 1, "sppo/skipped_steps": number} for iteration, number in counts]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_metrics(tmp_path / "metrics.jsonl").num_skipped == 3
+
+
 def step_metrics(num_steps: int) -> StepMetrics:
     rng = np.random.default_rng(0)
     return StepMetrics(

@@ -1,5 +1,6 @@
 """Proves what is sent to a server and what is read of its refusals, against real HTTP on the loopback."""
 
+import contextlib
 import gzip
 import json
 import threading
@@ -25,6 +26,8 @@ class Server(ThreadingHTTPServer):
         self.headers: list[dict[str, str]] = []
         self.reply: tuple[int, bytes] = (200, b"{}")
         self.encoding = "identity"
+        self.pause = 0.0
+        """Seconds after each byte."""
 
     @property
     def url(self) -> str:
@@ -42,7 +45,12 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Encoding", self.server.encoding)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # whoever asked has gone
+            for byte in content if self.server.pause else ():
+                self.wfile.write(bytes([byte]))
+                time.sleep(self.server.pause)
+            if not self.server.pause:
+                self.wfile.write(content)
 
     do_POST = do_GET
 
@@ -164,3 +172,14 @@ def test_a_closed_port_is_no_reply(server: Server) -> None:
 )
 def test_retry_after_is_seconds_or_a_date(header: str | None, expected: float | None) -> None:
     assert retry_after_seconds(header) == expected
+
+
+@pytest.mark.counts("hangs")
+@pytest.mark.parametrize("status", [200, 503])
+def test_a_server_that_trickles_is_not_waited_for_beyond_the_time_out(server: Server, status: int) -> None:
+    """Every byte comes well within the time-out of a read; a hundred of them would take twenty seconds."""
+    server.reply, server.pause = (status, b" " * 100), 0.2
+    begin = time.monotonic()
+    with pytest.raises(NoReply, match="it trickles"):
+        OpenAIServer(server.url, key="", timeout_seconds=1).exchange("/models")
+    assert time.monotonic() - begin < 15

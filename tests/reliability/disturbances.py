@@ -1,0 +1,91 @@
+"""One life of a self-play run, disturbed: killed, stopped, on a disk that fails, by a clock that jumps."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+STARTUP = Path(__file__).with_name("startup")
+SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "SIGHUP": signal.SIGHUP}
+DISKS = {"disk full": "full", "read-only disk": "read-only", "out of files": "files", "failing disk": "error"}
+DISTURBANCES = (*SIGNALS, *DISKS, "dead stage", "jumping clock")
+"""What may happen to a life; "dead stage": the stage's process is killed, and the loop is not."""
+ENDINGS = {
+    "kill -9": (-signal.SIGKILL,),
+    "SIGTERM": (143,),
+    "SIGINT": (130,),
+    "SIGHUP": (-signal.SIGHUP,),
+    "dead stage": (1,),
+    "jumping clock": (),
+    **dict.fromkeys(DISKS, (2,)),
+}
+"""Exit codes of a life that was disturbed before it was done; 0 is always possible."""
+
+
+def live(
+    command: Sequence[str],
+    run_dir: Path,
+    disturbance: str,
+    dice: random.Random,
+    *,
+    environment: Mapping[str, str],
+    seconds: float,
+    operations: int = 120,
+    stage: str | None = None,
+) -> tuple[int, str]:
+    """Run the loop's command and disturb it -> its exit code, the last line that it said.
+
+    Args:
+        seconds: within which a signal comes.
+        operations: of a process, within which a disk begins to fail.
+        stage: when it has begun, the signal comes soon, or the stage dies; None: at any time.
+    """
+    extra = {}
+    if disturbance in DISKS:
+        extra = {
+            "FAULT_ROOT": str(run_dir),
+            "FAULT_KIND": DISKS[disturbance],
+            "FAULT_AT": str(dice.randrange(operations)),
+        }
+    elif disturbance == "jumping clock":
+        extra = {"CLOCK_JUMPS": str(dice.randint(0, 10**6))}
+    if extra:
+        extra["PYTHONPATH"] = os.pathsep.join([str(STARTUP), environment["PYTHONPATH"]])
+    with open(run_dir.with_name(f"{run_dir.name}.said"), "w+") as said:
+        loop = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=said, env={**environment, **extra}, cwd=run_dir.parent
+        )
+        if disturbance in SIGNALS or disturbance == "dead stage":
+            _wait(loop, run_dir, stage, until=time.monotonic() + (300 if stage else dice.random() * seconds))
+            time.sleep(dice.random() * 0.5)
+            if disturbance in SIGNALS:
+                loop.send_signal(SIGNALS[disturbance])
+            elif (pid := _stage_process(run_dir, stage)) is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        code = loop.wait(timeout=900)
+        said.seek(0)
+        lines = said.read().splitlines()
+    return code, (lines or [""])[-1]
+
+
+def _wait(loop: subprocess.Popen, run_dir: Path, stage: str | None, *, until: float) -> None:
+    while loop.poll() is None and time.monotonic() < until:
+        if stage is not None and _stage_process(run_dir, stage) is not None:
+            return
+        time.sleep(0.02)
+
+
+def _stage_process(run_dir: Path, stage: str | None) -> int | None:
+    """Find the process of the stage that runs, or of the one that is named -> its id, None where there is none."""
+    path = run_dir / "state.json"
+    stages = json.loads(path.read_text())["stages"] if path.is_file() else {}
+    for name, entry in stages.items():
+        if entry.get("status") == "running" and "process" in entry and stage in (None, name):
+            return int(entry["process"]["pid"])
+    return None
