@@ -7,7 +7,7 @@
 # the lines of docs/cluster.md that are typed by hand on several nodes (by_hand.sh).
 #
 #   make a bare Debian ready:  apt-get install -y --no-install-recommends slurm-wlm munge
-#   tests/slurm/run.sh DIR     as root; DIR is empty; about 30 minutes on two idle cores. What one run printed: log.txt.
+#   tests/slurm/run.sh DIR     as root; DIR is empty; about 40 minutes on two idle cores. What one run printed: log.txt.
 #                              PATIENCE=3: waits three times as long for each step, on a busy machine.
 
 set -euo pipefail
