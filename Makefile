@@ -15,7 +15,8 @@ PYTHON ?=
 ITERATIONS ?= 2
 JUDGE ?= verifiable:ifeval
 PROMPTS ?= examples/data/instructions.jsonl
-# LORA=1: adapters of rank 16 in place of the weights, as PEFT's files on one base; their learning rate is ten times as high.
+# LORA=1: adapters of rank 16 in place of the weights, as PEFT's files on one base; their learning rate is 25 times as high
+# (docs/alignment.md).
 LORA ?=
 RUN ?= runs/demo$(if $(LORA),-lora)
 
@@ -105,7 +106,7 @@ $(SMOLLM2)/config.json: | $(VENV)/.installed
 
 demo: install $(SMOLLM2)/config.json
 	@TOKENIZERS_PARALLELISM=false $(BIN)/python tools/self_play.py --config examples/configs/smollm2_demo.yaml --model $(SMOLLM2) \
-	  --prompts $(PROMPTS) --output $(RUN) --iterations $(ITERATIONS) --judge $(JUDGE)$(if $(LORA), --training lora_rank=16 lr=4e-4)
+	  --prompts $(PROMPTS) --output $(RUN) --iterations $(ITERATIONS) --judge $(JUDGE)$(if $(LORA), --training lora_rank=16 lr=1e-3)
 
 # vLLM first: it holds numpy and transformers below their newest releases, and all targets are to see the same ones.
 test: install lint docs test-unit test-reliability test-triton test-distributed test-cudaless test-e2e

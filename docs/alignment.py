@@ -46,7 +46,7 @@ FAILURES = """## Two public reports that could not reproduce it
 
 def page() -> str:
     """Write the whole page -> Markdown."""
-    model = [demo(_read("demo")), language_model()]
+    model = [demo(_read("demo")), adapter_rate(_read("adapter_rate")), language_model()]
     parts = [HEAD, games(_read("games")), *model, published(_read("published")), FAILURES, NOT_CLAIMED]
     return "\n".join(parts)
 
@@ -198,6 +198,34 @@ Held-out instructions that are followed, in per cent, by kind:
 | kind of instruction | start | {" | ".join(f"iteration {name}" for name in after)} |
 |---|---|{"---|" * len(after)}
 {_lines(rows)}
+"""
+
+
+def adapter_rate(result: dict[str, Any]) -> str:
+    """Write what was found of the learning rate of adapters -> Markdown."""
+    rows = [
+        f"| {row['what']} | {row['lr']:g} | {statistics.fmean(row['later_loss']):.2f} | "
+        f"{statistics.fmean(row['later_margin']):.3f} |"
+        for row in result["entries"]
+    ]
+    num_steps = len(result["entries"][0]["loss"])
+    return f"""### The demo with adapters
+
+`make demo LORA=1` trains adapters of rank {result["rank"]} in place of the weights. Their learning rate was chosen
+by one training of {num_steps} steps on the best and worst answers of the start model to {result["num_prompts"]}
+prompts. Every row has the same data in the same order; means are of the third step, the first after learning, and all
+later ones.
+
+| trained | learning rate | loss, mean | margin of best over worst, mean |
+|---|---|---|---|
+{_lines(rows)}
+
+One seed, and few steps: it tells rates apart by how fast they fit, and nothing of what comes of it. The demo with
+adapters, three iterations beside as many of full training, has not been run to its end.
+
+```bash
+python -m benchmarks.adapter_rate --run runs/demo
+```
 """
 
 

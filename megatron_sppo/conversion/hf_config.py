@@ -41,6 +41,11 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         )
     agreed(place, only(config, "dtype", "torch_dtype"))
     built = config.get("architectures") or [family.architecture_class]
+    if not isinstance(built, list):
+        raise ConversionError(
+            f"{place} says architectures {json.dumps(built)}, which is no list of names. The config is damaged: fetch "
+            "the model again."
+        )
     if [str(name).lower() for name in built] != [family.architecture_class.lower()]:
         logger.warning(
             "%s says architectures %s and model_type %s: transformers and the import go by model_type (%s), vLLM by "
