@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_sppo.conversion.convert import import_checkpoint
 from tests.distributed.conftest import write_dataset
@@ -145,3 +146,25 @@ def test_a_run_that_skipped_goes_on_bit_exactly_and_knows_what_a_spike_is(
         }
     assert [line["sppo/skipped_steps"] for line in expected] == [0] * 4 + [1] * 10 + [2] * 2
     assert "grad_norm" not in expected[4] and "grad_norm" in expected[14]
+
+
+@pytest.mark.counts("numbers")
+def test_a_model_that_gives_no_numbers_is_refused_in_the_reference_pass(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """A weight of the final norm that is NaN makes every logit NaN; nothing is written."""
+    model = tmp_path / "hf"
+    shutil.copytree(models["dense"] / "hf", model)
+    (weights,) = model.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    import_checkpoint(model, tmp_path / "megatron")
+    shutil.copytree(models["dense"] / "data", tmp_path / "data")
+    places = ["--load", str(tmp_path / "megatron"), "--data", str(tmp_path / "data"), "--save", str(tmp_path / "save")]
+    ((codes, stderr, _),) = run_ranks(train_with_faults, 1, [([*places, *BASE.split()], [])])
+    line = stderr.splitlines()[-1]
+    assert (
+        codes == [2] and "error: the reference has no finite number for 8 of 8 responses of a step; by rank 0 (" in line
+    )
+    assert "micro-batch 1 of 4: " in line and not list((tmp_path / "data").glob("reference*"))
