@@ -4,11 +4,13 @@ One frozen dataclass, written as `model.json` beside a Megatron checkpoint. Fiel
 (`TransformerConfig`, `GPTModel`). Pure Python: no torch, no megatron.
 """
 
+from collections import Counter
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_sppo.errors import ConversionError
+from megatron_sppo.layer_parts import DeltaNet, LayerKind, RopeScaling
 from megatron_sppo.storage import read_json, write_json
 
 SCHEMA_VERSION = 1
@@ -29,64 +31,8 @@ _EXPERT_SETTINGS = (
     "moe_router_group_topk",
     "moe_router_topk_scaling_factor",
 )
+_DELTA_LAYERS = "linear_attention_freq"
 _TUPLES = ("full_attention_layers", "moe_layer_freq")
-
-
-_SCALING_NEEDS = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings"),
-    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How RoPE's frequencies differ from base^(-2i/D), by transformers' names (5.19, modeling_rope_utils.py).
-
-    `model/rope.py` computes them. Which fields a type has: `_SCALING_NEEDS`; the others keep their defaults.
-    """
-
-    rope_type: Literal["llama3", "linear", "dynamic", "yarn", "longrope"] = "llama3"
-    """dynamic changes nothing up to `max_position_embeddings` tokens, and longer sequences are refused."""
-    factor: float | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    """Tokens that the model was first trained for; longrope takes `long_factor` for sequences above, whole ones."""
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    truncate: bool = True
-    """yarn: whether the bounds of its ramp are rounded to whole channels."""
-    attention_factor: float = 1.0
-    """yarn, longrope: rotated channels of queries and of keys are multiplied by it."""
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
-    """longrope: a divisor for each of D / 2 frequencies."""
-
-    def __post_init__(self) -> None:
-        if self.rope_type not in _SCALING_NEEDS:
-            raise ConversionError(
-                f"rope_scaling is of type {self.rope_type!r}; there are {', '.join(_SCALING_NEEDS)}. "
-                "The model's config is wrong."
-            )
-        for name in _SCALING_NEEDS[self.rope_type]:
-            value = getattr(self, name)
-            numbers = value if isinstance(value, (tuple, list)) else (value,)
-            if not numbers or any(number is None or not number > 0 for number in numbers):
-                raise ConversionError(
-                    f"rope_scaling does not describe {self.rope_type}: {name} is {value}. The model's config is wrong."
-                )
-        if not self.attention_factor > 0:
-            raise ConversionError(
-                f"rope_scaling's attention_factor is {self.attention_factor}; it must be above 0. "
-                "The model's config is wrong."
-            )
-
-    def needs(self) -> dict[str, Any]:
-        """List the fields that this type has -> {name: value}."""
-        return {name: getattr(self, name) for name in _SCALING_NEEDS[self.rope_type]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +96,10 @@ class Architecture:
     """Tokens that a query sees, itself and those just before it; None: all up to itself."""
     full_attention_layers: tuple[int, ...] = ()
     """Layers, from 0, without that window."""
+    attention_output_gate: bool = False
+    """What attention answers is multiplied by the sigmoid of a gate, one more projection as wide as the queries."""
+    delta_net: DeltaNet | None = None
+    """None: every layer has attention."""
     num_moe_experts: int | None = None
     """Experts of a layer that has any; None in a dense model."""
     moe_router_topk: int | None = None
@@ -193,6 +143,11 @@ class Architecture:
             raise ConversionError(
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of num_query_groups "
                 f"({self.num_query_groups}). The model's config is wrong."
+            )
+        if self.delta_net is not None and len(self.delta_net.linear_attention_freq) != self.num_layers:
+            raise ConversionError(
+                f"linear_attention_freq is of {len(self.delta_net.linear_attention_freq)} layers, and the model has "
+                f"{self.num_layers}. The model's config is wrong."
             )
         self._check_attention()
         self._check_experts()
@@ -321,11 +276,31 @@ class Architecture:
             return 0
         return sum(self.moe_layer_freq) if self.moe_layer_freq else self.num_layers
 
-    def layer_kinds(self) -> dict[bool, int]:
-        """Count the layers of each kind that there is -> {whether they have experts: layers}."""
+    def has_delta_net(self, layer: int) -> bool:
+        """Tell whether a layer (from 0) has a gated delta net in place of attention."""
+        return self.delta_net is not None and self.delta_net.linear_attention_freq[layer] == 1
+
+    @property
+    def num_attention_layers(self) -> int:
+        """Layers that have attention."""
+        return self.num_layers - (0 if self.delta_net is None else sum(self.delta_net.linear_attention_freq))
+
+    @property
+    def layers_differ(self) -> bool:
+        """Whether Megatron-Core keeps each layer's tensors by themselves in a checkpoint, and stacks none."""
+        return bool(self.moe_layer_freq) or self.delta_net is not None
+
+    def kind(self, layer: int) -> LayerKind:
+        """Tell of which kind a layer (from 0) is."""
+        return LayerKind(self.has_experts(layer), self.has_delta_net(layer))
+
+    def layer_kinds(self) -> dict[LayerKind, int]:
+        """Count the layers of each kind that there is -> {kind: layers}."""
+        if self.delta_net is not None:
+            return dict(Counter(self.kind(layer) for layer in range(self.num_layers)))
         sparse = self.num_expert_layers
-        counts = {True: sparse, False: self.num_layers - sparse}
-        return {has_experts: number for has_experts, number in counts.items() if number}
+        counts = {LayerKind(has_experts=True): sparse, LayerKind(): self.num_layers - sparse}
+        return {kind: number for kind, number in counts.items() if number}
 
     @property
     def has_sinks(self) -> bool:
@@ -356,31 +331,18 @@ class Architecture:
         """Norms of hidden size in a layer: before, behind (OLMo-2) or around both units (Gemma-2)."""
         return 2 * (self.pre_layernorm + self.post_layernorm)
 
-    def layer_weights(
-        self, *, has_experts: bool, tensor_ranks: int = 1, expert_tensor_ranks: int = 1
-    ) -> dict[str, int]:
+    def layer_weights(self, *, kind: LayerKind, tensor_ranks: int = 1, expert_tensor_ranks: int = 1) -> dict[str, int]:
         """Count one layer's weights, kind by kind, as a rank holds them -> {Megatron's name: weights of one}.
 
         There are `norms_per_layer` of "norm"; with experts, linear_fc1 and linear_fc2 are those of one.
 
         Args:
-            has_experts: of the layer; models may have both kinds.
+            kind: of the layer; models may have several.
         """
-        hidden, head = self.hidden_size, self.kv_channels
-        queries = self.query_channels // tensor_ranks
-        qkv = queries + 2 * self.key_channels // tensor_ranks
-        weights = {"norm": hidden, "linear_proj": hidden * queries, "linear_qkv": hidden * qkv}
-        if self.add_qkv_bias:
-            weights["linear_qkv.bias"] = qkv
-        if self.add_proj_bias:
-            weights["linear_proj.bias"] = hidden
-        if self.has_sinks:
-            weights["softmax_offset"] = self.num_attention_heads // tensor_ranks
-        if self.qk_layernorm:  # norms over all heads are held whole by each rank
-            across = self.qk_layernorm_across_heads
-            weights["q_layernorm"] = self.query_channels if across else head
-            weights["k_layernorm"] = self.key_channels if across else head
-        if not has_experts:
+        hidden = self.hidden_size
+        mixer = self._delta_net_weights if kind.has_delta_net else self._attention_weights
+        weights = {"norm": hidden, **mixer(tensor_ranks)}
+        if not kind.has_experts:
             width = self.ffn_hidden_size // tensor_ranks
             return weights | self._feed_forward_weights(width, has_experts=False)
         width = (self.moe_ffn_hidden_size or 0) // expert_tensor_ranks
@@ -391,6 +353,38 @@ class Architecture:
         if self.moe_shared_expert_gate:
             weights["shared_experts.gate"] = hidden
         return weights | self._feed_forward_weights(width, has_experts=True)
+
+    def _attention_weights(self, tensor_ranks: int) -> dict[str, int]:
+        """Count what attention has."""
+        hidden, head = self.hidden_size, self.kv_channels
+        queries = self.query_channels // tensor_ranks
+        qkv = queries * (2 if self.attention_output_gate else 1) + 2 * self.key_channels // tensor_ranks
+        weights = {"linear_proj": hidden * queries, "linear_qkv": hidden * qkv}
+        if self.add_qkv_bias:
+            weights["linear_qkv.bias"] = qkv
+        if self.add_proj_bias:
+            weights["linear_proj.bias"] = hidden
+        if self.has_sinks:
+            weights["softmax_offset"] = self.num_attention_heads // tensor_ranks
+        if self.qk_layernorm:  # norms over all heads are held whole by each rank
+            across = self.qk_layernorm_across_heads
+            weights["q_layernorm"] = self.query_channels if across else head
+            weights["k_layernorm"] = self.key_channels if across else head
+        return weights
+
+    def _delta_net_weights(self, tensor_ranks: int) -> dict[str, int]:
+        """Count what a gated delta net has; its norm is of one value head, and each rank holds it."""
+        net = self.delta_net
+        assert net is not None
+        heads = net.linear_num_value_heads // tensor_ranks
+        return {
+            "in_proj": self.hidden_size * net.projected_channels // tensor_ranks,
+            "conv1d": net.mixed_channels // tensor_ranks * net.linear_conv_kernel_dim,
+            "A_log": heads,
+            "dt_bias": heads,
+            "head_norm": net.linear_value_head_dim,
+            "out_proj": self.hidden_size * net.value_channels // tensor_ranks,
+        }
 
     def _feed_forward_weights(self, width: int, *, has_experts: bool) -> dict[str, int]:
         """Count what a feed-forward unit of so many channels has, or one expert of a layer, and its router's bias."""
@@ -406,11 +400,11 @@ class Architecture:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.share_embeddings_and_output_weights else 2)
         biases = self.num_expert_layers * (self.num_moe_experts or 0) * self.moe_router_enable_expert_bias
         total = embeddings + self.hidden_size + biases
-        for has_experts, layers in self.layer_kinds().items():
+        for kind, layers in self.layer_kinds().items():
             copies = {"norm": self.norms_per_layer}
-            if has_experts:
+            if kind.has_experts:
                 copies |= dict.fromkeys(EXPERT_WEIGHTS, self.num_moe_experts or 0)
-            weights = self.layer_weights(has_experts=has_experts)
+            weights = self.layer_weights(kind=kind)
             total += layers * sum(number * copies.get(name, 1) for name, number in weights.items())
         return total
 
@@ -456,7 +450,10 @@ def read_architecture(directory: Path) -> tuple[Architecture, dict[str, Any]]:
                 key: tuple(v) if isinstance(v, list) else v for key, v in values["rope_scaling"].items()
             }
             values = {**values, "rope_scaling": RopeScaling(**scaling)}
+        if values.get("delta_net") is not None:
+            net = values["delta_net"]
+            values = {**values, "delta_net": DeltaNet(**net | {"linear_attention_freq": tuple(net[_DELTA_LAYERS])})}
         values = {name: tuple(value) if name in _TUPLES else value for name, value in values.items()}
         return Architecture(**values), tokenizer
-    except (TypeError, AttributeError, ArithmeticError) as error:
+    except (TypeError, AttributeError, KeyError, ArithmeticError) as error:
         raise ConversionError(f"{path} does not describe a model ({error}). Import the model again.") from None

@@ -195,7 +195,7 @@ def without_secrets(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     value = re.sub(r"(?<=://)[^/\s@]*@", "***@", value)
-    value = re.sub(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|(?<=Bearer )\S{8,})", "***", value)
+    value = re.sub(r"\b(hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|(?<=Bearer )[\w.~+/=-]{8,})", "***", value)
     return functools.reduce(lambda text, secret: text.replace(secret, "***"), _secrets(), value)
 
 

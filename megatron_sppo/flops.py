@@ -8,6 +8,7 @@ a weighted value). Norms, rotations, activations and the softmax are left out, a
 from typing import Any, TypeVar
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.layer_parts import LayerKind
 
 Count = TypeVar("Count", int, Any)
 """An int, or an array of them."""
@@ -23,32 +24,45 @@ def attended_positions(num_tokens: Count) -> Count:
     return num_tokens * (num_tokens + 1) // 2
 
 
-def layer_flops_per_token(architecture: Architecture, *, has_experts: bool) -> int:
+def layer_flops_per_token(architecture: Architecture, *, kind: LayerKind) -> int:
     """Count the products of one layer for one token, forward, without attention's scores and values.
 
     Args:
-        has_experts: of the layer; models may have both kinds.
+        kind: of the layer; models may have several.
     """
-    return 2 * _weights_met(architecture, has_experts=has_experts)
+    return 2 * _weights_met(architecture, kind=kind) + (_delta_rule(architecture) if kind.has_delta_net else 0)
 
 
 def all_layers_flops_per_token(architecture: Architecture) -> int:
     """Count the same of all layers."""
     return sum(
-        number * layer_flops_per_token(architecture, has_experts=has_experts)
-        for has_experts, number in architecture.layer_kinds().items()
+        number * layer_flops_per_token(architecture, kind=kind) for kind, number in architecture.layer_kinds().items()
     )
 
 
-_MATRICES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "router", "gate")
+_MATRICES = ("linear_qkv", "linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2", "router", "gate")
+_DELTA_CHUNK = 64
+"""Tokens that a gated delta net takes at once (model/delta_rule.py)."""
 
 
-def _weights_met(architecture: Architecture, *, has_experts: bool) -> int:
+def _weights_met(architecture: Architecture, *, kind: LayerKind) -> int:
     """Count the weights of a layer's matrices that one token is multiplied with -> int."""
-    weights = architecture.layer_weights(has_experts=has_experts)
-    chosen = (architecture.moe_router_topk or 0) if has_experts else 1
+    weights = architecture.layer_weights(kind=kind)
+    chosen = (architecture.moe_router_topk or 0) if kind.has_experts else 1
     times = dict.fromkeys(("linear_fc1", "linear_fc2"), chosen)
     return sum(number * times.get(name, 1) for name, number in weights.items() if name.rpartition(".")[2] in _MATRICES)
+
+
+def _delta_rule(architecture: Architecture) -> int:
+    """Count a gated delta net's own products for one token, in chunks of C (Yang et al. 2024, arXiv:2412.06464, 3.3).
+
+    With heads of k and v channels: 4 C k within the chunk (keys and queries by keys), C (k + v) to solve a triangle of
+    it, 2 C v to read it, 6 k v for the state: to predict, to read, to write.
+    """
+    net = architecture.delta_net
+    assert net is not None
+    key, value = net.linear_key_head_dim, net.linear_value_head_dim
+    return net.linear_num_value_heads * (_DELTA_CHUNK * (5 * key + 3 * value) + 6 * key * value)
 
 
 def attention_flops_per_position(architecture: Architecture) -> int:
@@ -71,7 +85,7 @@ def forward_flops(
         attended_positions: the function of that name, summed over the documents.
         num_response_tokens: rows that reach the vocabulary.
     """
-    attention = architecture.num_layers * attention_flops_per_position(architecture) * attended_positions
+    attention = architecture.num_attention_layers * attention_flops_per_position(architecture) * attended_positions
     products = all_layers_flops_per_token(architecture) * num_tokens
     return products + attention + head_flops_per_token(architecture) * num_response_tokens
 
@@ -97,7 +111,7 @@ def training_flops(
     )
     if not is_frozen:
         return (1 + BACKWARD_FACTOR) * forward
-    attention = architecture.num_layers * attention_flops_per_position(architecture) * attended_positions
+    attention = architecture.num_attention_layers * attention_flops_per_position(architecture) * attended_positions
     return (1 + FROZEN_BACKWARD_FACTOR) * (forward - attention) + (1 + BACKWARD_FACTOR) * attention
 
 
@@ -108,11 +122,11 @@ def crossover_length(architecture: Architecture) -> float:
     take 2 * (weights of a layer that a token meets): they are equal at n = weights / d, 53,000 tokens for Llama-3-8B.
     """
     met = sum(
-        number * (_weights_met(architecture, has_experts=has_experts) - _router(architecture, has_experts=has_experts))
-        for has_experts, number in architecture.layer_kinds().items()
+        number * (_weights_met(architecture, kind=kind) - _router(architecture, kind=kind))
+        for kind, number in architecture.layer_kinds().items()
     )
-    return met / (architecture.num_layers * architecture.query_channels)
+    return met / (architecture.num_attention_layers * architecture.query_channels)
 
 
-def _router(architecture: Architecture, *, has_experts: bool) -> int:
-    return architecture.layer_weights(has_experts=has_experts).get("router", 0)
+def _router(architecture: Architecture, *, kind: LayerKind) -> int:
+    return architecture.layer_weights(kind=kind).get("router", 0)

@@ -53,6 +53,17 @@ LONGROPE = {
     },
 }
 EXPERTS = {"num_experts_per_tok": 2}
+# Two value heads for each of four key heads, which context-parallel ranks divide as well.
+DELTA_NET = {
+    "head_dim": 24,  # a quarter of it is rotated
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 4,
+    # What a head reads may be next to nothing, of which the default's 1e-6 makes a vector of noise.
+    "rms_norm_eps": 0.1,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
@@ -100,6 +111,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "use_sliding_window": True,
         "sliding_window": 8,
         "max_window_layers": 2,
+        **EXPERTS,
+    },
+    "qwen3_next": {
+        "model_type": "qwen3_next",
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        **DELTA_NET,
+        **EXPERTS,
+    },
+    "qwen3_5_text": {
+        "model_type": "qwen3_5_text",
+        "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+        **DELTA_NET,
+    },
+    "qwen3_5_moe_text": {
+        "model_type": "qwen3_5_moe_text",
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "full_attention_interval": 2,
+        **DELTA_NET,
         **EXPERTS,
     },
     "glm4_moe": {
@@ -184,11 +218,12 @@ def family_model(directory: Path, name: str, **overrides: Any) -> Path:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
-        for parameter in (*model.parameters(), *biases):
+        for parameter_name, parameter in (*model.named_parameters(), *(("bias", bias) for bias in biases)):
             # Norms are vectors around what they begin with, 0 or 1. Matrices keep the size of what they multiply, so
             # that scores and logits are of the order of the caps.
             noise = torch.randn(parameter.shape, generator=generator)
-            scale = settings["hidden_size"] ** -0.5
+            inputs = parameter.shape[-1] if parameter_name.endswith("conv1d.weight") else settings["hidden_size"]
+            scale = inputs**-0.5
             parameter.copy_(parameter + 0.2 * noise if parameter.ndim == 1 else scale * noise)
     shutil.rmtree(directory, ignore_errors=True)
     model.save_pretrained(directory)

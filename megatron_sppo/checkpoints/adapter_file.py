@@ -152,6 +152,11 @@ def resolve_targets(targets: Sequence[str], architecture: Architecture) -> tuple
     Raises:
         ConfigError: a name is none of the model's.
     """
+    if architecture.delta_net is not None:
+        raise ConfigError(
+            f"adapters are alike in all layers, and layers of this model ({architecture.family}) have attention or a "
+            "gated delta net. Train its weights: leave --lora-rank out."
+        )
     modules = linear_modules(architecture)
     known = [module.name for module in modules]
     has_experts = any(module.is_expert for module in modules)

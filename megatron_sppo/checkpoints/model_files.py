@@ -1,5 +1,6 @@
 """Which model sampled: hashes of a Hugging Face directory's files, and the few config values that sampling needs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from megatron_sppo.checkpoints.file_digests import sha256_of_files
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, read_config, weight_map
 from megatron_sppo.checkpoints.safetensors_file import read_header
 from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
+from megatron_sppo.checkpoints.wrapped import decoder_config
 from megatron_sppo.errors import ConfigError, ConversionError, DataError
 from megatron_sppo.storage import contained, read_json, sha256_of_json
 
@@ -64,6 +66,7 @@ def read_model_files(directory: Path) -> ModelFiles:
             f"(`hf download {directory} --local-dir DIR`) and use --model DIR."
         )
     config = read_config(directory)
+    described = decoder_config(config, place=str(directory / CONFIG_FILE))
     tokenizer = tokenizer_hash(directory)
     if tokenizer is None:
         raise DataError(
@@ -73,8 +76,8 @@ def read_model_files(directory: Path) -> ModelFiles:
         directory=directory,
         model_hash=model_hash(directory),
         tokenizer_hash=tokenizer,
-        vocab_size=_positive(config, "vocab_size", directory),
-        context_length=_positive(config, "max_position_embeddings", directory),
+        vocab_size=_positive(described, "vocab_size", directory),
+        context_length=_positive(described, "max_position_embeddings", directory),
         eos_token_ids=_eos_token_ids(directory, config),
     )
 
@@ -93,7 +96,7 @@ def _eos_token_ids(directory: Path, config: dict[str, Any]) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _positive(config: dict[str, Any], name: str, directory: Path) -> int:
+def _positive(config: Mapping[str, Any], name: str, directory: Path) -> int:
     value = config.get(name)
     if value is None and isinstance(config.get("text_config"), dict):
         value = config["text_config"].get(name)

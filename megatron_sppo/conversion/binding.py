@@ -75,13 +75,14 @@ def _places(mapping: TensorMapping, architecture: Architecture, index: tuple[int
     """List the forms of a tensor's key, the one of Megatron-Core's defaults first.
 
     mcore 0.16.1 and 0.19.2 (transformer_block.py, sharded_state_dict) stack layers, but not where they are of several
-    kinds ("non-homogeneous": moe_layer_freq is a list); experts are stacked unless `singleton_local_shards` is set.
+    kinds ("non-homogeneous": moe_layer_freq or linear_attention_freq is a list); experts are stacked unless
+    `singleton_local_shards` is set.
     """
     sizes = (architecture.num_layers, dimension(architecture, "experts"))[: len(index)]
     by_layer = _filled_in(mapping.megatron.replace(".{expert}", ""), index[:1])
     stacked, unstacked = Place(mapping.key, index, sizes), Place(by_layer, index[1:], sizes[1:])
     alone = Place(_filled_in(mapping.megatron, index), (), ())
-    forms = (unstacked, stacked, alone) if architecture.moe_layer_freq and index else (stacked, unstacked, alone)
+    forms = (unstacked, stacked, alone) if architecture.layers_differ and index else (stacked, unstacked, alone)
     return tuple(dict.fromkeys(forms))
 
 

@@ -14,6 +14,7 @@ from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
 from megatron_sppo.checkpoints.hf_writer import copy_tensors
 from megatron_sppo.checkpoints.megatron_checkpoint import CARRIED_FILE
 from megatron_sppo.checkpoints.safetensors_file import Entry, read_header
+from megatron_sppo.checkpoints.wrapped import CARRIED, is_wrapped
 from megatron_sppo.conversion.config_values import whole
 from megatron_sppo.conversion.mapping import Family
 
@@ -21,12 +22,14 @@ from megatron_sppo.conversion.mapping import Family
 def carried_tensors(
     source: HFCheckpoint, family: Family, architecture: Architecture, config: Mapping[str, Any], *, place: str
 ) -> dict[str, Entry]:
-    """Find the tensors of layers behind the decoder's, as many as config.json promises -> {name: entry}; often none."""
-    if family.further_layers is None:
-        return {}
-    count = whole(config, family.further_layers, place, least=0, default=0)
-    first = architecture.num_layers
-    prefixes = tuple(f"model.layers.{layer}." for layer in range(first, first + count))
+    """Find the tensors that are carried along -> {name: entry}; often none.
+
+    Those whose names begin so in the family, and of layers behind the decoder's as many as config.json promises.
+    """
+    prefixes = family.carried + (CARRIED if is_wrapped(config) else ())
+    if family.further_layers is not None:
+        first, count = architecture.num_layers, whole(config, family.further_layers, place, least=0, default=0)
+        prefixes += tuple(f"model.layers.{layer}." for layer in range(first, first + count))
     return {name: entry for name, entry in source.entries.items() if prefixes and name.startswith(prefixes)}
 
 

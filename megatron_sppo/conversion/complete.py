@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_sppo.checkpoints.hf_checkpoint import check_tensors, open_hf_checkpoint
 from megatron_sppo.checkpoints.hf_files import read_config
+from megatron_sppo.checkpoints.wrapped import decoder_config, unwrapped
 from megatron_sppo.conversion.binding import bind, hf_shapes
 from megatron_sppo.conversion.families import FAMILIES
 from megatron_sppo.conversion.hf_config import architecture_from_hf
@@ -26,15 +27,16 @@ def check_complete(hf: Path) -> bool:
     """
     if not any(Path(hf).glob("*.safetensors")):
         return False
-    content = read_config(hf)
-    if content.get("quantization_config") or content.get("model_type") not in FAMILIES:
-        return False
+    config = read_config(hf)
     try:
+        content = decoder_config(config, place=str(hf))
+        if content.get("quantization_config") or content.get("model_type") not in FAMILIES:
+            return False
         architecture = architecture_from_hf(content, place=str(hf))
     except ConversionError:
         return False  # a variant of the family that does not convert, and may run all the same
     expected = hf_shapes(bind(FAMILIES[content["model_type"]], architecture))
-    found = open_hf_checkpoint(hf)
+    found = unwrapped(open_hf_checkpoint(hf), config)
     known = {name: entry for name, entry in found.entries.items() if name in expected}
     check_tensors(dataclasses.replace(found, entries=known), expected, ignored=())
     return True

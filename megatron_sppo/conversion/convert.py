@@ -45,6 +45,7 @@ from megatron_sppo.checkpoints.megatron_checkpoint import (
 )
 from megatron_sppo.checkpoints.side_files import check_side_files, copy_side_files, side_files, write_side_files
 from megatron_sppo.checkpoints.tokenizer import ID_FILES, TEXT_FILES
+from megatron_sppo.checkpoints.wrapped import names_in_files
 from megatron_sppo.conversion.binding import Binding, bind, hf_shapes
 from megatron_sppo.conversion.carried import carried_tensors, write_carried
 from megatron_sppo.conversion.extra_states import extra_states
@@ -180,8 +181,9 @@ def export_checkpoint(
     )
     opened = open_megatron(megatron, template=template, leave_unchecked=True)
     cast = torch_dtype(dtype)
+    in_files = names_in_files(read_config(opened.side_files) if opened.side_files is not None else {}, opened.carried)
     tensors = {
-        name: (binding.mapping.cast(cast) or opened.dtype(binding), shape)
+        in_files(name): (binding.mapping.cast(cast) or opened.dtype(binding), shape)
         for binding in opened.bindings
         for name, shape in binding.hf_shapes.items()
     }
@@ -202,7 +204,7 @@ def export_checkpoint(
             write_tensors(
                 directory,
                 layout,
-                export_tensors(opened, cast),
+                export_tensors(opened, cast, in_files=in_files),
                 digests={opened.directory / name: digest for name, digest in opened.unchecked.items()},
                 items={opened.directory / name: digests for name, digests in opened.items.items()},
                 progress=bar.update,

@@ -8,8 +8,8 @@ from megatron_sppo.architecture import Architecture
 # A reader takes what it knows: those of per-head norms, for example, exist only where there are such norms.
 _ATTENTION = tuple(f"self_attention.{name}" for name in ("linear_qkv", "linear_proj", "core_attention"))
 _HEAD_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
-_DENSE_EXTRA_STATES = (*_ATTENTION, "mlp.linear_fc1", "mlp.linear_fc2", *_HEAD_NORMS)
-_MIXTURE_EXTRA_STATES = (*_ATTENTION, *_HEAD_NORMS, "pre_mlp_layernorm")
+_DELTA_NET = ("self_attention.in_proj", "self_attention.out_proj")
+_DENSE_EXTRA_STATES = ("mlp.linear_fc1", "mlp.linear_fc2")
 _SHARED_EXTRA_STATES = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
 _EXPERT_EXTRA_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 
@@ -21,12 +21,13 @@ def extra_states(architecture: Architecture) -> dict[str, Any]:
     keys = []
     for layer in range(layers):
         sparse = architecture.has_experts(layer)
-        if architecture.moe_layer_freq:
+        if architecture.layers_differ:
             prefix, place, within = f"decoder.layers.{layer}", "0_1", [f"{i}_{experts}" for i in range(experts)]
         else:
             prefix, place = "decoder.layers", f"{layer}_{layers}"
             within = [f"{layer}.{i}_{layers}.{experts}" for i in range(experts)]
-        modules = (*_MIXTURE_EXTRA_STATES, *shared) if sparse else _DENSE_EXTRA_STATES
+        mixer = _DELTA_NET if architecture.has_delta_net(layer) else (*_ATTENTION, *_HEAD_NORMS)
+        modules = (*mixer, "pre_mlp_layernorm", *shared) if sparse else (*mixer, *_DENSE_EXTRA_STATES)
         keys += [f"{prefix}.{module}._extra_state/shard_{place}" for module in modules]
         for module in _EXPERT_EXTRA_STATES if sparse else ():
             keys += [f"{prefix}.{module}._extra_state/shard_{expert}" for expert in within]

@@ -7,7 +7,9 @@ from typing import Any
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE
+from megatron_sppo.checkpoints.wrapped import decoder_config
 from megatron_sppo.conversion.config_values import agreed, only, positive, switch, whole
+from megatron_sppo.conversion.delta_config import delta_net_keys, read_delta_net
 from megatron_sppo.conversion.expert_config import expert_keys, read_experts
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_rope import rope_fields, rope_keys
@@ -30,6 +32,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
     Raises:
         ConversionError: another family, a setting that the Megatron model would not honour, or an impossible number.
     """
+    config = decoder_config(config, place=place)
     family = family_of(config.get("model_type"), place=place)
     quantization = config.get("quantization_config")
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -41,6 +44,11 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         )
     agreed(place, only(config, "dtype", "torch_dtype"))
     built = config.get("architectures") or [family.architecture_class]
+    if not isinstance(built, list):
+        raise ConversionError(
+            f"{place} says architectures {json.dumps(built)}, which is no list of names. The config is damaged: fetch "
+            "the model again."
+        )
     if [str(name).lower() for name in built] != [family.architecture_class.lower()]:
         logger.warning(
             "%s says architectures %s and model_type %s: transformers and the import go by model_type (%s), vLLM by "
@@ -72,12 +80,13 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
     num_layers = whole(config, "num_hidden_layers", place)
     if num_layers > MAX_LAYERS:  # what is counted layer by layer below would not end
         raise ConversionError(f"{place} promises {num_layers} layers. The config is damaged: fetch the model again.")
-    windows = _windows(config, family, place, num_layers=num_layers)
+    delta = read_delta_net(config, place, num_layers=num_layers) if family.delta_net else {}
+    windows = {} if family.delta_net else _windows(config, family, place, num_layers=num_layers)
     return Architecture(
         family=family.model_type,
         num_layers=num_layers,
         hidden_size=hidden,
-        ffn_hidden_size=whole(config, "intermediate_size", place),
+        ffn_hidden_size=_dense_width(config, family, place),
         num_attention_heads=heads,
         num_query_groups=whole(config, "num_key_value_heads", place, default=heads),
         kv_channels=head_dim,
@@ -88,6 +97,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         **family.traits,
         **_switches(config, family, place),
         **_numbers(config, family, place),
+        **delta,
         **windows,
         **rope_fields(config, family, place, windowed=bool(windows)),
         **read_experts(config, family, place, num_layers=num_layers),
@@ -121,7 +131,16 @@ def hf_from_architecture(architecture: Architecture, *, dtype: str) -> dict[str,
         **{key: getattr(architecture, names[0]) for key, names in family.switches.items()},
         **{key: getattr(architecture, name) for key, name in family.numbers.items()},
         **_window_keys(architecture, family),
+        **(delta_net_keys(architecture) if family.delta_net else {}),
     }
+
+
+def _dense_width(config: Mapping[str, Any], family: Family, place: str) -> int:
+    """Read the channels of dense layers; where the family has none, config.json need not say it."""
+    keys = family.experts
+    if "intermediate_size" in config or keys is None or keys.dense_between or keys.dense_before is not None:
+        return whole(config, "intermediate_size", place)
+    return whole(config, keys.width, place)
 
 
 def _numbers(config: Mapping[str, Any], family: Family, place: str) -> dict[str, Any]:

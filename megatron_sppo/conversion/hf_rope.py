@@ -9,10 +9,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_sppo.architecture import Architecture, RopeScaling
+from megatron_sppo.architecture import Architecture
 from megatron_sppo.conversion.config_values import agreed, only, positive, whole
 from megatron_sppo.conversion.mapping import Family
 from megatron_sppo.errors import ConversionError
+from megatron_sppo.layer_parts import RopeScaling
 
 FULL, WINDOWED = "full_attention", "sliding_attention"
 

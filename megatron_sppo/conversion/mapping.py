@@ -24,8 +24,18 @@ def dimension(architecture: Architecture, name: str) -> int:
     """Return the size of a named dimension.
 
     "hidden", "ffn", "query" (all heads), "key" (all key/value heads), "head", "heads" (how many), "vocab",
-    "experts", "expert_ffn" (one), "shared_ffn" (of all shared experts), "one".
+    "experts", "expert_ffn" (one), "shared_ffn" (of all shared experts), "one"; of a gated delta net "delta_heads" (of
+    values), "delta_value" (all of their channels), "delta_value_head" (of one), "delta_kernel".
     """
+    net = architecture.delta_net
+    if name.startswith("delta_"):
+        assert net is not None
+        return {
+            "delta_heads": net.linear_num_value_heads,
+            "delta_value": net.value_channels,
+            "delta_value_head": net.linear_value_head_dim,
+            "delta_kernel": net.linear_conv_kernel_dim,
+        }[name]
     return {
         "hidden": architecture.hidden_size,
         "ffn": architecture.ffn_hidden_size,
@@ -58,8 +68,9 @@ class TensorMapping:
     """Megatron-Core's name; with "{layer}" where it belongs to a layer, and "{expert}" where to an expert of it."""
     hf: str
     """Hugging Face's name; with "{layer}" likewise."""
-    layers: Literal["all", "dense", "sparse"] = field(default="all", kw_only=True)
-    """Which layers have it, of a model where some are dense and others have experts."""
+    layers: Literal["all", "dense", "sparse", "attention", "delta net"] = field(default="all", kw_only=True)
+    """Which layers have it, of a model where some are dense and others have experts, or where some have a gated delta
+    net in place of attention."""
     only: str | None = field(default=None, kw_only=True)
     """Field of `Architecture` without which no layer has it, such as "qk_layernorm"."""
     keeps_type: bool = field(default=False, kw_only=True)
@@ -88,6 +99,8 @@ class TensorMapping:
 
     def in_layer(self, architecture: Architecture, layer: int) -> bool:
         """Whether a layer (from 0) has the tensor."""
+        if self.layers in ("attention", "delta net"):
+            return (self.layers == "delta net") == architecture.has_delta_net(layer)
         return self.layers == "all" or (self.layers == "sparse") == architecture.has_experts(layer)
 
     def parts(self) -> tuple[str, ...]:
@@ -176,6 +189,69 @@ class FusedQKV(TensorMapping):
         groups = architecture.num_query_groups
         counts = [dimension(architecture, rows) // groups for rows in ("query", "key", "key")]
         return [Run(part, group * count, count) for group in range(groups) for part, count in enumerate(counts)]
+
+
+@dataclass(frozen=True)
+class GatedQKV(FusedQKV):
+    """The same with a gate for each query head: [q_1 .. q_R; gate_1 .. gate_R; k; v] of each key/value head.
+
+    Hugging Face's q_proj has a head's query and then its gate.
+    """
+
+    def part_shapes(self, architecture: Architecture) -> tuple[Shape, ...]:
+        (query, *columns), *rest = super().part_shapes(architecture)
+        return ((2 * query, *columns), *rest)
+
+    def runs(self, architecture: Architecture) -> list[Run]:
+        groups, head = architecture.num_query_groups, architecture.kv_channels
+        heads = architecture.num_attention_heads // groups
+        runs = []
+        for group in range(groups):
+            first = group * heads
+            for gate in (0, 1):
+                runs += [Run(0, (2 * (first + number) + gate) * head, head) for number in range(heads)]
+            runs += [Run(part, group * head, head) for part in (1, 2)]
+        return runs
+
+
+@dataclass(frozen=True)
+class KeyHeadRows(TensorMapping):
+    """What a gated delta net has for each of its key heads, one key head after the other; `hf` begins the names.
+
+    So each tensor-parallel rank has the rows of its own heads, one below the other.
+    """
+
+    tensors: tuple[tuple[str, tuple[str, ...]], ...]
+    """Hugging Face's tensors, and the kinds of rows that each has: "query", "key", "value", "gate", "rate", "decay"."""
+    columns: tuple[str, ...] = ("hidden",)
+    """Dimensions after the rows."""
+    together: bool = False
+    """Whether Hugging Face has the rows of one key head together, too; otherwise all of one kind."""
+
+    def parts(self) -> tuple[str, ...]:
+        return tuple(f"{self.hf}.{name}" for name, _ in self.tensors)
+
+    def part_shapes(self, architecture: Architecture) -> tuple[Shape, ...]:
+        net = architecture.delta_net
+        assert net is not None
+        rows, columns = net.rows_of_key_head, [dimension(architecture, name) for name in self.columns]
+        return tuple(
+            (net.linear_num_key_heads * sum(rows[kind] for kind in kinds), *columns) for _, kinds in self.tensors
+        )
+
+    def runs(self, architecture: Architecture) -> list[Run]:
+        net = architecture.delta_net
+        assert net is not None
+        rows, heads = net.rows_of_key_head, net.linear_num_key_heads
+        runs = []
+        for head in range(heads):
+            for part, (_, kinds) in enumerate(self.tensors):
+                width, before = sum(rows[kind] for kind in kinds), 0
+                for kind in kinds:
+                    start = head * width + before if self.together else heads * before + head * rows[kind]
+                    runs.append(Run(part, start, rows[kind]))
+                    before += rows[kind]
+        return runs
 
 
 @dataclass(frozen=True)
@@ -347,6 +423,10 @@ class Family:
     switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Keys of config.json that are true, false or absent (false), and the fields of `Architecture` that say the same:
     {"mlp_bias": ("add_mlp_bias",)}."""
+    carried: tuple[str, ...] = ()
+    """Beginnings of the names of tensors that are no part of the decoder, and are carried along."""
+    delta_net: bool = False
+    """Whether config.json says which layers have a gated delta net (`delta_config`)."""
     further_layers: str | None = None
     """Key of the number of layers behind the decoder's, which predict further tokens: they are carried along."""
     windows: WindowKeys | None = None

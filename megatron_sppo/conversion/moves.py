@@ -1,7 +1,7 @@
 """What a conversion hands to the writers: which bytes go where, and which tensors have to be computed (a cast)."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -81,18 +81,23 @@ def _of_expert(source: HFCheckpoint, name: str, mapping: ExpertStack, expert: in
     return mapping.from_hf(source.read_rows(name, expert, 1)).to(dtype)
 
 
-def export_tensors(opened: OpenedMegatron, cast: torch.dtype | None) -> Iterator[Moved | Computed]:
+def export_tensors(
+    opened: OpenedMegatron, cast: torch.dtype | None, *, in_files: Callable[[str], str] = str
+) -> Iterator[Moved | Computed]:
     """Describe an export -> one entry per Megatron tensor and layer.
 
     What lies in the checkpoint otherwise than in rows (cut across columns, say) is computed, as a cast is.
+
+    Args:
+        in_files: how the files name a tensor of the family's.
     """
     for binding in opened.bindings:
-        names = list(binding.hf_shapes)
+        names = [in_files(name) for name in binding.hf_shapes]
         to = binding.mapping.cast(cast)
         is_moved = to in (None, opened.dtype(binding)) and not isinstance(binding.mapping, ExpertStack)
         spans = opened.spans(binding) if is_moved else None
         if spans is None:
-            yield Computed(names=names, make=functools.partial(_hf_tensors, opened, binding, to))
+            yield Computed(names=names, make=functools.partial(_hf_tensors, opened, binding, names, to))
         else:
             runs = binding.mapping.runs(opened.architecture)
             yield Moved(spans=spans, rows=[Rows(names[part], start, rows) for part, start, rows in runs])
@@ -107,6 +112,8 @@ def _one_tensor(name: str, entry: Entry) -> list[tuple[str, Tensor]]:
     return [(name, read_tensor(entry))]
 
 
-def _hf_tensors(opened: OpenedMegatron, binding: Binding, cast: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in opened.read(binding).items():
+def _hf_tensors(
+    opened: OpenedMegatron, binding: Binding, names: Sequence[str], cast: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in zip(names, opened.read(binding).values(), strict=True):
         yield name, tensor.to(cast or tensor.dtype)

@@ -138,7 +138,7 @@ def read_manifest(directory: Path) -> DatasetManifest:
 def _convert(value: Any, of: type[T], *, place: str) -> T:
     try:
         return msgspec.convert(value, of)
-    except msgspec.ValidationError as error:
+    except ValueError as error:  # msgspec's own, or half a surrogate pair
         raise DataError(f"{place}: {error}. {_REMEDY}") from None
 
 

@@ -7,6 +7,7 @@ context parallelism queries are this rank's share of the tokens; keys and values
 gradients reduce-scattered.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -198,6 +199,20 @@ def with_shared_prompts(core_attention: type, *, windows: Sequence[int | None]) 
             return flex(query, key, value, row, **self._flex).squeeze(1).flatten(1)
 
     return SharedPromptAttention
+
+
+@functools.cache
+def with_gate(self_attention: type) -> type:
+    """Make Megatron-Core's attention gate what it answers without torch.compile -> a subclass.
+
+    Its own (0.16.1 and 0.19.2, attention.py) is compiled anew for other numbers of tokens: minutes on a CPU.
+    """
+
+    class GatedSelfAttention(self_attention):
+        def _apply_output_gate(self, context: Tensor, gate: Tensor) -> Tensor:
+            return (context * gate.reshape(context.shape).float().sigmoid()).to(context.dtype)
+
+    return GatedSelfAttention
 
 
 def _written_out(

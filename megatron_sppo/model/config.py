@@ -204,8 +204,11 @@ def _unfit_size(
     sides = [
         ("channels of hidden_size", architecture.hidden_size, 1),
         ("query channels", query, tensor),
-        ("query, key and value channels", query + 2 * key, tensor),
+        ("query, key and value channels", query * (1 + architecture.attention_output_gate) + 2 * key, tensor),
     ]
+    if architecture.delta_net is not None:
+        sides.append(("projected channels of a gated delta net", architecture.delta_net.projected_channels, tensor))
+        sides.append(("value channels of a gated delta net", architecture.delta_net.value_channels, tensor))
     if architecture.num_expert_layers < architecture.num_layers:
         sides.append(("feed-forward channels", architecture.ffn_hidden_size, tensor))
     if architecture.moe_ffn_hidden_size is not None:

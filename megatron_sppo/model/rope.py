@@ -14,7 +14,8 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_sppo.architecture import Architecture, RopeScaling
+from megatron_sppo.architecture import Architecture
+from megatron_sppo.layer_parts import RopeScaling
 from megatron_sppo.model.visibility import PackedRow
 
 

@@ -36,7 +36,7 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
     Raises:
         ConfigError: an unknown or refused KEY=VALUE, or a combination that Megatron-Core itself refuses.
     """
-    fused = resolve_transformer_impl(config) == "transformer_engine"
+    fused, net = resolve_transformer_impl(config) == "transformer_engine", architecture.delta_net
     values: dict[str, Any] = {
         **{name: value for name, value in shared_fields(architecture).items() if value is not None},
         # Megatron-Core's switch for all biases at once, for experts alone: layer_spec.py puts in the single ones.
@@ -45,6 +45,8 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
         "gated_linear_unit": True,
         "activation_func": _ACTIVATIONS[architecture.activation_func],
         **_attention(architecture),
+        # A list: Megatron-Core then stacks no layers in a checkpoint.
+        "linear_attention_freq": None if net is None else list(net.linear_attention_freq),
         # Both passes must see the same network, or the log-ratio is not zero before the first step.
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,

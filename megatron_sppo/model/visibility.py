@@ -5,6 +5,7 @@ prompt), of both what does not come later in its sequence and lies within the la
 C = context-parallel ranks: each holds T / C of the tokens as queries and sees the keys of all.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -109,9 +110,20 @@ class Row:
         """Where each token of the row lies among those gathered rank by rank -> [T] int64."""
         return self._held.flatten().argsort()
 
+    def held(self, rank: int) -> Tensor:
+        """Where in the row a context-parallel rank's tokens lie, in its order -> [T / C] int64."""
+        return self._held[rank]
+
     @cached_property
     def _held(self) -> Tensor:
         return zigzag_shares(self.shares, num_tokens=self._num_tokens, size=self._size)
+
+    @cached_property
+    def ranges(self) -> list[tuple[slice, int]]:
+        """List each document's tokens, and the number of the one that it continues or -1. Waits for the device."""
+        bounds = self.documents.tolist()
+        parents = [-1] * (len(bounds) - 1) if self.parents is None else self.parents.tolist()
+        return [(slice(*pair), parent) for pair, parent in zip(itertools.pairwise(bounds), parents, strict=True)]
 
     @cached_property
     def spans(self) -> list[tuple[slice, Tensor | slice, bool]]:
@@ -120,13 +132,11 @@ class Row:
         Waits for the device.
         """
         bounds = self.documents.tolist()
-        parents = [-1] * (len(bounds) - 1) if self.parents is None else self.parents.tolist()
-        lengths = torch.bincount(self.queries.document, minlength=len(parents)).tolist()
+        lengths = torch.bincount(self.queries.document, minlength=len(bounds) - 1).tolist()
         found: list[tuple[slice, Tensor | slice, bool]] = []
         first = 0
-        for number, parent in enumerate(parents):
+        for number, (own, parent) in enumerate(self.ranges):
             here = slice(first, first + lengths[number])
-            own = slice(bounds[number], bounds[number + 1])
             first = here.stop
             if lengths[number] and parent < 0:
                 found.append((here, own, lengths[number] == own.stop - own.start))

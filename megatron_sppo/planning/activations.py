@@ -12,7 +12,9 @@ e = bytes of the activations' type, R = response tokens.
 from dataclasses import dataclass
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.layer_parts import LayerKind
 from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.planning.delta_net import delta_net_items, delta_net_working
 from megatron_sppo.planning.frozen import Sizes, with_adapters
 from megatron_sppo.planning.parameters import Grid
 
@@ -63,16 +65,16 @@ def activations(
     shape: MicroBatchShape,
     *,
     engine: bool,
-    has_experts: bool,
+    kind: LayerKind,
 ) -> Activations:
     """Add up what is kept of one micro-batch -> Activations.
 
     Args:
         engine: Transformer Engine's spec (CUDA); otherwise torch's (CPU).
-        has_experts: of the layer; models may have both kinds.
+        kind: of the layer; models may have several.
     """
     parallel, tensor = grid.parallel, grid.parallel.tensor_model_parallel_size
-    if has_experts:
+    if kind.has_experts:
         width = (architecture.moe_ffn_hidden_size or 0) // parallel.expert_tensor_parallel_size
     else:
         width = architecture.ffn_hidden_size // tensor
@@ -85,14 +87,22 @@ def activations(
         head=architecture.kv_channels,
         heads=architecture.num_attention_heads // tensor,
         width=width,
-        shared=(architecture.moe_shared_expert_intermediate_size or 0) // tensor if has_experts else 0,
-        has_experts=has_experts,
+        shared=(architecture.moe_shared_expert_intermediate_size or 0) // tensor if kind.has_experts else 0,
+        has_experts=kind.has_experts,
         type_bytes=model.type_bytes,
     )
 
     def items(*, recompute: bool) -> dict[str, int]:
-        listed = _engine_layer if engine else _torch_layer
-        found = listed(architecture, model, grid, shape, sizes, recompute=recompute)
+        product_bytes = FP8 if engine and model.fp8 != "none" else sizes.type_bytes
+        if kind.has_delta_net:
+            found = delta_net_items(architecture, sizes, tensor_ranks=tensor, input_bytes=product_bytes)
+        else:
+            mixer = _engine_attention if engine else _torch_attention
+            found = mixer(architecture, model, grid, shape, sizes, recompute=recompute)
+        norm = _engine_norm(sizes) if engine else _torch_norm(sizes)
+        found["norms"] = architecture.norms_per_layer * sum(norm.values())
+        feed_forward = _engine_feed_forward if engine else _torch_feed_forward
+        found |= feed_forward(architecture, grid, sizes, product_bytes=product_bytes)
         if grid.adapters is None:
             return found
         return with_adapters(found, architecture, grid, sizes, engine=engine, is_fp8=model.fp8 != "none")
@@ -107,17 +117,20 @@ def activations(
     norm = sum(_engine_norm(sizes).values()) if engine else sum(_torch_norm(sizes).values())
     if grid.adapters is not None and not engine:
         norm -= sizes.residual  # kept for its weight's gradient alone
+    working = _working(
+        sizes,
+        engine=engine,
+        gathered_keys=parallel.context_parallel_size if _takes_flex(architecture, grid, shape) else 0,
+    )
+    if kind.has_delta_net:
+        working = max(working, delta_net_working(architecture, sizes, tensor_ranks=tensor))
     rows = shape.num_response_tokens * (sizes.hidden * sizes.type_bytes + 2 * 8 + 2 * FLOAT32)
     return Activations(
         layer=kept,
         recomputed=whole_bytes - kept_bytes,
         first=shape.num_tokens * (8 + (tensor > 1)),
         last=norm + rows,
-        working=_working(
-            sizes,
-            engine=engine,
-            gathered_keys=parallel.context_parallel_size if _takes_flex(architecture, grid, shape) else 0,
-        ),
+        working=working,
     )
 
 
@@ -150,7 +163,7 @@ def _torch_norm(sizes: Sizes) -> dict[str, int]:
     return {"norm": sizes.between * (sizes.hidden * (FLOAT32 + sizes.type_bytes) + FLOAT32)}
 
 
-def _torch_layer(
+def _torch_attention(
     architecture: Architecture,
     model: ModelConfig,
     grid: Grid,
@@ -159,12 +172,10 @@ def _torch_layer(
     *,
     recompute: bool,
 ) -> dict[str, int]:
-    """List what a layer of the torch spec keeps -> {what: bytes}."""
+    """List what attention of the torch spec keeps -> {what: bytes}."""
     context = grid.parallel.context_parallel_size
     wide = sizes.tokens * sizes.type_bytes
-    norm = sum(_torch_norm(sizes).values())
     items = {
-        "norms": architecture.norms_per_layer * norm,
         "input of linear_qkv": sizes.residual,
         "rotation": 4 * wide * sizes.head,
         # Values are a view of the projection's output, which is kept whole for them.
@@ -187,11 +198,18 @@ def _torch_layer(
     if architecture.qk_layernorm:
         channels, norms = sizes.query + sizes.key, sizes.heads + sizes.key // sizes.head
         items["norms of queries and keys"] = sizes.tokens * (channels * (FLOAT32 + sizes.type_bytes) + norms * FLOAT32)
+    if architecture.attention_output_gate:
+        items["gate"] = sizes.tokens * sizes.query * (FLOAT32 + sizes.type_bytes)
+    return items
+
+
+def _torch_feed_forward(architecture: Architecture, grid: Grid, sizes: Sizes, *, product_bytes: int) -> dict[str, int]:
+    """List what a feed-forward unit of the torch spec keeps -> {what: bytes}."""
+    assert product_bytes == sizes.type_bytes
     if not sizes.has_experts:
         # Gate and up, silu(gate), up + 0 (megatron-core 0.16.1 and 0.19.2, mlp.py adds an offset), their product.
-        items["feed-forward"] = sizes.residual + wide * 5 * sizes.width
-        return items
-    return items | _torch_experts(architecture, grid, sizes)
+        return {"feed-forward": sizes.residual + sizes.tokens * sizes.type_bytes * 5 * sizes.width}
+    return _torch_experts(architecture, grid, sizes)
 
 
 def _capped_attention(shape: MicroBatchShape, sizes: Sizes, *, context: int) -> int:
@@ -232,7 +250,7 @@ def _engine_norm(sizes: Sizes) -> dict[str, int]:
     return {"norm": sizes.residual + sizes.between * FLOAT32}
 
 
-def _engine_layer(
+def _engine_attention(
     architecture: Architecture,
     model: ModelConfig,
     grid: Grid,
@@ -241,7 +259,7 @@ def _engine_layer(
     *,
     recompute: bool,
 ) -> dict[str, int]:
-    """List what a layer of Transformer Engine's spec keeps -> {what: bytes}.
+    """List what attention of Transformer Engine's spec keeps -> {what: bytes}.
 
     Under FP8 the inputs of products are kept in one byte an element; queries, keys, values and the attention's output
     stay in bfloat16 (no FP8 attention), and so do the residual stream and the activation's input.
@@ -249,7 +267,6 @@ def _engine_layer(
     product_bytes = FP8 if model.fp8 != "none" else sizes.type_bytes
     wide, normed = sizes.tokens * sizes.type_bytes, sizes.between * sizes.hidden * product_bytes
     items = {
-        "norms": architecture.norms_per_layer * sum(_engine_norm(sizes).values()),
         "input of linear_qkv": normed,
         "queries, keys and values": wide * (2 * sizes.query + 3 * sizes.key),
         "input of linear_proj": sizes.tokens * sizes.query * product_bytes,
@@ -264,12 +281,19 @@ def _engine_layer(
         items["attention"] = output + sizes.tokens * sizes.heads * FLOAT32
     if architecture.qk_layernorm:
         items["norms of queries and keys"] = wide * (sizes.query + sizes.key)
+    if architecture.attention_output_gate:
+        items["gate"] = sizes.tokens * sizes.query * (FLOAT32 + sizes.type_bytes)
+    return items
+
+
+def _engine_feed_forward(architecture: Architecture, grid: Grid, sizes: Sizes, *, product_bytes: int) -> dict[str, int]:
+    """List what a feed-forward unit of Transformer Engine's spec keeps -> {what: bytes}."""
+    wide, normed = sizes.tokens * sizes.type_bytes, sizes.between * sizes.hidden * product_bytes
     if not sizes.has_experts:
-        items["feed-forward"] = normed + wide * 2 * sizes.width + sizes.tokens * sizes.width * product_bytes
-        return items
+        return {"feed-forward": normed + wide * 2 * sizes.width + sizes.tokens * sizes.width * product_bytes}
     # Tokens are exchanged with those who hold their experts; as many come as go where the router is balanced.
     routed = sizes.between * (architecture.moe_router_topk or 0)
-    items["router"] = sizes.residual + sizes.between * 3 * (architecture.num_moe_experts or 0) * FLOAT32
+    items = {"router": sizes.residual + sizes.between * 3 * (architecture.num_moe_experts or 0) * FLOAT32}
     items["shared experts"] = wide * 2 * sizes.shared + sizes.tokens * sizes.shared * product_bytes
     if architecture.moe_shared_expert_gate:
         items["shared experts"] += sizes.residual + sizes.between * sizes.type_bytes

@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_sppo.architecture import Architecture, RopeScaling
+from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.hf_files import read_config
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.layer_parts import DeltaNet, RopeScaling
 
 
 def _shape(
@@ -33,6 +34,19 @@ def _shape(
     )
 
 
+def _delta_net(layers: int, *, value_heads: int) -> DeltaNet:
+    """Describe Qwen's gated delta nets, in three of four layers."""
+    return DeltaNet(
+        linear_attention_freq=tuple(int((layer + 1) % 4 != 0) for layer in range(layers)),
+        linear_num_key_heads=16,
+        linear_num_value_heads=value_heads,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        linear_conv_kernel_dim=4,
+    )
+
+
+_QWEN_NEXT = {"max_position_embeddings": 262144, "rotary_base": 1e7, "rotary_percent": 0.25}
 _TIED = {"share_embeddings_and_output_weights": True}
 _QWEN2 = {"max_position_embeddings": 32768}
 _LONG = {"max_position_embeddings": 65536}
@@ -101,6 +115,13 @@ PUBLISHED: dict[str, Architecture] = {
     "qwen2-57b-a14b": _shape(
         "qwen2_moe", 28, 3584, 18944, 28, 4, 128, 151936, num_moe_experts=64, moe_router_topk=8,
         moe_ffn_hidden_size=2560, moe_shared_expert_intermediate_size=20480, moe_router_pre_softmax=True,
+    ),
+    "qwen3.6-27b": _shape(
+        "qwen3_5_text", 64, 5120, 17408, 24, 4, 256, 248320, **_QWEN_NEXT, delta_net=_delta_net(64, value_heads=48),
+    ),
+    "qwen3-next-80b-a3b": _shape(
+        "qwen3_next", 48, 2048, 5120, 16, 2, 256, 151936, **_QWEN_NEXT, delta_net=_delta_net(48, value_heads=32),
+        num_moe_experts=512, moe_router_topk=10, moe_ffn_hidden_size=512, moe_shared_expert_intermediate_size=512,
     ),
     "glm-4.5-air": _shape(
         "glm4_moe", 46, 4096, 10944, 96, 8, 128, 151552, num_moe_experts=128, moe_router_topk=8,

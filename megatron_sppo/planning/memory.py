@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.layer_parts import LayerKind
 from megatron_sppo.model.config import ModelConfig, padded_vocab_size
 from megatron_sppo.objective.chunk_size import NUM_BUFFERS, default_chunk_size
 from megatron_sppo.planning.activations import FLOAT32, Activations, MicroBatchShape, activations
@@ -13,7 +14,7 @@ from megatron_sppo.planning.parameters import Grid, Shard, buffer_elements, coun
 GIB = 1 << 30
 
 _MATRICES = (
-    *("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"),
+    *("linear_qkv", "linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2"),
     *("shared_experts.linear_fc1", "shared_experts.linear_fc2"),
 )
 
@@ -92,8 +93,8 @@ def stage_memory(
     held = sum(elements.values()) * model.type_bytes
     frozen = 0 if grid.adapters is None else count(shards) * model.type_bytes
     kept = {
-        has_experts: activations(architecture, model, grid, shape, engine=engine, has_experts=has_experts)
-        for has_experts in architecture.layer_kinds()
+        kind: activations(architecture, model, grid, shape, engine=engine, kind=kind)
+        for kind in architecture.layer_kinds()
     }
     waiting = chunks_in_flight(grid, stage, num_micro_batches=num_micro_batches)
     in_flight = _in_flight(architecture, grid, kept, stage, waiting)
@@ -135,7 +136,7 @@ def _optimizer(elements: dict[bool, int], model: ModelConfig, grid: Grid, name: 
 
 
 def _in_flight(
-    architecture: Architecture, grid: Grid, kept: Mapping[bool, Activations], stage: int, waiting: int
+    architecture: Architecture, grid: Grid, kept: Mapping[LayerKind, Activations], stage: int, waiting: int
 ) -> int:
     """What the waiting passes keep: of their layers; the embedding's and the head's only of their own chunk.
 
@@ -143,7 +144,7 @@ def _in_flight(
     """
     stages = grid.parallel.pipeline_model_parallel_size
     layers = max(
-        sum(kept[architecture.has_experts(layer)].per_layer for layer in chunk)
+        sum(kept[architecture.kind(layer)].per_layer for layer in chunk)
         for chunk in grid.chunks_of_stage(architecture.num_layers, stage)
     )
     ends = next(iter(kept.values()))
@@ -175,7 +176,7 @@ def _working(
     model: ModelConfig,
     grid: Grid,
     shape: MicroBatchShape,
-    kept: Mapping[bool, Activations],
+    kept: Mapping[LayerKind, Activations],
     shards: list[Shard],
     *,
     is_last: bool,

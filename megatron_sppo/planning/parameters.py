@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megatron_sppo.architecture import EXPERT_WEIGHTS, Architecture
 from megatron_sppo.checkpoints.adapter_file import AdapterSettings, adapted_modules
+from megatron_sppo.layer_parts import LayerKind
 from megatron_sppo.model.config import padded_vocab_size
 from megatron_sppo.training.config import ParallelConfig
 
@@ -78,19 +79,19 @@ class Grid:
         return stage_ranks // (self.parallel.expert_model_parallel_size * self.parallel.expert_tensor_parallel_size)
 
 
-def layer_shards(architecture: Architecture, parallel: ParallelConfig, *, has_experts: bool) -> list[Shard]:
+def layer_shards(architecture: Architecture, parallel: ParallelConfig, *, kind: LayerKind) -> list[Shard]:
     """List one layer's parameters as a rank holds them."""
     weights = architecture.layer_weights(
-        has_experts=has_experts,
+        kind=kind,
         tensor_ranks=parallel.tensor_model_parallel_size,
         expert_tensor_ranks=parallel.expert_tensor_parallel_size,
     )
     copies = {"norm": architecture.norms_per_layer}
-    if has_experts:
+    if kind.has_experts:
         experts = (architecture.num_moe_experts or 0) // parallel.expert_model_parallel_size
         copies |= dict.fromkeys(EXPERT_WEIGHTS, experts)
     return [
-        Shard(name=name, numel=numel, is_expert=has_experts and name.startswith("linear_fc"))
+        Shard(name=name, numel=numel, is_expert=kind.has_experts and name.startswith("linear_fc"))
         for name, numel in weights.items()
         for _ in range(copies.get(name, 1))
     ]
@@ -105,12 +106,9 @@ def stage_shards(architecture: Architecture, grid: Grid, stage: int) -> list[lis
     last = parallel.pipeline_model_parallel_size - 1
     rows = padded_vocab_size(architecture.vocab_size, parallel.tensor_model_parallel_size)
     vocabulary = rows // parallel.tensor_model_parallel_size * architecture.hidden_size
-    kinds = {
-        has_experts: layer_shards(architecture, parallel, has_experts=has_experts)
-        for has_experts in architecture.layer_kinds()
-    }
+    kinds = {kind: layer_shards(architecture, parallel, kind=kind) for kind in architecture.layer_kinds()}
     chunks = [
-        [shard for layer in layers for shard in kinds[architecture.has_experts(layer)]]
+        [shard for layer in layers for shard in kinds[architecture.kind(layer)]]
         for layers in grid.chunks_of_stage(architecture.num_layers, stage)
     ]
     if stage == 0:

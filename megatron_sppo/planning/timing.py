@@ -145,20 +145,17 @@ def _stage_seconds(
 
 
 def _busiest_layers(architecture: Architecture, grid: Grid) -> tuple[int, int]:
-    """Find the pipeline stage with the most products in its layers -> (layers, FLOPs of their products per token)."""
-    kinds = {
-        has_experts: flops.layer_flops_per_token(architecture, has_experts=has_experts)
-        for has_experts in architecture.layer_kinds()
-    }
+    """Find the pipeline stage with the most products in its layers -> (with attention, FLOPs a token)."""
+    kinds = {kind: flops.layer_flops_per_token(architecture, kind=kind) for kind in architecture.layer_kinds()}
     stages = [
-        [kinds[architecture.has_experts(layer)] for chunk in chunks for layer in chunk]
+        [architecture.kind(layer) for chunk in chunks for layer in chunk]
         for chunks in (
             grid.chunks_of_stage(architecture.num_layers, stage)
             for stage in range(grid.parallel.pipeline_model_parallel_size)
         )
     ]
-    busiest = max(stages, key=sum)
-    return len(busiest), sum(busiest)
+    busiest = max(stages, key=lambda stage: sum(kinds[kind] for kind in stage))
+    return sum(not kind.has_delta_net for kind in busiest), sum(kinds[kind] for kind in busiest)
 
 
 def stage_seconds(architecture: Architecture, config: PlanConfig, grid: Grid, step: StepTime) -> dict[str, float]:
@@ -193,7 +190,7 @@ def _rollout_seconds(architecture: Architecture, config: PlanConfig, grid: Grid)
     answers = given.num_prompts * given.num_responses
     together = min(machine.decode_sequences, max(1, answers // samplers))
     length = given.mean_prompt_tokens + given.mean_response_tokens / 2
-    cache = 4 * architecture.num_layers * architecture.key_channels * length
+    cache = 4 * architecture.num_attention_layers * architecture.key_channels * length
     read = (weights + together * cache) / size / (machine.hbm_gb_per_s * 1e9 * machine.decode_efficiency)
     per_token = flops.all_layers_flops_per_token(architecture)
     computed = together * per_token / size / (machine.bf16_tflops * _TERA)

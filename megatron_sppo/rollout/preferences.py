@@ -292,7 +292,7 @@ def _matrix(values: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Check the numbers of a column; preferences must be some -> float64."""
     try:
         array = np.array(values, dtype=np.float64)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise UnusableRow(f"{name} does not hold numbers") from None
     if array.shape != shape or not np.isfinite(array).all():
         raise UnusableRow(f"{name} does not hold {'x'.join(map(str, shape)) or 'one'} finite number(s)")

@@ -329,7 +329,10 @@ def _scoring(config: SelfPlayConfig, rollouts: Path, dataset: Path) -> ScoreConf
 
 def _pool(config: SelfPlayConfig, option: PoolConfig) -> PoolConfig:
     """Choose a stage's own pool where it has one, and the run's otherwise -> PoolConfig."""
-    return config.run.pool if option == PoolConfig() else option
+    if option == PoolConfig(worker_timeout=option.worker_timeout):
+        own = option.worker_timeout != PoolConfig().worker_timeout
+        return replace(config.run.pool, worker_timeout=option.worker_timeout) if own else config.run.pool
+    return option
 
 
 def _given(option: int, setting: int) -> int:

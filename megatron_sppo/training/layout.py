@@ -21,6 +21,7 @@ def check_layout(config: ParallelConfig, architecture: Architecture, *, world_si
                 f"Use --tensor-model-parallel-size with one of {fitting}."
             )
     _check_stages(config, architecture.num_layers)
+    _check_delta_net(config, architecture)
     if world_size % config.model_parallel_size:
         raise ConfigError(
             f"{world_size} ranks cannot be divided into model replicas of {config.model_parallel_size} "
@@ -54,6 +55,19 @@ def _check_stages(config: ParallelConfig, num_layers: int) -> None:
             f"{num_layers} layers without the {sum(given)} of first and last stage leave {rest}, which cannot be "
             f"divided evenly into {between * chunks} pipeline chunks. Change --decoder-first-pipeline-num-layers or "
             "--decoder-last-pipeline-num-layers."
+        )
+
+
+def _check_delta_net(config: ParallelConfig, architecture: Architecture) -> None:
+    """Refuse ranks that have no key head of a gated delta net: context-parallel ranks divide heads, too."""
+    if architecture.delta_net is None:
+        return
+    heads = architecture.delta_net.linear_num_key_heads // config.tensor_model_parallel_size
+    if heads % config.context_parallel_size:
+        fitting = [size for size in range(1, heads + 1) if heads % size == 0]
+        raise ConfigError(
+            f"context_parallel_size ({config.context_parallel_size}) does not divide the {heads} key heads of a gated "
+            f"delta net that each tensor-parallel rank has. Use --context-parallel-size with one of {fitting}."
         )
 
 
@@ -105,6 +119,8 @@ def _split_counts(config: ParallelConfig, architecture: Architecture) -> dict[st
         counts["feed-forward channels of an expert"] = architecture.moe_ffn_hidden_size
     if architecture.moe_shared_expert_intermediate_size is not None:
         counts["feed-forward channels of the shared expert"] = architecture.moe_shared_expert_intermediate_size
+    if architecture.delta_net is not None:
+        counts["key heads of a gated delta net"] = architecture.delta_net.linear_num_key_heads
     return counts
 
 

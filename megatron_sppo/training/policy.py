@@ -25,6 +25,7 @@ _HASH_BITS = 48
 
 _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "self_attention.in_proj.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 """Transformer Engine's names of norms inside the linear layers that it fuses them with -> the torch spec's."""

@@ -21,7 +21,9 @@ from torch import Tensor
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.distcp import DistcpReader
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
+from megatron_sppo.checkpoints.hf_files import read_config
 from megatron_sppo.checkpoints.pretrained import load_pretrained
+from megatron_sppo.checkpoints.wrapped import is_wrapped
 from megatron_sppo.conversion.megatron_model import OpenedMegatron
 from megatron_sppo.conversion.sources import open_source
 from megatron_sppo.model.config import ModelConfig
@@ -74,6 +76,10 @@ def hf_logits(hf: Path, dtype: torch.dtype, *, on_layer: Callable[[], object], a
     config = AutoConfig.from_pretrained(
         hf, attn_implementation=attention, local_files_only=True, trust_remote_code=False
     )
+    if is_wrapped(read_config(hf)):  # the decoder alone, under whose names `source` has its tensors
+        tied = config.tie_word_embeddings
+        config = config.get_text_config()
+        config.tie_word_embeddings = tied
     with torch.device("meta"):
         model = auto.from_config(config, dtype=dtype).eval()
     # A model of no layers and few rows gives all that is no layer: norms, rotary frequencies, the embedding's scale.

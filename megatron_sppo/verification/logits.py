@@ -21,8 +21,10 @@ from tqdm import tqdm
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.distcp import COMMON_FILE, check_metadata
+from megatron_sppo.checkpoints.hf_files import read_config
 from megatron_sppo.checkpoints.megatron_checkpoint import BACKEND_FILE, MANIFEST_FILE, verify_checkpoint
 from megatron_sppo.checkpoints.pretrained import load_pretrained
+from megatron_sppo.checkpoints.wrapped import is_wrapped
 from megatron_sppo.command_line import one_line
 from megatron_sppo.conversion.megatron_model import OpenedMegatron
 from megatron_sppo.errors import ConversionError, DataError
@@ -235,10 +237,11 @@ def prompt_logits(model: AbstractContextManager[Logits], token_ids: list[list[in
 @contextlib.contextmanager
 def hf_logits(hf: Path, dtype: str, attention: str | None) -> Iterator[Logits]:
     """Load Hugging Face's model, with transformers' `attention` implementation (None: its default)."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    auto = AutoModelForImageTextToText if is_wrapped(read_config(hf)) else AutoModelForCausalLM
     try:
-        model = load_pretrained(AutoModelForCausalLM, hf, dtype=getattr(torch, dtype), attn_implementation=attention)
+        model = load_pretrained(auto, hf, dtype=getattr(torch, dtype), attn_implementation=attention)
     except (ConversionError, DataError):
         raise
     except (OSError, ValueError) as error:

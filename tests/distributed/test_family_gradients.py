@@ -2,8 +2,8 @@
 
 Truth is Hugging Face's model under autograd, its eager attention and its log-softmax: windows, soft caps, scaled
 embeddings, norms behind the units (sequence parallelism adds their gradients up), norms over the heads of all
-tensor-parallel ranks, biases, sinks, clamped experts, and rotary tables of two kinds. Documents are longer than the
-window of eight tokens, and pipeline stages uneven.
+tensor-parallel ranks, biases, sinks, clamped experts, rotary tables of two kinds, and gated delta nets. Documents are
+longer than the window of eight tokens, and pipeline stages uneven.
 Not shown here: CUDA, Transformer Engine, FP8.
 """
 
@@ -45,6 +45,12 @@ LAYOUTS = {
     "llama, biases": {"TP2 SP": (2, f"{TP2} --sequence-parallel")},
     "olmo2": {"TP2": (2, TP2), "TP2 SP": (2, f"{TP2} --sequence-parallel")},
     "olmo3": {"TP2 SP": (2, f"{TP2} --sequence-parallel"), "CP2 padded": (2, f"{CP2} --no-packing")},
+    "qwen3_5_text": {
+        "shared TP2 CP2 SP": (
+            4,
+            f"{SHARED} --context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel",
+        ),
+    },
     "phi3, longrope of a half": {"CP2": (2, CP2), "TP2 SP padded": (2, f"{TP2} --sequence-parallel --no-packing")},
     "llama": {
         # Six layers: one and one in the first stage's chunks, two and two in the last one's.

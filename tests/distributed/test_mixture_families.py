@@ -1,8 +1,8 @@
 """Loss, log-probabilities and gradient of mixtures of other kinds than Qwen3's and Mixtral's (test_moe_layouts.py).
 
 Shared experts with and without a gate, dense layers between and in front, routers that score by a sigmoid, choose by a
-bias and from groups. Truth is Hugging Face's model under autograd. The bias of a router comes out of a step as it went
-in, bit for bit. Not shown here: CUDA, Transformer Engine, FP8.
+bias and from groups, gated delta nets before them. Truth is Hugging Face's model under autograd. The bias of a router
+comes out of a step as it went in, bit for bit. Not shown here: CUDA, Transformer Engine, FP8.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from tests.families import family_model
 
 GATED, GLM, GROUPS = "qwen2_moe, dense between", "glm4_moe", "glm4_moe, biases, groups, two shared"
 DENSE_BETWEEN = "qwen3_moe, dense between"
+DELTA_NETS = "qwen3_next"
 BIAS = "e_score_correction_bias"
 
 MICRO = "--micro-batch-size 4"
@@ -37,6 +38,7 @@ CASES = [
     (GATED, 2, TP2_SP),
     (GATED, 2, f"{EP2} --no-packing"),
     (GATED, 4, f"{ALL} --recompute-granularity full"),
+    (DELTA_NETS, 2, f"{TP2_SP} --expert-model-parallel-size 2"),
     (GLM, 2, TP2_SP),
     (GLM, 2, PP2),
     (GLM, 2, EP2),
@@ -115,7 +117,7 @@ def test_loss_and_gradient_equal_hugging_faces_and_biases_stay(
     assert len(biases) == {GLM: 2, GROUPS: 3}.get(family, 0)
     assert all(torch.equal(exported[name].view(torch.int32), original[name].view(torch.int32)) for name in biases)
     shared = [name for name in exported if ".shared_expert" in name]
-    assert len(shared) == {GATED: 4, GLM: 6, GROUPS: 9}.get(family, 0)  # sparse layers x weights
+    assert len(shared) == {GATED: 4, DELTA_NETS: 12, GLM: 6, GROUPS: 9}.get(family, 0)  # sparse layers x weights
     assert all(exported[name].any() for name in shared)
 
 

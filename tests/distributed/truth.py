@@ -35,6 +35,11 @@ BASE = ["--params-dtype", "float32", "--lr", "1e-3", "--eta", str(ETA), "--globa
 LOG_PROB_BOUND = 1e-5
 LOSS_BOUND = 1e-6
 GRADIENT_BOUND = 1e-5
+DECAY_BOUND = 5e-4
+"""Of a gated delta net's decays and rates: sums over all tokens whose terms mostly cancel each other, and Hugging Face
+computes the rule in float32, too, whatever the model's type. Found: 3e-5 to 7e-5 whatever is left of the sum, which is
+1.4e-4 of the smallest one."""
+_DECAYS = (".A_log", ".dt_bias", ".in_proj_a.weight", ".in_proj_b.weight", ".in_proj_ba.weight")
 
 
 @dataclass
@@ -131,7 +136,8 @@ def assert_same_gradient(found: Mapping[str, Tensor], truth: Mapping[str, Tensor
     for name, gradient in found.items():
         scale = truth[name].abs().max().item()
         difference = (gradient - truth[name]).abs().max().item()
-        assert difference <= GRADIENT_BOUND * scale, f"{name} differs by {difference / (scale or 1):.1e} of {scale:.3g}"
+        bound = DECAY_BOUND if name.endswith(_DECAYS) else GRADIENT_BOUND
+        assert difference <= bound * scale, f"{name} differs by {difference / (scale or 1):.1e} of {scale:.3g}"
 
 
 def outputs_and_log_prob(model: Any, prompt: np.ndarray, response: np.ndarray) -> tuple[Any, Tensor]:

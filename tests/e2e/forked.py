@@ -70,7 +70,14 @@ class Training:
         return None, self._text
 
 
+def hear_signals() -> None:
+    """Hear SIGINT and SIGHUP as a process that a person started: tests may run under nohup, which is inherited."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def _main(arguments: list[str], environment: dict[str, str], said: str) -> None:
+    hear_signals()
     os.environ.clear()
     os.environ.update(environment)
     nothing, errors = os.open(os.devnull, os.O_RDWR), os.open(said, os.O_WRONLY)

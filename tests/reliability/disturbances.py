@@ -17,14 +17,15 @@ DISTURBANCES = (*SIGNALS, *DISKS, "dead stage", "jumping clock")
 """What may happen to a life; "dead stage": the stage's process is killed, and the loop is not."""
 ENDINGS = {
     "kill -9": (-signal.SIGKILL,),
-    "SIGTERM": (143,),
-    "SIGINT": (130,),
+    "SIGTERM": (143, -signal.SIGTERM),
+    "SIGINT": (130, -signal.SIGINT),
     "SIGHUP": (-signal.SIGHUP,),
     "dead stage": (1,),
     "jumping clock": (),
     **dict.fromkeys(DISKS, (2,)),
 }
-"""Exit codes of a life that was disturbed before it was done; 0 is always possible."""
+"""Exit codes of a life that was disturbed before it was done; 0 is always possible. A signal may come before the
+command listens."""
 
 
 def live(
@@ -58,7 +59,12 @@ def live(
         extra["PYTHONPATH"] = os.pathsep.join([str(STARTUP), environment["PYTHONPATH"]])
     with open(run_dir.with_name(f"{run_dir.name}.said"), "w+") as said:
         loop = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=said, env={**environment, **extra}, cwd=run_dir.parent
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            env={**environment, **extra},
+            cwd=run_dir.parent,
+            preexec_fn=_hear_signals,
         )
         if disturbance in SIGNALS or disturbance == "dead stage":
             _wait(loop, run_dir, stage, until=time.monotonic() + (300 if stage else dice.random() * seconds))
@@ -72,6 +78,12 @@ def live(
         said.seek(0)
         lines = said.read().splitlines()
     return code, (lines or [""])[-1]
+
+
+def _hear_signals() -> None:
+    """Hear SIGINT and SIGHUP as a process that a person started: tests may run under nohup, which is inherited."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _wait(loop: subprocess.Popen, run_dir: Path, stage: str | None, *, until: float) -> None:

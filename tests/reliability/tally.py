@@ -48,11 +48,11 @@ class Tally:
         assert kind in KINDS and quick <= whole
         return range(whole if self._soak else quick)
 
-    def rounds(self, kind: str, quick: int) -> Iterator[int]:
-        """Count rounds -> 0, 1, ...: `quick` of them, and under --soak more until --soak-minutes are over."""
+    def rounds(self, kind: str) -> Iterator[int]:
+        """Count rounds -> 0, 1, ...: one, and under --soak more until --soak-minutes are over."""
         assert kind in KINDS
         number = 0
-        while number < quick or (self._soak and time.monotonic() < self._until):
+        while number < 1 or (self._soak and time.monotonic() < self._until):
             yield number
             number += 1
 
@@ -109,11 +109,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "counts(kind): one case of that kind in the table of `make soak`")
+    config.addinivalue_line("markers", "soak: runs under --soak alone")
     config.addinivalue_line("markers", "reliability: has cases for that table; set from the fixture and the mark")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses by the mark
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--soak") and (left := [item for item in items if item.get_closest_marker("soak")]):
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
     for item in items:
         if "tally" in getattr(item, "fixturenames", ()) or item.get_closest_marker("counts"):
             item.add_marker(pytest.mark.reliability)

@@ -42,7 +42,7 @@ def mutated(draw: st.DrawFn, seed: Any) -> bytes:
         path = draw(st.sampled_from(places(whole)))
         other: Any = whole
         if draw(st.booleans()):
-            new = draw(st.sampled_from(JUNK))
+            new = copy.deepcopy(draw(st.sampled_from(JUNK)))
         else:
             for key in draw(st.sampled_from(places(whole))):
                 other = other[key]
@@ -81,6 +81,30 @@ def torn(draw: st.DrawFn, seed: bytes) -> bytes:
         else:
             content[place:place] = draw(st.binary(min_size=1, max_size=12))
     return bytes(content)
+
+
+FOUND: dict[str, tuple[str, dict[str, Any]]] = {
+    "half a surrogate pair for a number": ("dataset's manifest", {"num_prompts": "\ud800"}),
+    "half a surrogate pair for a choice": ("dataset's manifest", {"preset": "\udfff"}),
+    "architectures that are a number": ("config.json", {"architectures": 1}),
+    "architectures that are a name": ("config.json", {"architectures": "LlamaForCausalLM"}),
+    "an epsilon beyond float64": ("config.json", {"rms_norm_eps": 10**400}),
+    "a score beyond float64": ("preferences", {"score_chosen": 10**400}),
+    "an alpha beyond float64": ("adapter.json", {"alpha": 10**400}),
+    "an answer whose index is an object": ("server's reply", {"choices": [{"index": {}, "text": ""}]}),
+    "a log-probability beyond float64": (
+        "judge's answer",
+        {"logprobs": {"content": [{"token": "A", "top_logprobs": [{"token": "A", "logprob": 10**400}]}]}},
+    ),
+}
+"""What fuzzing has found, each mended since."""
+
+
+@pytest.mark.counts("bad inputs")
+@pytest.mark.parametrize("fault", FOUND)
+def test_what_was_found_stays_mended(fault: str, tmp_path: Path) -> None:
+    name, values = FOUND[fault]
+    READERS[name].try_bytes(tmp_path, json.dumps({**READERS[name].content, **values}).encode())
 
 
 def held(tally: Tally, name: str, strategy: Any, directory: Path, *, examples: int) -> None:

@@ -16,11 +16,12 @@ LIVES = 12
 """Disturbed lives of a round, at most; then one that is left alone."""
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(7200)
 def test_a_disturbed_loop_ends_with_the_files_of_an_undisturbed_one(tmp_path: Path, tally: Tally) -> None:
     expected: dict[str, str] = {}
     inputs = tmp_path / "inputs"
-    for number in tally.rounds("loop", 0):
+    for number in tally.rounds("loop"):
         dice = random.Random(number)
         if not expected:
             write_inputs(inputs, CONFIG.replace("iterations: 2", "iterations: 1"))

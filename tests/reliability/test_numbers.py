@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_sppo.conversion.convert import import_checkpoint
 from tests.distributed.conftest import write_dataset
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_layouts import CP2, OVERLAP, PP2, SHARDED, SP, TP2
-from tests.distributed.test_pretrain import BASE
+from tests.distributed.test_pretrain import BASE, forget_after, metrics
 from tests.models import MIXTURES, tiny_llama
 from tests.reliability.tally import Tally
 from tests.reliability.unfit_numbers import Unfit, train_with_faults
@@ -122,3 +123,48 @@ def test_a_step_with_unfit_numbers_is_not_taken(tally: Tally, models: dict[str, 
         assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
         assert order == [step for step in range(1, NUM_STEPS + 1) for _ in range(8)]
         assert lines[-1]["sppo/skipped_steps"] == len(skipped)
+
+
+@pytest.mark.counts("numbers")
+def test_a_run_that_skipped_goes_on_bit_exactly_and_knows_what_a_spike_is(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Taken back to step 12, the second run has but two steps of its own before the spike of step 15."""
+    shutil.copytree(models["dense"] / "data", tmp_path / "data")
+    places = ["--load", str(models["dense"] / "megatron"), "--data", str(tmp_path / "data")]
+    flags = "--on-bad-step skip --spike-factor 1000 --num-epochs 4 --no-tensorboard --save-interval 12"
+    argv = [*places, "--save", str(tmp_path / "save"), *BASE.split(), *flags.split()]
+    spike = Unfit(step=15, rank=1, place="spike", value=1e6, pick=0)
+    unfit = Unfit(step=5, rank=0, place="reference", value=float("nan"), pick=3)
+    assert [codes for codes, _, _ in run_ranks(train_with_faults, 2, [(argv, [unfit, spike])])] == [[0], [0]]
+    expected = metrics(tmp_path / "save")
+    forget_after(tmp_path / "save", 12)
+    assert [codes for codes, _, _ in run_ranks(train_with_faults, 2, [(argv, [spike])])] == [[0], [0]]
+    for line, again in zip(expected, metrics(tmp_path / "save"), strict=True):
+        assert {k: v for k, v in again.items() if not k.startswith("perf/")} == {
+            k: v for k, v in line.items() if not k.startswith("perf/")
+        }
+    assert [line["sppo/skipped_steps"] for line in expected] == [0] * 4 + [1] * 10 + [2] * 2
+    assert "grad_norm" not in expected[4] and "grad_norm" in expected[14]
+
+
+@pytest.mark.counts("numbers")
+def test_a_model_that_gives_no_numbers_is_refused_in_the_reference_pass(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """A weight of the final norm that is NaN makes every logit NaN; nothing is written."""
+    model = tmp_path / "hf"
+    shutil.copytree(models["dense"] / "hf", model)
+    (weights,) = model.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    import_checkpoint(model, tmp_path / "megatron")
+    shutil.copytree(models["dense"] / "data", tmp_path / "data")
+    places = ["--load", str(tmp_path / "megatron"), "--data", str(tmp_path / "data"), "--save", str(tmp_path / "save")]
+    ((codes, stderr, _),) = run_ranks(train_with_faults, 1, [([*places, *BASE.split()], [])])
+    line = stderr.splitlines()[-1]
+    assert (
+        codes == [2] and "error: the reference has no finite number for 8 of 8 responses of a step; by rank 0 (" in line
+    )
+    assert "micro-batch 1 of 4: " in line and not list((tmp_path / "data").glob("reference*"))

@@ -6,6 +6,7 @@ resolved config, lock. What befalls rank 0 alone ends all ranks with the one lin
 
 import os
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -96,14 +97,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 def test_every_change_of_a_run_fails_once_or_is_its_last(world: World, tally: Tally) -> None:
-    """One after the other: every second operation fails, at the others the process dies."""
-    count = len(world.operations)
-    numbers_ = tally.cases("writes", 6, count)
+    """One after the other: every second change fails, at the others the process dies. Of the writes of one file the
+    first, of both saves and both steps one."""
+    alike: dict[tuple[str, str], int] = {}
+    for at, operation in enumerate(world.operations):
+        alike.setdefault((operation.name, re.sub(r"\d+", "", operation.path)), at)
+    changes = list(alike.values())
+    numbers_ = tally.cases("writes", 6, len(changes))
     for number in numbers_:
-        at = number * count // len(numbers_)
-        kind = "killed" if at % 2 else "error"
+        at = changes[number * len(changes) // len(numbers_)]
+        kind = "killed" if number % 2 else "error"
         operation = world.operations[at]
-        what = f"training: {kind} at {at} of {count}, {operation.name} {operation.path}"
+        what = f"training: {kind} at {at} of {len(world.operations)}, {operation.name} {operation.path}"
         with tally.case("writes", what):
             world.begin()
             code, said = world.live(Fault(kind, at))
@@ -146,8 +151,10 @@ ALONE = (
 
 
 def test_what_befalls_rank_zero_alone_ends_all_ranks_with_the_one_line(world: World, tally: Tally) -> None:
-    for number in tally.cases("full disk", 4, 2 * len(ALONE)):
-        name, kind = ALONE[number % len(ALONE)], ("full", "error")[number // len(ALONE)]
+    names = [name for name in ALONE if any(name in operation.path for operation in world.operations)]
+    assert len(names) >= 6, "megatron-core 0.19 writes no common.pt"
+    for number in tally.cases("full disk", 4, 2 * len(names)):
+        name, kind = names[number % len(names)], ("full", "error")[number // len(names)]
         with tally.case("full disk", f"training: {kind} at {name} on rank 0 of 2"):
             world.begin()
             codes = run_ranks(fail_on_rank_zero, 2, str(world.run), name, kind, world.argv, timeout=120)

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from megatron_sppo.architecture import Architecture, RopeScaling, read_architecture, write_architecture
+from megatron_sppo.architecture import Architecture, read_architecture, write_architecture
 from megatron_sppo.errors import ConversionError, DataError
+from megatron_sppo.layer_parts import RopeScaling
 
 SMOLLM2_135M = {
     "family": "llama",

@@ -14,7 +14,17 @@ PACKAGE = REPOSITORY / "megatron_sppo"
 
 # The ground: files at the package's root import nothing of it but each other. All else lives in a folder, floor by
 # floor, lowest first; a module may import its own folder, the floors below and the ground.
-GROUND = ("errors", "storage", "command_line", "config", "config_fields", "config_text", "architecture", "flops")
+GROUND = (
+    "errors",
+    "storage",
+    "command_line",
+    "config",
+    "config_fields",
+    "config_text",
+    "layer_parts",
+    "architecture",
+    "flops",
+)
 FLOORS = (
     GROUND,
     ("objective", "checkpoints", "cluster", "tracking"),

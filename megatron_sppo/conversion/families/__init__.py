@@ -15,7 +15,10 @@ from megatron_sppo.conversion.families import (
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5_moe_text,
+    qwen3_5_text,
     qwen3_moe,
+    qwen3_next,
 )
 from megatron_sppo.conversion.mapping import Family
 from megatron_sppo.errors import ConversionError
@@ -31,6 +34,9 @@ FAMILIES = {
         mixtral,
         qwen2_moe,
         qwen3_moe,
+        qwen3_next,
+        qwen3_5_text,
+        qwen3_5_moe_text,
         glm4_moe,
         gemma2,
         gemma3_text,

@@ -25,18 +25,19 @@ def shared_expert(name: str) -> tuple[GateUp, Copy]:
     )
 
 
+SHARED_GATE = Copy(
+    f"{MLP}.shared_experts.gate_weight",
+    f"{HF_MLP}.shared_expert_gate.weight",
+    ("one", "hidden"),
+    layers="sparse",
+    only="moe_shared_expert_gate",
+)
 MAPPINGS = (
     *qwen3_moe.ATTENTION_AND_ENDS,
     *qwen3_moe.DENSE,
     *qwen3_moe.SPARSE,
     *shared_expert("shared_expert"),
-    Copy(
-        f"{MLP}.shared_experts.gate_weight",
-        f"{HF_MLP}.shared_expert_gate.weight",
-        ("one", "hidden"),
-        layers="sparse",
-        only="moe_shared_expert_gate",
-    ),
+    SHARED_GATE,
 )
 
 FAMILY = Family(

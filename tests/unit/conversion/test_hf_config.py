@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from megatron_sppo.architecture import RopeScaling
 from megatron_sppo.checkpoints.hf_files import read_config
 from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture
 from megatron_sppo.errors import ConversionError
+from megatron_sppo.layer_parts import RopeScaling
 from tests.models import MIXTURES, llama_config
 
 LLAMA31 = {
@@ -198,7 +198,7 @@ OLMO3 = {"model_type": "olmo3", "sliding_window": 8, "rope_parameters": KINDS}
         ({key: value for key, value in GEMMA2.items() if key != "final_logit_softcapping"}, "final_logit_softcapping"),
         ({**GEMMA2, "sliding_window": None, "layer_types": ["sliding_attention"] * 2}, "layer_types with sliding"),
         ({"model_type": "gemma"}, "'gemma'"),
-        ({"model_type": "gemma3"}, "'gemma3'"),
+        ({"model_type": "gemma3"}, "no text_config"),
         ({**GEMMA3, "use_bidirectional_attention": True}, "use_bidirectional_attention: true"),
         ({**GEMMA3, "sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
         ({**GEMMA3, "rope_scaling": LLAMA31}, "rope_parameters and rope_scaling"),

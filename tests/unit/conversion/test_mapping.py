@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from megatron_sppo.conversion.mapping import (
     to_megatron,
 )
 from megatron_sppo.errors import ConversionError
+from megatron_sppo.layer_parts import DeltaNet
 
 
 def architecture(**changes: object) -> Architecture:
@@ -112,17 +114,30 @@ def test_the_halves_of_a_gated_unit_are_read_apart(mapping: TensorMapping) -> No
     assert [sum(run.rows for run in group) for group in groups] == [5, 5]
 
 
+DELTA_NET = DeltaNet(
+    linear_attention_freq=(1, 0),
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=3,
+    linear_value_head_dim=5,
+    linear_conv_kernel_dim=4,
+)
+
+
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.experts is None])
 def test_names_and_shapes_are_those_of_transformers_model(name: str) -> None:
     transformers = pytest.importorskip("transformers")
+    net: dict[str, Any] = {}
+    if FAMILIES[name].delta_net:
+        net = dataclasses.asdict(DELTA_NET) | {"layer_types": ["linear_attention", "full_attention"]}
     config = transformers.AutoConfig.for_model(
-        name, vocab_size=7, hidden_size=8, intermediate_size=5, num_hidden_layers=2, num_attention_heads=4,
+        name, **net, vocab_size=7, hidden_size=8, intermediate_size=5, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=2, tie_word_embeddings=False, pad_token_id=0,
     )  # fmt: skip
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     theirs = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    ours = architecture(family=name, hidden_size=8, **FAMILIES[name].traits)
+    ours = architecture(family=name, hidden_size=8, delta_net=DELTA_NET if net else None, **FAMILIES[name].traits)
     assert hf_shapes(bind(FAMILIES[name], ours)) == theirs
 
 

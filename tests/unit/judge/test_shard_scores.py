@@ -191,10 +191,9 @@ def test_the_directory_is_listed_as_often_for_twenty_shards_as_for_two(
 ) -> None:
     listings: dict[int, Counter[str]] = {}
     for num_shards in (2, 20):
-        rollouts = random_rollouts(
-            tmp_path / f"r{num_shards}", num_prompts=num_shards, num_responses=2, rows_per_shard=1
-        )
-        work = tmp_path / f"work{num_shards}"
+        place = tmp_path / str(num_shards)  # where this process has listed nothing yet
+        rollouts = random_rollouts(place / "rollouts", num_prompts=num_shards, num_responses=2, rows_per_shard=1)
+        work = place / "work"
         if is_resumed:
             score(rollouts, work)
         counted = listings[num_shards] = Counter()
@@ -202,7 +201,7 @@ def test_the_directory_is_listed_as_often_for_twenty_shards_as_for_two(
             for name in ("listdir", "scandir"):
                 patch.setattr(os, name, functools.partial(_counted, counted, name, getattr(os, name)))
             score(rollouts, work)
-    assert listings[2] == listings[20] and sum(listings[20].values()) <= 2
+    assert listings[2] == listings[20] and sum(listings[20].values()) <= 3
 
 
 def _counted(calls: Counter[str], name: str, function: Callable[..., Any], *args: Any) -> Any:

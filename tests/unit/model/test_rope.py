@@ -15,10 +15,11 @@ import transformers
 from megatron.core.models.common.embeddings import RotaryEmbedding
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_sppo.architecture import RopeScaling, read_architecture
+from megatron_sppo.architecture import read_architecture
 from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.layer_parts import RopeScaling
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import forward
 from megatron_sppo.model.rope import inverse_frequencies

@@ -15,6 +15,7 @@ from benchmarks.simulation import simulated_rank
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.adapter_file import AdapterSettings, resolve_targets
 from megatron_sppo.conversion.families import gemma2
+from megatron_sppo.layer_parts import DeltaNet, LayerKind
 from megatron_sppo.model import gpt
 from megatron_sppo.model.config import AdapterConfig, ModelConfig
 from megatron_sppo.planning.activations import Activations, MicroBatchShape, activations
@@ -35,6 +36,17 @@ SHARED_EXPERT = {"moe_shared_expert_intermediate_size": 160}
 GATE = {"moe_shared_expert_gate": True}
 SHARED = (96, 64, 96)  # tokens of a prompt and of two responses to it
 GEMMA2 = {**gemma2.FAMILY.traits, "attention_softcap": 50.0, "logit_softcap": 30.0}
+
+DELTA_NET = {
+    "delta_net": DeltaNet(
+        linear_attention_freq=(1, 1, 1, 1),
+        linear_num_key_heads=4,
+        linear_num_value_heads=8,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_conv_kernel_dim=4,
+    )
+}
 
 # (world, rank, layout, architecture, recomputation, type)
 CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], str, str]] = {
@@ -64,6 +76,10 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], str, str]] = {
     "shared selective": (1, 0, {}, {}, "selective", "bfloat16"),
     "shared CP2": (2, 1, CP2, {}, "none", "float32"),  # the other rank has tokens of one response only
     "shared soft caps": (1, 0, {}, GEMMA2, "none", "bfloat16"),
+    "delta nets": (1, 0, {}, DELTA_NET, "none", "bfloat16"),
+    "delta nets, shared TP2 SP": (2, 0, TP2_SP, DELTA_NET, "none", "float32"),
+    "delta nets, CP2": (2, 1, CP2, DELTA_NET, "none", "bfloat16"),
+    "gated attention": (1, 0, {}, {"attention_output_gate": True}, "none", "bfloat16"),
     "adapters": (1, 0, {}, {}, "none", "bfloat16"),
     "adapters, float32": (1, 0, {}, {}, "none", "float32"),
     "adapters, selective, TP2 SP": (2, 1, TP2_SP, {}, "selective", "bfloat16"),
@@ -93,7 +109,7 @@ def measured(case: str) -> tuple[int, int, bool, bool, int]:
         columns = TOKENS // parallel.context_parallel_size
         tokens, positions = torch.arange(columns)[None], torch.arange(columns)[None]
         boundaries, parents, longest = torch.tensor([0, TOKENS // 2, TOKENS], dtype=torch.int32), None, TOKENS // 2
-        if case.startswith("shared"):
+        if "shared" in case and "expert" not in case:
             boundaries = torch.tensor([0, *SHARED], dtype=torch.int32).cumsum(0, dtype=torch.int32)
             parents, longest = torch.tensor([-1, 0, 0], dtype=torch.int32), SHARED[0] + SHARED[2]
         rows = torch.arange(columns // 2)
@@ -131,7 +147,7 @@ def planned(case: str, *, first: bool, last: bool, layers: int) -> tuple[int, in
     parallel = ParallelConfig(**axes)
     columns = TOKENS // parallel.context_parallel_size
     documents = {"sum_of_squares": 2 * (TOKENS // 2) ** 2}
-    if case.startswith("shared"):
+    if "shared" in case and "expert" not in case:
         prompt, *responses = SHARED
         paths = [prompt + response for response in responses]
         pairs = prompt**2 + sum(response * path for response, path in zip(responses, paths, strict=True))
@@ -143,7 +159,7 @@ def planned(case: str, *, first: bool, last: bool, layers: int) -> tuple[int, in
         Grid(parallel=parallel, world_size=world_size, adapters=adapters_of(case, architecture)),
         MicroBatchShape(num_tokens=columns, num_response_tokens=columns // 2, **documents),
         engine=False,
-        has_experts="num_moe_experts" in fields,
+        kind=LayerKind(has_experts="num_moe_experts" in fields, has_delta_net="delta_net" in fields),
     )
     kept = layers * plan.per_layer + first * plan.first + last * plan.last
     return kept, kept + plan.recomputed + plan.working
@@ -173,7 +189,7 @@ def engine_plan(fp8: str, recompute: str, *, rank: int | None = None, **axes: An
         ),
         MicroBatchShape(num_tokens=4096, num_response_tokens=4096, sum_of_squares=0),
         engine=True,
-        has_experts=False,
+        kind=LayerKind(),
     )
 
 
@@ -239,7 +255,7 @@ def shared_engine_plan(architecture: str, **axes: Any) -> Activations:
         Grid(parallel=parallel, world_size=parallel.model_parallel_size),
         MicroBatchShape(num_tokens=4096, num_response_tokens=4096, sum_of_squares=4096**2, num_path_keys=8192),
         engine=True,
-        has_experts=False,
+        kind=LayerKind(),
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.simulation import simulated_rank
+from megatron_sppo.layer_parts import DeltaNet
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.planning.activations import MicroBatchShape
 from megatron_sppo.planning.architectures import PUBLISHED, find_architecture
@@ -21,11 +22,26 @@ from megatron_sppo.training.optimizer import build_optimizer
 from megatron_sppo.training.policy import build_policy
 from tests.unit.planning.models import MIXTURE, TINY
 
+DELTA_NET = DeltaNet(
+    linear_attention_freq=(1, 1, 0, 1),
+    linear_num_key_heads=4,
+    linear_num_value_heads=8,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+    linear_conv_kernel_dim=4,
+)
 SHARED_EXPERT = {"moe_shared_expert_intermediate_size": 160}
 _AIR_ATTENTION = 2 * 4096 * 12288 + 2 * 4096 * 1024 + 14336 + 2 * 4096
 _ATTENTION = 2 * 5120 * 12288 + 2 * 5120 * 1024 + 14336 + 2 * 5120 + 2 * 128
 FURTHER_LAYER_OF_AIR = _AIR_ATTENTION + 129 * 3 * 4096 * 1408 + 128 * 4097 + 2 * 4096**2 + 3 * 4096 + 2 * 151552 * 4096
 FURTHER_LAYER = _ATTENTION + 161 * 3 * 5120 * 1536 + 160 * 5121 + 2 * 5120**2 + 3 * 5120 + 2 * 151552 * 5120
+# Layers of Qwen's that predict a further token: attention, unit or experts, five norms and a projection of two inputs.
+_NEXT = 2048 * (8192 + 2 * 512 + 4096) + 513 * 3 * 2048 * 512 + 513 * 2048 + 2 * 256
+FURTHER_LAYER_OF_NEXT = _NEXT + 2 * 2048**2 + 5 * 2048
+FURTHER_LAYER_OF_27B = 5120 * (12288 + 2 * 1024 + 6144) + 3 * 5120 * 17408 + 2 * 256 + 2 * 5120**2 + 5 * 5120
+# 27 layers of 1152 channels with biases, embeddings of patches and positions, and a projection of four patches at once.
+_VISION_LAYER = 4 * 1152**2 + 4 * 1152 + 2 * 1152 * 4304 + 4304 + 1152 + 4 * 1152
+VISION_OF_27B = 27 * _VISION_LAYER + 1536 * 1152 + 1152 + 2304 * 1152 + 2304 + 4608 * 4609 + 4609 * 5120
 # As the models' cards and papers count them.
 PUBLISHED_WEIGHTS = {
     "smollm2-135m": 134_515_008,
@@ -51,6 +67,8 @@ PUBLISHED_WEIGHTS = {
     # a projection of their outputs, a norm, and copies of embedding and output weights.
     "glm-4.5-air": 110_468_824_832 - FURTHER_LAYER_OF_AIR,
     "glm-4.5": 358_337_791_296 - FURTHER_LAYER,
+    "qwen3-next-80b-a3b": 81_324_862_720 - FURTHER_LAYER_OF_NEXT,
+    "qwen3.6-27b": 27_781_427_952 - FURTHER_LAYER_OF_27B - VISION_OF_27B,
     "qwen1.5-moe-a2.7b": 14_315_784_192,
     "qwen2-57b-a14b": 57_408_658_944,
 }
@@ -78,6 +96,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     ),
     "PP2, tied": (2, {"pipeline_model_parallel_size": 2}, {"share_embeddings_and_output_weights": True}),
     "PP2 VPP2": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}, {}),
+    "TP2 SP, gated attention and delta nets": (
+        2,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        {"attention_output_gate": True, "qk_layernorm": True, "delta_net": DELTA_NET},
+    ),
     "CP2 DP3": (6, {"context_parallel_size": 2}, {}),
     "mixture": (1, {}, MIXTURE),
     "mixture EP2 DP2": (4, {"expert_model_parallel_size": 2}, MIXTURE),

@@ -81,7 +81,8 @@ def test_the_page_needs_nothing_beside_it(page: Page) -> None:
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
     assert len(sources) == 6 and all(source.startswith("data:image/svg+xml;base64,") for source in sources)
     policy = [a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a]
-    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+    strict = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    assert policy == [strict]
 
 
 def test_figures_are_well_formed_and_refer_to_nothing_outside(page: Page) -> None:

@@ -249,6 +249,7 @@ PASSING_FAULTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "one response too few": lambda body: FakeVllm.good_reply({**body, "n": 2}),
     "one response too many": lambda body: FakeVllm.good_reply({**body, "n": 4}),
     "the same response twice": lambda body: truncated(body, index=0),
+    "an index that is an object": lambda body: truncated(body, index={}),
     "an aborted response": lambda body: truncated(body, finish_reason="abort"),
     "no finish reason": lambda body: truncated(body, finish_reason=None),
     "the answer to another prompt": lambda body: FakeVllm.good_reply({**body, "prompt": [1, 5]}),

@@ -295,7 +295,7 @@ def test_all_but_the_layout_decides() -> None:
             *("pipeline_model_parallel_size", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
             *("virtual_pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"),
             *("sequence_parallel", "async_save", "keep_last", "grace_seconds", "reference_piece_seconds", *TRACKING),
-            *("reference", "load_adapter"),
+            *("reference", "load_adapter", "check_replicas", "watchdog_seconds"),
         },
         GenerateConfig: {
             *("model", "adapter"),
@@ -305,13 +305,13 @@ def test_all_but_the_layout_decides() -> None:
             "tensor_parallel_size",
             "server",
             "server_weights",
-            *("workers", "ray"),
+            *("workers", "ray", "worker_timeout"),
         },
-        ScoreConfig: {"output", "rollouts", "allow_no_signal", "workers", "ray"},
+        ScoreConfig: {"output", "rollouts", "allow_no_signal", "workers", "ray", "worker_timeout"},
         SelfPlayConfig: {
             *("model", "prompts", "output", "training_processes", "rollout_command", *LAUNCHERS),
             *("rollout_tensor_parallel_size", "server", "allow_no_signal", "inspected_prompts", "keep_last", *TRACKING),
-            *("workers", "ray", "keep_engine"),
+            *("workers", "ray", "worker_timeout", "keep_engine"),
         },
     }
     kinds: dict[type, Any] = {

@@ -1,0 +1,161 @@
+"""Models that see images: the text decoder converts, all else is carried along, and every byte comes back.
+
+The models are transformers' own, with a vision tower of one layer; logits are of text alone.
+Not shown here: images, which nothing here computes, and training, which knows the decoder only.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_sppo.architecture import read_architecture
+from megatron_sppo.checkpoints.model_files import read_model_files
+from megatron_sppo.conversion.complete import check_complete
+from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
+from megatron_sppo.errors import ConversionError
+from megatron_sppo.verification.verify import verify
+from tests.families import COMMON, FAMILIES
+from tests.models import byte_tokenizer
+
+TOWER = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+QWEN_TOWER = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": 48,
+    "num_position_embeddings": 16,
+    "patch_size": 4,
+}
+WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": (
+        "gemma3_text",
+        {"vision_config": {"model_type": "siglip_vision_model", "patch_size": 14, **TOWER}, "mm_tokens_per_image": 1},
+    ),
+    "mistral3": ("mistral", {"vision_config": {"model_type": "pixtral", "patch_size": 14, "head_dim": 8, **TOWER}}),
+    "qwen3_5": ("qwen3_5_text", {"vision_config": {"model_type": "qwen3_5_vision", **QWEN_TOWER}}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {"vision_config": {"model_type": "qwen3_5_moe_vision", **QWEN_TOWER}}),
+}
+
+
+def wrapped_model(directory: Path, kind: str) -> Path:
+    """Write a random model by transformers, with the byte tokenizer -> the directory."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text, settings = WRAPPERS[kind]
+    tied = {"tie_word_embeddings": kind == "gemma3"}
+    config = AutoConfig.for_model(kind, text_config={**COMMON, **FAMILIES[text], **tied}, **settings, **tied)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(directory)
+    byte_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: wrapped_model(tmp_path_factory.mktemp(kind) / "hf", kind) for kind in WRAPPERS}
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def changed(source: Path, directory: Path, **config: Any) -> Path:
+    """Copy a model and change keys of its config.json -> the copy."""
+    shutil.copytree(source, directory)
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return directory
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_every_byte_comes_back(kind: str, models: dict[str, Path], tmp_path: Path) -> None:
+    import_checkpoint(models[kind], tmp_path / "megatron")
+    assert content(export_checkpoint(tmp_path / "megatron", tmp_path / "out")) == content(models[kind])
+    architecture, _ = read_architecture(tmp_path / "megatron/iter_0000000")
+    assert architecture.family == WRAPPERS[kind][0]
+
+
+def test_both_ways_to_name_a_decoder_are_read_and_written(models: dict[str, Path], tmp_path: Path) -> None:
+    """transformers 5 names it model.language_model... in memory; files of either kind are published."""
+    renamed = changed(models["mistral3"], tmp_path / "hf")
+    tensors = load_file(renamed / "model.safetensors")
+    newer = {
+        (
+            name.replace("language_model.model.", "model.language_model.")
+            if name.startswith("language_model.model.")
+            else name.replace("language_model.lm_head.", "lm_head.")
+            if name.startswith("language_model.")
+            else f"model.{name}"
+        ): tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(newer, renamed / "model.safetensors", metadata={"format": "pt"})
+    import_checkpoint(renamed, tmp_path / "megatron")
+    # A cast lays the files out anew: the names are known by what is carried along.
+    out = export_checkpoint(tmp_path / "megatron", tmp_path / "out", dtype="bfloat16")
+    found = load_file(out / "model.safetensors")
+    assert set(found) == set(newer)
+    for name, tensor in found.items():
+        is_carried = name.startswith(("model.vision_tower.", "model.multi_modal_projector."))
+        assert tensor.equal(newer[name] if is_carried else newer[name].bfloat16())
+
+
+def test_logits_are_hugging_faces_whole_and_by_layer(models: dict[str, Path], tmp_path: Path) -> None:
+    import_checkpoint(models["mistral3"], tmp_path / "megatron")
+    for layerwise in (False, True):
+        report = verify(models["mistral3"], tmp_path / "megatron", layerwise=layerwise)
+        assert report["faults"] == []
+        assert report["logits"]["max_abs"] <= 1e-5
+
+
+def test_rollouts_find_vocabulary_and_positions(models: dict[str, Path]) -> None:
+    found = read_model_files(models["gemma3"])
+    assert (found.vocab_size, found.context_length) == (263, 512)
+    assert check_complete(models["gemma3"])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"text_config": None}, "no text_config"),
+        ({"text_config": {"model_type": "llama"}}, "text_config.model_type 'llama'"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings true and false"),
+        ({"model_type": "gemma3"}, "text_config.model_type 'mistral'"),
+    ],
+)
+def test_configs_that_describe_no_such_model_are_refused(
+    config: dict[str, Any], message: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    hf = changed(models["mistral3"], tmp_path / "hf", **config)
+    with pytest.raises(ConversionError, match=message):
+        import_checkpoint(hf, tmp_path / "megatron")
+    assert not (tmp_path / "megatron").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("language_model.", "decoder.", "holds no decoder"),
+        ("language_model.model.norm.weight", "language_model.model.norm.scale", "lacks model.norm.weight"),
+        ("vision_tower.", "audio_tower.", "for which there is no rule"),
+    ],
+)
+def test_tensors_of_no_known_kind_are_refused(
+    old: str, new: str, message: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    hf = changed(models["mistral3"], tmp_path / "hf")
+    tensors = load_file(hf / "model.safetensors")
+    save_file({name.replace(old, new): tensor for name, tensor in tensors.items()}, hf / "model.safetensors")
+    with pytest.raises(ConversionError, match=message):
+        import_checkpoint(hf, tmp_path / "megatron")
+    assert not (tmp_path / "megatron").exists()
