@@ -64,6 +64,19 @@ def is_wrapped(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in WRAPPERS
 
 
+def refuse_adapters(config: Mapping[str, Any], *, place: str) -> None:
+    """Refuse adapters on a decoder within another model: PEFT's names would be of the decoder alone, and fit nowhere.
+
+    Raises:
+        ConversionError: config.json is of such a model.
+    """
+    if is_wrapped(config):
+        raise ConversionError(
+            f"{place} is of a model that sees images too ({config['model_type']}), in whose names adapters are not "
+            "written here. Train all weights (without --lora-rank), or use a model of text alone."
+        )
+
+
 def decoder_config(config: Mapping[str, Any], *, place: str) -> Mapping[str, Any]:
     """Take the decoder's part of config.json -> the config as of the decoder alone.
 

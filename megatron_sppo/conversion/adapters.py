@@ -43,6 +43,7 @@ from megatron_sppo.checkpoints.peft_files import (
 )
 from megatron_sppo.checkpoints.safetensors_file import entries_of_header, new_header, write_header
 from megatron_sppo.checkpoints.side_files import check_side_files, copy_side_files
+from megatron_sppo.checkpoints.wrapped import refuse_adapters
 from megatron_sppo.conversion import convert
 from megatron_sppo.conversion.adapter_checkpoint import (
     PEFT_LAYOUT_FILE,
@@ -95,7 +96,9 @@ def import_adapter(
         flag="--megatron",
     )
     opened, cast = open_peft_adapter(adapter), convert.torch_dtype(dtype)
-    architecture = architecture_from_hf(read_config(base), place=str(base / CONFIG_FILE))
+    config = read_config(base)
+    refuse_adapters(config, place=str(base / CONFIG_FILE))
+    architecture = architecture_from_hf(config, place=str(base / CONFIG_FILE))
     family = family_of(architecture.family, place=str(base))
     source = open_hf_checkpoint(base)
     check_fits(opened, source.shapes, base=base, base_hash=None if opened.base_hash is None else model_hash(base))
@@ -220,7 +223,9 @@ def check_base(opened: OpenedAdapter, base: Path) -> HFCheckpoint:
     Raises:
         ConversionError: it is another.
     """
-    architecture = architecture_from_hf(read_config(base), place=str(base / CONFIG_FILE))
+    config = read_config(base)
+    refuse_adapters(config, place=str(base / CONFIG_FILE))
+    architecture = architecture_from_hf(config, place=str(base / CONFIG_FILE))
     if different := different_fields(architecture, opened.architecture, names=("the base", "the checkpoint")):
         raise ConversionError(
             f"--base {base} is of another model than {opened.directory}: {'; '.join(different[:3])}. "

@@ -15,10 +15,15 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sppo.architecture import read_architecture
 from megatron_sppo.checkpoints.model_files import read_model_files
+from megatron_sppo.config import parse
+from megatron_sppo.conversion.adapters import import_adapter
 from megatron_sppo.conversion.complete import check_complete
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.errors import ConversionError
+from megatron_sppo.training.config import TrainingConfig
+from megatron_sppo.training.inputs import open_weights
 from megatron_sppo.verification.verify import verify
+from tests.adapters import random_adapter
 from tests.families import COMMON, FAMILIES
 from tests.models import byte_tokenizer
 
@@ -116,6 +121,20 @@ def test_logits_are_hugging_faces_whole_and_by_layer(models: dict[str, Path], tm
         report = verify(models["mistral3"], tmp_path / "megatron", layerwise=layerwise)
         assert report["faults"] == []
         assert report["logits"]["max_abs"] <= 1e-5
+
+
+def test_adapters_are_refused_by_name(models: dict[str, Path], tmp_path: Path) -> None:
+    """In the converter; training refuses them by the config that a checkpoint carries."""
+    adapter = random_adapter(tmp_path / "adapter", models["mistral3"])
+    with pytest.raises(ConversionError, match=r"config\.json is of a model that sees images too \(mistral3\)"):
+        import_adapter(adapter, tmp_path / "adapters", base=models["mistral3"])
+    assert not (tmp_path / "adapters").exists()
+    import_checkpoint(models["mistral3"], tmp_path / "megatron")
+    argv = f"--load {tmp_path / 'megatron'} --data d --save s --lr 1e-6 --micro-batch-size 1 --lora-rank 4"
+    training = parse(TrainingConfig, name="", description="", argv=argv.split())
+    source = tmp_path / "megatron" / "iter_0000000"
+    with pytest.raises(ConversionError, match=r"hf/config\.json is of a model that sees images too \(mistral3\)"):
+        open_weights(training, read_architecture(source)[0], source)
 
 
 def test_rollouts_find_vocabulary_and_positions(models: dict[str, Path]) -> None:
