@@ -5,6 +5,8 @@ from typing import Any, Literal, NamedTuple
 
 from megatron_sppo.errors import ConversionError
 
+DELTA_CHUNK = 64
+"""Tokens that the gated delta rule computes at once; its time is proportional to it."""
 _SCALING_NEEDS = {
     "linear": ("factor",),
     "dynamic": ("factor",),

@@ -114,7 +114,15 @@ def linear_modules(architecture: Architecture) -> tuple[AdaptedModule, ...]:
 
     Those of attention alone where layers are of two kinds, or where a shared expert has modules of the experts' names:
     an adapter is the same in every layer and has one shape. And where Hugging Face's experts are no modules.
+
+    Raises:
+        ConfigError: layers have attention or a gated delta net.
     """
+    if architecture.delta_net is not None:
+        raise ConfigError(
+            f"adapters are alike in all layers, and layers of this model ({architecture.family}) have attention or a "
+            "gated delta net. Train its weights: leave --lora-rank out."
+        )
     hidden, query, key = architecture.hidden_size, architecture.query_channels, architecture.key_channels
     packed = architecture.family in _PACKED_FAMILIES
     qkv = (("q", query), ("k", key), ("v", key))
@@ -150,13 +158,8 @@ def resolve_targets(targets: Sequence[str], architecture: Architecture) -> tuple
     """Spell out which modules are adapted -> names in the order of `linear_modules`; none given means all.
 
     Raises:
-        ConfigError: a name is none of the model's.
+        ConfigError: a name is none of the model's, or as `linear_modules`.
     """
-    if architecture.delta_net is not None:
-        raise ConfigError(
-            f"adapters are alike in all layers, and layers of this model ({architecture.family}) have attention or a "
-            "gated delta net. Train its weights: leave --lora-rank out."
-        )
     modules = linear_modules(architecture)
     known = [module.name for module in modules]
     has_experts = any(module.is_expert for module in modules)

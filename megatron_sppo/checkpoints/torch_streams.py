@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_DIRECTORY_BYTES = 4096
+"""What a stream of one tensor lists its members in, at its end: read at once, for a file is read in blocks."""
+
 
 class _Window(io.RawIOBase):
     """A read-only row of bytes; a subclass says how to read them."""
@@ -67,14 +70,23 @@ def refuse_packed(stream: Any) -> None:
     Raises:
         ValueError: it is; or it is no such stream.
     """
+    stream.seek(max(0, stream.seek(0, os.SEEK_END) - _DIRECTORY_BYTES))
+    end = io.BytesIO(stream.read(_DIRECTORY_BYTES))
     try:
-        with zipfile.ZipFile(stream) as archive:
-            packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+        try:
+            packed = _packed(end)
+        except zipfile.BadZipFile:  # the list of members is longer
+            packed = _packed(stream)
     except (zipfile.BadZipFile, NotImplementedError, struct.error) as error:
         raise ValueError(f"no archive of torch.save: {error}") from None
     if packed:
         raise ValueError(f"{packed[0]} is compressed, which torch.save does not do")
     stream.seek(0)
+
+
+def _packed(stream: Any) -> list[str]:
+    with zipfile.ZipFile(stream) as archive:
+        return [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
 
 
 def object_in(raw: bytearray) -> Any:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-CHUNK = 64
-"""C. Time is proportional to it and to S; the scan over chunks has S / C steps."""
+from megatron_sppo.layer_parts import DELTA_CHUNK as CHUNK
 
 
 def gated_delta_rule(

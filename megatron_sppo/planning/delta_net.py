@@ -5,7 +5,7 @@ tokens of the row: as much as all heads of its own tokens.
 """
 
 from megatron_sppo.architecture import Architecture
-from megatron_sppo.model.delta_rule import CHUNK
+from megatron_sppo.layer_parts import DELTA_CHUNK
 from megatron_sppo.planning.frozen import Sizes
 
 _FLOAT32 = 4
@@ -39,6 +39,6 @@ def delta_net_working(architecture: Architecture, sizes: Sizes, *, tensor_ranks:
     net = architecture.delta_net
     assert net is not None
     key, value = net.linear_key_head_dim, net.linear_value_head_dim
-    rule = 5 * (CHUNK + 1) + 6 * key + 3 * value + key * value // CHUNK
+    rule = 5 * (DELTA_CHUNK + 1) + 6 * key + 3 * value + key * value // DELTA_CHUNK
     heads, mixed = net.linear_num_value_heads // tensor_ranks, net.mixed_channels // tensor_ranks
     return sizes.tokens * (heads * rule * _FLOAT32 + mixed * (3 * sizes.type_bytes + 2 * _FLOAT32))
