@@ -205,7 +205,7 @@ def test_twenty_kills_in_the_midst_of_saves_lose_nothing(run: Start, untied: Pat
     save = tmp_path / "killed"
     places = ["--load", str(untied), "--data", str(data_of(save, untied)), "--save", str(save)]
     argv = [*places, *BASE.split(), *steps.split(), "--save-interval", "1", "--async-save"]
-    assert run_ranks(live_and_die, 1, str(save), 5, argv) == [KILLS]
+    assert run_ranks(live_and_die, 1, str(save), 5, KILLS, argv) == [KILLS]
     assert len(list(save.glob("iter_*"))) < 3 * KILLS
     assert run(save, f"{steps} --save-interval 1 --async-save") == [0]
     assert numbers(save) == numbers(tmp_path / "whole")
