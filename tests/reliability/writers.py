@@ -479,6 +479,7 @@ COVERED = {
     "checkpoints/safetensors_file": "export of an adapter",
     "checkpoints/side_files": "export of a model",
     "checkpoints/transfer": "export of a model",
+    "cluster/own_watch": "a log, by lines",
     "cluster/progress": "progress",
     "cluster/ray_team": "a log, by lines",
     "commands/convert": "result",
@@ -514,5 +515,6 @@ COVERED = {
     "training/inspection": "result",
     "training/metrics": "step files",
     "training/saving": "training",
+    "training/watchdog": "a log, by lines",
 }
 """Modules of the package that write, and who of the writers above stands for each; "training": that other file."""
