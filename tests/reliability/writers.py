@@ -291,7 +291,7 @@ def read_state_(inputs: Path, place: Path) -> int:
 
 
 def sum_up(inputs: Path, place: Path, version: int) -> None:
-    from megatron_sppo.selfplay.commands import RunPaths
+    from megatron_sppo.selfplay.paths import RunPaths
     from megatron_sppo.selfplay.summary import gather_metrics, write_summary
 
     paths = RunPaths(run_dir=place)
@@ -312,7 +312,7 @@ def read_summed(inputs: Path, place: Path) -> int:
 
 def write_events(inputs: Path, place: Path, version: int) -> None:
     """TensorBoard's own writer, whose file is named by time, host and process: here by nothing."""
-    from megatron_sppo.selfplay.commands import RunPaths
+    from megatron_sppo.selfplay.paths import RunPaths
     from megatron_sppo.selfplay.summary import write_events
 
     entry = {
@@ -499,6 +499,7 @@ COVERED = {
     "judge/score": "scores",
     "judge/shard_files": "scores",
     "judge/shard_scores": "scores",
+    "locks": "rollouts",
     "report/page": "report",
     "rollout/finished_shards": "rollouts",
     "rollout/preferences": "imported preferences",

@@ -22,6 +22,7 @@ GROUND = (
     "command_line",
     "config",
     "config_fields",
+    "config_refusals",
     "config_text",
     "layer_parts",
     "architecture",

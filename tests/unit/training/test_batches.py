@@ -15,7 +15,7 @@ from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.training import parallel
-from megatron_sppo.training.batches import Batches, StepPlan
+from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import (
     BatchConfig,
     ObjectiveConfig,
@@ -23,6 +23,7 @@ from megatron_sppo.training.config import (
     ParallelConfig,
     TrainingConfig,
 )
+from megatron_sppo.training.step_plan import StepPlan
 from tests.unit.data.make import groups, write
 
 PATHS = {"load": Path("pi_t"), "data": Path("data"), "save": Path("save")}
