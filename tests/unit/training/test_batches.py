@@ -79,6 +79,8 @@ def test_global_batches_do_not_depend_on_the_ranks_that_share_them(monkeypatch, 
             assert all(plan.rows.tolist() == step[0].rows.tolist() for plan in step)
             assert len({len(plan.micro_batches) for plan in step}) == 1
             shared_out = [row for plan in step for batch in plan.micro_batches for row in batch.rows.tolist()]
+            for rows in (batch.rows.numpy() for plan in step for batch in plan.micro_batches):
+                assert np.array_equal(step[0].rows[step[0].positions(rows)], rows)
             assert sorted(shared_out) == sorted(step[0].rows.tolist())
             sizes = [batch.num_tokens for plan in step for batch in plan.micro_batches]
             assert num_tokens is None or max(sizes) <= num_tokens
