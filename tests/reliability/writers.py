@@ -479,7 +479,6 @@ COVERED = {
     "checkpoints/safetensors_file": "export of an adapter",
     "checkpoints/side_files": "export of a model",
     "checkpoints/transfer": "export of a model",
-    "cluster/own_watch": "a log, by lines",
     "cluster/progress": "progress",
     "cluster/ray_team": "a log, by lines",
     "commands/convert": "result",
@@ -493,6 +492,7 @@ COVERED = {
     "data/writer": "dataset",
     "evaluation/export": "exported answers",
     "evaluation/kit": "result",
+    "hangs": "a log, by lines",
     "json_files": "result",
     "judge/endpoint": "cache of verdicts",
     "judge/evaluation": "result",
@@ -517,6 +517,5 @@ COVERED = {
     "training/inspection": "result",
     "training/metrics": "step files",
     "training/saving": "training",
-    "training/watchdog": "a log, by lines",
 }
 """Modules of the package that write, and who of the writers above stands for each; "training": that other file."""

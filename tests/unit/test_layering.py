@@ -20,6 +20,7 @@ GROUND = (
     "locks",
     "json_files",
     "command_line",
+    "hangs",
     "config",
     "config_fields",
     "config_refusals",
