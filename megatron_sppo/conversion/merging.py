@@ -33,7 +33,8 @@ from megatron_sppo.conversion.expert_stacks import apart, expert_stacks, togethe
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.sources import open_plain
 from megatron_sppo.errors import ConversionError
-from megatron_sppo.storage import atomic_directory, locked_place, refuse_foreign, remove_stale_temporaries
+from megatron_sppo.locks import locked_place
+from megatron_sppo.storage import atomic_directory, refuse_foreign, remove_stale_temporaries
 
 logger = logging.getLogger(__name__)
 
