@@ -104,6 +104,8 @@ def sha256_of_files(paths: Sequence[Path]) -> list[str]:
     memory = _Memory()
     known = [memory.recall(path) for path in paths]
     unknown = [path for path, digest in zip(paths, known, strict=True) if digest is None]
+    if any(one[1] >= REMEMBERED_BYTES and not is_settled(one) for one in map(mark, unknown)):
+        time.sleep(_TICK_SECONDS)  # such as a model that was exported this instant: not to read it again next time
     with ThreadPoolExecutor(max_workers=default_workers()) as pool:  # hashing releases the GIL
         marks = [(one, is_settled(one)) for one in map(mark, unknown)]
         found = dict(zip(unknown, pool.map(sha256_of_file, unknown), strict=True))
