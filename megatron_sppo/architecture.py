@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_sppo.errors import ConversionError
+from megatron_sppo.json_files import read_json, write_json
 from megatron_sppo.layer_parts import DeltaNet, LayerKind, RopeScaling
-from megatron_sppo.storage import read_json, write_json
 
 SCHEMA_VERSION = 1
 FILE_NAME = "model.json"

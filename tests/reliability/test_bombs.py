@@ -85,7 +85,7 @@ def test_a_long_row_and_a_long_list_are_read(tmp_path: Path) -> None:
     (tmp_path / "p.json.gz").write_bytes(
         gzip.compress(json.dumps([row, *({"prompt": f"{i}"} for i in range(4))]).encode(), 1)
     )
-    assert len(read_prompts(tmp_path / "p.json.gz").prompts) == 2
+    assert len(read_prompts(tmp_path / "p.json.gz").prompts) == 5
 
 
 @pytest.mark.counts("bad inputs")
