@@ -24,6 +24,7 @@ from tests.families import family_model
 GATED, GLM, GROUPS = "qwen2_moe, dense between", "glm4_moe", "glm4_moe, biases, groups, two shared"
 DENSE_BETWEEN = "qwen3_moe, dense between"
 DELTA_NETS = "qwen3_next"
+LATENTS, DIRECT = "deepseek_v3", "deepseek_v2"
 BIAS = "e_score_correction_bias"
 
 MICRO = "--micro-batch-size 4"
@@ -39,6 +40,9 @@ CASES = [
     (GATED, 2, f"{EP2} --no-packing"),
     (GATED, 4, f"{ALL} --recompute-granularity full"),
     (DELTA_NETS, 2, f"{TP2_SP} --expert-model-parallel-size 2"),
+    (LATENTS, 2, f"{CP2} --recompute-granularity selective"),
+    (LATENTS, 4, ALL),
+    (DIRECT, 2, f"{TP2_SP} --no-packing"),
     (GLM, 2, TP2_SP),
     (GLM, 2, PP2),
     (GLM, 2, EP2),
@@ -47,7 +51,7 @@ CASES = [
     *all_layouts(
         *(
             (family, ranks, flags)
-            for family in (GATED, GLM, GROUPS, DENSE_BETWEEN)
+            for family in (GATED, GLM, GROUPS, DENSE_BETWEEN, LATENTS, DIRECT)
             for ranks, flags in (
                 (1, f"{MICRO} --no-packing"),
                 (2, PP2),
