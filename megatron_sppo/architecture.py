@@ -139,8 +139,8 @@ class Architecture:
     moe_router_enable_expert_bias: bool = False
     """Experts are chosen by score + bias, and weighed by score. The bias is part of the model: nothing changes it."""
     moe_router_num_groups: int | None = None
-    """Experts are chosen from `moe_router_group_topk` of so many groups of neighbours, by the two best of each, or under
-    softmax by the best one; None: from all."""
+    """Experts are chosen from `moe_router_group_topk` of so many groups of neighbours, by the two best of each (under
+    softmax by the best one); None: from all."""
     moe_router_group_topk: int | None = None
     moe_router_topk_scaling_factor: float | None = None
     """Weights of the chosen experts are multiplied by this; None: by 1."""
@@ -371,7 +371,7 @@ class Architecture:
 
     @property
     def latent_softmax_scale(self) -> float:
-        """What latent attention multiplies scores by: transformers' yarn_apply_mscale (5.19, modeling_deepseek_v3.py)."""
+        """What latent attention multiplies scores by: as transformers' yarn_apply_mscale (5.19)."""
         latent = self.latent_attention
         assert latent is not None
         factor = (self.rope_scaling.factor if self.rope_scaling else None) or 1.0

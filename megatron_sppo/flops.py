@@ -2,7 +2,8 @@
 
 A product [m, k] x [k, n] counts 2 m k n. Attention is causal within each document: a document of n tokens has
 n (n + 1) / 2 pairs of positions that see each other, and each pair costs 2 FLOPs per channel of the queries (a score)
-and 2 per channel of what they answer (a weighted value). Norms, rotations, activations and the softmax are left out, as is usual.
+and 2 per channel of what they answer (a weighted value). Norms, rotations, activations and the softmax are left out, as
+is usual.
 """
 
 from typing import Any, TypeVar

@@ -147,7 +147,7 @@ class DeltaNet:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentAttention:
-    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, 2.1), by Megatron-Core's names (MLATransformerConfig).
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, 2.1), by Megatron-Core's names.
 
     Keys and values of all heads are made of one vector of `kv_lora_rank` channels a token. The first `qk_head_dim`
     channels of a head are not rotated, and the rest of a key are the same in all heads.

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from megatron_sppo.checkpoints import fp8, mxfp4
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
 from megatron_sppo.checkpoints.hf_files import read_config
-from megatron_sppo.checkpoints.mxfp4 import METHOD, open_mxfp4
 from megatron_sppo.checkpoints.wrapped import unwrapped
 
 
@@ -13,9 +13,13 @@ def open_source(hf: Path) -> HFCheckpoint:
     decoder under those that it has alone -> HFCheckpoint.
 
     Raises:
-        ConversionError: as `open_hf_checkpoint` and `open_mxfp4`.
+        ConversionError: as `open_hf_checkpoint`, `open_mxfp4` and `open_fp8`.
     """
     config = read_config(hf)
     described = config.get("quantization_config")
-    is_packed = isinstance(described, dict) and described.get("quant_method") == METHOD
-    return open_mxfp4(hf) if is_packed else unwrapped(open_hf_checkpoint(hf), config)
+    method = described.get("quant_method") if isinstance(described, dict) else None
+    if method == mxfp4.METHOD:
+        return mxfp4.open_mxfp4(hf)
+    if method == fp8.METHOD:
+        return fp8.open_fp8(hf, described)
+    return unwrapped(open_hf_checkpoint(hf), config)

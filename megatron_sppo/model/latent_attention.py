@@ -1,4 +1,4 @@
-"""Multi-head latent attention: keys and values of all heads made of one small vector a token (DeepSeek-V2, V3, Kimi-K2).
+"""Latent attention: keys and values of all heads are made of one small vector a token (DeepSeek-V2, V3, Kimi-K2).
 
 Megatron-Core's own (0.16.1 and 0.19.2, multi_latent_attention.py) wants a config of another class, norms its latent
 vectors with the layers' epsilon where transformers has 1e-6, computes YaRN by itself, and knows no shared prompts. This
@@ -200,7 +200,7 @@ class MultiLatentAttention(MegatronModule):
         return query, key, value.contiguous()
 
     def _rotate(self, channels: Tensor, table: Tensor, packed: Any) -> Tensor:
-        """Turn [S, B, N, R] by the table's angles; neighbours come out a half of the channels apart, in keys as well."""
+        """Turn [S, B, N, R] by the table's angles; neighbours come out half of the channels apart."""
         if self.shape.rotary_interleaved:
             channels = torch.cat((channels[..., 0::2], channels[..., 1::2]), dim=-1)
         turned: Tensor = apply_rotary_pos_emb(

@@ -60,7 +60,7 @@ def _replace_by_delta_nets(architecture: Architecture, specs: dict[LayerKind, Mo
 
 
 def _replace_by_latent_attention(architecture: Architecture, spec: ModuleSpec, implementation: str) -> None:
-    """Put latent attention in the place of a layer's attention, and the norm before it beside it: two layers read it."""
+    """Put latent attention in the place of a layer's attention, with a norm of its own before it."""
     layer = spec.submodules
     core = layer.self_attention.submodules.core_attention
     if implementation == "transformer_engine":

@@ -4,6 +4,7 @@ The published weights are FP8 in blocks, and read as bfloat16 numbers. The layer
 further token, is carried along.
 """
 
+from megatron_sppo.checkpoints.fp8 import METHOD
 from megatron_sppo.conversion import latent_config
 from megatron_sppo.conversion.families import glm4_moe, llama, qwen2_moe, qwen3_moe
 from megatron_sppo.conversion.mapping import Copy, ExpertKeys, Family
@@ -63,6 +64,7 @@ FAMILY = Family(
     latent_attention=True,
     further_layers="num_nextn_predict_layers",
     rope_types=ROPE_TYPES,
+    quantized=METHOD,
     experts=ExpertKeys(
         count=("n_routed_experts", "num_local_experts"),
         width="moe_intermediate_size",
