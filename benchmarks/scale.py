@@ -24,7 +24,7 @@ from benchmarks.scale_rows import rows_of
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.storage import read_json, write_json
+from megatron_sppo.json_files import read_json, write_json
 
 NAME = "scale.py"
 

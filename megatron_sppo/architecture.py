@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_sppo.errors import ConversionError
+from megatron_sppo.json_files import read_json, write_json
 from megatron_sppo.layer_parts import DeltaNet, LatentAttention, LayerKind, RopeScaling
-from megatron_sppo.storage import read_json, write_json
 
 SCHEMA_VERSION = 1
 FILE_NAME = "model.json"
@@ -436,21 +436,9 @@ class Architecture:
         return weights
 
     def _latent_weights(self, tensor_ranks: int) -> dict[str, int]:
-        """Count what latent attention has; each rank holds what makes the latent vectors, and their norms."""
-        latent, hidden = self.latent_attention, self.hidden_size
-        assert latent is not None
-        heads = self.num_attention_heads // tensor_ranks
-        queries, rank = heads * latent.query_head_dim, latent.q_lora_rank
-        weights = {"linear_proj": hidden * heads * latent.v_head_dim}
-        if rank is None:
-            weights["linear_q_proj"] = hidden * queries
-        else:
-            weights |= {"linear_q_down_proj": hidden * rank, "q_layernorm": rank, "linear_q_up_proj": rank * queries}
-        return weights | {
-            "linear_kv_down_proj": hidden * latent.kv_down_channels,
-            "kv_layernorm": latent.kv_lora_rank,
-            "linear_kv_up_proj": latent.kv_lora_rank * heads * latent.kv_up_head_dim,
-        }
+        """Count what latent attention has."""
+        assert self.latent_attention is not None
+        return self.latent_attention.weights(hidden=self.hidden_size, heads=self.num_attention_heads // tensor_ranks)
 
     def _delta_net_weights(self, tensor_ranks: int) -> dict[str, int]:
         """Count what a gated delta net has; its norm is of one value head, and each rank holds it."""

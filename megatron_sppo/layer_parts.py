@@ -194,3 +194,22 @@ class LatentAttention:
     def kv_up_head_dim(self) -> int:
         """What that vector is projected to for each head: the rest of its key, and its value."""
         return self.qk_head_dim + self.v_head_dim
+
+    def weights(self, *, hidden: int, heads: int) -> dict[str, int]:
+        """Count the weights of one layer -> {Megatron's name: weights}; all ranks hold those of the latent vectors.
+
+        Args:
+            hidden: channels of the hidden state.
+            heads: of this tensor-parallel rank.
+        """
+        queries, rank = heads * self.query_head_dim, self.q_lora_rank
+        weights = {"linear_proj": hidden * heads * self.v_head_dim}
+        if rank is None:
+            weights["linear_q_proj"] = hidden * queries
+        else:
+            weights |= {"linear_q_down_proj": hidden * rank, "q_layernorm": rank, "linear_q_up_proj": rank * queries}
+        return weights | {
+            "linear_kv_down_proj": hidden * self.kv_down_channels,
+            "kv_layernorm": self.kv_lora_rank,
+            "linear_kv_up_proj": self.kv_lora_rank * heads * self.kv_up_head_dim,
+        }

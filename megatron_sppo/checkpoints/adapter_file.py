@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.storage import read_json, write_json
+from megatron_sppo.json_files import read_json, write_json
 
 FILE_NAME = "adapter.json"
 SCHEMA_VERSION = 1

@@ -17,7 +17,8 @@ from typing import Any
 
 from megatron_sppo.checkpoints.digests import digests_path, read_digests
 from megatron_sppo.errors import DataError
-from megatron_sppo.storage import contained, read_json, sha256_of_file, write_json
+from megatron_sppo.json_files import read_json, write_json
+from megatron_sppo.storage import contained, sha256_of_file
 
 MANIFEST_NAME = "manifest.json"
 REMEMBERED_BYTES = 16 << 20

@@ -1,7 +1,7 @@
 """FP8 weights with a scale for each block (DeepSeek-V3, Kimi-K2), read as bfloat16 numbers; nothing writes them.
 
-NAME.weight [rows, columns] in E4M3 and NAME.weight_scale_inv [rows / block, columns / block], both rounded up, stand for
-one weight: each number times its block's scale, in float32, then rounded. So do DeepSeek's own files (weight_dequant)
+NAME.weight [rows, columns] in E4M3 and NAME.weight_scale_inv [rows / block, columns / block], rounded up, stand for one
+weight: each number times its block's scale, in float32, then rounded. So do DeepSeek's own files (weight_dequant)
 and vLLM. transformers (5.19, integrations/finegrained_fp8.py) does the same where blocks divide rows and columns;
 elsewhere it refuses the weight or takes blocks of another size.
 """

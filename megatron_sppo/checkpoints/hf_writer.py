@@ -32,7 +32,8 @@ from megatron_sppo.checkpoints.safetensors_file import (
 )
 from megatron_sppo.checkpoints.transfer import MAKING, Made, Move, Transfer, bytes_of, write_at
 from megatron_sppo.errors import ConversionError, DataError
-from megatron_sppo.storage import named_inside, read_json
+from megatron_sppo.json_files import read_json
+from megatron_sppo.storage import named_inside
 
 Place = tuple[int, Entry]
 """An open file's descriptor, and where a tensor lies in it."""

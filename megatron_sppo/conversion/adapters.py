@@ -57,15 +57,9 @@ from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.conversion.megatron_model import different_fields
 from megatron_sppo.conversion.weights_hash import weights_hash
 from megatron_sppo.errors import ConfigError, ConversionError, some_of
-from megatron_sppo.storage import (
-    atomic_directory,
-    locked,
-    locked_place,
-    read_json,
-    refuse_foreign,
-    remove_stale_temporaries,
-    write_json,
-)
+from megatron_sppo.json_files import read_json, write_json
+from megatron_sppo.locks import locked, locked_place
+from megatron_sppo.storage import atomic_directory, refuse_foreign, remove_stale_temporaries
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from megatron_sppo.checkpoints.megatron_checkpoint import CARRIED_FILE
 from megatron_sppo.checkpoints.safetensors_file import Entry, read_header
 from megatron_sppo.checkpoints.wrapped import CARRIED, is_wrapped
 from megatron_sppo.conversion.config_values import whole
-from megatron_sppo.conversion.mapping import Family
+from megatron_sppo.conversion.family import Family
 
 
 def carried_tensors(

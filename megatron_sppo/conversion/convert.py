@@ -55,14 +55,9 @@ from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tens
 from megatron_sppo.conversion.moves import export_tensors, import_pieces
 from megatron_sppo.conversion.sources import open_source
 from megatron_sppo.errors import ConfigError, ConversionError, DataError, some_of
-from megatron_sppo.storage import (
-    atomic_directory,
-    locked,
-    locked_place,
-    refuse_foreign,
-    remove_stale_temporaries,
-    write_json,
-)
+from megatron_sppo.json_files import write_json
+from megatron_sppo.locks import locked, locked_place
+from megatron_sppo.storage import atomic_directory, refuse_foreign, remove_stale_temporaries
 
 logger = logging.getLogger(__name__)
 

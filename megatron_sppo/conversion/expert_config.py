@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.conversion.config_values import agreed, only, positive, switch, whole
-from megatron_sppo.conversion.mapping import ExpertKeys, Family
+from megatron_sppo.conversion.family import ExpertKeys, Family
 from megatron_sppo.errors import ConversionError
 
 

@@ -12,9 +12,9 @@ from megatron_sppo.conversion.config_values import agreed, only, positive, switc
 from megatron_sppo.conversion.delta_config import delta_net_keys, read_delta_net
 from megatron_sppo.conversion.expert_config import expert_keys, read_experts
 from megatron_sppo.conversion.families import family_of
+from megatron_sppo.conversion.family import Family
 from megatron_sppo.conversion.hf_rope import rope_fields, rope_keys
 from megatron_sppo.conversion.latent_config import latent_keys, read_latents
-from megatron_sppo.conversion.mapping import Family
 from megatron_sppo.errors import ConversionError
 
 logger = logging.getLogger(__name__)

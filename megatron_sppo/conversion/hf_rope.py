@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.conversion.config_values import agreed, only, positive, whole
-from megatron_sppo.conversion.mapping import Family
+from megatron_sppo.conversion.family import Family
 from megatron_sppo.errors import ConversionError
 from megatron_sppo.layer_parts import RopeScaling
 

@@ -28,7 +28,8 @@ from megatron_sppo.conversion import convert
 from megatron_sppo.conversion.adapter_checkpoint import OpenedAdapter, open_adapter_checkpoint
 from megatron_sppo.conversion.adapters import check_base
 from megatron_sppo.errors import ConversionError
-from megatron_sppo.storage import atomic_directory, locked_place, refuse_foreign, remove_stale_temporaries
+from megatron_sppo.locks import locked_place
+from megatron_sppo.storage import atomic_directory, refuse_foreign, remove_stale_temporaries
 
 logger = logging.getLogger(__name__)
 

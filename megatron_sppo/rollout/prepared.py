@@ -16,11 +16,12 @@ import msgspec
 from tqdm import tqdm
 
 from megatron_sppo.errors import DataError
+from megatron_sppo.json_files import sha256_of_json
 from megatron_sppo.rollout.chat_template import ChatTokenizer, TokenizedPrompt, UnusablePrompt
 from megatron_sppo.rollout.hub import hub_fingerprint, is_hub_name
 from megatron_sppo.rollout.prompts import PromptRows, PromptsHash
 from megatron_sppo.rollout.records import Count, SetAside
-from megatron_sppo.storage import explain_os_error, sha256_of_file, sha256_of_json
+from megatron_sppo.storage import explain_os_error, sha256_of_file
 
 logger = logging.getLogger(__name__)
 

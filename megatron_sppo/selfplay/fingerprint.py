@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_sppo.checkpoints.file_digests import MANIFEST_NAME, listed_digests, sha256_of_files, sha256_of_items
 from megatron_sppo.errors import DataError
-from megatron_sppo.storage import read_json, sha256_of_json, write_json
+from megatron_sppo.json_files import read_json, sha256_of_json, write_json
 
 CACHE_NAME = ".file_hashes.json"
 

@@ -20,9 +20,10 @@ from megatron_sppo.config import is_written_of, to_dict, write_yaml
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import ConfigError, ConversionError, DataError
 from megatron_sppo.flops import crossover_length
+from megatron_sppo.locks import lock_until_exit
 from megatron_sppo.model.config import check_divisibility
 from megatron_sppo.model.transformer_engine import check_machine
-from megatron_sppo.storage import lock_until_exit, refuse_foreign, remove_stale_temporaries
+from megatron_sppo.storage import refuse_foreign, remove_stale_temporaries
 from megatron_sppo.tracking.run import TrackedRun, start
 from megatron_sppo.training import grace, parallel
 from megatron_sppo.training.batches import Batches

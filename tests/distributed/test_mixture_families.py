@@ -1,8 +1,8 @@
 """Loss, log-probabilities and gradient of mixtures of other kinds than Qwen3's and Mixtral's (test_moe_layouts.py).
 
 Shared experts with and without a gate, dense layers between and in front, routers that score by a sigmoid, choose by a
-bias and from groups, gated delta nets or latent attention before them. Truth is Hugging Face's model under autograd. The
-bias of a router comes out of a step as it went in, bit for bit. Not shown here: CUDA, Transformer Engine, FP8.
+bias and from groups, gated delta nets or latent attention before them. Truth is Hugging Face's model under autograd.
+The bias of a router comes out of a step as it went in, bit for bit. Not shown here: CUDA, Transformer Engine, FP8.
 """
 
 from collections.abc import Callable

@@ -381,7 +381,7 @@ def write_progress(inputs: Path, place: Path, version: int) -> None:
 
 def write_result(inputs: Path, place: Path, version: int) -> None:
     """Results of evaluations, plans, inspections and conversions are JSON files, written by this."""
-    from megatron_sppo.storage import write_json
+    from megatron_sppo.json_files import write_json
 
     write_json(place / "eval/result.json", {"version": version, "values": list(range(5000))})
 
@@ -414,7 +414,7 @@ def read_exports(inputs: Path, place: Path) -> int:
 
 
 def write_tracker_ids(inputs: Path, place: Path, version: int) -> None:
-    from megatron_sppo.storage import write_json
+    from megatron_sppo.json_files import write_json
 
     write_json(place / "trackers.json", {"wandb": "x" * version})
 
@@ -493,6 +493,7 @@ COVERED = {
     "data/writer": "dataset",
     "evaluation/export": "exported answers",
     "evaluation/kit": "result",
+    "json_files": "result",
     "judge/endpoint": "cache of verdicts",
     "judge/evaluation": "result",
     "judge/score": "scores",

@@ -23,7 +23,7 @@ from megatron_sppo.conversion.families import (
     qwen3_moe,
     qwen3_next,
 )
-from megatron_sppo.conversion.mapping import Family
+from megatron_sppo.conversion.family import Family
 from megatron_sppo.errors import ConversionError
 
 FAMILIES = {

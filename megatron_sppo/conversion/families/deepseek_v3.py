@@ -7,7 +7,8 @@ further token, is carried along.
 from megatron_sppo.checkpoints.fp8 import METHOD
 from megatron_sppo.conversion import latent_config
 from megatron_sppo.conversion.families import glm4_moe, llama, qwen2_moe, qwen3_moe
-from megatron_sppo.conversion.mapping import Copy, ExpertKeys, Family
+from megatron_sppo.conversion.family import ExpertKeys, Family
+from megatron_sppo.conversion.mapping import Copy
 
 ATTENTION, ATTN = "decoder.layers.{layer}.self_attention", "model.layers.{layer}.self_attn"
 

@@ -3,7 +3,8 @@
 import dataclasses
 
 from megatron_sppo.conversion.families import llama, qwen3
-from megatron_sppo.conversion.mapping import Copy, ExpertKeys, Family, GateUp
+from megatron_sppo.conversion.family import ExpertKeys, Family
+from megatron_sppo.conversion.mapping import Copy, GateUp
 
 MLP, HF_MLP = "decoder.layers.{layer}.mlp", "model.layers.{layer}.mlp"
 
