@@ -118,13 +118,14 @@ def open_fp8(directory: Path, described: Mapping[str, Any]) -> Fp8Checkpoint:
 def _block(directory: Path, described: Mapping[str, Any]) -> Block:
     """Read the size of a block, and refuse another format."""
     size, kind = described.get("weight_block_size"), described.get("fmt", "e4m3")
-    is_size = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
-    if not is_size or kind != "e4m3":
+    is_list = isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size)
+    if not isinstance(size, list) or not is_list or kind != "e4m3":
         raise ConversionError(
             f"{directory} describes FP8 weights (quantization_config) of fmt {kind!r} and weight_block_size {size!r}; "
             "read are e4m3 and blocks of [rows, columns]. Use the unquantized model."
         )
-    return size[0], size[1]
+    rows, columns = size
+    return rows, columns
 
 
 def _checked_scales(directory: Path, name: str, weight: Entry, entries: Mapping[str, Entry], block: Block) -> Entry:

@@ -20,6 +20,6 @@ def open_source(hf: Path) -> HFCheckpoint:
     method = described.get("quant_method") if isinstance(described, dict) else None
     if method == mxfp4.METHOD:
         return mxfp4.open_mxfp4(hf)
-    if method == fp8.METHOD:
+    if isinstance(described, dict) and method == fp8.METHOD:
         return fp8.open_fp8(hf, described)
     return unwrapped(open_hf_checkpoint(hf), config)
