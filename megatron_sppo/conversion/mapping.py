@@ -85,6 +85,8 @@ class TensorMapping:
     """Field of `Architecture` without which no layer has it, such as "qk_layernorm"."""
     keeps_type: bool = field(default=False, kw_only=True)
     """Whether no cast changes it: transformers keeps it in float32 whatever the model's type."""
+    stack: str | None = field(default=None, kw_only=True)
+    """Hugging Face's name for all experts of a layer in one tensor, in files that have them so (`expert_stacks`)."""
 
     @property
     def per_layer(self) -> bool:

@@ -38,8 +38,6 @@ class Parts(NamedTuple):
     """Row-parallel linear layer."""
     norm: Any
     core_attention: Any
-    equal_heads: bool
-    """Whether the core attention wants values as wide as keys."""
 
 
 class _Whole(torch.nn.Module):
@@ -80,7 +78,6 @@ class MultiLatentAttention(MegatronModule):
         super().__init__(config)
         assert architecture.latent_attention is not None
         self.layer_number, self.shape = layer_number, architecture.latent_attention
-        self.equal_heads = parts.equal_heads
         # The factor of cosine and sine, of queries and of keys: here all of it on the queries.
         scaling, heads = architecture.rope_scaling, config.num_attention_heads
         self.rotary_factor = 1.0 if scaling is None else scaling.attention_factor**2
@@ -158,15 +155,13 @@ class MultiLatentAttention(MegatronModule):
 
         query, key, value = self._heads(hidden, rotary_pos_emb, packed_seq_params)
         width = value.shape[-1]
-        if self.equal_heads:
-            # No kernel of Transformer Engine refuses heads of one width; of two, most do on some GPU.
-            value = pad(value, (0, query.shape[-1] - width))
+        # No kernel, torch's for the CPU and Transformer Engine's, refuses heads of one width; of two widths many do.
+        value = pad(value, (0, query.shape[-1] - width))
         if self.recomputes and self.training:
             context = checkpoint(attend, query, key, value, **_AGAIN)
         else:
             context = attend(query, key, value)
-        if self.equal_heads:
-            context = context.unflatten(-1, (-1, query.shape[-1]))[..., :width].flatten(-2)
+        context = context.unflatten(-1, (-1, query.shape[-1]))[..., :width].flatten(-2)
         output, _ = self.linear_proj(context if packed_seq_params is None else context.unsqueeze(1))
         return output, None
 
@@ -197,7 +192,7 @@ class MultiLatentAttention(MegatronModule):
         plain, value = both.split((shape.qk_head_dim, shape.v_head_dim), -1)
         turned = self._rotate(rotated.unsqueeze(-2), table, packed)
         key = torch.cat((plain, turned.expand(*plain.shape[:-1], -1)), dim=-1)
-        return query, key, value.contiguous()
+        return query, key, value
 
     def _rotate(self, channels: Tensor, table: Tensor, packed: Any) -> Tensor:
         """Turn [S, B, N, R] by the table's angles; neighbours come out half of the channels apart."""

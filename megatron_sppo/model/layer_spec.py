@@ -66,9 +66,9 @@ def _replace_by_latent_attention(architecture: Architecture, spec: ModuleSpec, i
     if implementation == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
 
-        parts = Parts(TEColumnParallelLinear, TERowParallelLinear, TENorm, core, equal_heads=True)
+        parts = Parts(TEColumnParallelLinear, TERowParallelLinear, TENorm, core)
     else:
-        parts = Parts(ColumnParallelLinear, RowParallelLinear, RMSNorm, core, equal_heads=False)
+        parts = Parts(ColumnParallelLinear, RowParallelLinear, RMSNorm, core)
     layer.self_attention = ModuleSpec(
         module=MultiLatentAttention, params={"architecture": architecture, "parts": parts}
     )

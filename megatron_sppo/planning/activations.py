@@ -107,9 +107,8 @@ def activations(
                 context_ranks=parallel.context_parallel_size if gathers else 1,
             )
             if not recompute:
-                found["attention"] = latent_core(architecture, sizes, engine=engine)
-                pair = sizes.key + sizes.heads * architecture.latent_attention.v_head_dim
-                found |= {} if engine else _of_documents(grid, shape, sizes, pair=pair)
+                found["attention"] = latent_core(sizes)
+                found |= {} if engine else _of_documents(grid, shape, sizes)
         else:
             mixer = _engine_attention if engine else _torch_attention
             found = mixer(architecture, model, grid, shape, sizes, recompute=recompute)
@@ -205,7 +204,7 @@ def _torch_attention(
         if capped:
             items["attention"] = _capped_attention(shape, sizes, context=context)
         else:
-            items |= _of_documents(grid, shape, sizes, pair=2 * sizes.key)
+            items |= _of_documents(grid, shape, sizes)
     if architecture.qk_layernorm:
         channels, norms = sizes.query + sizes.key, sizes.heads + sizes.key // sizes.head
         items["norms of queries and keys"] = sizes.tokens * (channels * (FLOAT32 + sizes.type_bytes) + norms * FLOAT32)
@@ -214,16 +213,12 @@ def _torch_attention(
     return items
 
 
-def _of_documents(grid: Grid, shape: MicroBatchShape, sizes: Sizes, *, pair: int) -> dict[str, int]:
-    """List what attention of the torch spec keeps of documents that see others, or are divided -> {what: bytes}.
-
-    Args:
-        pair: channels of keys and of values.
-    """
+def _of_documents(grid: Grid, shape: MicroBatchShape, sizes: Sizes) -> dict[str, int]:
+    """List what attention of the torch spec keeps of documents that see others, or are divided -> {what: bytes}."""
     context, shared = grid.parallel.context_parallel_size, shape.num_path_keys > 0
     masks = shape.sum_of_squares // context * sizes.type_bytes if context > 1 or shared else 0
     # Keys and values are laid out anew for each document that continues another.
-    return {"masks": masks, "keys and values of paths": shape.num_path_keys * pair * sizes.type_bytes}
+    return {"masks": masks, "keys and values of paths": 2 * shape.num_path_keys * sizes.key * sizes.type_bytes}
 
 
 def _torch_feed_forward(architecture: Architecture, grid: Grid, sizes: Sizes, *, product_bytes: int) -> dict[str, int]:

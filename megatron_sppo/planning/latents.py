@@ -24,11 +24,10 @@ def latent_items(
     # As the layer's norms, in `activations`.
     normed = sum(rank * (narrow if engine else _FLOAT32 + narrow) + _FLOAT32 for rank in ranks)
     again = input_bytes if engine and latent.q_lora_rank is None and input_bytes != narrow else 0
-    value = sizes.heads * _value_width(architecture, engine=engine)
     items = {
         "input of latent vectors": sizes.between * sizes.hidden * (narrow + again),
         "latent vectors": sizes.between * (normed + sum(ranks) * input_bytes),
-        "queries, keys and values": sizes.tokens * narrow * (sizes.query + (sizes.key + value) * context_ranks),
+        "queries, keys and values": sizes.tokens * narrow * (sizes.query + 2 * sizes.key * context_ranks),
         "input of linear_proj": sizes.tokens * sizes.heads * latent.v_head_dim * input_bytes,
     }
     if not engine:
@@ -36,14 +35,9 @@ def latent_items(
     return items
 
 
-def latent_core(architecture: Architecture, sizes: Sizes, *, engine: bool) -> int:
-    """Count what the core attention keeps beside its inputs -> bytes: its answer, and a float32 for each head."""
-    width = _value_width(architecture, engine=engine)
-    return sizes.tokens * sizes.heads * (width * sizes.type_bytes + _FLOAT32)
+def latent_core(sizes: Sizes) -> int:
+    """Count what the core attention keeps beside its inputs -> bytes: its answer, and a float32 for each head.
 
-
-def _value_width(architecture: Architecture, *, engine: bool) -> int:
-    """Say how wide a head's values are in the core attention: Transformer Engine's are as wide as its keys."""
-    latent = architecture.latent_attention
-    assert latent is not None
-    return latent.query_head_dim if engine else latent.v_head_dim
+    Values, and so the answer, are as wide as keys there.
+    """
+    return sizes.tokens * (sizes.query * sizes.type_bytes + sizes.heads * _FLOAT32)

@@ -43,7 +43,7 @@ FURTHER_LAYER_OF_27B = 5120 * (12288 + 2 * 1024 + 6144) + 3 * 5120 * 17408 + 2 *
 _VISION_LAYER = 4 * 1152**2 + 4 * 1152 + 2 * 1152 * 4304 + 4304 + 1152 + 4 * 1152
 VISION_OF_27B = 27 * _VISION_LAYER + 1536 * 1152 + 1152 + 2304 * 1152 + 2304 + 4608 * 4609 + 4609 * 5120
 # DeepSeek-V3's layer that predicts a further token: latent attention, experts, a projection of two inputs, five norms,
-# and copies of embedding and output weights; and scales of FP8 blocks, which the hub counts with the 59 routers' biases.
+# and copies of embedding and output weights; and scales of FP8 blocks, which the hub counts with 59 routers' biases.
 _LATENT_ATTENTION = 7168 * (1536 + 576 + 16384) + 1536 * 24576 + 512 * 32768 + 1536 + 512
 _V3_EXPERTS = 257 * 3 * 7168 * 2048 + 256 * 7169
 FURTHER_LAYER_OF_V3 = _LATENT_ATTENTION + _V3_EXPERTS + 2 * 7168**2 + 5 * 7168 + 2 * 129280 * 7168
