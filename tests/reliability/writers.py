@@ -34,6 +34,8 @@ class Writer:
     """Which version a state is that is neither's bytes; None: there may be no such state."""
     prepare: Callable[[Path], object] = lambda inputs: None
     """Makes the inputs."""
+    varies: bool = False
+    """A thread of it gathers what it writes: there may be fewer operations than the last time."""
     loses: bool = False
     """It is a cache, or a log that says of itself that it may be lost: an error is no fault of the command."""
 
@@ -455,7 +457,7 @@ WRITERS = (
     Writer("step files", append_steps, read_steps),
     Writer("state", write_state, read_state_, prepare=preference_rows),
     Writer("summary", sum_up, read_summed),
-    Writer("events", write_events),
+    Writer("events", write_events, varies=True),
     Writer("report", report),
     Writer("resolved config", write_config),
     Writer("prompts", write_prompts),
