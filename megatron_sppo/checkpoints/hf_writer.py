@@ -32,7 +32,7 @@ from megatron_sppo.checkpoints.safetensors_file import (
     new_header,
     write_header,
 )
-from megatron_sppo.checkpoints.transfer import MAKING, Move, Transfer, bytes_of, write_at
+from megatron_sppo.checkpoints.transfer import MAKING, Made, Move, Transfer, bytes_of, write_at
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.json_files import read_json
 from megatron_sppo.storage import named_inside
@@ -202,12 +202,25 @@ def write_tensors(
             os.fdatasync(descriptor)
 
 
-def copy_tensors(tensors: Mapping[str, Entry], path: Path, *, progress: Callable[[int], object]) -> None:
-    """Copy tensors of other files into a new one, in the order given, and write its items' digests beside it."""
+def copy_tensors(
+    tensors: Mapping[str, Entry],
+    path: Path,
+    *,
+    made: Mapping[str, Callable[[], Tensor]],
+    progress: Callable[[int], object],
+) -> None:
+    """Copy tensors of other files into a new one, in the order given, and write its items' digests beside it.
+
+    Args:
+        made: how those are computed that lie in no file as they are.
+    """
     raw, _ = new_header(path, {name: (entry.dtype, entry.shape) for name, entry in tensors.items()})
     header = len(raw).to_bytes(LENGTH_BYTES, "little") + raw
     with Transfer(workers=1, progress=progress) as transfer:
-        transfer.gather(path, [[header], *([entry.span] for entry in tensors.values())])
+        items = (
+            [Made(MAKING * entry.nbytes, made[name]) if name in made else entry.span] for name, entry in tensors.items()
+        )
+        transfer.gather(path, [[header], *items])
 
 
 @contextlib.contextmanager

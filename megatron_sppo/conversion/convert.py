@@ -148,7 +148,7 @@ def import_checkpoint(
             write_architecture(architecture, directory, tokenizer=tokenizer_record(hf, tokenizer))
             (directory / HF_DIRECTORY).mkdir()
             copy_side_files(hf, directory / HF_DIRECTORY)
-            write_carried(carried, directory / HF_DIRECTORY, progress=bar.update)
+            write_carried(source, carried, directory / HF_DIRECTORY, progress=bar.update)
             if not left_out and not source.is_quantized:
                 write_json(directory / HF_DIRECTORY / LAYOUT_FILE, source.layout())
             write_manifest(directory)

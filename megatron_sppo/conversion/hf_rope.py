@@ -69,6 +69,8 @@ def rope_keys(architecture: Architecture, family: Family) -> dict[str, Any]:
             rope["attention_factor"] = scaling.attention_factor
         if scaling.llama_4_scaling_beta is not None:
             rope["llama_4_scaling_beta"] = scaling.llama_4_scaling_beta
+        if architecture.latent_attention is not None and architecture.latent_attention.mscale_all_dim:
+            rope["mscale_all_dim"] = architecture.latent_attention.mscale_all_dim
         if family.original_positions is not None:
             beside["original_max_position_embeddings"] = scaling.original_max_position_embeddings
     if family.windowed_rope is None:

@@ -1,10 +1,13 @@
 """One table per model family; FAMILIES lists them by `model_type`."""
 
 from megatron_sppo.conversion.families import (
+    deepseek_v2,
+    deepseek_v3,
     gemma2,
     gemma3_text,
     glm4_moe,
     gpt_oss,
+    kimi_k2,
     llama,
     ministral,
     ministral3,
@@ -40,6 +43,9 @@ FAMILIES = {
         qwen3_5_text,
         qwen3_5_moe_text,
         glm4_moe,
+        deepseek_v2,
+        deepseek_v3,
+        kimi_k2,
         gemma2,
         gemma3_text,
         gpt_oss,
