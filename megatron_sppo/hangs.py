@@ -20,6 +20,7 @@ def write_stacks(path: Path, *, title: str = "") -> str:
     """
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # it may be a link to another file
         with open(path, "w", encoding="utf-8") as file:
             if title:
                 file.write(f"{title}\n")

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_sppo.architecture import write_architecture
 from megatron_sppo.checkpoints import adapter_file
 from megatron_sppo.checkpoints.adapter_file import AdapterFile, AdapterSettings, BaseName
 from megatron_sppo.checkpoints.distcp_writer import write_common, write_distcp
-from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
+from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
 from megatron_sppo.checkpoints.hf_writer import write_tensor
 from megatron_sppo.checkpoints.megatron_checkpoint import (
@@ -55,10 +54,12 @@ from megatron_sppo.conversion.binding import bind
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.conversion.megatron_model import different_fields
+from megatron_sppo.conversion.sources import open_plain
 from megatron_sppo.conversion.weights_hash import weights_hash
 from megatron_sppo.errors import ConfigError, ConversionError, some_of
 from megatron_sppo.json_files import read_json, write_json
 from megatron_sppo.locks import locked, locked_place
+from megatron_sppo.model_file import write_architecture
 from megatron_sppo.storage import atomic_directory, refuse_foreign, remove_stale_temporaries
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def import_adapter(
     refuse_adapters(config, place=str(base / CONFIG_FILE))
     architecture = architecture_from_hf(config, place=str(base / CONFIG_FILE))
     family = family_of(architecture.family, place=str(base))
-    source = open_hf_checkpoint(base)
+    source = open_plain(base)
     check_fits(opened, source.shapes, base=base, base_hash=None if opened.base_hash is None else model_hash(base))
     settings = AdapterSettings(
         rank=opened.rank,
@@ -225,7 +226,7 @@ def check_base(opened: OpenedAdapter, base: Path) -> HFCheckpoint:
             f"--base {base} is of another model than {opened.directory}: {'; '.join(different[:3])}. "
             "Give the Hugging Face directory of the model that the adapters were trained on."
         )
-    source, named = open_hf_checkpoint(base), opened.content.base
+    source, named = open_plain(base), opened.content.base
     bindings = bind(family_of(architecture.family, place=str(base)), architecture)
     if missing := [name for binding in bindings for name in binding.hf_shapes if name not in source.entries]:
         raise ConversionError(f"{base} lacks {some_of(missing)}, which its {CONFIG_FILE} promises. Fetch it again.")

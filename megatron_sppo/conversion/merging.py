@@ -4,13 +4,14 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
+from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
 from megatron_sppo.checkpoints.hf_writer import (
     Computed,
@@ -27,6 +28,10 @@ from megatron_sppo.checkpoints.side_files import write_side_files
 from megatron_sppo.conversion import convert
 from megatron_sppo.conversion.adapter_checkpoint import OpenedAdapter, open_adapter_checkpoint
 from megatron_sppo.conversion.adapters import check_base
+from megatron_sppo.conversion.binding import bind
+from megatron_sppo.conversion.expert_stacks import apart, expert_stacks, together
+from megatron_sppo.conversion.families import family_of
+from megatron_sppo.conversion.sources import open_plain
 from megatron_sppo.errors import ConversionError
 from megatron_sppo.locks import locked_place
 from megatron_sppo.storage import atomic_directory, refuse_foreign, remove_stale_temporaries
@@ -63,11 +68,7 @@ def export_merged(
     source = check_base(opened, base)
     tensors = {name: (cast or entry.dtype, entry.shape) for name, entry in source.entries.items()}
     is_kept = cast is None and max_shard_size is None
-    if is_kept:
-        layout = _layout_of(source)
-    else:
-        size = parse_size(max_shard_size or convert.DEFAULT_SHARD_SIZE)
-        layout = new_files(tensors, max_shard_bytes=size)
+    layout = _layout(opened, source, None if is_kept else tensors, max_shard_size or convert.DEFAULT_SHARD_SIZE)
     with locked_place(hf, flag="--hf"):
         remove_stale_temporaries(hf)
         if hf.exists() and any(hf.iterdir()) and not overwrite:
@@ -107,14 +108,21 @@ def _merged_weight(
     yield name, weight.to(kind)
 
 
-def _layout_of(source: HFCheckpoint) -> FileLayout:
-    """Lay a model out as another's files are."""
-    files = {name: (raw, entries_of_header(Path(name), raw)) for name, raw in source.headers.items()}
-    return FileLayout(files=files, index=source.layout()["index"])
+def _layout(
+    opened: OpenedAdapter, source: HFCheckpoint, tensors: Mapping[str, Any] | None, max_shard_size: str
+) -> FileLayout:
+    """Lay a model out as another's files are; or its `tensors` in new files, which hold experts as those do."""
+    headers = {name: (raw, entries_of_header(Path(name), raw)) for name, raw in source.headers.items()}
+    layout = FileLayout(files=headers, index=source.layout()["index"])
+    bindings = bind(family_of(opened.architecture.family, place=str(source.directory)), opened.architecture)
+    stacks = {name: stack for name, stack in expert_stacks(bindings).items() if name in layout.tensors}
+    if tensors is not None:
+        layout = new_files(together(tensors, stacks), max_shard_bytes=parse_size(max_shard_size))
+    return layout.described(lambda entries: apart(entries, stacks))
 
 
 def _check_already_merged(hf: Path, opened: OpenedAdapter, source: HFCheckpoint, cast: torch.dtype | None) -> None:
-    there = open_hf_checkpoint(hf)
+    there = open_plain(hf)
     same = there.shapes == source.shapes and read_config(hf).get("model_type") == opened.architecture.family
     for name in source.entries if same else ():
         ((_, weight),) = _merged_weight(opened, source, name, cast)

@@ -34,6 +34,8 @@ class Writer:
     """Which version a state is that is neither's bytes; None: there may be no such state."""
     prepare: Callable[[Path], object] = lambda inputs: None
     """Makes the inputs."""
+    varies: bool = False
+    """A thread of it gathers what it writes: there may be fewer operations than the last time."""
     loses: bool = False
     """It is a cache, or a log that says of itself that it may be lost: an error is no fault of the command."""
 
@@ -455,7 +457,7 @@ WRITERS = (
     Writer("step files", append_steps, read_steps),
     Writer("state", write_state, read_state_, prepare=preference_rows),
     Writer("summary", sum_up, read_summed),
-    Writer("events", write_events),
+    Writer("events", write_events, varies=True),
     Writer("report", report),
     Writer("resolved config", write_config),
     Writer("prompts", write_prompts),
@@ -469,7 +471,6 @@ WRITERS = (
 )
 
 COVERED = {
-    "architecture": "import of a model",
     "checkpoints/adapter_file": "import of an adapter",
     "checkpoints/distcp_writer": "import of a model",
     "checkpoints/file_digests": "cache of digests",
@@ -500,6 +501,7 @@ COVERED = {
     "judge/shard_files": "scores",
     "judge/shard_scores": "scores",
     "locks": "rollouts",
+    "model_file": "import of a model",
     "report/page": "report",
     "rollout/finished_shards": "rollouts",
     "rollout/preferences": "imported preferences",

@@ -27,6 +27,8 @@ GROUND = (
     "config_text",
     "layer_parts",
     "architecture",
+    "model_file",
+    "weight_counts",
     "flops",
 )
 FLOORS = (

@@ -24,12 +24,14 @@ EXPERTS = (
         f"{HF_MLP}.experts.{{expert}}.{{gate_up}}_proj.weight",
         width="expert_ffn",
         layers="sparse",
+        stack=f"{HF_MLP}.experts.gate_up_proj",
     ),
     Copy(
         f"{MLP}.experts.experts.{{expert}}.linear_fc2.weight",
         f"{HF_MLP}.experts.{{expert}}.down_proj.weight",
         ("hidden", "expert_ffn"),
         layers="sparse",
+        stack=f"{HF_MLP}.experts.down_proj",
     ),
 )
 SPARSE = (
