@@ -2,7 +2,8 @@
 
 A test asks the fixture `tally` for its case numbers, few in `make test` and all of them under --soak, and holds each
 case within `tally.case`. A parametrised test that is one case each has the mark `counts(KIND)`. With --tally FILE every
-case adds a line {"kind", "name", "passed", "seconds", "test"} to the file, which workers of xdist share: lines are whole.
+case adds a line {"kind", "name", "passed", "seconds", "test"} to the file, which workers of xdist share: lines are
+whole.
 """
 
 import contextlib
