@@ -154,7 +154,7 @@ def open_peft_adapter(directory: Path) -> PeftAdapter:
         alpha=_number(config, "lora_alpha", directory),
         use_rslora=bool(config.get("use_rslora")),
         target_modules=targets if isinstance(targets, str) else tuple(targets or ()),
-        is_partial=bool(config.get("layers_to_transform") or config.get("exclude_modules")),
+        is_partial=config.get("layers_to_transform") not in (None, []) or bool(config.get("exclude_modules")),
         header=header,
         factors=factors,
         base_hash=_metadata(header, BASE_HASH),
