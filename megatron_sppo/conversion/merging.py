@@ -24,6 +24,7 @@ from megatron_sppo.checkpoints.hf_writer import (
 from megatron_sppo.checkpoints.peft_files import weight_delta
 from megatron_sppo.checkpoints.safetensors_file import entries_of_header
 from megatron_sppo.checkpoints.side_files import write_side_files
+from megatron_sppo.checkpoints.wrapped import own_names
 from megatron_sppo.conversion import convert
 from megatron_sppo.conversion.adapter_checkpoint import OpenedAdapter, open_adapter_checkpoint
 from megatron_sppo.conversion.adapters import check_base
@@ -88,18 +89,19 @@ def export_merged(
 
 
 def _merged(opened: OpenedAdapter, source: HFCheckpoint, cast: torch.dtype | None) -> Iterator[Moved | Computed]:
+    own = own_names(read_config(source.directory), source.entries)
     for name, entry in source.entries.items():
-        is_adapted, is_cast = name.removesuffix(".weight") in opened.factors, cast not in (None, entry.dtype)
+        is_adapted, is_cast = own(name).removesuffix(".weight") in opened.factors, cast not in (None, entry.dtype)
         if is_adapted or is_cast or not entry.shape:
-            yield Computed(names=[name], make=functools.partial(_merged_weight, opened, source, name, cast))
+            yield Computed(names=[name], make=functools.partial(_merged_weight, opened, source, name, own(name), cast))
         else:
             yield Moved(spans=[entry.rows(0, entry.shape[0])], rows=[Rows(name, 0, entry.shape[0])])
 
 
 def _merged_weight(
-    opened: OpenedAdapter, source: HFCheckpoint, name: str, cast: torch.dtype | None
+    opened: OpenedAdapter, source: HFCheckpoint, name: str, own: str, cast: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
-    weight, module = source.read(name), name.removesuffix(".weight")
+    weight, module = source.read(name), own.removesuffix(".weight")
     kind = cast or weight.dtype
     if module in opened.factors:
         weight = weight.float() + weight_delta(*opened.read(module), opened.content.settings.scale)
@@ -113,10 +115,11 @@ def _layout_of(source: HFCheckpoint) -> FileLayout:
 
 
 def _check_already_merged(hf: Path, opened: OpenedAdapter, source: HFCheckpoint, cast: torch.dtype | None) -> None:
-    there = open_hf_checkpoint(hf)
-    same = there.shapes == source.shapes and read_config(hf).get("model_type") == opened.architecture.family
+    there, config = open_hf_checkpoint(hf), read_config(source.directory)
+    same = there.shapes == source.shapes and read_config(hf).get("model_type") == config.get("model_type")
+    own = own_names(config, source.entries)
     for name in source.entries if same else ():
-        ((_, weight),) = _merged_weight(opened, source, name, cast)
+        ((_, weight),) = _merged_weight(opened, source, name, own(name), cast)
         found = there.read(name)
         same = same and found.dtype == weight.dtype and torch.equal(found, weight)
     if not same:
