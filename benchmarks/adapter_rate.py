@@ -18,8 +18,9 @@ from benchmarks.record import RESULTS, describe_machine
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
 from megatron_sppo.config_fields import PositiveFloat, PositiveInt
+from megatron_sppo.json_files import read_json, write_json
 from megatron_sppo.selfplay.summary import read_json_lines
-from megatron_sppo.storage import read_json, sha256_of_file, write_json
+from megatron_sppo.storage import sha256_of_file
 
 NAME = "adapter_rate.py"
 

@@ -52,11 +52,11 @@ from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import PositiveFloat, PositiveInt, parse
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.json_files import read_json, write_json
 from megatron_sppo.judge.load import load_judge
 from megatron_sppo.judge.protocol import Unjudged, checker_of
 from megatron_sppo.judge.stored_groups import StoredGroups
 from megatron_sppo.selfplay.summary import read_json_lines
-from megatron_sppo.storage import read_json, write_json
 
 NAME = "alignment.py"
 ENTRIES: dict[str, dict[str, Any]] = {

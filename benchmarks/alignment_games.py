@@ -51,9 +51,9 @@ from benchmarks.comparisons import holm, sign_flip_p
 from benchmarks.record import RESULTS, describe_cpu
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
+from megatron_sppo.json_files import write_json
 from megatron_sppo.objective import Targets, preference_matrix, win_rates
 from megatron_sppo.objective.table import Objective, find_objective
-from megatron_sppo.storage import write_json
 
 # X = prompts, A = answers of each, G = groups (draws of prompts), K = answers drawn a group, N = rows to train on.
 NAME = "alignment_games.py"

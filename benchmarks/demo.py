@@ -17,11 +17,12 @@ from benchmarks.record import RESULTS, describe_machine
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
 from megatron_sppo.errors import DataError
+from megatron_sppo.json_files import read_json, write_json
 from megatron_sppo.judge.load import load_judge
 from megatron_sppo.judge.protocol import Unjudged, checker_of
 from megatron_sppo.judge.stored_groups import StoredGroups
 from megatron_sppo.selfplay.summary import read_json_lines, read_summary, result_table
-from megatron_sppo.storage import read_json, sha256_of_file, write_json
+from megatron_sppo.storage import sha256_of_file
 
 NAME = "demo.py"
 START = "base_eval/rollouts"

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from megatron_sppo.storage import write_json
+from megatron_sppo.json_files import write_json
 from megatron_sppo.training.telemetry import GpuSampler
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -27,6 +27,8 @@ from tests.distributed.harness import run_ranks
 from tests.models import MIXTURES, tiny_llama
 
 NAME = "router_replay.py"
+SECONDS = 1800.0
+"""After which a pass or a training hangs."""
 SHAPE = {"num_hidden_layers": NUM_LAYERS, "hidden_size": 128, "num_experts": NUM_EXPERTS, "num_experts_per_tok": TOP_K}
 ARRANGEMENTS = {
     "the same micro-batches": (1, REFERENCE),
@@ -48,11 +50,11 @@ class ReplayConfig:
 def noise(megatron: str, data: str, work: Path) -> dict[tuple[str, str], float]:
     """Compare passes before any step with the reference pass -> {(arrangement, whose routes): rms in nats}."""
     routes = str(work / "routes.pt")
-    (truth,) = run_ranks(one_pass, 1, megatron, data, REFERENCE, None, routes)
+    (truth,) = run_ranks(one_pass, 1, megatron, data, REFERENCE, None, routes, timeout=SECONDS)
     found = {}
     for name, (num_ranks, flags) in ARRANGEMENTS.items():
         for whose, file in (("own", None), ("replayed", routes)):
-            log_prob = run_ranks(one_pass, num_ranks, megatron, data, flags, file, None)[0]
+            log_prob = run_ranks(one_pass, num_ranks, megatron, data, flags, file, None, timeout=SECONDS)[0]
             found[name, whose] = float(np.sqrt(np.mean((log_prob - truth) ** 2)))
     return found
 
@@ -102,7 +104,9 @@ def main() -> None:
             places = str(megatron), str(write_dataset(Path(work, "data"), hf))
             noises.append(noise(*places, Path(work)))
             for replays in (True, False):
-                trainings.setdefault(replays, []).extend(run_ranks(train, 1, *places, config.steps, replays))
+                trainings.setdefault(replays, []).extend(
+                    run_ranks(train, 1, *places, config.steps, replays, timeout=SECONDS)
+                )
     rows = rows_of(noises, trainings)
     write_results("router_replay", rows, machine=describe_machine(), packages=("torch", "megatron-core"))
 

@@ -34,6 +34,7 @@ from benchmarks.scale_steps import (
     write_steps,
 )
 from megatron_sppo.data.dataset import PreferenceDataset
+from megatron_sppo.json_files import write_json
 from megatron_sppo.judge import evaluation, workers
 from megatron_sppo.judge import score as scoring
 from megatron_sppo.judge.config import EvaluateConfig, ScoreConfig
@@ -43,7 +44,6 @@ from megatron_sppo.rollout.generate import generate_rollouts
 from megatron_sppo.rollout.prompts import PromptRows
 from megatron_sppo.rollout.sampler import Shard
 from megatron_sppo.rollout.vllm_engine import RequestStream
-from megatron_sppo.storage import write_json
 
 
 def rollouts(run: Run) -> dict[str, float]:

@@ -18,7 +18,8 @@ import numpy as np
 
 from megatron_sppo import command_line, config
 from megatron_sppo.errors import DataError
-from megatron_sppo.storage import atomic_directory, remove_stale_temporaries, write_json
+from megatron_sppo.json_files import write_json
+from megatron_sppo.storage import atomic_directory, remove_stale_temporaries
 
 logger = logging.getLogger(__name__)
 

@@ -4,24 +4,17 @@ Everything is written under a temporary name beside its place, fsynced and renam
 `.<name>.tmp-<pid>`, so a later run of the same command can tell and remove what a killed one left behind.
 """
 
-import atexit
 import contextlib
 import ctypes
 import errno
-import fcntl
 import hashlib
-import json
 import logging
 import os
 import re
 import shutil
-import socket
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
-
-import msgspec
+from typing import IO, Any
 
 from megatron_sppo.errors import ConfigError, DataError
 
@@ -29,13 +22,10 @@ logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parent
 
-T = TypeVar("T")
-
 LOCK_NAME = ".lock"
-LOCK_BEAT_SECONDS = 15.0
-"""How often the holder of a lock touches its file."""
-LOCK_STALE_SECONDS = 120.0
-"""A lock of another host whose file was touched no later than this long ago counts as held."""
+"""The file in an output directory by which one writer has it (`locks`)."""
+
+
 _BLOCK_BYTES = 1 << 22
 
 
@@ -46,11 +36,6 @@ def sha256_of_file(path: Path) -> str:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def sha256_of_json(value: Any) -> str:
-    """Hash a JSON value independently of key order and white space -> 64 hex digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def temporary_beside(path: Path) -> Path:
@@ -216,115 +201,6 @@ def _process_runs(pid: str) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def locked(directory: Path, *, flag: str) -> Iterator[None]:
-    """Have an output directory, which is made where there is none, to oneself for the block.
-
-    Args:
-        flag: the command-line flag that named the directory, for the error.
-
-    Raises:
-        ConfigError: another process has it; the message names the process and its host.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with _locked_file(directory / LOCK_NAME, directory, remedy=f"give another directory with {flag}"):
-        yield
-
-
-@contextlib.contextmanager
-def locked_place(path: Path, *, flag: str) -> Iterator[None]:
-    """As `locked`, for an output that is replaced as a whole: the lock lies beside it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked_file(path.with_name(f".{path.name}{LOCK_NAME}"), path, remedy=f"give another place with {flag}"):
-        yield
-
-
-_held: dict[tuple[int, Path], contextlib.AbstractContextManager[None]] = {}
-
-
-def lock_until_exit(directory: Path, *, flag: str) -> None:
-    """As `locked`, until this process ends; again by the process that has it is no fault."""
-    key = (os.getpid(), Path(directory).resolve())
-    if key not in _held:
-        lock = locked(directory, flag=flag)
-        lock.__enter__()
-        _held[key] = lock
-        atexit.register(lambda: lock.__exit__(None, None, None) if key[0] == os.getpid() else None)
-
-
-@contextlib.contextmanager
-def _locked_file(path: Path, subject: Path, *, remedy: str) -> Iterator[None]:
-    """Hold a lock by the file `path` for the block; the file goes with it.
-
-    The kernel's lock (`flock`) goes with the process that holds it, however that ends. Network file systems may not
-    carry it from host to host, so the file also says who holds it, and the holder touches it again and again: a lock
-    of another host counts as long as it is touched. Two hosts that ask in the same instant of such a file system may
-    both pass.
-    """
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                file = stack.enter_context(open(path, "a+", encoding="utf-8"))
-                _take_lock(file, path, subject, remedy=remedy)
-            except OSError as error:
-                explain_os_error(error, subject)
-                raise
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                break  # else its last holder has removed the file that we opened
-        done = threading.Event()
-        beat = threading.Thread(target=_keep_touching, args=(path, done), daemon=True)
-        beat.start()
-        try:
-            yield
-        finally:
-            done.set()
-            beat.join()
-            with contextlib.suppress(OSError):  # the disk may be gone; the kernel's lock goes in any case
-                path.unlink(missing_ok=True)
-
-
-def _take_lock(file: IO[str], path: Path, subject: Path, *, remedy: str) -> None:
-    held_here = False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        held_here = True
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks: its text alone decides
-            raise
-    file.seek(0)
-    holder = file.read().split()
-    host, pid = (holder[0], holder[1]) if len(holder) == 2 else ("", "")
-    here = socket.gethostname()
-    held_elsewhere = host not in ("", here) and _age(path) < LOCK_STALE_SECONDS
-    if held_here or held_elsewhere:
-        who = f"process {pid} on {host}" if host else "another process"
-        waiting = f" If it is gone, wait {LOCK_STALE_SECONDS:.0f} s or remove {path}." if held_elsewhere else ""
-        raise ConfigError(f"{subject} is in use by {who}. Wait for it, stop it, or {remedy}.{waiting}")
-    if host:
-        logger.warning("%s was left by process %s on %s, which is gone: taken over", path, pid, host)
-    file.truncate(0)
-    os.write(file.fileno(), f"{here} {os.getpid()}\n".encode())  # nothing is left that closing could fail to write
-
-
-def _age(path: Path) -> float:
-    """Measure how long ago a file was written, by the file system's own clock -> seconds."""
-    probe = temporary_beside(path)
-    probe.write_bytes(b"")
-    try:
-        return probe.stat().st_mtime - path.stat().st_mtime
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-def _keep_touching(path: Path, done: threading.Event) -> None:
-    while not done.wait(LOCK_BEAT_SECONDS):
-        with contextlib.suppress(OSError):  # a disk that is away for a while is the writer's trouble, not the lock's
-            os.utime(path)
-
-
 def refuse_foreign(directory: Path, *, ours: Sequence[str], inputs: Sequence[Path] = (), flag: str = "") -> None:
     """Refuse to write into a directory that is somebody else's; nothing is touched. A missing or an empty one will do.
 
@@ -353,81 +229,6 @@ def refuse_foreign(directory: Path, *, ours: Sequence[str], inputs: Sequence[Pat
             f"{directory} holds {others[0]}{' and more' if len(others) > 1 else ''}, which this command did not "
             f"write. Choose an empty or a new directory{by_flag}."
         )
-
-
-SEAL = "content_sha256"
-"""Key of a JSON object's checksum of everything else in it (`sealed`)."""
-
-
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Add a checksum of itself to a JSON object, which `unsealed` checks -> the object with one more key, the last."""
-    as_read = json.loads(json.dumps(content))  # tuples are lists there, and all keys texts
-    return {**content, SEAL: sha256_of_json(as_read)}
-
-
-def unsealed(content: Any, *, place: object) -> Any:
-    """Check a JSON value's checksum of itself, where it has one -> the value without it.
-
-    Raises:
-        DataError: it is other than it was when it was sealed; the message begins with `place`.
-    """
-    if not isinstance(content, dict) or SEAL not in content:
-        return content
-    rest = {key: value for key, value in content.items() if key != SEAL}
-    if sha256_of_json(rest) != content[SEAL]:
-        raise DataError(
-            f"{place}: it is not what was written ({SEAL} differs): damaged, or edited. Write it again; if you changed "
-            f"it on purpose, remove its {SEAL}."
-        )
-    return rest
-
-
-def write_json(path: Path, value: Any, *, seal: bool = False) -> None:
-    """Write JSON atomically: two-space indent, keys in the order given, a newline at the end.
-
-    Args:
-        seal: add a checksum, by which every reader (`read_json`) finds damage; for what no manifest lists.
-    """
-    with atomic_file(Path(path)) as file:
-        json.dump(sealed(value) if seal else value, file, indent=2, allow_nan=False)
-        file.write("\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file, and check it against its own checksum if it was written with one.
-
-    Raises:
-        DataError: the file is missing, unreadable, no JSON or not what was written; the message names it.
-    """
-    path = Path(path)
-    try:
-        return unsealed(json.loads(path.read_text(encoding="utf-8")), place=path)
-    except DataError:
-        raise
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist. Check the path, or run the step that writes it.") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}).") from None
-    except (ValueError, RecursionError) as error:
-        fault = damage(path, f"{path} is not valid JSON ({error}). It is damaged: write it again.")
-        raise DataError(fault) from None
-
-
-def read_json_as(path: Path, of: type[T], *, remedy: str, str_keys: bool = False) -> T:
-    """Read a JSON file whose content a type describes (a dataclass, a TypedDict, `msgspec.Meta` bounds) -> an instance.
-
-    Args:
-        remedy: what to do about a file that holds something else.
-        str_keys: keys may be numbers that JSON spells as texts.
-
-    Raises:
-        DataError: as `read_json`; or the content is not of the type, the place named (`$.shards[0].rows`).
-    """
-    value = read_json(path)
-    try:
-        return msgspec.convert(value, of, str_keys=str_keys)
-    except ValueError as error:
-        raise DataError(f"{path}: {error}. {remedy}") from None
 
 
 def refuse_foreign_file(path: Path, *, ours: str, flag: str) -> None:
@@ -507,6 +308,29 @@ def contained(root: Path, name: str) -> Path:
                 f"cp --remove-destination {target} {path}"
             )
     return path
+
+
+def refuse_link(path: Path) -> None:
+    """Refuse to write into a file in place where it is another one too, by a symbolic or a hard link.
+
+    For logs and locks, which alone are not replaced as a whole: in a directory that a stranger has packed they may
+    lead to any file of the user's.
+
+    Raises:
+        DataError: it is.
+    """
+    path = Path(path)
+    if path.is_symlink():
+        raise DataError(f"{path} is a link to {os.readlink(path)}, which would be written into. Remove it: rm {path}")
+    try:
+        names = path.stat().st_nlink
+    except FileNotFoundError:
+        return
+    if names > 1:
+        raise DataError(
+            f"{path} has {names} names on this disk (hard links), and all would be written into. Make it a file of its "
+            f"own: cp {path} {path}.own && mv {path}.own {path}"
+        )
 
 
 def explain_os_error(error: BaseException, path: Path) -> None:

@@ -42,8 +42,8 @@ from megatron_sppo.data.microbatch import collate
 from megatron_sppo.data.selection import TrainingIndex, row_targets, training_index
 from megatron_sppo.data.steps import epoch_rows
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.json_files import read_json
 from megatron_sppo.objective import linear_log_probs, sequence_sums, sppo_loss
-from megatron_sppo.storage import read_json
 from megatron_sppo.training import parallel
 from megatron_sppo.training.policy import weights_hash
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.storage import read_json, write_json
+from megatron_sppo.json_files import read_json, write_json
 
 FILE_NAME = "adapter.json"
 SCHEMA_VERSION = 1
@@ -122,6 +122,11 @@ def linear_modules(architecture: Architecture) -> tuple[AdaptedModule, ...]:
         raise ConfigError(
             f"adapters are alike in all layers, and layers of this model ({architecture.family}) have attention or a "
             "gated delta net. Train its weights: leave --lora-rank out."
+        )
+    if architecture.latent_attention is not None:
+        raise ConfigError(
+            f"adapters are not placed on latent attention, which this model ({architecture.family}) has in every "
+            "layer. Train its weights: leave --lora-rank out."
         )
     hidden, query, key = architecture.hidden_size, architecture.query_channels, architecture.key_channels
     packed = architecture.family in _PACKED_FAMILIES

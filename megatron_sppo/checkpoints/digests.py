@@ -22,7 +22,7 @@ from typing import IO, Annotated, Any, Literal, NamedTuple
 import msgspec
 
 from megatron_sppo.errors import DataError
-from megatron_sppo.storage import read_json_as
+from megatron_sppo.json_files import read_json_as
 
 SUFFIX = ".digests"
 BLOCK_BYTES = 1 << 20

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_sppo.checkpoints.tokenizer import ID_FILES, TEXT_FILES
 from megatron_sppo.errors import ConversionError, DataError
-from megatron_sppo.storage import read_json
+from megatron_sppo.json_files import read_json
 
 SINGLE_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"

@@ -5,6 +5,7 @@ What only changes its place goes from file to file; what has to be computed is a
 
 import base64
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
@@ -30,9 +31,10 @@ from megatron_sppo.checkpoints.safetensors_file import (
     new_header,
     write_header,
 )
-from megatron_sppo.checkpoints.transfer import MAKING, Move, Transfer, bytes_of, write_at
+from megatron_sppo.checkpoints.transfer import MAKING, Made, Move, Transfer, bytes_of, write_at
 from megatron_sppo.errors import ConversionError, DataError
-from megatron_sppo.storage import named_inside, read_json
+from megatron_sppo.json_files import read_json
+from megatron_sppo.storage import named_inside
 
 Place = tuple[int, Entry]
 """An open file's descriptor, and where a tensor lies in it."""
@@ -43,9 +45,20 @@ class FileLayout:
     """Where each tensor of a directory lies."""
 
     files: Mapping[str, tuple[bytes, Mapping[str, Entry]]]
-    """{file: (header, entries)}."""
+    """{file: (header, entries)}; entries that lie in the file one after another, and need not be the header's own."""
     index: str | None
     """Text of the index; None for a single file."""
+
+    @property
+    def tensors(self) -> dict[str, tuple[torch.dtype, Shape]]:
+        """All tensors of all files -> {name: (dtype, shape)}."""
+        held = (entries.items() for _, entries in self.files.values())
+        return {name: (entry.dtype, entry.shape) for name, entry in itertools.chain.from_iterable(held)}
+
+    def described(self, change: Callable[[Mapping[str, Entry]], Mapping[str, Entry]]) -> "FileLayout":
+        """Describe the bytes of each file by other entries than its header's -> layout."""
+        files = {name: (raw, change(entries)) for name, (raw, entries) in self.files.items()}
+        return dataclasses.replace(self, files=files)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +86,8 @@ class Computed:
     make: Callable[[], Iterable[tuple[str, Tensor]]]
 
 
-def kept_files(tensors: Mapping[str, tuple[torch.dtype, Shape]], path: Path) -> FileLayout | None:
-    """Lay the tensors out as in the imported files, which `path` describes (`HFCheckpoint.layout`) -> layout.
-
-    None where there is no such description, or those files held other tensors or types.
+def read_layout(path: Path) -> FileLayout | None:
+    """Read how the tensors lay in the imported files (`HFCheckpoint.layout`) -> layout; None: it is not said.
 
     Raises:
         ConversionError, DataError: the description is damaged.
@@ -87,16 +98,13 @@ def kept_files(tensors: Mapping[str, tuple[torch.dtype, Shape]], path: Path) -> 
     try:
         headers = {name: base64.b64decode(encoded) for name, encoded in layout["files"].items()}
         files = {name: (raw, entries_of_header(named_inside(Path(), name), raw)) for name, raw in headers.items()}
-        index = layout["index"]
+        return FileLayout(files=files, index=layout["index"])
     except DataError:
         raise  # a name that leads elsewhere
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConversionError(
-            f"{path} describes no files ({type(error).__name__}). It is damaged: "
-            "give --max-shard-size 5GB to do without it."
+            f"{path} describes no files ({type(error).__name__}). It is damaged: remove it to do without it."
         ) from None
-    held = {name: (entry.dtype, entry.shape) for _, entries in files.values() for name, entry in entries.items()}
-    return FileLayout(files=files, index=index) if held == dict(tensors) else None
 
 
 def new_files(tensors: Mapping[str, tuple[torch.dtype, Shape]], *, max_shard_bytes: int) -> FileLayout:
@@ -185,12 +193,25 @@ def write_tensors(
         transfer.run(tasks)
 
 
-def copy_tensors(tensors: Mapping[str, Entry], path: Path, *, progress: Callable[[int], object]) -> None:
-    """Copy tensors of other files into a new one, in the order given, and write its items' digests beside it."""
+def copy_tensors(
+    tensors: Mapping[str, Entry],
+    path: Path,
+    *,
+    made: Mapping[str, Callable[[], Tensor]],
+    progress: Callable[[int], object],
+) -> None:
+    """Copy tensors of other files into a new one, in the order given, and write its items' digests beside it.
+
+    Args:
+        made: how those are computed that lie in no file as they are.
+    """
     raw, _ = new_header(path, {name: (entry.dtype, entry.shape) for name, entry in tensors.items()})
     header = len(raw).to_bytes(LENGTH_BYTES, "little") + raw
     with Transfer(workers=1, progress=progress) as transfer:
-        transfer.gather(path, [[header], *([entry.span] for entry in tensors.values())])
+        items = (
+            [Made(MAKING * entry.nbytes, made[name]) if name in made else entry.span] for name, entry in tensors.items()
+        )
+        transfer.gather(path, [[header], *items])
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ from megatron_sppo.checkpoints.safetensors_file import read_header
 from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
 from megatron_sppo.checkpoints.wrapped import decoder_config
 from megatron_sppo.errors import ConfigError, ConversionError, DataError
-from megatron_sppo.storage import contained, read_json, sha256_of_json
+from megatron_sppo.json_files import read_json, sha256_of_json
+from megatron_sppo.storage import contained
 
 
 @dataclass(frozen=True, kw_only=True)

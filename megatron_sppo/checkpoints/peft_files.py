@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE
 from megatron_sppo.checkpoints.safetensors_file import LENGTH_BYTES, Entry, Shape, read_header, read_tensor
 from megatron_sppo.errors import ConversionError, DataError, some_of
-from megatron_sppo.storage import damage, read_json, sha256_of_file, sha256_of_json
+from megatron_sppo.json_files import read_json, sha256_of_json
+from megatron_sppo.storage import damage, sha256_of_file
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,7 +20,8 @@ from megatron_sppo.checkpoints.hf_files import (
 )
 from megatron_sppo.checkpoints.tokenizer import TOKENIZER_FILE, file_hash, hash_of, parse_tokenizer
 from megatron_sppo.errors import ConversionError, some_of
-from megatron_sppo.storage import damage, read_json, write_json
+from megatron_sppo.json_files import read_json, write_json
+from megatron_sppo.storage import damage
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

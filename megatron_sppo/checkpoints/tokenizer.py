@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sppo.storage import sha256_of_file, sha256_of_json
+from megatron_sppo.json_files import sha256_of_json
+from megatron_sppo.storage import sha256_of_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

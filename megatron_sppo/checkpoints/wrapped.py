@@ -64,7 +64,8 @@ _OLDER = ("visual.", "vision_tower.", "multi_modal_projector.")
 
 def is_wrapped(config: Mapping[str, Any]) -> bool:
     """Tell whether config.json describes a decoder and more."""
-    return config.get("model_type") in WRAPPERS
+    kind = config.get("model_type")
+    return isinstance(kind, str) and kind in WRAPPERS
 
 
 def refuse_sampling_with_adapters(config: Mapping[str, Any], *, place: str, remedy: str) -> None:
@@ -140,13 +141,13 @@ def decoder_config(config: Mapping[str, Any], *, place: str) -> Mapping[str, Any
             f"{place} says text_config.model_type {kind!r}; of {config['model_type']} models those with "
             f"{' or '.join(wrapper.text)} can be converted. Use another model."
         )
-    ties = {one.get("tie_word_embeddings") for one in (config, text)} - {None}
-    if len(ties) == 2:
+    said = [one["tie_word_embeddings"] for one in (config, text) if one.get("tie_word_embeddings") is not None]
+    if len(said) == 2 and said[0] != said[1]:
         raise ConversionError(
             f"{place} says tie_word_embeddings true and false, at its top and in text_config. Remove the wrong one."
         )
     own = {key: value for key, value in text.items() if key != "architectures"}
-    tied = {"tie_word_embeddings": next(iter(ties), wrapper.tied)}
+    tied = {"tie_word_embeddings": (said or [wrapper.tied])[0]}
     above = {key: config[key] for key in ("quantization_config",) if config.get(key) is not None}
     return {**wrapper.absent, **above, **own, **tied, "model_type": kind}
 

@@ -71,6 +71,7 @@ class OwnWatch:
         path = self._logs / STACKS_NAME
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # it may be a link to another file
             with open(path, "w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
             sys.stderr.write(path.read_text(encoding="utf-8"))

@@ -10,7 +10,8 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_sppo.errors import DataError
-from megatron_sppo.storage import read_json_as, remove_stale_temporaries, write_json
+from megatron_sppo.json_files import read_json_as, write_json
+from megatron_sppo.storage import remove_stale_temporaries
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal
 from megatron_sppo import config
 from megatron_sppo.command_line import refuse_ranks
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.storage import refuse_foreign_file, write_json
+from megatron_sppo.json_files import write_json
+from megatron_sppo.storage import refuse_foreign_file
 
 logger = logging.getLogger(__name__)
 

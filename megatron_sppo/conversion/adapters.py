@@ -17,7 +17,7 @@ from megatron_sppo.architecture import write_architecture
 from megatron_sppo.checkpoints import adapter_file
 from megatron_sppo.checkpoints.adapter_file import AdapterFile, AdapterSettings, BaseName
 from megatron_sppo.checkpoints.distcp_writer import write_common, write_distcp
-from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
+from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
 from megatron_sppo.checkpoints.hf_writer import write_tensor
 from megatron_sppo.checkpoints.megatron_checkpoint import (
@@ -53,7 +53,6 @@ from megatron_sppo.checkpoints.wrapped import (
     name_in,
     of_decoder,
     shapes_as_named_by,
-    unwrapped,
 )
 from megatron_sppo.conversion import convert
 from megatron_sppo.conversion.adapter_checkpoint import (
@@ -66,17 +65,12 @@ from megatron_sppo.conversion.binding import bind
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.conversion.megatron_model import different_fields
+from megatron_sppo.conversion.sources import open_plain
 from megatron_sppo.conversion.weights_hash import weights_hash
 from megatron_sppo.errors import ConfigError, ConversionError, some_of
-from megatron_sppo.storage import (
-    atomic_directory,
-    locked,
-    locked_place,
-    read_json,
-    refuse_foreign,
-    remove_stale_temporaries,
-    write_json,
-)
+from megatron_sppo.json_files import read_json, write_json
+from megatron_sppo.locks import locked, locked_place
+from megatron_sppo.storage import atomic_directory, refuse_foreign, remove_stale_temporaries
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +104,7 @@ def import_adapter(
     config = read_config(base)
     architecture = architecture_from_hf(config, place=str(base / CONFIG_FILE))
     family = family_of(architecture.family, place=str(base))
-    source = unwrapped(open_hf_checkpoint(base), config)
+    source = open_plain(base)
     base_hash = None if opened.base_hash is None else model_hash(base)
     check_fits(opened, shapes_as_named_by(opened, source, config), base=base, base_hash=base_hash)
     opened = of_decoder(opened, config)
@@ -231,7 +225,7 @@ def _targets(opened: PeftAdapter, known: list[str]) -> tuple[str, ...]:
 
 
 def check_base(opened: OpenedAdapter, base: Path) -> HFCheckpoint:
-    """Prove that a model is the one that adapters were trained on, by all of its weights -> its files, opened.
+    """Prove that a model is the one that adapters were trained on, by all of its weights -> the model, opened.
 
     Raises:
         ConversionError: it is another.
@@ -243,8 +237,7 @@ def check_base(opened: OpenedAdapter, base: Path) -> HFCheckpoint:
             f"--base {base} is of another model than {opened.directory}: {'; '.join(different[:3])}. "
             "Give the Hugging Face directory of the model that the adapters were trained on."
         )
-    in_files, named = open_hf_checkpoint(base), opened.content.base
-    source = unwrapped(in_files, config)
+    source, named = open_plain(base), opened.content.base
     bindings = bind(family_of(architecture.family, place=str(base)), architecture)
     if missing := [name for binding in bindings for name in binding.hf_shapes if name not in source.entries]:
         raise ConversionError(f"{base} lacks {some_of(missing)}, which its {CONFIG_FILE} promises. Fetch it again.")
@@ -254,7 +247,7 @@ def check_base(opened: OpenedAdapter, base: Path) -> HFCheckpoint:
             f"--base {base} has weights {found}, and the adapters of {opened.directory} were trained on "
             f"{named.weights_hash} (in {named.params_dtype}). Give the model that they were trained on."
         )
-    return in_files
+    return source
 
 
 def _layout(opened: PeftAdapter) -> dict[str, str]:

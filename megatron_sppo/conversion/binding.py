@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.safetensors_file import Shape
-from megatron_sppo.conversion.mapping import Family, TensorMapping, dimension
+from megatron_sppo.conversion.family import Family
+from megatron_sppo.conversion.mapping import TensorMapping, dimension
 from megatron_sppo.errors import ConversionError
 
 

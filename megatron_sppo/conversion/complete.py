@@ -7,12 +7,14 @@ as soon as one of them was there; the others are then whatever the memory held (
 import dataclasses
 from pathlib import Path
 
-from megatron_sppo.checkpoints.hf_checkpoint import check_tensors, open_hf_checkpoint
+from megatron_sppo.checkpoints.hf_checkpoint import check_tensors
 from megatron_sppo.checkpoints.hf_files import read_config
-from megatron_sppo.checkpoints.wrapped import decoder_config, unwrapped
+from megatron_sppo.checkpoints.wrapped import decoder_config
 from megatron_sppo.conversion.binding import bind, hf_shapes
+from megatron_sppo.conversion.expert_stacks import check_stacks, expert_stacks
 from megatron_sppo.conversion.families import FAMILIES
 from megatron_sppo.conversion.hf_config import architecture_from_hf
+from megatron_sppo.conversion.sources import open_plain
 from megatron_sppo.errors import ConversionError
 
 
@@ -30,13 +32,14 @@ def check_complete(hf: Path) -> bool:
     config = read_config(hf)
     try:
         content = decoder_config(config, place=str(hf))
-        if content.get("quantization_config") or content.get("model_type") not in FAMILIES:
+        if content.get("quantization_config") or str(content.get("model_type")) not in FAMILIES:
             return False
         architecture = architecture_from_hf(content, place=str(hf))
     except ConversionError:
         return False  # a variant of the family that does not convert, and may run all the same
-    expected = hf_shapes(bind(FAMILIES[content["model_type"]], architecture))
-    found = unwrapped(open_hf_checkpoint(hf), config)
+    bindings = bind(FAMILIES[content["model_type"]], architecture)
+    expected, found = hf_shapes(bindings), open_plain(hf)
+    check_stacks(found, expert_stacks(bindings))
     known = {name: entry for name, entry in found.entries.items() if name in expected}
     check_tensors(dataclasses.replace(found, entries=known), expected, ignored=())
     return True

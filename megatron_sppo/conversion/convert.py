@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from megatron_sppo.checkpoints.hf_files import (
     WEIGHT_SUFFIXES,
     read_config,
 )
-from megatron_sppo.checkpoints.hf_writer import kept_files, new_files, parse_size, write_tensors
+from megatron_sppo.checkpoints.hf_writer import FileLayout, new_files, parse_size, read_layout, write_tensors
 from megatron_sppo.checkpoints.megatron_checkpoint import (
     BACKEND_FILE,
     HF_DIRECTORY,
@@ -48,6 +48,7 @@ from megatron_sppo.checkpoints.tokenizer import ID_FILES, TEXT_FILES
 from megatron_sppo.checkpoints.wrapped import names_in_files
 from megatron_sppo.conversion.binding import Binding, bind, hf_shapes
 from megatron_sppo.conversion.carried import carried_tensors, write_carried
+from megatron_sppo.conversion.expert_stacks import apart, check_stacks, expert_stacks, together
 from megatron_sppo.conversion.extra_states import extra_states
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture
@@ -55,14 +56,9 @@ from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tens
 from megatron_sppo.conversion.moves import export_tensors, import_pieces
 from megatron_sppo.conversion.sources import open_source
 from megatron_sppo.errors import ConfigError, ConversionError, DataError, some_of
-from megatron_sppo.storage import (
-    atomic_directory,
-    locked,
-    locked_place,
-    refuse_foreign,
-    remove_stale_temporaries,
-    write_json,
-)
+from megatron_sppo.json_files import write_json
+from megatron_sppo.locks import locked, locked_place
+from megatron_sppo.storage import atomic_directory, refuse_foreign, remove_stale_temporaries
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +110,7 @@ def import_checkpoint(
         )
     bindings = bind(family, architecture)
     carried = carried_tensors(source, family, architecture, config, place=str(hf / CONFIG_FILE))
+    check_stacks(source, expert_stacks(bindings))
     shapes = hf_shapes(bindings) | {name: entry.shape for name, entry in carried.items()}
     left_out = check_tensors(source, shapes, ignored=family.ignored)
     pieces = import_pieces(source, bindings, architecture, torch_dtype(dtype))
@@ -136,7 +133,7 @@ def import_checkpoint(
             write_architecture(architecture, directory, tokenizer=tokenizer_record(hf, tokenizer))
             (directory / HF_DIRECTORY).mkdir()
             copy_side_files(hf, directory / HF_DIRECTORY)
-            write_carried(carried, directory / HF_DIRECTORY, progress=bar.update)
+            write_carried(source, carried, directory / HF_DIRECTORY, progress=bar.update)
             if not left_out and not source.is_quantized:
                 write_json(directory / HF_DIRECTORY / LAYOUT_FILE, source.layout())
             write_manifest(directory)
@@ -188,8 +185,7 @@ def export_checkpoint(
         for name, shape in binding.hf_shapes.items()
     }
     tensors |= {name: (entry.dtype, entry.shape) for name, entry in opened.carried.items()}
-    kept = kept_files(tensors, opened.directory / HF_DIRECTORY / LAYOUT_FILE) if max_shard_size is None else None
-    layout = kept or new_files(tensors, max_shard_bytes=parse_size(max_shard_size or DEFAULT_SHARD_SIZE))
+    layout, is_kept = _layout(opened, tensors, in_files, max_shard_size)
     if overwrite:
         _check_replaced(hf, opened)
     total = sum(math.prod(shape) * kind.itemsize for kind, shape in tensors.values())
@@ -210,9 +206,32 @@ def export_checkpoint(
                 progress=bar.update,
                 workers=workers,
             )
-            _write_side_files(opened, directory, dtype=main_dtype(tensors), types_changed=kept is None)
+            _write_side_files(opened, directory, dtype=main_dtype(tensors), types_changed=not is_kept)
     logger.info("exported %s to %s: %d files, %s", opened.directory, hf, len(layout.files), speed(total, begin))
     return hf
+
+
+def _layout(
+    opened: OpenedMegatron,
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    in_files: Callable[[str], str],
+    max_shard_size: str | None,
+) -> tuple[FileLayout, bool]:
+    """Lay out the files of an export -> (layout, whether they are cut as the imported ones).
+
+    New files hold the experts of a layer in one tensor where the imported ones did.
+    """
+    imported = read_layout(opened.directory / HF_DIRECTORY / LAYOUT_FILE)
+    stacks = expert_stacks(opened.bindings, in_files=in_files) if imported is not None else {}
+    if imported is not None:
+        is_stacked = bool(stacks.keys() & imported.tensors.keys())
+        imported = imported.described(lambda entries: apart(entries, stacks))
+        if max_shard_size is None and imported.tensors == tensors:
+            return imported, True
+        stacks = stacks if is_stacked else {}
+    size = parse_size(max_shard_size or DEFAULT_SHARD_SIZE)
+    layout = new_files(together(tensors, stacks), max_shard_bytes=size)
+    return layout.described(lambda entries: apart(entries, stacks)), False
 
 
 def _already_imported(

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.conversion.config_values import agreed, only, positive, whole
-from megatron_sppo.conversion.mapping import Family
+from megatron_sppo.conversion.family import Family
 from megatron_sppo.errors import ConversionError
 from megatron_sppo.layer_parts import RopeScaling
 
@@ -67,6 +67,8 @@ def rope_keys(architecture: Architecture, family: Family) -> dict[str, Any]:
             rope["truncate"] = False
         if scaling.rope_type in ("yarn", "longrope"):
             rope["attention_factor"] = scaling.attention_factor
+        if architecture.latent_attention is not None and architecture.latent_attention.mscale_all_dim:
+            rope["mscale_all_dim"] = architecture.latent_attention.mscale_all_dim
         if family.original_positions is not None:
             beside["original_max_position_embeddings"] = scaling.original_max_position_embeddings
     if family.windowed_rope is None:

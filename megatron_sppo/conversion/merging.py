@@ -4,13 +4,14 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
+from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
 from megatron_sppo.checkpoints.hf_writer import (
     Computed,
@@ -22,14 +23,19 @@ from megatron_sppo.checkpoints.hf_writer import (
     write_tensors,
 )
 from megatron_sppo.checkpoints.peft_files import weight_delta
-from megatron_sppo.checkpoints.safetensors_file import entries_of_header
+from megatron_sppo.checkpoints.safetensors_file import Entry, entries_of_header
 from megatron_sppo.checkpoints.side_files import write_side_files
-from megatron_sppo.checkpoints.wrapped import own_names
+from megatron_sppo.checkpoints.wrapped import form_of, name_in, own_names
 from megatron_sppo.conversion import convert
 from megatron_sppo.conversion.adapter_checkpoint import OpenedAdapter, open_adapter_checkpoint
 from megatron_sppo.conversion.adapters import check_base
+from megatron_sppo.conversion.binding import bind
+from megatron_sppo.conversion.expert_stacks import apart, expert_stacks, together
+from megatron_sppo.conversion.families import family_of
+from megatron_sppo.conversion.sources import open_plain
 from megatron_sppo.errors import ConversionError
-from megatron_sppo.storage import atomic_directory, locked_place, refuse_foreign, remove_stale_temporaries
+from megatron_sppo.locks import locked_place
+from megatron_sppo.storage import atomic_directory, refuse_foreign, remove_stale_temporaries
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +69,7 @@ def export_merged(
     source = check_base(opened, base)
     tensors = {name: (cast or entry.dtype, entry.shape) for name, entry in source.entries.items()}
     is_kept = cast is None and max_shard_size is None
-    if is_kept:
-        layout = _layout_of(source)
-    else:
-        size = parse_size(max_shard_size or convert.DEFAULT_SHARD_SIZE)
-        layout = new_files(tensors, max_shard_bytes=size)
+    layout = _layout(opened, source, None if is_kept else tensors, max_shard_size or convert.DEFAULT_SHARD_SIZE)
     with locked_place(hf, flag="--hf"):
         remove_stale_temporaries(hf)
         if hf.exists() and any(hf.iterdir()) and not overwrite:
@@ -89,37 +91,51 @@ def export_merged(
 
 
 def _merged(opened: OpenedAdapter, source: HFCheckpoint, cast: torch.dtype | None) -> Iterator[Moved | Computed]:
-    own = own_names(read_config(source.directory), source.entries)
     for name, entry in source.entries.items():
-        is_adapted, is_cast = own(name).removesuffix(".weight") in opened.factors, cast not in (None, entry.dtype)
+        is_adapted, is_cast = name.removesuffix(".weight") in opened.factors, cast not in (None, entry.dtype)
         if is_adapted or is_cast or not entry.shape:
-            yield Computed(names=[name], make=functools.partial(_merged_weight, opened, source, name, own(name), cast))
+            yield Computed(names=[name], make=functools.partial(_merged_weight, opened, source, name, cast))
         else:
             yield Moved(spans=[entry.rows(0, entry.shape[0])], rows=[Rows(name, 0, entry.shape[0])])
 
 
 def _merged_weight(
-    opened: OpenedAdapter, source: HFCheckpoint, name: str, own: str, cast: torch.dtype | None
+    opened: OpenedAdapter, source: HFCheckpoint, name: str, cast: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
-    weight, module = source.read(name), own.removesuffix(".weight")
+    weight, module = source.read(name), name.removesuffix(".weight")
     kind = cast or weight.dtype
     if module in opened.factors:
         weight = weight.float() + weight_delta(*opened.read(module), opened.content.settings.scale)
     yield name, weight.to(kind)
 
 
-def _layout_of(source: HFCheckpoint) -> FileLayout:
-    """Lay a model out as another's files are."""
-    files = {name: (raw, entries_of_header(Path(name), raw)) for name, raw in source.headers.items()}
-    return FileLayout(files=files, index=source.layout()["index"])
+def _layout(
+    opened: OpenedAdapter, source: HFCheckpoint, tensors: Mapping[str, Any] | None, max_shard_size: str
+) -> FileLayout:
+    """Lay a model out as another's files are; or its `tensors` in new files, which hold experts as those do."""
+    headers = {name: (raw, entries_of_header(Path(name), raw)) for name, raw in source.headers.items()}
+    layout = FileLayout(files=headers, index=source.layout()["index"])
+    config, named = read_config(source.directory), [*layout.tensors]
+    form, own = form_of(config, named), own_names(config, named)
+
+    def alone(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        return {own(name): entry for name, entry in entries.items()}
+
+    layout = layout.described(alone)
+    bindings = bind(family_of(opened.architecture.family, place=str(source.directory)), opened.architecture)
+    stacks = {name: stack for name, stack in expert_stacks(bindings).items() if name in layout.tensors}
+    if tensors is not None:
+        held = {name_in(form, name): tensor for name, tensor in together(tensors, stacks).items()}
+        layout = new_files(held, max_shard_bytes=parse_size(max_shard_size)).described(alone)
+    return layout.described(lambda entries: apart(entries, stacks))
 
 
 def _check_already_merged(hf: Path, opened: OpenedAdapter, source: HFCheckpoint, cast: torch.dtype | None) -> None:
-    there, config = open_hf_checkpoint(hf), read_config(source.directory)
-    same = there.shapes == source.shapes and read_config(hf).get("model_type") == config.get("model_type")
-    own = own_names(config, source.entries)
+    there = open_plain(hf)
+    same = there.shapes == source.shapes
+    same = same and read_config(hf).get("model_type") == read_config(source.directory).get("model_type")
     for name in source.entries if same else ():
-        ((_, weight),) = _merged_weight(opened, source, name, own(name), cast)
+        ((_, weight),) = _merged_weight(opened, source, name, cast)
         found = there.read(name)
         same = same and found.dtype == weight.dtype and torch.equal(found, weight)
     if not same:

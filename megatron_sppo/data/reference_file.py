@@ -18,7 +18,8 @@ import numpy as np
 from megatron_sppo.data.indexed import Column, ColumnWriter, file_entry, verify_file
 from megatron_sppo.data.schema import FileEntry, read_signed, write_signed
 from megatron_sppo.errors import DataError
-from megatron_sppo.storage import atomic_file, explain_os_error, fsync_path, remove_stale_temporaries, sha256_of_json
+from megatron_sppo.json_files import sha256_of_json
+from megatron_sppo.storage import atomic_file, explain_os_error, fsync_path, remove_stale_temporaries
 
 SCHEMA_VERSION = 1
 NAME = "reference"

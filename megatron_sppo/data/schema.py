@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar
 import msgspec
 
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.json_files import read_json, sha256_of_json, write_json
 from megatron_sppo.objective.names import PreferenceRule
-from megatron_sppo.storage import read_json, sha256_of_json, write_json
 
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"

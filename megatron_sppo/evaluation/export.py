@@ -15,9 +15,10 @@ from typing import Any
 
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.evaluation.players import Field
+from megatron_sppo.json_files import sha256_of_json
 from megatron_sppo.judge.source import last_user_message
 from megatron_sppo.rollout.records import RolloutGroup
-from megatron_sppo.storage import atomic_file, sha256_of_json
+from megatron_sppo.storage import atomic_file
 
 REGRESSION_TASKS = ("arc_challenge", "gsm8k", "hellaswag", "ifeval", "mmlu", "truthfulqa_mc2", "winogrande")
 """Of lm-evaluation-harness: the six that the SPPO paper reports from the Open LLM Leaderboard, and IFEval."""

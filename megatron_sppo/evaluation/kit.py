@@ -16,13 +16,14 @@ from megatron_sppo.evaluation.players import Field, Player, read_field
 from megatron_sppo.evaluation.result_file import RESULT_KEY, SCHEMA_VERSION
 from megatron_sppo.evaluation.standings import length_controlled, standings
 from megatron_sppo.evaluation.tournament import Tournament, hold, shared_prompts
+from megatron_sppo.json_files import write_json
 from megatron_sppo.judge.accuracy import strict_accuracy
 from megatron_sppo.judge.config import EvaluateConfig
 from megatron_sppo.judge.diagnostics import fraction, verdict_shares, warnings
 from megatron_sppo.judge.evaluation import check_signal
 from megatron_sppo.judge.load import canonical_spec
 from megatron_sppo.judge.workers import PooledJudge, open_judge
-from megatron_sppo.storage import refuse_foreign_file, write_json
+from megatron_sppo.storage import refuse_foreign_file
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.json_files import sha256_of_json
 from megatron_sppo.judge.config import EvaluateConfig
 from megatron_sppo.judge.load import canonical_spec
 from megatron_sppo.judge.source import last_user_message
@@ -21,7 +22,6 @@ from megatron_sppo.rollout.records import Response, RolloutGroup, RolloutManifes
 from megatron_sppo.selfplay.commands import RunPaths
 from megatron_sppo.selfplay.stages import read_state
 from megatron_sppo.selfplay.summary import read_summary
-from megatron_sppo.storage import sha256_of_json
 
 _FORM = 'Write {"instruction": ..., "output": ...} for each answer, as AlpacaEval has them.'
 

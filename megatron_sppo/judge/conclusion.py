@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_sppo.json_files import sha256_of_json
 from megatron_sppo.judge.protocol import checker_of
-from megatron_sppo.storage import sha256_of_json
 
 if TYPE_CHECKING:
     from megatron_sppo.judge.protocol import Judge, Verdict

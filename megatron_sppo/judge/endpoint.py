@@ -35,11 +35,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.json_files import read_json, sealed, sha256_of_json
 from megatron_sppo.judge.protocol import Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.judge.source import UnreadableGroup, conversation_text
 from megatron_sppo.judge.verdict import UNREADABLE, verdict_logit
 from megatron_sppo.rollout.openai_server import HttpError, NoReply, OpenAIServer, ServerFault, UnusableReply
-from megatron_sppo.storage import atomic_file, read_json, sealed, sha256_of_json
+from megatron_sppo.storage import atomic_file
 
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_sppo.errors import DataError
+from megatron_sppo.json_files import write_json
 from megatron_sppo.judge.accuracy import strict_accuracy
 from megatron_sppo.judge.batches import Batch, judge_in_batches
 from megatron_sppo.judge.config import EvaluateConfig
@@ -27,7 +28,7 @@ from megatron_sppo.judge.workers import PooledJudge, open_judge
 from megatron_sppo.objective import preference_matrix
 from megatron_sppo.objective.diagnostics import TIE_TOLERANCE
 from megatron_sppo.rollout.records import RolloutGroup
-from megatron_sppo.storage import refuse_foreign_file, write_json
+from megatron_sppo.storage import refuse_foreign_file
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,10 @@ import msgspec
 import numpy as np
 
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.json_files import sha256_of_json, unsealed
 from megatron_sppo.judge.protocol import CERTAIN_LOGIT, LARGEST_LOGIT, Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.rollout.preferences import SUM_TOLERANCE
-from megatron_sppo.storage import sha256_of_file, sha256_of_json, unsealed
+from megatron_sppo.storage import sha256_of_file
 
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup

@@ -10,8 +10,9 @@ from megatron_sppo.checkpoints.file_digests import sha256_of_files
 from megatron_sppo.checkpoints.pretrained import UNUSABLE
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.json_files import sha256_of_json
 from megatron_sppo.judge.protocol import JudgeIdentity
-from megatron_sppo.storage import damage, sha256_of_json
+from megatron_sppo.storage import damage
 
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
 """Of a chat model, without its authors' code and copies in other formats."""

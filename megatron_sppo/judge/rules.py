@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.json_files import sha256_of_json
 from megatron_sppo.judge.protocol import Judge, count_pairs, distinct
 from megatron_sppo.judge.source import last_user_message
-from megatron_sppo.storage import sha256_of_json
 
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import Response, RolloutGroup

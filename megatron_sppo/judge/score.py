@@ -21,22 +21,17 @@ from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.schema import file_names, parse_selection
 from megatron_sppo.data.writer import DatasetWriter, rebuild_dataset
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.json_files import read_json, read_json_as, write_json
 from megatron_sppo.judge.config import ScoreConfig
 from megatron_sppo.judge.diagnostics import check_signal, describe_judge, signal_counts
 from megatron_sppo.judge.protocol import Judge, JudgeIdentity
 from megatron_sppo.judge.shard_files import DAMAGE, ShardBlock, ShardKey, read_blocks, read_scores, scores_path
 from megatron_sppo.judge.shard_scores import score_rollouts
 from megatron_sppo.judge.workers import PooledJudge, open_judge
+from megatron_sppo.locks import lock_until_exit
 from megatron_sppo.rollout.outcomes import outcome_warnings
 from megatron_sppo.rollout.records import MANIFEST_NAME, RolloutManifest, read_manifest
-from megatron_sppo.storage import (
-    lock_until_exit,
-    read_json,
-    read_json_as,
-    remove_stale_temporaries,
-    sha256_of_file,
-    write_json,
-)
+from megatron_sppo.storage import remove_stale_temporaries, sha256_of_file
 
 logger = logging.getLogger(__name__)
 

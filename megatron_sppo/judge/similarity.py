@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_sppo.json_files import sha256_of_json
 from megatron_sppo.judge.protocol import Unjudged, Verdict, checker_of, distinct
-from megatron_sppo.storage import sha256_of_json
 
 if TYPE_CHECKING:
     from megatron_sppo.judge.protocol import Judge

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.json_files import sha256_of_json
 from megatron_sppo.judge.check_process import CheckProcess
 from megatron_sppo.judge.checks import UncheckedAnswer
 from megatron_sppo.judge.protocol import CERTAIN_LOGIT, Unjudged, Verdict, count_pairs, distinct
-from megatron_sppo.storage import sha256_of_file, sha256_of_json
+from megatron_sppo.storage import sha256_of_file
 
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup

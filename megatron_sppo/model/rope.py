@@ -20,8 +20,9 @@ from megatron_sppo.model.visibility import PackedRow
 
 
 def has_own_rope(architecture: Architecture) -> bool:
-    """Whether the model rotates otherwise than by base^(-2i/R) in every layer."""
-    return architecture.rope_scaling is not None or architecture.windowed_rotary_base is not None
+    """Whether the model rotates otherwise than by base^(-2i/R) in every layer, or R is no part of a head's channels."""
+    scaled = architecture.rope_scaling is not None or architecture.windowed_rotary_base is not None
+    return scaled or architecture.latent_attention is not None
 
 
 def is_longrope(architecture: Architecture) -> bool:

@@ -19,20 +19,11 @@ from typing import IO, Any
 import msgspec
 
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.json_files import read_json_as, sealed, unsealed, write_json
+from megatron_sppo.locks import locked
 from megatron_sppo.rollout.prepared import PromptsRecord
 from megatron_sppo.rollout.records import MANIFEST_NAME, Count, EngineSteps, SetAside, ShardEntry, shard_name
-from megatron_sppo.storage import (
-    explain_os_error,
-    fsync_path,
-    locked,
-    read_json_as,
-    refuse_foreign,
-    remove_stale_temporaries,
-    sealed,
-    sha256_of_file,
-    unsealed,
-    write_json,
-)
+from megatron_sppo.storage import explain_os_error, fsync_path, refuse_foreign, remove_stale_temporaries, sha256_of_file
 
 logger = logging.getLogger(__name__)
 

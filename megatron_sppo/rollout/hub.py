@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.storage import sha256_of_json
+from megatron_sppo.json_files import sha256_of_json
 
 PREFIX = "hub:"
 _FORM = re.compile(r"(?P<repo>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<subset>[^@:/]+))?(@(?P<split>[^@:/]+))?")

@@ -36,6 +36,7 @@ import numpy as np
 
 from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
 from megatron_sppo.errors import DataError
+from megatron_sppo.json_files import read_json, sealed
 from megatron_sppo.rollout.chat_template import ChatTokenizer, UnusablePrompt
 from megatron_sppo.rollout.config import TemplateConfig
 from megatron_sppo.rollout.conversations import prompt_messages, read_turns
@@ -53,7 +54,7 @@ from megatron_sppo.rollout.records import (
 )
 from megatron_sppo.rollout.table_files import UnusableRow
 from megatron_sppo.rollout.tables import SplitRows, warn_of_several_splits
-from megatron_sppo.storage import atomic_directory, read_json, sealed
+from megatron_sppo.storage import atomic_directory
 
 logger = logging.getLogger(__name__)
 

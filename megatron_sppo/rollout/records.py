@@ -18,7 +18,8 @@ from typing import IO, Annotated, Any, Literal, TypedDict
 import msgspec
 
 from megatron_sppo.errors import DataError
-from megatron_sppo.storage import atomic_file, contained, read_json_as, write_json
+from megatron_sppo.json_files import read_json_as, write_json
+from megatron_sppo.storage import atomic_file, contained
 
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"

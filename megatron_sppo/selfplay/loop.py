@@ -17,6 +17,7 @@ from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
 from megatron_sppo.checkpoints.wrapped import refuse_sampling_with_adapters
 from megatron_sppo.command_line import default_grace_seconds
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.locks import locked
 from megatron_sppo.rollout.hub import is_hub_name
 from megatron_sppo.rollout.outcomes import mean_response_tokens
 from megatron_sppo.rollout.records import read_rollouts
@@ -36,7 +37,7 @@ from megatron_sppo.selfplay.process import interruptible, kept_process
 from megatron_sppo.selfplay.prompt_parts import divide_prompts, hash_of_prompts, refuse_uncheckable, write_prompts
 from megatron_sppo.selfplay.retention import retire_iterations
 from megatron_sppo.selfplay.stages import LOGS_NAME, STATE_NAME, Stage, StageMachine, read_state
-from megatron_sppo.storage import locked, refuse_foreign
+from megatron_sppo.storage import refuse_foreign
 
 logger = logging.getLogger(__name__)
 

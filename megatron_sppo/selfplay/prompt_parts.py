@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.json_files import sha256_of_json
 from megatron_sppo.judge.load import NEEDED_COLUMNS
 from megatron_sppo.rollout.hub import hub_fingerprint, is_hub_name
 from megatron_sppo.rollout.prompts import Prompt, PromptSet, make_prompt, read_prompts
 from megatron_sppo.selfplay.config import EvaluationConfig, RunConfig, SelfPlayConfig
-from megatron_sppo.storage import atomic_file, packaged_examples, sha256_of_json
+from megatron_sppo.storage import atomic_file, packaged_examples
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_sppo.command_line import GRACE_SECONDS
 from megatron_sppo.errors import DataError
+from megatron_sppo.json_files import read_json, sha256_of_json, write_json
 from megatron_sppo.selfplay.fingerprint import FileHashes
 from megatron_sppo.selfplay.process import (
     ProcessIdentity,
@@ -26,7 +27,7 @@ from megatron_sppo.selfplay.process import (
     run_logged,
     tool_exit_code,
 )
-from megatron_sppo.storage import read_json, remove_stale_temporaries, sha256_of_json, write_json
+from megatron_sppo.storage import remove_stale_temporaries
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_sppo.command_line import without_secrets
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.storage import read_json, write_json
+from megatron_sppo.json_files import read_json, write_json
 from megatron_sppo.tracking.config import OFFLINE_NAME, TrackingConfig
 from megatron_sppo.tracking.trackers import TRACKERS, Introduction, Outcome, Tracker
 

@@ -45,6 +45,7 @@ def inspect(config: InspectionConfig) -> dict[str, Any]:
     refuse_foreign_file(config.output, ours="log_ratio", flag="--output")
     batch = dataclasses.replace(config.batch, selection="all")
     config = dataclasses.replace(config, objective=ObjectiveConfig(), batch=batch)
+    inputs.refuse_layout(config)
     policy_source, architecture, tokenizer = inputs.open_source(config)
     (reference_sources,) = inputs.open_references(config, architecture, tokenizer)
     policy_sources = inputs.open_weights(config, architecture, policy_source)

@@ -234,7 +234,9 @@ class _Watch:
 
     def _write_stacks(self) -> None:
         self._directory.mkdir(exist_ok=True)
-        with open(self._directory / f"rank_{self._place.rank:05d}.txt", "w", encoding="utf-8") as file:
+        path = self._directory / f"rank_{self._place.rank:05d}.txt"
+        path.unlink(missing_ok=True)  # it may be a link to another file
+        with open(path, "w", encoding="utf-8") as file:
             file.write(f"rank {self._place.rank} on {self._host}, pid {os.getpid()}, in {_beat.phase}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)

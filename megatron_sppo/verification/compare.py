@@ -29,7 +29,7 @@ from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, different_fields, key_faults, open_megatron
 from megatron_sppo.conversion.sources import open_source
 from megatron_sppo.errors import ConversionError, DataError
-from megatron_sppo.storage import read_json
+from megatron_sppo.json_files import read_json
 from megatron_sppo.verification.logits import Model, compare_models, logit_faults, logit_summary
 from megatron_sppo.verification.probes import compare_texts, prompt_token_ids
 

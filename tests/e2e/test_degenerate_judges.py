@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.judge.diagnostics import ONE_SIDED_PAIRS
+from megatron_sppo.locks import locked
 from megatron_sppo.report.page import write_report
-from megatron_sppo.storage import locked
 from tests.commands import run_here
 from tests.unit.judge.groups import group_of
 from tests.unit.judge.judge_server import Server, answers_of, longer_wins, running_server

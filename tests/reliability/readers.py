@@ -32,6 +32,7 @@ from megatron_sppo.data.indexed import Column, ColumnWriter
 from megatron_sppo.data.schema import read_manifest as read_dataset_manifest
 from megatron_sppo.errors import ConfigError, ConversionError, DataError
 from megatron_sppo.evaluation.players import _rows as read_answers
+from megatron_sppo.json_files import sha256_of_json
 from megatron_sppo.judge.matrices import MatricesJudge
 from megatron_sppo.judge.verdict import verdict_logit
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
@@ -46,7 +47,7 @@ from megatron_sppo.rollout.server_pool import RowRefused
 from megatron_sppo.rollout.tables import UnusableRow
 from megatron_sppo.selfplay.stages import read_state
 from megatron_sppo.selfplay.summary import read_summary
-from megatron_sppo.storage import sha256_of_file, sha256_of_json
+from megatron_sppo.storage import sha256_of_file
 from tests.models import CHAT_TEMPLATE, llama_config
 
 DOCUMENTED = (ConfigError, DataError, ConversionError, ServerFault, RowRefused, UnusableRow)

@@ -32,6 +32,7 @@ from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoin
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.reference_file import Pieces, read_reference, write_reference
 from megatron_sppo.errors import ConfigError, ConversionError, DataError
+from megatron_sppo.json_files import read_json, sealed, write_json
 from megatron_sppo.judge.load import load_judge
 from megatron_sppo.judge.matrices import MatricesJudge
 from megatron_sppo.judge.shard_scores import score_rollouts
@@ -41,7 +42,6 @@ from megatron_sppo.rollout.generate import generate_rollouts
 from megatron_sppo.rollout.records import RolloutGroup, read_manifest, read_rollouts
 from megatron_sppo.selfplay.stages import read_state
 from megatron_sppo.selfplay.summary import read_summary
-from megatron_sppo.storage import read_json, sealed, write_json
 from tests.adapters import random_adapter
 from tests.models import tiny_llama
 from tests.reliability.tally import Tally

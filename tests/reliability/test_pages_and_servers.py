@@ -22,13 +22,13 @@ import pytest
 
 from megatron_sppo import command_line
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.json_files import read_json, write_json
 from megatron_sppo.judge.endpoint import EndpointJudge
 from megatron_sppo.report import page as page_module
 from megatron_sppo.report.page import write_report
 from megatron_sppo.rollout.config import ServerConfig
 from megatron_sppo.rollout.openai_server import HttpError, OpenAIServer
 from megatron_sppo.rollout.server import ServerSampler
-from megatron_sppo.storage import read_json, write_json
 from tests.reliability.tally import Tally
 from tests.unit.report.test_page import Page
 from tests.unit.selfplay.synthetic import write_run

@@ -34,6 +34,8 @@ class Writer:
     """Which version a state is that is neither's bytes; None: there may be no such state."""
     prepare: Callable[[Path], object] = lambda inputs: None
     """Makes the inputs."""
+    varies: bool = False
+    """A thread of it gathers what it writes: there may be fewer operations than the last time."""
     loses: bool = False
     """It is a cache, or a log that says of itself that it may be lost: an error is no fault of the command."""
 
@@ -381,7 +383,7 @@ def write_progress(inputs: Path, place: Path, version: int) -> None:
 
 def write_result(inputs: Path, place: Path, version: int) -> None:
     """Results of evaluations, plans, inspections and conversions are JSON files, written by this."""
-    from megatron_sppo.storage import write_json
+    from megatron_sppo.json_files import write_json
 
     write_json(place / "eval/result.json", {"version": version, "values": list(range(5000))})
 
@@ -414,7 +416,7 @@ def read_exports(inputs: Path, place: Path) -> int:
 
 
 def write_tracker_ids(inputs: Path, place: Path, version: int) -> None:
-    from megatron_sppo.storage import write_json
+    from megatron_sppo.json_files import write_json
 
     write_json(place / "trackers.json", {"wandb": "x" * version})
 
@@ -455,7 +457,7 @@ WRITERS = (
     Writer("step files", append_steps, read_steps),
     Writer("state", write_state, read_state_, prepare=preference_rows),
     Writer("summary", sum_up, read_summed),
-    Writer("events", write_events),
+    Writer("events", write_events, varies=True),
     Writer("report", report),
     Writer("resolved config", write_config),
     Writer("prompts", write_prompts),
@@ -493,6 +495,7 @@ COVERED = {
     "data/writer": "dataset",
     "evaluation/export": "exported answers",
     "evaluation/kit": "result",
+    "json_files": "result",
     "judge/endpoint": "cache of verdicts",
     "judge/evaluation": "result",
     "judge/score": "scores",

@@ -17,6 +17,8 @@ PACKAGE = REPOSITORY / "megatron_sppo"
 GROUND = (
     "errors",
     "storage",
+    "locks",
+    "json_files",
     "command_line",
     "config",
     "config_fields",

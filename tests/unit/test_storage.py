@@ -6,18 +6,15 @@ Every write, fsync and rename is made to fail once. A really full disk (a small 
 import errno
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from megatron_sppo import storage
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.json_files import read_json, write_json
 
 
 def entries(directory: Path) -> list[str]:
@@ -59,10 +56,10 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, name: str, call: int, number: int
 @pytest.mark.parametrize(("name", "call"), [("fsync", 0), ("replace", 0), ("fsync", 1)])
 def test_a_file_is_old_or_new_after_any_failing_step(tmp_path, monkeypatch, name, call, number):
     path = tmp_path / "a.json"
-    storage.write_json(path, {"state": "old"})
+    write_json(path, {"state": "old"})
     fail_once(monkeypatch, name, call, number)
     with pytest.raises((OSError, DataError)):
-        storage.write_json(path, {"state": "new"})
+        write_json(path, {"state": "new"})
     monkeypatch.undo()
     assert json.loads(path.read_text())["state"] in ("old", "new")
     assert entries(tmp_path) == ["a.json"]
@@ -126,9 +123,9 @@ def test_a_killed_writer_of_a_file_leaves_what_the_next_one_removes(tmp_path):
         "with storage.atomic_file(sys.argv[1]): os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.json")])
-    storage.write_json(tmp_path / "b.json", 1)
+    write_json(tmp_path / "b.json", 1)
     assert len(entries(tmp_path)) == 2, "what the other left is not this one's"
-    storage.write_json(tmp_path / "a.json", 1)
+    write_json(tmp_path / "a.json", 1)
     assert entries(tmp_path) == ["a.json", "b.json"]
 
 
@@ -171,7 +168,7 @@ def test_replacing_a_directory_leaves_nothing_of_the_old_one(tmp_path):
 def test_a_refusing_disk_is_one_line_with_the_file_and_the_remedy(tmp_path, monkeypatch, number, words):
     fail_once(monkeypatch, "fsync", 0, number)
     with pytest.raises(DataError) as caught:
-        storage.write_json(tmp_path / "a.json", 1)
+        write_json(tmp_path / "a.json", 1)
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in [str(tmp_path / "a.json"), *words]), str(caught.value)
 
@@ -188,10 +185,10 @@ def full_disk(tmp_path):
 
 def test_a_really_full_disk_keeps_the_old_file_and_says_so(full_disk):
     path = full_disk / "a.json"
-    storage.write_json(path, "old")
+    write_json(path, "old")
     with pytest.raises(DataError, match="disk is full"):
-        storage.write_json(path, "x" * 200_000)
-    assert storage.read_json(path) == "old"
+        write_json(path, "x" * 200_000)
+    assert read_json(path) == "old"
     assert entries(full_disk) == ["a.json"]
 
 
@@ -235,48 +232,11 @@ def test_a_name_inside_is_taken(tmp_path):
     assert storage.contained(tmp_path, "a/b") == tmp_path / "a" / "b"
 
 
-@pytest.mark.parametrize(
-    ("content", "words"), [(None, "does not exist"), (b"{", "not valid JSON"), (b"\xff\xfe", "not valid JSON")]
-)
-def test_a_missing_or_damaged_json_file_is_named(tmp_path, content, words):
-    path = tmp_path / "a.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DataError) as caught:
-        storage.read_json(path)
-    assert str(path) in str(caught.value) and words in str(caught.value)
-
-
-_JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda children: st.lists(children) | st.dictionaries(st.text(), children),
-    max_leaves=8,
-)
-
-
-@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(value=_JSON)
-def test_json_reads_back_as_written(tmp_path, value):
-    storage.write_json(tmp_path / "a.json", value)
-    assert storage.read_json(tmp_path / "a.json") == value
-
-
-def test_not_a_number_is_no_json(tmp_path):
-    with pytest.raises(ValueError):
-        storage.write_json(tmp_path / "a.json", float("nan"))
-    assert entries(tmp_path) == []
-
-
 def test_hashes_are_those_of_the_standard(tmp_path):
     """FIPS 180-2, appendix B.1: SHA-256 of "abc"."""
     (tmp_path / "abc").write_bytes(b"abc")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert storage.sha256_of_file(tmp_path / "abc") == expected
-
-
-def test_the_hash_of_json_does_not_depend_on_the_order_of_keys():
-    assert storage.sha256_of_json({"a": 1, "b": [2]}) == storage.sha256_of_json({"b": [2], "a": 1})
-    assert storage.sha256_of_json([1, 2]) != storage.sha256_of_json([2, 1])
 
 
 def test_only_a_directory_of_the_same_kind_is_replaced(tmp_path):
@@ -307,63 +267,6 @@ def test_what_a_killed_command_left_behind_is_nobody_else_s(tmp_path, left):
     for name in left:
         (tmp_path / name).touch()
     storage.refuse_foreign(tmp_path, ours=("state.json",))
-
-
-HOLD = """
-import pathlib, sys, time
-from megatron_sppo import storage
-with storage.locked(pathlib.Path(sys.argv[1]), flag="--save"):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_second_writer_is_refused_and_a_dead_one_s_lock_is_taken_and_said(tmp_path, caplog):
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        words = f"in use by process {holder.pid} on {socket.gethostname()}.*another directory with --save"
-        with pytest.raises(ConfigError, match=words), storage.locked(tmp_path, flag="--save"):
-            pass
-    finally:
-        holder.kill()
-        holder.wait()
-    with storage.locked(tmp_path, flag="--save"):
-        assert f"was left by process {holder.pid}" in caplog.text
-        assert (tmp_path / ".lock").read_text().split() == [socket.gethostname(), str(os.getpid())]
-    assert entries(tmp_path) == []
-
-
-def test_a_lock_of_another_host_counts_while_it_is_touched(tmp_path, caplog):
-    """A network file system need not carry the kernel's lock: then the text and the time of the file decide."""
-    lock = tmp_path / ".lock"
-    lock.write_text("node17 4242\n")
-    refusal = pytest.raises(ConfigError, match=rf"process 4242 on node17.*If it is gone, wait 120 s or remove {lock}")
-    with refusal, storage.locked(tmp_path, flag="--save"):
-        pass
-    assert lock.read_text() == "node17 4242\n"
-    long_ago = lock.stat().st_mtime - storage.LOCK_STALE_SECONDS - 1
-    os.utime(lock, (long_ago, long_ago))
-    with storage.locked(tmp_path, flag="--save"):
-        assert "left by process 4242 on node17" in caplog.text
-
-
-def test_the_holder_touches_its_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "LOCK_BEAT_SECONDS", 0.01)
-    with storage.locked(tmp_path, flag="--save"):
-        os.utime(tmp_path / ".lock", (0, 0))
-        for _ in range(500):
-            if (tmp_path / ".lock").stat().st_mtime > 0:
-                break
-            time.sleep(0.01)
-        assert (tmp_path / ".lock").stat().st_mtime > 0
-
-
-def test_a_lock_for_the_process_is_taken_once(tmp_path):
-    storage.lock_until_exit(tmp_path, flag="--save")
-    storage.lock_until_exit(tmp_path, flag="--save")
-    holder = subprocess.run([sys.executable, "-c", HOLD, str(tmp_path)], capture_output=True, text=True)
-    assert f"in use by process {os.getpid()}" in holder.stderr
 
 
 @pytest.mark.parametrize("content", ['{"model_type": "llama"}', "dear diary", "\0\1"])

@@ -1,10 +1,13 @@
 """One table per model family; FAMILIES lists them by `model_type`."""
 
 from megatron_sppo.conversion.families import (
+    deepseek_v2,
+    deepseek_v3,
     gemma2,
     gemma3_text,
     glm4_moe,
     gpt_oss,
+    kimi_k2,
     llama,
     ministral,
     mistral,
@@ -20,7 +23,7 @@ from megatron_sppo.conversion.families import (
     qwen3_moe,
     qwen3_next,
 )
-from megatron_sppo.conversion.mapping import Family
+from megatron_sppo.conversion.family import Family
 from megatron_sppo.errors import ConversionError
 
 FAMILIES = {
@@ -38,6 +41,9 @@ FAMILIES = {
         qwen3_5_text,
         qwen3_5_moe_text,
         glm4_moe,
+        deepseek_v2,
+        deepseek_v3,
+        kimi_k2,
         gemma2,
         gemma3_text,
         gpt_oss,

@@ -1,7 +1,8 @@
 """Gemma-2: a norm on both sides of each unit, soft-capped scores and logits, and a window in every second layer."""
 
 from megatron_sppo.conversion.families import llama
-from megatron_sppo.conversion.mapping import Copy, Family, WindowKeys
+from megatron_sppo.conversion.family import Family, WindowKeys
+from megatron_sppo.conversion.mapping import Copy
 
 PLACE, HF_PLACE = "decoder.layers.{layer}", "model.layers.{layer}"
 

@@ -1,7 +1,7 @@
 """Gemma-3 (text): Gemma-2's layers with norms over heads, no caps, and two RoPE bases: with a window and without."""
 
 from megatron_sppo.conversion.families import gemma2, qwen3
-from megatron_sppo.conversion.mapping import Family, WindowedRope, WindowKeys
+from megatron_sppo.conversion.family import Family, WindowedRope, WindowKeys
 
 FAMILY = Family(
     model_type="gemma3_text",

@@ -7,7 +7,8 @@ import dataclasses
 
 from megatron_sppo.conversion.families import qwen2_moe, qwen3, qwen3_moe
 from megatron_sppo.conversion.families.qwen3_moe import HF_MLP, MLP
-from megatron_sppo.conversion.mapping import Copy, ExpertKeys, Family
+from megatron_sppo.conversion.family import ExpertKeys, Family
+from megatron_sppo.conversion.mapping import Copy
 
 HEAD_NORMS = tuple(dataclasses.replace(mapping, only="qk_layernorm") for mapping in qwen3.HEAD_NORMS)
 EXPERT_BIAS = Copy(

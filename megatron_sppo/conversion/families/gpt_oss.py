@@ -5,7 +5,8 @@ The published weights of the experts are MXFP4, and read as the bfloat16 tensors
 
 from megatron_sppo.checkpoints.mxfp4 import METHOD
 from megatron_sppo.conversion.families import llama
-from megatron_sppo.conversion.mapping import Copy, ExpertKeys, ExpertStack, Family, WindowKeys
+from megatron_sppo.conversion.family import ExpertKeys, Family, WindowKeys
+from megatron_sppo.conversion.mapping import Copy, ExpertStack
 
 EXPERTS, HF_EXPERTS = "decoder.layers.{layer}.mlp.experts.experts", "model.layers.{layer}.mlp.experts"
 ROUTER, HF_ROUTER = "decoder.layers.{layer}.mlp.router", "model.layers.{layer}.mlp.router"

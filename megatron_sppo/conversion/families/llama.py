@@ -1,6 +1,7 @@
 """Llama 2, 3 and 3.1, SmolLM2, and what else says `model_type: llama`."""
 
-from megatron_sppo.conversion.mapping import Copy, Family, FusedQKV, GateUp, VocabRows
+from megatron_sppo.conversion.family import Family
+from megatron_sppo.conversion.mapping import Copy, FusedQKV, GateUp, VocabRows
 
 ATTENTION_BIASES = ("add_qkv_bias", "add_proj_bias")
 """What `attention_bias` says in most families."""

@@ -1,7 +1,7 @@
 """Ministral (2024): Mistral's tensors, and a window in the layers that the config lists."""
 
 from megatron_sppo.conversion.families import mistral
-from megatron_sppo.conversion.mapping import Family, WindowKeys
+from megatron_sppo.conversion.family import Family, WindowKeys
 
 FAMILY = Family(
     model_type="ministral",

@@ -1,7 +1,7 @@
 """Mistral 7B: Llama's tensors; in v0.1 every layer sees a window of 4096 tokens, from v0.2 on all."""
 
 from megatron_sppo.conversion.families import llama
-from megatron_sppo.conversion.mapping import Family, WindowKeys
+from megatron_sppo.conversion.family import Family, WindowKeys
 
 FAMILY = Family(
     model_type="mistral",

@@ -2,7 +2,8 @@
 
 from megatron_sppo.conversion.families import llama
 from megatron_sppo.conversion.families.qwen3_moe import ATTENTION_AND_ENDS, MLP, NORM
-from megatron_sppo.conversion.mapping import Copy, ExpertKeys, Family, GateUp
+from megatron_sppo.conversion.family import ExpertKeys, Family
+from megatron_sppo.conversion.mapping import Copy, GateUp
 
 HF_MOE = "model.layers.{layer}.block_sparse_moe"
 

@@ -1,7 +1,8 @@
 """OLMo-2: norms behind attention and feed-forward unit, none before; norms over all heads of queries and of keys."""
 
 from megatron_sppo.conversion.families import gemma2, llama, qwen3
-from megatron_sppo.conversion.mapping import Copy, Family
+from megatron_sppo.conversion.family import Family
+from megatron_sppo.conversion.mapping import Copy
 
 MAPPINGS = (
     *(mapping for mapping in llama.MAPPINGS if not mapping.megatron.endswith(".layer_norm_weight")),

@@ -1,7 +1,7 @@
 """OLMo-3: OLMo-2's layers, three of four with a window, and scaled rotary embeddings in the others alone."""
 
 from megatron_sppo.conversion.families import llama, olmo2
-from megatron_sppo.conversion.mapping import Family, WindowedRope, WindowKeys
+from megatron_sppo.conversion.family import Family, WindowedRope, WindowKeys
 
 FAMILY = Family(
     model_type="olmo3",

@@ -1,7 +1,8 @@
 """Phi-3, Phi-3.5 and Phi-4: Llama's model, with query, key and value, and gate and up, in one tensor each."""
 
 from megatron_sppo.conversion.families import llama
-from megatron_sppo.conversion.mapping import Family, FusedQKV, GateUp, PackedGateUp, PackedQKV, WindowKeys
+from megatron_sppo.conversion.family import Family, WindowKeys
+from megatron_sppo.conversion.mapping import FusedQKV, GateUp, PackedGateUp, PackedQKV
 
 ATTENTION, MLP = "decoder.layers.{layer}.self_attention", "decoder.layers.{layer}.mlp"
 

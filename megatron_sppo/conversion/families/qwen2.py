@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5: Llama's tensors, biases of query, key and value; a window of tokens that may be switched on."""
 
 from megatron_sppo.conversion.families import llama
-from megatron_sppo.conversion.mapping import Family, WindowKeys
+from megatron_sppo.conversion.family import Family, WindowKeys
 
 WINDOWS = WindowKeys(switch="use_sliding_window", first_layer="max_window_layers", layer_types=True)
 

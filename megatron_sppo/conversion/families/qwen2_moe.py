@@ -2,7 +2,8 @@
 
 from megatron_sppo.conversion.families import qwen3_moe
 from megatron_sppo.conversion.families.qwen3_moe import HF_MLP, MLP
-from megatron_sppo.conversion.mapping import Copy, ExpertKeys, Family, GateUp, WindowKeys
+from megatron_sppo.conversion.family import ExpertKeys, Family, WindowKeys
+from megatron_sppo.conversion.mapping import Copy, GateUp
 
 
 def shared_expert(name: str) -> tuple[GateUp, Copy]:

@@ -1,7 +1,8 @@
 """Qwen3 (dense): Llama's tensors, and RMSNorms over each head of queries and keys."""
 
 from megatron_sppo.conversion.families import llama, qwen2
-from megatron_sppo.conversion.mapping import Copy, Family
+from megatron_sppo.conversion.family import Family
+from megatron_sppo.conversion.mapping import Copy
 
 SELF_ATTENTION, SELF_ATTN = "decoder.layers.{layer}.self_attention", "model.layers.{layer}.self_attn"
 

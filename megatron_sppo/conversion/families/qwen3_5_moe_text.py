@@ -4,7 +4,7 @@ import dataclasses
 
 from megatron_sppo.conversion import delta_config
 from megatron_sppo.conversion.families import qwen2_moe, qwen3_5_text, qwen3_moe, qwen3_next
-from megatron_sppo.conversion.mapping import ExpertKeys
+from megatron_sppo.conversion.family import ExpertKeys
 
 FAMILY = dataclasses.replace(
     qwen3_5_text.FAMILY,

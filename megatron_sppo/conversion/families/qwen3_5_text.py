@@ -2,7 +2,8 @@
 
 from megatron_sppo.conversion import delta_config
 from megatron_sppo.conversion.families import llama, qwen3_next
-from megatron_sppo.conversion.mapping import Family, KeyHeadRows
+from megatron_sppo.conversion.family import Family
+from megatron_sppo.conversion.mapping import KeyHeadRows
 
 NET_INPUT = KeyHeadRows(
     f"{qwen3_next.NET}.in_proj.weight",

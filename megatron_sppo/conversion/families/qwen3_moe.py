@@ -3,7 +3,8 @@
 import dataclasses
 
 from megatron_sppo.conversion.families import llama, qwen3
-from megatron_sppo.conversion.mapping import Copy, ExpertKeys, Family, GateUp
+from megatron_sppo.conversion.family import ExpertKeys, Family
+from megatron_sppo.conversion.mapping import Copy, GateUp
 
 MLP, HF_MLP = "decoder.layers.{layer}.mlp", "model.layers.{layer}.mlp"
 
@@ -23,12 +24,14 @@ EXPERTS = (
         f"{HF_MLP}.experts.{{expert}}.{{gate_up}}_proj.weight",
         width="expert_ffn",
         layers="sparse",
+        stack=f"{HF_MLP}.experts.gate_up_proj",
     ),
     Copy(
         f"{MLP}.experts.experts.{{expert}}.linear_fc2.weight",
         f"{HF_MLP}.experts.{{expert}}.down_proj.weight",
         ("hidden", "expert_ffn"),
         layers="sparse",
+        stack=f"{HF_MLP}.experts.down_proj",
     ),
 )
 SPARSE = (

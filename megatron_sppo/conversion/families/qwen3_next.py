@@ -7,7 +7,8 @@ import dataclasses
 
 from megatron_sppo.conversion import delta_config
 from megatron_sppo.conversion.families import llama, qwen2_moe, qwen3, qwen3_moe
-from megatron_sppo.conversion.mapping import Copy, ExpertKeys, Family, GatedQKV, KeyHeadRows, TensorMapping
+from megatron_sppo.conversion.family import ExpertKeys, Family
+from megatron_sppo.conversion.mapping import Copy, GatedQKV, KeyHeadRows, TensorMapping
 
 NET, HF_NET = "decoder.layers.{layer}.self_attention", "model.layers.{layer}.linear_attn"
 

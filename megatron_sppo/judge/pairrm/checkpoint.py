@@ -25,9 +25,10 @@ from megatron_sppo.checkpoints.file_digests import sha256_of_files
 from megatron_sppo.checkpoints.pretrained import UNUSABLE
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.json_files import read_json, sha256_of_json
 from megatron_sppo.judge.model_files import load_tokenizer, local_directory
 from megatron_sppo.judge.pairrm.deberta import MarkerEncoder, check_config
-from megatron_sppo.storage import damage, read_json, sha256_of_json
+from megatron_sppo.storage import damage
 
 logger = logging.getLogger(__name__)
 

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from megatron_sppo.json_files import sha256_of_json
 from megatron_sppo.judge.model_files import default_dtype
 from megatron_sppo.judge.pairrm.checkpoint import load_pairrm, pairrm_fingerprint
 from megatron_sppo.judge.pairrm.text import PairRMTokens
 from megatron_sppo.judge.protocol import JudgeIdentity, Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.judge.source import UnreadableGroup, pairrm_texts
-from megatron_sppo.storage import sha256_of_json
 
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup

@@ -1,4 +1,4 @@
-"""Proves: a damaged description of the imported files is one line with a way out, and one of other tensors is not used.
+"""Proves: a damaged description of the imported files is one line with a way out.
 
 That kept and new files hold every byte is shown by the round trips of tests/unit/conversion/test_convert.py.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_sppo.checkpoints.hf_writer import kept_files
+from megatron_sppo.checkpoints.hf_writer import read_layout
 from megatron_sppo.checkpoints.safetensors_file import new_header
 from megatron_sppo.errors import ConversionError, DataError
 
@@ -27,15 +27,14 @@ def described(directory: Path, content: object) -> Path:
 
 
 def test_the_imported_files_come_out_as_they_were(tmp_path: Path) -> None:
-    layout = kept_files(TENSORS, described(tmp_path, WHOLE))
+    layout = read_layout(described(tmp_path, WHOLE))
     assert layout is not None and layout.index is None
     assert layout.files == {"model.safetensors": (RAW, ENTRIES)}
+    assert layout.tensors == TENSORS
 
 
-@pytest.mark.parametrize("tensors", [{"a": (torch.bfloat16, (2, 3))}, {**TENSORS, "b": (torch.float32, (1,))}])
-def test_files_of_other_tensors_are_not_kept(tmp_path: Path, tensors: dict) -> None:
-    assert kept_files(tensors, described(tmp_path, WHOLE)) is None
-    assert kept_files(tensors, tmp_path / "absent.json") is None
+def test_where_nothing_is_described_there_is_no_layout(tmp_path: Path) -> None:
+    assert read_layout(tmp_path / "absent.json") is None
 
 
 @pytest.mark.parametrize(
@@ -43,10 +42,10 @@ def test_files_of_other_tensors_are_not_kept(tmp_path: Path, tensors: dict) -> N
     [[], {"files": []}, {"files": WHOLE["files"]}, {**WHOLE, "files": {"m": "!"}}, {**WHOLE, "files": {"m": 7}}],
 )
 def test_a_damaged_description_says_how_to_do_without(tmp_path: Path, content: object) -> None:
-    with pytest.raises(ConversionError, match=r"layout\.json .*damaged.*--max-shard-size 5GB"):
-        kept_files(TENSORS, described(tmp_path, content))
+    with pytest.raises(ConversionError, match=r"layout\.json .*damaged.*remove it"):
+        read_layout(described(tmp_path, content))
 
 
 def test_a_file_outside_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="outside"):
-        kept_files(TENSORS, described(tmp_path, {**WHOLE, "files": {"../x": HEADER}}))
+        read_layout(described(tmp_path, {**WHOLE, "files": {"../x": HEADER}}))

@@ -26,7 +26,7 @@ from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
 from megatron_sppo.conversion import convert
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.errors import ConfigError, ConversionError, DataError
-from megatron_sppo.storage import locked, locked_place
+from megatron_sppo.locks import locked, locked_place
 from megatron_sppo.verification.verify import verify
 from tests.models import CHAT_TEMPLATE, MIXTURES, tiny_llama
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.conversion.binding import bind, hf_shapes, megatron_shapes
 from megatron_sppo.conversion.families import FAMILIES, family_of, llama
+from megatron_sppo.conversion.family import Family
 from megatron_sppo.conversion.mapping import (
     Copy,
-    Family,
     FusedQKV,
     GateUp,
     PackedGateUp,

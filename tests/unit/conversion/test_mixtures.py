@@ -35,17 +35,6 @@ def edit(hf: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
 
 
-def stack_experts(tensors: dict[str, Tensor]) -> None:
-    """Put a layer's experts into two tensors, as transformers keeps them in memory."""
-    parts = {
-        kind: [tensors.pop(f"{MLP}.experts.{expert}.{kind}_proj.weight") for expert in range(4)]
-        for kind in ("gate", "up", "down")
-    }
-    both = [torch.cat(pair) for pair in zip(parts["gate"], parts["up"], strict=True)]
-    tensors[f"{MLP}.experts.gate_up_proj"] = torch.stack(both)
-    tensors[f"{MLP}.experts.down_proj"] = torch.stack(parts["down"])
-
-
 # (config, what is done to its tensors, words of the refusal)
 MALFORMED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], Any], str]] = {
     "an expert is missing": (
@@ -57,11 +46,6 @@ MALFORMED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], Any], s
         QWEN2,
         lambda t: t.update({f"{MLP}.experts.4.up_proj.weight": torch.zeros(32, 64)}),
         r"holds model\.layers\.1\.mlp\.experts\.4\.up_proj\.weight, for which there is no rule",
-    ),
-    "experts in one tensor": (
-        QWEN2,
-        stack_experts,
-        r"lacks model\.layers\.1\.mlp\.experts\.0\.gate_proj\.weight.* and holds model\.layers\.1\.mlp\.experts\.",
     ),
     "a shared expert of another width": (
         QWEN2,

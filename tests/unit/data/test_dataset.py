@@ -26,7 +26,8 @@ from megatron_sppo.data.indexed import Column, ColumnWriter
 from megatron_sppo.data.schema import file_names
 from megatron_sppo.data.writer import DatasetWriter, rebuild_dataset
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.storage import sha256_of_file, sha256_of_json
+from megatron_sppo.json_files import sha256_of_json
+from megatron_sppo.storage import sha256_of_file
 from tests.unit.data.make import VOCAB_SIZE, groups, settings, write
 
 

@@ -14,7 +14,7 @@ from megatron_sppo.data.schema import (
     write_manifest,
 )
 from megatron_sppo.errors import ConfigError, DataError
-from megatron_sppo.storage import sha256_of_json
+from megatron_sppo.json_files import sha256_of_json
 
 MANIFEST = DatasetManifest(
     schema_version=1,

@@ -15,10 +15,10 @@ import pytest
 
 from megatron_sppo.commands.evaluate import main
 from megatron_sppo.errors import DataError
+from megatron_sppo.json_files import read_json
 from megatron_sppo.judge.config import EvaluateConfig
 from megatron_sppo.judge.evaluation import bootstrap, cross_verdicts, evaluate, join_groups
 from megatron_sppo.rollout.records import RolloutGroup
-from megatron_sppo.storage import read_json
 from tests.unit.selfplay.synthetic import group, write_rollouts
 
 

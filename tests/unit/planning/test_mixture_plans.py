@@ -9,6 +9,7 @@ from megatron_sppo.planning.architectures import PUBLISHED
 from megatron_sppo.planning.config import PlanConfig, WorkloadConfig
 from megatron_sppo.planning.plan import Plan, make_plan
 from megatron_sppo.training.config import BatchConfig, OptimizationConfig, ParallelConfig
+from tests.unit.planning.test_parameters import PUBLISHED_WEIGHTS
 
 # Tensor- and expert-parallel ranks, and what one of them holds of a layer: attention with norms, one expert, and so on.
 GLM_AIR: dict[str, Any] = {
@@ -78,6 +79,26 @@ def test_what_a_rank_of_each_stage_holds(
         assert memory.num_parameters == experts + rest
         held = 6 * (experts + rest) + 8 * (rest / copies + experts / (stage_ranks // numbers["experts"]))
         assert memory.resident == pytest.approx(held, rel=1e-4)  # buffers are aligned
+
+
+# Layouts, and how many weights are of experts: each has three matrices, in gpt-oss three biases too.
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt-oss-120b": {"tensor": 1, "experts": 16, "of_experts": 36 * 128 * 3 * (2880**2 + 2880)},
+    "qwen3-next-80b-a3b": {"tensor": 2, "experts": 16, "of_experts": 48 * 512 * 3 * 2048 * 512},
+    "qwen3.6-27b": {"tensor": 4, "experts": 1, "of_experts": 0},
+}
+
+
+@pytest.mark.parametrize("world_size", [64, 256])
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_ranks_of_a_layout_that_fits_hold_the_model(name: str, world_size: int) -> None:
+    """Tensor-parallel ranks divide what is dense, expert-parallel ones the experts; each holds norms and routers."""
+    numbers = OTHERS[name]
+    made = plan(name, world_size, numbers)
+    held = sum(stage.num_parameters for stage in made.stages)
+    dense = PUBLISHED_WEIGHTS[name] - numbers["of_experts"]
+    assert made.fits and "PP2" in made.layout
+    assert held == pytest.approx(dense / numbers["tensor"] + numbers["of_experts"] / numbers["experts"], rel=1e-2)
 
 
 def test_a_token_meets_the_chosen_experts_and_the_shared_one() -> None:

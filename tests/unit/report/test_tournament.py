@@ -6,8 +6,8 @@ import pytest
 
 from megatron_sppo.commands import evaluate
 from megatron_sppo.errors import DataError
+from megatron_sppo.json_files import read_json
 from megatron_sppo.report.page import write_report
-from megatron_sppo.storage import read_json
 from tests.unit.report.test_page import HOSTILE, Page
 from tests.unit.selfplay.synthetic import write_run
 

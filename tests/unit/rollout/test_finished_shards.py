@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from megatron_sppo.errors import DataError
+from megatron_sppo.json_files import read_json
 from megatron_sppo.rollout.finished_shards import FinishedShard, open_finished_shards
 from megatron_sppo.rollout.prepared import PromptsRecord
 from megatron_sppo.rollout.records import Response, RolloutGroup, ShardEntry, shard_name, write_shard
-from megatron_sppo.storage import read_json
 
 REQUEST = {"model_hash": "m", "seed": 0}
 PROMPTS = PromptsRecord(inputs="0" * 64, prompts_hash="1" * 64, num_prompts=5, quarantined=())

@@ -17,11 +17,11 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from megatron_sppo import storage
 from megatron_sppo.checkpoints.model_files import model_hash
 from megatron_sppo.checkpoints.tokenizer import tokenizer_hash
 from megatron_sppo.cluster.config import PoolConfig
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.json_files import read_json
 from megatron_sppo.rollout import finished_shards
 from megatron_sppo.rollout.chat_template import ChatTokenizer
 from megatron_sppo.rollout.config import GenerateConfig, ServerConfig, TemplateConfig
@@ -29,7 +29,6 @@ from megatron_sppo.rollout.generate import _default_shard_size, generate_rollout
 from megatron_sppo.rollout.prompts import PromptRows
 from megatron_sppo.rollout.records import EngineSteps, Response, read_manifest, read_rollouts
 from megatron_sppo.rollout.sampler import Refusal
-from megatron_sppo.storage import read_json
 from tests.unit.rollout.fake_sampler import FakeSampler, fake_factory
 
 NUM_PROMPTS = 10
@@ -120,7 +119,7 @@ def test_what_is_complete_is_read_once_and_no_prompt_is_parsed_or_tokenised(
     monkeypatch.setattr(ChatTokenizer, "tokenize_all", lambda *_: pytest.fail("prompts are tokenised"))
     monkeypatch.setattr(PromptRows, "__iter__", lambda *_: pytest.fail("prompts are parsed"))
     hashed: list[Path] = []
-    real = storage.sha256_of_file
+    real = finished_shards.sha256_of_file
     monkeypatch.setattr(finished_shards, "sha256_of_file", lambda path: hashed.append(path) or real(path))
     assert run(config) == []
     assert hashed == [config.output / f"shard-{index:05d}.jsonl" for index in range(4)]

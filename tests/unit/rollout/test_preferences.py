@@ -13,11 +13,11 @@ import pytest
 pytest.importorskip("transformers")
 
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.json_files import unsealed
 from megatron_sppo.rollout.config import TemplateConfig
 from megatron_sppo.rollout.preferences import import_preferences, preference_row
 from megatron_sppo.rollout.records import read_rollouts
 from megatron_sppo.rollout.table_files import UnusableRow
-from megatron_sppo.storage import unsealed
 from tests.models import byte_tokenizer
 
 P3 = [[0.5, 0.7, 0.9], [0.3, 0.5, 0.8], [0.1, 0.2, 0.5]]

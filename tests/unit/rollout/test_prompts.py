@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.json_files import sha256_of_json
 from megatron_sppo.rollout import table_files
 from megatron_sppo.rollout.prompts import Prompt, PromptRows, PromptsHash, read_prompts
-from megatron_sppo.storage import sha256_of_json
 
 ROWS: list[dict[str, Any]] = [
     {"prompt_id": "sky", "prompt": "Why is the sky blue?", "split": "train"},

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_sppo.errors import DataError
+from megatron_sppo.json_files import read_json
 from megatron_sppo.rollout import records
 from megatron_sppo.rollout.records import (
     Response,
@@ -22,7 +23,6 @@ from megatron_sppo.rollout.records import (
     write_manifest,
     write_shard,
 )
-from megatron_sppo.storage import read_json
 
 
 def group(prompt_id: str, text: str = "Ja.\u2028\r\nSo ist es.") -> RolloutGroup:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sppo.data.writer import DatasetWriter
+from megatron_sppo.json_files import write_json
 from megatron_sppo.rollout.records import (
     SCHEMA_VERSION,
     Response,
@@ -14,7 +15,6 @@ from megatron_sppo.rollout.records import (
     write_manifest,
     write_shard,
 )
-from megatron_sppo.storage import write_json
 
 NUM_RESPONSES = 4
 ETA = 10.0

@@ -14,8 +14,8 @@ import pytest
 from megatron_sppo.cluster.progress import StageProgress, progress_file
 from megatron_sppo.commands import self_play
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.json_files import write_json
 from megatron_sppo.selfplay.process import identity_of
-from megatron_sppo.storage import write_json
 
 
 def entry(status: str, *command: object, **more: Any) -> dict[str, Any]:
