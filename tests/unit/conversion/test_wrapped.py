@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sppo.architecture import read_architecture
 from megatron_sppo.checkpoints.model_files import read_model_files
 from megatron_sppo.config import from_dict, parse
 from megatron_sppo.conversion.adapters import export_adapter, import_adapter
@@ -21,6 +20,7 @@ from megatron_sppo.conversion.complete import check_complete
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.conversion.merging import export_merged
 from megatron_sppo.errors import ConversionError
+from megatron_sppo.model_file import read_architecture
 from megatron_sppo.rollout.policy import open_adapter_of
 from megatron_sppo.selfplay.config import SelfPlayConfig
 from megatron_sppo.selfplay.loop import self_play
