@@ -4,6 +4,7 @@ One frozen dataclass, written as `model.json` beside a Megatron checkpoint. Fiel
 (`TransformerConfig`, `GPTModel`). Pure Python: no torch, no megatron.
 """
 
+import math
 from collections import Counter
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 from megatron_sppo.errors import ConversionError
 from megatron_sppo.json_files import read_json, write_json
-from megatron_sppo.layer_parts import DeltaNet, LayerKind, RopeScaling
+from megatron_sppo.layer_parts import DeltaNet, LatentAttention, LayerKind, RopeScaling
 
 SCHEMA_VERSION = 1
 FILE_NAME = "model.json"
@@ -31,6 +32,20 @@ _EXPERT_SETTINGS = (
     "moe_router_group_topk",
     "moe_router_topk_scaling_factor",
 )
+_NOT_LATENT = (
+    "add_qkv_bias",
+    "add_proj_bias",
+    "softmax_type",
+    "qk_layernorm",
+    "attention_output_gate",
+    "attention_softcap",
+    "query_pre_attn_scalar",
+    "sliding_window",
+    "windowed_rotary_base",
+    "rotary_percent",
+    "delta_net",
+)
+"""What latent attention has not."""
 _DELTA_LAYERS = "linear_attention_freq"
 _TUPLES = ("full_attention_layers", "moe_layer_freq")
 
@@ -98,6 +113,8 @@ class Architecture:
     """Layers, from 0, without that window."""
     attention_output_gate: bool = False
     """What attention answers is multiplied by the sigmoid of a gate, one more projection as wide as the queries."""
+    latent_attention: LatentAttention | None = None
+    """None: queries, keys and values of each head are projected from the hidden state, and values as wide as keys."""
     delta_net: DeltaNet | None = None
     """None: every layer has attention."""
     num_moe_experts: int | None = None
@@ -122,8 +139,8 @@ class Architecture:
     moe_router_enable_expert_bias: bool = False
     """Experts are chosen by score + bias, and weighed by score. The bias is part of the model: nothing changes it."""
     moe_router_num_groups: int | None = None
-    """Experts are chosen from `moe_router_group_topk` of so many groups of neighbours, by the two best of each; None:
-    from all."""
+    """Experts are chosen from `moe_router_group_topk` of so many groups of neighbours, by the two best of each (under
+    softmax by the best one); None: from all."""
     moe_router_group_topk: int | None = None
     moe_router_topk_scaling_factor: float | None = None
     """Weights of the chosen experts are multiplied by this; None: by 1."""
@@ -163,6 +180,7 @@ class Architecture:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConversionError(f"{name} is {value}; it must be above 0. The model's config is wrong.")
+        self._check_latents()
         if self.softmax_type not in ("vanilla", "learnable"):
             raise ConversionError(f"softmax_type is {self.softmax_type!r}; it must be vanilla or learnable.")
         if self.add_mlp_bias and self.num_moe_experts is not None and not (self.add_qkv_bias and self.add_proj_bias):
@@ -188,6 +206,22 @@ class Architecture:
             raise ConversionError(
                 f"full_attention_layers {self.full_attention_layers} are not all of the {self.num_layers} layers. "
                 "The model's config is wrong."
+            )
+
+    def _check_latents(self) -> None:
+        latent = self.latent_attention
+        if latent is None:
+            return
+        if (self.kv_channels, self.num_query_groups) != (latent.query_head_dim, self.num_attention_heads):
+            raise ConversionError(
+                f"latent attention of {self.num_attention_heads} heads has as many keys, of {latent.query_head_dim} "
+                f"channels; kv_channels is {self.kv_channels} and num_query_groups {self.num_query_groups}. "
+                "The model's config is wrong."
+            )
+        given = [name for name in _NOT_LATENT if getattr(self, name) not in (None, False, 1.0, "vanilla")]
+        if given:
+            raise ConversionError(
+                f"{given[0]} is set with latent attention, which computes no such thing here. Use another model."
             )
 
     def _check_rope(self) -> None:
@@ -258,11 +292,12 @@ class Architecture:
                 f"moe_router_num_groups ({groups}) must divide num_moe_experts ({experts}), and moe_router_group_topk "
                 f"({best}) be less, with room for the {chosen} chosen ones. The model's config is wrong."
             )
-        if chosen // best != 2 or experts // groups < 2:
+        judges = 1 if softmax else 2
+        if chosen // best != judges or experts // groups < judges:
             raise ConversionError(
                 f"{chosen} experts are chosen from {best} of {groups} groups: Megatron-Core judges a group by its "
-                f"{chosen // best} best experts (moe_router_topk // moe_router_group_topk), this model by two. "
-                "Use another model."
+                f"{chosen // best} best experts (moe_router_topk // moe_router_group_topk), this model by "
+                f"{judges}. Use another model."
             )
 
     def has_experts(self, layer: int) -> bool:
@@ -314,6 +349,8 @@ class Architecture:
     @property
     def rotary_channels(self) -> int:
         """Channels of a head that are rotated; rounded down as Megatron-Core and transformers do."""
+        if self.latent_attention is not None:
+            return self.latent_attention.qk_pos_emb_head_dim
         return int(self.kv_channels * self.rotary_percent)
 
     @property
@@ -323,8 +360,33 @@ class Architecture:
 
     @property
     def key_channels(self) -> int:
-        """Channels of all key heads, and of all value heads."""
+        """Channels of all key heads."""
         return self.num_query_groups * self.kv_channels
+
+    @property
+    def context_channels(self) -> int:
+        """Channels of what all heads of attention answer, before the output projection."""
+        latent = self.latent_attention
+        return self.num_attention_heads * (self.kv_channels if latent is None else latent.v_head_dim)
+
+    @property
+    def latent_softmax_scale(self) -> float:
+        """What latent attention multiplies scores by: as transformers' yarn_apply_mscale (5.19)."""
+        latent = self.latent_attention
+        assert latent is not None
+        factor = (self.rope_scaling.factor if self.rope_scaling else None) or 1.0
+        mscale = 0.1 * latent.mscale_all_dim * math.log(factor) + 1.0 if factor > 1 else 1.0
+        return latent.query_head_dim**-0.5 * mscale * mscale
+
+    @property
+    def has_query_latents(self) -> bool:
+        """Whether the queries of all heads are made of one small vector a token."""
+        return self.latent_attention is not None and self.latent_attention.q_lora_rank is not None
+
+    @property
+    def has_direct_queries(self) -> bool:
+        """Whether latent attention's queries are made of the hidden state."""
+        return self.latent_attention is not None and self.latent_attention.q_lora_rank is None
 
     @property
     def norms_per_layer(self) -> int:
@@ -340,7 +402,8 @@ class Architecture:
             kind: of the layer; models may have several.
         """
         hidden = self.hidden_size
-        mixer = self._delta_net_weights if kind.has_delta_net else self._attention_weights
+        attention = self._attention_weights if self.latent_attention is None else self._latent_weights
+        mixer = self._delta_net_weights if kind.has_delta_net else attention
         weights = {"norm": hidden, **mixer(tensor_ranks)}
         if not kind.has_experts:
             width = self.ffn_hidden_size // tensor_ranks
@@ -371,6 +434,11 @@ class Architecture:
             weights["q_layernorm"] = self.query_channels if across else head
             weights["k_layernorm"] = self.key_channels if across else head
         return weights
+
+    def _latent_weights(self, tensor_ranks: int) -> dict[str, int]:
+        """Count what latent attention has."""
+        assert self.latent_attention is not None
+        return self.latent_attention.weights(hidden=self.hidden_size, heads=self.num_attention_heads // tensor_ranks)
 
     def _delta_net_weights(self, tensor_ranks: int) -> dict[str, int]:
         """Count what a gated delta net has; its norm is of one value head, and each rank holds it."""
@@ -453,6 +521,8 @@ def read_architecture(directory: Path) -> tuple[Architecture, dict[str, Any]]:
         if values.get("delta_net") is not None:
             net = values["delta_net"]
             values = {**values, "delta_net": DeltaNet(**net | {"linear_attention_freq": tuple(net[_DELTA_LAYERS])})}
+        if values.get("latent_attention") is not None:
+            values = {**values, "latent_attention": LatentAttention(**values["latent_attention"])}
         values = {name: tuple(value) if name in _TUPLES else value for name, value in values.items()}
         return Architecture(**values), tokenizer
     except (TypeError, AttributeError, KeyError, ArithmeticError) as error:

@@ -190,7 +190,9 @@ def _rollout_seconds(architecture: Architecture, config: PlanConfig, grid: Grid)
     answers = given.num_prompts * given.num_responses
     together = min(machine.decode_sequences, max(1, answers // samplers))
     length = given.mean_prompt_tokens + given.mean_response_tokens / 2
-    cache = 4 * architecture.num_attention_layers * architecture.key_channels * length
+    latent = architecture.latent_attention
+    channels = 2 * architecture.key_channels if latent is None else latent.kv_down_channels
+    cache = 2 * architecture.num_attention_layers * channels * length
     read = (weights + together * cache) / size / (machine.hbm_gb_per_s * 1e9 * machine.decode_efficiency)
     per_token = flops.all_layers_flops_per_token(architecture)
     computed = together * per_token / size / (machine.bf16_tflops * _TERA)
