@@ -37,8 +37,8 @@ class Writer:
     varies: bool = False
     """A thread of it gathers what it writes: there may be fewer operations than the last time."""
     loses: bool = False
-    """It is a cache, a log that says of itself that it may be lost, or tidying, which waits for the next time: an error is
-    no fault of the command."""
+    """It is a cache, a log that says of itself that it may be lost, or tidying, which waits for the next time: an
+    error is no fault of the command."""
 
 
 def models(inputs: Path) -> None:
