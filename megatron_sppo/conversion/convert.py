@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_sppo.architecture import Architecture, write_architecture
+from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.crew import ALONE, Crew
 from megatron_sppo.checkpoints.distcp import COMMON_FILE
 from megatron_sppo.checkpoints.distcp_writer import write_common, write_distcp
@@ -60,7 +60,9 @@ from megatron_sppo.conversion.sources import open_source
 from megatron_sppo.errors import ConfigError, ConversionError, DataError, some_of
 from megatron_sppo.json_files import write_json
 from megatron_sppo.locks import locked, locked_place
+from megatron_sppo.model_file import write_architecture
 from megatron_sppo.storage import atomic_directory, refuse_foreign, remove_stale_temporaries
+from megatron_sppo.weight_counts import num_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +156,7 @@ def import_checkpoint(
             write_manifest(directory)
         publish(megatron, IMPORT_ITERATION)
     logger.info(
-        "imported %s to %s: %s parameters, %s", hf, target, f"{architecture.num_parameters():,}", speed(total, begin)
+        "imported %s to %s: %s parameters, %s", hf, target, f"{num_parameters(architecture):,}", speed(total, begin)
     )
     return target
 

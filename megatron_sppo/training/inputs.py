@@ -7,14 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_sppo.architecture import FILE_NAME as ARCHITECTURE_FILE
-from megatron_sppo.architecture import Architecture, read_architecture
+from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints import adapter_file, distcp, megatron_checkpoint
-from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
 from megatron_sppo.checkpoints.items import Items
-from megatron_sppo.checkpoints.megatron_checkpoint import HF_DIRECTORY
 from megatron_sppo.checkpoints.tokenizer import is_tokenizer_of
-from megatron_sppo.checkpoints.wrapped import refuse_adapters
 from megatron_sppo.command_line import launch
 from megatron_sppo.config import is_written_of, to_dict, write_yaml
 from megatron_sppo.data.dataset import PreferenceDataset
@@ -23,6 +19,8 @@ from megatron_sppo.flops import crossover_length
 from megatron_sppo.locks import lock_until_exit
 from megatron_sppo.model.config import check_divisibility
 from megatron_sppo.model.transformer_engine import check_machine
+from megatron_sppo.model_file import FILE_NAME as ARCHITECTURE_FILE
+from megatron_sppo.model_file import read_architecture
 from megatron_sppo.storage import refuse_foreign, remove_stale_temporaries
 from megatron_sppo.tracking.run import TrackedRun, start
 from megatron_sppo.training import grace, parallel
@@ -80,8 +78,6 @@ def open_weights(
         source = _told_source(config, config.load)[0]
         _refuse_adapter(config.load, source)
         return [source]
-    if settings is not None and (source / HF_DIRECTORY / CONFIG_FILE).is_file():
-        refuse_adapters(read_config(source / HF_DIRECTORY), place=str(source / HF_DIRECTORY / CONFIG_FILE))
     root = config.adapters.load_adapter
     if root is None:
         return [source]
