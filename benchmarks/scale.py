@@ -6,7 +6,7 @@
 K = 5, 150 tokens a prompt, 400 an answer; a sampler and a judge that answer at once. Each stage runs in a process of
 its own. Its cost is counted (calls of our functions, files, bytes) at small sizes, and taken as CPU seconds and memory
 at large ones: counts say whether it is linear, for these cores are shared. What was measured is kept in
-DIR/measured.json, and not measured again; that of another commit, given with --before, stands beside.
+DIR/measured.json, and not measured again. Figures of the commit before stand beside, from the results of --before.
 """
 
 import json
@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.instruments import install
 from benchmarks.record import describe_machine, in_child, write_results
 from benchmarks.scale_counts import OF_SHORT_ANSWERS, SETTINGS, SHORT_ANSWERS, counted_sizes, sizes_of
-from benchmarks.scale_rows import rows_of
+from benchmarks.scale_rows import figures_before, rows_of
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
 from megatron_sppo.errors import ConfigError
@@ -40,7 +40,7 @@ class ScaleConfig:
     largest: int = 600_000
     """No size above this."""
     before: Path | None = None
-    """measured.json of another commit, to stand beside."""
+    """Earlier results, such as the committed scale.json: what stands in them of commit 87e42d6 is taken over."""
     machine: str | None = None
     """Folder of the results; unset: named after the processor."""
 
@@ -87,7 +87,7 @@ def main() -> None:
             measured.setdefault(name, {})[key] = figures
             write_json(kept, measured)
             print(f"{name}, {size}{', counted' if counts_calls else ''}: {_words(figures)}", flush=True)
-    before = {} if config.before is None else read_json(config.before)
+    before = {} if config.before is None else figures_before(read_json(config.before))
     machine = config.machine or describe_machine()
     write_results(
         "scale", list(rows_of(measured, before)), machine=machine, packages=["torch", "megatron-core", "numpy"]

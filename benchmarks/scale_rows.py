@@ -1,18 +1,21 @@
 """What `benchmarks.scale` measured, as rows: each of fifteen faults as it was and is, then every stage."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from benchmarks.instruments import COUNTS
 from benchmarks.record import Row
-from benchmarks.scale_counts import HIDDEN_SIZES, LINEAR, counted_sizes, growth
+from benchmarks.scale_counts import HIDDEN_SIZES, LINEAR, counted_sizes, growth, sizes_of
 
 Measured = Mapping[str, Mapping[str, Mapping[str, float]]]
 """{stage: {size, or "counts SIZE": {figure: value}}}"""
+Before = Mapping[str, float]
+"""{metric of a row: what it was}"""
 BEFORE = "commit 87e42d6"
 MIB = 2**20
+_COUNTS_AT_ANY_SIZE = tuple(count for count in COUNTS if count not in ("calls", "entries"))
 _WORDS = {"train": "train --help", "plan": "plan of 512 ranks", "report": "report of 16 prompts"}
 
 
@@ -148,7 +151,7 @@ def faults(largest: int) -> tuple[Fault, ...]:
         Fault(
             id="F7",
             metric=f"steps of an engine of 256 slots, shards of 64 of {largest:,} prompts, by one stream's",
-            figure=_share_of_stream,
+            figure=partial(_of_one_stream, "steps", largest),
             most=LINEAR,
         ),
         Fault(
@@ -243,26 +246,37 @@ def faults(largest: int) -> tuple[Fault, ...]:
     )
 
 
-def _share_of_stream(measured: Measured) -> float:
-    found = measured["decoding"]
-    figures = found[max(found, key=lambda key: 0 if key.startswith("counts") else int(key))]
-    return figures["steps"] / figures["steps_of_one_shard"]
+def _of_one_stream(steps: str, size: int, measured: Measured) -> float:
+    return _of(measured, "decoding", steps, size) / _of(measured, "decoding", "steps_of_one_shard", size)
 
 
-def rows_of(measured: Measured, before: Measured) -> Iterator[Row]:
-    """Make rows of what was measured; what was not, in either, is left out."""
-    both = [found.get("report", {}) for found in (measured, before or measured)]
-    taken = [int(size) for size in both[0] if size in both[1] and not size.startswith("counts")]
-    for fault in faults(max(taken, default=0)):
-        ours, theirs = _figure(fault, measured), _figure(fault, before)
-        if fault.id == "F7" and ours is not None:
-            found = measured["decoding"]
-            drained = found[max(found, key=lambda key: 0 if key.startswith("counts") else int(key))]
-            theirs = drained["steps_drained"] / drained["steps_of_one_shard"]
+def figures_before(results: Mapping[str, Any]) -> dict[str, float]:
+    """Take from earlier results what stands in them of the commit before -> {metric: figure}."""
+    return {row["metric"]: row["peer"] for row in results["rows"] if row["peer_name"] == BEFORE and row["peer"]}
+
+
+def rows_of(measured: Measured, before: Before) -> Iterator[Row]:
+    """Make rows of what was measured; what was not is left out."""
+    largest = _largest(measured, before)
+    for fault in faults(largest):
+        ours, theirs = _figure(fault, measured), before.get(_metric(fault))
+        if ours is not None and fault.id == "F7":  # the engine as it was, of the same shards
+            theirs = _of_one_stream("steps_drained", largest, measured)
         if ours is not None:
             yield _row(fault, ours, theirs)
     for stage, found in measured.items():
-        yield from _linear(stage, found, before.get(stage, {}))
+        yield from _linear(stage, found, before)
+
+
+def _largest(measured: Measured, before: Before) -> int:
+    """Choose the prompts that faults are told at -> the most that were measured both times, or now."""
+    sizes = [int(size) for size in measured.get("merge", {}) if not size.startswith("counts")]
+    known = [size for size in sizes if any(_metric(fault) in before for fault in faults(size) if fault.id == "F9")]
+    return max(known or sizes, default=0)
+
+
+def _metric(fault: Fault) -> str:
+    return f"{fault.id}: {fault.metric}"
 
 
 def _figure(fault: Fault, measured: Measured) -> float | None:
@@ -282,7 +296,7 @@ def _row(fault: Fault, ours: float, before: float | None) -> Row:
         target, met = f"<= {fault.share:g} of before", ours <= fault.share * before
     return Row(
         id=fault.id,
-        metric=f"{fault.id}: {fault.metric}",
+        metric=_metric(fault),
         ours=ours,
         peer=before,
         peer_name=BEFORE,
@@ -292,26 +306,20 @@ def _row(fault: Fault, ours: float, before: float | None) -> Row:
     )
 
 
-def _linear(stage: str, found: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[Row]:
+def _linear(stage: str, found: Mapping[str, Any], before: Before) -> Iterator[Row]:
     """Say how a stage's counts grow, and what a prompt costs at the largest size and at the smallest."""
-    counted = [f"counts {size}" for size in counted_sizes(stage)]
-    if counted and all(key in found for key in counted):
-        worst, count = _worst(stage, found)
-        theirs = _worst(stage, before)[0] if all(key in before for key in counted) else None
-        yield Row(
-            id="C8",
-            metric=f"{stage}: growth of its counts, the worst ({count}); 1 is linear, or none",
-            ours=worst,
-            peer=theirs,
-            peer_name=BEFORE,
-            ratio=worst,
-            target=f"<= {LINEAR}",
-            met=worst <= LINEAR,
-        )
+    large_sizes = sizes_of(stage)[-3:]
+    for counts, sizes, keys, words in (
+        (COUNTS, counted_sizes(stage), [f"counts {size}" for size in counted_sizes(stage)], ""),
+        (_COUNTS_AT_ANY_SIZE, large_sizes, list(map(str, large_sizes)), f" up to {large_sizes[-1]:,}"),
+    ):
+        is_of_prompts = len(sizes) == 3 and "checkpoint_bytes" not in found.get(keys[-1], {})
+        if is_of_prompts and all(key in found for key in keys):
+            yield _growth(f"{stage}: growth of its counts{words}", found, counts, sizes, keys, before)
     sizes = sorted(int(key) for key in found if not key.startswith("counts"))
     small, large = (found[str(size)] for size in (sizes[0], sizes[-1])) if sizes else ({}, {})
     if "checkpoint_bytes" in large:
-        yield from _bytes(stage, large, before.get(str(sizes[-1]), {}))
+        yield from _bytes(stage, large, before)
     elif len(sizes) > 1:
         per_step = "seconds_a_step" in large
         what = "step" if per_step else "shard" if stage.startswith("shards") else "prompt"
@@ -335,14 +343,14 @@ def _linear(stage: str, found: Mapping[str, Any], before: Mapping[str, Any]) -> 
             )
 
 
-def _bytes(stage: str, found: Mapping[str, float], before: Mapping[str, float]) -> Iterator[Row]:
+def _bytes(stage: str, found: Mapping[str, float], before: Before) -> Iterator[Row]:
     """Say what a stage moves and hashes of a model."""
     for name in ("bytes_read", "bytes_written", "bytes_hashed"):
-        ours = found[name] / found["weights_bytes"]
-        theirs = before[name] / before["weights_bytes"] if before else None
+        metric = f"{stage}: {name.replace('_', ' ')}, of the weights'"
+        ours, theirs = found[name] / found["weights_bytes"], before.get(metric)
         yield Row(
             id="C8",
-            metric=f"{stage}: {name.replace('_', ' ')}, of the weights'",
+            metric=metric,
             ours=ours,
             peer=theirs,
             peer_name=BEFORE,
@@ -352,8 +360,25 @@ def _bytes(stage: str, found: Mapping[str, float], before: Mapping[str, float]) 
         )
 
 
-def _worst(stage: str, found: Mapping[str, Any]) -> tuple[float, str]:
-    sizes = counted_sizes(stage)
-    grown = {count: growth([found[f"counts {size}"][count] for size in sizes], sizes, count) for count in COUNTS}
+def _growth(
+    words: str,
+    found: Mapping[str, Any],
+    counts: Sequence[str],
+    sizes: Sequence[int],
+    keys: Sequence[str],
+    before: Before,
+) -> Row:
+    """Say how the count that grows most grows from the second of three sizes to the third."""
+    grown = {count: growth([found[key][count] for key in keys], sizes, count) for count in counts}
     count = max(grown, key=lambda name: grown[name])
-    return grown[count], count.replace("_", " ")
+    theirs = next((figure for metric, figure in before.items() if metric.startswith(f"{words}, ")), None)
+    return Row(
+        id="C8",
+        metric=f"{words}, the worst ({count.replace('_', ' ')}); 1 is linear, or none",
+        ours=grown[count],
+        peer=theirs,
+        peer_name=BEFORE,
+        ratio=grown[count],
+        target=f"<= {LINEAR}",
+        met=grown[count] <= LINEAR,
+    )

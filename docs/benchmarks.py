@@ -152,9 +152,9 @@ a machine that other work kept busy. Bytes of a model's files are held against t
 float32 with Adam is three times as large. A save writes each byte once, in one pass that hashes it for its tensor's
 digest, which a reader of that tensor checks; a run also tries the disk with 64 MiB to know how long its checkpoint
 takes. What is of a model's bytes, and of commands' imports, was measured again after the other stages, once imports had
-digests and a plan no Megatron-Core. At 600,000 prompts the merge and the report are measured with answers of 8 tokens
-(`--stages "merge, short answers" "report, short answers"`), which has not been done yet.""",
-        command="OMP_NUM_THREADS=1 python -m benchmarks.scale --work EMPTY_DIR --before MEASURED_BEFORE.json",
+digests and a plan no Megatron-Core. At 600,000 prompts the merge and the report are measured with answers of 8
+tokens.""",
+        command="OMP_NUM_THREADS=1 python -m benchmarks.scale --work EMPTY_DIR --before SCALE.json",
         files=(f"{OTHER_CPU}/scale",),
     ),
     Figure(

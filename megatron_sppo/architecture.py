@@ -4,20 +4,13 @@ One frozen dataclass, written as `model.json` beside a Megatron checkpoint. Fiel
 (`TransformerConfig`, `GPTModel`). Pure Python: no torch, no megatron.
 """
 
+import math
 from collections import Counter
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from megatron_sppo.errors import ConversionError
-from megatron_sppo.json_files import read_json, write_json
-from megatron_sppo.layer_parts import DeltaNet, LayerKind, RopeScaling
-
-SCHEMA_VERSION = 1
-FILE_NAME = "model.json"
-
-EXPERT_WEIGHTS = ("linear_fc1", "linear_fc2", "linear_fc1.bias", "linear_fc2.bias")
-"""Names in `layer_weights` of what each expert has."""
+from megatron_sppo.layer_parts import DeltaNet, LatentAttention, LayerKind, RopeScaling
 
 _EXPERT_NUMBERS = ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size")
 _EXPERT_SETTINGS = (
@@ -31,8 +24,20 @@ _EXPERT_SETTINGS = (
     "moe_router_group_topk",
     "moe_router_topk_scaling_factor",
 )
-_DELTA_LAYERS = "linear_attention_freq"
-_TUPLES = ("full_attention_layers", "moe_layer_freq")
+_NOT_LATENT = (
+    "add_qkv_bias",
+    "add_proj_bias",
+    "softmax_type",
+    "qk_layernorm",
+    "attention_output_gate",
+    "attention_softcap",
+    "query_pre_attn_scalar",
+    "sliding_window",
+    "windowed_rotary_base",
+    "rotary_percent",
+    "delta_net",
+)
+"""What latent attention has not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +103,8 @@ class Architecture:
     """Layers, from 0, without that window."""
     attention_output_gate: bool = False
     """What attention answers is multiplied by the sigmoid of a gate, one more projection as wide as the queries."""
+    latent_attention: LatentAttention | None = None
+    """None: queries, keys and values of each head are projected from the hidden state, and values as wide as keys."""
     delta_net: DeltaNet | None = None
     """None: every layer has attention."""
     num_moe_experts: int | None = None
@@ -122,8 +129,8 @@ class Architecture:
     moe_router_enable_expert_bias: bool = False
     """Experts are chosen by score + bias, and weighed by score. The bias is part of the model: nothing changes it."""
     moe_router_num_groups: int | None = None
-    """Experts are chosen from `moe_router_group_topk` of so many groups of neighbours, by the two best of each; None:
-    from all."""
+    """Experts are chosen from `moe_router_group_topk` of so many groups of neighbours, by the two best of each (under
+    softmax by the best one); None: from all."""
     moe_router_group_topk: int | None = None
     moe_router_topk_scaling_factor: float | None = None
     """Weights of the chosen experts are multiplied by this; None: by 1."""
@@ -163,6 +170,7 @@ class Architecture:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConversionError(f"{name} is {value}; it must be above 0. The model's config is wrong.")
+        self._check_latents()
         if self.softmax_type not in ("vanilla", "learnable"):
             raise ConversionError(f"softmax_type is {self.softmax_type!r}; it must be vanilla or learnable.")
         if self.add_mlp_bias and self.num_moe_experts is not None and not (self.add_qkv_bias and self.add_proj_bias):
@@ -188,6 +196,22 @@ class Architecture:
             raise ConversionError(
                 f"full_attention_layers {self.full_attention_layers} are not all of the {self.num_layers} layers. "
                 "The model's config is wrong."
+            )
+
+    def _check_latents(self) -> None:
+        latent = self.latent_attention
+        if latent is None:
+            return
+        if (self.kv_channels, self.num_query_groups) != (latent.query_head_dim, self.num_attention_heads):
+            raise ConversionError(
+                f"latent attention of {self.num_attention_heads} heads has as many keys, of {latent.query_head_dim} "
+                f"channels; kv_channels is {self.kv_channels} and num_query_groups {self.num_query_groups}. "
+                "The model's config is wrong."
+            )
+        given = [name for name in _NOT_LATENT if getattr(self, name) not in (None, False, 1.0, "vanilla")]
+        if given:
+            raise ConversionError(
+                f"{given[0]} is set with latent attention, which computes no such thing here. Use another model."
             )
 
     def _check_rope(self) -> None:
@@ -258,11 +282,12 @@ class Architecture:
                 f"moe_router_num_groups ({groups}) must divide num_moe_experts ({experts}), and moe_router_group_topk "
                 f"({best}) be less, with room for the {chosen} chosen ones. The model's config is wrong."
             )
-        if chosen // best != 2 or experts // groups < 2:
+        judges = 1 if softmax else 2
+        if chosen // best != judges or experts // groups < judges:
             raise ConversionError(
                 f"{chosen} experts are chosen from {best} of {groups} groups: Megatron-Core judges a group by its "
-                f"{chosen // best} best experts (moe_router_topk // moe_router_group_topk), this model by two. "
-                "Use another model."
+                f"{chosen // best} best experts (moe_router_topk // moe_router_group_topk), this model by "
+                f"{judges}. Use another model."
             )
 
     def has_experts(self, layer: int) -> bool:
@@ -314,6 +339,8 @@ class Architecture:
     @property
     def rotary_channels(self) -> int:
         """Channels of a head that are rotated; rounded down as Megatron-Core and transformers do."""
+        if self.latent_attention is not None:
+            return self.latent_attention.qk_pos_emb_head_dim
         return int(self.kv_channels * self.rotary_percent)
 
     @property
@@ -323,137 +350,35 @@ class Architecture:
 
     @property
     def key_channels(self) -> int:
-        """Channels of all key heads, and of all value heads."""
+        """Channels of all key heads."""
         return self.num_query_groups * self.kv_channels
+
+    @property
+    def context_channels(self) -> int:
+        """Channels of what all heads of attention answer, before the output projection."""
+        latent = self.latent_attention
+        return self.num_attention_heads * (self.kv_channels if latent is None else latent.v_head_dim)
+
+    @property
+    def latent_softmax_scale(self) -> float:
+        """What latent attention multiplies scores by: as transformers' yarn_apply_mscale (5.19)."""
+        latent = self.latent_attention
+        assert latent is not None
+        factor = (self.rope_scaling.factor if self.rope_scaling else None) or 1.0
+        mscale = 0.1 * latent.mscale_all_dim * math.log(factor) + 1.0 if factor > 1 else 1.0
+        return latent.query_head_dim**-0.5 * mscale * mscale
+
+    @property
+    def has_query_latents(self) -> bool:
+        """Whether the queries of all heads are made of one small vector a token."""
+        return self.latent_attention is not None and self.latent_attention.q_lora_rank is not None
+
+    @property
+    def has_direct_queries(self) -> bool:
+        """Whether latent attention's queries are made of the hidden state."""
+        return self.latent_attention is not None and self.latent_attention.q_lora_rank is None
 
     @property
     def norms_per_layer(self) -> int:
         """Norms of hidden size in a layer: before, behind (OLMo-2) or around both units (Gemma-2)."""
         return 2 * (self.pre_layernorm + self.post_layernorm)
-
-    def layer_weights(self, *, kind: LayerKind, tensor_ranks: int = 1, expert_tensor_ranks: int = 1) -> dict[str, int]:
-        """Count one layer's weights, kind by kind, as a rank holds them -> {Megatron's name: weights of one}.
-
-        There are `norms_per_layer` of "norm"; with experts, linear_fc1 and linear_fc2 are those of one.
-
-        Args:
-            kind: of the layer; models may have several.
-        """
-        hidden = self.hidden_size
-        mixer = self._delta_net_weights if kind.has_delta_net else self._attention_weights
-        weights = {"norm": hidden, **mixer(tensor_ranks)}
-        if not kind.has_experts:
-            width = self.ffn_hidden_size // tensor_ranks
-            return weights | self._feed_forward_weights(width, has_experts=False)
-        width = (self.moe_ffn_hidden_size or 0) // expert_tensor_ranks
-        weights["router"] = (self.num_moe_experts or 0) * hidden
-        if self.moe_shared_expert_intermediate_size is not None:
-            shared = self.moe_shared_expert_intermediate_size // tensor_ranks
-            weights |= {"shared_experts.linear_fc1": 2 * shared * hidden, "shared_experts.linear_fc2": hidden * shared}
-        if self.moe_shared_expert_gate:
-            weights["shared_experts.gate"] = hidden
-        return weights | self._feed_forward_weights(width, has_experts=True)
-
-    def _attention_weights(self, tensor_ranks: int) -> dict[str, int]:
-        """Count what attention has."""
-        hidden, head = self.hidden_size, self.kv_channels
-        queries = self.query_channels // tensor_ranks
-        qkv = queries * (2 if self.attention_output_gate else 1) + 2 * self.key_channels // tensor_ranks
-        weights = {"linear_proj": hidden * queries, "linear_qkv": hidden * qkv}
-        if self.add_qkv_bias:
-            weights["linear_qkv.bias"] = qkv
-        if self.add_proj_bias:
-            weights["linear_proj.bias"] = hidden
-        if self.has_sinks:
-            weights["softmax_offset"] = self.num_attention_heads // tensor_ranks
-        if self.qk_layernorm:  # norms over all heads are held whole by each rank
-            across = self.qk_layernorm_across_heads
-            weights["q_layernorm"] = self.query_channels if across else head
-            weights["k_layernorm"] = self.key_channels if across else head
-        return weights
-
-    def _delta_net_weights(self, tensor_ranks: int) -> dict[str, int]:
-        """Count what a gated delta net has; its norm is of one value head, and each rank holds it."""
-        net = self.delta_net
-        assert net is not None
-        heads = net.linear_num_value_heads // tensor_ranks
-        return {
-            "in_proj": self.hidden_size * net.projected_channels // tensor_ranks,
-            "conv1d": net.mixed_channels // tensor_ranks * net.linear_conv_kernel_dim,
-            "A_log": heads,
-            "dt_bias": heads,
-            "head_norm": net.linear_value_head_dim,
-            "out_proj": self.hidden_size * net.value_channels // tensor_ranks,
-        }
-
-    def _feed_forward_weights(self, width: int, *, has_experts: bool) -> dict[str, int]:
-        """Count what a feed-forward unit of so many channels has, or one expert of a layer, and its router's bias."""
-        hidden = self.hidden_size
-        biases: dict[str, int] = {}
-        if self.add_mlp_bias:
-            biases = {"linear_fc1.bias": 2 * width, "linear_fc2.bias": hidden}
-            biases |= {"router.bias": self.num_moe_experts or 0} if has_experts else {}
-        return biases | {"linear_fc1": 2 * width * hidden, "linear_fc2": hidden * width}
-
-    def num_parameters(self) -> int:
-        """Count the weights as the checkpoint holds them, tied embeddings once -> int; routers' biases are weights."""
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.share_embeddings_and_output_weights else 2)
-        biases = self.num_expert_layers * (self.num_moe_experts or 0) * self.moe_router_enable_expert_bias
-        total = embeddings + self.hidden_size + biases
-        for kind, layers in self.layer_kinds().items():
-            copies = {"norm": self.norms_per_layer}
-            if kind.has_experts:
-                copies |= dict.fromkeys(EXPERT_WEIGHTS, self.num_moe_experts or 0)
-            weights = self.layer_weights(kind=kind)
-            total += layers * sum(number * copies.get(name, 1) for name, number in weights.items())
-        return total
-
-
-def write_architecture(architecture: Architecture, directory: Path, *, tokenizer: dict[str, Any]) -> None:
-    """Write `model.json`: the architecture and where its tokenizer came from (`hash`, `files`), for later checks."""
-    values = _changed(architecture)
-    content = {"schema_version": SCHEMA_VERSION, "architecture": values, "tokenizer": tokenizer}
-    write_json(Path(directory, FILE_NAME), content)
-
-
-def _changed(described: Any) -> dict[str, Any]:
-    """List the fields without those at their default: a model's file stays as it is when other families bring more."""
-    values = {field.name: getattr(described, field.name) for field in fields(described)}
-    defaults = {field.name: field.default for field in fields(described) if field.default is not MISSING}
-    return {
-        name: _changed(value) if is_dataclass(value) else value
-        for name, value in values.items()
-        if name not in defaults or value != defaults[name]
-    }
-
-
-def read_architecture(directory: Path) -> tuple[Architecture, dict[str, Any]]:
-    """Read `model.json` -> (architecture, tokenizer description).
-
-    Raises:
-        DataError: no such file, or no JSON.
-        ConversionError: another schema version, or a missing, unknown or impossible field.
-    """
-    path = Path(directory, FILE_NAME)
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-        raise ConversionError(f"{path} is not of schema version {SCHEMA_VERSION}. Import the model again.")
-    values, tokenizer = content.get("architecture"), content.get("tokenizer")
-    if not isinstance(values, dict) or not isinstance(tokenizer, dict):
-        raise ConversionError(f"{path} lacks `architecture` or `tokenizer`. Import the model again.")
-    known = {field.name for field in fields(Architecture)}
-    if unknown := sorted(set(values) - known):
-        raise ConversionError(f"{path} has unknown fields {unknown}. It was written by a newer version: upgrade.")
-    try:
-        if values.get("rope_scaling") is not None:
-            scaling: dict[str, Any] = {
-                key: tuple(v) if isinstance(v, list) else v for key, v in values["rope_scaling"].items()
-            }
-            values = {**values, "rope_scaling": RopeScaling(**scaling)}
-        if values.get("delta_net") is not None:
-            net = values["delta_net"]
-            values = {**values, "delta_net": DeltaNet(**net | {"linear_attention_freq": tuple(net[_DELTA_LAYERS])})}
-        values = {name: tuple(value) if name in _TUPLES else value for name, value in values.items()}
-        return Architecture(**values), tokenizer
-    except (TypeError, AttributeError, KeyError, ArithmeticError) as error:
-        raise ConversionError(f"{path} does not describe a model ({error}). Import the model again.") from None

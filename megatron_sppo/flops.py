@@ -1,14 +1,16 @@
 """Floating-point operations of the model, by its shapes and the lengths of its documents. Pure Python.
 
 A product [m, k] x [k, n] counts 2 m k n. Attention is causal within each document: a document of n tokens has
-n (n + 1) / 2 pairs of positions that see each other, and each pair costs 4 FLOPs per channel of the queries (a score,
-a weighted value). Norms, rotations, activations and the softmax are left out, as is usual.
+n (n + 1) / 2 pairs of positions that see each other, and each pair costs 2 FLOPs per channel of the queries (a score)
+and 2 per channel of what they answer (a weighted value). Norms, rotations, activations and the softmax are left out, as
+is usual.
 """
 
 from typing import Any, TypeVar
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.layer_parts import LayerKind
+from megatron_sppo.weight_counts import layer_weights
 
 Count = TypeVar("Count", int, Any)
 """An int, or an array of them."""
@@ -40,14 +42,15 @@ def all_layers_flops_per_token(architecture: Architecture) -> int:
     )
 
 
-_MATRICES = ("linear_qkv", "linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2", "router", "gate")
+_LATENT = ("linear_q_proj", "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj")
+_MATRICES = ("linear_qkv", "linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2", "router", "gate", *_LATENT)
 _DELTA_CHUNK = 64
 """Tokens that a gated delta net takes at once (model/delta_rule.py)."""
 
 
 def _weights_met(architecture: Architecture, *, kind: LayerKind) -> int:
     """Count the weights of a layer's matrices that one token is multiplied with -> int."""
-    weights = architecture.layer_weights(kind=kind)
+    weights = layer_weights(architecture, kind=kind)
     chosen = (architecture.moe_router_topk or 0) if kind.has_experts else 1
     times = dict.fromkeys(("linear_fc1", "linear_fc2"), chosen)
     return sum(number * times.get(name, 1) for name, number in weights.items() if name.rpartition(".")[2] in _MATRICES)
@@ -67,7 +70,7 @@ def _delta_rule(architecture: Architecture) -> int:
 
 def attention_flops_per_position(architecture: Architecture) -> int:
     """Count scores and weighted values of one layer for one pair of positions, forward."""
-    return 4 * architecture.query_channels
+    return 2 * (architecture.query_channels + architecture.context_channels)
 
 
 def head_flops_per_token(architecture: Architecture) -> int:
@@ -118,15 +121,16 @@ def training_flops(
 def crossover_length(architecture: Architecture) -> float:
     """Say how many tokens a document has whose attention takes as long as all else of a layer -> tokens.
 
-    Causal attention of a layer takes about 2 * n * d FLOPs a token forward (d = heads x head size) and its matrices
-    take 2 * (weights of a layer that a token meets): they are equal at n = weights / d, 53,000 tokens for Llama-3-8B.
+    Causal attention of a layer takes about n * (d + v) FLOPs a token forward (d = heads x head size, v = heads x a
+    value's size, mostly d) and its matrices take 2 * (weights of a layer that a token meets): they are equal at
+    n = 2 * weights / (d + v), 53,000 tokens for Llama-3-8B.
     """
     met = sum(
         number * (_weights_met(architecture, kind=kind) - _router(architecture, kind=kind))
         for kind, number in architecture.layer_kinds().items()
     )
-    return met / (architecture.num_attention_layers * architecture.query_channels)
+    return 4 * met / (architecture.num_attention_layers * attention_flops_per_position(architecture))
 
 
 def _router(architecture: Architecture, *, kind: LayerKind) -> int:
-    return architecture.layer_weights(kind=kind).get("router", 0)
+    return layer_weights(architecture, kind=kind).get("router", 0)

@@ -1,4 +1,7 @@
-"""Parts of an `Architecture` that have numbers of their own: scaled RoPE, gated delta nets. Pure Python."""
+"""Parts of an `Architecture` that have numbers of their own: scaled RoPE, latent attention, gated delta nets.
+
+Pure Python.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -36,6 +39,8 @@ class RopeScaling:
     """yarn: whether the bounds of its ramp are rounded to whole channels."""
     attention_factor: float = 1.0
     """yarn, longrope: rotated channels of queries and of keys are multiplied by it."""
+    llama_4_scaling_beta: float | None = None
+    """yarn: queries at position p are multiplied by 1 + beta log(1 + floor(p / original_max_position_embeddings))."""
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     """longrope: a divisor for each of D / 2 frequencies."""
@@ -53,6 +58,12 @@ class RopeScaling:
                 raise ConversionError(
                     f"rope_scaling does not describe {self.rope_type}: {name} is {value}. The model's config is wrong."
                 )
+        beta = self.llama_4_scaling_beta
+        if beta is not None and not (beta > 0 and self.original_max_position_embeddings):
+            raise ConversionError(
+                f"rope_scaling's llama_4_scaling_beta is {beta}, and original_max_position_embeddings "
+                f"{self.original_max_position_embeddings}; both must be numbers. The model's config is wrong."
+            )
         if not self.attention_factor > 0:
             raise ConversionError(
                 f"rope_scaling's attention_factor is {self.attention_factor}; it must be above 0. "
@@ -140,3 +151,73 @@ class DeltaNet:
     def projected_channels(self) -> int:
         """What a token is projected to: these, the output's gate, and a decay and a rate for each value head."""
         return self.mixed_channels + self.value_channels + 2 * self.linear_num_value_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, 2.1), by Megatron-Core's names.
+
+    Keys and values of all heads are made of one vector of `kv_lora_rank` channels a token. The first `qk_head_dim`
+    channels of a head are not rotated, and the rest of a key are the same in all heads.
+    """
+
+    q_lora_rank: int | None = None
+    """Channels of the vector that all queries are made of; None: of the hidden state itself."""
+    kv_lora_rank: int
+    qk_head_dim: int
+    """Channels of a query's or a key's head that are not rotated."""
+    qk_pos_emb_head_dim: int
+    """Those that are."""
+    v_head_dim: int
+    """Channels of a value's head."""
+    rotary_interleaved: bool = True
+    """Whether two channels that turn together are neighbours; otherwise they are half of the rotated ones apart."""
+    mscale_all_dim: float = 0.0
+    """Under scaled RoPE scores are multiplied by (0.1 `mscale_all_dim` log(factor) + 1)^2."""
+
+    def __post_init__(self) -> None:
+        for name in ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"):
+            value = getattr(self, name)
+            if value is not None and not value >= 1:
+                raise ConversionError(f"{name} is {value}; it must be at least 1. The model's config is wrong.")
+        if self.qk_pos_emb_head_dim % 2:
+            raise ConversionError(
+                f"qk_pos_emb_head_dim ({self.qk_pos_emb_head_dim}) is odd, and rotary embeddings need pairs. "
+                "The model's config is wrong."
+            )
+        if not self.mscale_all_dim >= 0:
+            raise ConversionError(f"mscale_all_dim is {self.mscale_all_dim}; it must not be below 0.")
+
+    @property
+    def query_head_dim(self) -> int:
+        """Channels of a query's head, and of a key's."""
+        return self.qk_head_dim + self.qk_pos_emb_head_dim
+
+    @property
+    def kv_down_channels(self) -> int:
+        """What a token is projected to for keys and values: the vector, and the rotated part of its key."""
+        return self.kv_lora_rank + self.qk_pos_emb_head_dim
+
+    @property
+    def kv_up_head_dim(self) -> int:
+        """What that vector is projected to for each head: the rest of its key, and its value."""
+        return self.qk_head_dim + self.v_head_dim
+
+    def weights(self, *, hidden: int, heads: int) -> dict[str, int]:
+        """Count the weights of one layer -> {Megatron's name: weights}; all ranks hold those of the latent vectors.
+
+        Args:
+            hidden: channels of the hidden state.
+            heads: of this tensor-parallel rank.
+        """
+        queries, rank = heads * self.query_head_dim, self.q_lora_rank
+        weights = {"linear_proj": hidden * heads * self.v_head_dim}
+        if rank is None:
+            weights["linear_q_proj"] = hidden * queries
+        else:
+            weights |= {"linear_q_down_proj": hidden * rank, "q_layernorm": rank, "linear_q_up_proj": rank * queries}
+        return weights | {
+            "linear_kv_down_proj": hidden * self.kv_down_channels,
+            "kv_layernorm": self.kv_lora_rank,
+            "linear_kv_up_proj": self.kv_lora_rank * heads * self.kv_up_head_dim,
+        }

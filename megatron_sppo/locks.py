@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.storage import LOCK_NAME, explain_os_error, temporary_beside
+from megatron_sppo.storage import LOCK_NAME, explain_os_error, refuse_link, temporary_beside
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ def _locked_file(path: Path, subject: Path, *, remedy: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         while True:
             try:
+                refuse_link(path)
                 file = stack.enter_context(open(path, "a+", encoding="utf-8"))
                 _take_lock(file, path, subject, remedy=remedy)
             except OSError as error:

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -308,6 +309,38 @@ def contained(root: Path, name: str) -> Path:
                 f"cp --remove-destination {target} {path}"
             )
     return path
+
+
+def packed_member(archive: zipfile.ZipFile) -> str | None:
+    """Find a compressed member of an archive of a kind that is never compressed -> its name, or None.
+
+    A small one could fill the memory.
+    """
+    packed = (info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED)
+    return next(packed, None)
+
+
+def refuse_link(path: Path) -> None:
+    """Refuse to write into a file in place where it is another one too, by a symbolic or a hard link.
+
+    For logs and locks, which alone are not replaced as a whole: in a directory that a stranger has packed they may
+    lead to any file of the user's.
+
+    Raises:
+        DataError: it is.
+    """
+    path = Path(path)
+    if path.is_symlink():
+        raise DataError(f"{path} is a link to {os.readlink(path)}, which would be written into. Remove it: rm {path}")
+    try:
+        names = path.stat().st_nlink
+    except FileNotFoundError:
+        return
+    if names > 1:
+        raise DataError(
+            f"{path} has {names} names on this disk (hard links), and all would be written into. Make it a file of its "
+            f"own: cp {path} {path}.own && mv {path}.own {path}"
+        )
 
 
 def explain_os_error(error: BaseException, path: Path) -> None:

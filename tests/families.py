@@ -64,6 +64,17 @@ DELTA_NET = {
     # What a head reads may be next to nothing, of which the default's 1e-6 makes a vector of noise.
     "rms_norm_eps": 0.1,
 }
+# Heads of queries and keys (10 and 6 rotated channels) and of values are of other widths than hidden_size / heads.
+LATENTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 6,
+    "kv_lora_rank": 14,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 24,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
@@ -157,6 +168,40 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "num_nextn_predict_layers": 0,
     },
+    "deepseek_v2": {"model_type": "deepseek_v2", "q_lora_rank": None, "first_k_dense_replace": 1, **LATENTS, **EXPERTS},
+    "deepseek_v2, all layers sparse": {
+        "model_type": "deepseek_v2",
+        "q_lora_rank": 20,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 3.0,
+        "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        **LATENTS,
+        **EXPERTS,
+    },
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        "q_lora_rank": 20,
+        **LATENTS,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 4,
+        "first_k_dense_replace": 1,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5},
+        "num_nextn_predict_layers": 0,
+    },
+    "deepseek_v3, halves, no groups": {
+        "model_type": "deepseek_v3",
+        "q_lora_rank": None,
+        "rope_interleave": False,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 0,
+        "num_nextn_predict_layers": 0,
+        **LATENTS,
+        **EXPERTS,
+    },
     "gemma2": {
         "model_type": "gemma2",
         "sliding_window": 8,
@@ -188,6 +233,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "ministral3": {
+        "model_type": "ministral3",
+        # Sequences are longer than the original length: queries behind it grow.
+        "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3},
+    },
     "olmo2": {"model_type": "olmo2", "attention_bias": True},
     "olmo3": {
         "model_type": "olmo3",
@@ -213,6 +263,8 @@ def family_model(directory: Path, name: str, **overrides: Any) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {**COMMON, **FAMILIES[name], **overrides}
+    if "kv_lora_rank" in settings:  # latent attention has a key for each query head
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
     config = AutoConfig.for_model(**settings)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -123,6 +123,11 @@ def linear_modules(architecture: Architecture) -> tuple[AdaptedModule, ...]:
             f"adapters are alike in all layers, and layers of this model ({architecture.family}) have attention or a "
             "gated delta net. Train its weights: leave --lora-rank out."
         )
+    if architecture.latent_attention is not None:
+        raise ConfigError(
+            f"adapters are not placed on latent attention, which this model ({architecture.family}) has in every "
+            "layer. Train its weights: leave --lora-rank out."
+        )
     hidden, query, key = architecture.hidden_size, architecture.query_channels, architecture.key_channels
     packed = architecture.family in _PACKED_FAMILIES
     qkv = (("q", query), ("k", key), ("v", key))

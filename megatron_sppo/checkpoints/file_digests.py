@@ -39,20 +39,25 @@ def default_workers() -> int:
 def listed_digests(directory: Path) -> dict[Path, str]:
     """Look up what a directory's manifest says of its files -> {path: sha256}, empty where there is no manifest.
 
-    A file counts as listed while it has the listed size and was not modified after the manifest, which its writer
-    finished last. One that was changed and keeps both is found by the stage that reads it, which checks what it reads.
+    A file counts as listed while it has the listed size and was not changed after the manifest, which its writer
+    finished last. The kernel's own time of change counts too, which nobody can set; so the files of a copy are read
+    once more. Of a file with several names it does not: a name more or less is a change to the kernel, and the stage
+    that reads the file checks what it reads.
     Manifests of checkpoints and datasets list `files: {name: {sha256, bytes}}`, those of rollouts
     `shards: [{file, sha256}]`. The sha256 of a data file that was hashed item by item is that of its digests.
     """
     path = Path(directory, MANIFEST_NAME)
     with contextlib.suppress(DataError, OSError):  # damaged: its files are hashed, as if it were not there
-        manifest, finished = read_json(path), path.stat().st_mtime_ns
+        manifest, finished = read_json(path), path.stat()
         found = {}
         for name, digest, size in _entries(manifest):
             file = contained(directory, name)
             if file.is_file():
                 stat = file.stat()
-                if stat.st_mtime_ns <= finished and size in (None, stat.st_size):
+                is_older = stat.st_mtime_ns <= finished.st_mtime_ns and (
+                    stat.st_ctime_ns <= finished.st_ctime_ns or stat.st_nlink > 1
+                )
+                if is_older and size in (None, stat.st_size):
                     found[file] = digest
         return found
     return {}
@@ -100,12 +105,14 @@ def sha256_of_files(paths: Sequence[Path]) -> list[str]:
     memory = _Memory()
     known = [memory.recall(path) for path in paths]
     unknown = [path for path, digest in zip(paths, known, strict=True) if digest is None]
+    if any(one[1] >= REMEMBERED_BYTES and not is_settled(one) for one in map(mark, unknown)):
+        time.sleep(_TICK_SECONDS)  # such as a model that was exported this instant: not to read it again next time
     with ThreadPoolExecutor(max_workers=default_workers()) as pool:  # hashing releases the GIL
-        marks = [_mark(path) for path in unknown]
+        marks = [(one, is_settled(one)) for one in map(mark, unknown)]
         found = dict(zip(unknown, pool.map(sha256_of_file, unknown), strict=True))
     for path, digest in found.items():
         _check_blob(path, digest)
-    memory.keep({path: (mark, found[path]) for path, mark in zip(unknown, marks, strict=True)})
+    memory.keep({path: (one, found[path]) for path, (one, settled) in zip(unknown, marks, strict=True) if settled})
     return [digest or found[path] for path, digest in zip(paths, known, strict=True)]
 
 
@@ -144,9 +151,23 @@ def _check_blob(path: Path, sha256: str) -> None:
         )
 
 
-def _mark(path: Path) -> list[int]:
+def mark(path: Path) -> list[int]:
+    """Tell by what a changed file differs, whatever it was changed by -> [inode, bytes, mtime, ctime], times in ns.
+
+    The last is the kernel's own, which nobody can set back.
+    """
     stat = path.stat()
     return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def is_settled(marked: list[int]) -> bool:
+    """Tell, right after `mark` and before the file is read, whether any later change would give it another mark.
+
+    One within the same tick of the file system's clock would not: git calls such files racy.
+    """
+    changed = max(marked[2:])
+    tick = _COARSE_TICK_SECONDS if changed % 10**9 == 0 else _TICK_SECONDS
+    return changed < (time.time() - tick) * 1e9
 
 
 class _Memory:
@@ -160,16 +181,16 @@ class _Memory:
 
     def recall(self, path: Path) -> str | None:
         entry = self._entries.get(str(path.resolve()))
-        if isinstance(entry, list) and len(entry) == 5 and entry[:4] == _mark(path):
+        if isinstance(entry, list) and len(entry) == 5 and entry[:4] == mark(path):
             return str(entry[4])
         return None
 
     def keep(self, found: dict[Path, tuple[list[int], str]]) -> None:
         """Add what is large and at rest; of the whole, the latest `_MOST_REMEMBERED` stay."""
         added = {
-            str(path.resolve()): [*mark, digest]
-            for path, (mark, digest) in found.items()
-            if mark[1] >= REMEMBERED_BYTES and _is_settled(mark) and mark == _mark(path)
+            str(path.resolve()): [*marked, digest]
+            for path, (marked, digest) in found.items()
+            if marked[1] >= REMEMBERED_BYTES and marked == mark(path)
         }
         if not added or self._path is None:
             return
@@ -184,9 +205,3 @@ class _Memory:
             content = read_json(self._path)
             return content if isinstance(content, dict) else {}
         return {}
-
-
-def _is_settled(mark: list[int]) -> bool:
-    changed = max(mark[2:])
-    tick = _COARSE_TICK_SECONDS if changed % 10**9 == 0 else _TICK_SECONDS
-    return changed < (time.time() - tick) * 1e9

@@ -39,7 +39,7 @@ class HFCheckpoint:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether some tensors are other than the files hold them (`mxfp4.py`), and no `layout` describes them."""
+        """Whether some tensors are other than the files hold them (mxfp4.py, fp8.py): no `layout` describes them."""
         return False
 
     @property

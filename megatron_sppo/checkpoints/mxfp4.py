@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
-from megatron_sppo.checkpoints.safetensors_file import WEIGHTS, Entry, Span, read_tensor, some_rows
+from megatron_sppo.checkpoints.safetensors_file import WEIGHTS, Entry, Packed, read_tensor, some_rows
 from megatron_sppo.errors import ConversionError
 
 if TYPE_CHECKING:
@@ -42,18 +42,6 @@ def dequantize(blocks: Tensor, scales: Tensor) -> Tensor:
     numbers = torch.stack((table[(blocks & 0x0F).int()], table[(blocks >> 4).int()]), dim=-1).flatten(-2)
     numbers = torch.ldexp(numbers, (scales.int() - _BIAS)[..., None]).to(torch.bfloat16)
     return numbers.flatten(-2).transpose(-1, -2).contiguous()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Packed(Entry):
-    """A tensor that lies in no file as it is: shape and type are what is made, place and bytes nobody's."""
-
-    @property
-    def span(self) -> Span:
-        raise AssertionError("quantized weights are computed, not moved")
-
-    def rows(self, start: int, count: int) -> Span:
-        raise AssertionError("quantized weights are computed, not moved")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +89,7 @@ def open_mxfp4(directory: Path) -> Mxfp4Checkpoint:
         elif part == "blocks":
             packed[base] = entry, _checked_scales(directory, name, entry, found.entries[other])
             experts, rows, groups, _ = entry.shape
-            entries[base] = _Packed(
+            entries[base] = Packed(
                 file=entry.file,
                 kind="BF16",
                 shape=(experts, groups * 2 * _BLOCK_BYTES, rows),

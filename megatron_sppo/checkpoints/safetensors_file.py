@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 WEIGHTS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """What a weight may be, and torch's name of it. Integers and float8 are quantized weights, which the Megatron side does
 not hold."""
-_PACKED = {"U8": "uint8"}
-"""What quantized weights are packed in, where they can be read (`mxfp4.py`)."""
-_ITEM_BYTES = {"U8": 1, "F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_PACKED = {"U8": "uint8", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu"}
+"""What quantized weights are packed in, where they can be read (`mxfp4.py`, `fp8.py`)."""
+_ITEM_BYTES = {"U8": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 LENGTH_BYTES = 8
 """Before the header."""
@@ -63,6 +63,11 @@ class Entry:
 
         dtype: torch.dtype = getattr(torch, {**WEIGHTS, **_PACKED}[self.kind])
         return dtype
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the file holds it as it is."""
+        return True
 
     @property
     def span(self) -> Span:
@@ -168,6 +173,22 @@ def write_header(path: Path, raw: bytes, entries: Mapping[str, Entry]) -> None:
     with open(path, "wb") as file:
         file.write(len(raw).to_bytes(LENGTH_BYTES, "little") + raw)
         file.truncate(max([LENGTH_BYTES + len(raw), *(entry.offset + entry.nbytes for entry in entries.values())]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed(Entry):
+    """A tensor that lies in no file as it is, but quantized: shape and type are what is made of it."""
+
+    @property
+    def is_stored(self) -> bool:
+        return False
+
+    @property
+    def span(self) -> Span:
+        raise AssertionError("quantized weights are computed, not moved")
+
+    def rows(self, start: int, count: int) -> Span:
+        raise AssertionError("quantized weights are computed, not moved")
 
 
 def read_tensor(entry: Entry) -> torch.Tensor:

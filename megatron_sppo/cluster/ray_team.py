@@ -27,6 +27,7 @@ from megatron_sppo.cluster.config import PoolConfig
 from megatron_sppo.cluster.worker import Desk, Lost, Numbered, Reply, Worker
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import ConfigError
+from megatron_sppo.storage import refuse_link
 
 logger = logging.getLogger(__name__)
 
@@ -288,7 +289,9 @@ class RayTeam:
     def _keep_log(self, worker: int, text: bytes) -> None:
         if text:
             self._logs.mkdir(parents=True, exist_ok=True)
-            with open(self._logs / f"worker-{worker}.log", "ab") as file:
+            path = self._logs / f"worker-{worker}.log"
+            refuse_link(path)
+            with open(path, "ab") as file:
                 file.write(text)
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
-from megatron_sppo.architecture import Architecture, read_architecture
+from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints import adapter_file
 from megatron_sppo.checkpoints.adapter_file import AdaptedModule, AdapterFile
 from megatron_sppo.checkpoints.distcp import METADATA_FILE, DistcpReader
@@ -26,6 +25,8 @@ from megatron_sppo.checkpoints.peft_files import PeftAdapter
 from megatron_sppo.conversion.binding import bind
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.errors import ConversionError, some_of
+from megatron_sppo.model_file import FILE_NAME as MODEL_FILE
+from megatron_sppo.model_file import read_architecture
 
 # L = layers, E = experts, r = rank
 
@@ -142,7 +143,7 @@ def adapter_pieces(
     """Describe the import of an adapter -> a piece for each matrix of each layer; nothing is read yet.
 
     Raises:
-        ConversionError: it adapts a module in some layers and not in others, or in several types.
+        ConversionError: it adapts a module in some layers and not in others, in several types, or none of a layer's.
     """
     shapes = stacked_shapes(architecture, targets, adapter.rank)
     wanted = find_factors(architecture, targets)
@@ -151,6 +152,11 @@ def adapter_pieces(
             f"{adapter.directory} adapts {wanted[missing[0]].module.name} in some layers and not in others "
             f"({some_of(missing, most=2)}), which Megatron's adapters cannot. Train it on every layer, or merge it "
             "with PEFT (merge_and_unload)."
+        )
+    if others := [name for name in adapter.factors if name not in wanted]:
+        raise ConversionError(
+            f"{adapter.directory} adapts {others[0]}, which is no linear module of the text decoder's layers. Train it "
+            "without, or merge it with PEFT (merge_and_unload)."
         )
     pieces = []
     dtypes: dict[str, torch.dtype] = {}

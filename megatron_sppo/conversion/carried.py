@@ -2,10 +2,12 @@
 
 GLM's and DeepSeek's files hold layers behind the last one that predict further tokens (for speculative decoding).
 Nothing here computes them: an import copies their bytes to hf/carried.safetensors of the iteration, every checkpoint of
-a run that starts there has them, and an export puts them back. No cast touches them.
+a run that starts there has them, and an export puts them back. No cast touches them; quantized ones are
+carried as the bfloat16 numbers that they stand for.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,13 @@ def carried_tensors(
     return {name: entry for name, entry in source.entries.items() if prefixes and name.startswith(prefixes)}
 
 
-def write_carried(tensors: Mapping[str, Entry], directory: Path, *, progress: Callable[[int], object]) -> None:
+def write_carried(
+    source: HFCheckpoint, tensors: Mapping[str, Entry], directory: Path, *, progress: Callable[[int], object]
+) -> None:
     """Copy them into one file of a directory, with its digests beside; nothing where there are none."""
     if tensors:
-        copy_tensors(tensors, Path(directory, CARRIED_FILE), progress=progress)
+        made = {name: partial(source.read, name) for name, entry in tensors.items() if not entry.is_stored}
+        copy_tensors(tensors, Path(directory, CARRIED_FILE), made=made, progress=progress)
 
 
 def open_carried(directory: Path) -> dict[str, Entry]:

@@ -32,7 +32,7 @@ def check_complete(hf: Path) -> bool:
     config = read_config(hf)
     try:
         content = decoder_config(config, place=str(hf))
-        if content.get("quantization_config") or content.get("model_type") not in FAMILIES:
+        if content.get("quantization_config") or str(content.get("model_type")) not in FAMILIES:
             return False
         architecture = architecture_from_hf(content, place=str(hf))
     except ConversionError:

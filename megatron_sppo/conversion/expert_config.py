@@ -77,6 +77,9 @@ def expert_keys(architecture: Architecture, family: Family) -> dict[str, Any]:
     if keys.groups is not None:
         groups = architecture.moe_router_num_groups, architecture.moe_router_group_topk
         written |= dict(zip(keys.groups, (number or 1 for number in groups), strict=True))
+    if keys.grouped_by is not None:
+        key, grouped, alone = keys.grouped_by
+        written[key] = alone if architecture.moe_router_num_groups is None else grouped
     if keys.scaling is not None:
         written[keys.scaling] = architecture.moe_router_topk_scaling_factor or 1.0
     return written
@@ -113,6 +116,14 @@ def _groups(config: Mapping[str, Any], keys: ExpertKeys, place: str) -> dict[str
     """Read the groups that experts are chosen from; to look at all of them is to have none."""
     if keys.groups is None:
         return {}
+    if keys.grouped_by is not None:
+        key, grouped, alone = keys.grouped_by
+        if config.get(key) not in (None, grouped, alone):
+            raise ConversionError(
+                f"{place} says {key}: {config[key]!r}; the Megatron model knows {grouped} and {alone}."
+            )
+        if config.get(key) != grouped:
+            return {}
     groups, best = (whole(config, key, place, default=1) for key in keys.groups)
     if groups == best:
         return {}

@@ -9,6 +9,10 @@ from megatron_sppo.architecture import Architecture
 _ATTENTION = tuple(f"self_attention.{name}" for name in ("linear_qkv", "linear_proj", "core_attention"))
 _HEAD_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 _DELTA_NET = ("self_attention.in_proj", "self_attention.out_proj")
+_LATENT_ATTENTION = tuple(
+    f"self_attention.{name}"
+    for name in ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "linear_proj", "core_attention")
+) + ("input_layernorm",)
 _DENSE_EXTRA_STATES = ("mlp.linear_fc1", "mlp.linear_fc2")
 _SHARED_EXTRA_STATES = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
 _EXPERT_EXTRA_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
@@ -26,7 +30,8 @@ def extra_states(architecture: Architecture) -> dict[str, Any]:
         else:
             prefix, place = "decoder.layers", f"{layer}_{layers}"
             within = [f"{layer}.{i}_{layers}.{experts}" for i in range(experts)]
-        mixer = _DELTA_NET if architecture.has_delta_net(layer) else (*_ATTENTION, *_HEAD_NORMS)
+        attention = (*_ATTENTION, *_HEAD_NORMS) if architecture.latent_attention is None else _LATENT_ATTENTION
+        mixer = _DELTA_NET if architecture.has_delta_net(layer) else attention
         modules = (*mixer, "pre_mlp_layernorm", *shared) if sparse else (*mixer, *_DENSE_EXTRA_STATES)
         keys += [f"{prefix}.{module}._extra_state/shard_{place}" for module in modules]
         for module in _EXPERT_EXTRA_STATES if sparse else ():

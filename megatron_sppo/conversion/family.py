@@ -32,6 +32,8 @@ class ExpertKeys:
     """Key of the number of shared experts, each as wide as another. Neither: there are none."""
     groups: tuple[str, str] | None = None
     """Keys of the number of groups that experts are chosen from, and of how many of them are looked at."""
+    grouped_by: tuple[str, str, str] | None = None
+    """Key without which there are no groups whatever `groups` say, and its values with and without; None: no such."""
     scaling: str | None = None
     """Key of the factor of the chosen experts' weights."""
 
@@ -90,6 +92,8 @@ class Family:
     {"mlp_bias": ("add_mlp_bias",)}."""
     carried: tuple[str, ...] = ()
     """Beginnings of the names of tensors that are no part of the decoder, and are carried along."""
+    latent_attention: bool = False
+    """Whether config.json describes latent attention (`latent_config`)."""
     delta_net: bool = False
     """Whether config.json says which layers have a gated delta net (`delta_config`)."""
     further_layers: str | None = None
@@ -109,6 +113,8 @@ class Family:
     """`quant_method` of quantization_config that is read, dequantized as transformers does it; None: none is."""
     rope_must_be_said: bool = False
     """Whether transformers takes a scaled RoPE where config.json describes none."""
+    scaled_queries: bool = False
+    """Whether the rotary embeddings say `llama_4_scaling_beta`, by which queries grow with their position."""
     windowed_rope: WindowedRope | None = None
     """None in a family with one rotary embedding for all layers."""
     tied: bool = False

@@ -14,6 +14,7 @@ from megatron_sppo.conversion.expert_config import expert_keys, read_experts
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.family import Family
 from megatron_sppo.conversion.hf_rope import rope_fields, rope_keys
+from megatron_sppo.conversion.latent_config import latent_keys, read_latents
 from megatron_sppo.errors import ConversionError
 
 logger = logging.getLogger(__name__)
@@ -67,15 +68,8 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
             )
     heads = whole(config, "num_attention_heads", place)
     hidden = whole(config, "hidden_size", place)
-    if config.get("head_dim") is None and hidden % heads:
-        raise ConversionError(
-            f"{place}: hidden_size ({hidden}) is no multiple of num_attention_heads ({heads}), and head_dim is absent."
-        )
-    head_dim = whole(config, "head_dim", place, default=hidden // heads)
-    if head_dim % 2:
-        raise ConversionError(
-            f"{place}: head_dim ({head_dim}) is odd, and rotary embeddings need pairs. The config is wrong."
-        )
+    latent = read_latents(config, place) if family.latent_attention else None
+    head_dim = _head_dim(config, place, heads=heads, hidden=hidden) if latent is None else latent.query_head_dim
     tied = switch(config, "tie_word_embeddings", place, default=family.tied)
     num_layers = whole(config, "num_hidden_layers", place)
     if num_layers > MAX_LAYERS:  # what is counted layer by layer below would not end
@@ -94,6 +88,7 @@ def architecture_from_hf(config: Mapping[str, Any], *, place: str = CONFIG_FILE)
         max_position_embeddings=whole(config, "max_position_embeddings", place),
         layernorm_epsilon=positive(config, "rms_norm_eps", place, default=1e-6),
         share_embeddings_and_output_weights=tied,
+        latent_attention=latent,
         **family.traits,
         **_switches(config, family, place),
         **_numbers(config, family, place),
@@ -132,7 +127,22 @@ def hf_from_architecture(architecture: Architecture, *, dtype: str) -> dict[str,
         **{key: getattr(architecture, name) for key, name in family.numbers.items()},
         **_window_keys(architecture, family),
         **(delta_net_keys(architecture) if family.delta_net else {}),
+        **(latent_keys(architecture) if family.latent_attention else {}),
     }
+
+
+def _head_dim(config: Mapping[str, Any], place: str, *, heads: int, hidden: int) -> int:
+    """Read the channels of a head."""
+    if config.get("head_dim") is None and hidden % heads:
+        raise ConversionError(
+            f"{place}: hidden_size ({hidden}) is no multiple of num_attention_heads ({heads}), and head_dim is absent."
+        )
+    head_dim = whole(config, "head_dim", place, default=hidden // heads)
+    if head_dim % 2:
+        raise ConversionError(
+            f"{place}: head_dim ({head_dim}) is odd, and rotary embeddings need pairs. The config is wrong."
+        )
+    return head_dim
 
 
 def _dense_width(config: Mapping[str, Any], family: Family, place: str) -> int:

@@ -25,7 +25,8 @@ def dimension(architecture: Architecture, name: str) -> int:
 
     "hidden", "ffn", "query" (all heads), "key" (all key/value heads), "head", "heads" (how many), "vocab",
     "experts", "expert_ffn" (one), "shared_ffn" (of all shared experts), "one"; of a gated delta net "delta_heads" (of
-    values), "delta_value" (all of their channels), "delta_value_head" (of one), "delta_kernel".
+    values), "delta_value" (all of their channels), "delta_value_head" (of one), "delta_kernel"; of latent attention
+    "q_latent" and "kv_latent" (ranks), "kv_down", "kv_up" (of all heads), "context" (what all heads answer).
     """
     net = architecture.delta_net
     if name.startswith("delta_"):
@@ -36,7 +37,16 @@ def dimension(architecture: Architecture, name: str) -> int:
             "delta_value_head": net.linear_value_head_dim,
             "delta_kernel": net.linear_conv_kernel_dim,
         }[name]
+    latent = architecture.latent_attention
+    if latent is not None and name in ("q_latent", "kv_latent", "kv_down", "kv_up"):
+        return {
+            "q_latent": latent.q_lora_rank or 0,
+            "kv_latent": latent.kv_lora_rank,
+            "kv_down": latent.kv_down_channels,
+            "kv_up": architecture.num_attention_heads * latent.kv_up_head_dim,
+        }[name]
     return {
+        "context": architecture.context_channels,
         "hidden": architecture.hidden_size,
         "ffn": architecture.ffn_hidden_size,
         "query": architecture.query_channels,

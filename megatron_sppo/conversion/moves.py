@@ -40,7 +40,7 @@ def import_pieces(
                     "which Megatron keeps in one tensor. Choose one type: --dtype bfloat16."
                 )
         shape = mapping.megatron_shape(architecture)
-        moves = all(to in (None, kind) for kind in found)
+        moves = all(to in (None, entry.dtype) and entry.is_stored for entry in (source.entries[name] for name in names))
         if isinstance(mapping, ExpertStack):
             pieces += [
                 Piece(

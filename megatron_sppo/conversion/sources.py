@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
+from megatron_sppo.checkpoints import fp8, mxfp4
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
 from megatron_sppo.checkpoints.hf_files import read_config
-from megatron_sppo.checkpoints.mxfp4 import METHOD, open_mxfp4
 from megatron_sppo.checkpoints.wrapped import decoder_config, unwrapped
 from megatron_sppo.conversion.binding import bind
 from megatron_sppo.conversion.expert_stacks import apart, expert_stacks
@@ -20,11 +20,15 @@ def open_source(hf: Path) -> HFCheckpoint:
     A decoder's tensors have the names that it has alone, and each expert's its own where a file holds them together.
 
     Raises:
-        ConversionError: as `open_hf_checkpoint`, `open_mxfp4` and `apart`.
+        ConversionError: as `open_hf_checkpoint`, `open_mxfp4`, `open_fp8` and `apart`.
     """
     described = read_config(hf).get("quantization_config")
-    is_packed = isinstance(described, dict) and described.get("quant_method") == METHOD
-    return open_mxfp4(hf) if is_packed else open_plain(hf)
+    method = described.get("quant_method") if isinstance(described, dict) else None
+    if method == mxfp4.METHOD:
+        return mxfp4.open_mxfp4(hf)
+    if isinstance(described, dict) and method == fp8.METHOD:
+        return fp8.open_fp8(hf, described)
+    return open_plain(hf)
 
 
 def open_plain(hf: Path) -> HFCheckpoint:

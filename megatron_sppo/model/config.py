@@ -200,12 +200,19 @@ def _unfit_size(
     architecture: Architecture, multiple: int, tensor: int, expert_tensor: int
 ) -> tuple[str, int, int] | None:
     """Find the first side of a matrix that does not fit -> (what, whole size, ranks that split it), or None."""
-    query, key = architecture.query_channels, architecture.key_channels
-    sides = [
-        ("channels of hidden_size", architecture.hidden_size, 1),
-        ("query channels", query, tensor),
-        ("query, key and value channels", query * (1 + architecture.attention_output_gate) + 2 * key, tensor),
-    ]
+    query, key, latent = architecture.query_channels, architecture.key_channels, architecture.latent_attention
+    sides = [("channels of hidden_size", architecture.hidden_size, 1), ("query channels", query, tensor)]
+    if latent is None:
+        both = query * (1 + architecture.attention_output_gate) + 2 * key
+        sides.append(("query, key and value channels", both, tensor))
+    else:
+        heads = architecture.num_attention_heads
+        sides += [
+            ("channels of queries' latent vectors", latent.q_lora_rank or 0, 1),
+            ("channels of keys' latent vectors", latent.kv_lora_rank, 1),
+            ("key and value channels", heads * latent.kv_up_head_dim, tensor),
+            ("channels of what attention answers", architecture.context_channels, tensor),
+        ]
     if architecture.delta_net is not None:
         sides.append(("projected channels of a gated delta net", architecture.delta_net.projected_channels, tensor))
         sides.append(("value channels of a gated delta net", architecture.delta_net.value_channels, tensor))

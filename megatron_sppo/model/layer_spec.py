@@ -16,6 +16,7 @@ from megatron_sppo.architecture import Architecture
 from megatron_sppo.layer_parts import LayerKind
 from megatron_sppo.model.attention import DocumentAttention, with_gate, with_shared_prompts
 from megatron_sppo.model.delta_net import GatedDeltaNet
+from megatron_sppo.model.latent_attention import MultiLatentAttention, Parts
 from megatron_sppo.model.normalization import KeyNorm, QueryNorm, RMSNorm, with_bias, with_own_output, with_post_norm
 from megatron_sppo.model.rope import has_own_rope, rotary_self_attention
 
@@ -27,6 +28,9 @@ def layer_spec(
     make, norm = _specs_of(implementation)
     kinds = {kind: make(architecture, config, kind=kind) for kind in architecture.layer_kinds()}
     _replace_by_delta_nets(architecture, kinds, implementation)
+    if architecture.latent_attention is not None:
+        for spec in kinds.values():
+            _replace_by_latent_attention(architecture, spec, implementation)
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
     return TransformerBlockSubmodules(
@@ -53,6 +57,28 @@ def _replace_by_delta_nets(architecture: Architecture, specs: dict[LayerKind, Mo
         layer.sharded_state_dict_keys_map = {
             name: key.replace("linear_qkv", "in_proj") for name, key in layer.sharded_state_dict_keys_map.items()
         }
+
+
+def _replace_by_latent_attention(architecture: Architecture, spec: ModuleSpec, implementation: str) -> None:
+    """Put latent attention in the place of a layer's attention, with a norm of its own before it."""
+    layer = spec.submodules
+    core = layer.self_attention.submodules.core_attention
+    if implementation == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
+
+        parts = Parts(TEColumnParallelLinear, TERowParallelLinear, TENorm, core)
+    else:
+        parts = Parts(ColumnParallelLinear, RowParallelLinear, RMSNorm, core)
+    layer.self_attention = ModuleSpec(
+        module=MultiLatentAttention, params={"architecture": architecture, "parts": parts}
+    )
+    layer.input_layernorm = parts.norm
+    # Norms of latent vectors are saved where Transformer Engine's fused layers have them, by either spec.
+    layer.sharded_state_dict_keys_map = {
+        **{name: key for name, key in layer.sharded_state_dict_keys_map.items() if name != "input_layernorm."},
+        "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+        "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+    }
 
 
 def _specs_of(implementation: str) -> tuple[Callable[..., ModuleSpec], type]:

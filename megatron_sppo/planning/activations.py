@@ -16,6 +16,7 @@ from megatron_sppo.layer_parts import LayerKind
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.planning.delta_net import delta_net_items, delta_net_working
 from megatron_sppo.planning.frozen import Sizes, with_adapters
+from megatron_sppo.planning.latents import latent_core, latent_items
 from megatron_sppo.planning.parameters import Grid
 
 FLOAT32 = 4
@@ -96,6 +97,18 @@ def activations(
         product_bytes = FP8 if engine and model.fp8 != "none" else sizes.type_bytes
         if kind.has_delta_net:
             found = delta_net_items(architecture, sizes, tensor_ranks=tensor, input_bytes=product_bytes)
+        elif architecture.latent_attention is not None:
+            gathers = not engine or _takes_flex(architecture, grid, shape)
+            found = latent_items(
+                architecture,
+                sizes,
+                engine=engine,
+                input_bytes=product_bytes,
+                context_ranks=parallel.context_parallel_size if gathers else 1,
+            )
+            if not recompute:
+                found["attention"] = latent_core(sizes)
+                found |= {} if engine else _of_documents(grid, shape, sizes)
         else:
             mixer = _engine_attention if engine else _torch_attention
             found = mixer(architecture, model, grid, shape, sizes, recompute=recompute)
@@ -187,20 +200,25 @@ def _torch_attention(
         # Keys and values of all ranks, gathered and put in order, in place of the views; soft caps repeat them anyway.
         items["queries, keys and values"] = wide * (sizes.query + (0 if capped else 2 * sizes.key * context))
     if not recompute:
-        shared = shape.num_path_keys > 0
-        masks = shape.sum_of_squares // context * sizes.type_bytes if context > 1 or shared else 0
-        items["attention"] = wide * sizes.query + sizes.tokens * sizes.heads * FLOAT32 + masks
+        items["attention"] = wide * sizes.query + sizes.tokens * sizes.heads * FLOAT32
         if capped:
             items["attention"] = _capped_attention(shape, sizes, context=context)
         else:
-            # Keys and values are laid out anew for each document that continues another.
-            items["keys and values of paths"] = 2 * shape.num_path_keys * sizes.key * sizes.type_bytes
+            items |= _of_documents(grid, shape, sizes)
     if architecture.qk_layernorm:
         channels, norms = sizes.query + sizes.key, sizes.heads + sizes.key // sizes.head
         items["norms of queries and keys"] = sizes.tokens * (channels * (FLOAT32 + sizes.type_bytes) + norms * FLOAT32)
     if architecture.attention_output_gate:
         items["gate"] = sizes.tokens * sizes.query * (FLOAT32 + sizes.type_bytes)
     return items
+
+
+def _of_documents(grid: Grid, shape: MicroBatchShape, sizes: Sizes) -> dict[str, int]:
+    """List what attention of the torch spec keeps of documents that see others, or are divided -> {what: bytes}."""
+    context, shared = grid.parallel.context_parallel_size, shape.num_path_keys > 0
+    masks = shape.sum_of_squares // context * sizes.type_bytes if context > 1 or shared else 0
+    # Keys and values are laid out anew for each document that continues another.
+    return {"masks": masks, "keys and values of paths": 2 * shape.num_path_keys * sizes.key * sizes.type_bytes}
 
 
 def _torch_feed_forward(architecture: Architecture, grid: Grid, sizes: Sizes, *, product_bytes: int) -> dict[str, int]:

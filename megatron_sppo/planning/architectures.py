@@ -8,7 +8,7 @@ from megatron_sppo.checkpoints.hf_files import read_config
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.layer_parts import DeltaNet, RopeScaling
+from megatron_sppo.layer_parts import DeltaNet, LatentAttention, RopeScaling
 
 
 def _shape(
@@ -43,6 +43,53 @@ def _delta_net(layers: int, *, value_heads: int) -> DeltaNet:
         linear_key_head_dim=128,
         linear_value_head_dim=128,
         linear_conv_kernel_dim=4,
+    )
+
+
+def _deepseek(
+    family: str,
+    layers: int,
+    hidden: int,
+    ffn: int,
+    heads: int,
+    vocab: int,
+    *,
+    q_rank: int | None,
+    width: int,
+    dense: int,
+    shared: int,
+    factor: float,
+    **rest: Any,
+) -> Architecture:
+    """Describe a model with latent attention, by the widths of an expert, of all shared ones and of dense layers."""
+    latent = LatentAttention(
+        q_lora_rank=q_rank,
+        kv_lora_rank=512,
+        qk_head_dim=128,
+        qk_pos_emb_head_dim=64,
+        v_head_dim=128,
+        mscale_all_dim=1.0,
+    )
+    scaling = RopeScaling(
+        rope_type="yarn", factor=factor, beta_fast=32.0, beta_slow=1.0, original_max_position_embeddings=4096
+    )
+    return _shape(
+        family,
+        layers,
+        hidden,
+        ffn,
+        heads,
+        heads,
+        latent.query_head_dim,
+        vocab,
+        latent_attention=latent,
+        rope_scaling=scaling,
+        rotary_base=1e4,
+        moe_ffn_hidden_size=width,
+        moe_shared_expert_intermediate_size=shared,
+        moe_layer_freq=dense * (0,) + (layers - dense) * (1,),
+        max_position_embeddings=int(4096 * factor),
+        **rest,
     )
 
 
@@ -133,6 +180,23 @@ PUBLISHED: dict[str, Architecture] = {
         moe_ffn_hidden_size=1536, moe_shared_expert_intermediate_size=1536, moe_layer_freq=(0, 0, 0) + 89 * (1,),
         moe_router_topk_scaling_factor=2.5, add_qkv_bias=True, qk_layernorm=True, rotary_percent=0.5,
         max_position_embeddings=131072,
+    ),
+    "deepseek-v2-lite": _deepseek(
+        "deepseek_v2", 27, 2048, 10944, 16, 102400, q_rank=None, width=1408, dense=1, shared=2816, factor=40.0,
+        num_moe_experts=64, moe_router_topk=6, moe_router_pre_softmax=True,
+    ),
+    "deepseek-v2": _deepseek(
+        "deepseek_v2", 60, 5120, 12288, 128, 102400, q_rank=1536, width=1536, dense=1, shared=3072, factor=40.0,
+        num_moe_experts=160, moe_router_topk=6, moe_router_pre_softmax=True, moe_router_topk_scaling_factor=16.0,
+    ),
+    "deepseek-v3": _deepseek(
+        "deepseek_v3", 61, 7168, 18432, 128, 129280, q_rank=1536, width=2048, dense=3, shared=2048, factor=40.0,
+        num_moe_experts=256, moe_router_topk=8, moe_router_topk_scaling_factor=2.5,
+        moe_router_num_groups=8, moe_router_group_topk=4,
+    ),
+    "kimi-k2": _deepseek(
+        "kimi_k2", 61, 7168, 18432, 64, 163840, q_rank=1536, width=2048, dense=1, shared=2048, factor=32.0,
+        num_moe_experts=384, moe_router_topk=8, moe_router_topk_scaling_factor=2.827,
     ),
 }  # fmt: skip
 """By name. Number of weights as published: tests/unit/planning/test_parameters.py."""

@@ -9,6 +9,7 @@ from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.planning.communication import Traffic, step_traffic
 from megatron_sppo.planning.config import MachineConfig, PlanConfig
 from megatron_sppo.planning.parameters import Grid
+from megatron_sppo.weight_counts import num_parameters
 
 _TERA = 1e12
 _PAIRRM_BACKBONE = 304e6
@@ -182,7 +183,7 @@ def stage_seconds(architecture: Architecture, config: PlanConfig, grid: Grid, st
 def _rollout_seconds(architecture: Architecture, config: PlanConfig, grid: Grid) -> float:
     """Time the sampling: a decoding step reads all weights and its answers' keys and values once -> seconds."""
     machine, given = config.machine, config.workload
-    weights = 2 * architecture.num_parameters()
+    weights = 2 * num_parameters(architecture)
     size = 1
     while weights / size > _SAMPLER_SHARE * machine.gpu_memory_gb * 1e9 and size < machine.gpus_per_node:
         size *= 2
@@ -190,7 +191,9 @@ def _rollout_seconds(architecture: Architecture, config: PlanConfig, grid: Grid)
     answers = given.num_prompts * given.num_responses
     together = min(machine.decode_sequences, max(1, answers // samplers))
     length = given.mean_prompt_tokens + given.mean_response_tokens / 2
-    cache = 4 * architecture.num_attention_layers * architecture.key_channels * length
+    latent = architecture.latent_attention
+    channels = 2 * architecture.key_channels if latent is None else latent.kv_down_channels
+    cache = 2 * architecture.num_attention_layers * channels * length
     read = (weights + together * cache) / size / (machine.hbm_gb_per_s * 1e9 * machine.decode_efficiency)
     per_token = flops.all_layers_flops_per_token(architecture)
     computed = together * per_token / size / (machine.bf16_tflops * _TERA)

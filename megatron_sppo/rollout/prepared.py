@@ -5,6 +5,7 @@ What was found out about them is recorded beside the shards, so that a job that 
 
 import itertools
 import logging
+import secrets
 import tempfile
 from array import array
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from typing import Any
 import msgspec
 from tqdm import tqdm
 
+from megatron_sppo.checkpoints.file_digests import is_settled, mark
 from megatron_sppo.errors import DataError
 from megatron_sppo.json_files import sha256_of_json
 from megatron_sppo.rollout.chat_template import ChatTokenizer, TokenizedPrompt, UnusablePrompt
@@ -134,8 +136,9 @@ def prepare_prompts(
 def inputs_hash(path: Path, **chosen: Any) -> str:
     """Hash what prompts are read from -> 64 hex digits, the same as long as the same prompts would be found.
 
-    A file's content counts, which is read once; of a directory, which may hold much else, names, sizes and times; of a
-    data set of the hub its revision.
+    A file's content counts, which is read once; of a directory, which may hold much else, names, sizes and both times
+    of change, but nothing is the same while one of its files was changed this instant; of a data set of the hub its
+    revision.
 
     Args:
         chosen: which of them are taken, and what decides whether they can be sampled.
@@ -144,8 +147,8 @@ def inputs_hash(path: Path, **chosen: Any) -> str:
     if is_hub_name(path):
         content = hub_fingerprint(path, subset=chosen.get("subset"), split=chosen.get("split"))
     elif path.is_dir():
-        stats = ((file, file.stat()) for file in sorted(path.rglob("*")) if file.is_file())
-        content = [[str(file.relative_to(path)), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+        marks = {str(file.relative_to(path)): mark(file) for file in sorted(path.rglob("*")) if file.is_file()}
+        content = marks if all(map(is_settled, marks.values())) else secrets.token_hex()
     else:
         content = sha256_of_file(path)
     return sha256_of_json({"content": content, **chosen})

@@ -31,7 +31,10 @@ _MESSAGES_AS_PYTHON = re.compile(r"\s*(\[\s*)?\{\s*'(role|content|from|value)'")
 """Messages in a CSV cell; the second is what pandas makes of them."""
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
 """What `errors="surrogateescape"` makes of bytes that are no UTF-8."""
-_MOST_CELL_BYTES = 1 << 30
+MOST_ROW_BYTES = 1 << 26
+"""Of one row as it stands in a file of lines: a small compressed file may unpack to a line of any length."""
+MOST_UNPACKED_BYTES = 1 << 30
+"""Of a compressed file that is held as a whole: a JSON list, Parquet."""
 _ROWS_PER_BATCH = 1024
 """Of a Parquet file, held as Python objects at once."""
 
@@ -82,14 +85,43 @@ def _open(path: Path) -> IO[bytes]:
     return open(path, "rb")
 
 
+def _lines(path: Path, file: IO[Any]) -> Iterator[Any]:
+    """Read line by line, bytes or text; one that is longer than any row is refused before it fills the memory."""
+    number = 0
+    while line := file.readline(MOST_ROW_BYTES + 1):
+        number += 1
+        if len(line) > MOST_ROW_BYTES:
+            raise DataError(
+                f"{path}, line {number}: it is longer than {MOST_ROW_BYTES >> 20} MiB. Shorten it or give another file."
+            )
+        yield line
+
+
+def _whole(path: Path, file: IO[bytes]) -> bytes:
+    """Read a file to its end; a compressed one that unpacks to more than the memory may hold is refused."""
+    if path.suffix not in COMPRESSED:
+        return file.read()
+    blocks, left = [], MOST_UNPACKED_BYTES
+    while block := file.read(1 << 20):
+        left -= len(block)
+        if left < 0:
+            unpack = f"gunzip -k {path}" if path.suffix == ".gz" else f"unzstd {path}"
+            raise DataError(
+                f"{path} unpacks from {path.stat().st_size} bytes to more than {MOST_UNPACKED_BYTES >> 20} MiB. If "
+                f"that is right, unpack it first: {unpack}"
+            )
+        blocks.append(block)
+    return b"".join(blocks)
+
+
 def _json_rows(path: Path) -> Rows:
     """Read a JSON list or JSON Lines, told apart by the first character, whatever the suffix says."""
     with _open(path) as file:
         start = file.peek(4096)  # type: ignore[attr-defined]
         if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-            yield from _json_list(path, file.read())
+            yield from _json_list(path, _whole(path, file))
             return
-        for line in file:
+        for line in _lines(path, file):
             if line.strip():
                 yield _json_line(line)
 
@@ -123,13 +155,26 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _csv_rows(path: Path) -> Rows:
     """Read a table with a header line; an empty cell is None."""
-    csv.field_size_limit(_MOST_CELL_BYTES)
+    csv.field_size_limit(MOST_ROW_BYTES)
     with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         # strict: a quotation mark that is never closed would take all further rows into its cell
-        lines = csv.reader(file, delimiter="\t" if kind_of(path) == ".tsv" else ",", strict=True)
+        row_bytes = 0
+
+        def counted() -> Iterator[str]:
+            nonlocal row_bytes
+            for line in _lines(path, file):
+                row_bytes += len(line)
+                if row_bytes > MOST_ROW_BYTES:
+                    raise DataError(
+                        f"{path}, line {start}: its row is longer than {MOST_ROW_BYTES >> 20} MiB (is a quotation mark "
+                        "closed?). Write it again."
+                    )
+                yield line
+
+        lines = csv.reader(counted(), delimiter="\t" if kind_of(path) == ".tsv" else ",", strict=True)
         header: list[str] | None = None
         while True:
-            start = lines.line_num + 1
+            start, row_bytes = lines.line_num + 1, 0
             try:
                 cells = next(lines)
             except StopIteration:
@@ -174,7 +219,7 @@ def _parquet_rows(path: Path, columns: frozenset[str] | None, context: frozenset
 
     try:
         with _open(path) as stream:
-            content = pyarrow.BufferReader(stream.read()) if path.suffix in COMPRESSED else path
+            content = pyarrow.BufferReader(_whole(path, stream)) if path.suffix in COMPRESSED else path
         file = pyarrow.parquet.ParquetFile(content)
         names = file.schema_arrow.names
         if columns is not None and not columns.intersection(names):

@@ -1,9 +1,8 @@
 """What a stage read and wrote, as hashes: exact, and cheap from the first time on.
 
 What a stage's command hashed while it wrote is not hashed again: its manifest is believed as long as sizes and times of
-change agree with it. Anything else is hashed once, and kept with its size and modification time, as git's index does.
-So a file that was changed by hand is seen, unless it kept its size and was given back its time: that one is found by
-the stage that reads it, for training, export and scoring check what they read by the same sha256.
+change agree with it. Anything else is hashed once, and kept with its inode, size and both times of change, as git's
+index does. So a file that was changed by hand is seen, though it kept its size and was given back its time.
 """
 
 import fnmatch
@@ -12,7 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sppo.checkpoints.file_digests import MANIFEST_NAME, listed_digests, sha256_of_files, sha256_of_items
+from megatron_sppo.checkpoints.file_digests import (
+    MANIFEST_NAME,
+    is_settled,
+    listed_digests,
+    mark,
+    sha256_of_files,
+    sha256_of_items,
+)
 from megatron_sppo.errors import DataError
 from megatron_sppo.json_files import read_json, sha256_of_json, write_json
 
@@ -59,34 +65,26 @@ class FileHashes:
 
     def _of_files(self, files: Sequence[Path], *, listed: dict[Path, str]) -> dict[Path, str]:
         """Find each file's sha256: as it was noted, as its writer listed it, or from its bytes -> {file: sha256}."""
-        marks = {file: _mark(file) for file in files}
+        marks = {file: mark(file) for file in files}
+        settled = [file for file in files if is_settled(marks[file])]
         digests = {file: digest for file in files if (digest := self._noted(file, marks[file]) or listed.get(file))}
         digests |= {file: digest for file in files if file not in digests and (digest := sha256_of_items(file))}
         unknown = [file for file in files if file not in digests]
         digests |= zip(unknown, sha256_of_files(unknown), strict=True)
-        for file in files:
+        for file in settled:
             entry = [*marks[file], digests[file]]
             if self._known.get(key := self._key(file)) != entry:
                 self._known[key] = entry
                 self._changed = True
         return digests
 
-    def _noted(self, file: Path, mark: list[int]) -> str | None:
-        # Runs that were begun before noted absolute paths.
-        for key in (self._key(file), os.path.abspath(file)):
-            entry = self._known.get(key)
-            if isinstance(entry, list) and len(entry) == 3 and entry[:2] == mark:
-                return str(entry[2])
-        return None
+    def _noted(self, file: Path, marked: list[int]) -> str | None:
+        entry = self._known.get(self._key(file))  # of an earlier version: without inode and the kernel's time
+        return str(entry[4]) if isinstance(entry, list) and len(entry) == 5 and entry[:4] == marked else None
 
     def _key(self, file: Path) -> str:
         """Name a file within the run relative to it: a run that was moved is not hashed again -> str."""
         return str(file.relative_to(self.run_dir)) if file.is_relative_to(self.run_dir) else os.path.abspath(file)
-
-
-def _mark(path: Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _files_that_count(directory: Path) -> tuple[list[Path], dict[Path, str]]:

@@ -28,6 +28,7 @@ from typing import IO, TextIO
 
 from megatron_sppo.cluster.kept import ADDRESS_VARIABLE
 from megatron_sppo.command_line import TORCHRUN_GRACE_VARIABLE, death_with_parent
+from megatron_sppo.storage import refuse_link
 
 _TAIL_BYTES = 1 << 16
 _KEPT_GRACE_SECONDS = 5.0
@@ -97,6 +98,7 @@ def run_logged(command: Sequence[str], log_path: Path, *, on_start: Callable[[in
         grace_seconds: between SIGTERM and SIGKILL; training saves a checkpoint in it.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
+    refuse_link(log_path)
     with open(log_path, "ab") as log:
         log.write(f"$ {shlex.join(command)}\n".encode())
         log.flush()
@@ -142,6 +144,7 @@ def kept_process(log_path: Path, *, on_start: Callable[[int], None]) -> Iterator
         on_start: called with its id as soon as it runs.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
+    refuse_link(log_path)
     # Its socket cannot lie in the run's directory: a socket's path has at most 107 bytes.
     with tempfile.TemporaryDirectory(prefix="megatron-sppo-") as directory, open(log_path, "ab") as log:
         address = str(Path(directory, "kept"))

@@ -7,14 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_sppo.architecture import FILE_NAME as ARCHITECTURE_FILE
-from megatron_sppo.architecture import Architecture, read_architecture
+from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints import adapter_file, distcp, megatron_checkpoint
-from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
 from megatron_sppo.checkpoints.items import Items
-from megatron_sppo.checkpoints.megatron_checkpoint import HF_DIRECTORY
 from megatron_sppo.checkpoints.tokenizer import is_tokenizer_of
-from megatron_sppo.checkpoints.wrapped import refuse_adapters
 from megatron_sppo.command_line import launch
 from megatron_sppo.config import is_written_of, to_dict, write_yaml
 from megatron_sppo.data.dataset import PreferenceDataset
@@ -23,6 +19,8 @@ from megatron_sppo.flops import crossover_length
 from megatron_sppo.locks import lock_until_exit
 from megatron_sppo.model.config import check_divisibility
 from megatron_sppo.model.transformer_engine import check_machine
+from megatron_sppo.model_file import FILE_NAME as ARCHITECTURE_FILE
+from megatron_sppo.model_file import read_architecture
 from megatron_sppo.storage import refuse_foreign, remove_stale_temporaries
 from megatron_sppo.tracking.run import TrackedRun, start
 from megatron_sppo.training import grace, parallel
@@ -39,6 +37,7 @@ RESOLVED_CONFIG_FILE = "config.yaml"
 def open_source(config: TrainingConfig, resumed: Path | None = None) -> tuple[Path, Architecture, dict[str, Any]]:
     """Find pi_t's checkpoint and hold it against the layout -> (iter_* directory, architecture, tokenizer). Collective.
 
+    After `find_resumable`, or `refuse_layout` where nothing is resumed.
     Its small files are verified here, by rank 0; weights by whoever reads them, when they are read. The tokenizer is
     what model.json records of it, and the `directory` of its files.
 
@@ -50,7 +49,6 @@ def open_source(config: TrainingConfig, resumed: Path | None = None) -> tuple[Pa
         ConfigError: the layout does not divide the model, the ranks or the batch.
     """
     check_machine(config.model)
-    _refuse_layout(config)
     source, architecture, tokenizer = _told_source(config, config.load, resumed)
     if resumed is None:
         _refuse_adapter(config.load, source)
@@ -80,8 +78,6 @@ def open_weights(
         source = _told_source(config, config.load)[0]
         _refuse_adapter(config.load, source)
         return [source]
-    if settings is not None and (source / HF_DIRECTORY / CONFIG_FILE).is_file():
-        refuse_adapters(read_config(source / HF_DIRECTORY), place=str(source / HF_DIRECTORY / CONFIG_FILE))
     root = config.adapters.load_adapter
     if root is None:
         return [source]
@@ -163,7 +159,7 @@ def _told_source(
     return parallel.told_by_rank_zero(config.parallel, functools.partial(_describe_source, root, resumed))
 
 
-def _refuse_layout(config: TrainingConfig) -> None:
+def refuse_layout(config: TrainingConfig) -> None:
     """Refuse what the model forbids before ranks talk to each other: of those that were asked for some may never come.
 
     By the model.json that is there, whoever verifies it later; without one nothing is refused yet.
@@ -273,7 +269,7 @@ def find_resumable(config: TrainingConfig) -> Path | None:
     Raises:
         DataError: there are checkpoints, and none is sound.
     """
-    _refuse_layout(config)
+    refuse_layout(config)
     found = parallel.told_by_rank_zero(config.parallel, functools.partial(_newest_in, config.save))
     if found is not None:
         logger.info("resuming from %s", found)

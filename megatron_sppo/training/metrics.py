@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from megatron_sppo.storage import explain_os_error
+from megatron_sppo.storage import explain_os_error, refuse_link
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class StepFiles:
         self._directory = Path(directory)
         paths = [Path(directory, name) for name in ("metrics.jsonl", "responses.jsonl")]
         for path in paths:
+            refuse_link(path)
             with self._disk_errors_explained():
                 _keep_lines_before(path, first_step)
         self._metrics, self._responses = (open(path, "a", encoding="utf-8") for path in paths)

@@ -1,8 +1,8 @@
 """Loss, log-probabilities and gradient of mixtures of other kinds than Qwen3's and Mixtral's (test_moe_layouts.py).
 
 Shared experts with and without a gate, dense layers between and in front, routers that score by a sigmoid, choose by a
-bias and from groups, gated delta nets before them. Truth is Hugging Face's model under autograd. The bias of a router
-comes out of a step as it went in, bit for bit. Not shown here: CUDA, Transformer Engine, FP8.
+bias and from groups, gated delta nets or latent attention before them. Truth is Hugging Face's model under autograd.
+The bias of a router comes out of a step as it went in, bit for bit. Not shown here: CUDA, Transformer Engine, FP8.
 """
 
 from collections.abc import Callable
@@ -24,12 +24,14 @@ from tests.families import family_model
 GATED, GLM, GROUPS = "qwen2_moe, dense between", "glm4_moe", "glm4_moe, biases, groups, two shared"
 DENSE_BETWEEN = "qwen3_moe, dense between"
 DELTA_NETS = "qwen3_next"
+LATENTS, DIRECT = "deepseek_v3", "deepseek_v2"
 BIAS = "e_score_correction_bias"
 
 MICRO = "--micro-batch-size 4"
 TP2_SP = f"{MICRO} --tensor-model-parallel-size 2 --sequence-parallel"
 # Three layers over two stages.
 PP2 = f"{MICRO} --pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 2"
+SHARED = "--packed-sequence-size 96 --share-prompts"
 EP2 = f"{MICRO} --expert-model-parallel-size 2"
 CP2 = f"{MICRO} --context-parallel-size 2"
 ALL = f"{PP2} --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2"
@@ -39,6 +41,10 @@ CASES = [
     (GATED, 2, f"{EP2} --no-packing"),
     (GATED, 4, f"{ALL} --recompute-granularity full"),
     (DELTA_NETS, 2, f"{TP2_SP} --expert-model-parallel-size 2"),
+    (LATENTS, 2, f"{CP2} --recompute-granularity selective"),
+    (LATENTS, 4, ALL),
+    (DIRECT, 2, f"{TP2_SP} --no-packing"),
+    (LATENTS, 2, f"{SHARED} --context-parallel-size 2"),
     (GLM, 2, TP2_SP),
     (GLM, 2, PP2),
     (GLM, 2, EP2),
@@ -47,7 +53,7 @@ CASES = [
     *all_layouts(
         *(
             (family, ranks, flags)
-            for family in (GATED, GLM, GROUPS, DENSE_BETWEEN)
+            for family in (GATED, GLM, GROUPS, DENSE_BETWEEN, LATENTS, DIRECT)
             for ranks, flags in (
                 (1, f"{MICRO} --no-packing"),
                 (2, PP2),
@@ -71,7 +77,7 @@ def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Truth]:
     """Mixtures by name in tests/families.py, each made when a layout first asks for it."""
 
     @cache
-    def find(name: str, *, router_losses: bool = False) -> Truth:
+    def find(name: str, *, router_losses: bool = False, shares_prompts: bool = False) -> Truth:
         root = tmp_path_factory.mktemp("mixture")
         hf = family_model(root / "hf", name, tie_word_embeddings=False)
         import_checkpoint(hf, root / "megatron")
@@ -87,6 +93,8 @@ def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Truth]:
         settings: dict[str, Any] = {}
         if router_losses:
             settings = {"further_loss": further, "one_rank": f"{MICRO} {ROUTER_LOSSES}"}
+        if shares_prompts:  # global batches hold other responses
+            settings["one_rank"] = SHARED
         data = write_dataset(root / "data", hf)
         return Truth(hf=hf, megatron=root / "megatron", data=data, by_exported_names=named, **settings)
 
@@ -111,13 +119,15 @@ def weighted_losses(logits: Tensor, bias: Tensor) -> Tensor:
 def test_loss_and_gradient_equal_hugging_faces_and_biases_stay(
     family: str, world_size: int, flags: str, truth_of: Callable[..., Truth], tmp_path: Path
 ) -> None:
-    exported = truth_of(family).assert_equal_under(world_size, flags, tmp_path)
+    exported = truth_of(family, shares_prompts=SHARED in flags).assert_equal_under(world_size, flags, tmp_path)
     original = load_file(truth_of(family).hf / "model.safetensors")
     biases = [name for name in exported if name.endswith(BIAS)]
-    assert len(biases) == {GLM: 2, GROUPS: 3}.get(family, 0)
+    assert len(biases) == {GLM: 2, GROUPS: 3, LATENTS: 2}.get(family, 0)
     assert all(torch.equal(exported[name].view(torch.int32), original[name].view(torch.int32)) for name in biases)
     shared = [name for name in exported if ".shared_expert" in name]
-    assert len(shared) == {GATED: 4, DELTA_NETS: 12, GLM: 6, GROUPS: 9}.get(family, 0)  # sparse layers x weights
+    assert len(shared) == {GATED: 4, DELTA_NETS: 12, GLM: 6, GROUPS: 9, LATENTS: 6, DIRECT: 6}.get(
+        family, 0
+    )  # sparse layers x weights
     assert all(exported[name].any() for name in shared)
 
 

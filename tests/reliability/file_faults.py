@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FAULTS = ("error", "short", "torn", "killed", "full", "read-only", "files")
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
+FAULTS = ("error", "short", "torn", "killed", "full", "read-only", "files", *SIGNALS)
 """What strikes at an operation.
 
 error       it fails with EIO; the next ones go well
@@ -27,6 +28,7 @@ killed      the process dies before it
 full        from it on nothing that needs room goes well (ENOSPC); the first write takes half of its bytes
 read-only   from it on nothing goes well (EROFS)
 files       from it on no file can be opened (EMFILE)
+SIG...      the process gets this signal before it
 """
 GROWING = ("create", "write", "mkdir", "link", "symlink", "truncate")
 """Operations that need room."""
@@ -107,6 +109,8 @@ class Watch:
             full = os.path.join(self.root, path)
             if first and fault.kind == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if first and fault.kind in SIGNALS:
+                os.kill(os.getpid(), signal.Signals[fault.kind])
             if first and fault.kind == "error":
                 raise _error(errno.EIO, name, full)
             if fault.kind == "read-only":

@@ -88,6 +88,12 @@ FOUND: dict[str, tuple[str, dict[str, Any]]] = {
     "half a surrogate pair for a choice": ("dataset's manifest", {"preset": "\udfff"}),
     "architectures that are a number": ("config.json", {"architectures": 1}),
     "architectures that are a name": ("config.json", {"architectures": "LlamaForCausalLM"}),
+    "a family that is an object": ("config.json", {"model_type": {}}),
+    "a family that is a list": ("config.json", {"model_type": ["llama"]}),
+    "tied embeddings that are a list": (
+        "config.json",
+        {"model_type": "qwen3_5", "tie_word_embeddings": [], "text_config": {"tie_word_embeddings": [True]}},
+    ),
     "an epsilon beyond float64": ("config.json", {"rms_norm_eps": 10**400}),
     "a score beyond float64": ("preferences", {"score_chosen": 10**400}),
     "an alpha beyond float64": ("adapter.json", {"alpha": 10**400}),

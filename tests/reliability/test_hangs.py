@@ -57,7 +57,7 @@ def test_a_rank_that_hangs_is_named_and_the_job_ends(tally: Tally, model: Path, 
             shutil.copytree(model / "data", root / "data")
             places = ["--load", str(model / "megatron"), "--data", str(root / "data"), "--save", str(root / "save")]
             holds_the_store = hang.where == "stopped" and hang.rank == 0
-            settings = f"--no-tensorboard --save-interval {hang.step}" + " --watchdog-seconds 20" * holds_the_store
+            settings = f"--no-tensorboard --save-interval {hang.step}" + " --watchdog-seconds 60" * holds_the_store
             with pytest.raises(RankError) as error:
                 run_ranks(
                     train_and_hang,

@@ -8,7 +8,6 @@ import io
 import json
 import pickle
 import shutil
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ import torch
 from megatron_sppo.checkpoints.distcp import check_metadata, read_metadata
 from megatron_sppo.checkpoints.megatron_checkpoint import write_manifest
 from megatron_sppo.checkpoints.model_files import read_model_files
-from megatron_sppo.checkpoints.torch_streams import object_in
 from megatron_sppo.conversion.adapters import export_adapter, import_adapter
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.data.dataset import PreferenceDataset
@@ -381,53 +379,3 @@ def test_a_reader_that_trusts_them_runs_the_canaries(
     monkeypatch.chdir(tmp_path)
     TRUSTING[library]()
     assert (tmp_path / "owned").is_dir()
-
-
-def bomb(content: bytes) -> bytes:
-    """Compress the members of a zip archive, a gigabyte of zeros among them."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as target:
-        for info in source.infolist():
-            target.writestr(info.filename, source.read(info))
-    return buffer.getvalue()
-
-
-@pytest.mark.counts("bad inputs")
-def test_a_compressed_stream_of_torch_is_refused_before_it_is_unpacked() -> None:
-    buffer = io.BytesIO()
-    torch.save(torch.zeros(1 << 20), buffer)
-    packed = bomb(buffer.getvalue())
-    assert len(packed) < 1 << 14
-    with pytest.raises(ValueError, match="is compressed"):
-        object_in(bytearray(packed))
-
-
-@pytest.mark.counts("bad inputs")
-def test_compressed_score_shards_are_judged_again(
-    sound: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    score(tmp_path, sound)
-    path = tmp_path / "scores-00000.npz"
-    whole = path.read_bytes()
-    path.write_bytes(bomb(whole))
-    score(tmp_path, sound)
-    assert path.read_bytes() == whole
-
-
-@pytest.mark.counts("bad inputs")
-def test_an_array_that_promises_more_than_the_memory_is_judged_again(sound: Path, tmp_path: Path) -> None:
-    score(tmp_path, sound)
-    path = tmp_path / "scores-00000.npz"
-    whole, buffer = path.read_bytes(), io.BytesIO()
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(buffer, "w") as target:
-        for info in source.infolist():
-            content = source.read(info)
-            if info.filename == "judge_logits.npy":
-                header = io.BytesIO()
-                shape = {"descr": "<f4", "fortran_order": False, "shape": (1 << 50,)}
-                np.lib.format.write_array_header_1_0(header, shape)
-                content = header.getvalue()
-            target.writestr(info.filename, content)
-    path.write_bytes(buffer.getvalue())
-    score(tmp_path, sound)
-    assert path.read_bytes() == whole

@@ -7,8 +7,10 @@ gives the new version byte for byte. What is not shown: what a disk does that li
 
 import os
 import pickle
+import random
 import re
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ from megatron_sppo import storage
 from megatron_sppo.command_line import run
 from megatron_sppo.errors import ConfigError, ConversionError, DataError
 from tests.reliability.crashes import crashes
-from tests.reliability.file_faults import GROWING, Fault, Operation, watched
+from tests.reliability.file_faults import GROWING, SIGNALS, Fault, Operation, watched
 from tests.reliability.tally import Tally
 from tests.reliability.writers import COVERED, WRITERS, Writer
 
@@ -55,6 +57,8 @@ def write_in_child(function: Callable[[], object], place: Path, fault: Fault | N
             sys.stderr = open(2, "w", closefd=False)
             sys.stdout = open(1, "w", closefd=False)
             sys.argv = ["writer"]
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup's, which is inherited, would ignore it
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
             with watched(place, fault) as watch:
                 try:
                     run(lambda: function() and None, name="writer")
@@ -143,6 +147,9 @@ class Stand:
             assert ended.code in (-9, 0), what
         elif fault.kind == "short":
             assert ended.code == 0, what
+        elif fault.kind in SIGNALS:
+            code = 130 if fault.kind == "SIGINT" else -signal.Signals[fault.kind]
+            assert ended.code in ((code, 0) if self.writer.varies else (code,)), what
         else:
             assert ended.code in (0, 2), what
         if ended.code == 2:
@@ -150,6 +157,8 @@ class Stand:
             removing = operation is not None and operation.name in ("unlink", "rmdir")
             # Nothing can be removed from a disk that is read-only, and no directory be listed without a file.
             assert fault.kind in ("read-only", "files") or removing or temporaries(self.place) == [], what
+        if ended.code == 130:
+            assert ended.said == "writer: interrupted" and temporaries(self.place) == [], what
         if ended.code == 0 and not self.writer.loses:
             assert self.version() == 2, what
             may_pass = operation is None or operation.name in ("unlink", "rmdir", "link")
@@ -220,6 +229,36 @@ def test_a_disk_that_is_full_read_only_or_out_of_files_from_some_operation_on(st
     for fault in cases(stand, tally, "full disk", faults):
         with tally.case("full disk", f"{stand.writer.name}: {fault.kind} from {fault.at}"):
             stand.check(fault)
+
+
+def test_a_signal_at_any_operation_leaves_old_or_new(stand: Stand, tally: Tally) -> None:
+    """Exit code 130 and one line for SIGINT; the others end the process, as they end those of the shell."""
+    for number in tally.cases("signals", 1, 9):
+        dice = random.Random(f"{stand.writer.name} {number}")
+        fault = Fault(SIGNALS[number % len(SIGNALS)], dice.randrange(len(stand.operations)))
+        with tally.case("signals", f"{stand.writer.name}: {fault.kind} at {fault.at}"):
+            stand.check(fault)
+
+
+@pytest.mark.parametrize("kind", ["hard", "symbolic"])
+def test_nothing_is_written_through_a_link_out_of_the_directory(kind: str, stand: Stand, tally: Tally) -> None:
+    """Every file that is there is also one elsewhere: that one stays as it is, whatever becomes of the directory."""
+    stand.restore()
+    outside = stand.root / f"outside-{kind}"
+    outside.mkdir()
+    names = [path for path in stand.place.rglob("*") if path.is_file() or path.is_symlink()]
+    for number, path in enumerate(names):
+        path.rename(outside / f"{number}")
+        (os.link if kind == "hard" else os.symlink)(outside / f"{number}", path)
+    before = visible(outside)
+    with tally.case("injections", f"{stand.writer.name}: {kind} links"):
+        ended = stand.write(2)
+        assert visible(outside) == before, ended
+        assert ended.code in (0, 2), ended
+        if ended.code == 2:
+            assert str(stand.root) in ended.said, ended
+        elif kind == "hard":
+            assert stand.version() == 2
 
 
 CRASHES = 40

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from megatron_sppo import locks
-from megatron_sppo.errors import ConfigError
+from megatron_sppo.errors import ConfigError, DataError
 
 HOLD = """
 import pathlib, sys, time
@@ -66,3 +66,15 @@ def test_a_lock_for_the_process_is_taken_once(tmp_path):
     locks.lock_until_exit(tmp_path, flag="--save")
     holder = subprocess.run([sys.executable, "-c", HOLD, str(tmp_path)], capture_output=True, text=True)
     assert f"in use by process {os.getpid()}" in holder.stderr
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_lock_that_is_a_link_to_another_file_is_refused_and_that_file_stays(tmp_path, link):
+    """A directory that a stranger has packed may hold one to any file of the user's."""
+    diary = tmp_path / "diary.txt"
+    diary.write_text("dear")
+    (tmp_path / "run").mkdir()
+    link(diary, tmp_path / "run/.lock")
+    with pytest.raises(DataError, match="written into"), locks.locked(tmp_path / "run", flag="--save"):
+        pass
+    assert diary.read_text() == "dear"

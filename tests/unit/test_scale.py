@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.instruments import CountedArray, Instruments
+from benchmarks import scale_rows
+from benchmarks.instruments import COUNTS, CountedArray, Instruments
 from benchmarks.record import peak_in_child
 from benchmarks.scale_counts import LINEAR, SHORT_SIZES, count_stages, growth
+from benchmarks.scale_rows import figures_before
 from benchmarks.scale_stages import STAGES
 
 PER_STEP = [name for name, stage in STAGES.items() if stage.is_per_step]
@@ -150,3 +152,22 @@ def test_arrays_count_what_is_added_and_looked_up() -> None:
     assert CountedArray.touched == 9 + 2000 + 3
     _ = np.flatnonzero(array)
     assert CountedArray.touched >= 2012 + 1000
+
+
+@pytest.mark.parametrize(("power", "grown"), [(1, 1.0), (2, 2.0)])
+def test_what_grows_only_at_large_sizes_is_a_row_that_misses_its_target(
+    monkeypatch: pytest.MonkeyPatch, power: int, grown: float
+) -> None:
+    """(400^2 - 200^2) / (200^2 - 100^2) is 4, a linear count's 2: twice as much."""
+    monkeypatch.setattr(scale_rows, "sizes_of", lambda _: (100, 200, 400))
+    monkeypatch.setattr(scale_rows, "counted_sizes", lambda _: (1, 2, 4))
+    zeros = dict.fromkeys((*COUNTS, "cpu_seconds", "peak_bytes"), 0.0)
+    found = {f"counts {size}": zeros | {"opens": 1000.0 * size} for size in (1, 2, 4)}
+    found |= {str(size): zeros | {"bytes_read": 1e6 * size**power} for size in (100, 200, 400)}
+    before = {"merge: growth of its counts, the worst (calls); 1 is linear, or none": 3.0}
+    rows = {row.metric: row for row in scale_rows.rows_of({"merge": found}, before)}
+    small = rows["merge: growth of its counts, the worst (calls); 1 is linear, or none"]
+    large = next(row for metric, row in rows.items() if metric.startswith("merge: growth of its counts up to 400"))
+    assert (small.ours, small.peer, small.met) == (1.0, 3.0, True)
+    assert (large.ours, large.met) == (pytest.approx(grown), grown <= 1.1)
+    assert figures_before({"rows": [small.__dict__, large.__dict__]}) == before

@@ -76,6 +76,26 @@ def test_a_file_that_was_changed_this_instant_is_read_again(tmp_path: Path, read
     assert len(read_again) == 2
 
 
+def test_a_large_file_that_was_written_this_instant_is_read_once_all_the_same(
+    tmp_path: Path, read_again: list[Path]
+) -> None:
+    file = tmp_path / "exported"
+    file.write_bytes(b"weights")
+    assert sha256_of_files([file]) == sha256_of_files([file]) == [sha256(b"weights")]
+    assert len(read_again) == 1
+
+
+def test_the_times_of_a_listed_file_that_are_given_back_do_not_hide_a_change(tmp_path: Path) -> None:
+    data = written(tmp_path / "data", b"data")
+    written(tmp_path / "manifest.json", json.dumps(LISTINGS["rollouts'"]).encode())
+    assert listed_digests(tmp_path) == {data: "5e"}
+    at_rest()
+    before = data.stat().st_mtime_ns
+    data.write_bytes(b"beta")
+    os.utime(data, ns=(before, before))
+    assert listed_digests(tmp_path) == {}
+
+
 def test_a_home_that_cannot_be_written_only_costs_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_again: list[Path]
 ) -> None:

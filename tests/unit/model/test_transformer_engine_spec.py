@@ -32,17 +32,18 @@ from megatron_sppo.training.config import ParallelConfig
 from megatron_sppo.training.policy import weights_hash
 from tests.families import FAMILIES, family_model
 from tests.sharded_saves import save_as_a_run
-from tests.unit.planning.models import MIXTURE, TINY
+from tests.unit.planning.models import LATENTS, MIXTURE, TINY
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "dense": {},
     "tied": {"share_embeddings_and_output_weights": True},
     "norms of queries and keys": {"qk_layernorm": True},
     "bias": {"add_qkv_bias": True},
+    "latent attention": LATENTS,
     "mixture": MIXTURE,
     "mixture with norms": {**MIXTURE, "qk_layernorm": True},
 }
-ALONE = ("final_layernorm", "q_layernorm", "k_layernorm", "pre_mlp_layernorm")
+ALONE = ("final_layernorm", "q_layernorm", "k_layernorm", "pre_mlp_layernorm", "input_layernorm")
 """Norms of Transformer Engine that stand by themselves and save an (empty) state."""
 
 

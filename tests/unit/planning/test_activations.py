@@ -25,7 +25,7 @@ from megatron_sppo.planning.parameters import Grid
 from megatron_sppo.training.config import ParallelConfig
 from megatron_sppo.training.policy import build_policy
 from tests.memory import LiveBytes, saved_bytes
-from tests.unit.planning.models import MIXTURE, TINY
+from tests.unit.planning.models import LATENTS, MIXTURE, TINY
 
 TOKENS = 256
 TP2 = {"tensor_model_parallel_size": 2}
@@ -79,6 +79,10 @@ CASES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], str, str]] = {
     "delta nets": (1, 0, {}, DELTA_NET, "none", "bfloat16"),
     "delta nets, shared TP2 SP": (2, 0, TP2_SP, DELTA_NET, "none", "float32"),
     "delta nets, CP2": (2, 1, CP2, DELTA_NET, "none", "bfloat16"),
+    "latent attention": (1, 0, {}, LATENTS, "none", "bfloat16"),
+    "latent attention, TP2 SP": (2, 1, TP2_SP, LATENTS, "none", "float32"),
+    "latent attention, selective": (1, 0, {}, LATENTS, "selective", "bfloat16"),
+    "latent attention, shared CP2": (2, 1, CP2, LATENTS, "none", "float32"),
     "gated attention": (1, 0, {}, {"attention_output_gate": True}, "none", "bfloat16"),
     "adapters": (1, 0, {}, {}, "none", "bfloat16"),
     "adapters, float32": (1, 0, {}, {}, "none", "float32"),

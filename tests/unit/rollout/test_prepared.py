@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from megatron_sppo.checkpoints import file_digests
 from megatron_sppo.errors import DataError
 from megatron_sppo.rollout.chat_template import ChatTokenizer, TokenizedPrompt, UnusablePrompt
 from megatron_sppo.rollout.prepared import PreparedPrompts, inputs_hash, prepare_prompts
@@ -107,15 +109,30 @@ def test_a_files_content_decides_and_not_its_time(tmp_path: Path, change: Any) -
     assert inputs_hash(path, limit=5) != inputs_hash(path, limit=None)
 
 
-def test_of_a_directory_names_sizes_and_times_decide(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: os.utime(path, ns=(10, 11)),
+        lambda path: path.rename(path.with_name("test.jsonl")),
+        lambda path: path.write_text("same\n"),  # of the same size, and given back its time
+    ],
+)
+def test_of_a_directory_names_sizes_and_times_decide(tmp_path: Path, change: Any) -> None:
     (tmp_path / "data").mkdir()
     path = tmp_path / "data" / "train.jsonl"
     path.write_text("some\n")
     os.utime(path, ns=(10, 10))
+    time.sleep(1.5 * file_digests._TICK_SECONDS)  # until the kernel's own time of change is a tick ago
     before = inputs_hash(tmp_path)
     assert inputs_hash(tmp_path) == before
-    os.utime(path, ns=(10, 11))
-    assert inputs_hash(tmp_path) != before
-    os.utime(path, ns=(10, 10))
-    path.rename(path.with_name("test.jsonl"))
-    assert inputs_hash(tmp_path) != before
+    change(path)
+    for file in path.parent.iterdir():
+        os.utime(file, ns=(10, file.stat().st_mtime_ns if file.stat().st_mtime_ns == 11 else 10))
+    time.sleep(1.5 * file_digests._TICK_SECONDS)
+    after = inputs_hash(tmp_path)
+    assert after == inputs_hash(tmp_path) != before
+
+
+def test_a_directory_that_was_changed_this_instant_is_never_the_same(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("some\n")
+    assert inputs_hash(tmp_path) != inputs_hash(tmp_path)
