@@ -108,8 +108,11 @@ demo: install $(SMOLLM2)/config.json
 	@TOKENIZERS_PARALLELISM=false $(BIN)/python tools/self_play.py --config examples/configs/smollm2_demo.yaml --model $(SMOLLM2) \
 	  --prompts $(PROMPTS) --output $(RUN) --iterations $(ITERATIONS) --judge $(JUDGE)$(if $(LORA), --training lora_rank=16 lr=1e-3)
 
-# vLLM first: it holds numpy and transformers below their newest releases, and all targets are to see the same ones.
-test: install lint docs test-unit test-reliability test-triton test-distributed test-cudaless test-e2e
+# vLLM first: it holds numpy and transformers below their newest releases, and all targets are to see the same ones. Then
+# what keeps one core busy, two beside each other, the longest first; then what is dealt out to two workers itself.
+test: install
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-cudaless lint docs test-triton
+	@$(MAKE) --no-print-directory --jobs=1 LAYOUTS='$(LAYOUTS)' test-unit test-reliability test-distributed test-e2e
 
 # What a full run stands for: these sources and Megatron-Core's versions. `make test-full` notes it, for you to commit.
 FULL_RUN := tests/full_run.txt

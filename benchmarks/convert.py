@@ -31,6 +31,7 @@ from megatron_sppo.conversion.binding import bind, hf_shapes
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture
+from megatron_sppo.weight_counts import num_parameters
 
 LLAMA3_8B = {
     "attention_bias": False,
@@ -216,7 +217,7 @@ def figure(directory: Path, *, layers: int, repeats: int) -> list[Row]:
 
 def twice_the_model(directory: Path, *, layers: int) -> tuple[int, dict[str, int]]:
     """Convert a model of about twice the bytes there and back -> (bytes, resident bytes beyond the start's by run)."""
-    layer = 2 * architecture_from_hf({**LLAMA3_8B, "num_hidden_layers": 1}).num_parameters() - 2 * LARGEST_TENSOR
+    layer = 2 * num_parameters(architecture_from_hf({**LLAMA3_8B, "num_hidden_layers": 1})) - 2 * LARGEST_TENSOR
     more = round((layers * layer + 2 * LARGEST_TENSOR) / layer)
     nbytes = make_model(directory / "hf", layers=layers + more)
     extra = {}
@@ -288,7 +289,7 @@ def memory_rows(
 def planned_rows(costs: dict[str, list[tuple[float, float, int]]], nbytes: int) -> list[Row]:
     """Reckon Llama-3-70B's conversion at the bandwidth measured here; it was not run."""
     architecture = architecture_from_hf({**LLAMA3_8B, **LARGE})
-    size = 2 * architecture.num_parameters()
+    size = 2 * num_parameters(architecture)
     return [
         Row(
             id="C4",

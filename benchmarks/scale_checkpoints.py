@@ -23,8 +23,9 @@ from megatron_sppo.checkpoints import megatron_checkpoint
 from megatron_sppo.commands import convert
 from megatron_sppo.examples import pretrain_sppo
 from megatron_sppo.json_files import write_json
-from megatron_sppo.selfplay.commands import RunPaths, iteration_stages, start_stages
+from megatron_sppo.selfplay.commands import iteration_stages, start_stages
 from megatron_sppo.selfplay.config import RolloutConfig, RunConfig, ScoringConfig, SelfPlayConfig
+from megatron_sppo.selfplay.paths import RunPaths
 from megatron_sppo.selfplay.stages import StageMachine
 from megatron_sppo.training import parallel, reference
 from megatron_sppo.training.config import OptimizationConfig, TrainingConfig

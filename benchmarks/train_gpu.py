@@ -35,11 +35,12 @@ from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.transformer_engine import check_machine
 from megatron_sppo.planning.architectures import PUBLISHED
 from megatron_sppo.training import parallel
-from megatron_sppo.training.batches import Batches, StepPlan
+from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import BatchConfig, OptimizationConfig, ParallelConfig, TrainingConfig
 from megatron_sppo.training.forward_step import gradient_step
 from megatron_sppo.training.optimizer import build_optimizer
 from megatron_sppo.training.policy import Policy, build_policy
+from megatron_sppo.training.step_plan import StepPlan
 
 NAME = "train_gpu.py"
 PROMPT, DOCUMENT, DOCUMENTS = 160, 512, 16

@@ -6,19 +6,11 @@ One frozen dataclass, written as `model.json` beside a Megatron checkpoint. Fiel
 
 import math
 from collections import Counter
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from megatron_sppo.errors import ConversionError
-from megatron_sppo.json_files import read_json, write_json
 from megatron_sppo.layer_parts import DeltaNet, LatentAttention, LayerKind, RopeScaling
-
-SCHEMA_VERSION = 1
-FILE_NAME = "model.json"
-
-EXPERT_WEIGHTS = ("linear_fc1", "linear_fc2", "linear_fc1.bias", "linear_fc2.bias")
-"""Names in `layer_weights` of what each expert has."""
 
 _EXPERT_NUMBERS = ("num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size")
 _EXPERT_SETTINGS = (
@@ -46,8 +38,6 @@ _NOT_LATENT = (
     "delta_net",
 )
 """What latent attention has not."""
-_DELTA_LAYERS = "linear_attention_freq"
-_TUPLES = ("full_attention_layers", "moe_layer_freq")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -396,138 +386,3 @@ class Architecture:
     def norms_per_layer(self) -> int:
         """Norms of hidden size in a layer: before, behind (OLMo-2) or around both units (Gemma-2)."""
         return 2 * (self.pre_layernorm + self.post_layernorm)
-
-    def layer_weights(self, *, kind: LayerKind, tensor_ranks: int = 1, expert_tensor_ranks: int = 1) -> dict[str, int]:
-        """Count one layer's weights, kind by kind, as a rank holds them -> {Megatron's name: weights of one}.
-
-        There are `norms_per_layer` of "norm"; with experts, linear_fc1 and linear_fc2 are those of one.
-
-        Args:
-            kind: of the layer; models may have several.
-        """
-        hidden = self.hidden_size
-        attention = self._attention_weights if self.latent_attention is None else self._latent_weights
-        mixer = self._delta_net_weights if kind.has_delta_net else attention
-        weights = {"norm": hidden, **mixer(tensor_ranks)}
-        if not kind.has_experts:
-            width = self.ffn_hidden_size // tensor_ranks
-            return weights | self._feed_forward_weights(width, has_experts=False)
-        width = (self.moe_ffn_hidden_size or 0) // expert_tensor_ranks
-        weights["router"] = (self.num_moe_experts or 0) * hidden
-        if self.moe_shared_expert_intermediate_size is not None:
-            shared = self.moe_shared_expert_intermediate_size // tensor_ranks
-            weights |= {"shared_experts.linear_fc1": 2 * shared * hidden, "shared_experts.linear_fc2": hidden * shared}
-        if self.moe_shared_expert_gate:
-            weights["shared_experts.gate"] = hidden
-        return weights | self._feed_forward_weights(width, has_experts=True)
-
-    def _attention_weights(self, tensor_ranks: int) -> dict[str, int]:
-        """Count what attention has."""
-        hidden, head = self.hidden_size, self.kv_channels
-        queries = self.query_channels // tensor_ranks
-        qkv = queries * (2 if self.attention_output_gate else 1) + 2 * self.key_channels // tensor_ranks
-        weights = {"linear_proj": hidden * queries, "linear_qkv": hidden * qkv}
-        if self.add_qkv_bias:
-            weights["linear_qkv.bias"] = qkv
-        if self.add_proj_bias:
-            weights["linear_proj.bias"] = hidden
-        if self.has_sinks:
-            weights["softmax_offset"] = self.num_attention_heads // tensor_ranks
-        if self.qk_layernorm:  # norms over all heads are held whole by each rank
-            across = self.qk_layernorm_across_heads
-            weights["q_layernorm"] = self.query_channels if across else head
-            weights["k_layernorm"] = self.key_channels if across else head
-        return weights
-
-    def _latent_weights(self, tensor_ranks: int) -> dict[str, int]:
-        """Count what latent attention has."""
-        assert self.latent_attention is not None
-        return self.latent_attention.weights(hidden=self.hidden_size, heads=self.num_attention_heads // tensor_ranks)
-
-    def _delta_net_weights(self, tensor_ranks: int) -> dict[str, int]:
-        """Count what a gated delta net has; its norm is of one value head, and each rank holds it."""
-        net = self.delta_net
-        assert net is not None
-        heads = net.linear_num_value_heads // tensor_ranks
-        return {
-            "in_proj": self.hidden_size * net.projected_channels // tensor_ranks,
-            "conv1d": net.mixed_channels // tensor_ranks * net.linear_conv_kernel_dim,
-            "A_log": heads,
-            "dt_bias": heads,
-            "head_norm": net.linear_value_head_dim,
-            "out_proj": self.hidden_size * net.value_channels // tensor_ranks,
-        }
-
-    def _feed_forward_weights(self, width: int, *, has_experts: bool) -> dict[str, int]:
-        """Count what a feed-forward unit of so many channels has, or one expert of a layer, and its router's bias."""
-        hidden = self.hidden_size
-        biases: dict[str, int] = {}
-        if self.add_mlp_bias:
-            biases = {"linear_fc1.bias": 2 * width, "linear_fc2.bias": hidden}
-            biases |= {"router.bias": self.num_moe_experts or 0} if has_experts else {}
-        return biases | {"linear_fc1": 2 * width * hidden, "linear_fc2": hidden * width}
-
-    def num_parameters(self) -> int:
-        """Count the weights as the checkpoint holds them, tied embeddings once -> int; routers' biases are weights."""
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.share_embeddings_and_output_weights else 2)
-        biases = self.num_expert_layers * (self.num_moe_experts or 0) * self.moe_router_enable_expert_bias
-        total = embeddings + self.hidden_size + biases
-        for kind, layers in self.layer_kinds().items():
-            copies = {"norm": self.norms_per_layer}
-            if kind.has_experts:
-                copies |= dict.fromkeys(EXPERT_WEIGHTS, self.num_moe_experts or 0)
-            weights = self.layer_weights(kind=kind)
-            total += layers * sum(number * copies.get(name, 1) for name, number in weights.items())
-        return total
-
-
-def write_architecture(architecture: Architecture, directory: Path, *, tokenizer: dict[str, Any]) -> None:
-    """Write `model.json`: the architecture and where its tokenizer came from (`hash`, `files`), for later checks."""
-    values = _changed(architecture)
-    content = {"schema_version": SCHEMA_VERSION, "architecture": values, "tokenizer": tokenizer}
-    write_json(Path(directory, FILE_NAME), content)
-
-
-def _changed(described: Any) -> dict[str, Any]:
-    """List the fields without those at their default: a model's file stays as it is when other families bring more."""
-    values = {field.name: getattr(described, field.name) for field in fields(described)}
-    defaults = {field.name: field.default for field in fields(described) if field.default is not MISSING}
-    return {
-        name: _changed(value) if is_dataclass(value) else value
-        for name, value in values.items()
-        if name not in defaults or value != defaults[name]
-    }
-
-
-def read_architecture(directory: Path) -> tuple[Architecture, dict[str, Any]]:
-    """Read `model.json` -> (architecture, tokenizer description).
-
-    Raises:
-        DataError: no such file, or no JSON.
-        ConversionError: another schema version, or a missing, unknown or impossible field.
-    """
-    path = Path(directory, FILE_NAME)
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-        raise ConversionError(f"{path} is not of schema version {SCHEMA_VERSION}. Import the model again.")
-    values, tokenizer = content.get("architecture"), content.get("tokenizer")
-    if not isinstance(values, dict) or not isinstance(tokenizer, dict):
-        raise ConversionError(f"{path} lacks `architecture` or `tokenizer`. Import the model again.")
-    known = {field.name for field in fields(Architecture)}
-    if unknown := sorted(set(values) - known):
-        raise ConversionError(f"{path} has unknown fields {unknown}. It was written by a newer version: upgrade.")
-    try:
-        if values.get("rope_scaling") is not None:
-            scaling: dict[str, Any] = {
-                key: tuple(v) if isinstance(v, list) else v for key, v in values["rope_scaling"].items()
-            }
-            values = {**values, "rope_scaling": RopeScaling(**scaling)}
-        if values.get("delta_net") is not None:
-            net = values["delta_net"]
-            values = {**values, "delta_net": DeltaNet(**net | {"linear_attention_freq": tuple(net[_DELTA_LAYERS])})}
-        if values.get("latent_attention") is not None:
-            values = {**values, "latent_attention": LatentAttention(**values["latent_attention"])}
-        values = {name: tuple(value) if name in _TUPLES else value for name, value in values.items()}
-        return Architecture(**values), tokenizer
-    except (TypeError, AttributeError, KeyError, ArithmeticError) as error:
-        raise ConversionError(f"{path} does not describe a model ({error}). Import the model again.") from None

@@ -15,13 +15,11 @@ import io
 import itertools
 import json
 import logging
-import os
-import re
 import sys
 import typing
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 import yaml
@@ -50,6 +48,7 @@ from megatron_sppo.config_fields import (
     spell,
     value_of,
 )
+from megatron_sppo.config_refusals import raise_config_error, wide_console
 from megatron_sppo.config_text import (
     TextLoader,
     check_flags,
@@ -340,7 +339,7 @@ def _construct(
         kw_only=True,
     )
     console = io.StringIO()
-    width = contextlib.nullcontext() if typed == ["--help"] else _wide_console()
+    width = contextlib.nullcontext() if typed == ["--help"] else wide_console()
     try:
         with contextlib.redirect_stderr(console), width:
             parsed: Any = tyro.cli(
@@ -353,48 +352,8 @@ def _construct(
     except SystemExit as exit_:
         if exit_.code in (0, None):
             raise
-        _raise_config_error(exit_, console.getvalue(), {t.partition("=")[0] for t in from_file} - set(typed), file)
+        raise_config_error(exit_, console.getvalue(), {t.partition("=")[0] for t in from_file} - set(typed), file)
     return config_class(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(config_class)})  # type: ignore[arg-type]
-
-
-def _raise_config_error(exit_: SystemExit, boxed: str, flags_of_file: set[str], file: str) -> NoReturn:
-    """Say in one line why tyro refused; a section's own ConfigError, which tyro wraps, comes out as it was."""
-    cause = exit_.__context__
-    while cause is not None:
-        if isinstance(cause, ConfigError):
-            raise cause from None
-        cause = cause.__context__
-    message = " ".join(_boxed_text(boxed)).rstrip(".")
-    message = re.sub(r"typing\.Annotated\[(\w+), [^\]]*\]", r"\1", message)
-    origin = f"{file}: " if any(flag in message for flag in flags_of_file) else ""
-    raise ConfigError(f"{origin}{message}. Run with --help for what each flag takes.") from None
-
-
-def _boxed_text(boxed: str) -> Iterator[str]:
-    """Take a message out of tyro's frame, up to the first rule (below it stands the flag's help) -> its lines."""
-    said = False
-    for line in boxed.splitlines()[1:]:
-        text = line.strip("\u2502|+\u2570\u256f ")
-        is_rule = not text.strip("\u2500-")
-        if text and is_rule and said:
-            return
-        if not is_rule:
-            said = True
-            yield text
-
-
-@contextlib.contextmanager
-def _wide_console() -> Iterator[None]:
-    """Keep tyro from wrapping a message inside its frame, which could cut a path in two."""
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "10000"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = before
 
 
 def _summary(config_class: type[Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.layer_parts import LayerKind
+from megatron_sppo.weight_counts import layer_weights
 
 Count = TypeVar("Count", int, Any)
 """An int, or an array of them."""
@@ -49,7 +50,7 @@ _DELTA_CHUNK = 64
 
 def _weights_met(architecture: Architecture, *, kind: LayerKind) -> int:
     """Count the weights of a layer's matrices that one token is multiplied with -> int."""
-    weights = architecture.layer_weights(kind=kind)
+    weights = layer_weights(architecture, kind=kind)
     chosen = (architecture.moe_router_topk or 0) if kind.has_experts else 1
     times = dict.fromkeys(("linear_fc1", "linear_fc2"), chosen)
     return sum(number * times.get(name, 1) for name, number in weights.items() if name.rpartition(".")[2] in _MATRICES)
@@ -132,4 +133,4 @@ def crossover_length(architecture: Architecture) -> float:
 
 
 def _router(architecture: Architecture, *, kind: LayerKind) -> int:
-    return architecture.layer_weights(kind=kind).get("router", 0)
+    return layer_weights(architecture, kind=kind).get("router", 0)

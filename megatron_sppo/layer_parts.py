@@ -39,6 +39,8 @@ class RopeScaling:
     """yarn: whether the bounds of its ramp are rounded to whole channels."""
     attention_factor: float = 1.0
     """yarn, longrope: rotated channels of queries and of keys are multiplied by it."""
+    llama_4_scaling_beta: float | None = None
+    """yarn: queries at position p are multiplied by 1 + beta log(1 + floor(p / original_max_position_embeddings))."""
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     """longrope: a divisor for each of D / 2 frequencies."""
@@ -56,6 +58,12 @@ class RopeScaling:
                 raise ConversionError(
                     f"rope_scaling does not describe {self.rope_type}: {name} is {value}. The model's config is wrong."
                 )
+        beta = self.llama_4_scaling_beta
+        if beta is not None and not (beta > 0 and self.original_max_position_embeddings):
+            raise ConversionError(
+                f"rope_scaling's llama_4_scaling_beta is {beta}, and original_max_position_embeddings "
+                f"{self.original_max_position_embeddings}; both must be numbers. The model's config is wrong."
+            )
         if not self.attention_factor > 0:
             raise ConversionError(
                 f"rope_scaling's attention_factor is {self.attention_factor}; it must be above 0. "

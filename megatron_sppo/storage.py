@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -308,6 +309,15 @@ def contained(root: Path, name: str) -> Path:
                 f"cp --remove-destination {target} {path}"
             )
     return path
+
+
+def packed_member(archive: zipfile.ZipFile) -> str | None:
+    """Find a compressed member of an archive of a kind that is never compressed -> its name, or None.
+
+    A small one could fill the memory.
+    """
+    packed = (info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED)
+    return next(packed, None)
 
 
 def refuse_link(path: Path) -> None:

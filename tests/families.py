@@ -237,6 +237,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "ministral3": {
+        "model_type": "ministral3",
+        # Sequences are longer than the original length: queries behind it grow.
+        "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3},
+    },
     "olmo2": {"model_type": "olmo2", "attention_bias": True},
     "olmo3": {
         "model_type": "olmo3",

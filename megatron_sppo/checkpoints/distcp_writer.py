@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 
+from megatron_sppo.checkpoints.crew import ALONE, Crew
 from megatron_sppo.checkpoints.distcp import COMMON_FILE, METADATA_FILE, row_axis
 from megatron_sppo.checkpoints.safetensors_file import Span
 from megatron_sppo.checkpoints.transfer import MAKING, Made, Transfer, part_of
@@ -58,8 +59,9 @@ def write_distcp(
     objects: Mapping[str, Any],
     progress: Callable[[int], object],
     workers: int | None = None,
+    crew: Crew = ALONE,
 ) -> None:
-    """Write `*.distcp`, their digests and `.metadata`; the same bytes by any number of workers.
+    """Write `*.distcp`, their digests and `.metadata`; the same bytes by any number of workers and ranks.
 
     Args:
         directory: an existing directory; the caller makes it appear atomically.
@@ -67,6 +69,7 @@ def write_distcp(
         objects: {key: plain object} saved as Megatron-Core saves ShardedObjects, `torch.save` of a list of one.
         progress: called with the bytes of each block written.
         workers: threads; None takes the cores that there are.
+        crew: the ranks that call this, each with the same pieces; they divide the files.
     """
     layout = _Layout()
     chunks = [chunk for piece in pieces for chunk in _cut(piece)]
@@ -76,12 +79,14 @@ def write_distcp(
             layout.add_object(key, value)
         for piece in group:
             layout.add(piece)
-    with Transfer(workers=workers, progress=progress) as transfer:
+    with Transfer(workers=workers, progress=progress) as transfer, crew.working(directory):
         tasks = [
             lambda name=name, items=items: transfer.gather(directory / name, items)
             for name, items in layout.files.items()
         ]
-        transfer.run(tasks)
+        transfer.run(crew.share(tasks))
+    if not crew.leads:
+        return
     content = dcp.Metadata(layout.tensors, None, layout.places, dcp.StorageMeta(), _DCP_VERSION)
     (directory / METADATA_FILE).write_bytes(pickle.dumps(content))
 

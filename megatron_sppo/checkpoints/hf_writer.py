@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_sppo.checkpoints.crew import ALONE, Crew
 from megatron_sppo.checkpoints.digests import FileDigests
 from megatron_sppo.checkpoints.hf_files import INDEX_FILE, SINGLE_FILE
 from megatron_sppo.checkpoints.megatron_checkpoint import check_digest
@@ -159,11 +160,12 @@ def write_tensors(
     items: Mapping[Path, FileDigests],
     progress: Callable[[int], object],
     workers: int | None = None,
+    crew: Crew = ALONE,
 ) -> None:
     """Write a directory's files and index, and check the files that the values come from on the way.
 
-    The same bytes by any number of workers. A file whose sha256 is known is read once, from end to end; of one whose
-    items have digests, the items that move: what is moved is what was hashed.
+    The same bytes by any number of workers and ranks. A file whose sha256 is known is read once, from end to end; of
+    one whose items have digests, the items that move: what is moved is what was hashed.
 
     Args:
         directory: an existing directory; the caller makes it appear atomically.
@@ -172,11 +174,16 @@ def write_tensors(
         items: {source file: digests of the items that moves may lie in}.
         progress: called with the bytes of each block written.
         workers: threads; None takes the cores that there are.
+        crew: the ranks that call this, each with the same tensors; they divide the source files, and what is computed.
 
     Raises:
         DataError: a source file is not what was written.
     """
-    with _opened_files(directory, layout) as places, Transfer(workers=workers, progress=progress) as transfer:
+    with (
+        _opened_files(directory, layout, crew) as places,
+        Transfer(workers=workers, progress=progress) as transfer,
+        crew.working(directory),
+    ):
         moves: dict[Path, list[Move]] = {path: [] for path in digests}
         computed = []
         for one in tensors:
@@ -190,7 +197,9 @@ def write_tensors(
             for path in sorted(moves, key=lambda path: (-path.stat().st_size, path.name))
         ]
         tasks += [functools.partial(_compute, transfer, one, places) for one in computed]
-        transfer.run(tasks)
+        transfer.run(crew.share(tasks))
+        for descriptor in {descriptor for descriptor, _ in places.values()}:
+            os.fdatasync(descriptor)
 
 
 def copy_tensors(
@@ -215,16 +224,17 @@ def copy_tensors(
 
 
 @contextlib.contextmanager
-def _opened_files(directory: Path, layout: FileLayout) -> Iterator[dict[str, Place]]:
-    """Create the files with their headers, and the index -> {tensor: place}, to be filled in."""
+def _opened_files(directory: Path, layout: FileLayout, crew: Crew) -> Iterator[dict[str, Place]]:
+    """Let the leader create the files with their headers, and the index -> {tensor: place}, to be filled in."""
     with contextlib.ExitStack() as stack:
         places: dict[str, Place] = {}
         for file, (raw, entries) in layout.files.items():
-            write_header(directory / file, raw, entries)
+            if crew.leads:
+                write_header(directory / file, raw, entries)
             descriptor = os.open(directory / file, os.O_WRONLY)
             stack.callback(os.close, descriptor)
             places |= {name: (descriptor, entry) for name, entry in entries.items()}
-        if layout.index is not None:
+        if layout.index is not None and crew.leads:
             (directory / INDEX_FILE).write_text(layout.index, encoding="utf-8")
         yield places
 

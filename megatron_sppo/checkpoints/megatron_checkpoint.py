@@ -19,12 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
 from megatron_sppo.checkpoints.digests import FileDigests, digests_path, read_digests
 from megatron_sppo.checkpoints.distcp import METADATA_FILE, data_files, read_metadata
 from megatron_sppo.checkpoints.file_digests import default_workers
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.json_files import read_json, write_json
+from megatron_sppo.model_file import FILE_NAME as MODEL_FILE
 from megatron_sppo.storage import atomic_file, contained, remove_stale_temporaries, sha256_of_file
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_sppo.storage import packed_member
+
 _DIRECTORY_BYTES = 4096
 """What a stream of one tensor lists its members in, at its end: read at once, for a file is read in blocks."""
 
@@ -74,19 +76,19 @@ def refuse_packed(stream: Any) -> None:
     end = io.BytesIO(stream.read(_DIRECTORY_BYTES))
     try:
         try:
-            packed = _packed(end)
+            packed = _packed_in(end)
         except zipfile.BadZipFile:  # the list of members is longer
-            packed = _packed(stream)
+            packed = _packed_in(stream)
     except (zipfile.BadZipFile, NotImplementedError, struct.error) as error:
         raise ValueError(f"no archive of torch.save: {error}") from None
-    if packed:
-        raise ValueError(f"{packed[0]} is compressed, which torch.save does not do")
+    if packed is not None:
+        raise ValueError(f"{packed} is compressed, which torch.save does not do")
     stream.seek(0)
 
 
-def _packed(stream: Any) -> list[str]:
+def _packed_in(stream: Any) -> str | None:
     with zipfile.ZipFile(stream) as archive:
-        return [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+        return packed_member(archive)
 
 
 def object_in(raw: bytearray) -> Any:

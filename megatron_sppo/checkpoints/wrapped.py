@@ -40,7 +40,7 @@ WRAPPERS = {
         },
         tied=True,
     ),
-    "mistral3": Wrapper(text=("mistral", "ministral")),
+    "mistral3": Wrapper(text=("mistral", "ministral", "ministral3")),
     "qwen3_5": Wrapper(text=("qwen3_5_text",)),
     "qwen3_5_moe": Wrapper(text=("qwen3_5_moe_text",)),
 }

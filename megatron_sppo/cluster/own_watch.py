@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import multiprocessing
-import os
 import sys
 import threading
 import time
@@ -13,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from megatron_sppo.command_line import EXIT_HANG
+from megatron_sppo.hangs import end_hanging, write_stacks
 
 STACKS_NAME = "hang.txt"
 """In the directory of the workers' logs."""
@@ -69,18 +67,11 @@ class OwnWatch:
 
     def _end(self, late: float) -> None:
         path = self._logs / STACKS_NAME
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)  # it may be a link to another file
-            with open(path, "w", encoding="utf-8") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
-            sys.stderr.write(path.read_text(encoding="utf-8"))
+        sys.stderr.write(write_stacks(path))
         for child in multiprocessing.active_children():  # an engine's processes
             child.kill()
-        sys.stderr.write(
+        end_hanging(
             f"{Path(sys.argv[0]).name}: error: the worker in this process has made no progress for {late:.0f} s "
             f"(--worker-timeout) and is taken to hang; its stacks are in {path}. Finished work is kept: run the same "
-            "command again.\n"
+            "command again."
         )
-        sys.stderr.flush()
-        os._exit(EXIT_HANG)  # the thread that hangs cannot be ended

@@ -46,7 +46,8 @@ class ImportConfig:
     overwrite: bool = False
     """Replace another model that is there."""
     workers: config.PositiveInt | None = None
-    """Threads; without it the cores that there are, at most 16. The files are the same by any number."""
+    """Threads; without it the cores that there are, at most 16. torchrun's ranks share the work too, each with so many
+    threads. The files are the same by any number of either."""
 
     def __post_init__(self) -> None:
         config.check_ranges(self)
@@ -87,7 +88,8 @@ class ExportConfig:
     overwrite: bool = False
     """Replace another model that is there."""
     workers: config.PositiveInt | None = None
-    """Threads; without it the cores that there are, at most 16. The files are the same by any number."""
+    """Threads; without it the cores that there are, at most 16. torchrun's ranks share the work too, each with so many
+    threads. The files are the same by any number of either."""
 
     def __post_init__(self) -> None:
         config.check_ranges(self)
@@ -157,11 +159,9 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     )
     match settings:
         case ImportConfig():
-            refuse_ranks(f"{name} import")
-            _import(settings)
+            _import(settings, name=f"{name} import")
         case ExportConfig():
-            refuse_ranks(f"{name} export")
-            _export(settings)
+            _export(settings, name=f"{name} export")
         case VerifyConfig():
             from megatron_sppo.verification import verify as verification  # builds both models: heavy
 
@@ -194,24 +194,31 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
                 sys.exit(EXIT_DIFFERENT)
 
 
-def _import(settings: ImportConfig) -> None:
+def _import(settings: ImportConfig, *, name: str) -> None:
+    from megatron_sppo.checkpoints.crew import launched_crew
     from megatron_sppo.conversion import adapters, convert  # bring torch, which --help need not wait for
 
     common: Any = {"dtype": settings.dtype, "overwrite": settings.overwrite}
     if settings.hf is not None:
-        convert.import_checkpoint(settings.hf, settings.megatron, workers=settings.workers, **common)
+        with launched_crew() as crew:
+            convert.import_checkpoint(settings.hf, settings.megatron, workers=settings.workers, crew=crew, **common)
     elif settings.adapter is not None and settings.base is not None:
+        refuse_ranks(f"{name} --adapter")
         adapters.import_adapter(settings.adapter, settings.megatron, base=settings.base, **common)
 
 
-def _export(settings: ExportConfig) -> None:
+def _export(settings: ExportConfig, *, name: str) -> None:
+    from megatron_sppo.checkpoints.crew import launched_crew
     from megatron_sppo.conversion import adapters, convert, merging
 
     common: Any = {"dtype": settings.dtype, "overwrite": settings.overwrite}
     of_model: Any = {**common, "max_shard_size": settings.max_shard_size, "workers": settings.workers}
     if settings.adapter is not None:
+        refuse_ranks(f"{name} --adapter")
         adapters.export_adapter(settings.megatron, settings.adapter, base=settings.base_of_adapters, **common)
     elif settings.hf is not None and settings.merge and settings.base_of_adapters is not None:
+        refuse_ranks(f"{name} --merge")
         merging.export_merged(settings.megatron, settings.hf, base=settings.base_of_adapters, **of_model)
     elif settings.hf is not None:
-        convert.export_checkpoint(settings.megatron, settings.hf, template=settings.template, **of_model)
+        with launched_crew() as crew:
+            convert.export_checkpoint(settings.megatron, settings.hf, template=settings.template, crew=crew, **of_model)

@@ -42,8 +42,8 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         _print_status(name, tokens)
         return
     config = parse(Command, name=name, argv=tokens, description=__doc__ or "")
-    from megatron_sppo.selfplay.commands import REPORT_NAME  # --help need not wait for it
-    from megatron_sppo.selfplay.loop import self_play
+    from megatron_sppo.selfplay.loop import self_play  # --help need not wait for it
+    from megatron_sppo.selfplay.paths import REPORT_NAME
     from megatron_sppo.selfplay.process import Interrupted
     from megatron_sppo.selfplay.stages import StageFailed
     from megatron_sppo.selfplay.summary import result_table

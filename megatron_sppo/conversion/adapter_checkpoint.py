@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
-from megatron_sppo.architecture import Architecture, read_architecture
+from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints import adapter_file
 from megatron_sppo.checkpoints.adapter_file import AdaptedModule, AdapterFile
 from megatron_sppo.checkpoints.distcp import METADATA_FILE, DistcpReader
@@ -26,6 +25,8 @@ from megatron_sppo.checkpoints.peft_files import PeftAdapter
 from megatron_sppo.conversion.binding import bind
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.errors import ConversionError, some_of
+from megatron_sppo.model_file import FILE_NAME as MODEL_FILE
+from megatron_sppo.model_file import read_architecture
 
 # L = layers, E = experts, r = rank
 

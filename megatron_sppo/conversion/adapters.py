@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_sppo.architecture import write_architecture
 from megatron_sppo.checkpoints import adapter_file
 from megatron_sppo.checkpoints.adapter_file import AdapterFile, AdapterSettings, BaseName
 from megatron_sppo.checkpoints.distcp_writer import write_common, write_distcp
@@ -60,6 +59,7 @@ from megatron_sppo.conversion.weights_hash import weights_hash
 from megatron_sppo.errors import ConfigError, ConversionError, some_of
 from megatron_sppo.json_files import read_json, write_json
 from megatron_sppo.locks import locked, locked_place
+from megatron_sppo.model_file import write_architecture
 from megatron_sppo.storage import atomic_directory, refuse_foreign, remove_stale_temporaries
 
 logger = logging.getLogger(__name__)

@@ -4,6 +4,7 @@ Both work on global tensors, which the distributed checkpoint keeps free of any 
 CPU process, a tensor at a time. What is written appears under its name only when it is complete.
 """
 
+import functools
 import json
 import logging
 import math
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_sppo.architecture import Architecture, write_architecture
+from megatron_sppo.architecture import Architecture
+from megatron_sppo.checkpoints.crew import ALONE, Crew
 from megatron_sppo.checkpoints.distcp import COMMON_FILE
 from megatron_sppo.checkpoints.distcp_writer import write_common, write_distcp
 from megatron_sppo.checkpoints.file_digests import check_blobs
@@ -58,7 +60,9 @@ from megatron_sppo.conversion.sources import open_source
 from megatron_sppo.errors import ConfigError, ConversionError, DataError, some_of
 from megatron_sppo.json_files import write_json
 from megatron_sppo.locks import locked, locked_place
+from megatron_sppo.model_file import write_architecture
 from megatron_sppo.storage import atomic_directory, refuse_foreign, remove_stale_temporaries
+from megatron_sppo.weight_counts import num_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +81,13 @@ COMMON_STATE = {"iteration": IMPORT_ITERATION, "checkpoint_version": 3.0}
 
 
 def import_checkpoint(
-    hf: Path, megatron: Path, *, dtype: str | None = None, overwrite: bool = False, workers: int | None = None
+    hf: Path,
+    megatron: Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+    crew: Crew = ALONE,
 ) -> Path:
     """Convert a Hugging Face directory into a Megatron-Core checkpoint -> its iteration directory.
 
@@ -87,14 +97,16 @@ def import_checkpoint(
         dtype: "bfloat16", "float16" or "float32" casts the weights; None keeps each as it is.
         overwrite: replace another model that is there.
         workers: threads; None takes the cores that there are, at most 16. The files are the same by any number.
+        crew: the ranks that convert together, each with these arguments.
 
     Raises:
         ConversionError: the model cannot be read or mapped, or `megatron` holds another one. Nothing is written then.
     """
     hf, megatron = Path(hf), Path(megatron)
-    refuse_foreign(
-        megatron, ours=(TRACKER_FILE, ITERATION_PATTERN, f".{ITERATION_PATTERN}"), inputs=(hf,), flag="--megatron"
-    )
+    if crew.leads:
+        refuse_foreign(
+            megatron, ours=(TRACKER_FILE, ITERATION_PATTERN, f".{ITERATION_PATTERN}"), inputs=(hf,), flag="--megatron"
+        )
     config = read_config(hf)
     architecture = architecture_from_hf(config, place=str(hf / CONFIG_FILE))
     family = family_of(architecture.family, place=str(hf))
@@ -116,9 +128,15 @@ def import_checkpoint(
     pieces = import_pieces(source, bindings, architecture, torch_dtype(dtype))
     total = sum(piece.nbytes for piece in pieces) + sum(entry.nbytes for entry in carried.values())
     target = iteration_directory(megatron, IMPORT_ITERATION)
+    write = functools.partial(
+        write_distcp, pieces=pieces, objects=extra_states(architecture), workers=workers, crew=crew
+    )
+    if not crew.leads:
+        crew.follow(functools.partial(write, progress=_unseen))
+        return target
     if overwrite or not target.exists():
         check_space(megatron, total)
-    with locked(megatron, flag="--megatron"):
+    with crew.leading(), locked(megatron, flag="--megatron"):
         remove_stale_temporaries(target)
         if _already_imported(target, source, bindings, architecture, torch_dtype(dtype), overwrite=overwrite):
             logger.info("%s holds this model already", target)
@@ -126,8 +144,7 @@ def import_checkpoint(
             return target
         begin = time.monotonic()
         with atomic_directory(target, replaces=MANIFEST_FILE) as directory, progress_bar(total, "import") as bar:
-            states = extra_states(architecture)
-            write_distcp(directory, pieces, objects=states, progress=bar.update, workers=workers)
+            write(directory, progress=bar.update)
             write_common(directory, COMMON_STATE)
             (directory / "metadata.json").write_text(json.dumps(METADATA_JSON))
             write_architecture(architecture, directory, tokenizer=tokenizer_record(hf, tokenizer))
@@ -139,7 +156,7 @@ def import_checkpoint(
             write_manifest(directory)
         publish(megatron, IMPORT_ITERATION)
     logger.info(
-        "imported %s to %s: %s parameters, %s", hf, target, f"{architecture.num_parameters():,}", speed(total, begin)
+        "imported %s to %s: %s parameters, %s", hf, target, f"{num_parameters(architecture):,}", speed(total, begin)
     )
     return target
 
@@ -153,6 +170,7 @@ def export_checkpoint(
     max_shard_size: str | None = None,
     overwrite: bool = False,
     workers: int | None = None,
+    crew: Crew = ALONE,
 ) -> Path:
     """Convert a Megatron-Core checkpoint into a Hugging Face directory -> that directory.
 
@@ -164,18 +182,15 @@ def export_checkpoint(
         dtype: casts the weights; None keeps them.
         max_shard_size: of a safetensors file, such as "5GB"; None keeps the files as they were imported.
         overwrite: replace what is in `hf`.
-        workers: as for the import.
+        workers, crew: as for the import.
 
     Raises:
         ConversionError, DataError: the checkpoint is damaged or of another model, or `hf` holds something else.
     """
     hf = Path(hf)
-    refuse_foreign(
-        hf,
-        ours=(CONFIG_FILE,),
-        inputs=(Path(megatron), *(() if template is None else (Path(template),))),
-        flag="--hf",
-    )
+    inputs = (Path(megatron), *(() if template is None else (Path(template),)))
+    if crew.leads:
+        refuse_foreign(hf, ours=(CONFIG_FILE,), inputs=inputs, flag="--hf")
     opened = open_megatron(megatron, template=template, leave_unchecked=True)
     cast = torch_dtype(dtype)
     in_files = names_in_files(read_config(opened.side_files) if opened.side_files is not None else {}, opened.carried)
@@ -186,10 +201,22 @@ def export_checkpoint(
     }
     tensors |= {name: (entry.dtype, entry.shape) for name, entry in opened.carried.items()}
     layout, is_kept = _layout(opened, tensors, in_files, max_shard_size)
+    write = functools.partial(
+        write_tensors,
+        layout=layout,
+        tensors=export_tensors(opened, cast, in_files=in_files),
+        digests={opened.directory / name: digest for name, digest in opened.unchecked.items()},
+        items={opened.directory / name: digests for name, digests in opened.items.items()},
+        workers=workers,
+        crew=crew,
+    )
+    if not crew.leads:
+        crew.follow(functools.partial(write, progress=_unseen))
+        return hf
     if overwrite:
         _check_replaced(hf, opened)
     total = sum(math.prod(shape) * kind.itemsize for kind, shape in tensors.values())
-    with locked_place(hf, flag="--hf"):
+    with crew.leading(), locked_place(hf, flag="--hf"):
         remove_stale_temporaries(hf)
         if _already_exported(hf, opened, cast, overwrite=overwrite):
             logger.info("%s holds this model already", hf)
@@ -197,15 +224,7 @@ def export_checkpoint(
         begin = time.monotonic()
         check_space(hf, total)
         with atomic_directory(hf, replaces=CONFIG_FILE) as directory, progress_bar(total, "export") as bar:
-            write_tensors(
-                directory,
-                layout,
-                export_tensors(opened, cast, in_files=in_files),
-                digests={opened.directory / name: digest for name, digest in opened.unchecked.items()},
-                items={opened.directory / name: digests for name, digests in opened.items.items()},
-                progress=bar.update,
-                workers=workers,
-            )
+            write(directory, progress=bar.update)
             _write_side_files(opened, directory, dtype=main_dtype(tensors), types_changed=not is_kept)
     logger.info("exported %s to %s: %d files, %s", opened.directory, hf, len(layout.files), speed(total, begin))
     return hf
@@ -391,6 +410,10 @@ def check_space(path: Path, needed: int) -> None:
 def progress_bar(total: int, description: str) -> "tqdm[Any]":
     """Show how many bytes are written, on a terminal."""
     return tqdm(total=total, desc=description, unit="B", unit_scale=True, disable=None)
+
+
+def _unseen(nbytes: int) -> None:
+    """Show nothing: the leader's bar is the one on the terminal."""
 
 
 def speed(nbytes: int, begin: float) -> str:

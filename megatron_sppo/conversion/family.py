@@ -113,6 +113,8 @@ class Family:
     """`quant_method` of quantization_config that is read, dequantized as transformers does it; None: none is."""
     rope_must_be_said: bool = False
     """Whether transformers takes a scaled RoPE where config.json describes none."""
+    scaled_queries: bool = False
+    """Whether the rotary embeddings say `llama_4_scaling_beta`, by which queries grow with their position."""
     windowed_rope: WindowedRope | None = None
     """None in a family with one rotary embedding for all layers."""
     tied: bool = False

@@ -67,6 +67,8 @@ def rope_keys(architecture: Architecture, family: Family) -> dict[str, Any]:
             rope["truncate"] = False
         if scaling.rope_type in ("yarn", "longrope"):
             rope["attention_factor"] = scaling.attention_factor
+        if scaling.llama_4_scaling_beta is not None:
+            rope["llama_4_scaling_beta"] = scaling.llama_4_scaling_beta
         if architecture.latent_attention is not None and architecture.latent_attention.mscale_all_dim:
             rope["mscale_all_dim"] = architecture.latent_attention.mscale_all_dim
         if family.original_positions is not None:
@@ -149,10 +151,11 @@ def _one_rope(
     if part != 1:
         read["rotary_percent"] = part
     kind = "longrope" if kind == "su" else kind  # Phi-3's first name for it
-    if kind in (None, "default"):
+    if kind in (None, "default") and not family.scaled_queries:
         return read
     if kind not in family.rope_types:
-        known = ", ".join(repr(one) for one in ("default", *family.rope_types))
+        plain = () if family.scaled_queries else ("default",)
+        known = ", ".join(repr(one) for one in (*plain, *family.rope_types))
         raise ConversionError(
             f"{place} says {key} of type {kind!r}; the Megatron model of {family.model_type} knows {known}. "
             "Use another model."
@@ -203,6 +206,10 @@ def _yarn(scaling: Mapping[str, Any], family: Family, config: Mapping[str, Any],
         attention = _mscale(factor, one) / _mscale(factor, all_dim)
     else:
         attention = _mscale(factor, 1.0)
+    beta = None
+    if family.scaled_queries:
+        original = whole(scaling, "original_max_position_embeddings", place)  # transformers reads it there alone
+        beta = positive(scaling, "llama_4_scaling_beta", place)
     return RopeScaling(
         rope_type="yarn",
         factor=factor,
@@ -210,6 +217,7 @@ def _yarn(scaling: Mapping[str, Any], family: Family, config: Mapping[str, Any],
         beta_slow=slow,
         truncate=truncate,
         attention_factor=attention,
+        llama_4_scaling_beta=beta,
         original_max_position_embeddings=original,
     )
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
-from megatron_sppo.architecture import Architecture, read_architecture
+from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.adapter_file import is_adapter
 from megatron_sppo.checkpoints.digests import FileDigests
 from megatron_sppo.checkpoints.distcp import METADATA_FILE, MODEL_ROOTS, DistcpReader
@@ -34,6 +33,8 @@ from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.conversion.mapping import VocabRows
 from megatron_sppo.errors import ConversionError, some_of
+from megatron_sppo.model_file import FILE_NAME as MODEL_FILE
+from megatron_sppo.model_file import read_architecture
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from megatron_sppo.judge.load import canonical_spec
 from megatron_sppo.judge.source import last_user_message
 from megatron_sppo.judge.stored_groups import StoredGroups
 from megatron_sppo.rollout.records import Response, RolloutGroup, RolloutManifest, read_manifest
-from megatron_sppo.selfplay.commands import RunPaths
+from megatron_sppo.selfplay.paths import RunPaths
 from megatron_sppo.selfplay.stages import read_state
 from megatron_sppo.selfplay.summary import read_summary
 

@@ -7,6 +7,7 @@ made of logits, so that they are kept as they are, under the paper's rule.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +22,6 @@ from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.json_files import sha256_of_json, unsealed
 from megatron_sppo.judge.protocol import CERTAIN_LOGIT, LARGEST_LOGIT, Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.rollout.preferences import SUM_TOLERANCE
-from megatron_sppo.storage import sha256_of_file
 
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
@@ -40,14 +40,14 @@ class MatricesJudge:
             DataError: no such file, or a line that is no square matrix of finite numbers.
         """
         path = Path(file)
-        self._matrices, kinds = _read(path)
+        self._matrices, kinds, sha256 = _read(path)
         if kinds != {"judge_logits"} and rule == "official":
             raise ConfigError(
                 f"{path} holds preferences; the official rule is made of judge logits. "
                 "Use --preset paper, which keeps them as they are."
             )
         self.name = f"matrices:{path.name}"
-        self.fingerprint = sha256_of_json({"matrices": sha256_of_file(path)})
+        self.fingerprint = sha256_of_json({"matrices": sha256})
         self.counts: Counter[str] = Counter()
 
     def judge_logits(self, groups: Sequence[RolloutGroup]) -> Sequence[Verdict]:
@@ -70,14 +70,16 @@ class MatricesJudge:
         return np.where(text_K[:, None] == text_K[None, :], np.float32(0), matrix)
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], set[str]]:
-    """Read a file of matrices -> (float32 logits by prompt_id, the kinds that occur)."""
+def _read(path: Path) -> tuple[dict[str, np.ndarray], set[str], str]:
+    """Read a file of matrices, once -> (float32 logits by prompt_id, the kinds that occur, the file's sha256)."""
     if not path.is_file():
         raise DataError(f"{path} does not exist. Give matrices:FILE, as `megatron-sppo import-preferences` writes it.")
     matrices: dict[str, np.ndarray] = {}
     kinds: set[str] = set()
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
+            digest.update(line)
             if not line.strip():
                 continue
             try:
@@ -94,7 +96,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], set[str]]:
             kinds.add(kind)
     if not matrices:
         raise DataError(f"{path} holds no matrix. Write a line for each prompt.")
-    return matrices, kinds
+    return matrices, kinds, digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)

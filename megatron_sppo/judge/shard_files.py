@@ -25,6 +25,7 @@ import numpy as np
 from megatron_sppo.data.blocks import GroupBlock
 from megatron_sppo.judge.protocol import JudgeIdentity, Unjudged, Verdict
 from megatron_sppo.rollout.records import RolloutManifest, ShardEntry
+from megatron_sppo.storage import packed_member
 
 logger = logging.getLogger(__name__)
 
@@ -235,8 +236,8 @@ def _block_name(place: int) -> str:
 
 def _refuse_packed(archive: zipfile.ZipFile) -> None:
     """Refuse compressed members, which none is written as: a small file could fill the memory."""
-    if packed := [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]:
-        raise zipfile.BadZipFile(f"{packed[0]} is compressed")
+    if (packed := packed_member(archive)) is not None:
+        raise zipfile.BadZipFile(f"{packed} is compressed")
 
 
 def _num_blocks(archive: zipfile.ZipFile, key: ShardKey) -> int | None:

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.nn.functional import pad
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.layer_parts import RopeScaling
-from megatron_sppo.model.visibility import PackedRow
+from megatron_sppo.model.visibility import PackedRow, undivided_row
 
 
 def has_own_rope(architecture: Architecture) -> bool:
@@ -180,9 +181,13 @@ def rotary_self_attention(architecture: Architecture) -> type[SelfAttention]:
     columns = [int(windowed and architecture.window(layer) is not None) for layer in range(architecture.num_layers)]
     scaling, channels = architecture.rope_scaling, architecture.rotary_channels
     squared = 1.0 if scaling is None else scaling.attention_factor**2
+    grow = scaling is not None and scaling.llama_4_scaling_beta is not None
 
     class RotarySelfAttention(SelfAttention):
+        _packed: PackedRow | None = None
+
         def forward(self, *args: Any, rotary_pos_emb: Tensor | None = None, **kwargs: Any) -> Any:
+            self._packed = kwargs.get("packed_seq_params")
             if windowed and rotary_pos_emb is not None:
                 column = columns[self.layer_number - 1]
                 rotary_pos_emb = rotary_pos_emb[:, :, column : column + 1].contiguous()
@@ -192,6 +197,9 @@ def rotary_self_attention(architecture: Architecture) -> type[SelfAttention]:
             """Project -> (query [S, B, N, D], key, value), queries scaled; both versions call it with keywords."""
             assert kwargs.get("split_qkv", True), "a fused rotation of all three at once would leave the factor out"
             query, *rest = super().get_query_key_value_tensors(*args, **kwargs)
+            if grow:
+                assert scaling is not None
+                query = query * _growth(query, self._packed, scaling, size=self.config.context_parallel_size)
             if squared == 1.0 or columns[self.layer_number - 1]:
                 return query, *rest
             if channels == query.shape[-1]:
@@ -199,3 +207,23 @@ def rotary_self_attention(architecture: Architecture) -> type[SelfAttention]:
             return torch.cat((query[..., :channels] * squared, query[..., channels:]), dim=-1), *rest
 
     return RotarySelfAttention
+
+
+def _growth(query: Tensor, packed: PackedRow | None, scaling: RopeScaling, *, size: int) -> Tensor:
+    """Compute what queries are multiplied by for their positions -> [S, 1, 1, 1], in their type.
+
+    transformers 5.19, modeling_ministral3.py, get_llama_4_attn_scale.
+
+    Args:
+        query: [S / C, B, N, D], this context-parallel rank's share.
+        size: C.
+    """
+    if packed is None:
+        rank = parallel_state.get_context_parallel_rank() if size > 1 else 0
+        row = undivided_row(len(query) * size, rank=rank, size=size, device=query.device)
+    else:
+        row = packed.row
+    original, beta = scaling.original_max_position_embeddings, scaling.llama_4_scaling_beta
+    assert original is not None and beta is not None
+    growth = 1 + beta * torch.log(1 + torch.floor(row.queries.position / original))
+    return growth.to(query.dtype)[:, None, None, None]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.planning.config import MachineConfig, PlanConfig
 from megatron_sppo.planning.parameters import Grid, num_trained, rank_elements
+from megatron_sppo.weight_counts import num_parameters
 
 _GIGA = 1e9
 _FLOAT32 = 4
@@ -69,7 +70,7 @@ def file_traffic(
     state = (moments + (narrow < _FLOAT32)) * _FLOAT32
     trained, busiest = num_trained(architecture, grid.adapters), rank_elements(architecture, grid, trained=True)
     # With adapters the base is read, and adapters alone are written, exported and given to the engines beside it.
-    weights, exported, checkpoint = architecture.num_parameters() * narrow, trained * narrow, trained * (narrow + state)
+    weights, exported, checkpoint = num_parameters(architecture) * narrow, trained * narrow, trained * (narrow + state)
     interval = config.run.save_interval or num_steps
     saves = -(-num_steps // interval)
     disks = _Disks(config.machine, grid.world_size)

@@ -3,11 +3,12 @@
 import math
 from dataclasses import dataclass
 
-from megatron_sppo.architecture import EXPERT_WEIGHTS, Architecture
+from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.adapter_file import AdapterSettings, adapted_modules
 from megatron_sppo.layer_parts import LayerKind
 from megatron_sppo.model.config import padded_vocab_size
 from megatron_sppo.training.config import ParallelConfig
+from megatron_sppo.weight_counts import EXPERT_WEIGHTS, layer_weights, num_parameters
 
 _START_MULTIPLE = 64
 _BUCKET_MULTIPLE = 128
@@ -81,7 +82,8 @@ class Grid:
 
 def layer_shards(architecture: Architecture, parallel: ParallelConfig, *, kind: LayerKind) -> list[Shard]:
     """List one layer's parameters as a rank holds them."""
-    weights = architecture.layer_weights(
+    weights = layer_weights(
+        architecture,
         kind=kind,
         tensor_ranks=parallel.tensor_model_parallel_size,
         expert_tensor_ranks=parallel.expert_tensor_parallel_size,
@@ -150,7 +152,7 @@ def trained_shards(architecture: Architecture, grid: Grid, stage: int) -> list[l
 def num_trained(architecture: Architecture, adapters: AdapterSettings | None) -> int:
     """Count what is trained of the whole model, and so saved -> int."""
     if adapters is None:
-        return architecture.num_parameters()
+        return num_parameters(architecture)
     experts = architecture.num_moe_experts or 0
     return architecture.num_layers * sum(
         rows * columns * (experts if module.is_expert else 1)

@@ -15,6 +15,7 @@ from megatron_sppo.planning.memory import StageMemory, stage_memory
 from megatron_sppo.planning.parameters import Grid
 from megatron_sppo.planning.timing import StepTime, stage_seconds, step_time, workload
 from megatron_sppo.training.layout import check_layout
+from megatron_sppo.weight_counts import num_parameters
 
 _BUBBLE_WORTH_A_WORD = 0.2
 
@@ -76,7 +77,7 @@ def make_report(config: PlanConfig, *, config_file: Path | None) -> Report:
     return Report(
         model=model,
         architecture=architecture,
-        num_parameters=architecture.num_parameters(),
+        num_parameters=num_parameters(architecture),
         config=config,
         plans=tuple(make_plan(architecture, config, world_size=size) for size in sizes),
     )

@@ -9,6 +9,7 @@ from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.planning.communication import Traffic, step_traffic
 from megatron_sppo.planning.config import MachineConfig, PlanConfig
 from megatron_sppo.planning.parameters import Grid
+from megatron_sppo.weight_counts import num_parameters
 
 _TERA = 1e12
 _PAIRRM_BACKBONE = 304e6
@@ -182,7 +183,7 @@ def stage_seconds(architecture: Architecture, config: PlanConfig, grid: Grid, st
 def _rollout_seconds(architecture: Architecture, config: PlanConfig, grid: Grid) -> float:
     """Time the sampling: a decoding step reads all weights and its answers' keys and values once -> seconds."""
     machine, given = config.machine, config.workload
-    weights = 2 * architecture.num_parameters()
+    weights = 2 * num_parameters(architecture)
     size = 1
     while weights / size > _SAMPLER_SHARE * machine.gpu_memory_gb * 1e9 and size < machine.gpus_per_node:
         size *= 2

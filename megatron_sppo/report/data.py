@@ -16,7 +16,7 @@ from megatron_sppo.evaluation.result_file import RESULT_KEY, RESULT_NAME, SCHEMA
 from megatron_sppo.json_files import read_json
 from megatron_sppo.report.tokens import TokenAnswer, read_token_answers
 from megatron_sppo.rollout.records import RolloutGroup, Turn, read_manifest, read_shard
-from megatron_sppo.selfplay.commands import RunPaths
+from megatron_sppo.selfplay.paths import RunPaths
 from megatron_sppo.selfplay.stages import read_state
 from megatron_sppo.selfplay.summary import METRICS_NAME, SKIPPED_METRIC, read_json_lines, read_summary
 from megatron_sppo.storage import contained

@@ -18,7 +18,7 @@ from megatron_sppo.report.judge import judge_figure
 from megatron_sppo.report.tokens import CSS as TOKEN_CSS
 from megatron_sppo.report.tokens import token_html
 from megatron_sppo.report.tournament import tournament_figure
-from megatron_sppo.selfplay.commands import REPORT_NAME
+from megatron_sppo.selfplay.paths import REPORT_NAME
 from megatron_sppo.selfplay.summary import rate_text
 from megatron_sppo.storage import atomic_file
 

@@ -18,8 +18,9 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from megatron_sppo.rollout.records import Turn, text_fault
+from megatron_sppo.rollout.records import Turn
 from megatron_sppo.rollout.table_files import UnusableRow
+from megatron_sppo.rollout.texts import text_fault
 
 PROMPT_COLUMNS = frozenset(
     {"prompt", "messages", "conversations", "conversation", "instruction", "question", "problem", "chosen", "rejected"}

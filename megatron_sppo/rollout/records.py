@@ -19,6 +19,7 @@ import msgspec
 
 from megatron_sppo.errors import DataError
 from megatron_sppo.json_files import read_json_as, write_json
+from megatron_sppo.rollout.texts import text_fault
 from megatron_sppo.storage import atomic_file, contained
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -396,14 +397,3 @@ def text_fault_of_group(group: RolloutGroup) -> str | None:
     texts += [(f"messages[{number}]", turn["content"]) for number, turn in enumerate(group.messages)]
     texts += [(f"responses[{number}]", response.text) for number, response in enumerate(group.responses)]
     return next((f"{place} {fault}" for place, text in texts if (fault := text_fault(text)) is not None), None)
-
-
-def text_fault(text: str) -> str | None:
-    """Say what no tokenizer and no file can hold of a text -> one clause, or None."""
-    if "\x00" in text:
-        return "holds a NUL character"
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"holds half a surrogate pair at character {error.start}"
-    return None

@@ -22,15 +22,9 @@ from megatron_sppo.rollout.records import read_rollouts
 from megatron_sppo.rollout.server import check_takes_policies
 from megatron_sppo.selfplay import config as settings
 from megatron_sppo.selfplay import summary
-from megatron_sppo.selfplay.commands import (
-    REPORT_NAME,
-    RunPaths,
-    check_stages,
-    iteration_stages,
-    report_command,
-    start_stages,
-)
+from megatron_sppo.selfplay.commands import check_stages, iteration_stages, report_command, start_stages
 from megatron_sppo.selfplay.config import SelfPlayConfig
+from megatron_sppo.selfplay.paths import REPORT_NAME, RunPaths
 from megatron_sppo.selfplay.process import interruptible, kept_process
 from megatron_sppo.selfplay.prompt_parts import divide_prompts, hash_of_prompts, refuse_uncheckable, write_prompts
 from megatron_sppo.selfplay.retention import retire_iterations

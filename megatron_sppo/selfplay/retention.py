@@ -1,7 +1,8 @@
 """What `--keep-last` removes of older iterations: weights and optimizer, which no later stage reads."""
 
-from megatron_sppo.selfplay.commands import RunPaths, iteration_stages
+from megatron_sppo.selfplay.commands import iteration_stages
 from megatron_sppo.selfplay.config import SelfPlayConfig
+from megatron_sppo.selfplay.paths import RunPaths
 from megatron_sppo.selfplay.stages import StageMachine
 
 _ITERATIONS = "iter_*"

@@ -9,8 +9,8 @@ from typing import Any
 from megatron_sppo.config import to_dict
 from megatron_sppo.errors import DataError
 from megatron_sppo.json_files import read_json, write_json
-from megatron_sppo.selfplay.commands import REPORT_NAME, RunPaths
 from megatron_sppo.selfplay.config import SelfPlayConfig
+from megatron_sppo.selfplay.paths import REPORT_NAME, RunPaths
 from megatron_sppo.selfplay.status import last_metrics
 from megatron_sppo.storage import atomic_directory, atomic_file
 from megatron_sppo.tracking.run import start

@@ -22,10 +22,10 @@ from torch import Tensor
 from megatron_sppo.data.microbatch import MicroBatch
 from megatron_sppo.errors import DataError, MachineError, some_of
 from megatron_sppo.training import parallel
-from megatron_sppo.training.batches import StepPlan
 from megatron_sppo.training.policy import Policy
 from megatron_sppo.training.progress import Progress
 from megatron_sppo.training.safety_config import SafetyConfig
+from megatron_sppo.training.step_plan import StepPlan
 from megatron_sppo.training.telling import Told
 
 logger = logging.getLogger(__name__)
@@ -272,15 +272,10 @@ def _ingredients(plan: StepPlan, batch: MicroBatch, log_prob_N: Tensor) -> dict[
         **others,
         "the win rate": targets.win_rate,
         "log Z": targets.log_z,
-        "log pi_theta": log_prob_N[torch.from_numpy(_positions(plan, batch.rows.numpy()))],
+        "log pi_theta": log_prob_N[torch.from_numpy(plan.positions(batch.rows.numpy()))],
     }
 
 
-def _positions(plan: StepPlan, rows: np.ndarray) -> np.ndarray:
-    order = np.argsort(plan.rows)
-    return order[np.searchsorted(plan.rows, rows, sorter=order)]
-
-
 def _names(plan: StepPlan, rows: np.ndarray) -> str:
-    names = [f"{plan.group[position]}/{plan.response[position]}" for position in _positions(plan, rows)]
+    names = [f"{plan.group[position]}/{plan.response[position]}" for position in plan.positions(rows)]
     return some_of(names, most=_MOST_ROWS)

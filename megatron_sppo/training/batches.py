@@ -9,12 +9,10 @@ import logging
 import math
 import operator
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_sppo import flops
 from megatron_sppo.data.dataset import PreferenceDataset
@@ -36,36 +34,11 @@ from megatron_sppo.objective.win_rate import estimated_baseline_over_eta
 from megatron_sppo.training import parallel
 from megatron_sppo.training.config import TrainingConfig
 from megatron_sppo.training.context_parallel import columns_of_rank
+from megatron_sppo.training.step_plan import StepPlan
 
 logger = logging.getLogger(__name__)
 
 # N = responses of the global batch
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepPlan:
-    """One optimizer step: the whole global batch by description, this rank's part of it by tensors."""
-
-    rows: np.ndarray
-    """[N] int64, rows of the training index."""
-    group: np.ndarray
-    """[N] prompt group of each row."""
-    response: np.ndarray
-    """[N] which of the group's K responses."""
-    targets: Targets
-    """[N]."""
-    num_response_tokens: Tensor
-    """[N] int64."""
-    num_tokens: int
-    """Real tokens of the global batch: each response with its prompt."""
-    num_computed_tokens: int
-    """Those that pass through the model: fewer where responses share a prompt."""
-    attended_positions: int
-    """Positions that all positions see, n (n + 1) / 2 of n tokens, for FLOPs; of a shared prompt once."""
-    micro_batches: list[MicroBatch]
-    """This data-parallel rank's share."""
-    padding_fraction: float
-    """Share of this rank's computed tokens that are padding."""
 
 
 class Batches:

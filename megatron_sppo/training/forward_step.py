@@ -14,9 +14,9 @@ from megatron_sppo.data.microbatch import MicroBatch
 from megatron_sppo.model import gpt
 from megatron_sppo.objective import sequence_sums
 from megatron_sppo.training import parallel
-from megatron_sppo.training.batches import StepPlan
 from megatron_sppo.training.config import ObjectiveConfig
 from megatron_sppo.training.policy import Policy
+from megatron_sppo.training.step_plan import StepPlan
 from megatron_sppo.training.watchdog import beat
 
 # B = sequences of a micro-batch, R = response tokens, N = responses of a global batch
@@ -125,9 +125,8 @@ def _run_micro_batches(policy: Policy, plan: StepPlan, *, loss: Loss, forward_on
     reports = run_schedule(policy, plan.micro_batches, partial(sppo_forward_step, loss=loss), forward_only=forward_only)
     told_2N = torch.zeros(2, len(plan.rows), dtype=torch.float64, device=parallel.device())
     if parallel.reports_results():
-        order = np.argsort(plan.rows)
         rows = np.concatenate([report["rows"].numpy() for report in reports])
-        position = torch.from_numpy(order[np.searchsorted(plan.rows, rows, sorter=order)])
+        position = torch.from_numpy(plan.positions(rows))
         told = torch.cat([report["told"] for report in reports], dim=1)
         told_2N.index_copy_(1, parallel.to_device(position), told.double())
     return told_2N

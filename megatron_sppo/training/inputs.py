@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_sppo.architecture import FILE_NAME as ARCHITECTURE_FILE
-from megatron_sppo.architecture import Architecture, read_architecture
+from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints import adapter_file, distcp, megatron_checkpoint
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
 from megatron_sppo.checkpoints.items import Items
@@ -23,6 +22,8 @@ from megatron_sppo.flops import crossover_length
 from megatron_sppo.locks import lock_until_exit
 from megatron_sppo.model.config import check_divisibility
 from megatron_sppo.model.transformer_engine import check_machine
+from megatron_sppo.model_file import FILE_NAME as ARCHITECTURE_FILE
+from megatron_sppo.model_file import read_architecture
 from megatron_sppo.storage import refuse_foreign, remove_stale_temporaries
 from megatron_sppo.tracking.run import TrackedRun, start
 from megatron_sppo.training import grace, parallel

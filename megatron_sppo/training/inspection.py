@@ -22,10 +22,11 @@ from megatron_sppo.data.microbatch import MicroBatch
 from megatron_sppo.errors import DataError
 from megatron_sppo.storage import atomic_file, refuse_foreign_file
 from megatron_sppo.training import checkpoint, inputs, parallel
-from megatron_sppo.training.batches import Batches, StepPlan
+from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import InspectionConfig, ObjectiveConfig
 from megatron_sppo.training.forward_step import run_schedule, stage_output
 from megatron_sppo.training.policy import Policy, build_policy
+from megatron_sppo.training.step_plan import StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -97,10 +98,10 @@ def token_log_probs(policy: Policy, batches: Batches, plan: StepPlan) -> list[np
     first_N = np.cumsum(lengths_N) - lengths_N
     everything = torch.zeros(int(lengths_N.sum()), dtype=torch.float64)
     if parallel.reports_tokens():
-        order = np.argsort(plan.rows)
         for report in reports:
-            position = order[np.searchsorted(plan.rows, report["row_R"].cpu().numpy(), sorter=order)]
-            place_R = torch.from_numpy(first_N[position]) + report["offset_R"].cpu()
+            place_R = (
+                torch.from_numpy(first_N[plan.positions(report["row_R"].cpu().numpy())]) + report["offset_R"].cpu()
+            )
             everything[place_R] = report["log_prob_R"].double().cpu()
     values = parallel.sum_over_world(everything.to(parallel.device())).float().cpu().numpy()
     return np.split(values, first_N[1:])

@@ -17,7 +17,6 @@ from megatron_sppo.model.transformer_config import bfloat16_products
 from megatron_sppo.tracking.run import TrackedRun
 from megatron_sppo.training import parallel
 from megatron_sppo.training.bad_steps import Fault, GradientWatch, GuardedOptimizer, Referee
-from megatron_sppo.training.batches import StepPlan
 from megatron_sppo.training.config import TrainingConfig
 from megatron_sppo.training.forward_step import gradient_step, log_probs, objective_terms
 from megatron_sppo.training.grace import Grace, checkpoint_bytes
@@ -26,6 +25,7 @@ from megatron_sppo.training.policy import Policy
 from megatron_sppo.training.progress import Progress
 from megatron_sppo.training.replicas import ReplicaCheck
 from megatron_sppo.training.saving import Saver
+from megatron_sppo.training.step_plan import StepPlan
 from megatron_sppo.training.stopping import StopRequest
 from megatron_sppo.training.telemetry import GpuSampler, Stragglers, flops_metrics
 from megatron_sppo.training.telling import Said, Told, tell

@@ -25,8 +25,9 @@ from typing import Any
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from megatron_sppo.command_line import EXIT_HANG, launch
+from megatron_sppo.command_line import launch
 from megatron_sppo.errors import some_of
+from megatron_sppo.hangs import end_hanging, write_stacks
 from megatron_sppo.training import parallel
 from megatron_sppo.training.config import TrainingConfig
 
@@ -166,8 +167,7 @@ class _Watch:
 
     def _end_with(self, verdict: dict[str, Any]) -> None:
         """Write this rank's stacks, tell where it is, let the judge speak, and end the process."""
-        with contextlib.suppress(OSError):
-            self._write_stacks()
+        self._write_stacks()
         self._store.set(f"stack {self._place.rank}", json.dumps(self._position()))
         patience = time.monotonic() + min(10.0, max(2.0, 2 * self._interval))
         if verdict["judge"] == self._place.rank:
@@ -181,7 +181,7 @@ class _Watch:
         with contextlib.suppress(RuntimeError):  # the store's holder has left already
             while time.monotonic() < patience + 1 and not self._store.check(["said"]):
                 time.sleep(_POLL_SECONDS)
-        self._leave()
+        end_hanging("")  # forked writers die with this process (saving.py)
 
     def _say(self, ages: dict[str, float]) -> None:
         """Name the ranks that the others wait for, with their stacks: the last line of the job."""
@@ -233,28 +233,16 @@ class _Watch:
         }
 
     def _write_stacks(self) -> None:
-        self._directory.mkdir(exist_ok=True)
-        path = self._directory / f"rank_{self._place.rank:05d}.txt"
-        path.unlink(missing_ok=True)  # it may be a link to another file
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(f"rank {self._place.rank} on {self._host}, pid {os.getpid()}, in {_beat.phase}\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
+        title = f"rank {self._place.rank} on {self._host}, pid {os.getpid()}, in {_beat.phase}"
+        write_stacks(self._directory / f"rank_{self._place.rank:05d}.txt", title=title)
 
     def _end_without_store(self, error: RuntimeError) -> None:
         """Say that nobody can be asked; every rank does."""
-        with contextlib.suppress(OSError):
-            self._write_stacks()
+        self._write_stacks()
         holder = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        sys.stderr.write(
+        end_hanging(
             f"{self._name}: error: the job hangs: the store at {holder}, which rank 0 or its launcher holds, has not "
             f"answered for {self._seconds:.0f} s ({str(error).splitlines()[0]}), and rank {self._place.rank} is in "
             f"{_beat.phase}. Its stacks are in {self._directory}. Look at that machine, and run the same command "
-            "again.\n"
+            "again."
         )
-        sys.stderr.flush()
-        self._leave()
-
-    def _leave(self) -> None:
-        # The main thread is stuck, so nothing unwinds; forked writers die with this process (saving.py).
-        os._exit(EXIT_HANG)

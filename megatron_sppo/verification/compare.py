@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.distcp import METADATA_FILE
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, GENERATION_FILE, read_config
@@ -30,6 +29,7 @@ from megatron_sppo.conversion.megatron_model import OpenedMegatron, different_fi
 from megatron_sppo.conversion.sources import open_source
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.json_files import read_json
+from megatron_sppo.model_file import FILE_NAME as MODEL_FILE
 from megatron_sppo.verification.logits import Model, compare_models, logit_faults, logit_summary
 from megatron_sppo.verification.probes import compare_texts, prompt_token_ids
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
-from megatron_sppo.architecture import read_architecture
 from megatron_sppo.checkpoints.megatron_checkpoint import HF_DIRECTORY
 from megatron_sppo.checkpoints.pretrained import UNUSABLE
 from megatron_sppo.checkpoints.tokenizer import (
@@ -20,6 +18,8 @@ from megatron_sppo.checkpoints.tokenizer import (
 )
 from megatron_sppo.command_line import one_line
 from megatron_sppo.errors import DataError
+from megatron_sppo.model_file import FILE_NAME as MODEL_FILE
+from megatron_sppo.model_file import read_architecture
 from megatron_sppo.rollout.prompts import read_prompts
 from megatron_sppo.rollout.records import Turn
 from megatron_sppo.rollout.template_process import TemplateRefusal, render

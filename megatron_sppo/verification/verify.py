@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from megatron_sppo.architecture import FILE_NAME as MODEL_FILE
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
 from megatron_sppo.checkpoints.megatron_checkpoint import resolve_checkpoint
 from megatron_sppo.checkpoints.side_files import check_side_files
@@ -24,8 +23,10 @@ from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, different_fields, open_megatron
 from megatron_sppo.conversion.sources import open_source
 from megatron_sppo.errors import ConversionError
+from megatron_sppo.model_file import FILE_NAME as MODEL_FILE
 from megatron_sppo.verification.logits import Model, compare_models, logit_faults, logit_summary
 from megatron_sppo.verification.probes import compare_tokenizers, prompt_token_ids
+from megatron_sppo.weight_counts import num_parameters
 
 SCHEMA_VERSION = 1
 
@@ -68,7 +69,7 @@ def verify(
                 max_position_embeddings=opened.architecture.max_position_embeddings,
             ),
             architecture=opened.architecture,
-            num_parameters=opened.architecture.num_parameters(),
+            num_parameters=num_parameters(opened.architecture),
             dtype=dtype,
             layerwise=layerwise,
         )

@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_sppo.architecture import Architecture, read_architecture
+from megatron_sppo.architecture import Architecture
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.data.reference_file import MANIFEST_NAME, read_reference
 from megatron_sppo.json_files import read_json
+from megatron_sppo.model_file import read_architecture
 from tests.distributed.conftest import write_dataset
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_pretrain import metrics

@@ -18,11 +18,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sppo.architecture import read_architecture
 from megatron_sppo.checkpoints.adapter_file import AdaptedModule, adapted_modules, read_adapter, resolve_targets
 from megatron_sppo.checkpoints.distcp import DistcpReader
 from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.data.dataset import PreferenceDataset
+from megatron_sppo.model_file import read_architecture
 from tests.distributed.conftest import all_layouts, write_dataset
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_layouts import CP2, FULL, OVERLAP, PADDED, PP2, SELECTIVE, SHARDED, SP, TP2, VPP2

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from megatron_sppo.architecture import read_architecture
 from megatron_sppo.checkpoints import distcp
 from megatron_sppo.checkpoints.adapter_file import adapted_modules, read_adapter
 from megatron_sppo.checkpoints.distcp import DistcpReader
 from megatron_sppo.conversion.convert import import_checkpoint
+from megatron_sppo.model_file import read_architecture
 from tests.distributed.conftest import all_layouts, write_dataset
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_async_saves import KILLS, live_and_die, numbers

@@ -60,6 +60,13 @@ LAYOUTS = {
             "--decoder-first-pipeline-num-layers 2",
         )
     },
+    "ministral3": {
+        "CP2 padded": (2, f"{CP2} --no-packing"),
+        "shared TP2 CP2 SP": (
+            4,
+            f"{SHARED} --context-parallel-size 2 --tensor-model-parallel-size 2 --sequence-parallel",
+        ),
+    },
     "mistral, window": {
         "CP2 padded": (2, f"{CP2} --no-packing"),
         "shared TP2 CP2 SP": (

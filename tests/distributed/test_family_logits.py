@@ -85,10 +85,10 @@ def _logits(checkpoint: Path, layout: Any, tokens_BS: torch.Tensor) -> Answer | 
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
-    from megatron_sppo.architecture import read_architecture
     from megatron_sppo.model import gpt
     from megatron_sppo.model.config import ModelConfig
     from megatron_sppo.model.zigzag import zigzag_positions
+    from megatron_sppo.model_file import read_architecture
     from megatron_sppo.training import parallel
     from megatron_sppo.training.checkpoint import load_weights
     from megatron_sppo.training.layout import check_layout

@@ -15,9 +15,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from megatron_sppo.architecture import read_architecture
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.errors import ConversionError
+from megatron_sppo.model_file import read_architecture
 from megatron_sppo.verification import verify as verification
 from tests.distributed.conftest import write_dataset
 from tests.distributed.harness import run_ranks

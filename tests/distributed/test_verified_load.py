@@ -72,7 +72,7 @@ def item_bytes(checkpoint: Path, *, weights: bool) -> int:
 def load(argv: list[str], checkpoint: str, resumes: bool) -> dict[str, int]:
     """Load weights, or all that a run goes on with -> the bytes that this rank read and hashed for it."""
     from megatron_sppo import config as configuration
-    from megatron_sppo.architecture import read_architecture
+    from megatron_sppo.model_file import read_architecture
     from megatron_sppo.training import checkpoint as training_checkpoint
     from megatron_sppo.training import parallel
     from megatron_sppo.training.config import TrainingConfig

@@ -1,28 +1,53 @@
-"""Training as processes of its own, forked from one that has imported torch, Megatron-Core and training once.
+"""Commands as processes of their own, forked from one that has imported what they need once.
 
-What is forked runs examples/pretrain_sppo.py from its first line, and is killed and stopped as any process. Its command
-line is the server's: who has it still open is asked of its files.
+What is forked runs a script from its first line, and is killed and stopped as any process. So do the stages that a loop
+starts: it forks them itself, as it would start them anew, with sessions, signals and files of theirs. What differs is
+that their modules are there before their first line, and that their command line in /proc is the server's: who has a
+file open is asked of its files.
 """
 
+import atexit
 import contextlib
+import logging
 import multiprocessing
 import os
+import random
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples/pretrain_sppo.py"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "examples/pretrain_sppo.py"
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     [
         "megatron.core.optimizer",
         "megatron.core.dist_checkpointing.strategies.torch",
+        "megatron_sppo.__main__",
+        "megatron_sppo.commands.convert",
+        "megatron_sppo.commands.evaluate",
+        "megatron_sppo.commands.inspect",
+        "megatron_sppo.commands.report",
+        "megatron_sppo.commands.score",
+        "megatron_sppo.commands.self_play",
+        "megatron_sppo.commands.train",
+        "megatron_sppo.conversion.convert",
+        "megatron_sppo.judge.evaluation",
+        "megatron_sppo.judge.score",
+        "megatron_sppo.report.page",
+        "megatron_sppo.rollout.generate",
+        "megatron_sppo.selfplay.loop",
         "megatron_sppo.training.checkpoint",
         "megatron_sppo.training.inputs",
+        "megatron_sppo.training.inspection",
         "megatron_sppo.training.loop",
         "megatron_sppo.training.optimizer",
         "megatron_sppo.training.other_references",
@@ -33,14 +58,20 @@ _CONTEXT.set_forkserver_preload(
 )
 
 
-class Training:
-    """A run under way; its methods are those of `subprocess.Popen`."""
+class Forked:
+    """A script under way; its methods are those of `subprocess.Popen`."""
 
-    def __init__(self, arguments: Sequence[object], environment: Mapping[str, str] | None = None) -> None:
-        descriptor, name = tempfile.mkstemp()
-        os.close(descriptor)
-        self._said = Path(name)
-        given = (list(map(str, arguments)), {**os.environ, **(environment or {})}, name)
+    def __init__(
+        self,
+        script: Path,
+        arguments: Sequence[object],
+        environment: Mapping[str, str] | None = None,
+        *,
+        directory: Path = ROOT,
+        stderr: Path | None = None,
+    ) -> None:
+        self._said = _empty_file(), stderr or _empty_file()
+        given = (script, list(map(str, arguments)), {**os.environ, **(environment or {})}, directory, self._said)
         self._process = _CONTEXT.Process(target=_main, args=given)
         self._process.start()
         assert self._process.pid is not None
@@ -61,13 +92,21 @@ class Training:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
-    def communicate(self, timeout: float | None = None) -> tuple[None, str]:
-        """Wait for its end -> (None, what it said on stderr)."""
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for its end -> (what it said on stdout, on stderr)."""
         self.wait(timeout)
         with contextlib.suppress(FileNotFoundError):
-            self._text = self._said.read_text()
-            self._said.unlink()
-        return None, self._text
+            self._texts = self._said[0].read_text(), self._said[1].read_text()
+            for path in self._said:
+                path.unlink()
+        return self._texts
+
+
+class Training(Forked):
+    """A run of training under way."""
+
+    def __init__(self, arguments: Sequence[object], environment: Mapping[str, str] | None = None) -> None:
+        super().__init__(SCRIPT, arguments, environment)
 
 
 def hear_signals() -> None:
@@ -76,15 +115,102 @@ def hear_signals() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def _main(arguments: list[str], environment: dict[str, str], said: str) -> None:
+def _empty_file() -> Path:
+    descriptor, name = tempfile.mkstemp()
+    os.close(descriptor)
+    return Path(name)
+
+
+def _main(
+    script: Path, arguments: list[str], environment: dict[str, str], directory: Path, said: tuple[Path, Path]
+) -> None:
     hear_signals()
     os.environ.clear()
     os.environ.update(environment)
-    nothing, errors = os.open(os.devnull, os.O_RDWR), os.open(said, os.O_WRONLY)
-    for descriptor, number in ((nothing, 0), (nothing, 1), (errors, 2)):
+    os.chdir(directory)
+    places = (os.devnull, *said)
+    for number, descriptor in enumerate([os.open(place, os.O_RDWR | os.O_CREAT, 0o600) for place in places]):
         os.dup2(descriptor, number)
-    sys.argv = [str(SCRIPT), *arguments]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    subprocess.Popen = ForkingPopen  # type: ignore[misc]
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+class ForkingPopen(subprocess.Popen[Any]):
+    """Starts the package's commands, and scripts, of this Python by a fork; all else as ever."""
+
+    def _execute_child(self, *given: Any) -> None:
+        """Fork where `subprocess` (3.11 to 3.13) forks and executes; the order of arguments is its own."""
+        command, _executable, preexec_fn, _close, pass_fds, cwd, env = given[:7]
+        child_ends, new_session = (given[10], given[13], given[15]), given[21]
+        if isinstance(command, str) or not _is_ours(command) or pass_fds:
+            super()._execute_child(*given)  # type: ignore[misc]
+            return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _be(command, env, cwd, child_ends, preexec_fn, new_session=new_session)
+        self._child_created = True
+        self._close_pipe_fds(*given[10:16])  # type: ignore[attr-defined]
+
+
+def _is_ours(command: Sequence[str]) -> bool:
+    words = [str(word) for word in command[:3]]
+    return words[0] == sys.executable and (words[1:] == ["-m", "megatron_sppo"] or words[1].endswith(".py"))
+
+
+def _be(
+    command: Sequence[str],
+    environment: Mapping[str, str] | None,
+    directory: str | None,
+    descriptors: tuple[int, ...],
+    preexec_fn: Callable[[], object] | None,
+    *,
+    new_session: bool,
+) -> NoReturn:
+    """Be a command from its first line to its exit; nothing of the process that forked it is seen or undone."""
+    code: object = 1
+    try:
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if new_session:
+            os.setsid()
+        if preexec_fn is not None:
+            preexec_fn()
+        for number, descriptor in enumerate(descriptors):
+            if descriptor >= 0:
+                os.dup2(descriptor, number)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 1 << 16 else 1 << 16)
+        if directory is not None:
+            os.chdir(directory)
+        if environment is not None:
+            os.environ.clear()
+            os.environ.update(environment)
+        atexit._clear()
+        logging.root.handlers.clear()
+        random.seed()
+        is_module = command[1] == "-m"
+        sys.argv = [str(word) for word in command[2 if is_module else 1 :]]
+        if is_module:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as left:
+        code = left.code
+    except BaseException:  # noqa: BLE001 (as Python itself at its end)
+        traceback.print_exc()
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    if isinstance(code, str):
+        sys.stderr.write(f"{code}\n")
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(int(code or 0) & 0xFF)  # type: ignore[call-overload]
 
 
 def open_files(directory: Path) -> list[str]:

@@ -1,7 +1,9 @@
 """Proves: the whole loop, every stage its real command, on a tiny random Llama with a sampler that needs no model.
 
 It runs, says so when it is finished, and after kill -9 in any stage the same command ends with the same files.
-Not proved here: vLLM (tests/e2e of the rollouts), or that anything is learnt: the sampler does not read the weights.
+Loops and their stages are forked from a process that has imported what they need (forked.py), but where they fail or
+meet what only a start can bring; test_self_play_adapters and others start them all. Not proved here: vLLM (tests/e2e of
+the rollouts), or that anything is learnt: the sampler does not read the weights.
 """
 
 import hashlib
@@ -12,12 +14,14 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.commands import run_here
+from tests.e2e.forked import Forked
 from tests.models import tiny_llama
 from tests.reliability.disturbances import ENDINGS, live
 from tests.reliability.tally import Tally
@@ -91,6 +95,20 @@ def refusal(inputs: Path, run_dir: Path, *flags: str) -> str:
 
 
 def self_play(inputs: Path, run_dir: Path, *flags: str) -> subprocess.CompletedProcess:
+    """Run the loop, forked as its stages are -> its exit code and what it said."""
+    words = command(inputs, run_dir, *flags)
+    loop = Forked(Path(words[1]), words[2:], environment(), directory=run_dir.parent)
+    out, err = loop.communicate(timeout=500)
+    return subprocess.CompletedProcess(words, loop.wait(), out, err)
+
+
+def begin(words: list[str], *, said: Path, environment: Mapping[str, str], directory: Path) -> Forked:
+    """Fork what `command` gives, its words on stderr into a file -> the loop under way."""
+    return Forked(Path(words[1]), words[2:], environment, directory=directory, stderr=said)
+
+
+def started_anew(inputs: Path, run_dir: Path, *flags: str) -> subprocess.CompletedProcess:
+    """Run the loop as a user starts it -> its exit code and what it said."""
     return subprocess.run(
         command(inputs, run_dir, *flags),
         capture_output=True,
@@ -236,7 +254,7 @@ def test_a_failing_stage_s_own_words_are_passed_on(inputs: Path, tmp_path: Path)
     model = tmp_path / "model"
     shutil.copytree(inputs / "model", model)
     (model / "model.safetensors").write_bytes(b"no tensors")
-    outcome = self_play(inputs, tmp_path / "run", "--model", str(model))
+    outcome = started_anew(inputs, tmp_path / "run", "--model", str(model))
     assert outcome.returncode == 2
     assert last_line(outcome).startswith(
         "self_play.py: error: import failed (exit code 2): megatron-sppo convert: error: "
@@ -283,6 +301,7 @@ def test_a_loop_disturbed_in_every_stage_ends_with_the_same_files(
                 seconds=0,
                 operations=9,
                 stage=name,
+                begin=begin,
             )
             assert code in (ENDINGS[disturbance] or (0,)), f"{disturbance} in {name}: exit code {code}, {said}"
     outcome = self_play(inputs, run_dir)

@@ -7,8 +7,9 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 STARTUP = Path(__file__).with_name("startup")
 SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "SIGHUP": signal.SIGHUP}
@@ -38,6 +39,7 @@ def live(
     seconds: float,
     operations: int = 120,
     stage: str | None = None,
+    begin: Callable[..., Any] | None = None,
 ) -> tuple[int, str]:
     """Run the loop's command and disturb it -> its exit code, the last line that it said.
 
@@ -45,6 +47,7 @@ def live(
         seconds: within which a signal comes.
         operations: of a process, within which a disk begins to fail.
         stage: when it has begun, the signal comes soon, or the stage dies; None: at any time.
+        begin: another way to start the command, as `_start`, of a life that nothing befalls at its start.
     """
     extra = {}
     if disturbance in DISKS:
@@ -57,27 +60,33 @@ def live(
         extra = {"CLOCK_JUMPS": str(dice.randint(0, 10**6))}
     if extra:
         extra["PYTHONPATH"] = os.pathsep.join([str(STARTUP), environment["PYTHONPATH"]])
-    with open(run_dir.with_name(f"{run_dir.name}.said"), "w+") as said:
-        loop = subprocess.Popen(
+    said = run_dir.with_name(f"{run_dir.name}.said")
+    start = _start if begin is None or extra else begin
+    loop = start(command, said=said, environment={**environment, **extra}, directory=run_dir.parent)
+    if disturbance in SIGNALS or disturbance == "dead stage":
+        _wait(loop, run_dir, stage, until=time.monotonic() + (300 if stage else dice.random() * seconds))
+        time.sleep(dice.random() * 0.5)
+        if disturbance in SIGNALS:
+            loop.send_signal(SIGNALS[disturbance])
+        elif (pid := _stage_process(run_dir, stage)) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    code = loop.wait(timeout=900)
+    return code, (said.read_text().splitlines() or [""])[-1]
+
+
+def _start(
+    command: Sequence[str], *, said: Path, environment: Mapping[str, str], directory: Path
+) -> subprocess.Popen[bytes]:
+    with open(said, "w") as errors:
+        return subprocess.Popen(
             command,
             stdout=subprocess.DEVNULL,
-            stderr=said,
-            env={**environment, **extra},
-            cwd=run_dir.parent,
+            stderr=errors,
+            env=environment,
+            cwd=directory,
             preexec_fn=_hear_signals,
         )
-        if disturbance in SIGNALS or disturbance == "dead stage":
-            _wait(loop, run_dir, stage, until=time.monotonic() + (300 if stage else dice.random() * seconds))
-            time.sleep(dice.random() * 0.5)
-            if disturbance in SIGNALS:
-                loop.send_signal(SIGNALS[disturbance])
-            elif (pid := _stage_process(run_dir, stage)) is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-        code = loop.wait(timeout=900)
-        said.seek(0)
-        lines = said.read().splitlines()
-    return code, (lines or [""])[-1]
 
 
 def _hear_signals() -> None:
@@ -86,7 +95,7 @@ def _hear_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _wait(loop: subprocess.Popen, run_dir: Path, stage: str | None, *, until: float) -> None:
+def _wait(loop: Any, run_dir: Path, stage: str | None, *, until: float) -> None:
     while loop.poll() is None and time.monotonic() < until:
         if stage is not None and _stage_process(run_dir, stage) is not None:
             return

@@ -17,7 +17,6 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from megatron_sppo.architecture import read_architecture
 from megatron_sppo.checkpoints.adapter_file import read_adapter
 from megatron_sppo.checkpoints.digests import read_digests
 from megatron_sppo.checkpoints.distcp import DistcpReader
@@ -35,6 +34,7 @@ from megatron_sppo.evaluation.players import _rows as read_answers
 from megatron_sppo.json_files import sha256_of_json
 from megatron_sppo.judge.matrices import MatricesJudge
 from megatron_sppo.judge.verdict import verdict_logit
+from megatron_sppo.model_file import read_architecture
 from megatron_sppo.rollout.chat_template import TokenizedPrompt
 from megatron_sppo.rollout.config import Sampling
 from megatron_sppo.rollout.finished_shards import read_earlier_job

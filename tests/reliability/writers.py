@@ -293,7 +293,7 @@ def read_state_(inputs: Path, place: Path) -> int:
 
 
 def sum_up(inputs: Path, place: Path, version: int) -> None:
-    from megatron_sppo.selfplay.commands import RunPaths
+    from megatron_sppo.selfplay.paths import RunPaths
     from megatron_sppo.selfplay.summary import gather_metrics, write_summary
 
     paths = RunPaths(run_dir=place)
@@ -314,7 +314,7 @@ def read_summed(inputs: Path, place: Path) -> int:
 
 def write_events(inputs: Path, place: Path, version: int) -> None:
     """TensorBoard's own writer, whose file is named by time, host and process: here by nothing."""
-    from megatron_sppo.selfplay.commands import RunPaths
+    from megatron_sppo.selfplay.paths import RunPaths
     from megatron_sppo.selfplay.summary import write_events
 
     entry = {
@@ -471,7 +471,6 @@ WRITERS = (
 )
 
 COVERED = {
-    "architecture": "import of a model",
     "checkpoints/adapter_file": "import of an adapter",
     "checkpoints/distcp_writer": "import of a model",
     "checkpoints/file_digests": "cache of digests",
@@ -481,7 +480,6 @@ COVERED = {
     "checkpoints/safetensors_file": "export of an adapter",
     "checkpoints/side_files": "export of a model",
     "checkpoints/transfer": "export of a model",
-    "cluster/own_watch": "a log, by lines",
     "cluster/progress": "progress",
     "cluster/ray_team": "a log, by lines",
     "commands/convert": "result",
@@ -495,12 +493,15 @@ COVERED = {
     "data/writer": "dataset",
     "evaluation/export": "exported answers",
     "evaluation/kit": "result",
+    "hangs": "a log, by lines",
     "json_files": "result",
     "judge/endpoint": "cache of verdicts",
     "judge/evaluation": "result",
     "judge/score": "scores",
     "judge/shard_files": "scores",
     "judge/shard_scores": "scores",
+    "locks": "rollouts",
+    "model_file": "import of a model",
     "report/page": "report",
     "rollout/finished_shards": "rollouts",
     "rollout/preferences": "imported preferences",
@@ -518,6 +519,5 @@ COVERED = {
     "training/inspection": "result",
     "training/metrics": "step files",
     "training/saving": "training",
-    "training/watchdog": "a log, by lines",
 }
 """Modules of the package that write, and who of the writers above stands for each; "training": that other file."""

@@ -20,11 +20,15 @@ GROUND = (
     "locks",
     "json_files",
     "command_line",
+    "hangs",
     "config",
     "config_fields",
+    "config_refusals",
     "config_text",
     "layer_parts",
     "architecture",
+    "model_file",
+    "weight_counts",
     "flops",
 )
 FLOORS = (

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sppo.architecture import read_architecture
 from megatron_sppo.checkpoints import adapter_file
 from megatron_sppo.checkpoints.hf_checkpoint import open_hf_checkpoint
 from megatron_sppo.conversion.adapters import export_adapter, import_adapter
@@ -27,6 +26,7 @@ from megatron_sppo.conversion.weights_hash import weights_hash
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import build_stage
+from megatron_sppo.model_file import read_architecture
 from megatron_sppo.training import checkpoint, parallel, policy
 from megatron_sppo.training.config import ParallelConfig
 from tests.adapters import random_adapter

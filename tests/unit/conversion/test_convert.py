@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 
-from megatron_sppo.architecture import read_architecture
 from megatron_sppo.checkpoints import distcp_writer, transfer
 from megatron_sppo.checkpoints.distcp import read_metadata
 from megatron_sppo.checkpoints.hf_writer import parse_size
@@ -27,7 +26,9 @@ from megatron_sppo.conversion import convert
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.errors import ConfigError, ConversionError, DataError
 from megatron_sppo.locks import locked, locked_place
+from megatron_sppo.model_file import read_architecture
 from megatron_sppo.verification.verify import verify
+from megatron_sppo.weight_counts import num_parameters
 from tests.models import CHAT_TEMPLATE, MIXTURES, tiny_llama
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -170,7 +171,7 @@ def test_model_json_describes_the_model_and_its_tokenizer(tmp_path: Path) -> Non
         assert tokenizer["hash"] == tokenizer_hash(hf)
         assert "chat_template.jinja" in tokenizer["files"]
     total = sum(tensor.numel() for tensor in load_file(hf / "model.safetensors").values())
-    assert architecture.num_parameters() == total
+    assert num_parameters(architecture) == total
 
 
 def test_a_template_gives_tokenizer_and_config(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_sppo.architecture import read_architecture
 from megatron_sppo.checkpoints.distcp import check_metadata
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
+from megatron_sppo.model_file import read_architecture
 from tests.distributed.harness import run_ranks
 from tests.models import MIXTURES, tiny_llama
 from tests.sharded_saves import save_by_megatron_core

@@ -25,6 +25,7 @@ from megatron_sppo.conversion.mapping import (
 )
 from megatron_sppo.errors import ConversionError
 from megatron_sppo.layer_parts import DeltaNet, LatentAttention
+from megatron_sppo.weight_counts import num_parameters
 
 
 def architecture(**changes: object) -> Architecture:
@@ -221,7 +222,7 @@ def test_the_number_of_values_is_the_architectures(families: str) -> None:
         **(LATENTS if family.latent_attention else {}),
     )
     bindings = bind(family, model)
-    expected = model.num_parameters()
+    expected = num_parameters(model)
     assert sum(torch.Size(shape).numel() for shape in hf_shapes(bindings).values()) == expected
     assert sum(torch.Size(shape).numel() for shape in megatron_shapes(bindings, model).values()) == expected
 

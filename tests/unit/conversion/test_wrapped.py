@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sppo.architecture import read_architecture
 from megatron_sppo.checkpoints.model_files import read_model_files
 from megatron_sppo.config import parse
 from megatron_sppo.conversion.adapters import import_adapter
 from megatron_sppo.conversion.complete import check_complete
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.errors import ConversionError
+from megatron_sppo.model_file import read_architecture
 from megatron_sppo.training.config import TrainingConfig
 from megatron_sppo.training.inputs import open_weights
 from megatron_sppo.verification.verify import verify

@@ -7,13 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sppo.rollout.records import (
-    RolloutGroup,
-    RolloutManifest,
-    ShardEntry,
-    write_manifest,
-    write_shard,
-)
+from megatron_sppo.rollout.records import RolloutGroup, RolloutManifest, ShardEntry, write_manifest, write_shard
 from tests.unit.judge.groups import random_group
 
 VOCAB_SIZE = 1000

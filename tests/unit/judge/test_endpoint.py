@@ -190,7 +190,7 @@ def test_a_budget_ends_the_run_in_one_line_and_the_rest_is_asked_later(server: S
 
 def test_a_busy_server_is_left_alone_as_long_as_it_asks(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("megatron_sppo.judge.endpoint.time.sleep", waits.append)
+    monkeypatch.setattr("megatron_sppo.judge.endpoint_requests.time.sleep", waits.append)
     server.faults, server.retry_after = [429], "7"
     judge_of(server, num_connections=1).judge_logits([group_of("why?", ["aaaa", "bb"])])
     assert max(waits) == pytest.approx(7.0, abs=0.1)

@@ -153,7 +153,7 @@ def test_pauses_are_kept_on_all_connections_however_they_are_written(
     server: Server, monkeypatch: pytest.MonkeyPatch, value: str, seconds: float
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("megatron_sppo.judge.endpoint.time.sleep", waits.append)
+    monkeypatch.setattr("megatron_sppo.judge.endpoint_requests.time.sleep", waits.append)
     if value == "date":
         then = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=20)
         value = email.utils.format_datetime(then, usegmt=True)
@@ -167,7 +167,7 @@ def test_pauses_are_kept_on_all_connections_however_they_are_written(
 def test_bearable_pauses_are_no_attempts_and_unbearable_ones_end_the_run(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_sppo.judge.endpoint.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("megatron_sppo.judge.endpoint_requests.time.sleep", lambda seconds: None)
     refusals = [(429, {}, {"Retry-After": "2"})] * 20
     server.answer = lambda body: refusals.pop() if refusals else longer_wins(body)
     judge_of(server, num_connections=1).judge_logits([GOOD])

@@ -1,5 +1,7 @@
 """Stored matrices as a judge: preferences come back as they were, logits under either rule, faults in one line."""
 
+import builtins
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,20 @@ def test_logits_are_handed_on_and_serve_the_official_rule(tmp_path: Path) -> Non
     judge = load_judge(write(tmp_path / "m.jsonl", {"prompt_id": "p0", "judge_logits": stored}), preset="official")
     np.testing.assert_array_equal(judge.judge_logits([group_of("why?", ["a", "b"])])[0], np.float32(stored))
     assert judge.name == "matrices:m.jsonl"
+
+
+def test_the_file_is_read_once_and_its_bytes_are_what_the_fingerprint_is_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, opened = write(tmp_path / "m.jsonl", "", {"prompt_id": "p0", "judge_logits": [[0, 1], [-1, 0]]}), []
+    original = builtins.open
+    monkeypatch.setattr(builtins, "open", lambda file, *a, **k: opened.append(str(file)) or original(file, *a, **k))
+    judge = load_judge(spec)
+    monkeypatch.undo()
+    content = {"matrices": hashlib.sha256((tmp_path / "m.jsonl").read_bytes()).hexdigest()}
+    as_written = json.dumps(content, separators=(",", ":"))
+    assert judge.fingerprint == hashlib.sha256(as_written.encode()).hexdigest()
+    assert opened.count(str(tmp_path / "m.jsonl")) == 1
 
 
 def test_preferences_are_not_put_under_a_second_rule(tmp_path: Path) -> None:

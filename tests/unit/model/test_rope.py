@@ -15,7 +15,6 @@ import transformers
 from megatron.core.models.common.embeddings import RotaryEmbedding
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_sppo.architecture import read_architecture
 from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.errors import ConfigError
@@ -24,6 +23,7 @@ from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import forward
 from megatron_sppo.model.rope import inverse_frequencies
 from megatron_sppo.model.transformer_config import transformer_config
+from megatron_sppo.model_file import read_architecture
 from megatron_sppo.training import parallel
 from megatron_sppo.training.checkpoint import load_weights
 from megatron_sppo.training.config import ParallelConfig

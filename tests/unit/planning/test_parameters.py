@@ -20,6 +20,7 @@ from megatron_sppo.planning.parameters import Grid, buffer_elements, count, stag
 from megatron_sppo.training.config import OptimizationConfig, ParallelConfig
 from megatron_sppo.training.optimizer import build_optimizer
 from megatron_sppo.training.policy import build_policy
+from megatron_sppo.weight_counts import num_parameters
 from tests.unit.planning.models import LATENTS, MIXTURE, TINY
 
 DELTA_NET = DeltaNet(
@@ -141,7 +142,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_built_in_model_has_as_many_weights_as_published(name: str) -> None:
-    assert PUBLISHED[name].num_parameters() == PUBLISHED_WEIGHTS[name]
+    assert num_parameters(PUBLISHED[name]) == PUBLISHED_WEIGHTS[name]
 
 
 @pytest.mark.parametrize(

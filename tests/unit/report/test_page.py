@@ -17,8 +17,8 @@ from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.report.data import IterationData, read_run
 from megatron_sppo.report.page import write_report
 from megatron_sppo.report.plots import regression_slope
-from megatron_sppo.selfplay.commands import RunPaths
 from megatron_sppo.selfplay.config import SelfPlayConfig
+from megatron_sppo.selfplay.paths import RunPaths
 from megatron_sppo.selfplay.summary import gather_metrics, rate_text, result_table, track, write_events
 from tests.unit.selfplay.synthetic import write_run
 

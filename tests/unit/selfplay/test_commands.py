@@ -10,8 +10,9 @@ import pytest
 
 from megatron_sppo import config as config_files
 from megatron_sppo.errors import ConfigError
-from megatron_sppo.selfplay.commands import RunPaths, iteration_stages, start_stages
+from megatron_sppo.selfplay.commands import iteration_stages, start_stages
 from megatron_sppo.selfplay.config import SelfPlayConfig
+from megatron_sppo.selfplay.paths import RunPaths
 from megatron_sppo.selfplay.stages import Stage
 
 RUN = Path("run")

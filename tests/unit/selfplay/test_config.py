@@ -14,8 +14,9 @@ from megatron_sppo.config import deciding, parse
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.config import EvaluateConfig, ScoreConfig
 from megatron_sppo.rollout.config import GenerateConfig
-from megatron_sppo.selfplay.commands import RunPaths, check_stages, iteration_stages, start_stages
+from megatron_sppo.selfplay.commands import check_stages, iteration_stages, start_stages
 from megatron_sppo.selfplay.config import LAUNCHERS, SelfPlayConfig, check_unchanged, read_record, record
+from megatron_sppo.selfplay.paths import RunPaths
 from megatron_sppo.tracking.config import TrackingConfig
 from megatron_sppo.training.config import InspectionConfig, TrainingConfig
 

@@ -15,7 +15,7 @@ from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.training import parallel
-from megatron_sppo.training.batches import Batches, StepPlan
+from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import (
     BatchConfig,
     ObjectiveConfig,
@@ -23,6 +23,7 @@ from megatron_sppo.training.config import (
     ParallelConfig,
     TrainingConfig,
 )
+from megatron_sppo.training.step_plan import StepPlan
 from tests.unit.data.make import groups, write
 
 PATHS = {"load": Path("pi_t"), "data": Path("data"), "save": Path("save")}
@@ -78,6 +79,8 @@ def test_global_batches_do_not_depend_on_the_ranks_that_share_them(monkeypatch, 
             assert all(plan.rows.tolist() == step[0].rows.tolist() for plan in step)
             assert len({len(plan.micro_batches) for plan in step}) == 1
             shared_out = [row for plan in step for batch in plan.micro_batches for row in batch.rows.tolist()]
+            for rows in (batch.rows.numpy() for plan in step for batch in plan.micro_batches):
+                assert np.array_equal(step[0].rows[step[0].positions(rows)], rows)
             assert sorted(shared_out) == sorted(step[0].rows.tolist())
             sizes = [batch.num_tokens for plan in step for batch in plan.micro_batches]
             assert num_tokens is None or max(sizes) <= num_tokens

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sppo.architecture import read_architecture
 from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import PolicyModel, build_stage
 from megatron_sppo.model.normalization import RMSNorm
+from megatron_sppo.model_file import read_architecture
 from megatron_sppo.training import checkpoint, parallel
 from megatron_sppo.training.config import ParallelConfig
 from megatron_sppo.training.policy import mcore_config, weights_hash

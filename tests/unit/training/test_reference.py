@@ -19,7 +19,7 @@ from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.training import parallel, reference
-from megatron_sppo.training.batches import Batches, StepPlan
+from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import (
     BatchConfig,
     ObjectiveConfig,
@@ -30,6 +30,7 @@ from megatron_sppo.training.config import (
 )
 from megatron_sppo.training.progress import Progress
 from megatron_sppo.training.reference import say_what_it_carries
+from megatron_sppo.training.step_plan import StepPlan
 from megatron_sppo.training.stopping import StopRequest
 from tests.unit.data.make import groups, write
 

@@ -20,11 +20,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 
-from megatron_sppo.architecture import read_architecture
 from megatron_sppo.checkpoints import digests, megatron_checkpoint
 from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.errors import DataError
 from megatron_sppo.model.config import ModelConfig
+from megatron_sppo.model_file import read_architecture
 from megatron_sppo.training import checkpoint, digesting_strategy, parallel
 from megatron_sppo.training.config import OptimizationConfig, ParallelConfig
 from megatron_sppo.training.optimizer import allocate_state, build_optimizer, build_scheduler
