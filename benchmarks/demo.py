@@ -1,6 +1,7 @@
 """Keep what a finished `make demo` gave: its table, held-out accuracy by kind of instruction, its data's hashes.
 
     make demo && python -m benchmarks.demo --run runs/demo
+    make demo LORA=1 ITERATIONS=3 && python -m benchmarks.demo --run runs/demo-lora --output three_adapters.json
 
 The README, docs/quickstart.md and docs/alignment.md say what stands in the file, and no more.
 """
@@ -66,7 +67,10 @@ def describe(run: Path) -> dict[str, Any]:
     steps = [list(read_json_lines(run / f"iter_{n}" / "checkpoint" / "metrics.jsonl")) for n in numbers]
     return {
         "experiment": "demo",
-        "command": "make demo",
+        "command": _command(state),
+        "trained": _trained(state),
+        "num_prompts": state["prompts"],
+        "engine_starts": engine_starts(run, state),
         "machine": describe_machine(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": state["versions"],
@@ -78,6 +82,26 @@ def describe(run: Path) -> dict[str, Any]:
         "accuracy_by_kind": {name: accuracy_by_kind(judge, run / place) for name, place in places.items()},
         "loss": [[round(step["loss"], 4) for step in of_iteration] for of_iteration in steps],
     }
+
+
+def _trained(state: dict[str, Any]) -> str:
+    rank = state["config"]["training"]["adapters"]["lora_rank"]
+    return "all weights" if rank is None else f"adapters of rank {rank}"
+
+
+def _command(state: dict[str, Any]) -> str:
+    """Spell how the run can be repeated -> a command line; of the start model and the prompts the hashes tell."""
+    run, trained = state["config"]["run"], _trained(state)
+    lora = "" if trained == "all weights" else " LORA=1"
+    return f"make demo{lora} ITERATIONS={run['iterations']}"
+
+
+def engine_starts(run: Path, state: dict[str, Any]) -> int:
+    """Count how often vLLM was started: by the process that keeps it, or by each stage that sampled."""
+    kept = run / "logs/engine.log"
+    if kept.is_file():
+        return kept.read_text(encoding="utf-8").count("vLLM has started")
+    return sum(name.endswith("rollouts") for name in state["stages"])
 
 
 def main() -> None:

@@ -220,13 +220,45 @@ later ones.
 |---|---|---|---|
 {_lines(rows)}
 
-One seed, and few steps: it tells rates apart by how fast they fit, and nothing of what comes of it. The demo with
-adapters, three iterations beside as many of full training, has not been run to its end.
+One seed, and few steps: it tells rates apart by how fast they fit, and nothing of what comes of it.
 
 ```bash
 python -m benchmarks.adapter_rate --run runs/demo
 ```
+{three_iterations()}"""
+
+
+ARMS = ("three_adapters", "three_weights")
+
+
+def three_iterations() -> str:
+    """Write the demo with adapters beside that of all weights -> Markdown."""
+    if not all((RESULTS / f"{name}.json").is_file() for name in ARMS):
+        return "\nThree iterations with adapters beside as many of full training have not been run to their end.\n"
+    arms = [_read(name) for name in ARMS]
+    num_prompts, num_held = arms[0]["num_prompts"]["iterations"], arms[0]["num_prompts"]["heldout"]
+    rows = [
+        f"| {arm['trained']} | {entry['iteration']} | {_share(entry['win_rate_vs_base'])} | "
+        f"{_share(entry['accuracy']['policy']['instruction_level'])} | {sum(entry['seconds'].values()):.0f} | "
+        f"{entry['seconds']['train']:.0f} | {entry['seconds']['export']:.0f} |"
+        for arm in arms
+        for entry in arm["summary"]["iterations"]
+    ]
+    start = arms[0]["summary"]["iterations"][0]["accuracy"]["base"]["instruction_level"]
+    return f"""
+Three iterations with adapters and of all weights, on the same {" + ".join(map(str, num_prompts))} prompts and
+{num_held} held-out ones, fewer than the demo has, one seed each. The start model follows {_share(start)} of the
+held-out instructions. vLLM was started {arms[0]["engine_starts"]} time with adapters, which are exchanged in it, and
+{arms[1]["engine_starts"]} times without. Seconds are of a machine that other work kept busy: they say little.
+
+| trained | iteration | win rate over the start model, % | instructions held, % | seconds | training | export |
+|---|---|---|---|---|---|---|
+{_lines(rows)}
 """
+
+
+def _share(rate: dict[str, float]) -> str:
+    return f"{100 * rate['mean']:.1f} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
 
 
 def language_model() -> str:

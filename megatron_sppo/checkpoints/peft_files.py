@@ -155,7 +155,7 @@ def open_peft_adapter(directory: Path) -> PeftAdapter:
         alpha=_number(config, "lora_alpha", directory),
         use_rslora=bool(config.get("use_rslora")),
         target_modules=targets if isinstance(targets, str) else tuple(targets or ()),
-        is_partial=bool(config.get("layers_to_transform") or config.get("exclude_modules")),
+        is_partial=config.get("layers_to_transform") not in (None, []) or bool(config.get("exclude_modules")),
         header=header,
         factors=factors,
         base_hash=_metadata(header, BASE_HASH),
@@ -228,9 +228,13 @@ def check_fits(adapter: PeftAdapter, weights: Mapping[str, Shape], *, base: Path
 
 
 def adapter_config(
-    *, rank: int, alpha: float, use_rslora: bool, target_modules: list[str], base_model: str | None
+    *, rank: int, alpha: float, use_rslora: bool, target_modules: list[str] | str, base_model: str | None
 ) -> dict[str, Any]:
-    """Spell adapter_config.json as PEFT 0.21 and vLLM 0.32 read it -> its content."""
+    """Spell adapter_config.json as PEFT 0.21 and vLLM 0.32 read it -> its content.
+
+    Args:
+        target_modules: ends of module names, or one regular expression for whole names.
+    """
     return {
         "alpha_pattern": {},
         "base_model_name_or_path": base_model,
@@ -244,7 +248,7 @@ def adapter_config(
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {},
-        "target_modules": sorted(target_modules),
+        "target_modules": target_modules,
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": use_rslora,
@@ -254,6 +258,11 @@ def adapter_config(
 def tensor_names(module: str) -> tuple[str, str]:
     """Name a module's factors in the safetensors file -> (A's name, B's name)."""
     return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
+
+
+def module_of(tensor_name: str) -> str:
+    """Name the module that a factor in the safetensors file adapts."""
+    return tensor_name.removeprefix(_PREFIX).rpartition(".lora_")[0]
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

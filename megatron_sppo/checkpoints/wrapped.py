@@ -1,7 +1,8 @@
 """Files of models that see images too: their text decoder, told from all else by the names of its tensors.
 
 Such a config.json has the decoder's own as `text_config`, and the files name its tensors behind a further word. Here
-they get the names that the decoder has when it stands alone; all others keep theirs, and are carried along.
+they get the names that the decoder has when it stands alone; all others keep theirs, and are carried along. Adapters of
+such a decoder name its modules in the same ways.
 """
 
 import dataclasses
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
+from megatron_sppo.checkpoints.peft_files import PeftAdapter
+from megatron_sppo.checkpoints.safetensors_file import Shape
 from megatron_sppo.errors import ConversionError
 
 
@@ -65,17 +68,57 @@ def is_wrapped(config: Mapping[str, Any]) -> bool:
     return isinstance(kind, str) and kind in WRAPPERS
 
 
-def refuse_adapters(config: Mapping[str, Any], *, place: str) -> None:
-    """Refuse adapters on a decoder within another model: PEFT's names would be of the decoder alone, and fit nowhere.
+def refuse_sampling_with_adapters(config: Mapping[str, Any], *, place: str, remedy: str) -> None:
+    """Refuse engines with adapters on a decoder within another model: that they are in use could not be proven.
 
     Raises:
         ConversionError: config.json is of such a model.
     """
     if is_wrapped(config):
         raise ConversionError(
-            f"{place} is of a model that sees images too ({config['model_type']}), in whose names adapters are not "
-            "written here. Train all weights (without --lora-rank), or use a model of text alone."
+            f"{place} is of a model that sees images too ({config['model_type']}), with whose adapters nothing is "
+            f"sampled here: vLLM names such modules otherwise than files do, and its proof has not been tried. {remedy}"
         )
+
+
+def adapter_form(config: Mapping[str, Any]) -> Mapping[str, str]:
+    """Say how PEFT names the modules of such a model in transformers 5 -> {beginning when alone: PEFT's}, or {}."""
+    return _FORMS[0] if is_wrapped(config) else {}
+
+
+def form_of(config: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, str]:
+    """Find in which form names are of a decoder within such a model -> {beginning when alone: theirs}, or {}: alone."""
+    known = list(names) if is_wrapped(config) else []
+    return next((form for form in _FORMS if any(name.startswith(form["model."]) for name in known)), {})
+
+
+def own_names(config: Mapping[str, Any], names: Iterable[str]) -> Callable[[str], str]:
+    """Find the names that a decoder's tensors or modules have when it is alone -> function of the name in files."""
+    return functools.partial(_renamed, beginnings={theirs: own for own, theirs in form_of(config, names).items()})
+
+
+def of_decoder(adapter: PeftAdapter, config: Mapping[str, Any]) -> PeftAdapter:
+    """Give an adapter's modules the names that they have when the decoder is alone -> PeftAdapter."""
+    own = own_names(config, adapter.factors)
+    return dataclasses.replace(adapter, factors={own(name): pair for name, pair in adapter.factors.items()})
+
+
+def shapes_as_named_by(adapter: PeftAdapter, alone: HFCheckpoint, config: Mapping[str, Any]) -> dict[str, Shape]:
+    """List a model's shapes under the names that an adapter has for it -> {name: shape}.
+
+    Args:
+        alone: the model, `unwrapped`.
+    """
+    form = form_of(config, adapter.factors)
+    return {name_in(form, name): shape for name, shape in alone.shapes.items()}
+
+
+def name_in(form: Mapping[str, str], name: str) -> str:
+    """Name a decoder's tensor or module, or one of what belongs to images, in a form; {} leaves names as they are."""
+    if not form or not name.startswith(CARRIED):
+        return _renamed(name, form)
+    bare = name.removeprefix("model.")
+    return f"model.{bare}" if form is _FORMS[0] else bare
 
 
 def decoder_config(config: Mapping[str, Any], *, place: str) -> Mapping[str, Any]:
@@ -124,8 +167,8 @@ def unwrapped(found: HFCheckpoint, config: Mapping[str, Any]) -> HFCheckpoint:
             f"the decoder's tensors are named {' or '.join(form['model.'] + '...' for form in _FORMS)}. "
             "Fetch the model again."
         )
-    alone = {in_files: own for own, in_files in forms[0].items()}
-    entries = {_renamed(name, alone): entry for name, entry in found.entries.items()}
+    own = own_names(config, found.entries)
+    entries = {own(name): entry for name, entry in found.entries.items()}
     if len(entries) != len(found.entries):
         raise ConversionError(f"{found.directory} names tensors of its decoder twice. Fetch the model again.")
     return dataclasses.replace(found, entries=entries)

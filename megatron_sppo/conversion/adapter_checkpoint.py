@@ -143,7 +143,7 @@ def adapter_pieces(
     """Describe the import of an adapter -> a piece for each matrix of each layer; nothing is read yet.
 
     Raises:
-        ConversionError: it adapts a module in some layers and not in others, or in several types.
+        ConversionError: it adapts a module in some layers and not in others, in several types, or none of a layer's.
     """
     shapes = stacked_shapes(architecture, targets, adapter.rank)
     wanted = find_factors(architecture, targets)
@@ -152,6 +152,11 @@ def adapter_pieces(
             f"{adapter.directory} adapts {wanted[missing[0]].module.name} in some layers and not in others "
             f"({some_of(missing, most=2)}), which Megatron's adapters cannot. Train it on every layer, or merge it "
             "with PEFT (merge_and_unload)."
+        )
+    if others := [name for name in adapter.factors if name not in wanted]:
+        raise ConversionError(
+            f"{adapter.directory} adapts {others[0]}, which is no linear module of the text decoder's layers. Train it "
+            "without, or merge it with PEFT (merge_and_unload)."
         )
     pieces = []
     dtypes: dict[str, torch.dtype] = {}

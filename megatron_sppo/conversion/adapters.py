@@ -6,7 +6,10 @@ Their matrices are the same numbers under other names, so nothing is computed.
 import base64
 import json
 import logging
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,13 +39,20 @@ from megatron_sppo.checkpoints.peft_files import (
     PeftAdapter,
     adapter_config,
     check_fits,
+    module_of,
     open_peft_adapter,
     seal_adapter,
     tensor_names,
 )
 from megatron_sppo.checkpoints.safetensors_file import entries_of_header, new_header, write_header
 from megatron_sppo.checkpoints.side_files import check_side_files, copy_side_files
-from megatron_sppo.checkpoints.wrapped import refuse_adapters
+from megatron_sppo.checkpoints.wrapped import (
+    adapter_form,
+    form_of,
+    name_in,
+    of_decoder,
+    shapes_as_named_by,
+)
 from megatron_sppo.conversion import convert
 from megatron_sppo.conversion.adapter_checkpoint import (
     PEFT_LAYOUT_FILE,
@@ -92,11 +102,12 @@ def import_adapter(
     )
     opened, cast = open_peft_adapter(adapter), convert.torch_dtype(dtype)
     config = read_config(base)
-    refuse_adapters(config, place=str(base / CONFIG_FILE))
     architecture = architecture_from_hf(config, place=str(base / CONFIG_FILE))
     family = family_of(architecture.family, place=str(base))
     source = open_plain(base)
-    check_fits(opened, source.shapes, base=base, base_hash=None if opened.base_hash is None else model_hash(base))
+    base_hash = None if opened.base_hash is None else model_hash(base)
+    check_fits(opened, shapes_as_named_by(opened, source, config), base=base, base_hash=base_hash)
+    opened = of_decoder(opened, config)
     settings = AdapterSettings(
         rank=opened.rank,
         alpha=float(opened.alpha),
@@ -186,9 +197,10 @@ def export_adapter(
             path = directory / ADAPTER_WEIGHTS
             entries = entries_of_header(path, header)
             write_header(path, header, entries)
+            form = form_of(_hf_config(opened), map(module_of, entries))
             with open(path, "r+b", buffering=0) as file:
                 for name in opened.factors:
-                    for tensor_name, matrix in zip(tensor_names(name), opened.read(name), strict=True):
+                    for tensor_name, matrix in zip(tensor_names(name_in(form, name)), opened.read(name), strict=True):
                         write_tensor(file.fileno(), entries[tensor_name], matrix.to(entries[tensor_name].dtype))
             (directory / ADAPTER_CONFIG).write_text(config, encoding="utf-8")
             if NO_HASH[CONTENT_HASH].encode() in header:
@@ -219,7 +231,6 @@ def check_base(opened: OpenedAdapter, base: Path) -> HFCheckpoint:
         ConversionError: it is another.
     """
     config = read_config(base)
-    refuse_adapters(config, place=str(base / CONFIG_FILE))
     architecture = architecture_from_hf(config, place=str(base / CONFIG_FILE))
     if different := different_fields(architecture, opened.architecture, names=("the base", "the checkpoint")):
         raise ConversionError(
@@ -258,21 +269,32 @@ def _kept_words(opened: OpenedAdapter, cast: torch.dtype | None) -> tuple[str, b
 
 
 def _new_words(opened: OpenedAdapter, cast: torch.dtype | None, base: Path | None) -> tuple[str, bytes]:
-    settings = opened.content.settings
+    settings, form = opened.content.settings, adapter_form(_hf_config(opened))
     config = adapter_config(
         rank=settings.rank,
         alpha=settings.alpha,
         use_rslora=settings.scaling == "rslora",
-        target_modules=[*settings.targets],
+        # Ends of names would be the vision tower's, too.
+        target_modules=_regular_expression(form, settings.targets) if form else sorted(settings.targets),
         base_model=None if base is None else str(base.absolute()),
     )
     named: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name in opened.factors:
-        pair = zip(tensor_names(name), opened.dtypes(name), opened.shapes(name), strict=True)
+        pair = zip(tensor_names(name_in(form, name)), opened.dtypes(name), opened.shapes(name), strict=True)
         named |= {tensor: (cast or kind, shape) for tensor, kind, shape in pair}
     metadata = NO_HASH | ({} if base is None else {BASE_HASH: model_hash(base)})
     header, _ = new_header(Path(ADAPTER_WEIGHTS), dict(sorted(named.items())), metadata=metadata)
     return json.dumps(config, indent=2) + "\n", header
+
+
+def _hf_config(opened: OpenedAdapter) -> dict[str, Any]:
+    """Read the config.json that a checkpoint carries -> {}: it carries none."""
+    place = opened.directory / HF_DIRECTORY
+    return read_config(place) if (place / CONFIG_FILE).is_file() else {}
+
+
+def _regular_expression(form: Mapping[str, str], targets: Sequence[str]) -> str:
+    return rf"{re.escape(form['model.'])}layers\..*\.({'|'.join(map(re.escape, targets))})"
 
 
 def _foreign(adapter: Path) -> list[str]:
@@ -295,7 +317,7 @@ def _check_already_imported(target: Path, opened: PeftAdapter, content: AdapterF
 
 
 def _check_already_exported(adapter: Path, opened: OpenedAdapter, cast: torch.dtype | None) -> None:
-    there, settings = open_peft_adapter(adapter), opened.content.settings
+    there, settings = of_decoder(open_peft_adapter(adapter), _hf_config(opened)), opened.content.settings
     same = (there.rank, float(there.alpha), there.use_rslora) == (
         *(settings.rank, settings.alpha, settings.scaling == "rslora"),
     )

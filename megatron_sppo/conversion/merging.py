@@ -23,8 +23,9 @@ from megatron_sppo.checkpoints.hf_writer import (
     write_tensors,
 )
 from megatron_sppo.checkpoints.peft_files import weight_delta
-from megatron_sppo.checkpoints.safetensors_file import entries_of_header
+from megatron_sppo.checkpoints.safetensors_file import Entry, entries_of_header
 from megatron_sppo.checkpoints.side_files import write_side_files
+from megatron_sppo.checkpoints.wrapped import form_of, name_in, own_names
 from megatron_sppo.conversion import convert
 from megatron_sppo.conversion.adapter_checkpoint import OpenedAdapter, open_adapter_checkpoint
 from megatron_sppo.conversion.adapters import check_base
@@ -114,16 +115,25 @@ def _layout(
     """Lay a model out as another's files are; or its `tensors` in new files, which hold experts as those do."""
     headers = {name: (raw, entries_of_header(Path(name), raw)) for name, raw in source.headers.items()}
     layout = FileLayout(files=headers, index=source.layout()["index"])
+    config, named = read_config(source.directory), [*layout.tensors]
+    form, own = form_of(config, named), own_names(config, named)
+
+    def alone(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+        return {own(name): entry for name, entry in entries.items()}
+
+    layout = layout.described(alone)
     bindings = bind(family_of(opened.architecture.family, place=str(source.directory)), opened.architecture)
     stacks = {name: stack for name, stack in expert_stacks(bindings).items() if name in layout.tensors}
     if tensors is not None:
-        layout = new_files(together(tensors, stacks), max_shard_bytes=parse_size(max_shard_size))
+        held = {name_in(form, name): tensor for name, tensor in together(tensors, stacks).items()}
+        layout = new_files(held, max_shard_bytes=parse_size(max_shard_size)).described(alone)
     return layout.described(lambda entries: apart(entries, stacks))
 
 
 def _check_already_merged(hf: Path, opened: OpenedAdapter, source: HFCheckpoint, cast: torch.dtype | None) -> None:
     there = open_plain(hf)
-    same = there.shapes == source.shapes and read_config(hf).get("model_type") == opened.architecture.family
+    same = there.shapes == source.shapes
+    same = same and read_config(hf).get("model_type") == read_config(source.directory).get("model_type")
     for name in source.entries if same else ():
         ((_, weight),) = _merged_weight(opened, source, name, cast)
         found = there.read(name)

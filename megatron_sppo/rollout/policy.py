@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
+from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
 from megatron_sppo.checkpoints.peft_files import PeftAdapter, check_fits, open_peft_adapter
+from megatron_sppo.checkpoints.wrapped import refuse_sampling_with_adapters
 from megatron_sppo.rollout.probes import MOST_TOKENS, Probes, compute_probes
 from megatron_sppo.rollout.weight_sums import Sums, weight_sum
 
 logger = logging.getLogger(__name__)
 
+_MERGE = "Merge it: `megatron-sppo convert export --merge`, and use the merged model as --model."
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
@@ -104,6 +107,7 @@ def open_adapter_of(model: Path, model_hash: str, adapter: Path) -> PeftAdapter:
     Raises:
         ConversionError: it is none that can be used, or another model's.
     """
+    refuse_sampling_with_adapters(read_config(model), place=str(model / CONFIG_FILE), remedy=_MERGE)
     opened = open_peft_adapter(adapter)
     check_fits(opened, open_hf_checkpoint(model).shapes, base=model, base_hash=model_hash)
     return opened

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
+from megatron_sppo.checkpoints.wrapped import refuse_sampling_with_adapters
 from megatron_sppo.command_line import default_grace_seconds
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.locks import locked
@@ -65,6 +67,10 @@ def self_play(config: SelfPlayConfig) -> dict[str, Any]:
     refuse_foreign(paths.run_dir, ours=(STATE_NAME,), inputs=inputs, flag="--output")
     if read_state(paths.run_dir) is None:
         # What would stop a later stage is found before a new run writes or computes anything.
+        if config.swaps_adapters:
+            place = str(config.run.model / CONFIG_FILE)
+            remedy = "Use --lora-merge-each-iteration."
+            refuse_sampling_with_adapters(read_config(config.run.model), place=place, remedy=remedy)
         parts = divide_prompts(config.run, config.evaluation, keep_columns=config.rollout.rollout_options.keep_columns)
         check_stages(config)
         for prompts in (*parts.iterations, parts.heldout):

@@ -9,11 +9,8 @@ from typing import Any
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints import adapter_file, distcp, megatron_checkpoint
-from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
 from megatron_sppo.checkpoints.items import Items
-from megatron_sppo.checkpoints.megatron_checkpoint import HF_DIRECTORY
 from megatron_sppo.checkpoints.tokenizer import is_tokenizer_of
-from megatron_sppo.checkpoints.wrapped import refuse_adapters
 from megatron_sppo.command_line import launch
 from megatron_sppo.config import is_written_of, to_dict, write_yaml
 from megatron_sppo.data.dataset import PreferenceDataset
@@ -81,8 +78,6 @@ def open_weights(
         source = _told_source(config, config.load)[0]
         _refuse_adapter(config.load, source)
         return [source]
-    if settings is not None and (source / HF_DIRECTORY / CONFIG_FILE).is_file():
-        refuse_adapters(read_config(source / HF_DIRECTORY), place=str(source / HF_DIRECTORY / CONFIG_FILE))
     root = config.adapters.load_adapter
     if root is None:
         return [source]

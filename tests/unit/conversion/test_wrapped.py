@@ -14,12 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sppo.checkpoints.model_files import read_model_files
-from megatron_sppo.config import parse
-from megatron_sppo.conversion.adapters import import_adapter
+from megatron_sppo.config import from_dict, parse
+from megatron_sppo.conversion.adapters import export_adapter, import_adapter
 from megatron_sppo.conversion.complete import check_complete
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
+from megatron_sppo.conversion.merging import export_merged
 from megatron_sppo.errors import ConversionError
 from megatron_sppo.model_file import read_architecture
+from megatron_sppo.rollout.policy import open_adapter_of
+from megatron_sppo.selfplay.config import SelfPlayConfig
+from megatron_sppo.selfplay.loop import self_play
 from megatron_sppo.training.config import TrainingConfig
 from megatron_sppo.training.inputs import open_weights
 from megatron_sppo.verification.verify import verify
@@ -123,18 +127,101 @@ def test_logits_are_hugging_faces_whole_and_by_layer(models: dict[str, Path], tm
         assert report["logits"]["max_abs"] <= 1e-5
 
 
-def test_adapters_are_refused_by_name(models: dict[str, Path], tmp_path: Path) -> None:
-    """In the converter; training refuses them by the config that a checkpoint carries."""
-    adapter = random_adapter(tmp_path / "adapter", models["mistral3"])
-    with pytest.raises(ConversionError, match=r"config\.json is of a model that sees images too \(mistral3\)"):
-        import_adapter(adapter, tmp_path / "adapters", base=models["mistral3"])
-    assert not (tmp_path / "adapters").exists()
+TARGETS = r"model\.language_model\.layers\..*\.(q_proj|v_proj|down_proj)"
+
+
+def adapter_of(base: Path, directory: Path, *, older: bool = False, of_tower: bool = False) -> Path:
+    """Write a random adapter of the decoder as PEFT names it -> the directory.
+
+    Args:
+        older: as transformers named the decoder before 4.52.
+        of_tower: adapt the vision tower too.
+    """
+    targets = TARGETS.replace("model\\.language_model", "language_model\\.model") if older else TARGETS
+    chosen = ["q_proj", "v_proj", "down_proj"] if of_tower else targets
+    random_adapter(directory, base, targets=("q_proj", "v_proj", "down_proj"), target_modules=chosen)
+    tensors = {}
+    for name, tensor in load_file(directory / "adapter_model.safetensors").items():
+        if "vision_tower" in name:
+            name = name.replace(".model.vision_tower", ".model.model.vision_tower")
+            tensors |= {name: tensor} if of_tower else {}
+        else:
+            tensors[name if older else name.replace(".language_model.model.", ".model.language_model.")] = tensor
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+@pytest.mark.parametrize("older", [False, True])
+def test_adapters_of_the_decoder_come_back_to_the_byte(
+    kind: str, older: bool, models: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = adapter_of(models[kind], tmp_path / "adapter", older=older)
+    import_adapter(adapter, tmp_path / "megatron", base=models[kind])
+    assert content(export_adapter(tmp_path / "megatron", tmp_path / "back", base=models[kind])) == content(adapter)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+def test_peft_computes_with_an_export_what_the_merged_model_gives(
+    kind: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """In float32; PEFT takes every tensor, and puts none on the vision tower."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForImageTextToText
+
+    adapter = adapter_of(models[kind], tmp_path / "adapter", older=True)
+    import_adapter(adapter, tmp_path / "megatron", base=models[kind], dtype="float32")
+    new = export_adapter(tmp_path / "megatron", tmp_path / "new", base=models[kind])
+    config = json.loads((new / "adapter_config.json").read_text())
+    assert config["target_modules"] == TARGETS
+    merged = export_merged(tmp_path / "megatron", tmp_path / "merged", base=models[kind])
+    tokens, logits = torch.arange(3, 40)[None], []
+    for place, on_top in ((models[kind], None), (models[kind], new), (merged, None)):
+        model = AutoModelForImageTextToText.from_pretrained(place, dtype=torch.float32)
+        if on_top is not None:
+            model = peft.PeftModel.from_pretrained(model, on_top)
+            adapted = {name for name, _ in model.named_parameters() if "lora_" in name}
+            assert len(adapted) == len(load_file(new / "adapter_model.safetensors"))
+            assert not any("vision" in name for name in adapted)
+        with torch.no_grad():
+            logits.append(model.eval()(input_ids=tokens).logits)
+    assert torch.allclose(logits[1], logits[2], atol=1e-5) and not torch.allclose(logits[0], logits[1], atol=1e-2)
+    before, after = load_file(models[kind] / "model.safetensors"), load_file(merged / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed_names = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed_names and not any("vision" in name for name in changed_names)
+    assert export_merged(tmp_path / "megatron", merged, base=models[kind]) == merged  # the same again
+
+
+def test_adapters_of_what_sees_images_and_engines_with_adapters_are_refused(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    base = models["mistral3"]
+    adapter = adapter_of(base, tmp_path / "adapter", of_tower=True)
+    with pytest.raises(ConversionError, match=r"adapts model\.vision_tower\..*, which is no linear module of the text"):
+        import_adapter(adapter, tmp_path / "adapters", base=base)
+    assert not list(tmp_path.glob("adapters/*"))
+    alone = adapter_of(base, tmp_path / "alone")
+    with pytest.raises(ConversionError, match=r"sees images too \(mistral3\).*Merge it: `megatron-sppo convert export"):
+        open_adapter_of(base, "0" * 64, alone)
+
+
+def test_self_play_with_adapters_is_refused_before_it_begins(models: dict[str, Path], tmp_path: Path) -> None:
+    run = {"model": str(models["mistral3"]), "prompts": ["prompts.jsonl"], "output": str(tmp_path / "run")}
+    training = {"lr": 1e-4, "micro_batch_size": 2, "global_batch_size": 4, "lora_rank": 4}
+    sections = {"run": {**run, "iterations": 2}, "scoring": {"judge": "rules:concise"}, "training": training}
+    settings = from_dict(SelfPlayConfig, sections, place="a test")
+    with pytest.raises(ConversionError, match=r"sees images too \(mistral3\).*Use --lora-merge-each-iteration"):
+        self_play(settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_takes_adapters_of_the_decoder(models: dict[str, Path], tmp_path: Path) -> None:
     import_checkpoint(models["mistral3"], tmp_path / "megatron")
     argv = f"--load {tmp_path / 'megatron'} --data d --save s --lr 1e-6 --micro-batch-size 1 --lora-rank 4"
     training = parse(TrainingConfig, name="", description="", argv=argv.split())
     source = tmp_path / "megatron" / "iter_0000000"
-    with pytest.raises(ConversionError, match=r"hf/config\.json is of a model that sees images too \(mistral3\)"):
-        open_weights(training, read_architecture(source)[0], source)
+    assert open_weights(training, read_architecture(source)[0], source) == [source]
 
 
 def test_rollouts_find_vocabulary_and_positions(models: dict[str, Path]) -> None:
