@@ -50,7 +50,7 @@ _CONTEXT.set_forkserver_preload(
         "megatron_sppo.training.inspection",
         "megatron_sppo.training.loop",
         "megatron_sppo.training.optimizer",
-        "megatron_sppo.training.other_references",
+        "megatron_sppo.training.references",
         "megatron_sppo.training.policy",
         "megatron_sppo.training.reference",
         "megatron_sppo.training.saving",

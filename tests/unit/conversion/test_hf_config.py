@@ -190,6 +190,7 @@ GPT_OSS = {
     "attention_bias": True,
     "rope_parameters": {"rope_theta": 150000.0, **YARN, "truncate": False},
 }
+MINISTRAL3 = {"model_type": "ministral3", "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}}
 OLMO3 = {"model_type": "olmo3", "sliding_window": 8, "rope_parameters": KINDS}
 
 
@@ -237,6 +238,12 @@ OLMO3 = {"model_type": "olmo3", "sliding_window": 8, "rope_parameters": KINDS}
         ({**GPT_OSS, "quantization_config": "mxfp5"}, "quantized weights"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, "quantized weights"),
         ({"model_type": "olmo3"}, "does not say sliding_window"),
+        ({**MINISTRAL3, "rope_parameters": None}, "does not say rope_parameters"),
+        ({**MINISTRAL3, "rope_parameters": {"rope_theta": 1e6}}, "of type None; the Megatron model .* knows 'yarn'"),
+        ({**MINISTRAL3, "rope_parameters": LLAMA31}, "of type 'llama3'; the Megatron model .* knows 'yarn'"),
+        ({**MINISTRAL3, "rope_parameters": YARN}, "llama_4_scaling_beta is missing"),
+        ({**MINISTRAL3, "rope_parameters": {**YARN, "llama_4_scaling_beta": -0.1}}, "llama_4_scaling_beta is -0.1"),
+        ({**MINISTRAL3, "rms_norm_eps": None, "head_dim": 0}, "head_dim is 0"),
         ({**WINDOW, "model_type": "ministral", "layer_types": ["full_attention"]}, "layer_types must name"),
         ({"model_type": "olmo2", "clip_qkv": 8.0}, "clip_qkv: 8.0"),
         ({**PHI3, "rope_parameters": {"rope_type": "longrope", "factor": 32.0}}, "short_factor is None"),
