@@ -255,7 +255,7 @@ _REFUSED = {
     "next to none",
     "moe_enable_routing_replay": "in the layout that computes the reference both passes choose the same experts by "
     "themselves, and a policy that is trained on routes of another is not the one that samples "
-    "(benchmarks/router_replay.py has the numbers)",
+    "(benchmarks/router_replay.py is the experiment)",
     "cpu_offloading": _OFFLOADED_ACTIVATIONS,
     "fine_grained_activation_offloading": _OFFLOADED_ACTIVATIONS,
 }
