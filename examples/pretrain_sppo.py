@@ -26,7 +26,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     config = configuration.parse(TrainingConfig, name=name, description=__doc__ or "", argv=argv)
 
     # torch and Megatron-Core take seconds to import, which neither --help nor a refused setting needs.
-    from megatron_sppo.training import checkpoint, inputs, loop, other_references, parallel, reference, stopping
+    from megatron_sppo.training import checkpoint, inputs, loop, parallel, reference, references, stopping
     from megatron_sppo.training.ahead import ahead
     from megatron_sppo.training.optimizer import build_optimizer, build_scheduler
     from megatron_sppo.training.policy import build_policy
@@ -57,48 +57,17 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         adapters = config.adapters.settings(architecture)  # None: the weights themselves are trained
         policy = build_policy(architecture, config.model, config.parallel, adapters=adapters, seed=config.batch.seed)
         stop = stopping.StopRequest()
-        # log pi of policies that the objective looks at beside pi_t: loaded one after another where pi_t will be
-        # trained.
-        others = other_references.load_or_compute(policy, dataset, batches, further, config=config, stop=stop)
+        # log pi_t of every response, once, through the very micro-batches of training: before the first step log
+        # pi_theta equals it, and every log-ratio is zero. So it is with other policies that the objective looks at.
         if resumed is None:
-            checkpoint.load_weights(policy, *weights)
+            reference_GK = references.load_or_compute(
+                policy, dataset, batches, progress, weights, further, config=config, stop=stop
+            )
+        else:
+            reference_GK = references.read_for_resume(policy, dataset, batches, progress, config=config, stop=stop)
         optimizer = build_optimizer(policy.chunks, config.optimization, config.model, config.parallel)
         scheduler = build_scheduler(optimizer, config.optimization, train_iters=batches.train_iters)
-
-        # log pi_t of every response, once, through the very micro-batches of training: before the first step log
-        # pi_theta equals it, and every log-ratio is zero.
-        if resumed is None:
-            progress.micro_batch_key = batches.micro_batch_key
-            progress.reference = reference.fingerprint(policy, dataset, batches, config)
-            progress.other_references = [names for names, _ in others]
-            reference_GK = reference.load_or_compute(
-                policy,
-                dataset,
-                batches,
-                progress.reference,
-                config=config,
-                stop=stop,
-                known=next((values for names, values in others if names == progress.reference), None),
-            )
-            progress.ref_drift = reference.drift_by_step(policy, dataset, batches, reference_GK)
-            reference_GK = other_references.beside(reference_GK, [values for _, values in others])
-        else:
-            # A run that is to be longer than it was needs pi_t once more, for the responses that it did not look at.
-            reference_GK = reference.read_for_resume(
-                policy,
-                dataset,
-                batches,
-                progress,
-                config=config,
-                stop=stop,
-                load_pi_t=lambda: checkpoint.load_weights(
-                    policy, *inputs.open_weights(config, architecture, inputs.open_source(config)[0])
-                ),
-            )
-            reference_GK = other_references.beside(
-                reference_GK,
-                other_references.read_for_resume(policy, dataset, batches, progress, config=config, stop=stop),
-            )
+        if resumed is not None:
             checkpoint.load_weights(policy, *weights)  # the base of adapters, which no checkpoint of theirs holds
             checkpoint.resume(resumed, policy, optimizer, scheduler)
             progress.warn_if_micro_batches_changed(batches.micro_batch_key)

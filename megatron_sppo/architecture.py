@@ -282,17 +282,21 @@ class Architecture:
                 f"moe_router_num_groups ({groups}) must divide num_moe_experts ({experts}), and moe_router_group_topk "
                 f"({best}) be less, with room for the {chosen} chosen ones. The model's config is wrong."
             )
-        judges = 1 if softmax else 2
-        if chosen // best != judges or experts // groups < judges:
+        if not softmax and (chosen // best != 2 or experts // groups < 2):
             raise ConversionError(
                 f"{chosen} experts are chosen from {best} of {groups} groups: Megatron-Core judges a group by its "
-                f"{chosen // best} best experts (moe_router_topk // moe_router_group_topk), this model by "
-                f"{judges}. Use another model."
+                f"{chosen // best} best experts (moe_router_topk // moe_router_group_topk), this model by two. "
+                "Use another model."
             )
 
     def has_experts(self, layer: int) -> bool:
         """Tell whether a layer (from 0) is a mixture of experts."""
         return self.num_moe_experts is not None and (not self.moe_layer_freq or self.moe_layer_freq[layer] == 1)
+
+    @property
+    def groups_by_best_expert(self) -> bool:
+        """Whether the groups that experts are chosen from are judged by one expert each (DeepSeek-V2)."""
+        return self.moe_router_num_groups is not None and self.moe_router_score_function == "softmax"
 
     @property
     def num_expert_layers(self) -> int:

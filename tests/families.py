@@ -169,14 +169,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_nextn_predict_layers": 0,
     },
     "deepseek_v2": {"model_type": "deepseek_v2", "q_lora_rank": None, "first_k_dense_replace": 1, **LATENTS, **EXPERTS},
-    "deepseek_v2, all layers sparse": {
+    "deepseek_v2, groups, all layers sparse": {
         "model_type": "deepseek_v2",
         "q_lora_rank": 20,
+        **LATENTS,
+        "n_routed_experts": 8,
         "n_shared_experts": 1,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 3,
         "routed_scaling_factor": 3.0,
         "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
-        **LATENTS,
-        **EXPERTS,
     },
     "deepseek_v3": {
         "model_type": "deepseek_v3",

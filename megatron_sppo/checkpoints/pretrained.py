@@ -25,6 +25,19 @@ _NAMED = 5
 """Tensors that a message names; the others are counted."""
 
 
+def name_families() -> None:
+    """Tell transformers of what it computes under another name, lest it ask to run the code that came with the files.
+
+    Kimi-K2 is DeepSeek-V3's model; vLLM does the same (0.32, transformers_utils/config.py).
+    """
+    from transformers import CONFIG_MAPPING, DeepseekV3Config, conversion_mapping
+
+    CONFIG_MAPPING.register("kimi_k2", DeepseekV3Config, exist_ok=True)
+    # What fuses the files' experts goes by the name in config.json.
+    fused = conversion_mapping.get_checkpoint_conversion_mapping("deepseek_v3")
+    conversion_mapping.register_checkpoint_conversion_mapping("kimi_k2", fused, overwrite=True)
+
+
 def load_pretrained(
     model_class: Any,
     directory: Path | str | None,
@@ -50,6 +63,7 @@ def load_pretrained(
             makes nothing of config.json.
         OSError, ValueError: as transformers, where there is no model.
     """
+    name_families()
     theirs = logging.getLogger("transformers")
     level = theirs.level
     theirs.setLevel(logging.ERROR)  # its report of many lines says what is said below

@@ -39,6 +39,10 @@ def keep_last(root: Path, count: int, *, newest: int, needed: Sequence[Path] = (
     directories = [iteration_directory(root, number) for number in reversed(iterations(root)) if number <= newest]
     whole = [directory for directory in directories if _is_whole(directory)][:count]
     if len(whole) < count:
+        if len(directories) > count:
+            logger.warning(
+                "%s: %d of its %d checkpoints are whole, none is removed", root, len(whole), len(directories)
+            )
         return []
     kept = {path.resolve() for path in (tracked_directory(root), *needed) if path is not None}
     removed = []

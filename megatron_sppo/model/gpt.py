@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.model.adapters import Adapters
 from megatron_sppo.model.config import ModelConfig, padded_vocab_size
+from megatron_sppo.model.group_routing import limit_groups
 from megatron_sppo.model.layer_spec import layer_spec
 from megatron_sppo.model.rope import LongSequences, RotaryTable, has_own_rope, long_sequences
 from megatron_sppo.model.router_losses import (
@@ -167,6 +168,13 @@ def build_stage(
     if has_own_rope(architecture):
         model.rotary_pos_emb = RotaryTable(architecture, model.rotary_pos_emb)
         model.long_sequences = long_sequences(architecture)
+    if architecture.groups_by_best_expert:
+        assert architecture.moe_router_num_groups is not None and architecture.moe_router_group_topk is not None
+        limit_groups(
+            model,
+            num_groups=architecture.moe_router_num_groups,
+            chosen_groups=architecture.moe_router_group_topk,
+        )
     if architecture.moe_router_enable_expert_bias:
         _keep_expert_biases(model)
     if pre_process and architecture.scale_embeddings:

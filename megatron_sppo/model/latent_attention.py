@@ -3,7 +3,7 @@
 Megatron-Core's own (0.16.1 and 0.19.2, multi_latent_attention.py) wants a config of another class, norms its latent
 vectors with the layers' epsilon where transformers has 1e-6, computes YaRN by itself, and knows no shared prompts. This
 one has its place in the layer, its parameters' names and its keys in a checkpoint (those of its Transformer Engine
-spec). What makes the latent vectors is held whole by every tensor-parallel rank, as there.
+spec). What makes the latent vectors, and norms them, is torch's and held whole by every tensor-parallel rank.
 
 S = tokens, B = sequences, N = heads of this tensor-parallel rank, R = rotated channels of a head.
 """
@@ -23,6 +23,7 @@ from torch.nn.functional import linear, pad
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sppo.architecture import Architecture
+from megatron_sppo.model.normalization import RMSNorm
 
 _EPSILON = 1e-6
 """Of the norms of latent vectors, whatever rms_norm_eps is (transformers 5.19, modeling_deepseek_v2.py and _v3.py)."""
@@ -36,7 +37,6 @@ class Parts(NamedTuple):
     """Column-parallel linear layer."""
     row: Any
     """Row-parallel linear layer."""
-    norm: Any
     core_attention: Any
 
 
@@ -87,12 +87,12 @@ class MultiLatentAttention(MegatronModule):
             self.linear_q_proj = self._divided(parts.column, hidden, heads * shape.query_head_dim, "q_proj")
         else:
             self.linear_q_down_proj = _Whole(hidden, shape.q_lora_rank, config)
-            self.q_layernorm = parts.norm(config=config, hidden_size=shape.q_lora_rank, eps=_EPSILON)
+            self.q_layernorm = RMSNorm(config, shape.q_lora_rank, eps=_EPSILON)
             self.linear_q_up_proj = self._divided(
                 parts.column, shape.q_lora_rank, heads * shape.query_head_dim, "q_up_proj"
             )
         self.linear_kv_down_proj = _Whole(hidden, shape.kv_down_channels, config)
-        self.kv_layernorm = parts.norm(config=config, hidden_size=shape.kv_lora_rank, eps=_EPSILON)
+        self.kv_layernorm = RMSNorm(config, shape.kv_lora_rank, eps=_EPSILON)
         self.linear_kv_up_proj = self._divided(
             parts.column, shape.kv_lora_rank, heads * shape.kv_up_head_dim, "kv_up_proj"
         )

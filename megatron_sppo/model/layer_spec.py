@@ -66,13 +66,12 @@ def _replace_by_latent_attention(architecture: Architecture, spec: ModuleSpec, i
     if implementation == "transformer_engine":
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
 
-        parts = Parts(TEColumnParallelLinear, TERowParallelLinear, TENorm, core)
+        parts, layer.input_layernorm = Parts(TEColumnParallelLinear, TERowParallelLinear, core), TENorm
     else:
-        parts = Parts(ColumnParallelLinear, RowParallelLinear, RMSNorm, core)
+        parts, layer.input_layernorm = Parts(ColumnParallelLinear, RowParallelLinear, core), RMSNorm
     layer.self_attention = ModuleSpec(
         module=MultiLatentAttention, params={"architecture": architecture, "parts": parts}
     )
-    layer.input_layernorm = parts.norm
     # Norms of latent vectors are saved where Transformer Engine's fused layers have them, by either spec.
     layer.sharded_state_dict_keys_map = {
         **{name: key for name, key in layer.sharded_state_dict_keys_map.items() if name != "input_layernorm."},

@@ -113,7 +113,12 @@ def _experts(architecture: Architecture, *, fused: bool) -> dict[str, Any]:
     """
     if architecture.num_moe_experts is None:
         return {"moe_layer_freq": 1}
+    # group_routing.py has the groups that Megatron-Core does not compute.
+    groups = (
+        {"moe_router_num_groups": None, "moe_router_group_topk": None} if architecture.groups_by_best_expert else {}
+    )
     return {
+        **groups,
         # A list, or one kind of layer: Megatron-Core does not stack layers in a checkpoint where it is given a list.
         "moe_layer_freq": list(architecture.moe_layer_freq) or 1,
         "moe_router_load_balancing_type": "none",

@@ -188,6 +188,7 @@ PUBLISHED: dict[str, Architecture] = {
     "deepseek-v2": _deepseek(
         "deepseek_v2", 60, 5120, 12288, 128, 102400, q_rank=1536, width=1536, dense=1, shared=3072, factor=40.0,
         num_moe_experts=160, moe_router_topk=6, moe_router_pre_softmax=True, moe_router_topk_scaling_factor=16.0,
+        moe_router_num_groups=8, moe_router_group_topk=3,
     ),
     "deepseek-v3": _deepseek(
         "deepseek_v3", 61, 7168, 18432, 128, 129280, q_rank=1536, width=2048, dense=3, shared=2048, factor=40.0,

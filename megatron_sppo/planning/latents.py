@@ -21,8 +21,8 @@ def latent_items(
     latent, narrow = architecture.latent_attention, sizes.type_bytes
     assert latent is not None
     ranks = [rank for rank in (latent.q_lora_rank, latent.kv_lora_rank) if rank is not None]
-    # As the layer's norms, in `activations`.
-    normed = sum(rank * (narrow if engine else _FLOAT32 + narrow) + _FLOAT32 for rank in ranks)
+    # As the layer's norms of the torch spec, in `activations`.
+    normed = sum(rank * (_FLOAT32 + narrow) + _FLOAT32 for rank in ranks)
     again = input_bytes if engine and latent.q_lora_rank is None and input_bytes != narrow else 0
     items = {
         "input of latent vectors": sizes.between * sizes.hidden * (narrow + again),

@@ -141,6 +141,11 @@ def train(
                     files.sync()
                 except (OSError, DataError) as error:
                     refused = error
+            try:
+                parallel.raise_together(refused)  # a run resumed from this checkpoint would lack the step's line
+            except (OSError, DataError):
+                saver.finish()
+                raise
             saver.save(wait=last or told.stops)
             if not config.run.async_save:
                 grace.note(time.monotonic() - began)

@@ -30,6 +30,7 @@ from megatron_sppo.training.forward_step import log_probs, log_probs_and_sum
 from megatron_sppo.training.metrics import drift_per_token
 from megatron_sppo.training.policy import Policy, adapters_hash, weights_hash
 from megatron_sppo.training.progress import Progress
+from megatron_sppo.training.reference_store import ReferenceStore
 from megatron_sppo.training.stopping import SIGTERM_EXIT_CODE, StopRequest
 from megatron_sppo.training.watchdog import beat
 
@@ -136,7 +137,7 @@ def load_or_compute(
     Raises:
         SystemExit: a SIGTERM came before the end; what was computed by then is kept.
     """
-    store = _Store(dataset, expected, config, name=name)
+    store = ReferenceStore(_directory(dataset, config), expected, dataset, name=name)
     values = store.read()
     if values is None and known is not None:
         store.publish(known, replaces=False)
@@ -218,7 +219,7 @@ def read_or_extend(
     Raises:
         ConfigError, DataError, SystemExit: as `read_for_resume`.
     """
-    store = _Store(dataset, expected, config, name=name)
+    store = ReferenceStore(_directory(dataset, config), expected, dataset, name=name)
     values = store.read()
     if values is None:
         raise DataError(
@@ -238,59 +239,6 @@ def read_or_extend(
         )
     _complete(policy, batches, values, steps, store, config=config, stop=stop)
     return values
-
-
-class _Store:
-    """The reference on the disk: finished, or in pieces. Rank 0 alone looks at it and writes it."""
-
-    def __init__(
-        self, dataset: PreferenceDataset, expected: dict[str, Any], config: TrainingConfig, *, name: str
-    ) -> None:
-        self._name = name
-        self.directory = _directory(dataset, config)
-        self.has_pieces = False
-        """There were pieces when it was read."""
-        num_passes = expected.get("epochs", {}).get("num_epochs", 1)
-        self._shape = (num_passes * dataset.num_groups, dataset.num_responses)
-        self._expected = expected
-        self._pieces = reference_file.Pieces(self.directory, expected, shape=self._shape)
-
-    def nothing(self) -> np.ndarray:
-        """Return what is to be filled -> NaN throughout."""
-        return np.full(self._shape, np.nan, dtype=np.float32)
-
-    def read(self) -> np.ndarray | None:
-        """Put together what there is -> values, NaN where they are absent; None: nothing. Collective."""
-
-        def find() -> tuple[np.ndarray | None, np.ndarray | None]:
-            stored = reference_file.read_reference(self.directory, self._expected, name=self._name)
-            return stored, self._pieces.read()
-
-        stored, kept = parallel.broadcast_from_rank_zero(find)
-        self.has_pieces = kept is not None
-        if stored is None or kept is None:
-            return kept if stored is None else stored
-        return np.where(np.isnan(stored), kept, stored)
-
-    def keep(self, places: np.ndarray, values: np.ndarray) -> None:
-        """Write a piece with some of the values, where this is rank 0."""
-        if parallel.is_rank_zero():
-            places = np.unique(places)
-            self._pieces.write(places, values.reshape(-1)[places])
-
-    def publish(self, values: np.ndarray, *, replaces: bool) -> None:
-        """Write the reference, and remove its pieces. Collective.
-
-        Args:
-            replaces: some values were read. A run may train against them, so all lie in a piece while the old files are
-                gone and the new ones are not there yet.
-        """
-        with parallel.failing_together(OSError, DataError):
-            if parallel.is_rank_zero():
-                if replaces:
-                    self.keep(np.flatnonzero(~np.isnan(values)), values)
-                reference_file.write_reference(self.directory, values, self._expected, name=self._name)
-                self._pieces.remove()
 
 
 def _missing_steps(batches: Batches, values: np.ndarray, *, first: int, num_passes: int) -> list[int]:
@@ -317,7 +265,7 @@ def _complete(
     batches: Batches,
     values: np.ndarray,
     steps: list[int],
-    store: _Store,
+    store: ReferenceStore,
     *,
     config: TrainingConfig,
     stop: StopRequest,

@@ -22,7 +22,7 @@ from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.distcp import DistcpReader
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint
 from megatron_sppo.checkpoints.hf_files import read_config
-from megatron_sppo.checkpoints.pretrained import load_pretrained
+from megatron_sppo.checkpoints.pretrained import load_pretrained, name_families
 from megatron_sppo.checkpoints.wrapped import is_wrapped
 from megatron_sppo.conversion.megatron_model import OpenedMegatron
 from megatron_sppo.conversion.sources import open_source
@@ -73,6 +73,7 @@ def hf_logits(hf: Path, dtype: torch.dtype, *, on_layer: Callable[[], object], a
 
     auto: Any = AutoModelForCausalLM
     source, device = open_source(hf), parallel.device()
+    name_families()
     config = AutoConfig.from_pretrained(
         hf, attn_implementation=attention, local_files_only=True, trust_remote_code=False
     )

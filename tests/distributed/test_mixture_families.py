@@ -24,7 +24,7 @@ from tests.families import family_model
 GATED, GLM, GROUPS = "qwen2_moe, dense between", "glm4_moe", "glm4_moe, biases, groups, two shared"
 DENSE_BETWEEN = "qwen3_moe, dense between"
 DELTA_NETS = "qwen3_next"
-LATENTS, DIRECT = "deepseek_v3", "deepseek_v2"
+LATENTS, DIRECT, BEST = "deepseek_v3", "deepseek_v2", "deepseek_v2, groups, all layers sparse"
 BIAS = "e_score_correction_bias"
 
 MICRO = "--micro-batch-size 4"
@@ -44,6 +44,7 @@ CASES = [
     (LATENTS, 2, f"{CP2} --recompute-granularity selective"),
     (LATENTS, 4, ALL),
     (DIRECT, 2, f"{TP2_SP} --no-packing"),
+    (BEST, 2, EP2),
     (LATENTS, 2, f"{SHARED} --context-parallel-size 2"),
     (GLM, 2, TP2_SP),
     (GLM, 2, PP2),
@@ -125,7 +126,7 @@ def test_loss_and_gradient_equal_hugging_faces_and_biases_stay(
     assert len(biases) == {GLM: 2, GROUPS: 3, LATENTS: 2}.get(family, 0)
     assert all(torch.equal(exported[name].view(torch.int32), original[name].view(torch.int32)) for name in biases)
     shared = [name for name in exported if ".shared_expert" in name]
-    assert len(shared) == {GATED: 4, DELTA_NETS: 12, GLM: 6, GROUPS: 9, LATENTS: 6, DIRECT: 6}.get(
+    assert len(shared) == {GATED: 4, DELTA_NETS: 12, GLM: 6, GROUPS: 9, LATENTS: 6, DIRECT: 6, BEST: 9}.get(
         family, 0
     )  # sparse layers x weights
     assert all(exported[name].any() for name in shared)

@@ -5,6 +5,8 @@ The sampler is fake, so that shards take as long as a test wants; test_cluster_r
 
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -101,6 +103,26 @@ def test_a_shard_that_three_actors_die_at_ends_the_stage_and_is_named(
     assert done.returncode == 2, done.stderr
     assert "error: shard-00003.jsonl: 3 workers have died at it" in done.stderr.splitlines()[-1]
     assert "bad shard" in "".join(log.read_text() for log in tmp_path.glob("rollouts.logs/worker-*.log"))
+
+
+@pytest.mark.counts("hangs")
+def test_an_actor_that_is_frozen_is_named_and_replaced_and_the_bytes_are_those_of_one_process(
+    nodes: ThreeNodes, tiny_llama_dir: Path, tmp_path: Path, alone: dict[str, bytes]
+) -> None:
+    """SIGSTOP: no thread of it runs, its connections stay, and Ray takes it for alive."""
+    output = tmp_path / "rollouts"
+    pool = ("--ray", nodes.address, "--workers", "2", "--worker-timeout", "20")
+    driver = start(tiny_llama_dir, output, *pool)
+    wait_until(lambda: len(list(output.glob("shard-*.jsonl"))) >= 2, "two shards")
+    frozen = nodes.actors()[0]
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        done = ended(driver)
+    finally:
+        kill(frozen)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"worker \d died \(it has not answered for \d+ s \(--worker-timeout\)\): \d tasks", done.stderr)
+    assert files_of(output) == alone
 
 
 def test_what_cannot_be_had_is_one_line(nodes: ThreeNodes, tiny_llama_dir: Path, tmp_path: Path) -> None:

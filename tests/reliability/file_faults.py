@@ -65,7 +65,8 @@ class Watch:
         self.operations: list[Operation] = []
         self._fault = fault
         self._number = -1
-        self._pid = os.getpid()
+        self._refused: str | None = None
+        """Path of a copy that the kernel was to make (sendfile) and refused: Python makes it anew by writing."""
 
     def inside(self, path: Any, dir_fd: int | None = None) -> str | None:
         """Find a path's place below the directory -> relative path, or None."""
@@ -111,7 +112,9 @@ class Watch:
                 os.kill(os.getpid(), signal.SIGKILL)
             if first and fault.kind in SIGNALS:
                 os.kill(os.getpid(), signal.Signals[fault.kind])
-            if first and fault.kind == "error":
+            if fault.kind == "error" and (first or (name == "write" and path == self._refused)):
+                is_copy = name == "write" and half is None
+                self._refused = path if is_copy else None
                 raise _error(errno.EIO, name, full)
             if fault.kind == "read-only":
                 raise _error(errno.EROFS, name, full)

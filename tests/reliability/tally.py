@@ -2,7 +2,8 @@
 
 A test asks the fixture `tally` for its case numbers, few in `make test` and all of them under --soak, and holds each
 case within `tally.case`. A parametrised test that is one case each has the mark `counts(KIND)`. With --tally FILE every
-case adds a line {"kind", "name", "passed", "seconds"} to the file, which workers of xdist share: lines are whole.
+case adds a line {"kind", "name", "passed", "seconds", "test"} to the file, which workers of xdist share: lines are
+whole.
 """
 
 import contextlib
@@ -82,7 +83,9 @@ class Tally:
         """Count a case whose end is known."""
         assert kind in KINDS, f"{kind!r} is none of {KINDS}"
         if self._file is not None:
-            line = {"kind": kind, "name": name, "passed": passed, "seconds": round(seconds, 3)}
+            # "PATH::TEST (call)", as pytest says itself.
+            test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
+            line = {"kind": kind, "name": name, "passed": passed, "seconds": round(seconds, 3), "test": test}
             descriptor = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 os.write(descriptor, f"{json.dumps(line)}\n".encode())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.soak import GOALS, MEANING, rows_of
+from benchmarks.soak import GOALS, MEANING, replace_cases, rows_of
 from tests.reliability.tally import KINDS, Tally
 
 
@@ -60,3 +60,20 @@ def test_the_table_has_a_row_for_every_kind_and_too_few_cases_do_not_meet_a_goal
     assert not met["pickles"] and not met["loop"] and not met["kills"] and met["hangs"]
     tally.add("pickles", "last", passed=True, seconds=0.0)
     assert {row.metric.partition(":")[0]: row.met for row in rows_of(tmp_path / "cases.jsonl")}["pickles"]
+
+
+def test_tests_that_run_again_take_the_place_of_their_own_cases_alone(tmp_path: Path) -> None:
+    def written(name: str, *cases: tuple[str, str, bool]) -> Path:
+        keys = ("kind", "test", "passed")
+        (tmp_path / name).write_text("".join(json.dumps(dict(zip(keys, case, strict=True))) + "\n" for case in cases))
+        return tmp_path / name
+
+    old = written("old", ("kills", "a", False), ("kills", "b", True), ("kills", "a", True))
+    replace_cases(old, written("new", ("kills", "a", True), ("flips", "c", False)))
+    counted = {row.metric.partition(":")[0]: (row.ours, row.peer) for row in rows_of(old)}
+    assert (counted["kills"], counted["flips"]) == ((2, 2), (0, 1))
+
+
+def test_a_case_says_its_test(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    Tally(tmp_path / "cases.jsonl", soak=False, until=0).add("kills", "good", passed=True, seconds=0.0)
+    assert json.loads((tmp_path / "cases.jsonl").read_text())["test"] == request.node.nodeid

@@ -140,12 +140,12 @@ def fail_on_rank_zero(run: str, name: str, kind: str, argv: list[str]) -> int:
 
 
 ALONE = (
+    "metrics.jsonl",
     "common.pt",
     ".metadata.tmp",
     "metadata.json",
     "manifest.json",
     "iteration.txt",
-    "metrics.jsonl",
     "config.yaml",
 )
 
@@ -154,7 +154,7 @@ def test_what_befalls_rank_zero_alone_ends_all_ranks_with_the_one_line(world: Wo
     names = [name for name in ALONE if any(name in operation.path for operation in world.operations)]
     assert len(names) >= 6, "megatron-core 0.19 writes no common.pt"
     for number in tally.cases("full disk", 4, 2 * len(names)):
-        name, kind = names[number % len(names)], ("full", "error")[number // len(names)]
+        name, kind = names[number % len(names)], ("error", "full")[number // len(names)]
         with tally.case("full disk", f"training: {kind} at {name} on rank 0 of 2"):
             world.begin()
             codes = run_ranks(fail_on_rank_zero, 2, str(world.run), name, kind, world.argv, timeout=120)

@@ -37,7 +37,8 @@ class Writer:
     varies: bool = False
     """A thread of it gathers what it writes: there may be fewer operations than the last time."""
     loses: bool = False
-    """It is a cache, or a log that says of itself that it may be lost: an error is no fault of the command."""
+    """It is a cache, a log that says of itself that it may be lost, or tidying, which waits for the next time: an
+    error is no fault of the command."""
 
 
 def models(inputs: Path) -> None:
@@ -232,8 +233,7 @@ def read_scored(inputs: Path, place: Path) -> int:
     """The dataset stands before the judge's diagnostics: without these the stage is not done, and goes on."""
     from megatron_sppo.data.dataset import PreferenceDataset
 
-    dataset = PreferenceDataset(place / "scored")
-    dataset.verify()
+    dataset = PreferenceDataset(place / "scored")  # opening one verifies it
     return {"paper": 1, "official": 2}[dataset.manifest.preset]
 
 
@@ -363,7 +363,7 @@ def remember_digests(inputs: Path, place: Path, version: int) -> None:
     with (
         patch.dict("os.environ", {"XDG_CACHE_HOME": str(place)}),
         patch.object(file_digests, "REMEMBERED_BYTES", 1),
-        patch.object(file_digests, "_is_settled", lambda mark: True),
+        patch.object(file_digests, "is_settled", lambda mark: True),
     ):
         file_digests.sha256_of_files([inputs / f"rows{number}.jsonl" for number in range(1, version + 1)])
 
@@ -446,7 +446,7 @@ WRITERS = (
     Writer("export of an adapter", export_peft, prepare=models),
     Writer("merged adapter", merge_peft, prepare=models),
     Writer("tracker", name_in_tracker, read_tracker, prepare=two_iterations),
-    Writer("retention", keep_newest, read_newest, prepare=two_iterations),
+    Writer("retention", keep_newest, read_newest, prepare=two_iterations, loses=True),
     Writer("dataset", write_dataset),
     Writer("rebuilt dataset", rebuild, prepare=datasets),
     Writer("reference", write_reference, read_reference),

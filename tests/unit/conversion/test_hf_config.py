@@ -1,6 +1,7 @@
 """Proves: config.json is read in both spellings; what the Megatron model would not compute is refused by name."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,24 @@ LLAMA31 = {
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3",
+    "num_key_value_heads": 8,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 0,
+    "routed_scaling_factor": 2.5,
+    "n_group": 4,
+    "topk_group": 2,
+}
+DEEPSEEK_V2 = {**DEEPSEEK_V3, "model_type": "deepseek_v2", "topk_method": "group_limited_greedy"}
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
 
@@ -171,6 +190,7 @@ GPT_OSS = {
     "attention_bias": True,
     "rope_parameters": {"rope_theta": 150000.0, **YARN, "truncate": False},
 }
+MINISTRAL3 = {"model_type": "ministral3", "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.1}}
 OLMO3 = {"model_type": "olmo3", "sliding_window": 8, "rope_parameters": KINDS}
 
 
@@ -218,6 +238,12 @@ OLMO3 = {"model_type": "olmo3", "sliding_window": 8, "rope_parameters": KINDS}
         ({**GPT_OSS, "quantization_config": "mxfp5"}, "quantized weights"),
         ({"quantization_config": {"quant_method": "mxfp4"}}, "quantized weights"),
         ({"model_type": "olmo3"}, "does not say sliding_window"),
+        ({**MINISTRAL3, "rope_parameters": None}, "does not say rope_parameters"),
+        ({**MINISTRAL3, "rope_parameters": {"rope_theta": 1e6}}, "of type None; the Megatron model .* knows 'yarn'"),
+        ({**MINISTRAL3, "rope_parameters": LLAMA31}, "of type 'llama3'; the Megatron model .* knows 'yarn'"),
+        ({**MINISTRAL3, "rope_parameters": YARN}, "llama_4_scaling_beta is missing"),
+        ({**MINISTRAL3, "rope_parameters": {**YARN, "llama_4_scaling_beta": -0.1}}, "llama_4_scaling_beta is -0.1"),
+        ({**MINISTRAL3, "rms_norm_eps": None, "head_dim": 0}, "head_dim is 0"),
         ({**WINDOW, "model_type": "ministral", "layer_types": ["full_attention"]}, "layer_types must name"),
         ({"model_type": "olmo2", "clip_qkv": 8.0}, "clip_qkv: 8.0"),
         ({**PHI3, "rope_parameters": {"rope_type": "longrope", "factor": 32.0}}, "short_factor is None"),
@@ -250,6 +276,31 @@ OLMO3 = {"model_type": "olmo3", "sliding_window": 8, "rope_parameters": KINDS}
         ({**MIXTURES["qwen3_moe"], "num_experts_per_tok": 1}, "moe_router_topk is 1"),
         ({**MIXTURES["qwen3_moe"], "norm_topk_prob": "yes"}, "norm_topk_prob is 'yes'"),
         ({**MIXTURES["qwen3_moe"], "moe_intermediate_size": 0}, "moe_intermediate_size is 0"),
+        ({**DEEPSEEK_V3, "num_key_value_heads": 2}, "num_key_value_heads: 2 and num_attention_heads: 8"),
+        ({**DEEPSEEK_V3, "qk_rope_head_dim": 5}, r"qk_pos_emb_head_dim \(5\) is odd"),
+        ({**DEEPSEEK_V3, "kv_lora_rank": 0}, "kv_lora_rank is 0"),
+        ({**DEEPSEEK_V3, "v_head_dim": None}, "v_head_dim is missing"),
+        ({**DEEPSEEK_V3, "q_lora_rank": 1.5}, "q_lora_rank is 1.5"),
+        ({**DEEPSEEK_V3, "rope_interleave": "no"}, "rope_interleave is 'no'"),
+        ({**DEEPSEEK_V3, "attention_bias": True}, "attention_bias: true"),
+        ({**DEEPSEEK_V3, "topk_method": "greedy"}, 'topk_method: "greedy"'),
+        ({**DEEPSEEK_V3, "scoring_func": "softmax"}, 'scoring_func: "softmax"'),
+        ({**DEEPSEEK_V3, "moe_layer_freq": 2}, "moe_layer_freq: 2"),
+        ({**DEEPSEEK_V3, "num_experts_per_tok": 3}, "judges a group by its 1 best experts"),
+        ({**DEEPSEEK_V3, "n_group": 3}, r"moe_router_num_groups \(3\) must divide num_moe_experts \(8\)"),
+        ({**DEEPSEEK_V3, "quantization_config": {"quant_method": "awq"}}, "quantized weights"),
+        (
+            {**DEEPSEEK_V3, "rope_parameters": {**YARN, "mscale_all_dim": -1.0}},
+            "mscale_all_dim is -1.0",
+        ),
+        (
+            {"model_type": "kimi_k2", "q_lora_rank": None},
+            "does not say kv_lora_rank and qk_nope_head_dim and qk_rope_head_dim",
+        ),
+        ({**DEEPSEEK_V2, "topk_method": "noaux_tc"}, "topk_method: 'noaux_tc'"),
+        ({**DEEPSEEK_V2, "norm_topk_prob": True}, "norm_topk_prob: true"),
+        ({**DEEPSEEK_V2, "scoring_func": "sigmoid"}, 'scoring_func: "sigmoid"'),
+        ({**DEEPSEEK_V2, "mlp_bias": True}, "mlp_bias: true"),
         ({**MIXTURES["mixtral"], "sliding_window": 4096}, "sliding_window: 4096"),
         ({**MIXTURES["mixtral"], "router_jitter_noise": 0.1}, "router_jitter_noise: 0.1"),
         ({**MIXTURES["mixtral"], "num_experts_per_tok": None}, "num_experts_per_tok is missing"),
@@ -412,3 +463,18 @@ def test_a_directory_without_config_is_no_model(tmp_path: Path) -> None:
 def test_numbers_that_json_wrote_as_floats_are_whole(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**llama_config(), "hidden_size": 64.0}))
     assert architecture_from_hf(read_config(tmp_path)).hidden_size == 64
+
+
+@pytest.mark.parametrize("config", [DEEPSEEK_V3, DEEPSEEK_V2, {**DEEPSEEK_V3, "model_type": "kimi_k2"}])
+@pytest.mark.parametrize("rope", [{}, {"rope_interleave": False, "q_lora_rank": 24}])
+def test_latent_attention_is_read_in_both_spellings_and_written_again(
+    config: dict[str, Any], rope: dict[str, Any]
+) -> None:
+    scaled = {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}
+    new = architecture_from_hf({**llama_config(), **config, **rope, "rope_parameters": {**scaled, "rope_theta": 1e4}})
+    old = {**scaled, "type": scaled["rope_type"]}
+    del old["rope_type"]
+    assert architecture_from_hf({**old_spelling(), **config, **rope, "rope_theta": 1e4, "rope_scaling": old}) == new
+    assert architecture_from_hf(hf_from_architecture(new, dtype="float32")) == new
+    # (0.1 mscale_all_dim log(factor) + 1)^2 / sqrt(channels of a query's head), as yarn_apply_mscale of transformers.
+    assert new.latent_softmax_scale == pytest.approx((0.05 * math.log(4.0) + 1) ** 2 / 12**0.5, rel=1e-12)

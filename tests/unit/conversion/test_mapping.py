@@ -24,7 +24,7 @@ from megatron_sppo.conversion.mapping import (
     to_megatron,
 )
 from megatron_sppo.errors import ConversionError
-from megatron_sppo.layer_parts import DeltaNet
+from megatron_sppo.layer_parts import DeltaNet, LatentAttention
 from megatron_sppo.weight_counts import num_parameters
 
 
@@ -48,6 +48,15 @@ def architecture(**changes: object) -> Architecture:
 
 EXPERTS = {"num_moe_experts": 3, "moe_router_topk": 2, "moe_ffn_hidden_size": 4}
 SHARED_EXPERT = {"moe_shared_expert_intermediate_size": 8}
+
+
+LATENTS = {
+    "num_query_groups": 4,
+    "kv_channels": 5,
+    "latent_attention": LatentAttention(
+        q_lora_rank=3, kv_lora_rank=4, qk_head_dim=3, qk_pos_emb_head_dim=2, v_head_dim=6
+    ),
+}
 
 
 def experts_of(family: Family) -> dict[str, object]:
@@ -210,6 +219,7 @@ def test_the_number_of_values_is_the_architectures(families: str) -> None:
         family=families,
         **family.traits,
         **experts_of(family),
+        **(LATENTS if family.latent_attention else {}),
     )
     bindings = bind(family, model)
     expected = num_parameters(model)
