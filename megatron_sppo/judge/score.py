@@ -100,6 +100,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
                     raise
         done = write_diagnostics(config.output, identity, counts)
     else:
+        remove_stale_temporaries(config.output)  # of a dataset that this one replaced, where it could not be removed
         logger.info("%s is complete: nothing to judge.", config.output)
     shutil.rmtree(work_dir, ignore_errors=True)
     return done

@@ -31,7 +31,6 @@ _CONTEXT.set_forkserver_preload(
     [
         "megatron.core.optimizer",
         "megatron.core.dist_checkpointing.strategies.torch",
-        "megatron_sppo.__main__",
         "megatron_sppo.commands.convert",
         "megatron_sppo.commands.evaluate",
         "megatron_sppo.commands.inspect",
@@ -54,6 +53,8 @@ _CONTEXT.set_forkserver_preload(
         "megatron_sppo.training.policy",
         "megatron_sppo.training.reference",
         "megatron_sppo.training.saving",
+        "torch.utils.tensorboard",
+        "transformers.models.auto.tokenization_auto",
     ]
 )
 

@@ -1,9 +1,9 @@
 """What a disk may hold after a crash of the machine, from the log of operations of a writer (file_faults.py).
 
 A file's bytes are there once the file was fsynced, and its name once the directory was; a change of two names (a
-rename, an exchange) is one change. What was not synced may be there or not, each change for itself, in any order: of a
-file's bytes all, half or none. So renames overtake each other, and names come before their bytes. A directory that is
-synced keeps its own name too, as on every journalling file system.
+rename, an exchange) is one change. What was not synced may be there or not, each change for itself, in any order: of
+what is new in a file all, half or none. So renames overtake each other, and names come before their bytes. A directory
+that is synced keeps its own name too, as on every journalling file system.
 """
 
 import itertools
@@ -158,9 +158,11 @@ def _write(directory: _Directory, names: dict[int, dict[str, _Node]], dice: rand
         if isinstance(node, _Directory):
             _write(node, names, dice, into / name)
         else:
-            content = (
-                node.now
-                if node.now == node.synced
-                else dice.choice((node.now, node.now[: len(node.now) // 2], node.synced))
-            )
-            (into / name).write_bytes(content)
+            (into / name).write_bytes(dice.choice((node.now, _half_written(node), node.synced)))
+
+
+def _half_written(file: _File) -> bytes:
+    """Take half of what is new in a file: bytes at its beginning that were synced and are the same have stayed."""
+    pairs = enumerate(zip(file.now, file.synced, strict=False))
+    same = next((place for place, (new, old) in pairs if new != old), min(len(file.now), len(file.synced)))
+    return file.now[: same + (len(file.now) - same) // 2]

@@ -112,7 +112,7 @@ class Watch:
                 os.kill(os.getpid(), signal.SIGKILL)
             if first and fault.kind in SIGNALS:
                 os.kill(os.getpid(), signal.Signals[fault.kind])
-            if fault.kind == "error" and (first or path == self._refused):
+            if fault.kind == "error" and (first or (name == "write" and path == self._refused)):
                 is_copy = name == "write" and half is None
                 self._refused = path if is_copy else None
                 raise _error(errno.EIO, name, full)

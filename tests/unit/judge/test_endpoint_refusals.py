@@ -15,6 +15,7 @@ import pytest
 
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.judge.endpoint import EndpointJudge
+from megatron_sppo.judge.endpoint_requests import EndpointRequests
 from megatron_sppo.judge.protocol import Unjudged
 from megatron_sppo.judge.verdict import VERDICT_LOGIT, verdict_logit
 from tests.unit.judge.groups import group_of
@@ -161,7 +162,8 @@ def test_pauses_are_kept_on_all_connections_however_they_are_written(
     server.answer = lambda body: refusals.pop() if refusals else longer_wins(body)
     (logits,) = judge_of(server).judge_logits([GOOD])
     assert (logits[np.triu_indices(3, 1)] > 0).all()
-    assert max(waits) == pytest.approx(max(seconds, 0.001), abs=1.1 if seconds == 20 else 0.1)
+    late = 10.0 if seconds == 20 else 0.1  # a date is of whole seconds, and a busy machine reads it later
+    assert seconds - late <= max(waits) <= max(seconds, 0.001) + 0.1
 
 
 def test_bearable_pauses_are_no_attempts_and_unbearable_ones_end_the_run(
@@ -231,6 +233,6 @@ def test_room_for_reasoning_is_asked_for_and_makes_another_judge(server: Server)
 
 
 def test_a_server_with_several_models_names_them(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EndpointJudge, "_request", lambda *_: {"data": [{"id": "base"}, {"id": "my-lora"}]})
+    monkeypatch.setattr(EndpointRequests, "send", lambda *_: {"data": [{"id": "base"}, {"id": "my-lora"}]})
     with pytest.raises(ConfigError, match=r"2 models \(base, my-lora\)"):
         EndpointJudge(server.url)
