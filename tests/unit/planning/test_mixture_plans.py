@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from megatron_sppo.flops import all_layers_flops_per_token, head_flops_per_token
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.planning.architectures import PUBLISHED
 from megatron_sppo.planning.config import PlanConfig, WorkloadConfig
@@ -113,3 +114,41 @@ def test_a_token_meets_the_chosen_experts_and_the_shared_one() -> None:
     assert round(active / 1e9) == 12
     flops = 3 * (2 * (active + 0.75 * 151552 * 4096) + 46 * 4 * 12288 * 801 / 2) * step.num_tokens
     assert step.model_flops == pytest.approx(flops, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("deepseek-v2-lite", 2.4), ("deepseek-v2", 21), ("deepseek-v3", 37), ("kimi-k2", 32)]
+)
+def test_a_token_meets_as_many_weights_as_published_with_latent_attention(name: str, billions: float) -> None:
+    """As the models' cards count activated parameters: two FLOPs a weight, of the layers and the output weight."""
+    architecture = PUBLISHED[name]
+    met = (all_layers_flops_per_token(architecture) + head_flops_per_token(architecture)) / 2
+    assert met == pytest.approx(billions * 1e9, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3", "kimi-k2"])
+def test_latent_attention_and_its_experts_fit_on_256_gpus(name: str) -> None:
+    """61 layers on four stages, 16 on the first, and a quarter of a node's heads on each of its GPUs."""
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=4,
+        sequence_parallel=True,
+        pipeline_model_parallel_size=4,
+        decoder_first_pipeline_num_layers=16,
+        expert_model_parallel_size=64,
+        use_distributed_optimizer=True,
+    )
+    config = PlanConfig(
+        model=ModelConfig(recompute_granularity="full"),
+        optimization=OptimizationConfig(optimizer="rmsprop", lr=5e-7),
+        batch=BatchConfig(micro_batch_size=1, global_batch_size=512, seq_length=4096, packing=False),
+        workload=WorkloadConfig(mean_prompt_tokens=200, mean_response_tokens=600),
+        parallel=parallel,
+    )
+    made = make_plan(PUBLISHED[name], config, world_size=256)
+    assert made.fits
+    # A rank holds 1 / 64 of its stage's experts, a quarter of what heads and channels divide, and the rest whole.
+    experts = PUBLISHED[name].num_expert_layers * (PUBLISHED[name].num_moe_experts or 0)
+    matrices = experts * 3 * 7168 * 2048
+    whole = 61 * (7168 * (1536 + 512 + 64) + 1536 + 512 + 2 * 7168) + 7168 + experts * 7168
+    divided = PUBLISHED_WEIGHTS[name] - matrices - whole - experts  # without the routers' biases
+    assert sum(stage.num_parameters for stage in made.stages) == matrices // 64 + whole + divided // 4
