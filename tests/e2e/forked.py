@@ -54,7 +54,6 @@ _CONTEXT.set_forkserver_preload(
         "megatron_sppo.training.reference",
         "megatron_sppo.training.saving",
         "torch.utils.tensorboard",
-        "transformers.models.auto.tokenization_auto",
     ]
 )
 
