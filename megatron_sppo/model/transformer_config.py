@@ -258,7 +258,9 @@ _REFUSED = {
     "RMSprop's place too, and a resumed run goes on from the weights that it had copied there before the checkpoint "
     "was loaded. Use --use-distributed-optimizer, which shards the optimizer's state, or --lora-rank 16, which needs "
     "next to none",
-    "moe_enable_routing_replay": "nothing here records the routes of the reference pass: none would be replayed",
+    "moe_enable_routing_replay": "in the layout that computes the reference both passes choose the same experts by "
+    "themselves, and a policy that is trained on routes of another is not the one that samples "
+    "(benchmarks/router_replay.py is the experiment)",
     "cpu_offloading": _OFFLOADED_ACTIVATIONS,
     "fine_grained_activation_offloading": _OFFLOADED_ACTIVATIONS,
 }

@@ -145,7 +145,9 @@ def answers(models: dict[tuple[str, str], Path]) -> list[dict[tuple[str, str], A
         for (family, model), root in models.items():
             for layout in layouts_of(family, model) if model == chosen else ():
                 checkpoints[layout].append(str(root / "megatron/iter_0000000"))
-        for found, rank in zip(answers, run_ranks(logits_under, WORLD_SIZE, checkpoints, token_ids()), strict=True):
+        for found, rank in zip(
+            answers, run_ranks(logits_under, WORLD_SIZE, checkpoints, token_ids(), timeout=900.0), strict=True
+        ):
             found |= rank
     return answers
 

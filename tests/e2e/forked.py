@@ -129,7 +129,8 @@ def _main(
     os.environ.update(environment)
     os.chdir(directory)
     places = (os.devnull, *said)
-    for number, descriptor in enumerate([os.open(place, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600) for place in places]):
+    how = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    for number, descriptor in enumerate([os.open(place, how, 0o600) for place in places]):
         os.dup2(descriptor, number)
     subprocess.Popen = ForkingPopen  # type: ignore[misc]
     sys.argv = [str(script), *arguments]

@@ -98,7 +98,7 @@ def test_the_padded_vocabulary_divides_and_is_the_least(vocab_size: int, tensor:
         ("external_cuda_graph=true", "tensors of one shape"),
         ("cuda_graph_impl=local", "tensors of one shape"),
         ("cuda_graph_scope=attn", "tensors of one shape"),
-        ("moe_enable_routing_replay=true", "nothing here records the routes"),
+        ("moe_enable_routing_replay=true", "both passes choose the same experts"),
         ("cpu_offloading=true", "--recompute-granularity full"),
         ("fine_grained_activation_offloading=true", "--recompute-granularity full"),
     ],
