@@ -36,6 +36,7 @@ named, never estimated. A target that was missed says so.
 | C8, F1 to F15 | how every stage's cost grows, networks taken away |
 | C10 | a training step beside a supervised step |
 | W1 | weak scaling, simulated |
+| M1 | a mixture's routes, replayed in training |
 | R | faults that are made: tried, and passed |
 | 3.1, 3.6 | the theorem and the loss, by their equations' numbers in the paper |
 | G1, G2, G3, G4 | head, step, training and PairRM on a GPU: not run |
@@ -172,6 +173,17 @@ One rank's own work in worlds of 8 to 4,096 ranks, with Torch's fake process gro
 does: Megatron-Core lists every group of the world once a run, and each rank plans the whole step.""",
         command="OMP_NUM_THREADS=1 python -m benchmarks.weak_scaling",
         files=(f"{CPU}/weak_scaling",),
+    ),
+    Figure(
+        title="M1: a mixture's routes, replayed",
+        text="""\
+Whether training should use the routes of the reference pass again, as `moe_enable_routing_replay` would have it. A
+random mixture of 4 layers, 16 experts, 4 of them a token, in bfloat16; means over models and data drawn anew. In the
+layout that computed the reference both passes choose the same experts: the first log-ratio is 0 without replay. Only
+a reference of another layout is nearer with it. After training the loss is higher with replay, most of all where the
+model chooses its experts itself, as it does when it samples: so nothing is replayed here.""",
+        command="OMP_NUM_THREADS=1 python -m benchmarks.router_replay --seeds 2 --steps 16",
+        files=(f"{OTHER_CPU}/router_replay",),
     ),
     Figure(
         title="R: faults that are made",
