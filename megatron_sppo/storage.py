@@ -359,7 +359,15 @@ def explain_os_error(error: BaseException, path: Path) -> None:
         raise DataError(f"{path} could not be written: {error.strerror}. Choose a writable place.") from error
     if error.errno in (errno.EMFILE, errno.ENFILE):
         raise DataError(f"{path} could not be written: {error.strerror}. Raise the limit with `ulimit -n`.") from error
-    if error.errno == errno.EIO and error.filename is None:  # of a file that was open, which the error does not name
+    if error.errno == errno.EIO and _is_of(error.filename, path):
         raise DataError(
             f"{path} could not be written: {error.strerror}. Check the disk, then run the same command again."
         ) from error
+
+
+def _is_of(name: str | None, path: Path) -> bool:
+    """Tell whether an error is of writing `path`: of its temporaries or directory, or of an open file, with no name."""
+    if name is None or Path(name) == path.parent:
+        return True
+    within = Path(os.path.relpath(name, path.parent)).parts[0]
+    return within == path.name or within.startswith(f".{path.name}.")

@@ -116,7 +116,7 @@ def linear_modules(architecture: Architecture) -> tuple[AdaptedModule, ...]:
     an adapter is the same in every layer and has one shape. And where Hugging Face's experts are no modules.
 
     Raises:
-        ConfigError: layers have attention or a gated delta net.
+        ConfigError: layers have attention or a gated delta net, or latent attention.
     """
     if architecture.delta_net is not None:
         raise ConfigError(

@@ -12,6 +12,8 @@ _HASH_BITS = 48
 _IN_MODULES_OF_THE_TORCH_SPEC = {
     ".self_attention.linear_qkv.layer_norm_": ".input_layernorm.",
     ".self_attention.in_proj.layer_norm_": ".input_layernorm.",
+    ".self_attention.linear_q_up_proj.layer_norm_": ".self_attention.q_layernorm.",
+    ".self_attention.linear_kv_up_proj.layer_norm_": ".self_attention.kv_layernorm.",
     ".mlp.linear_fc1.layer_norm_": ".pre_mlp_layernorm.",
     ".mlp.experts.experts.": ".mlp.experts.",
 }

@@ -142,14 +142,3 @@ def test_what_shares_its_work_out_itself_refuses_to_be_a_rank(command, monkeypat
     with pytest.raises(ConfigError, match=rf"one of 4 ranks.*without torchrun: {command} --workers 4"):
         main(command, [*flags, "--output", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("action", "flags"), [("import", "--hf a --megatron b"), ("export", "--megatron a --hf b")])
-def test_conversions_refuse_to_be_ranks(action, flags, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    main = importlib.import_module("megatron_sppo.commands.convert").main
-    with pytest.raises(ConfigError, match=rf"one of 2 ranks.*without torchrun: convert {action} --workers 2"):
-        main("convert", [action, *flags.split()])
-    assert not list(tmp_path.iterdir())

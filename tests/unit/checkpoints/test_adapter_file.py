@@ -42,6 +42,10 @@ def test_modules_are_the_two_dimensional_weights_of_the_family_s_layers(name: st
         with pytest.raises(ConfigError, match="have attention or a gated delta net"):
             linear_modules(architecture)
         return
+    if architecture.latent_attention is not None:
+        with pytest.raises(ConfigError, match="not placed on latent attention"):
+            linear_modules(architecture)
+        return
     table = hf_shapes(bind(FAMILIES[architecture.family], architecture))
     shapes: dict[str, set[tuple[int, ...]]] = {}
     for key, shape in table.items():
