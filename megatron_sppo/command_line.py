@@ -84,6 +84,21 @@ def launch() -> Launch:
     return Launch(rank, local_rank, world_size, is_alone=not os.environ.get("RANK"))
 
 
+def check_rendezvous() -> None:
+    """Look whether this process knows where to meet the other ranks.
+
+    Raises:
+        ConfigError: it is one of several, and the launcher has not said where.
+    """
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if launch().world_size > 1 and missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {launch().world_size}, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
+            "not set, by which ranks find each other. Start the command with torchrun, or, for one process alone: "
+            "unset RANK WORLD_SIZE"
+        )
+
+
 def refuse_ranks(name: str) -> None:
     """Refuse to be one of several processes that torchrun has started, for a command that shares its work out itself.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_sppo.command_line import EXIT_BAD_INPUT, launch, one_line
+from megatron_sppo.command_line import EXIT_BAD_INPUT, check_rendezvous, launch, one_line
 from megatron_sppo.errors import ConversionError, DataError
 
 T = TypeVar("T")
@@ -103,11 +103,16 @@ ALONE = Crew()
 
 @contextlib.contextmanager
 def launched_crew() -> Iterator[Crew]:
-    """Join the processes that torchrun has started for this command, if it has -> Crew."""
+    """Join the processes that torchrun has started for this command, if it has -> Crew.
+
+    Raises:
+        ConfigError: there are several, and nothing says where they meet.
+    """
     place = launch()
     if place.world_size == 1:
         yield ALONE
         return
+    check_rendezvous()
     import torch.distributed
 
     torch.distributed.init_process_group("gloo", rank=place.rank, world_size=place.world_size, timeout=_TIMEOUT)

@@ -18,7 +18,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from megatron_sppo.command_line import launch
+from megatron_sppo.command_line import check_rendezvous, launch
 from megatron_sppo.errors import ConfigError, ConversionError, DataError
 from megatron_sppo.training import cpu
 from megatron_sppo.training.config import ParallelConfig
@@ -164,6 +164,7 @@ def store_of_its_own() -> Store:
 def _store() -> Store:
     if launch().is_alone:
         return HashStore()
+    check_rendezvous()
     store, _, _ = next(iter(rendezvous("env://")))
     return store
 

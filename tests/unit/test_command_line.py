@@ -142,3 +142,17 @@ def test_what_shares_its_work_out_itself_refuses_to_be_a_rank(command, monkeypat
     with pytest.raises(ConfigError, match=rf"one of 4 ranks.*without torchrun: {command} --workers 4"):
         main(command, [*flags, "--output", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
+def test_ranks_that_do_not_know_where_to_meet_say_so(missing, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    parallel = importlib.import_module("megatron_sppo.training.parallel")
+    convert = importlib.import_module("megatron_sppo.commands.convert").main
+    for start in (parallel._store.__wrapped__, lambda: convert("convert", ["import", "--hf", "a", "--megatron", "b"])):
+        with pytest.raises(ConfigError, match=rf"WORLD_SIZE is 2, but {missing} is not set.*unset RANK WORLD_SIZE"):
+            start()
+    assert not list(tmp_path.iterdir())
