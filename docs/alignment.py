@@ -276,7 +276,7 @@ def language_model() -> str:
     rows = [
         f"| {row['entry']} | {row['against']} | {100 * row['difference']:+.1f} | "
         f"[{100 * row['interval'][0]:+.1f}, {100 * row['interval'][1]:+.1f}] | {row['p_holm']:.3f} | "
-        f"{'shown' if row['shown'] else 'no difference shown'} |"
+        f"{_list(f'{100 * x:+.1f}' for x in row['by_seed'])} | {'shown' if row['shown'] else 'no difference shown'} |"
         for row in result["comparisons"]
     ]
     state = "" if result["complete"] else "**Not all runs are there yet: this is how far it has come.** "
@@ -287,9 +287,11 @@ strict prompt-level accuracy on held-out prompts, whose kinds of instructions an
 points of per cent. {_floor_text(floor)}
 
 {command}
-| objective | against | difference | 95 % interval over prompts | p, Holm | |
-|---|---|---|---|---|---|
+| objective | against | difference | 95 % interval over prompts | p, Holm | by seed | |
+|---|---|---|---|---|---|---|
 {_lines(rows)}
+
+A difference is shown if p is below 0.05, if it is larger than the start model's own, and if every seed has its sign.
 
 {runs_table(result)}"""
 
