@@ -7,7 +7,7 @@ further token, is carried along.
 from megatron_sppo.checkpoints.fp8 import METHOD
 from megatron_sppo.conversion import latent_config
 from megatron_sppo.conversion.families import glm4_moe, llama, qwen2_moe, qwen3_moe
-from megatron_sppo.conversion.family import ExpertKeys, Family
+from megatron_sppo.conversion.family import Family
 from megatron_sppo.conversion.mapping import Copy
 
 ATTENTION, ATTN = "decoder.layers.{layer}.self_attention", "model.layers.{layer}.self_attn"
@@ -66,14 +66,5 @@ FAMILY = Family(
     further_layers="num_nextn_predict_layers",
     rope_types=ROPE_TYPES,
     quantized=METHOD,
-    experts=ExpertKeys(
-        count=("n_routed_experts", "num_local_experts"),
-        width="moe_intermediate_size",
-        normalised="norm_topk_prob",
-        normalised_by_default=True,
-        dense_before="first_k_dense_replace",
-        shared_count="n_shared_experts",
-        groups=("n_group", "topk_group"),
-        scaling="routed_scaling_factor",
-    ),
+    experts=glm4_moe.EXPERTS,
 )

@@ -29,6 +29,18 @@ MAPPINGS = (
     *qwen2_moe.shared_expert("shared_experts"),
 )
 
+EXPERTS = ExpertKeys(
+    count=("n_routed_experts", "num_local_experts"),
+    width="moe_intermediate_size",
+    normalised="norm_topk_prob",
+    normalised_by_default=True,
+    dense_before="first_k_dense_replace",
+    shared_count="n_shared_experts",
+    groups=("n_group", "topk_group"),
+    scaling="routed_scaling_factor",
+)
+"""DeepSeek-V3 spells its config alike."""
+
 FAMILY = Family(
     model_type="glm4_moe",
     architecture_class="Glm4MoeForCausalLM",
@@ -40,14 +52,5 @@ FAMILY = Family(
     switches={"attention_bias": ("add_qkv_bias",), "use_qk_norm": ("qk_layernorm",)},
     further_layers="num_nextn_predict_layers",
     rotary_percent=0.5,
-    experts=ExpertKeys(
-        count=("n_routed_experts", "num_local_experts"),
-        width="moe_intermediate_size",
-        normalised="norm_topk_prob",
-        normalised_by_default=True,
-        dense_before="first_k_dense_replace",
-        shared_count="n_shared_experts",
-        groups=("n_group", "topk_group"),
-        scaling="routed_scaling_factor",
-    ),
+    experts=EXPERTS,
 )
