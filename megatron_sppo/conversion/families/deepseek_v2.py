@@ -23,7 +23,6 @@ FAMILY = dataclasses.replace(
     experts=dataclasses.replace(
         deepseek_v3.FAMILY.experts,
         count=("n_routed_experts", "num_experts"),
-        normalised="norm_topk_prob",
         normalised_by_default=False,
         grouped_by=("topk_method", "group_limited_greedy", "greedy"),
     ),

@@ -18,10 +18,9 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from megatron_sppo.checkpoints.fp8 import dequantize
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
-from megatron_sppo.conversion.megatron_model import compare_tensors, open_megatron
-from megatron_sppo.conversion.sources import open_source
 from megatron_sppo.errors import ConversionError
 from tests.families import family_model
+from tests.quantized import assert_found_again
 
 BLOCK = (4, 2)  # divides every weight below
 LINEARS = ("_proj.weight", "_proj_with_mqa.weight")
@@ -101,12 +100,7 @@ def test_an_export_is_what_transformers_makes_of_the_quantized_files(quantized: 
 
 
 def test_the_same_import_again_and_a_comparison_find_the_same_model(quantized: Path, tmp_path: Path) -> None:
-    first = import_checkpoint(quantized, tmp_path / "megatron")
-    assert import_checkpoint(quantized, tmp_path / "megatron") == first
-    assert compare_tensors(open_source(quantized), open_megatron(first)) == []
-    export_checkpoint(first, tmp_path / "hf")
-    again = import_checkpoint(tmp_path / "hf", tmp_path / "again")
-    assert compare_tensors(open_source(quantized), open_megatron(again)) == []
+    assert_found_again(quantized, tmp_path)
 
 
 UP = "model.layers.1.self_attn.kv_b_proj.weight"

@@ -16,10 +16,9 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from megatron_sppo.checkpoints.mxfp4 import dequantize
 from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
-from megatron_sppo.conversion.megatron_model import compare_tensors, open_megatron
-from megatron_sppo.conversion.sources import open_source
 from megatron_sppo.errors import ConversionError
 from tests.families import family_model, token_ids
+from tests.quantized import assert_found_again
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 96}
 QUANTIZED = {
@@ -71,12 +70,7 @@ def test_an_export_is_what_transformers_makes_of_the_quantized_files(quantized: 
 
 
 def test_the_same_import_again_and_a_comparison_find_the_same_model(quantized: Path, tmp_path: Path) -> None:
-    first = import_checkpoint(quantized, tmp_path / "megatron")
-    assert import_checkpoint(quantized, tmp_path / "megatron") == first
-    assert compare_tensors(open_source(quantized), open_megatron(first)) == []
-    export_checkpoint(first, tmp_path / "hf")
-    again = import_checkpoint(tmp_path / "hf", tmp_path / "again")
-    assert compare_tensors(open_source(quantized), open_megatron(again)) == []
+    assert_found_again(quantized, tmp_path)
 
 
 BLOCKS, SCALES = (f"model.layers.1.mlp.experts.down_proj_{part}" for part in ("blocks", "scales"))
