@@ -46,7 +46,8 @@ def live(
     Args:
         seconds: within which a signal comes.
         operations: of a process, within which a disk begins to fail.
-        stage: when it has begun, the signal comes soon, or the stage dies; None: at any time.
+        stage: when it has begun, the signal comes soon, or the stage dies, or the one that runs next if it was quicker;
+            None: at any time.
         begin: another way to start the command, as `_start`, of a life that nothing befalls at its start.
     """
     extra = {}
@@ -65,12 +66,11 @@ def live(
     loop = start(command, said=said, environment={**environment, **extra}, directory=run_dir.parent)
     if disturbance in SIGNALS or disturbance == "dead stage":
         _wait(loop, run_dir, stage, until=time.monotonic() + (300 if stage else dice.random() * seconds))
-        time.sleep(dice.random() * 0.5)
+        time.sleep(dice.random() * (0.1 if stage else 0.5))
         if disturbance in SIGNALS:
             loop.send_signal(SIGNALS[disturbance])
-        elif (pid := _stage_process(run_dir, stage)) is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        else:
+            _kill_a_stage(loop, run_dir)
     code = loop.wait(timeout=900)
     return code, (said.read_text().splitlines() or [""])[-1]
 
@@ -99,7 +99,16 @@ def _wait(loop: Any, run_dir: Path, stage: str | None, *, until: float) -> None:
     while loop.poll() is None and time.monotonic() < until:
         if stage is not None and _stage_process(run_dir, stage) is not None:
             return
-        time.sleep(0.02)
+        time.sleep(0.01)
+
+
+def _kill_a_stage(loop: Any, run_dir: Path) -> None:
+    """Kill the stage that runs, or the next one, until the loop has ended: what is killed may have been at its end."""
+    while loop.poll() is None:
+        if (pid := _stage_process(run_dir, None)) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.002)
 
 
 def _stage_process(run_dir: Path, stage: str | None) -> int | None:
