@@ -2,7 +2,8 @@
 
 Every rank counts what it begins (`beat`): micro-batches, the optimizer, saves. All ranks count alike, so whoever has
 counted least is who the others wait for. A thread of each rank tells its count through the launcher's store, by a
-connection of its own; rank 0's, or another's where rank 0 does not answer, judges. Nobody waits in a step.
+connection of its own; rank 0's, or another's where rank 0 does not answer, judges. Nobody waits in a step. Where the
+store's holder is frozen, that thread waits for its answer as well: a second one, which asks nobody, ends the process.
 
 On a GPU a kernel or a message that hangs shows as all ranks waiting for the gradient's norm: then all are named, and
 their stacks are there.
@@ -94,13 +95,15 @@ class _Watch:
         self._done = threading.Event()
         self._heard: dict[int, tuple[Any, float]] = {}
         self._number = 0
-        self._store_answered = time.monotonic()
+        self._answers, self._refusal = 0, "no reply"
         self._main = threading.main_thread().ident
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._second = threading.Thread(target=self._watch_the_store, name="watchdog of the store", daemon=True)
 
     def start(self) -> None:
         """Begin to watch."""
         self._thread.start()
+        self._second.start()
 
     def end(self) -> None:
         """Stop; whoever still watches is told that this rank has done."""
@@ -116,15 +119,29 @@ class _Watch:
                 try:
                     self._look()
                 except RuntimeError as error:  # of the store: whoever holds it has ended, or does not answer
-                    if time.monotonic() - self._store_answered > self._seconds and not self._done.is_set():
-                        self._end_without_store(error)
+                    self._refusal = str(error).splitlines()[0]
+
+    def _watch_the_store(self) -> None:
+        """End this process where the store has not answered for too long: torch waits for a frozen one without end.
+
+        Time is counted by turns of this thread: none goes by while this process itself is stopped.
+        """
+        silent, heard = 0, 0
+        while not self._done.wait(self._interval):
+            silent, heard = (silent + 1 if self._answers == heard else 0), self._answers
+            if silent * self._interval > self._seconds:
+                self._end_without_store()
+
+    def _has(self, key: str) -> bool:
+        has = bool(self._store.check([key]))
+        self._answers += 1
+        return has
 
     def _look(self) -> None:
         if sys.__stderr__ is not None:  # where even this thread cannot run: Python's own lock is held by what hangs
             faulthandler.dump_traceback_later(self._seconds + 3 * self._interval, file=sys.__stderr__)
         self._tell()
-        self._store_answered = time.monotonic()
-        if self._store.check(["verdict"]):
+        if self._has("verdict"):
             self._end_with(json.loads(self._store.get("verdict")))
         ranks = range(self._place.world_size) if self._place.rank == 0 else range(1)
         self._listen(ranks)
@@ -152,7 +169,7 @@ class _Watch:
                 self._heard[rank] = words, time.monotonic()
 
     def _known(self, what: str, ranks: range) -> list[int]:
-        return [rank for rank in ranks if self._store.check([f"{what} {rank}"])]
+        return [rank for rank in ranks if self._has(f"{what} {rank}")]
 
     def _late_of(self, ranks: range) -> dict[int, float]:
         """Find ranks that have not counted for too long -> {rank: seconds}."""
@@ -179,7 +196,7 @@ class _Watch:
             self._store.set("said", "")
             time.sleep(4 * _POLL_SECONDS)  # the others end by themselves, rather than by this one's messages
         with contextlib.suppress(RuntimeError):  # the store's holder has left already
-            while time.monotonic() < patience + 1 and not self._store.check(["said"]):
+            while time.monotonic() < patience + 1 and not self._has("said"):
                 time.sleep(_POLL_SECONDS)
         end_hanging("")  # forked writers die with this process (saving.py)
 
@@ -187,8 +204,7 @@ class _Watch:
         """Name the ranks that the others wait for, with their stacks: the last line of the job."""
         stacks: dict[int, dict[str, Any] | None] = {}
         for rank in range(self._place.world_size):
-            known = self._store.check([f"stack {rank}"])
-            stacks[rank] = json.loads(self._store.get(f"stack {rank}")) if known else None
+            stacks[rank] = json.loads(self._store.get(f"stack {rank}")) if self._has(f"stack {rank}") else None
         silent = [rank for rank, stack in stacks.items() if stack is None and not self._has_done(rank)]
         found = silent or self._furthest_behind({rank: stack for rank, stack in stacks.items() if stack is not None})
         clauses, age = [], max(ages.values())
@@ -236,13 +252,12 @@ class _Watch:
         title = f"rank {self._place.rank} on {self._host}, pid {os.getpid()}, in {_beat.phase}"
         write_stacks(self._directory / f"rank_{self._place.rank:05d}.txt", title=title)
 
-    def _end_without_store(self, error: RuntimeError) -> None:
+    def _end_without_store(self) -> None:
         """Say that nobody can be asked; every rank does."""
         self._write_stacks()
         holder = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         end_hanging(
             f"{self._name}: error: the job hangs: the store at {holder}, which rank 0 or its launcher holds, has not "
-            f"answered for {self._seconds:.0f} s ({str(error).splitlines()[0]}), and rank {self._place.rank} is in "
-            f"{_beat.phase}. Its stacks are in {self._directory}. Look at that machine, and run the same command "
-            "again."
+            f"answered for {self._seconds:.0f} s ({self._refusal}), and rank {self._place.rank} is in {_beat.phase}. "
+            f"Its stacks are in {self._directory}. Look at that machine, and run the same command again."
         )

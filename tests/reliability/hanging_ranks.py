@@ -24,6 +24,9 @@ class Hang:
     where: str
     """data: the batches never come. micro-batch: asleep in front of a forward pass. collective: it waits in one that
     nobody else takes part in. save: asleep in front of a save. stopped: SIGSTOP, no thread of it runs."""
+    pretended: float = 1197
+    """Seconds for which it says that it has hung already, of the 1200 that the watchdog waits: the test need not, and a
+    machine that is slow is not taken for one that hangs."""
 
 
 def train_and_hang(argv: list[str], hang: Hang, stderr: str) -> int:
@@ -40,9 +43,7 @@ def train_and_hang(argv: list[str], hang: Hang, stderr: str) -> int:
         original_save = saving.Saver.save
 
         def hang_now() -> None:
-            # As if it had hung for nearly as long as the watchdog waits (1200 s): the test need not, and a machine that
-            # is slow is not taken for one that hangs.
-            watchdog._beat = dataclasses.replace(watchdog._beat, at=watchdog._beat.at - 1197)
+            watchdog._beat = dataclasses.replace(watchdog._beat, at=watchdog._beat.at - hang.pretended)
             if hang.where == "stopped":
                 time.sleep(1)  # its thread tells that yet
                 os.kill(os.getpid(), signal.SIGSTOP)
