@@ -152,8 +152,7 @@ them in every run of the tests. Seconds and memory stand beside them, at 2,000 p
 a machine that other work kept busy. Bytes of a model's files are held against those of its weights; a checkpoint of
 float32 with Adam is three times as large. A save writes each byte once, in one pass that hashes it for its tensor's
 digest, which a reader of that tensor checks; a run also tries the disk with 64 MiB to know how long its checkpoint
-takes. What is of a model's bytes, and of commands' imports, was measured again after the other stages, once imports had
-digests and a plan no Megatron-Core. At 600,000 prompts the merge and the report are measured with answers of 8
+takes. All of it is one run of one commit. At 600,000 prompts the merge and the report are measured with answers of 8
 tokens.""",
         command="OMP_NUM_THREADS=1 python -m benchmarks.scale --work EMPTY_DIR --before SCALE.json",
         files=(f"{OTHER_CPU}/scale",),
