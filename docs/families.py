@@ -23,10 +23,15 @@ context, data and expert parallelism, sequence parallelism, packing, recomputati
 the mixtures' layouts run in `make test-full` only. A family without gradients of its own computes nothing that another
 one does not.
 
+The last column is how vLLM 0.32 on a CPU computes models like the row's, in sizes that its kernels take
+(`tests/e2e/test_families_vllm.py`): log-probabilities of transformers' float32 within 1e-5; or in bfloat16, where its
+kernels take nothing else, with no more error than transformers' own bfloat16 has; or not, where vLLM refuses it.
+What it computes otherwise without a word, `megatron-sppo rollouts` refuses: [Limits](limits.md).
+
 Nothing of this was run on a GPU: [Limits](limits.md).
 
-| family | model | logits in | gradients in |
-|---|---|---|---|
+| family | model | logits in | gradients in | vLLM |
+|---|---|---|---|---|
 """
 FOOT = """
 This page is written by `docs/families.py` from `tests/families.py` and `tests/distributed/`.
@@ -40,7 +45,7 @@ def page() -> str:
     sys.path.insert(0, str(REPOSITORY))
     try:
         from tests.distributed import test_family_gradients, test_family_logits, test_mixture_families
-        from tests.families import FAMILIES
+        from tests.families import FAMILIES, IN_ENGINE, InEngine
     finally:
         sys.path.remove(str(REPOSITORY))
     gradients: dict[str, list[str]] = {
@@ -59,7 +64,9 @@ def page() -> str:
         layouts = dict.fromkeys(one for model in models for one in test_family_logits.layouts_of(name, model))
         variant = name.partition(", ")[2]
         found = ", ".join(dict.fromkeys(gradients.get(name, [])))
-        rows.append(f"| `{settings['model_type']}` | {variant} | {', '.join(layouts)} | {found} |")
+        engine = IN_ENGINE.get(name, InEngine())
+        computed = "refuses it" if engine.refusal else engine.dtype
+        rows.append(f"| `{settings['model_type']}` | {variant} | {', '.join(layouts)} | {found} | {computed} |")
     return HEAD + "\n".join(rows) + "\n" + FOOT
 
 

@@ -6,6 +6,7 @@ eight tokens, soft caps that bite. `KEY_VALUE_HEADS` says for which tensor-paral
 
 import shutil
 import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,86 @@ BIASED_EXPERTS = ("gpt_oss",)
 """Those whose experts have biases."""
 
 
+@dataclass(frozen=True)
+class InEngine:
+    """How vLLM on a CPU is to compute a family."""
+
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Of the model's settings, beside ENGINE_SHAPE."""
+    dtype: str = "float32"
+    refusal: str = ""
+    """Words of vLLM's own, where it takes no such model."""
+
+
+# Sizes that vLLM's CPU kernels are made for, of the settings that a family has.
+ENGINE_SHAPE = {
+    "hidden_size": 128,
+    "head_dim": 32,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+WIDE_LONGROPE = LONGROPE["rope_parameters"] | {
+    "short_factor": [1.0, 1.1, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8],
+    "long_factor": [1.5, 2.0, 2.5, 3.0, 3.2, 3.4, 3.6, 4.0],
+}
+# Published configs have these keys; transformers' own classes know none of them, and do not write them.
+PUBLISHED_V3 = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+SMALL_YARN = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
+NO_TORCHVISION = "failed to be inspected"
+IN_ENGINE: dict[str, InEngine] = {
+    "qwen2, window": InEngine(refusal="Sliding window for some but all layers is not supported"),
+    "qwen2_moe, dense between": InEngine({"sliding_window": 128}),
+    "qwen3_next": InEngine(dtype="bfloat16"),
+    "qwen3_5_text": InEngine(refusal=NO_TORCHVISION),
+    "qwen3_5_moe_text": InEngine(refusal=NO_TORCHVISION),
+    "deepseek_v2": InEngine(
+        {"head_dim": 64, "rope_parameters": SMALL_YARN, "n_group": 1, "topk_group": 1}, dtype="bfloat16"
+    ),
+    "deepseek_v2, groups, all layers sparse": InEngine({"head_dim": 64}, dtype="bfloat16"),
+    "deepseek_v3": InEngine({"head_dim": 64, **PUBLISHED_V3}, dtype="bfloat16"),
+    "deepseek_v3, halves, no groups": InEngine(
+        {"head_dim": 64, **PUBLISHED_V3, "rope_parameters": SMALL_YARN, "rope_interleave": True}, dtype="bfloat16"
+    ),
+    "gpt_oss": InEngine({"swiglu_limit": 7.0, "rope_parameters": {**YARN, "truncate": False, "beta_slow": 1.0}}),
+    "ministral3": InEngine(
+        {"rope_parameters": FAMILIES["ministral3"]["rope_parameters"] | {"original_max_position_embeddings": 128}}
+    ),
+    "phi3, longrope of a half": InEngine(
+        {
+            "original_max_position_embeddings": 128,
+            "rope_parameters": WIDE_LONGROPE | {"original_max_position_embeddings": 128},
+        }
+    ),
+}
+"""Of the others the models are taken as they are."""
+OTHERWISE_IN_ENGINE: dict[str, tuple[str, InEngine]] = {
+    "windows of some layers": ("qwen2_moe, dense between", InEngine()),
+    "long factors for all": ("phi3, longrope of a half", InEngine({"rope_parameters": WIDE_LONGROPE})),
+    "queries that grow": ("ministral3", InEngine()),
+    "another clamp": ("gpt_oss", InEngine(IN_ENGINE["gpt_oss"].changes | {"swiglu_limit": 1.0})),
+    "windows elsewhere": (
+        "gpt_oss",
+        InEngine(IN_ENGINE["gpt_oss"].changes | {"layer_types": ["full_attention"] * NUM_LAYERS}),
+    ),
+    "halves": (
+        "deepseek_v3, halves, no groups",
+        InEngine({"head_dim": 64, **PUBLISHED_V3, "rope_parameters": SMALL_YARN}, dtype="bfloat16"),
+    ),
+    "no YaRN": ("deepseek_v2", InEngine({"head_dim": 64, "n_group": 1, "topk_group": 1}, dtype="bfloat16")),
+    "no scores": ("deepseek_v3", InEngine({"head_dim": 64, "topk_method": "noaux_tc"}, dtype="bfloat16")),
+}
+"""Models of which vLLM computes something else, and says nothing (rollout/engine_differences.py)."""
+
+
 def family_model(directory: Path, name: str, **overrides: Any) -> Path:
     """Write a random model of `FAMILIES[name]`, with the byte tokenizer -> the directory."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -287,16 +368,23 @@ def family_model(directory: Path, name: str, **overrides: Any) -> Path:
     return directory
 
 
+def engine_model(directory: Path, name: str, engine: InEngine) -> Path:
+    """Write a random model of `FAMILIES[name]` for vLLM on a CPU -> the directory."""
+    known = {**COMMON, **FAMILIES[name]}
+    shape = {key: value for key, value in ENGINE_SHAPE.items() if key in known}
+    return family_model(directory, name, **shape | engine.changes)
+
+
 def token_ids(num_prompts: int = 3, length: int = 40) -> torch.Tensor:
     """Draw prompts that are longer than any window above -> [num_prompts, length]."""
     return torch.randint(VOCAB_SIZE, (num_prompts, length), generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
-def hugging_face_logits(hf: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """Run Hugging Face's own model in float32 with its eager attention -> [B, S, V]."""
+def hugging_face_logits(hf: Path, tokens: torch.Tensor, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Run Hugging Face's own model with its eager attention -> [B, S, V]."""
     from transformers import AutoModelForCausalLM
 
-    model = load_pretrained(AutoModelForCausalLM, hf, dtype=torch.float32, attn_implementation="eager").eval()
+    model = load_pretrained(AutoModelForCausalLM, hf, dtype=dtype, attn_implementation="eager").eval()
     logits: torch.Tensor = model(input_ids=tokens).logits
     return logits

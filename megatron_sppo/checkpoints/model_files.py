@@ -20,6 +20,8 @@ class ModelFiles:
     """Identity and limits of a Hugging Face model directory."""
 
     directory: Path
+    config: Mapping[str, Any]
+    """The decoder's part of config.json."""
     model_hash: str
     tokenizer_hash: str
     vocab_size: int
@@ -75,6 +77,7 @@ def read_model_files(directory: Path) -> ModelFiles:
         )
     return ModelFiles(
         directory=directory,
+        config=described,
         model_hash=model_hash(directory),
         tokenizer_hash=tokenizer,
         vocab_size=_positive(described, "vocab_size", directory),

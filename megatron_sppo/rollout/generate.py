@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_sppo.checkpoints.hf_files import CONFIG_FILE
 from megatron_sppo.checkpoints.model_files import ModelFiles, read_model_files
 from megatron_sppo.checkpoints.peft_files import PeftAdapter
 from megatron_sppo.cluster.config import PoolConfig
@@ -18,6 +19,7 @@ from megatron_sppo.cluster.ray_team import cluster_has_gpus
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.chat_template import ChatTokenizer, TokenizedPrompt
 from megatron_sppo.rollout.config import GenerateConfig, Sampling
+from megatron_sppo.rollout.engine_differences import check_engine
 from megatron_sppo.rollout.finished_shards import FinishedShard, FinishedShards, open_finished_shards, read_earlier_job
 from megatron_sppo.rollout.outcomes import count_outcomes, outcome_warnings
 from megatron_sppo.rollout.policy import Policy, open_adapter_of
@@ -88,6 +90,12 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
             logger.info("%s is complete: nothing to do", config.output)
         elif missing := finished.missing():
             max_model_len = _engine_length(config, prompts.prepared.longest + sampling.max_tokens, _room(config, files))
+            check_engine(
+                files.config,
+                tokens=max_model_len,
+                place=str(config.model / CONFIG_FILE),
+                has_gpus=lambda: bool(config.servers.server) or _has_gpus(config.pool),
+            )
             make_worker = WorkerFactory(
                 config=config,
                 max_model_len=max_model_len,

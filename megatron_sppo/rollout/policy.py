@@ -11,7 +11,8 @@ from typing import Any
 from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, open_hf_checkpoint
 from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
 from megatron_sppo.checkpoints.peft_files import PeftAdapter, check_fits, open_peft_adapter
-from megatron_sppo.checkpoints.wrapped import refuse_sampling_with_adapters
+from megatron_sppo.checkpoints.wrapped import decoder_config, refuse_sampling_with_adapters
+from megatron_sppo.rollout.engine_differences import check_engine
 from megatron_sppo.rollout.probes import MOST_TOKENS, Probes, compute_probes
 from megatron_sppo.rollout.weight_sums import Sums, weight_sum
 
@@ -47,6 +48,12 @@ class Policy:
     def mark(self) -> str:
         """What a server is told to call these weights."""
         return f"sppo-{self.model_hash[:32]}"
+
+    def check_engine(self, tokens: int, server: str) -> None:
+        """Refuse a server that was started for longer sequences than it computes as training does."""
+        place = str(self.directory / CONFIG_FILE)
+        config = decoder_config(read_config(self.directory), place=place)
+        check_engine(config, tokens=tokens, place=place, server=server)
 
     def probes(self) -> Probes:
         """What the model of the directory gives for the fixed texts -> Probes."""

@@ -106,6 +106,8 @@ class Server:
                 f"{self.url} allows {allowed} tokens, the longest prompt with its answer needs {max_model_len}. "
                 f"Restart it with --max-model-len {max_model_len}, or use --max-model-len {allowed} here."
             )
+        if isinstance(allowed, int) and self._policy is not None:
+            self._policy.check_engine(allowed, self.url)
 
     def _models(self) -> dict[str, dict[str, Any]]:
         """Ask which models and adapters are served -> {name: what is said of it}, empty where that makes no sense."""

@@ -303,7 +303,9 @@ def test_a_loop_disturbed_in_every_stage_ends_with_the_same_files(
                 stage=name,
                 begin=begin,
             )
-            assert code in (ENDINGS[disturbance] or (0,)), f"{disturbance} in {name}: exit code {code}, {said}"
+            # The last stage may end before the signal is there; no clock stops a run.
+            expected = (*ENDINGS[disturbance], *((0,) if name == stages[-1] or disturbance == "jumping clock" else ()))
+            assert code in expected, f"{disturbance} in {name}: exit code {code}, {said}"
     outcome = self_play(inputs, run_dir)
     assert outcome.returncode == 0, outcome.stderr
     ours, undisturbed = fingerprints(run_dir), fingerprints(finished[0])

@@ -46,8 +46,8 @@ def live(
     Args:
         seconds: within which a signal comes.
         operations: of a process, within which a disk begins to fail.
-        stage: when it has begun, the signal comes soon, or the stage dies, or the one that runs next if it was quicker;
-            None: at any time.
+        stage: when it has begun, the signal comes, or the stage dies, or the next one if it was quicker; None: at any
+            time.
         begin: another way to start the command, as `_start`, of a life that nothing befalls at its start.
     """
     extra = {}
@@ -66,7 +66,8 @@ def live(
     loop = start(command, said=said, environment={**environment, **extra}, directory=run_dir.parent)
     if disturbance in SIGNALS or disturbance == "dead stage":
         _wait(loop, run_dir, stage, until=time.monotonic() + (300 if stage else dice.random() * seconds))
-        time.sleep(dice.random() * (0.1 if stage else 0.5))
+        if stage is None:
+            time.sleep(dice.random() * 0.5)
         if disturbance in SIGNALS:
             loop.send_signal(SIGNALS[disturbance])
         else:
