@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmarks.record import RESULTS, describe_machine
 from megatron_sppo.command_line import run as run_tool
 from megatron_sppo.config import parse
@@ -26,6 +28,7 @@ from megatron_sppo.storage import sha256_of_file
 
 NAME = "demo.py"
 START = "base_eval/rollouts"
+CONFIG = "examples/configs/smollm2_demo.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,10 @@ def _command(state: dict[str, Any]) -> str:
     """Spell how the run can be repeated -> a command line; of the start model and the prompts the hashes tell."""
     run, trained = state["config"]["run"], _trained(state)
     lora = "" if trained == "all weights" else " LORA=1"
-    return f"make demo{lora} ITERATIONS={run['iterations']}"
+    shipped = yaml.safe_load((RESULTS.parents[1] / CONFIG).read_text(encoding="utf-8"))["run"]
+    at_most = run["max_prompts_per_iteration"]
+    fewer = "" if at_most == shipped["max_prompts_per_iteration"] else f", --max-prompts-per-iteration {at_most}"
+    return f"make demo{lora} ITERATIONS={run['iterations']}{fewer}"
 
 
 def engine_starts(run: Path, state: dict[str, Any]) -> int:

@@ -5,6 +5,7 @@ python docs/families.py            # tests/unit/test_docs.py fails where the pag
 
 import sys
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGE = REPOSITORY / "docs/families.md"
@@ -19,9 +20,9 @@ shows, on each run:
 Gradients are held against Hugging Face's autograd (1e-5 of a tensor's largest entry; of a gated delta net's decays and
 rates beside that four times what Hugging Face's own float32 loses of them against float64), with the loss, the
 log-probabilities and the first log-ratio, which is 0. "All pairs" is a cover of every two choices of tensor, pipeline,
-context, data and expert parallelism, sequence parallelism, packing, recomputation and sharding that can meet. Some of
-the mixtures' layouts run in `make test-full` only. A family without gradients of its own computes nothing that another
-one does not.
+context, data and expert parallelism, sequence parallelism, packing, recomputation and sharding that can meet. Each
+family has some of its layouts in the tests of every change, and the others in `make test-full`. All of this runs on
+both versions of Megatron-Core.
 
 The last column is how vLLM 0.32 on a CPU computes models like the row's, in sizes that its kernels take
 (`tests/e2e/test_families_vllm.py`): log-probabilities of transformers' float32 within 1e-5; or in bfloat16, where its
@@ -53,10 +54,11 @@ def page() -> str:
         "qwen3_moe": [ALL_PAIRS_OF_MIXTURES],
         "mixtral": [ALL_PAIRS_OF_MIXTURES],
     }
-    for name, layouts in test_family_gradients.LAYOUTS.items():
-        gradients.setdefault(name, []).extend(layouts)
+    for case in test_family_gradients.CASES:
+        name, layout = values_of(case)
+        gradients.setdefault(name, []).append(layout)
     for case in test_mixture_families.CASES:
-        name, _, flags = case.values if hasattr(case, "values") else case
+        name, _, flags = values_of(case)
         gradients.setdefault(name, []).append(layout_of(flags))
     rows = []
     for name, settings in FAMILIES.items():
@@ -68,6 +70,11 @@ def page() -> str:
         computed = "refuses it" if engine.refusal else engine.dtype
         rows.append(f"| `{settings['model_type']}` | {variant} | {', '.join(layouts)} | {found} | {computed} |")
     return HEAD + "\n".join(rows) + "\n" + FOOT
+
+
+def values_of(case: Any) -> tuple[Any, ...]:
+    """Take the values of a case that may be marked."""
+    return tuple(case.values) if hasattr(case, "values") else case
 
 
 def layout_of(flags: str) -> str:

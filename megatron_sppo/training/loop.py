@@ -1,14 +1,14 @@
 """The training loop: a step is micro-batches forward and backward, one update, one line of metrics."""
 
+import contextlib
 import logging
-import math
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from tqdm import tqdm
+from torch import Tensor
 
 from megatron_sppo import flops
 from megatron_sppo.command_line import default_grace_seconds, launch
@@ -17,10 +17,11 @@ from megatron_sppo.model.transformer_config import bfloat16_products
 from megatron_sppo.tracking.run import TrackedRun
 from megatron_sppo.training import parallel
 from megatron_sppo.training.bad_steps import Fault, GradientWatch, GuardedOptimizer, Referee
-from megatron_sppo.training.config import TrainingConfig
+from megatron_sppo.training.config import ObjectiveConfig, TrainingConfig
 from megatron_sppo.training.forward_step import gradient_step, log_probs, objective_terms
 from megatron_sppo.training.grace import Grace, checkpoint_bytes
-from megatron_sppo.training.metrics import StepFiles, drift_per_token, response_metrics
+from megatron_sppo.training.ledger import Ledger
+from megatron_sppo.training.metrics import drift_per_token, response_metrics
 from megatron_sppo.training.policy import Policy
 from megatron_sppo.training.progress import Progress
 from megatron_sppo.training.replicas import ReplicaCheck
@@ -56,20 +57,15 @@ def train(
     sampler, stopwatch, stragglers = GpuSampler(), _Stopwatch(policy), Stragglers(parallel.host_names())
     watch, referee = GradientWatch(policy), Referee(config.safety, progress)
     replicas = ReplicaCheck(policy, optimizer, every=config.safety.check_replicas)
-    writes = parallel.is_rank_zero()
     num_bytes = checkpoint_bytes(policy, config.optimization)
+    grace_seconds = config.run.grace_seconds or default_grace_seconds()
     with parallel.failing_together(OSError, DataError):
-        grace = Grace(
-            config.save, num_bytes=num_bytes, grace_seconds=config.run.grace_seconds or default_grace_seconds()
-        )
-        files = StepFiles(config.save, progress.step + 1) if writes else None
-    refused: OSError | DataError | None = None
-    bar = tqdm(total=train_iters, initial=progress.step, desc="train", unit="step", disable=None if writes else True)
+        grace = Grace(config.save, num_bytes=num_bytes, grace_seconds=grace_seconds)
+    ledger = Ledger(config, tracked, step=progress.step, train_iters=train_iters)
     beat(f"data of step {progress.step + 1}")
     for plan in steps:
         beat(f"step {progress.step + 1}, before its first micro-batch")
         started = time.monotonic()
-        logs = (progress.step + 1) % config.run.log_interval == 0
         stopwatch.start()
         learning_rate = optimizer.param_groups[0]["lr"]
         said = Said(
@@ -77,7 +73,7 @@ def train(
             num_skipped=progress.num_skipped,
             stops=stop.asked,
             writes=saver.is_writing(),
-            refused=refused is not None,
+            refused=ledger.is_refused,
         )
         metrics, columns, told, fault = _step(
             policy,
@@ -92,75 +88,65 @@ def train(
         )
         if told.refused:
             saver.finish()
-            parallel.raise_together(refused)
+            ledger.check()
         if fault is None:
             referee.take()
             progress.num_clipped += 0 < config.optimization.clip_grad < metrics["grad_norm"]
         else:
-            try:
+            with _finishing(saver):
                 referee.reject(plan, fault)
-            except DataError:  # on all ranks; what was begun is from before this step
-                saver.finish()
-                raise
         scheduler.step(increment=1)
         progress.step += 1
-        metrics["lr"] = learning_rate
-        if config.safety.on_bad_step == "skip":
-            metrics["sppo/skipped_steps"] = progress.num_skipped
-        if str(progress.step) in progress.ref_drift:
-            metrics["sppo/ref_drift"] = progress.ref_drift[str(progress.step)]
-        metrics["sppo/grad_clip_rate"] = progress.num_clipped / progress.step
+        metrics |= {"lr": learning_rate, **_standing(progress, config)}
         metrics |= _speed(plan, time.monotonic() - started, policy) | sampler.sample()
+        metrics |= stragglers.note(told.seconds) if all(told.seconds) else {}
         if not told.writes:
             saver.finish()
         if (waited := saver.pop_seconds()) > 0:
             metrics["perf/save_seconds"] = waited
-        if all(told.seconds):
-            metrics |= stragglers.note(told.seconds)
-        if files is not None:
-            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}  # of a bad step
-            try:
-                files.write(progress.step, finite, columns)
-            except (OSError, DataError) as error:
-                refused = error  # the other ranks hear of it with the next step's numbers
-            tracked.log(progress.step, finite)
-            bar.update()
-            bar.set_postfix(loss=f"{metrics['loss']:.4g}", grad_norm=f"{metrics['grad_norm']:.3g}")
-            if logs:
-                logger.info(_line(progress.step, train_iters, metrics))
-        last = progress.step == train_iters
-        interval = config.run.save_interval
-        if last or told.stops or (interval is not None and progress.step % interval == 0):
-            if told.stops and not last:
+        ledger.write(progress.step, metrics, columns)
+        last, interval = progress.step == train_iters, config.run.save_interval
+        stops = told.stops and not last
+        if last or stops or (interval is not None and progress.step % interval == 0):
+            if stops:
                 grace.warn_at_signal(stop)
             beat(f"save of step {progress.step}")
             replicas.before_save(progress.step)
             began = time.monotonic()
-            if files is not None and refused is None:
-                try:
-                    files.sync()
-                except (OSError, DataError) as error:
-                    refused = error
-            try:
-                parallel.raise_together(refused)  # a run resumed from this checkpoint would lack the step's line
-            except (OSError, DataError):
-                saver.finish()
-                raise
-            saver.save(wait=last or told.stops)
+            with _finishing(saver):
+                ledger.sync()
+            saver.save(wait=last or stops)
             if not config.run.async_save:
                 grace.note(time.monotonic() - began)
-        if told.stops and not last:
+        if stops:
             tracked.is_stopped = True
             logger.warning(
                 "stopped by a signal after step %d of %d; the same command goes on", progress.step, train_iters
             )
             break
         beat(f"data of step {progress.step + 1}")
-    bar.close()
-    if files is not None:
-        files.close()
-    parallel.raise_together(refused)
+    ledger.close()
     return progress.step >= train_iters
+
+
+@contextlib.contextmanager
+def _finishing(saver: Saver) -> Iterator[None]:
+    """Finish what was begun to be saved, which is from before this step, where all ranks raise an error."""
+    try:
+        yield
+    except (OSError, DataError):
+        saver.finish()
+        raise
+
+
+def _standing(progress: Progress, config: TrainingConfig) -> dict[str, float]:
+    """Say where the run stands after a step -> metrics."""
+    standing: dict[str, float] = {"sppo/grad_clip_rate": progress.num_clipped / progress.step}
+    if config.safety.on_bad_step == "skip":
+        standing["sppo/skipped_steps"] = progress.num_skipped
+    if str(progress.step) in progress.ref_drift:
+        standing["sppo/ref_drift"] = progress.ref_drift[str(progress.step)]
+    return standing
 
 
 def _step(
@@ -200,26 +186,29 @@ def _step(
     grad_norm = optimizer.step_if(is_fit)
     (fault,) = faults
     (log_prob_N, _, router_sums), told = answer()
-    objective = config.objective.row
-    log_ratio_N = log_prob_N - plan.targets.reference_log_prob
-    target_N = objective.target(plan.targets)
-    # The loss is evaluated again on the whole global batch, so that it is one number in every layout.
-    loss = float(objective_terms(plan, log_prob_N, objective=config.objective).mean())
-    metrics = {"loss": loss, "grad_norm": grad_norm}
-    metrics |= policy.router_metrics(router_sums, num_sequences=len(plan.rows))
-    metrics |= response_metrics(
-        log_ratio_N, log_prob_N, win_rate_N=plan.targets.win_rate, target_N=target_N, eta=objective.nats_per_reward
-    )
+    metrics, columns = _measures(plan, log_prob_N, objective=config.objective)
+    metrics |= {"grad_norm": grad_norm, **policy.router_metrics(router_sums, num_sequences=len(plan.rows))}
     if step == 1:
-        metrics["sppo/ref_drift_step0"] = drift_per_token(log_ratio_N, plan.num_response_tokens)
+        metrics["sppo/ref_drift_step0"] = drift_per_token(columns["log_ratio"], plan.num_response_tokens)
     if wide_log_prob_N is not None:
         metrics["sppo/fp8_gap"] = drift_per_token(log_prob_N - wide_log_prob_N, plan.num_response_tokens)
         logger.info("FP8 moves log-probabilities by %.3g nats a token against bfloat16", metrics["sppo/fp8_gap"])
-    columns: dict[str, Any] = {"group": plan.group, "response": plan.response, "win_rate": plan.targets.win_rate}
-    columns["log_ratio"] = log_ratio_N
-    if target_N is not None:
-        columns["target"] = target_N
     return metrics, columns, told, fault
+
+
+def _measures(
+    plan: StepPlan, log_prob_N: Tensor, *, objective: ObjectiveConfig
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Measure a step by its log-probabilities -> (metrics, columns [N] of the responses)."""
+    row, targets = objective.row, plan.targets
+    log_ratio_N, target_N = log_prob_N - targets.reference_log_prob, row.target(targets)
+    # The loss is evaluated again on the whole global batch, so that it is one number in every layout.
+    loss = float(objective_terms(plan, log_prob_N, objective=objective).mean())
+    metrics = {"loss": loss} | response_metrics(
+        log_ratio_N, log_prob_N, win_rate_N=targets.win_rate, target_N=target_N, eta=row.nats_per_reward
+    )
+    columns = {"group": plan.group, "response": plan.response, "win_rate": targets.win_rate, "log_ratio": log_ratio_N}
+    return metrics, columns if target_N is None else {**columns, "target": target_N}
 
 
 def _speed(plan: StepPlan, seconds: float, policy: Policy) -> dict[str, float]:
@@ -284,8 +273,3 @@ def _now() -> Any:
 def _seconds_between(begin: Any, end: Any) -> float:
     seconds = end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
     return max(float(seconds), 1e-9)  # 0 means that there is none
-
-
-def _line(step: int, train_iters: int, metrics: dict[str, float]) -> str:
-    names = ("loss", "lr", "grad_norm", "rewards/margins", "perf/tokens_per_second")
-    return f"step {step}/{train_iters} | " + " | ".join(f"{n} {metrics[n]:.4g}" for n in names if n in metrics)

@@ -19,11 +19,13 @@ from megatron_sppo.conversion.convert import import_checkpoint
 from tests.distributed.conftest import all_layouts, write_dataset
 from tests.distributed.test_moe_layouts import by_hub_names
 from tests.distributed.truth import Truth
-from tests.families import family_model
+from tests.families import MIXTURES, family_model
 
 GATED, GLM, GROUPS = "qwen2_moe, dense between", "glm4_moe", "glm4_moe, biases, groups, two shared"
 DENSE_BETWEEN = "qwen3_moe, dense between"
 DELTA_NETS = "qwen3_next"
+MOST_DELTA_NETS = "qwen3_5_moe_text"
+HALVES = "deepseek_v3, halves, no groups"
 LATENTS, DIRECT, BEST = "deepseek_v3", "deepseek_v2", "deepseek_v2, groups, all layers sparse"
 BIAS = "e_score_correction_bias"
 
@@ -36,11 +38,15 @@ EP2 = f"{MICRO} --expert-model-parallel-size 2"
 CP2 = f"{MICRO} --context-parallel-size 2"
 ALL = f"{PP2} --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2"
 
+# Those of test_moe_layouts.py and test_family_gradients.py.
+COVERED = ("mixtral", "qwen3_moe", "gpt_oss")
 CASES = [
     (GATED, 2, TP2_SP),
     (GATED, 2, f"{EP2} --no-packing"),
     (GATED, 4, f"{ALL} --recompute-granularity full"),
     (DELTA_NETS, 2, f"{TP2_SP} --expert-model-parallel-size 2"),
+    (MOST_DELTA_NETS, 2, EP2),
+    (HALVES, 2, TP2_SP),
     (LATENTS, 2, f"{CP2} --recompute-granularity selective"),
     (LATENTS, 4, ALL),
     (DIRECT, 2, f"{TP2_SP} --no-packing"),
@@ -54,7 +60,8 @@ CASES = [
     *all_layouts(
         *(
             (family, ranks, flags)
-            for family in (GATED, GLM, GROUPS, DENSE_BETWEEN, LATENTS, DIRECT)
+            for family in MIXTURES
+            if family not in COVERED
             for ranks, flags in (
                 (1, f"{MICRO} --no-packing"),
                 (2, PP2),
@@ -68,6 +75,10 @@ CASES = [
         )
     ),
 ]
+
+SHARED_WEIGHTS = {GATED: 4, "qwen2_moe": 12, DELTA_NETS: 12, MOST_DELTA_NETS: 12}
+SHARED_WEIGHTS |= {GLM: 6, GROUPS: 9, LATENTS: 6, HALVES: 9, DIRECT: 6, BEST: 9}
+"""Weights of shared experts in all sparse layers."""
 
 BALANCE_COEFF, Z_COEFF = 3000.0, 200.0
 ROUTER_LOSSES = f"--moe-aux-loss-coeff {BALANCE_COEFF} --moe-z-loss-coeff {Z_COEFF}"
@@ -123,12 +134,10 @@ def test_loss_and_gradient_equal_hugging_faces_and_biases_stay(
     exported = truth_of(family, shares_prompts=SHARED in flags).assert_equal_under(world_size, flags, tmp_path)
     original = load_file(truth_of(family).hf / "model.safetensors")
     biases = [name for name in exported if name.endswith(BIAS)]
-    assert len(biases) == {GLM: 2, GROUPS: 3, LATENTS: 2}.get(family, 0)
+    assert len(biases) == {GLM: 2, GROUPS: 3, LATENTS: 2, HALVES: 3}.get(family, 0)
     assert all(torch.equal(exported[name].view(torch.int32), original[name].view(torch.int32)) for name in biases)
     shared = [name for name in exported if ".shared_expert" in name]
-    assert len(shared) == {GATED: 4, DELTA_NETS: 12, GLM: 6, GROUPS: 9, LATENTS: 6, DIRECT: 6, BEST: 9}.get(
-        family, 0
-    )  # sparse layers x weights
+    assert len(shared) == SHARED_WEIGHTS.get(family, 0)
     assert all(exported[name].any() for name in shared)
 
 
