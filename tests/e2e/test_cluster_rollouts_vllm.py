@@ -1,4 +1,5 @@
-"""Proves the real engine on a real Ray of three nodes: killed in mid-shard, it writes the bytes of one process.
+"""Proves the real engine on a real Ray of three nodes: killed in mid-shard, it writes the bytes of one process; and
+engines of a pool compute with the adapter of each iteration, as `peft` does.
 
 vLLM on CPU and a tiny model; what else can go wrong with a pool is in test_cluster_rollouts.py, with a fake sampler.
 """
@@ -17,7 +18,8 @@ pytest.importorskip("ray", reason="the extra `cluster` is not installed")
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed (there is no CPU wheel for this Python)", allow_module_level=True)
 
-from megatron_sppo.rollout.records import read_manifest
+from megatron_sppo.rollout.records import read_manifest, read_rollouts
+from tests.adapters import random_adapter
 from tests.e2e.ray_cluster import ThreeNodes, kill, three_nodes, wait_until
 from tests.models import tiny_llama
 
@@ -40,13 +42,39 @@ def start(model: Path, output: Path, *more: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+def test_a_pool_s_engines_compute_with_each_iteration_s_adapter(nodes: ThreeNodes, tmp_path: Path) -> None:
+    """Greedy, in float32, by two engines; a sampler starts only where its engine has been proven (vllm_engine.py)."""
+    peft, torch, transformers = (pytest.importorskip(name) for name in ("peft", "torch", "transformers"))
+    shape = {"head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}
+    base = tiny_llama(tmp_path / "base", scale=0.1, **shape)
+    greedy = ("--ray", nodes.address, "--workers", "2", "--num-responses", "1", "--temperature", "0")
+    greedy += ("--max-tokens", "12", "--allow-no-signal", "--limit", "8", "--dtype", "float32")
+    answers = []
+    for number in (1, 2):
+        adapter = random_adapter(tmp_path / f"iter_{number}/adapter", base, scale=0.1, seed=number)
+        output = tmp_path / f"iter_{number}/rollouts"
+        _, err = (driver := start(base, output, "--adapter", str(adapter), *greedy)).communicate(timeout=900)
+        assert driver.returncode == 0, err
+        assert read_manifest(output).adapter == str(adapter)
+        policy = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        policy = peft.PeftModel.from_pretrained(policy, adapter).eval()
+        answers.append([])
+        for group in read_rollouts(output):
+            prompt = torch.tensor([group.prompt_token_ids])
+            with torch.no_grad():
+                out = policy.generate(input_ids=prompt, max_new_tokens=12, do_sample=False, eos_token_id=[2])
+            answers[-1].append(group.responses[0].token_ids)
+            assert tuple(out[0, prompt.shape[1] :].tolist()) == answers[-1][-1]
+    assert len(answers[0]) == 8 and answers[0] != answers[1]
+
+
 def test_engines_a_node_and_the_driver_are_killed_and_the_bytes_are_those_of_one_process(
     nodes: ThreeNodes, tmp_path: Path
 ) -> None:
     # vLLM's attention on CPU knows heads of 32 and 64.
     model = tiny_llama(tmp_path / "model", dtype="bfloat16", head_dim=64, num_attention_heads=2, num_key_value_heads=1)
     alone, output = tmp_path / "alone", tmp_path / "rollouts"
-    _, err = (one := start(model, alone)).communicate(timeout=300)
+    _, err = (one := start(model, alone)).communicate(timeout=900)
     assert one.returncode == 0, err
 
     def num_done() -> int:
@@ -64,7 +92,7 @@ def test_engines_a_node_and_the_driver_are_killed_and_the_bytes_are_those_of_one
     _, err = driver.communicate()
     assert 3 <= num_done() < NUM_SHARDS, err
     wait_until(lambda: not nodes.actors(), "the end of the dead driver's engines")
-    _, err = (again := start(model, output, "--ray", nodes.address, "--workers", "1")).communicate(timeout=300)
+    _, err = (again := start(model, output, "--ray", nodes.address, "--workers", "1")).communicate(timeout=900)
     assert again.returncode == 0, err
     assert len(read_manifest(output).shards) == NUM_SHARDS
     for path in alone.glob("shard-*.jsonl"):
