@@ -41,12 +41,14 @@ QWEN_TOWER = {
     "num_position_embeddings": 16,
     "patch_size": 4,
 }
+PIXTRAL = {"vision_config": {"model_type": "pixtral", "patch_size": 14, "head_dim": 8, **TOWER}}
 WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": (
         "gemma3_text",
         {"vision_config": {"model_type": "siglip_vision_model", "patch_size": 14, **TOWER}, "mm_tokens_per_image": 1},
     ),
-    "mistral3": ("mistral", {"vision_config": {"model_type": "pixtral", "patch_size": 14, "head_dim": 8, **TOWER}}),
+    "mistral3": ("mistral", PIXTRAL),
+    "mistral3, as published since Ministral 3": ("ministral3", PIXTRAL),
     "qwen3_5": ("qwen3_5_text", {"vision_config": {"model_type": "qwen3_5_vision", **QWEN_TOWER}}),
     "qwen3_5_moe": ("qwen3_5_moe_text", {"vision_config": {"model_type": "qwen3_5_moe_vision", **QWEN_TOWER}}),
 }
@@ -58,7 +60,9 @@ def wrapped_model(directory: Path, kind: str) -> Path:
 
     text, settings = WRAPPERS[kind]
     tied = {"tie_word_embeddings": kind == "gemma3"}
-    config = AutoConfig.for_model(kind, text_config={**COMMON, **FAMILIES[text], **tied}, **settings, **tied)
+    config = AutoConfig.for_model(
+        kind.partition(",")[0], text_config={**COMMON, **FAMILIES[text], **tied}, **settings, **tied
+    )
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -119,10 +123,11 @@ def test_both_ways_to_name_a_decoder_are_read_and_written(models: dict[str, Path
         assert tensor.equal(newer[name] if is_carried else newer[name].bfloat16())
 
 
-def test_logits_are_hugging_faces_whole_and_by_layer(models: dict[str, Path], tmp_path: Path) -> None:
-    import_checkpoint(models["mistral3"], tmp_path / "megatron")
+@pytest.mark.parametrize("kind", [kind for kind in WRAPPERS if kind.startswith("mistral3")])
+def test_logits_are_hugging_faces_whole_and_by_layer(kind: str, models: dict[str, Path], tmp_path: Path) -> None:
+    import_checkpoint(models[kind], tmp_path / "megatron")
     for layerwise in (False, True):
-        report = verify(models["mistral3"], tmp_path / "megatron", layerwise=layerwise)
+        report = verify(models[kind], tmp_path / "megatron", layerwise=layerwise)
         assert report["faults"] == []
         assert report["logits"]["max_abs"] <= 1e-5
 
