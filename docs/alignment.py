@@ -249,7 +249,8 @@ def three_iterations() -> str:
 Three iterations with adapters and of all weights, on the same {" + ".join(map(str, num_prompts))} prompts and
 {num_held} held-out ones, fewer than the demo has, one seed each. The start model follows {_share(start)} of the
 held-out instructions. vLLM was started {arms[0]["engine_starts"]} time with adapters, which are exchanged in it, and
-{arms[1]["engine_starts"]} times without. Seconds are of a machine that other work kept busy: they say little.
+{arms[1]["engine_starts"]} times without. Intervals overlap: no difference is shown. The second was run by an installed
+wheel in an empty directory. Seconds are of a machine that other work kept busy: they say little.
 
 | trained | iteration | win rate over the start model, % | instructions held, % | seconds | training | export |
 |---|---|---|---|---|---|---|
