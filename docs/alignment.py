@@ -240,6 +240,7 @@ def three_iterations() -> str:
     rows = [
         f"| {arm['trained']} | {entry['iteration']} | {_share(entry['win_rate_vs_base'])} | "
         f"{_share(entry['accuracy']['policy']['instruction_level'])} | {sum(entry['seconds'].values()):.0f} | "
+        f"{entry['seconds']['rollouts'] + entry['seconds']['eval-rollouts']:.0f} | "
         f"{entry['seconds']['train']:.0f} | {entry['seconds']['export']:.0f} |"
         for arm in arms
         for entry in arm["summary"]["iterations"]
@@ -250,10 +251,11 @@ Three iterations with adapters and of all weights, on the same {" + ".join(map(s
 {num_held} held-out ones, fewer than the demo has, one seed each. The start model follows {_share(start)} of the
 held-out instructions. vLLM was started {arms[0]["engine_starts"]} time with adapters, which are exchanged in it, and
 {arms[1]["engine_starts"]} times without. Intervals overlap: no difference is shown. The second was run by an installed
-wheel in an empty directory. Seconds are of a machine that other work kept busy: they say little.
+wheel in an empty directory. Seconds are of a machine that other work kept busy; that sampling with an adapter takes
+several times as long is vLLM's way to compute one on a CPU (the first rollouts, of the start model, have none).
 
-| trained | iteration | win rate over the start model, % | instructions held, % | seconds | training | export |
-|---|---|---|---|---|---|---|
+| trained | iteration | win rate over the start model, % | instructions held, % | seconds | sampling | training | export |
+|---|---|---|---|---|---|---|---|
 {_lines(rows)}
 """
 
