@@ -254,7 +254,7 @@ held-out instructions. vLLM was started {arms[0]["engine_starts"]} time with ada
 wheel in an empty directory. Seconds are of a machine that other work kept busy; that sampling with an adapter takes
 several times as long is vLLM's way to compute one on a CPU (the first rollouts, of the start model, have none).
 
-| trained | iteration | win rate over the start model, % | instructions held, % | seconds | sampling | training | export |
+| trained | iteration | win rate over start, % | instructions held, % | seconds | sampling | training | export |
 |---|---|---|---|---|---|---|---|
 {_lines(rows)}
 """
