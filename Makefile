@@ -109,10 +109,11 @@ demo: install $(SMOLLM2)/config.json
 	  --prompts $(PROMPTS) --output $(RUN) --iterations $(ITERATIONS) --judge $(JUDGE)$(if $(LORA), --training lora_rank=16 lr=1e-3)
 
 # vLLM first: it holds numpy and transformers below their newest releases, and all targets are to see the same ones. Then
-# what keeps one core busy, two beside each other, the longest first; then what is dealt out to two workers itself.
+# what keeps one core busy, two beside each other, the longest first; then all that is dealt out to two workers, at once,
+# so that neither waits for the other but at the end.
 test: install
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-cudaless lint docs test-triton
-	@$(MAKE) --no-print-directory --jobs=1 LAYOUTS='$(LAYOUTS)' test-unit test-reliability test-distributed test-e2e
+	$(PYTEST) tests/e2e tests/distributed tests/reliability tests/unit tests/gpu $(LAYOUTS) $(TWO_AT_A_TIME)
 
 # What a full run stands for: these sources and Megatron-Core's versions. `make test-full` notes it, for you to commit.
 FULL_RUN := tests/full_run.txt

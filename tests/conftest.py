@@ -66,13 +66,17 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 LONGEST_FIRST = (
-    "test_self_play",
-    "test_cluster_rollouts_vllm",
-    "test_cluster_scoring",
     "test_self_play_vllm",
+    "test_self_play_adapters",
+    "test_cluster_rollouts_vllm",
+    "test_self_play",
+    "test_cluster_scoring",
+    "test_families_vllm",
     "test_async_saves",
     "test_pretrain",
     "test_family_logits",
+    "test_mixture_families",
+    "test_family_gradients",
     "test_self_play_servers",
     "test_alignment_benchmark",
     "test_docs_vllm",
