@@ -70,6 +70,8 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
     settings = {**sampling.as_dict(), "chat_template_kwargs": tokenizer.arguments}
     adapter = None if config.adapter is None else open_adapter_of(config.model, files.model_hash, config.adapter)
     prompts = _Prompts(config, rows, tokenizer, room=_room(config, files))
+    if prompts.are_new:  # before anything is written: the remedy may change which prompts there are
+        _engine_length(config, prompts.prepared.longest, files)
     identity = {
         "model_hash": files.model_hash,
         "tokenizer_hash": files.tokenizer_hash,
@@ -89,13 +91,7 @@ def generate_rollouts(config: GenerateConfig, *, make_sampler: SamplerFactory | 
         if finished.is_complete():
             logger.info("%s is complete: nothing to do", config.output)
         elif missing := finished.missing():
-            max_model_len = _engine_length(config, prompts.prepared.longest + sampling.max_tokens, _room(config, files))
-            check_engine(
-                files.config,
-                tokens=max_model_len,
-                place=str(config.model / CONFIG_FILE),
-                has_gpus=lambda: bool(config.servers.server) or _has_gpus(config.pool),
-            )
+            max_model_len = _engine_length(config, prompts.prepared.longest, files)
             make_worker = WorkerFactory(
                 config=config,
                 max_model_len=max_model_len,
@@ -159,6 +155,11 @@ class _Prompts:
                 "%d prompts set aside; the first: %s: %s",
                 *(len(left_out), left_out[0]["prompt_id"], left_out[0]["reason"]),
             )
+
+    @property
+    def are_new(self) -> bool:
+        """Tell whether they have been read for a job that has not been begun."""
+        return self._prepared is not None
 
     @property
     def num_shards(self) -> int:
@@ -238,16 +239,28 @@ def _room(config: GenerateConfig, files: ModelFiles) -> int:
     return room
 
 
-def _engine_length(config: GenerateConfig, needed: int, room: int) -> int:
+def _engine_length(config: GenerateConfig, longest: int, files: ModelFiles) -> int:
     """Choose the longest sequence of the engines -> tokens.
 
     Of one that further jobs are to use, what those will hardly exceed: they have other prompts.
+
+    Args:
+        longest: tokens of the longest prompt.
+
+    Raises:
+        ConfigError: vLLM computes such long sequences of this model otherwise than training.
     """
-    if config.engine.max_lora_rank is None or config.servers.server:
-        return needed
-    if config.max_model_len is not None:
-        return room
-    return min(room, max(_KEPT_LENGTH, 1 << (needed - 1).bit_length()))
+    length, room = longest + config.max_tokens, _room(config, files)
+    if config.engine.max_lora_rank is not None and not config.servers.server:
+        further = max(_KEPT_LENGTH, 1 << (length - 1).bit_length())
+        length = room if config.max_model_len is not None else min(room, further)
+    check_engine(
+        files.config,
+        tokens=length,
+        place=str(config.model / CONFIG_FILE),
+        has_gpus=lambda: bool(config.servers.server) or _has_gpus(config.pool),
+    )
+    return length
 
 
 def shard_seed(seed: int, index: int) -> int:

@@ -105,7 +105,7 @@ def test_rollouts_of_such_a_model_are_refused_before_a_sampler_starts(tiny_llama
     sampler = FakeSampler()
     with pytest.raises(ConfigError, match=r"beyond 9 tokens, and this run is for \d+: it leaves out llama_4"):
         generate_rollouts(config, make_sampler=fake_factory(sampler))
-    assert not sampler.calls
+    assert not sampler.calls and not (tmp_path / "rollouts").exists()
     generate_rollouts(replace(config, model=tiny_llama_dir), make_sampler=fake_factory(sampler))
     assert sampler.calls
 
