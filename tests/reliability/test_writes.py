@@ -57,8 +57,10 @@ def write_in_child(function: Callable[[], object], place: Path, fault: Fault | N
             sys.stderr = open(2, "w", closefd=False)
             sys.stdout = open(1, "w", closefd=False)
             sys.argv = ["writer"]
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup's, which is inherited, would ignore it
-            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            # As in a process of its own: nohup's, which are inherited, and Ray's in this process are others.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            for number in (signal.SIGHUP, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
             with watched(place, fault) as watch:
                 try:
                     run(lambda: function() and None, name="writer")
