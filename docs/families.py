@@ -26,7 +26,8 @@ both versions of Megatron-Core.
 
 The last column is how vLLM 0.32 on a CPU computes models like the row's, in sizes that its kernels take
 (`tests/e2e/test_families_vllm.py`): log-probabilities of transformers' float32 within 1e-5; or in bfloat16, where its
-kernels take nothing else, with no more error than transformers' own bfloat16 has; or not, where vLLM refuses it.
+kernels take nothing else, with no more error than transformers' own bfloat16 has; or not, where vLLM refuses it. Half
+of the models are run in every change, all of them in `make test-full`.
 What it computes otherwise without a word, `megatron-sppo rollouts` refuses: [Limits](limits.md).
 
 Nothing of this was run on a GPU: [Limits](limits.md).

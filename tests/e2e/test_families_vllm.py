@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,21 @@ from tests.families import (
 
 MODELS: dict[str, tuple[str, InEngine]] = {name: (name, IN_ENGINE.get(name, InEngine())) for name in FAMILIES}
 MODELS |= OTHERWISE_IN_ENGINE
+# In the tests of every change: a model of each code of vLLM's attention and experts. The others with --all-layouts.
+OF_EVERY_CHANGE = (
+    "llama",
+    "qwen2, window",
+    "qwen2_moe, dense between",
+    "qwen3_next",
+    "qwen3_5_text",
+    "glm4_moe, biases, groups, two shared",
+    "deepseek_v3",
+    "gemma3_text",
+    "gpt_oss",
+    "ministral3",
+    "phi3, longrope of a half",
+    *OTHERWISE_IN_ENGINE,
+)
 TOKENS = token_ids(2)
 # Models are inspected here rather than in a process for each, which imports vLLM anew.
 SCRIPT = """
@@ -67,14 +83,15 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
-    """Write all models, run them one after the other in one process -> {name: (directory, what vLLM said)}."""
+def answers(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> dict[str, tuple[Path, Any]]:
+    """Write the models, run them one after the other in one process -> {name: (directory, what vLLM said)}."""
     root = tmp_path_factory.mktemp("models")
+    chosen = MODELS if pytestconfig.getoption("--all-layouts") else {label: MODELS[label] for label in OF_EVERY_CHANGE}
     made = {
-        label: engine_model(root / label.replace(" ", "_"), name, engine) for label, (name, engine) in MODELS.items()
+        label: engine_model(root / label.replace(" ", "_"), name, engine) for label, (name, engine) in chosen.items()
     }
     lines = "".join(
-        json.dumps([str(made[label]), engine.dtype, TOKENS.tolist()]) + "\n" for label, (_, engine) in MODELS.items()
+        json.dumps([str(made[label]), engine.dtype, TOKENS.tolist()]) + "\n" for label, (_, engine) in chosen.items()
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "CRITICAL"}
     environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -84,7 +101,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, A
     )
     assert done.returncode == 0, done.stderr[-3000:]
     said = [json.loads(line.removeprefix("SAID ")) for line in done.stdout.splitlines() if line.startswith("SAID ")]
-    return {label: (made[label], words) for label, words in zip(MODELS, said, strict=True)}
+    return {label: (made[label], words) for label, words in zip(chosen, said, strict=True)}
+
+
+def cases(names: Iterable[str]) -> list[Any]:
+    return [name if name in OF_EVERY_CHANGE else pytest.param(name, marks=pytest.mark.all_layouts) for name in names]
 
 
 def log_probabilities(directory: Path, dtype: torch.dtype) -> torch.Tensor:
@@ -98,7 +119,7 @@ def errors_of(directory: Path, said: list[list[float]]) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("name", [name for name in FAMILIES if not IN_ENGINE.get(name, InEngine()).refusal])
+@pytest.mark.parametrize("name", cases(name for name in FAMILIES if not MODELS[name][1].refusal))
 def test_vllm_computes_as_transformers_does(answers: dict[str, tuple[Path, Any]], name: str) -> None:
     directory, said = answers[name]
     assert isinstance(said, list), said
@@ -111,7 +132,7 @@ def test_vllm_computes_as_transformers_does(answers: dict[str, tuple[Path, Any]]
         assert errors.median() < 2 * own.abs().median()
 
 
-@pytest.mark.parametrize("name", [name for name, engine in IN_ENGINE.items() if engine.refusal])
+@pytest.mark.parametrize("name", cases(name for name, engine in IN_ENGINE.items() if engine.refusal))
 def test_vllm_refuses_it_itself(answers: dict[str, tuple[Path, Any]], name: str) -> None:
     said = answers[name][1]
     assert isinstance(said, str) and IN_ENGINE[name].refusal in said
