@@ -21,8 +21,8 @@ Gradients are held against Hugging Face's autograd (1e-5 of a tensor's largest e
 rates beside that four times what Hugging Face's own float32 loses of them against float64), with the loss, the
 log-probabilities and the first log-ratio, which is 0. "All pairs" is a cover of every two choices of tensor, pipeline,
 context, data and expert parallelism, sequence parallelism, packing, recomputation and sharding that can meet. Each
-family has some of its layouts in the tests of every change, and the others in `make test-full`. All of this runs on
-both versions of Megatron-Core.
+family has some of its layouts in the tests of every change, which run on both versions of Megatron-Core, and the others
+in `make test-full`.
 
 The last column is how vLLM 0.32 on a CPU computes models like the row's, in sizes that its kernels take
 (`tests/e2e/test_families_vllm.py`): log-probabilities of transformers' float32 within 1e-5; or in bfloat16, where its
