@@ -183,7 +183,7 @@ def _be(
         for number, descriptor in enumerate(descriptors):
             if descriptor >= 0:
                 os.dup2(descriptor, number)
-        os.closerange(3, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 1 << 16 else 1 << 16)
+        _let_go_of_files()
         if directory is not None:
             os.chdir(directory)
         if environment is not None:
@@ -212,6 +212,18 @@ def _be(
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(int(code or 0) & 0xFF)  # type: ignore[call-overload]
+
+
+def _let_go_of_files() -> None:
+    """Lead every file of the parent but the three standard ones to nothing.
+
+    Their numbers stay taken: objects of the parent live on here, and one that is collected closes its number, which
+    must not be another's by then (gloo's thread ends the process when its epoll is closed).
+    """
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        if number > 2 and number != nothing:
+            os.dup2(nothing, number, inheritable=False)
 
 
 def open_files(directory: Path) -> list[str]:

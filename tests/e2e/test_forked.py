@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 FORKS = """
-import atexit, json, logging, os, random, signal, subprocess, sys, time
+import atexit, gc, json, logging, os, random, signal, subprocess, sys, time
 from pathlib import Path
 from tests.e2e.forked import ForkingPopen
 
@@ -28,6 +28,10 @@ atexit.register(lambda: (place / "undone").write_text("by " + str(os.getpid())))
 os.environ["OF_THE_PARENT"] = "1"
 random.seed(0)
 held = open(place / "held", "w")
+gc.disable()
+for _ in range(20):  # garbage that closes a file of the parent's when it is collected
+    cycle = [open(place / "held", "w")]
+    cycle.append(cycle)
 
 def fork(name, *words, **settings):
     with open(place / f"{name}.txt", "wb") as log:
@@ -38,7 +42,7 @@ def fork(name, *words, **settings):
         )
 
 found = {}
-for name, words in (("tells", ()), ("exits", ("3",)), ("says", ("gone",)), ("raises", ())):
+for name, words in (("tells", ()), ("collects", ()), ("exits", ("3",)), ("says", ("gone",)), ("raises", ())):
     process = fork(name, *words, preexec_fn=lambda: os.umask(0o77))
     found[name] = process.wait()
     found[f"{name} pid"] = process.pid
@@ -53,7 +57,7 @@ found["random"], found["parent"] = random.random(), os.getpid()
 print(json.dumps(found))
 """
 SCRIPT = """
-import json, logging, os, random, signal, sys, time
+import gc, json, logging, os, random, signal, sys, time
 name, words = sys.argv[1], sys.argv[2:]
 if name == "tells":
     print(json.dumps({
@@ -64,6 +68,12 @@ if name == "tells":
         "signals": [signal.getsignal(n) in (signal.SIG_DFL, signal.default_int_handler)
                     for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)],
     }))
+elif name == "collects":
+    descriptors = [os.open(os.devnull, os.O_RDONLY) for _ in range(30)]
+    gc.enable()
+    gc.collect()
+    for descriptor in descriptors:
+        os.fstat(descriptor)
 elif name == "exits":
     sys.exit(int(words[0]))
 elif name == "says":
@@ -106,6 +116,11 @@ def test_a_fork_sees_nothing_of_who_forked_it(forks: tuple[Path, dict[str, Any]]
     assert str(place / "held") not in seen["files"] and str(place / "tells.txt") in seen["files"]
     assert seen["random"] != found["random"]
     assert (place / "undone").read_text() == f"by {found['parent']}"
+
+
+def test_garbage_of_who_forked_it_closes_no_file_of_a_fork(forks: tuple[Path, dict[str, Any]]) -> None:
+    place, found = forks
+    assert found["collects"] == 0, (place / "collects.txt").read_text()
 
 
 def test_forks_end_as_processes_do(forks: tuple[Path, dict[str, Any]]) -> None:
