@@ -42,6 +42,9 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
         _print_status(name, tokens)
         return
     config = parse(Command, name=name, argv=tokens, description=__doc__ or "")
+    if config.status:  # in the YAML file
+        _print_status_of(config.run.output, is_json=config.json)
+        return
     from megatron_sppo.selfplay.loop import self_play  # --help need not wait for it
     from megatron_sppo.selfplay.paths import REPORT_NAME
     from megatron_sppo.selfplay.process import Interrupted
@@ -74,9 +77,13 @@ def _print_status(name: str, tokens: list[str]) -> None:
     else:
         config = parse(Command, name=name, argv=tokens, description=__doc__ or "")
         output, is_json = config.run.output, config.json
+    _print_status_of(output, is_json=is_json)
+
+
+def _print_status_of(run_dir: Path, *, is_json: bool) -> None:
     from megatron_sppo.selfplay.status import run_status, status_lines
 
-    status = run_status(output)
+    status = run_status(run_dir)
     print(json.dumps(status) if is_json else "\n".join(status_lines(status)))
 
 

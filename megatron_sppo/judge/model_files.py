@@ -17,6 +17,8 @@ from megatron_sppo.storage import damage
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
 """Of a chat model, without its authors' code and copies in other formats."""
 
+_REMEDY = "Give a local directory: --judge {spec}:DIR."
+
 
 def default_dtype(device: str) -> str:
     """Choose a judge's precision where nobody has -> "float32" on a CPU, "bfloat16" on a GPU."""
@@ -38,12 +40,21 @@ def local_directory(name: str, *, spec: str, patterns: tuple[str, ...] = _FILES)
     return directory
 
 
+def refuse_missing_directory(name: str, *, spec: str) -> None:
+    """Refuse what can only be a directory and is none; what may be a name of the hub is not asked for.
+
+    Raises:
+        ConfigError: names it.
+    """
+    if (name.count("/") > 1 or name.startswith((".", "/", "~"))) and not Path(name).is_dir():
+        raise ConfigError(f"{name} is not a directory. {_REMEDY.format(spec=spec)}")
+
+
 def _local_directory(name: str, patterns: tuple[str, ...], *, spec: str) -> Path:
     if Path(name).is_dir():
         return Path(name)
-    remedy = f"Give a local directory: --judge {spec}:DIR."
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise ConfigError(f"{name} is not a directory. {remedy}")
+    refuse_missing_directory(name, spec=spec)
+    remedy = _REMEDY.format(spec=spec)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 

@@ -8,17 +8,25 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, read_config
 from megatron_sppo.cluster.config import PoolConfig
 from megatron_sppo.config import to_flags
+from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.config import EvaluateConfig, ScoreConfig
 from megatron_sppo.judge.load import load_judge
+from megatron_sppo.judge.model_files import refuse_missing_directory
+from megatron_sppo.rollout.config import GenerateConfig
 from megatron_sppo.selfplay.config import LAUNCHERS, SelfPlayConfig
 from megatron_sppo.selfplay.paths import RunPaths
 from megatron_sppo.selfplay.stages import Stage
 from megatron_sppo.training.config import InspectionConfig, TrainingConfig
+from megatron_sppo.training.layout import check_layout
 
 _OURS = (sys.executable, "-m", "megatron_sppo")
+
+_MODELS = ("pairrm", "reward", "gpm")
+"""Kinds of judges that are models: of the hub, or directories."""
 
 _EVALUATION_SEED = 1_000_003
 """Added to the run's seed: held-out answers are never sampled with a training rollout's seed."""
@@ -173,15 +181,39 @@ def check_stages(config: SelfPlayConfig) -> None:
         start_stages(config, paths, evaluates=True), iteration_stages(config, paths, 1, evaluates=True)
     ):
         pass  # each has its settings checked when its command is spelled
+    _check_layout(config)
     for spec in {config.scoring.judge, config.eval_judge}:
-        kind = spec.partition(":")[0]
+        kind, _, place = spec.partition(":")
         if kind == "matrices":
             raise ConfigError(
                 f"{spec} is a file of preferences between answers that exist: it cannot judge new ones. "
                 "Use --judge pairrm:HUB_ID_OR_DIR or another judge that reads."
             )
-        if kind not in ("pairrm", "reward", "gpm", "endpoint"):
+        if kind in _MODELS:
+            refuse_missing_directory(place, spec=kind)
+        elif kind != "endpoint":
             load_judge(spec, preset=config.scoring.preset)
+
+
+def judge_files(config: SelfPlayConfig) -> list[Path]:
+    """List the judges that are files or directories of this machine -> paths."""
+    named = []
+    for spec in (config.scoring.judge, config.eval_judge):
+        kind, _, place = spec.partition(":")
+        if kind in (*_MODELS, "python"):
+            named.append(Path(place.rpartition(":")[0] if kind == "python" else place))
+    return [path for path in dict.fromkeys(named) if path.exists()]
+
+
+def _check_layout(config: SelfPlayConfig) -> None:
+    """Refuse ranks that do not divide the model or the batch, where training is started here and they are known."""
+    if config.run.training_launcher:
+        return
+    ranks, training = config.run.training_processes, config.training
+    place = config.run.model / CONFIG_FILE
+    architecture = architecture_from_hf(read_config(config.run.model), place=str(place))
+    check_layout(training.parallel, architecture, world_size=ranks)
+    training.check_batch(data_parallel_size=ranks // training.parallel.model_parallel_size)
 
 
 def _heldout_rollouts(config: SelfPlayConfig, paths: RunPaths, iteration: int, *, name: str) -> Stage:
@@ -215,8 +247,8 @@ def _rollout_command(config: SelfPlayConfig, *, allow_no_signal: bool, **job: An
         options,
         **job,
         max_tokens=section.max_tokens,
-        temperature=section.temperature if options.temperature is None else options.temperature,
-        top_p=section.top_p if options.top_p is None else options.top_p,
+        temperature=_sampled(options, section.temperature, options.temperature),
+        top_p=_sampled(options, section.top_p, options.top_p),
         # A command of the user's own promises no such flag.
         allow_no_signal=options.allow_no_signal or (allow_no_signal and not own),
         engine=replace(
@@ -229,6 +261,12 @@ def _rollout_command(config: SelfPlayConfig, *, allow_no_signal: bool, **job: An
         pool=options.pool if own or config.servers.server else config.rollout_pool,
     )
     return (*shlex.split(own), *_flags(settings)) if own else _command(config, "rollouts", *_flags(settings))
+
+
+def _sampled(options: GenerateConfig, setting: float, option: float | None) -> float | None:
+    """Choose how answers are drawn: by an option, by a preset among the options, or by the section's setting."""
+    chosen_preset = options.preset != GenerateConfig.preset
+    return None if option is None and chosen_preset else setting if option is None else option
 
 
 def _room_for_adapters(config: SelfPlayConfig) -> dict[str, Any]:
@@ -290,20 +328,21 @@ def _inspection(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> Insp
 
 def _evaluation(config: SelfPlayConfig, paths: RunPaths, iteration: int) -> Stage:
     policy, base, previous = (paths.heldout_rollouts(number) for number in (iteration, 0, iteration - 1))
+    of_training = _scoring(config, paths.of(iteration, "rollouts"), paths.of(iteration, "dataset"))
     settings = EvaluateConfig(
         policy=policy,
         base=base,
         previous=previous,
         judge=config.eval_judge,
-        preset=config.scoring.preset,
-        judge_after=config.scoring.judge_after,
-        verdict_tokens=config.scoring.verdict_tokens,
-        scorer_seconds=config.scoring.scoring_options.scorer_seconds,
-        allow_no_signal=config.scoring.allow_no_signal,
+        preset=of_training.preset or config.scoring.preset,
+        judge_after=of_training.judge_after,
+        verdict_tokens=of_training.verdict_tokens,
+        scorer_seconds=of_training.scorer_seconds,
+        allow_no_signal=of_training.allow_no_signal,
         output=paths.result(iteration),
         seed=config.run.seed,
         bootstrap_resamples=config.evaluation.bootstrap_resamples,
-        pool=_pool(config, config.scoring.scoring_options.pool),
+        pool=of_training.pool,
     )
     return Stage(
         name=f"iter_{iteration}-eval",

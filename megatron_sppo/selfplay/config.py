@@ -5,6 +5,7 @@ stages' real configs, without what self-play decides.
 """
 
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -195,8 +196,8 @@ class EvaluationConfig:
     """Held-out evaluation after each iteration."""
 
     heldout_prompts: NonNegativeInt | None = None
-    """Prompts kept from training for the evaluation. None: the rows of heldout_split; N: a random choice; 0: none, and
-    no evaluation."""
+    """Prompts kept from training for the evaluation. None: the rows of heldout_split; N: a random choice of the other
+    rows; 0: none, and no evaluation. Rows of heldout_split are never trained on."""
     eval_num_responses: PositiveInt | None = None
     """Answers a prompt and policy. None: as many as in training."""
     eval_judge: str | None = None
@@ -352,11 +353,16 @@ def read_record(content: dict[str, Any], *, place: Path) -> SelfPlayConfig:
     return config_files.from_dict(SelfPlayConfig, sections, place=str(place))
 
 
-def check_unchanged(before: SelfPlayConfig, now: SelfPlayConfig, run_dir: Path) -> None:
+def check_unchanged(
+    before: SelfPlayConfig, now: SelfPlayConfig, run_dir: Path, *, unused: Collection[str] = ()
+) -> None:
     """Refuse to go on with a run under other settings, except those that do not decide its result.
 
     More iterations change nothing of those done, unless the prompts are divided by their number. Nor does a shard size
     that is left open: rollouts that were begun keep theirs, which earlier versions put into the record.
+
+    Args:
+        unused: settings that no stage has used yet, by how their names begin, such as "scoring.".
 
     Raises:
         ConfigError: names the first setting that differs, with both values.
@@ -368,7 +374,7 @@ def check_unchanged(before: SelfPlayConfig, now: SelfPlayConfig, run_dir: Path) 
     if now.rollout.rollout_options.shard_size is None:
         del old["rollout.rollout_options.shard_size"]
     for path, value in old.items():
-        if new[path] != value:
+        if new[path] != value and not path.startswith(tuple(unused)):
             name = f"{path.partition('.')[0]}.{path.rpartition('.')[2]}"
             raise ConfigError(
                 f"{name} is {_spell(new[path])}, but {run_dir} was begun with {_spell(value)}. "

@@ -24,7 +24,13 @@ from megatron_sppo.rollout.records import read_rollouts
 from megatron_sppo.rollout.server import check_takes_policies
 from megatron_sppo.selfplay import config as settings
 from megatron_sppo.selfplay import summary
-from megatron_sppo.selfplay.commands import check_stages, iteration_stages, report_command, start_stages
+from megatron_sppo.selfplay.commands import (
+    check_stages,
+    iteration_stages,
+    judge_files,
+    report_command,
+    start_stages,
+)
 from megatron_sppo.selfplay.config import SelfPlayConfig
 from megatron_sppo.selfplay.paths import REPORT_NAME, RunPaths
 from megatron_sppo.selfplay.process import interruptible, kept_process
@@ -49,6 +55,13 @@ _PACKAGES = (
 
 _SHOWN = (summary.SUMMARY_NAME, REPORT_NAME)
 """What a finished run must have to be called so."""
+
+_USED_BY = {
+    "scoring.": ("dataset", "eval"),
+    "training.": ("train", "train-auxiliary"),
+    "evaluation.eval_judge": ("eval",),
+}
+"""Settings by how their names begin -> the stages that use them: until one has, they can be corrected."""
 
 
 def self_play(config: SelfPlayConfig) -> dict[str, Any]:
@@ -115,7 +128,8 @@ def _is_finished(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths)
     before = machine.state.get("config")
     if before is None:
         return False
-    settings.check_unchanged(settings.read_record(before, place=machine.path), config, paths.run_dir)
+    unused = [names for names, kinds in _USED_BY.items() if not machine.has_begun(kinds)]
+    settings.check_unchanged(settings.read_record(before, place=machine.path), config, paths.run_dir, unused=unused)
     for name, named, found in (
         ("model", str(config.run.model), machine.hash_of(config.run.model)),
         ("prompts", ", ".join(map(str, config.run.prompts)), hash_of_prompts(config.run, machine.hash_of)),
@@ -126,7 +140,17 @@ def _is_finished(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths)
                 "Restore it, or begin another run with another --output."
             )
     is_complete = machine.state["finished"] and machine.state["iterations_done"] >= config.run.iterations
-    return is_complete and _are_there(paths, _SHOWN)
+    return is_complete and _are_there(paths, _SHOWN) and _are_intact(config, machine, paths)
+
+
+def _are_intact(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths) -> bool:
+    """Tell whether all that a finished run's stages have written is still there -> bool."""
+    evaluates = "base-eval-rollouts" in machine.state["stages"]
+    stages = [*start_stages(config, paths, evaluates=evaluates)]
+    for iteration in range(1, config.run.iterations + 1):
+        stages += iteration_stages(config, paths, iteration, evaluates=evaluates)
+    # What an earlier version did not do is no harm.
+    return all(machine.is_intact(stage) for stage in stages if stage.name in machine.state["stages"])
 
 
 def _are_there(paths: RunPaths, names: tuple[str, ...]) -> bool:
@@ -144,6 +168,7 @@ def _prepare(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths) -> 
         config=settings.record(config),
         model_sha256=machine.hash_of(config.run.model),
         prompts_sha256=hash_of_prompts(config.run, machine.hash_of),
+        judges_sha256=_hash_judges(config, machine),
         prompts={
             "iterations": [len(prompts) for prompts in parts.iterations],
             "heldout": len(parts.heldout),
@@ -159,7 +184,31 @@ def _prepare(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths) -> 
         len(parts.heldout),
         parts.num_quarantined,
     )
+    if parts.num_left_out:
+        logger.info(
+            "%d rows are marked %s: they are not trained on, and the evaluation takes %d others",
+            parts.num_left_out,
+            config.run.heldout_split,
+            len(parts.heldout),
+        )
     return bool(parts.heldout)
+
+
+def _hash_judges(config: SelfPlayConfig, machine: StageMachine) -> dict[str, str]:
+    """Hash the judges that are files here, and tell where one is not what the run was begun with -> {path: sha256}.
+
+    No refusal: a scorer that failed on a late answer has to be mended for the run to go on.
+    """
+    known: dict[str, str] = machine.state.get("judges_sha256", {}) if machine.has_begun(("dataset", "eval")) else {}
+    found = {str(path): machine.hash_of(path) for path in judge_files(config)}
+    for name in found:
+        if known.get(name, found[name]) != found[name]:
+            logger.warning(
+                "%s has other content than when the run was begun: what was judged before stays, and from here on the "
+                "new one judges. For one judge throughout restore it, or begin another run with another --output.",
+                name,
+            )
+    return found | known
 
 
 def _run_all(stages: Iterable[Stage], machine: StageMachine) -> bool:

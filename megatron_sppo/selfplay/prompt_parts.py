@@ -1,5 +1,6 @@
 """Which prompts each iteration rolls out, and which are held out."""
 
+import contextlib
 import itertools
 import json
 import random
@@ -26,6 +27,8 @@ class PromptParts:
     heldout: tuple[Prompt, ...]
     num_quarantined: int
     """Rows of the file that cannot be used."""
+    num_left_out: int = 0
+    """Rows of the evaluation's split where it takes others: they are not trained on either."""
 
 
 def divide_prompts(run: RunConfig, evaluation: EvaluationConfig, *, keep_columns: Collection[str] = ()) -> PromptParts:
@@ -39,10 +42,10 @@ def divide_prompts(run: RunConfig, evaluation: EvaluationConfig, *, keep_columns
         ConfigError: no held-out rows where they are asked for, or fewer prompts than iterations.
     """
     sources = [read_prompts(path, split=run.train_split, keep_columns=keep_columns) for path in run.prompts]
-    heldout = _heldout(run, evaluation, sources, keep_columns)
-    # By their text: two sources may each have a prompt called 1.
-    held_texts = {_text(prompt) for prompt in heldout}
-    pools = [[prompt for prompt in source.prompts if _text(prompt) not in held_texts] for source in sources]
+    marked = [] if run.train_split == run.heldout_split else _marked(run, evaluation, sources, keep_columns)
+    pools = [_without(marked, source.prompts) for source in sources]
+    heldout = _heldout(run, evaluation, marked=marked, pools=pools)
+    pools = [_without(heldout, pool) for pool in pools]
     if run.prompts_per_iteration == "all":
         pools = [list(_joined(pools))]
     for pool in pools:
@@ -65,6 +68,7 @@ def divide_prompts(run: RunConfig, evaluation: EvaluationConfig, *, keep_columns
         iterations=tuple(part[: run.max_prompts_per_iteration] for part in parts),
         heldout=heldout,
         num_quarantined=sum(len(source.quarantined) for source in sources),
+        num_left_out=0 if evaluation.heldout_prompts is None else len(marked),
     )
 
 
@@ -108,32 +112,45 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
             file.write(text)
 
 
-def _heldout(
+def _marked(
     run: RunConfig, evaluation: EvaluationConfig, sources: Sequence[PromptSet], keep_columns: Collection[str]
 ) -> tuple[Prompt, ...]:
+    """Find the rows that are marked for the evaluation, which are never trained on -> prompts of all sources."""
+    found = []
+    for path, source in zip(run.prompts, sources, strict=True):
+        if evaluation.heldout_prompts is None or run.heldout_split in source.splits:
+            with contextlib.suppress(ConfigError):  # there are none
+                found.append(read_prompts(path, split=run.heldout_split, keep_columns=keep_columns).prompts)
+    return _joined(found) if found else ()
+
+
+def _heldout(
+    run: RunConfig, evaluation: EvaluationConfig, *, marked: Sequence[Prompt], pools: Sequence[Sequence[Prompt]]
+) -> tuple[Prompt, ...]:
+    """Choose the evaluation's prompts: those that are marked, or so many of the others -> prompts."""
     count, named = evaluation.heldout_prompts, ", ".join(map(str, run.prompts))
     if count == 0:
         return ()
     if count is not None:
-        everything = _joined([source.prompts for source in sources])
+        everything = _joined(pools)
         if count >= len(everything):
             raise ConfigError(
                 f"heldout_prompts is {count}, but {named} has {len(everything)} prompts. "
                 f"Use --heldout-prompts {len(everything) // 4}."
             )
         return tuple(random.Random(run.seed).sample(list(everything), count))
-    found, missing = list[Sequence[Prompt]](), 0
-    for path in run.prompts:
-        try:
-            found.append(read_prompts(path, split=run.heldout_split, keep_columns=keep_columns).prompts)
-        except ConfigError:
-            missing += 1
-    if missing == len(run.prompts):
+    if not marked:
         raise ConfigError(
             f'{named} has no rows with "split": "{run.heldout_split}" for the evaluation. '
             "Mark some, or use --heldout-prompts 64 (a random choice) or --heldout-prompts 0 (no evaluation)."
         )
-    return _joined(found)
+    return tuple(marked)
+
+
+def _without(others: Sequence[Prompt], prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Leave out what is among `others`, by its text: two sources may each have a prompt called 1."""
+    texts = {_text(prompt) for prompt in others}
+    return [prompt for prompt in prompts if _text(prompt) not in texts]
 
 
 def _joined(sources: Sequence[Sequence[Prompt]]) -> tuple[Prompt, ...]:

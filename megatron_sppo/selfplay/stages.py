@@ -10,7 +10,7 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -121,10 +121,24 @@ class StageMachine:
         entry = self.state["stages"].get(stage.name, {})
         if entry.get("status") != "done" or entry["inputs_sha256"] != self._inputs_sha256(stage):
             return False
-        harmed = [path for path in stage.outputs if entry["outputs"].get(self._relative(path)) != self.hash_of(path)]
+        return self.is_intact(stage)
+
+    def is_intact(self, stage: Stage) -> bool:
+        """Tell whether what a stage that is done has written is still what it wrote -> bool."""
+        outputs = self.state["stages"].get(stage.name, {}).get("outputs", {})
+        harmed = [path for path in stage.outputs if outputs.get(self._relative(path)) != self.hash_of(path)]
         if harmed:
             logger.warning("%s: %s is missing or changed since; it is made again.", stage.name, harmed[0])
         return not harmed
+
+    def has_begun(self, kinds: Collection[str]) -> bool:
+        """Tell whether a stage of one of these kinds, such as each iteration's "dataset", has left anything -> bool."""
+        entries = [entry for name, entry in self.state["stages"].items() if name.partition("-")[2] in kinds]
+        # Earlier versions did not say what a stage under way writes.
+        return any(
+            entry["status"] == "done" or any((self.run_dir / path).exists() for path in entry.get("writes", ["."]))
+            for entry in entries
+        )
 
     def run(self, stage: Stage) -> bool:
         """Run the stage unless it is done -> whether it ran.
@@ -152,6 +166,7 @@ class StageMachine:
             "command": list(stage.command),
             "inputs_sha256": self._inputs_sha256(stage),
             "inputs": self._digests(stage.inputs),
+            "writes": [self._relative(path) for path in stage.outputs],
             "outputs": {},
             "seconds": self.seconds(stage.name),
         }
@@ -243,7 +258,7 @@ def read_state(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _has_types(state: dict[str, Any]) -> bool:
-    parts, counts = ("config", "prompts", "versions", "retired"), ("iterations_done", "summed_up")
+    parts, counts = ("config", "prompts", "versions", "retired", "judges_sha256"), ("iterations_done", "summed_up")
     stages = state.get("stages")
     return (
         isinstance(stages, dict)
@@ -255,12 +270,9 @@ def _has_types(state: dict[str, Any]) -> bool:
 
 
 def _is_entry(entry: dict[str, Any]) -> bool:
-    command = entry.get("command", [])
-    return (
-        isinstance(command, list)
-        and all(isinstance(token, str) for token in command)
-        and _is_process(entry.get("process"))
-    )
+    texts = (entry.get("command", []), entry.get("writes", []))
+    are_texts = all(isinstance(given, list) and all(isinstance(text, str) for text in given) for given in texts)
+    return are_texts and _is_process(entry.get("process"))
 
 
 def _is_process(value: Any) -> bool:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ def run_status(run_dir: Path) -> dict[str, Any]:
     return {
         "run": str(run_dir),
         "finished": bool(state.get("finished")),
-        "iterations_done": state.get("iterations_done", state.get("summed_up", 0)),
+        "iterations_done": state.get("summed_up", 0),
         "stages_done": [name for name, entry in stages.items() if entry.get("status") == "done"],
         "stopped": failed[-1] if failed and not under_way else None,
         "stage": _stage(run_dir, under_way[-1], stages[under_way[-1]]) if under_way else None,
@@ -65,7 +64,7 @@ def status_lines(status: dict[str, Any]) -> list[str]:
 
 
 def _stage(run_dir: Path, name: str, entry: dict[str, Any]) -> dict[str, Any]:
-    output = _output_of(entry.get("command", []))
+    output = _output_of(run_dir, entry)
     progress = read_progress(output) if output is not None else None
     process = entry.get("process")
     return {
@@ -77,8 +76,11 @@ def _stage(run_dir: Path, name: str, entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _output_of(command: Sequence[str]) -> Path | None:
-    """Find where a stage's command writes -> path, None where it does not say."""
+def _output_of(run_dir: Path, entry: dict[str, Any]) -> Path | None:
+    """Find where a stage writes -> path, None where it does not say; a run may have been moved since it began."""
+    for path in entry.get("writes", []):
+        return run_dir / path
+    command = entry.get("command", [])  # of an earlier version
     for flag in ("--output", "--save"):
         if flag in command[:-1]:
             return Path(command[command.index(flag) + 1])

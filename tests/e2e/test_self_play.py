@@ -213,6 +213,39 @@ def test_keep_last_removes_older_weights_and_the_run_stays_finished_and_can_be_r
     assert (run_dir / "report.html").read_bytes() == page
 
 
+def test_what_a_finished_run_has_lost_is_made_again(finished: tuple[Path, str], inputs: Path, tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    shutil.rmtree(run_dir / "iter_2" / "hf")
+    (run_dir / "iter_1" / "eval" / "result.json").write_text("{}")
+    outcome = self_play(inputs, run_dir)
+    assert outcome.returncode == 0, outcome.stderr
+    assert [line.split()[2] for line in outcome.stderr.splitlines() if "done in" in line] == [
+        "iter_1-eval:",
+        "report:",
+        "iter_2-export:",
+        "report:",
+    ]
+    for name in ("iter_2/hf/model.safetensors", "iter_1/eval/result.json"):
+        assert (run_dir / name).read_bytes() == (finished[0] / name).read_bytes()
+
+
+def test_a_judge_that_was_never_asked_is_corrected_and_one_that_changes_is_told(inputs: Path, tmp_path: Path) -> None:
+    run_dir, flags = tmp_path / "run", ("--iterations", "1", "--heldout-prompts", "0")
+    outcome = self_play(inputs, run_dir, *flags, "--judge", "reward:nobody/nothing")
+    assert outcome.returncode == 2 and "iter_1-dataset failed" in last_line(outcome)
+    scorer = tmp_path / "scorer.py"
+    scorer.write_text("def score(answer, messages, columns):\n    return 1 / (1 + len(answer))\n")
+    flags = (*flags, "--judge", f"python:{scorer}:score")
+    outcome = self_play(inputs, run_dir, *flags, "--training", "lr=1e-4")
+    assert outcome.returncode == 0, outcome.stderr
+    assert "iter_1-rollouts: done before" in outcome.stderr and "other content" not in outcome.stderr
+    (run_dir / "report.html").unlink()
+    scorer.write_text("def score(answer, messages, columns):\n    return len(answer) / 1000\n")
+    outcome = self_play(inputs, run_dir, *flags, "--training", "lr=1e-4")
+    assert f"WARNING {scorer} has other content than when the run was begun" in outcome.stderr
+    assert "training.lr is 0.001" in refusal(inputs, run_dir, *flags, "--training", "lr=1e-3")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -42,9 +42,9 @@ case "$1 $2" in
 esac
 """
 PROGRAM = """#!/bin/bash
+trap 'echo got it >> "$CALLS"; exit 143' TERM
 echo $$ > "$ARGV.pid"
 printf '%s\\n' "$@" > "$ARGV"
-trap 'echo got it >> "$CALLS"; exit 143' TERM
 for ((i = 0; i < ${WAITS:-0}; i++)); do sleep 0.1; done
 exit ${ENDS:-0}
 """

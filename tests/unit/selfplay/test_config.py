@@ -110,7 +110,8 @@ def test_an_option_wins_over_the_section_s_setting(tmp_path: Path) -> None:
     scoring = as_the_stage_reads(ScoreConfig, spelled["iter_1-dataset"])
     assert (scoring.selection, scoring.judge_after, scoring.max_requests) == ("extremes", "</think>", 7)
     assert generate.allow_no_signal and scoring.allow_no_signal
-    assert as_the_stage_reads(EvaluateConfig, spelled["iter_1-eval"]).judge_after is None
+    evaluation = as_the_stage_reads(EvaluateConfig, spelled["iter_1-eval"])
+    assert (evaluation.judge_after, evaluation.allow_no_signal) == ("</think>", True)
     smaller = (
         "--rollout-tensor-parallel-size",
         "4",
@@ -122,7 +123,12 @@ def test_an_option_wins_over_the_section_s_setting(tmp_path: Path) -> None:
     spelled = commands(read(tmp_path, "--rollout-options", "tensor_parallel_size=2", *smaller))
     assert as_the_stage_reads(GenerateConfig, spelled["iter_1-rollouts"]).engine.tensor_parallel_size == 2
     assert as_the_stage_reads(ScoreConfig, spelled["iter_1-dataset"]).verdict_tokens == 2
-    assert as_the_stage_reads(EvaluateConfig, spelled["iter_1-eval"]).verdict_tokens == 512
+    assert as_the_stage_reads(EvaluateConfig, spelled["iter_1-eval"]).verdict_tokens == 2
+    spelled = commands(read(tmp_path, "--rollout-options", "preset=official", "--scoring-options", "preset=official"))
+    for name in ("base-eval-rollouts", "iter_1-rollouts"):
+        sampling = as_the_stage_reads(GenerateConfig, spelled[name]).sampling()
+        assert (sampling.temperature, sampling.top_p) == (0.7, 0.9)
+    assert as_the_stage_reads(EvaluateConfig, spelled["iter_1-eval"]).preset == "official"
 
 
 def test_the_run_s_pool_reaches_every_stage_that_has_one_and_a_stage_s_own_wins(tmp_path: Path) -> None:
@@ -231,11 +237,27 @@ def test_training_needs_a_learning_rate(tmp_path: Path) -> None:
         (("--top-p", "1.5"), "top_p is 1.5"),
         (("--selection", "some"), "selection 'some' is unknown"),
         (("--max-tokens", "512"), "max_model_len .512. leaves no room"),
+        (("--judge", "reward:/no/such/dir"), "/no/such/dir is not a directory. Give a local directory: --judge reward"),
+        (("--eval-judge", "pairrm:./nowhere"), "./nowhere is not a directory"),
+        (("--judge", "python:nowhere.py:score"), "nowhere.py"),
+        (("--training", "tensor_model_parallel_size=2"), "1 ranks cannot be divided into model replicas of 2"),
+        (("--training", "pipeline_model_parallel_size=2", "--training-processes", "3"), "3 ranks cannot be divided"),
+        (("--training", "global_batch_size=7", "micro_batch_size=2"), r"global_batch_size .7. must be a multiple of"),
     ],
 )
-def test_what_a_later_stage_would_refuse_is_refused_at_the_start(tmp_path: Path, flags: tuple, message: str) -> None:
+def test_what_a_later_stage_would_refuse_is_refused_at_the_start(
+    tmp_path: Path, tiny_llama_dir: Path, flags: tuple, message: str
+) -> None:
+    model = ("--model", str(tiny_llama_dir))
     with pytest.raises(ConfigError, match=message):
-        check_stages(read(tmp_path, *flags))
+        check_stages(read(tmp_path, *model, *flags))
+
+
+def test_a_hub_s_judge_and_ranks_that_a_launcher_starts_are_not_asked_for_at_the_start(
+    tmp_path: Path, tiny_llama_dir: Path
+) -> None:
+    launched = ("--training", "tensor_model_parallel_size=2", "--training-launcher", "srun torchrun")
+    check_stages(read(tmp_path, "--model", str(tiny_llama_dir), "--judge", "pairrm:llm-blender/PairRM", *launched))
 
 
 @pytest.mark.counts("bad inputs")
@@ -273,6 +295,14 @@ def test_impossible_settings_are_refused(tmp_path: Path, flags: tuple, message: 
 def test_a_changed_setting_of_a_begun_run_is_named(tmp_path: Path, flags: tuple, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_unchanged(read(tmp_path), read(tmp_path, *flags), tmp_path / "out")
+
+
+def test_a_setting_that_no_stage_has_used_may_be_corrected(tmp_path: Path) -> None:
+    before, now = read(tmp_path, "--judge", "reward:a/typo"), read(tmp_path, "--training", "lr=1e-5")
+    for unused, message in (((), "scoring.judge"), (("scoring.",), "training.lr"), (("training.",), "scoring.judge")):
+        with pytest.raises(ConfigError, match=message):
+            check_unchanged(before, now, tmp_path / "out", unused=unused)
+    check_unchanged(before, now, tmp_path / "out", unused=("scoring.", "training."))
 
 
 def test_where_a_run_is_computed_may_change_and_more_iterations_over_all_prompts_may_follow(tmp_path: Path) -> None:

@@ -60,6 +60,22 @@ def test_a_number_of_held_out_prompts_is_taken_from_any_row(tmp_path: Path) -> N
     assert sum(len(part) for part in parts.iterations) == 12
 
 
+@pytest.mark.parametrize("count", [0, 8])
+def test_rows_that_are_marked_are_never_trained_on_though_others_are_held_out(tmp_path: Path, count: int) -> None:
+    parts = divide(write_file(tmp_path / "p.jsonl"), heldout_prompts=count, iterations=2)
+    used = set().union(*(ids(part) for part in parts.iterations), ids(parts.heldout))
+    assert used == {f"t{n}" for n in range(20)} and len(parts.heldout) == count
+    assert parts.num_left_out == 5
+    trained = divide(
+        write_file(tmp_path / "p.jsonl"),
+        heldout_prompts=2,
+        iterations=1,
+        train_split="heldout",
+        heldout_split="heldout",
+    )
+    assert ids(trained.iterations[0]) | ids(trained.heldout) == {f"h{n}" for n in range(5)}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -96,6 +96,30 @@ def test_training_is_shown_by_its_last_whole_line_of_metrics(run_dir: Path, caps
     assert "step 7, loss 0.25, lr 5e-07" in said(capsys, "--output", run_dir)
 
 
+def test_a_run_that_was_moved_shows_the_same(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(run_dir, "iter_1-rollouts", writes=["iter_1/rollouts"], command=["x", "--output", "run/iter_1/rollouts"])
+    moved = run_dir.rename(run_dir.with_name("moved"))
+    assert "rollouts: 40 of 80 prompts" in said(capsys, "--output", moved)
+
+
+def test_iterations_are_counted_while_a_finished_run_is_extended(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = json.loads((run_dir / "state.json").read_text())
+    write_json(run_dir / "state.json", state | {"iterations_done": 2, "summed_up": 3})
+    assert "3 iterations; iter_1-rollouts is under way" in said(capsys, "--output", run_dir)
+
+
+def test_status_in_the_yaml_file_starts_nothing(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run_dir.with_name("run.yaml")
+    file.write_text(
+        f"run: {{output: {run_dir}, model: m, prompts: p}}\nscoring: {{judge: rules:concise}}\n"
+        "training: {lr: 1e-6}\nstatus: true\n"
+    )
+    self_play.main("self_play.py", ["--config", str(file)])
+    assert "iter_1-rollouts is under way" in capsys.readouterr().out
+
+
 def test_a_stage_whose_process_is_gone_is_said_to_be_cut_off(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
     change(run_dir, "iter_1-rollouts", process=asdict(identity_of(process.pid)))
@@ -128,7 +152,7 @@ def test_where_no_run_is_there_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "harm",
     [
-        *({"command": wrong} for wrong in (None, 5, "--output x", ["--output", 5])),
+        *({name: wrong} for name in ("command", "writes") for wrong in (None, 5, "--output x", ["--output", 5])),
         *({"process": wrong} for wrong in ("x", {"pid": 1}, {"pid": "1", "start_time": "", "namespace": ""})),
     ],
 )
