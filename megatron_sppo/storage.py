@@ -89,7 +89,7 @@ def atomic_directory(path: Path, *, replaces: str) -> Iterator[Path]:
     path = Path(path)
     if path.is_symlink():
         path = path.resolve()  # the link stays, and what it leads to is replaced: it may lie on another disk
-    refuse_foreign(path, ours=(replaces,))
+    refuse_foreign(path, ours=(replaces,), is_replaced=True)
     remove_stale_temporaries(path)
     temporary = temporary_beside(path)
     shutil.rmtree(temporary, ignore_errors=True)
@@ -204,21 +204,33 @@ def _process_runs(pid: str) -> bool:
     return True
 
 
-def refuse_foreign(directory: Path, *, ours: Sequence[str], inputs: Sequence[Path] = (), flag: str = "") -> None:
+def refuse_foreign(
+    directory: Path, *, ours: Sequence[str], inputs: Sequence[Path] = (), flag: str = "", is_replaced: bool = False
+) -> None:
     """Refuse to write into a directory that is somebody else's; nothing is touched. A missing or an empty one will do.
 
     Args:
         ours: glob patterns of which one matches where the directory was written by the command that asks.
         inputs: what the command reads; the output may neither be nor hold one of them.
         flag: the command-line flag that named the directory, for the error.
+        is_replaced: it is replaced as a whole (`atomic_directory`), for which it has to have a name beside others.
 
     Raises:
-        ConfigError: the directory holds other things, is a file, or is an input.
+        ConfigError: the directory holds other things, is a file, is an input, or cannot be replaced as a whole.
     """
     directory, place = Path(directory), Path(directory).resolve()
     by_flag = f" with {flag}" if flag else ""
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"{directory} is a file. Choose a directory{by_flag}.")
+    if is_replaced and directory.name in ("", ".."):
+        raise ConfigError(
+            f"{place} is the directory that you are in, or above it, which is replaced as a whole. "
+            f"Name it from outside{by_flag}: cd {place.parent}"
+        )
+    if is_replaced and os.path.ismount(place):
+        raise ConfigError(
+            f"{directory} is a mount point, which cannot be replaced as a whole. Choose a directory in it{by_flag}."
+        )
     for source in inputs:
         read = Path(source).resolve()
         if place == read or place in read.parents:

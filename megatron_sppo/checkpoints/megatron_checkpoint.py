@@ -37,6 +37,8 @@ HF_DIRECTORY = "hf"
 CARRIED_FILE = "carried.safetensors"
 """In there: tensors of the Hugging Face model that are no part of its decoder (conversion/carried.py), if any."""
 MANIFEST_VERSION = 1
+RELEASE = "release"
+"""In place of an iteration: Megatron-LM's word in the tracker, and name of the directory."""
 ITERATION_PATTERN = "iter_" + 7 * "[0-9]" + "*"
 """Glob of the iteration directories; those of a self-play run (`iter_1`) are others."""
 
@@ -71,6 +73,7 @@ def resolve_checkpoint(path: Path, *, weights_only: bool = False) -> Path:
         raise DataError(f"{path} is not a directory. Check the path of the Megatron checkpoint.")
     if (path / METADATA_FILE).is_file():
         return path
+    _refuse_older_format(path)
     if _ITERATION.fullmatch(path.name):
         raise DataError(
             f"{path} has no {METADATA_FILE}: it was never finished. Use its root {path.parent}, or another iteration."
@@ -94,6 +97,8 @@ def resolve_checkpoint(path: Path, *, weights_only: bool = False) -> Path:
             "%s %s; taking %s, the newest checkpoint whose checksums hold", path / TRACKER_FILE, fault, directory.name
         )
         return directory
+    for directory in (path / RELEASE, *(iteration_directory(path, number) for number in iterations(path))):
+        _refuse_older_format(directory)
     if (path / "config.json").is_file():
         raise DataError(
             f"{path} is a Hugging Face model, no Megatron checkpoint. "
@@ -103,6 +108,15 @@ def resolve_checkpoint(path: Path, *, weights_only: bool = False) -> Path:
         f"{path} holds no usable Megatron checkpoint ({TRACKER_FILE} {fault}). "
         f"megatron-sppo convert import --hf HF_DIR --megatron {path} (in a clone: tools/convert.py import)"
     )
+
+
+def _refuse_older_format(directory: Path) -> None:
+    """Refuse Megatron-LM's format of one pickle a rank (mp_rank_00/model_optim_rng.pt), by its name."""
+    if next(directory.glob("mp_rank_*"), None) is not None:
+        raise DataError(
+            f"{directory} is in Megatron-LM's older format (--ckpt-format torch), which is not read. "
+            "Save it again by Megatron-LM with --ckpt-format torch_dist."
+        )
 
 
 def tracked_directory(root: Path) -> Path | None:
@@ -119,8 +133,8 @@ def _tracked(root: Path) -> tuple[Path | None, str]:
     if not tracker.is_file():
         return None, "is missing"
     text = tracker.read_bytes().decode("utf-8", errors="replace").strip()
-    if text == "release":
-        directory = root / "release"
+    if text == RELEASE:
+        directory = root / RELEASE
     elif text.isascii() and text.isdigit():
         directory = iteration_directory(root, int(text))
     else:
@@ -128,6 +142,18 @@ def _tracked(root: Path) -> tuple[Path | None, str]:
     if not (directory / METADATA_FILE).is_file():
         return None, f"says {text}, but {directory.name} is missing or was never finished"
     return directory, ""
+
+
+def refuse_later(root: Path, iteration: int) -> None:
+    """Refuse to make `iteration` the newest of a root that holds other checkpoints.
+
+    Raises:
+        ConversionError: it does.
+    """
+    later = [f"checkpoints up to iteration {number}" for number in iterations(root) if number != iteration]
+    later += ["a release of Megatron-LM's"] if (Path(root) / RELEASE).is_dir() else []
+    if later:
+        raise ConversionError(f"{root} holds {later[-1]}. Import into a new directory: --megatron NEW_DIR.")
 
 
 def write_manifest(directory: Path) -> None:
@@ -304,6 +330,21 @@ def check_copy(path: Path, directory: Path) -> None:
             f"{copies[0]} and {copies[1]} differ, and should be one. Check which describes the model; if it is the "
             f"second: cp {copies[1]} {copies[0]}"
         )
+
+
+def model_files(directory: Path) -> list[str]:
+    """List what an iteration directory has of model.json and hf/ -> names, as in the manifest.
+
+    Those that the manifest lists, so that one that went is missed, and those that were added, so that they are found.
+
+    Raises:
+        DataError: the manifest is damaged.
+    """
+    directory = Path(directory)
+    listed = listed_files(directory) if (directory / MANIFEST_FILE).is_file() else {}
+    there = (path for path in (directory / MODEL_FILE, *directory.glob(f"{HF_DIRECTORY}/**/*")) if path.is_file())
+    names = {*listed, *(path.relative_to(directory).as_posix() for path in there)}
+    return sorted(name for name in names if name == MODEL_FILE or name.startswith(f"{HF_DIRECTORY}/"))
 
 
 def carry_model_files(source: Path, target: Path) -> None:

@@ -49,8 +49,9 @@ _OF_NO_EFFECT = frozenset(
     | {"ensure_weight_tying", "task_type", "peft_type", "r", "lora_alpha", "use_rslora", "init_lora_weights", "bias"}
 )
 """Keys of adapter_config.json that say where the adapter came from, or what is read by name below."""
-_OF_TRAINED_START = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-"""Starts that leave the base as it is; others (pissa, olora, corda, loftq) change its weights when PEFT loads them."""
+_OF_TRAINED_START = ("gaussian", "eva", "orthogonal", "mica")
+"""Starts that leave the base as it is; others (pissa, olora, corda, loftq, lora_ga) change its weights before training
+begins."""
 _EXPERTS = ".experts."
 _NOT_LINEAR = ("lm_head.weight", "embed_tokens.weight")
 
@@ -158,7 +159,7 @@ def open_peft_adapter(directory: Path) -> PeftAdapter:
         is_partial=config.get("layers_to_transform") not in (None, []) or bool(config.get("exclude_modules")),
         header=header,
         factors=factors,
-        base_hash=_metadata(header, BASE_HASH),
+        base_hash=base_hash_of(header),
     )
     if idle := [name for name in _listed(adapter) if not any(_ends(module, name) for module in factors)]:
         raise ConversionError(
@@ -292,7 +293,7 @@ def _check_kind(path: Path, config: Mapping[str, Any]) -> None:
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in _OF_TRAINED_START:
         raise ConversionError(
-            f"{path} says init_lora_weights {start!r}, by which PEFT changes the base's weights when it loads it. "
+            f"{path} says init_lora_weights {start!r}, by which PEFT changes the base's weights before it trains. "
             "Convert it to plain LoRA with PEFT: save_pretrained(path_initial_model_for_weight_conversion=DIR)."
         )
     strange = sorted(key for key, value in config.items() if key not in _OF_NO_EFFECT and value)
@@ -330,6 +331,11 @@ def _paired(path: Path, entries: Mapping[str, Entry], rank: int) -> dict[str, tu
             )
         pairs[module] = (first, second)
     return pairs
+
+
+def base_hash_of(header: bytes) -> str | None:
+    """Read which base an adapter's weights name in their header -> `model_hash`; None: none."""
+    return _metadata(header, BASE_HASH)
 
 
 def _metadata(header: bytes, key: str) -> str | None:

@@ -97,6 +97,8 @@ def read_header(path: Path, *, quantized: bool = False) -> tuple[bytes, dict[str
                 fault = f"{path} ({size} bytes) is cut short or no safetensors file. Fetch it again."
                 raise ConversionError(damage(path, fault))
             raw = file.read(length)
+    except PermissionError as error:
+        raise ConversionError(f"{path} cannot be read ({error.strerror}). Make it readable: chmod u+r {path}") from None
     except OSError as error:
         raise ConversionError(f"{path} cannot be read ({error.strerror}). Fetch it again.") from None
     try:

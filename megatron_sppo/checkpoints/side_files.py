@@ -131,8 +131,8 @@ def _check_special_ids(directory: Path, config: Mapping[str, Any], vocab_size: i
 
 def _check_side_file(path: Path) -> None:
     """Raise a ValueError if a file is not what its name says."""
-    if path.name not in SIDE_FILES and path.suffix not in (".json", ".jinja"):
-        return  # a licence in whatever encoding
+    if path.name not in SIDE_FILES and path.suffix != ".jinja":
+        return  # a licence in whatever encoding, settings of which no stage reads anything
     if damage(path, ""):
         raise ValueError("not the file itself")
     if path.suffix == ".model":
@@ -145,9 +145,9 @@ def _check_side_file(path: Path) -> None:
         raise ValueError("no text")
     if path.suffix == ".json":
         content = json.loads(text, parse_constant=_no_number)
-        if not isinstance(content, dict) and path.name in SIDE_FILES:
+        if not isinstance(content, dict):
             raise ValueError("no JSON object")
-        template = content.get("chat_template") if isinstance(content, dict) else None
+        template = content.get("chat_template")
         listed = template if isinstance(template, list) else [{"template": template}]
         templates = [entry.get("template") for entry in listed if isinstance(entry, dict)]
     else:
@@ -155,6 +155,17 @@ def _check_side_file(path: Path) -> None:
     for template in templates:
         if isinstance(template, str):
             _check_template(template)
+
+
+def _is_json(path: Path) -> bool:
+    """Tell whether a file is what its name says, where that is JSON."""
+    if path.suffix != ".json":
+        return True
+    try:
+        json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _no_number(constant: str) -> float:
@@ -204,9 +215,14 @@ def side_files(directory: Path) -> list[str]:
     known = [name for name in SIDE_FILES if (directory / name).is_file()]
     patterns = ("*.json", "*.jinja", "*LICENSE*", "*LICENCE*", "NOTICE*", "USE_POLICY*", "additional_chat_templates/*")
     found = {path for pattern in patterns for path in directory.glob(pattern) if path.is_file()}
-    small = (path for path in found if path.stat().st_size <= _MAX_CARRIED_BYTES)
-    others = sorted(path.relative_to(directory).as_posix() for path in small)
-    return [*known, *(name for name in others if name not in (*known, INDEX_FILE, LAYOUT_FILE))]
+    names = {path.relative_to(directory).as_posix(): path for path in found}
+    others = [name for name in sorted(names) if name not in (*known, INDEX_FILE, LAYOUT_FILE)]
+    return [*known, *(name for name in others if _is_carried(names[name]))]
+
+
+def _is_carried(path: Path) -> bool:
+    """Tell whether a file that no stage reads is small, and what its name says: others write there too."""
+    return path.stat().st_size <= _MAX_CARRIED_BYTES and _is_json(path)
 
 
 def _left_behind(directory: Path) -> dict[str, list[str]]:
@@ -223,6 +239,8 @@ def _left_behind(directory: Path) -> dict[str, list[str]]:
             reason = "a folder that no stage reads"
         elif path.suffix == ".py":
             reason = "code, which is never run"
+        elif path.stat().st_size <= _MAX_CARRIED_BYTES and not _is_json(path):
+            reason = "no JSON, in spite of its name"
         elif path.suffix in WEIGHT_SUFFIXES:
             reason = "weights that the index does not name, or in another format"
         else:
@@ -237,6 +255,28 @@ def copy_side_files(source: Path, target: Path) -> None:
         check_link(source, name)
         Path(target, name).parent.mkdir(exist_ok=True)
         shutil.copyfile(Path(source, name), Path(target, name))  # follows links into the hub's cache
+
+
+_TYPES = ("dtype", "torch_dtype", "quantization_config")
+"""Keys of config.json that follow from the tensors."""
+
+
+def same_side_files(source: Path, target: Path, *, any_types: bool) -> bool:
+    """Tell whether a directory has the side files that another's would be written as.
+
+    Args:
+        any_types: of weights in any type, which config.json then names (`write_side_files`); else byte for byte.
+    """
+
+    def content(directory: Path, name: str) -> Any:
+        path = Path(directory, name)
+        if not path.is_file():
+            return None
+        if name != CONFIG_FILE or not any_types:
+            return path.read_bytes()
+        return {key: value for key, value in read_json(path).items() if key not in _TYPES}
+
+    return all(content(source, name) == content(target, name) for name in {*SIDE_FILES, *side_files(source)})
 
 
 def write_side_files(source: Path, target: Path, *, dtype: str | None) -> None:

@@ -77,7 +77,7 @@ class ExportConfig:
     """Write to --hf the model that adapters make of their --base: weight + scaling B A, in float32, rounded once."""
     base: Path | None = None
     """Hugging Face directory of the model that adapters were trained on. It is proven by its weights, and the files of
-    --adapter then name it."""
+    --adapter then name it; those of an import come out as they went in."""
     template: Path | None = None
     """Hugging Face directory whose config, tokenizer and chat template to take; else those of the import. Of adapters
     the same as --base."""

@@ -14,10 +14,13 @@ from megatron_sppo.checkpoints import adapter_file
 from megatron_sppo.checkpoints.adapter_file import AdaptedModule, AdapterFile
 from megatron_sppo.checkpoints.distcp import METADATA_FILE, DistcpReader
 from megatron_sppo.checkpoints.distcp_writer import Piece
+from megatron_sppo.checkpoints.hf_files import CONFIG_FILE
 from megatron_sppo.checkpoints.items import Items
 from megatron_sppo.checkpoints.megatron_checkpoint import (
+    HF_DIRECTORY,
     check_backend,
     check_copy,
+    listed_files,
     resolve_checkpoint,
     verify_checkpoint,
 )
@@ -89,7 +92,9 @@ def open_adapter_checkpoint(megatron: Path) -> OpenedAdapter:
             f"{directory} holds a whole model and no adapters. Leave --adapter and --merge out: "
             f"megatron-sppo convert export --megatron {megatron} --hf HF_DIR"
         )
-    verify_checkpoint(directory, names=[METADATA_FILE, adapter_file.FILE_NAME, MODEL_FILE])
+    listed, words = listed_files(directory), (PEFT_LAYOUT_FILE, f"{HF_DIRECTORY}/{CONFIG_FILE}")  # of an export
+    words_there = [name for name in words if name in listed or (directory / name).is_file()]
+    verify_checkpoint(directory, names=[METADATA_FILE, adapter_file.FILE_NAME, MODEL_FILE, *words_there])
     content = adapter_file.read_adapter(directory)
     architecture, _ = read_architecture(directory)
     check_backend(directory)

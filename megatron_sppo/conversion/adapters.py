@@ -25,8 +25,8 @@ from megatron_sppo.checkpoints.megatron_checkpoint import (
     MANIFEST_FILE,
     TRACKER_FILE,
     iteration_directory,
-    iterations,
     publish,
+    refuse_later,
     write_manifest,
 )
 from megatron_sppo.checkpoints.model_files import model_hash
@@ -38,6 +38,7 @@ from megatron_sppo.checkpoints.peft_files import (
     NO_HASH,
     PeftAdapter,
     adapter_config,
+    base_hash_of,
     check_fits,
     module_of,
     open_peft_adapter,
@@ -66,7 +67,8 @@ from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.conversion.megatron_model import different_fields
 from megatron_sppo.conversion.sources import open_plain
 from megatron_sppo.conversion.weights_hash import weights_hash
-from megatron_sppo.errors import ConfigError, ConversionError, some_of
+from megatron_sppo.conversion.written_before import refuse_loss
+from megatron_sppo.errors import ConversionError, some_of
 from megatron_sppo.json_files import read_json, write_json
 from megatron_sppo.locks import locked, locked_place
 from megatron_sppo.model_file import write_architecture
@@ -74,6 +76,7 @@ from megatron_sppo.storage import atomic_directory, refuse_foreign, remove_stale
 
 logger = logging.getLogger(__name__)
 
+_BASE_NAME = "base_model_name_or_path"
 _TRAINED_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -122,11 +125,7 @@ def import_adapter(
     target = iteration_directory(megatron, convert.IMPORT_ITERATION)
     with locked(megatron, flag="--megatron"):
         remove_stale_temporaries(target)
-        if later := [number for number in iterations(megatron) if number != convert.IMPORT_ITERATION]:
-            raise ConversionError(
-                f"{megatron} holds checkpoints up to iteration {later[-1]}. Import into a new directory: "
-                "--megatron NEW_DIR."
-            )
+        refuse_later(megatron, convert.IMPORT_ITERATION)
         content = AdapterFile(
             settings=settings,
             base=BaseName(
@@ -166,7 +165,7 @@ def export_adapter(
         megatron: root (its tracker decides) or one iteration directory, saved in any parallel layout.
         adapter: directory to write; `peft` and vLLM load it as it is.
         base: Hugging Face directory of the model that it was trained on, which is proven and then named in the files;
-            None: they name none.
+            None: they name none. Of an import the files are the imported ones, to the byte, and name what those named.
         dtype: casts the matrices; None keeps them.
         overwrite: replace another adapter that is there.
 
@@ -176,20 +175,17 @@ def export_adapter(
     """
     adapter = Path(adapter)
     inputs = (Path(megatron), *(() if base is None else (Path(base),)))
-    refuse_foreign(adapter, ours=(ADAPTER_CONFIG,), inputs=inputs, flag="--adapter")
+    refuse_foreign(adapter, ours=(ADAPTER_CONFIG,), inputs=inputs, flag="--adapter", is_replaced=True)
     opened, cast = open_adapter_checkpoint(megatron), convert.torch_dtype(dtype)
     if base is not None:
         check_base(opened, Path(base))
     config, header = _kept_words(opened, cast) or _new_words(opened, cast, base)
-    if overwrite and (others := _foreign(adapter)):
-        raise ConfigError(
-            f"{adapter} holds {some_of(others, most=1)} beside an adapter, which --overwrite would remove. Move that "
-            "elsewhere, or choose another --adapter."
-        )
+    if overwrite:
+        refuse_loss(adapter, (ADAPTER_CONFIG, ADAPTER_WEIGHTS), of="an adapter", flag="--adapter")
     with locked_place(adapter, flag="--adapter"):
         remove_stale_temporaries(adapter)
         if adapter.exists() and any(adapter.iterdir()) and not overwrite:
-            _check_already_exported(adapter, opened, cast)
+            _check_already_exported(adapter, opened, cast, words=None if base is None else (config, header))
             logger.info("%s holds this adapter already", adapter)
             return adapter
         convert.check_space(adapter, len(header))
@@ -297,12 +293,6 @@ def _regular_expression(form: Mapping[str, str], targets: Sequence[str]) -> str:
     return rf"{re.escape(form['model.'])}layers\..*\.({'|'.join(map(re.escape, targets))})"
 
 
-def _foreign(adapter: Path) -> list[str]:
-    known = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-    paths = adapter.iterdir() if adapter.is_dir() else ()
-    return sorted(path.name for path in paths if path.name not in known and not path.name.startswith((".", "README")))
-
-
 def _check_already_imported(target: Path, opened: PeftAdapter, content: AdapterFile, cast: torch.dtype | None) -> None:
     """Refuse other adapters that are there.
 
@@ -316,7 +306,17 @@ def _check_already_imported(target: Path, opened: PeftAdapter, content: AdapterF
         )
 
 
-def _check_already_exported(adapter: Path, opened: OpenedAdapter, cast: torch.dtype | None) -> None:
+def _check_already_exported(
+    adapter: Path, opened: OpenedAdapter, cast: torch.dtype | None, *, words: tuple[str, bytes] | None
+) -> None:
+    """Refuse another adapter that is there.
+
+    Args:
+        words: whose base's name and hash it must have; None: any will do.
+
+    Raises:
+        ConversionError: it is not the one that would be written.
+    """
     there, settings = of_decoder(open_peft_adapter(adapter), _hf_config(opened)), opened.content.settings
     same = (there.rank, float(there.alpha), there.use_rslora) == (
         *(settings.rank, settings.alpha, settings.scaling == "rslora"),
@@ -324,6 +324,11 @@ def _check_already_exported(adapter: Path, opened: OpenedAdapter, cast: torch.dt
     if not same or not _are_equal(opened, there, cast):
         raise ConversionError(
             f"{adapter} holds another adapter or another dtype. Choose another --adapter, or add --overwrite."
+        )
+    named = (read_json(adapter / ADAPTER_CONFIG).get(_BASE_NAME), there.base_hash)
+    if words is not None and named != (json.loads(words[0]).get(_BASE_NAME), base_hash_of(words[1])):
+        raise ConversionError(
+            f"{adapter} holds this adapter and names the base {named[0]}. Choose another --adapter, or add --overwrite."
         )
 
 

@@ -11,53 +11,43 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.crew import ALONE, Crew
-from megatron_sppo.checkpoints.distcp import COMMON_FILE
 from megatron_sppo.checkpoints.distcp_writer import write_common, write_distcp
 from megatron_sppo.checkpoints.file_digests import check_blobs
-from megatron_sppo.checkpoints.hf_checkpoint import HFCheckpoint, check_tensors
-from megatron_sppo.checkpoints.hf_files import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    LAYOUT_FILE,
-    SIDE_FILES,
-    WEIGHT_SUFFIXES,
-    read_config,
-)
+from megatron_sppo.checkpoints.hf_checkpoint import check_tensors
+from megatron_sppo.checkpoints.hf_files import CONFIG_FILE, LAYOUT_FILE, read_config
 from megatron_sppo.checkpoints.hf_writer import FileLayout, new_files, parse_size, read_layout, write_tensors
 from megatron_sppo.checkpoints.megatron_checkpoint import (
-    BACKEND_FILE,
     HF_DIRECTORY,
     ITERATION_PATTERN,
     MANIFEST_FILE,
     TRACKER_FILE,
     iteration_directory,
-    iterations,
     publish,
-    verify_checkpoint,
+    refuse_later,
     write_manifest,
 )
 from megatron_sppo.checkpoints.side_files import check_side_files, copy_side_files, side_files, write_side_files
 from megatron_sppo.checkpoints.tokenizer import ID_FILES, TEXT_FILES
 from megatron_sppo.checkpoints.wrapped import names_in_files
-from megatron_sppo.conversion.binding import Binding, bind, hf_shapes
+from megatron_sppo.conversion.binding import bind, hf_shapes
 from megatron_sppo.conversion.carried import carried_tensors, write_carried
 from megatron_sppo.conversion.expert_stacks import apart, check_stacks, expert_stacks, together
 from megatron_sppo.conversion.extra_states import extra_states
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.hf_config import architecture_from_hf, hf_from_architecture
-from megatron_sppo.conversion.megatron_model import OpenedMegatron, compare_tensors, open_megatron
+from megatron_sppo.conversion.megatron_model import OpenedMegatron, open_megatron
 from megatron_sppo.conversion.moves import export_tensors, import_pieces
 from megatron_sppo.conversion.sources import open_source
-from megatron_sppo.errors import ConfigError, ConversionError, DataError, some_of
+from megatron_sppo.conversion.written_before import holds_export, holds_import, model_files_like, refuse_loss
+from megatron_sppo.errors import ConversionError
 from megatron_sppo.json_files import write_json
 from megatron_sppo.locks import locked, locked_place
 from megatron_sppo.model_file import write_architecture
@@ -138,7 +128,8 @@ def import_checkpoint(
         check_space(megatron, total)
     with crew.leading(), locked(megatron, flag="--megatron"):
         remove_stale_temporaries(target)
-        if _already_imported(target, source, bindings, architecture, torch_dtype(dtype), overwrite=overwrite):
+        refuse_later(megatron, IMPORT_ITERATION)
+        if not overwrite and holds_import(target, source, bindings, architecture, torch_dtype(dtype)):
             logger.info("%s holds this model already", target)
             publish(megatron, IMPORT_ITERATION)
             return target
@@ -190,7 +181,7 @@ def export_checkpoint(
     hf = Path(hf)
     inputs = (Path(megatron), *(() if template is None else (Path(template),)))
     if crew.leads:
-        refuse_foreign(hf, ours=(CONFIG_FILE,), inputs=inputs, flag="--hf")
+        refuse_foreign(hf, ours=(CONFIG_FILE,), inputs=inputs, flag="--hf", is_replaced=True)
     opened = open_megatron(megatron, template=template, leave_unchecked=True)
     cast = torch_dtype(dtype)
     in_files = names_in_files(read_config(opened.side_files) if opened.side_files is not None else {}, opened.carried)
@@ -214,11 +205,11 @@ def export_checkpoint(
         crew.follow(functools.partial(write, progress=_unseen))
         return hf
     if overwrite:
-        _check_replaced(hf, opened)
+        refuse_loss(hf, model_files_like(opened.side_files), of="a model", flag="--hf")
     total = sum(math.prod(shape) * kind.itemsize for kind, shape in tensors.values())
     with crew.leading(), locked_place(hf, flag="--hf"):
         remove_stale_temporaries(hf)
-        if _already_exported(hf, opened, cast, overwrite=overwrite):
+        if not overwrite and holds_export(hf, opened, cast, layout=None if max_shard_size is None else layout):
             logger.info("%s holds this model already", hf)
             return hf
         begin = time.monotonic()
@@ -251,107 +242,6 @@ def _layout(
     size = parse_size(max_shard_size or DEFAULT_SHARD_SIZE)
     layout = new_files(together(tensors, stacks), max_shard_bytes=size)
     return layout.described(lambda entries: apart(entries, stacks)), False
-
-
-def _already_imported(
-    target: Path,
-    source: HFCheckpoint,
-    bindings: Sequence[Binding],
-    architecture: Architecture,
-    cast: torch.dtype | None,
-    *,
-    overwrite: bool,
-) -> bool:
-    """Whether `target` holds this very model.
-
-    Raises:
-        ConversionError: it holds another, or the root has trained on.
-    """
-    root = target.parent
-    if later := [iteration for iteration in iterations(root) if iteration != IMPORT_ITERATION]:
-        raise ConversionError(
-            f"{root} holds checkpoints up to iteration {later[-1]}. Import into a new directory: --megatron NEW_DIR."
-        )
-    if not target.exists() or overwrite:
-        return False
-    try:
-        opened = open_megatron(target)
-        # What is neither read by that nor compared below: everything is verified, and once.
-        verify_checkpoint(target, names=[COMMON_FILE, BACKEND_FILE])
-        opened.check_objects()
-    except (DataError, ConversionError) as error:
-        raise ConversionError(f"{target} is there, and damaged ({error}) Add --overwrite to import again.") from None
-    dtypes = {
-        binding.place.key: binding.mapping.cast(cast) or source.entries[next(iter(binding.hf_shapes))].dtype
-        for binding in bindings
-    }
-    if (
-        opened.architecture != architecture
-        or any(opened.reader.dtype(key) != kind for key, kind in dtypes.items())
-        or not _same_side_files(source.directory, target / HF_DIRECTORY)
-        or compare_tensors(source, opened, dtype=cast)
-    ):
-        raise ConversionError(
-            f"{target} holds another model or another dtype. Choose another --megatron, or add --overwrite."
-        )
-    return True
-
-
-def _already_exported(hf: Path, opened: OpenedMegatron, cast: torch.dtype | None, *, overwrite: bool) -> bool:
-    """Whether `hf` holds this very model.
-
-    Raises:
-        ConversionError: it holds something else.
-    """
-    if overwrite or not hf.exists() or not any(hf.iterdir()):
-        return False
-    if opened.unchecked:
-        verify_checkpoint(opened.directory, names=list(opened.unchecked))
-    try:
-        source = open_source(hf)
-        architecture = architecture_from_hf(read_config(hf))
-    except (ConversionError, DataError) as error:
-        raise ConversionError(f"{hf} is there, and damaged ({error}) Add --overwrite to export again.") from None
-    if (
-        architecture != opened.architecture
-        or any(cast not in (None, source.entries[name].dtype) for name in _cast_names(opened) & set(source.entries))
-        or (opened.side_files is not None and not _same_side_files(opened.side_files, hf, but=(CONFIG_FILE,)))
-        or compare_tensors(source, opened, dtype=cast)
-    ):
-        raise ConversionError(f"{hf} holds another model or another dtype. Choose another --hf, or add --overwrite.")
-    return True
-
-
-def _cast_names(opened: OpenedMegatron) -> set[str]:
-    """Name the tensors that --dtype casts."""
-    return {name for one in opened.bindings if not one.mapping.keeps_type for name in one.hf_shapes}
-
-
-def _check_replaced(hf: Path, opened: OpenedMegatron) -> None:
-    """Refuse to replace a directory that holds more than a model, for all of it would be gone.
-
-    Raises:
-        ConfigError: names what is there beside the weights and the files that a model of this kind has.
-    """
-    known = {*SIDE_FILES, *(side_files(opened.side_files) if opened.side_files is not None else ()), INDEX_FILE}
-    others = sorted(
-        path.name
-        for path in (hf.iterdir() if hf.is_dir() else ())
-        if not (path.name in known or path.name.startswith((".", "README")) or path.suffix in WEIGHT_SUFFIXES)
-        and not any(name.startswith(f"{path.name}/") for name in known)
-    )
-    if others:
-        raise ConfigError(
-            f"{hf} holds {some_of(others, most=1)} beside a model, which "
-            "--overwrite would remove. Move that elsewhere, or choose another --hf."
-        )
-
-
-def _same_side_files(one: Path, other: Path, *, but: Sequence[str] = ()) -> bool:
-    def content(directory: Path, name: str) -> bytes | None:
-        return (directory / name).read_bytes() if (directory / name).is_file() else None
-
-    return all(content(one, name) == content(other, name) for name in SIDE_FILES if name not in but)
 
 
 def _write_side_files(opened: OpenedMegatron, directory: Path, *, dtype: str, types_changed: bool) -> None:

@@ -23,6 +23,7 @@ from megatron_sppo.checkpoints.megatron_checkpoint import (
     check_backend,
     check_copy,
     expected_digests,
+    model_files,
     resolve_checkpoint,
     verify_checkpoint,
 )
@@ -37,6 +38,8 @@ from megatron_sppo.model_file import FILE_NAME as MODEL_FILE
 from megatron_sppo.model_file import read_architecture
 
 logger = logging.getLogger(__name__)
+
+_CARRIED_NAME = f"{HF_DIRECTORY}/{CARRIED_FILE}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,10 +127,10 @@ def open_megatron(
         )
     carried = directory / HF_DIRECTORY
     has_manifest = (directory / MANIFEST_FILE).is_file()
+    beside = model_files(directory)
     if has_manifest:
-        own = [directory / MODEL_FILE, *(path for path in sorted(carried.glob("*")) if path.name != CARRIED_FILE)]
-        names = [METADATA_FILE, *(path.relative_to(directory).as_posix() for path in own if path.is_file())]
-        verify_checkpoint(directory, names=names)
+        # Gigabytes, which are checked as they are read.
+        verify_checkpoint(directory, names=[METADATA_FILE, *(name for name in beside if name != _CARRIED_NAME)])
     else:
         logger.warning("%s has no %s: its checksums are unknown", directory, MANIFEST_FILE)
     if template is not None:
@@ -146,7 +149,7 @@ def open_megatron(
     reader = DistcpReader.open(directory, items=items)
     _check_counts(reader, architecture)
     bindings = bind(family, architecture)
-    files = [f"{HF_DIRECTORY}/{CARRIED_FILE}"] if (carried / CARRIED_FILE).is_file() else []
+    files = [_CARRIED_NAME] if _CARRIED_NAME in beside else []
     files += reader.files(list(dict.fromkeys(place.key for binding in bindings for place in binding.places)))
     unchecked: dict[str, str] = {}
     if has_manifest:

@@ -33,6 +33,7 @@ from megatron_sppo.conversion.binding import bind
 from megatron_sppo.conversion.expert_stacks import apart, expert_stacks, together
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.sources import open_plain
+from megatron_sppo.conversion.written_before import check_files, model_files_like, refuse_loss
 from megatron_sppo.errors import ConversionError
 from megatron_sppo.locks import locked_place
 from megatron_sppo.storage import atomic_directory, refuse_foreign, remove_stale_temporaries
@@ -64,16 +65,20 @@ def export_merged(
         ConversionError, DataError: as `export_adapter`.
     """
     hf, base = Path(hf), Path(base)
-    refuse_foreign(hf, ours=(CONFIG_FILE,), inputs=(Path(megatron), base), flag="--hf")
+    refuse_foreign(hf, ours=(CONFIG_FILE,), inputs=(Path(megatron), base), flag="--hf", is_replaced=True)
     opened, cast = open_adapter_checkpoint(megatron), convert.torch_dtype(dtype)
     source = check_base(opened, base)
-    tensors = {name: (cast or entry.dtype, entry.shape) for name, entry in source.entries.items()}
+    types = _types(opened, source, cast)
+    tensors = {name: (types[name], entry.shape) for name, entry in source.entries.items()}
     is_kept = cast is None and max_shard_size is None
     layout = _layout(opened, source, None if is_kept else tensors, max_shard_size or convert.DEFAULT_SHARD_SIZE)
+    if overwrite:
+        refuse_loss(hf, model_files_like(base), of="a model", flag="--hf")
     with locked_place(hf, flag="--hf"):
         remove_stale_temporaries(hf)
         if hf.exists() and any(hf.iterdir()) and not overwrite:
-            _check_already_merged(hf, opened, source, cast)
+            there = _check_already_merged(hf, opened, source, types)
+            check_files(hf, there, layout=None if max_shard_size is None else layout, side_files_of=base)
             logger.info("%s holds this model already", hf)
             return hf
         begin = time.monotonic()
@@ -83,27 +88,40 @@ def export_merged(
             atomic_directory(hf, replaces=CONFIG_FILE) as directory,
             convert.progress_bar(total, "merge") as bar,
         ):
-            pieces = _merged(opened, source, cast)
+            pieces = _merged(opened, source, types)
             write_tensors(directory, layout, pieces, digests={}, items={}, progress=bar.update, workers=workers)
             write_side_files(base, directory, dtype=None if is_kept else convert.main_dtype(tensors))
     logger.info("merged %s into %s: %s, %s", opened.directory, base, hf, convert.speed(total, begin))
     return hf
 
 
-def _merged(opened: OpenedAdapter, source: HFCheckpoint, cast: torch.dtype | None) -> Iterator[Moved | Computed]:
+def _types(opened: OpenedAdapter, source: HFCheckpoint, cast: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Tell which type each tensor of the merged model has -> {name: type}.
+
+    No cast touches what is no part of the decoder, or keeps its type there, as in an export of the model.
+    """
+    bindings = bind(family_of(opened.architecture.family, place=str(source.directory)), opened.architecture)
+    casts = {name: binding.mapping.cast(cast) for binding in bindings for name in binding.hf_shapes}
+    if opened.architecture.share_embeddings_and_output_weights:
+        casts["lm_head.weight"] = cast  # a copy of the embedding, which some files hold
+    return {name: casts.get(name) or entry.dtype for name, entry in source.entries.items()}
+
+
+def _merged(
+    opened: OpenedAdapter, source: HFCheckpoint, types: Mapping[str, torch.dtype]
+) -> Iterator[Moved | Computed]:
     for name, entry in source.entries.items():
-        is_adapted, is_cast = name.removesuffix(".weight") in opened.factors, cast not in (None, entry.dtype)
+        is_adapted, is_cast = name.removesuffix(".weight") in opened.factors, types[name] != entry.dtype
         if is_adapted or is_cast or not entry.shape:
-            yield Computed(names=[name], make=functools.partial(_merged_weight, opened, source, name, cast))
+            yield Computed(names=[name], make=functools.partial(_merged_weight, opened, source, name, types[name]))
         else:
             yield Moved(spans=[entry.rows(0, entry.shape[0])], rows=[Rows(name, 0, entry.shape[0])])
 
 
 def _merged_weight(
-    opened: OpenedAdapter, source: HFCheckpoint, name: str, cast: torch.dtype | None
+    opened: OpenedAdapter, source: HFCheckpoint, name: str, kind: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     weight, module = source.read(name), name.removesuffix(".weight")
-    kind = cast or weight.dtype
     if module in opened.factors:
         weight = weight.float() + weight_delta(*opened.read(module), opened.content.settings.scale)
     yield name, weight.to(kind)
@@ -130,13 +148,21 @@ def _layout(
     return layout.described(lambda entries: apart(entries, stacks))
 
 
-def _check_already_merged(hf: Path, opened: OpenedAdapter, source: HFCheckpoint, cast: torch.dtype | None) -> None:
+def _check_already_merged(
+    hf: Path, opened: OpenedAdapter, source: HFCheckpoint, types: Mapping[str, torch.dtype]
+) -> HFCheckpoint:
+    """Refuse another model that is there -> the model, opened.
+
+    Raises:
+        ConversionError: it is not the one that would be written.
+    """
     there = open_plain(hf)
     same = there.shapes == source.shapes
     same = same and read_config(hf).get("model_type") == read_config(source.directory).get("model_type")
     for name in source.entries if same else ():
-        ((_, weight),) = _merged_weight(opened, source, name, cast)
+        ((_, weight),) = _merged_weight(opened, source, name, types[name])
         found = there.read(name)
         same = same and found.dtype == weight.dtype and torch.equal(found, weight)
     if not same:
         raise ConversionError(f"{hf} holds another model or another dtype. Choose another --hf, or add --overwrite.")
+    return there

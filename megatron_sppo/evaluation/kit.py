@@ -46,7 +46,7 @@ def evaluate_players(config: EvaluateConfig) -> dict[str, Any]:
     prompt_index = _prompt_index(field, table)
     resampling = Resampling(resamples=config.bootstrap_resamples, seed=config.seed)
     kl = _kl(field, prompt_ids, resampling) if config.kl else {}
-    held = [hold(judge, field, prompt_ids, output=config.output) for judge in judges]
+    held = [hold(judge, field, prompt_ids, after=config.judge_after, output=config.output) for judge in judges]
     result: dict[str, Any] = {
         RESULT_KEY: SCHEMA_VERSION,
         "baseline": field.names[field.baseline],

@@ -203,7 +203,8 @@ class _Prompts:
             prompt = self._prompt_of(row, f"{path}, row {number}")
             if prompt is not None:
                 before = groups[prompt.prompt_id].responses if prompt.prompt_id in groups else ()
-                groups[prompt.prompt_id] = replace(prompt, responses=(*before, _response(row)))
+                # The other players' chat template has written nothing that a file's answer could go on from.
+                groups[prompt.prompt_id] = replace(prompt, responses=(*before, _response(row)), prompt_text=None)
         if not groups:
             raise DataError(f"{path} answers no prompt of the other players. Give answers to the same instructions.")
         return groups

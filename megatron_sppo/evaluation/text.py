@@ -12,7 +12,10 @@ def tournament_text(result: Mapping[str, Any]) -> str:
     for judge in result["judges"]:
         parts.append("\n".join([judge_title(judge), table(judge_rows(judge, result["baseline"])), *judge_notes(judge)]))
     parts += [_curve(curve) for curve in result["over_optimisation"] if curve["points"]]
-    commands = {player["model"]: player["lm_eval"] for player in result["players"] if player["lm_eval"]}
+    # One for each model and each adapter on it: players may share them.
+    commands = {
+        (player["model"], player.get("adapter")): player["lm_eval"] for player in result["players"] if player["lm_eval"]
+    }
     if commands:
         parts.append("regressions, by lm-evaluation-harness:\n" + "\n".join(f"  {text}" for text in commands.values()))
     return "\n\n".join(parts)

@@ -21,7 +21,9 @@ from megatron_sppo.errors import DataError
 from megatron_sppo.evaluation.length_control import Comparisons
 from megatron_sppo.evaluation.players import Field, Player
 from megatron_sppo.judge.batches import Batch, judge_in_batches
-from megatron_sppo.judge.evaluation import count_cross_pairs, first_against_last, join_groups
+from megatron_sppo.judge.conclusion import concluded
+from megatron_sppo.judge.evaluation import count_cross_pairs, first_against_last
+from megatron_sppo.judge.joined_groups import join_groups
 from megatron_sppo.judge.protocol import Judge, Unjudged
 from megatron_sppo.judge.workers import PooledJudge
 from megatron_sppo.objective import preference_matrix
@@ -90,11 +92,17 @@ def _batches(field: Field, prompt_ids: Sequence[str]) -> Iterator[_Tables]:
 
 
 def hold(
-    judge: Judge | PooledJudge, field: Field, prompt_ids: Sequence[str], *, output: Path | None = None
+    judge: Judge | PooledJudge,
+    field: Field,
+    prompt_ids: Sequence[str],
+    *,
+    after: str | None = None,
+    output: Path | None = None,
 ) -> Tournament:
     """Ask a judge about every pair of answers to every prompt, in both orders -> Tournament.
 
     Args:
+        after: the text that the judge reads answers from; None: whole answers.
         output: as `judge_in_batches`.
 
     Raises:
@@ -108,7 +116,8 @@ def hold(
             if isinstance(verdict, Unjudged):
                 logger.warning("prompt %s is left out: %s.", group.prompt_id, verdict.reason)
             else:
-                found[group.prompt_id] = _round(group.prompt_id, table, verdict, field, counts)
+                seen = [concluded(side, after) for side in table]
+                found[group.prompt_id] = _round(group.prompt_id, seen, verdict, field, counts)
     # In the prompts' order, whichever worker was first: the resampling draws by place.
     rounds = [found[prompt_id] for prompt_id in prompt_ids if prompt_id in found]
     if not rounds:
@@ -137,7 +146,11 @@ class _Round:
 def _round(
     prompt_id: str, table: Sequence[RolloutGroup], verdict: np.ndarray, field: Field, counts: Counter[str]
 ) -> _Round:
-    """Cut the matrix of all answers into blocks of players -> _Round."""
+    """Cut the matrix of all answers into blocks of players -> _Round.
+
+    Args:
+        table: the sides' answers as the judge saw them.
+    """
     players, logits = field.players, torch.as_tensor(verdict, dtype=torch.float64)
     preference = preference_matrix(logits)
     flow = ((logits - logits.T) / 2).numpy()

@@ -38,7 +38,7 @@ from megatron_sppo.json_files import read_json, sealed, sha256_of_json
 from megatron_sppo.judge.endpoint_requests import UNREADABLE_STATUSES, EndpointRequests, Refused
 from megatron_sppo.judge.protocol import Unjudged, Verdict, count_pairs, distinct
 from megatron_sppo.judge.source import UnreadableGroup, conversation_text
-from megatron_sppo.judge.verdict import UNREADABLE, verdict_logit
+from megatron_sppo.judge.verdict import UNREADABLE, VERDICTS_VERSION, verdict_logit
 from megatron_sppo.storage import atomic_file
 
 if TYPE_CHECKING:
@@ -125,7 +125,8 @@ class EndpointJudge:
         """Whether the server has answered a question of this process."""
         self._model = model or self._only_model()
         self.name = f"endpoint:{self._url}#{self._model}" + (", one order" if one_order else "")
-        identity = {"endpoint": self._url, "model": self._model, "instruction": _INSTRUCTION, "one_order": one_order}
+        identity: dict[str, Any] = {"endpoint": self._url, "model": self._model, "instruction": _INSTRUCTION}
+        identity |= {"one_order": one_order, "verdicts": VERDICTS_VERSION}
         if verdict_tokens != 1:
             self.name += f", {verdict_tokens} tokens"
             identity["verdict_tokens"] = verdict_tokens

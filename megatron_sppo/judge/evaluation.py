@@ -20,8 +20,10 @@ from megatron_sppo.errors import DataError
 from megatron_sppo.json_files import write_json
 from megatron_sppo.judge.accuracy import strict_accuracy
 from megatron_sppo.judge.batches import Batch, judge_in_batches
+from megatron_sppo.judge.conclusion import concluded
 from megatron_sppo.judge.config import EvaluateConfig
 from megatron_sppo.judge.diagnostics import UNREADABLE_REMEDY, fraction, verdict_shares, warnings
+from megatron_sppo.judge.joined_groups import join_groups
 from megatron_sppo.judge.protocol import Judge, Unjudged
 from megatron_sppo.judge.stored_groups import StoredGroups
 from megatron_sppo.judge.workers import PooledJudge, open_judge
@@ -80,7 +82,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     opponents = {"base": players["base"]}
     if players["previous"] is not players["base"]:  # in the first iteration pi_1 is both
         opponents["previous"] = players["previous"]
-    verdicts, counts = cross_verdicts(judge, policy, opponents, output=config.output)
+    verdicts, counts = cross_verdicts(judge, policy, opponents, after=config.judge_after, output=config.output)
     verdicts.setdefault("previous", verdicts["base"])
     rates = {name: of_prompt.win_rates for name, of_prompt in verdicts.items()}
     if not config.allow_no_signal:
@@ -168,6 +170,7 @@ def cross_verdicts(
     policy: Mapping[str, RolloutGroup],
     opponents: Mapping[str, Mapping[str, RolloutGroup]],
     *,
+    after: str | None = None,
     output: Path | None = None,
 ) -> tuple[dict[str, CrossVerdicts], Counter[str]]:
     """Judge every answer of the policy against every one of each opponent -> (by opponent, what the verdicts are).
@@ -176,6 +179,7 @@ def cross_verdicts(
     counted, and so is one that the judge cannot judge. Groups are asked for a few at a time: they may lie on a disk.
 
     Args:
+        after: the text that the judge reads answers from; None: whole answers.
         output: as `judge_in_batches`.
 
     Raises:
@@ -201,7 +205,8 @@ def cross_verdicts(
             if num_policy > 1:
                 a_a[pairs.against][group.prompt_id] = first_against_last(matrix[:num_policy, :num_policy])
             there, back = logits[:num_policy, num_policy:], logits[num_policy:, :num_policy].T
-            count_cross_pairs(counts, there, back, preferences, ours, theirs)
+            seen = (concluded(side, after) for side in (ours, theirs))
+            count_cross_pairs(counts, there, back, preferences, *seen)
     for name, prompt_ids in shared.items():
         if not rates[name]:
             raise DataError(f"{judge.name} could judge none of {len(prompt_ids)} prompts. The warnings above say why.")
@@ -285,6 +290,7 @@ def count_cross_pairs(
         there: [M, M'], logits of the policy's answers shown first, against the opponent's.
         back: [M, M'], logits of the opponent's shown first.
         preferences: [M, M'], P of the policy's.
+        policy, opponent: as the judge saw them.
     """
     theirs = [response.text for response in opponent.responses]
     different = torch.tensor([[response.text != text for text in theirs] for response in policy.responses])
@@ -292,31 +298,6 @@ def count_cross_pairs(
     counts["cross_pairs"] += int(different.sum())
     counts["tied_cross_pairs"] += int((different & tied).sum())
     counts["order_bound_cross_pairs"] += int((different & (torch.sign(there) * torch.sign(back) > 0)).sum())
-
-
-def join_groups(first: RolloutGroup, second: RolloutGroup) -> RolloutGroup:
-    """Put two policies' answers to one prompt into one group, the first's first -> RolloutGroup.
-
-    Raises:
-        DataError: the prompts are not the same.
-    """
-    if first.messages != second.messages:
-        raise DataError(
-            f"prompt {first.prompt_id!r} has other messages in one of the rollouts. Sample both from the same prompts."
-        )
-    if first.columns and second.columns and first.columns != second.columns:
-        raise DataError(
-            f"answers to prompt {first.prompt_id!r} are to be checked against other columns in one of the rollouts. "
-            "Sample both from the same prompts."
-        )
-    return RolloutGroup(
-        prompt_id=first.prompt_id,
-        messages=first.messages,
-        prompt_token_ids=first.prompt_token_ids,
-        responses=(*first.responses, *second.responses),
-        prompt_text=first.prompt_text,
-        columns=first.columns or second.columns,
-    )
 
 
 def bootstrap(values: Sequence[float], *, resamples: int, seed: int) -> WinRate:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
 
 KINDS = ("preferences", "judge_logits")
+GIVEN_LOGITS, GIVEN_PREFERENCES = "given_logits", "given_preferences"
+"""Counts of matrices, by what their file holds: diagnostics.json says by them what else a dataset may become."""
 
 
 class MatricesJudge:
@@ -41,7 +43,8 @@ class MatricesJudge:
         """
         path = Path(file)
         self._matrices, kinds, sha256 = _read(path)
-        if kinds != {"judge_logits"} and rule == "official":
+        self._given = GIVEN_LOGITS if kinds == {"judge_logits"} else GIVEN_PREFERENCES
+        if self._given == GIVEN_PREFERENCES and rule == "official":
             raise ConfigError(
                 f"{path} holds preferences; the official rule is made of judge logits. "
                 "Use --preset paper, which keeps them as they are."
@@ -66,6 +69,7 @@ class MatricesJudge:
                 reason=f"the file of matrices has {found} for it, it has {num_responses} responses: give matrices:FILE "
                 "of these very rollouts"
             )
+        self.counts[self._given] += 1
         text_K = np.array(of_K)
         return np.where(text_K[:, None] == text_K[None, :], np.float32(0), matrix)
 

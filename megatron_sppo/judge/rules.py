@@ -4,7 +4,7 @@
 climb it. `rules:cyclic` is intransitive by construction: no scalar reward can express it, and a Bradley-Terry judge
 would call it a tie. Word rules suit languages that put spaces between words.
 
-# K = responses per prompt
+# K = responses per prompt, U = different ones among them
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_sppo.judge.source import last_user_message
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import Response, RolloutGroup
 
-RULES_VERSION = 2
+RULES_VERSION = 3
 """Raised whenever a rule changes: stored scores of another version are not resumed."""
 
 WORD_BUDGET = 30
@@ -75,8 +75,12 @@ class ConciseJudge:
 
     def _matrix(self, group: RolloutGroup) -> np.ndarray:
         message = last_user_message(group.messages)
-        score_K = np.array([concise_score(message, response) for response in group.responses])
-        count_pairs(self.counts, distinct([response.text for response in group.responses])[1])
+        texts, of_K = distinct([response.text for response in group.responses])
+        count_pairs(self.counts, of_K)
+        # Of one text that was cut and that ended by itself at the same token, both are as good as the finished one.
+        score_U = np.zeros(len(texts))
+        np.maximum.at(score_U, of_K, [concise_score(message, response) for response in group.responses])
+        score_K = score_U[of_K]
         return (CONCISE_SCALE * (score_K[:, None] - score_K[None, :])).astype(np.float32)
 
 

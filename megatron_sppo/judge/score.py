@@ -24,6 +24,8 @@ from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.json_files import read_json, read_json_as, write_json
 from megatron_sppo.judge.config import ScoreConfig
 from megatron_sppo.judge.diagnostics import check_signal, describe_judge, signal_counts
+from megatron_sppo.judge.load import READS
+from megatron_sppo.judge.matrices import GIVEN_LOGITS
 from megatron_sppo.judge.protocol import Judge, JudgeIdentity
 from megatron_sppo.judge.shard_files import DAMAGE, ShardBlock, ShardKey, read_blocks, read_scores, scores_path
 from megatron_sppo.judge.shard_scores import score_rollouts
@@ -110,15 +112,17 @@ def rebuild(config: ScoreConfig, source: Path) -> dict[str, Any]:
     """Rebuild a dataset's targets from its stored logits -> the new one's diagnostics.
 
     Raises:
-        ConfigError: an --output that holds something else.
+        ConfigError: an --output that holds something else, or a preset that the source's logits are not made for.
         DataError: a source that cannot be read, or verdicts that nothing can be learned from.
     """
     check_output(config.output)
+    dataset = PreferenceDataset(source)
+    before = _read_diagnostics(source)
+    if config.preset not in (None, dataset.manifest.preset):
+        _check_other_preset(config.preset, dataset, before)
     work_dir = _work_dir(config.output)
     lock_until_exit(work_dir, flag="--output")
     remove_stale_temporaries(config.output)
-    dataset = PreferenceDataset(source)
-    before = _read_diagnostics(source)
     signal: Counter[str] = Counter()
     for start in range(0, dataset.num_groups, _GROUPS_PER_BLOCK):
         logits = dataset.all_judge_logits(slice(start, start + _GROUPS_PER_BLOCK))
@@ -138,6 +142,27 @@ def rebuild(config: ScoreConfig, source: Path) -> dict[str, Any]:
     if not any(work_dir.glob("scores-*")):  # of a scoring that was killed, and may go on
         shutil.rmtree(work_dir, ignore_errors=True)
     return rebuilt
+
+
+def _check_other_preset(preset: str, dataset: PreferenceDataset, before: _Diagnostics) -> None:
+    """Say what another preset of stored logits is not.
+
+    Raises:
+        ConfigError: they are made of preferences, or may be (earlier versions did not count what matrices held).
+    """
+    judge = dataset.manifest.judge
+    kind = judge.partition(":")[0]
+    if kind == "matrices" and preset == "official" and not before.counts.get(GIVEN_LOGITS):
+        raise ConfigError(
+            f"{dataset.directory} is of {judge} and not known to hold judge logits, which the official rule is made "
+            "of. Leave --preset out, or judge again: --rollouts DIR --judge matrices:FILE --preset official."
+        )
+    if kind == "pairrm":
+        logger.warning(
+            "%s: the rule alone becomes that of --preset %s. PairRM is not asked again: `megatron-sppo score "
+            "--rollouts DIR --preset %s` shows it each prompt's %s.",
+            *(dataset.directory, preset, preset, READS[preset]),
+        )
 
 
 def _work_dir(output: Path) -> Path:

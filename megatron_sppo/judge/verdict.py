@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+VERDICTS_VERSION = 2
+"""Raised when replies are read otherwise: stored scores of another version are not resumed."""
 VERDICT_LOGIT = 2.0
 """Nats of a bare verdict: a server that gives no log-probabilities says nothing about how sure its model was."""
 LARGEST_LOGIT = 10.0
@@ -20,15 +22,17 @@ def verdict_logit(choice: dict[str, Any]) -> tuple[float, str]:
     """Read a verdict -> (logit of "A beats B" in nats, how it was read).
 
     log p(A) - log p(B) over the alternatives of the verdict's token, the first one or the first letter behind the
-    reasoning; a letter that is not among them counts as the least likely one that is. Where something else than a
-    letter is nearly certain, it is no verdict. "logprob_verdicts", "bare_verdicts", or "unreadable_verdicts", which
-    count as a tie.
+    reasoning; a letter that is not among them has what it has at most: as much as the least likely one that is, and no
+    more than all of them leave. Where that does not say which letter is likelier, the reply itself does; where
+    something else than a letter is nearly certain, it is no verdict. "logprob_verdicts", "bare_verdicts", or
+    "unreadable_verdicts", which count as a tie.
     """
     listed = _alternatives(choice)
     mass = {letter: sum(math.exp(value) for token, value in listed if _letter(token) == letter) for letter in "AB"}
-    if mass["A"] + mass["B"] >= LEAST_MASS:
-        floor = min(math.exp(value) for _, value in listed) or 1e-30
-        logit = math.log(mass["A"] or floor) - math.log(mass["B"] or floor)
+    probabilities = [math.exp(value) for _, value in listed]
+    most_of_missing = max(min([*probabilities, 1 - sum(probabilities)]), 1e-30)
+    if mass["A"] + mass["B"] >= LEAST_MASS and (all(mass.values()) or most_of_missing < max(mass.values())):
+        logit = math.log(mass["A"] or most_of_missing) - math.log(mass["B"] or most_of_missing)
         return max(-LARGEST_LOGIT, min(LARGEST_LOGIT, logit)), "logprob_verdicts"
     message = choice.get("message")
     text = str(message.get("content") or "") if isinstance(message, dict) else ""

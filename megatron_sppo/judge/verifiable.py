@@ -27,7 +27,7 @@ from megatron_sppo.storage import sha256_of_file
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup
 
-CHECKS_VERSION = 2
+CHECKS_VERSION = 3
 """Raised when what is made of the checks changes: stored scores of another version are not resumed."""
 KINDS = ("ifeval", "math")
 

@@ -10,16 +10,17 @@ A prompt is what the first of these columns that a row has asks, with what the o
     problem         a text (MATH); question beside an answer (GSM8K)
 `system` or `system_prompt` come before it, `history` (pairs of question and answer) between the two. Two columns that
 say different things of one conversation make the row unusable: neither is preferred (a prompt may have the text of an
-instruction in it, as a rendering does).
+instruction in it, as a rendering does). So does a text that the question is about (QUESTIONED_COLUMNS), where it stands
+beside the prompt: how a set words the two together is its own affair.
 """
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from megatron_sppo.rollout.records import Turn
-from megatron_sppo.rollout.table_files import UnusableRow
+from megatron_sppo.rollout.records import ROLES, Turn
+from megatron_sppo.rollout.table_files import MESSAGES_AS_JSON, UnusableRow
 from megatron_sppo.rollout.texts import text_fault
 
 PROMPT_COLUMNS = frozenset(
@@ -27,26 +28,33 @@ PROMPT_COLUMNS = frozenset(
 )
 """Any of them makes a prompt."""
 CONTEXT_COLUMNS = frozenset({"input", "system", "system_prompt", "history", "tools", "prompt_id", "split"})
+QUESTIONED_COLUMNS = frozenset({"context", "passage", "article", "choices", "options"})
+"""What a question may be about (Dolly, BoolQ, RACE) or chooses from (MMLU)."""
 ANSWER_COLUMNS = ("answer", "final_answer", "gt_answer", "ground_truth", "reward_model", "solution")
 """Where mathematical sets keep the right answer, the barest one first. verl's `reward_model` has it as a key."""
 CHECKED_COLUMNS = frozenset({"instruction_id_list", "kwargs", *ANSWER_COLUMNS})
 """What judges check answers against: these travel with the prompt."""
 
 _ORCA = {"system", "system_prompt", "chosen", "rejected"}
+_CONVERSATIONS = ("messages", "conversations", "conversation")
 _ROLES = {
+    "developer": "system",  # OpenAI's later name of it
     "human": "user",
     "prompter": "user",
     **dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "model"), "assistant"),
 }
-_TOOL_ROLES = frozenset({"function_call", "function", "observation", "tool_call", "tool_response"})
+_TOOL_ROLES = frozenset({"tool", "function_call", "function", "observation", "tool_call", "tool_response"})
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
-def prompt_messages(row: dict[str, Any], *, answered: Sequence[list[Turn]] | None = None) -> list[Turn]:
-    """Read what a row asks -> messages, the last one not the assistant's.
+def prompt_messages(
+    row: dict[str, Any], *, answered: Sequence[list[Turn]] | None = None, kept: Collection[str] = ()
+) -> list[Turn]:
+    """Read what a row asks -> messages, the last one the user's.
 
     Args:
         answered: conversations of the row that end in an answer each; None takes those of chosen and rejected.
+        kept: columns that travel beside the prompt, which may lack them.
 
     Raises:
         UnusableRow: it asks nothing, or its columns contradict each other.
@@ -54,8 +62,9 @@ def prompt_messages(row: dict[str, Any], *, answered: Sequence[list[Turn]] | Non
     if answered is None and row.get("chosen") and row.get("rejected"):
         answered = [read_turns(row[name], name, role="assistant") for name in ("chosen", "rejected")]
     turns = with_context(_asked(row, shared_turns(answered) if answered else []), row)
-    if turns[-1]["role"] == "assistant":
-        raise UnusableRow("the last message is the assistant's: nothing is left to answer")
+    if (role := turns[-1]["role"]) != "user":
+        raise UnusableRow(f"the last message is the {role}'s: nothing is left to answer")
+    _refuse_lost(turns, row, QUESTIONED_COLUMNS.difference(kept))
     if not turns[-1]["content"].strip():
         raise UnusableRow("the prompt has no text")
     return turns
@@ -66,7 +75,7 @@ def _asked(row: dict[str, Any], shared: list[Turn]) -> list[Turn]:
     asked: list[Turn] | None = None
     # A lone `question` or `input` may be part of anything; beside what Orca's rows have it is the prompt.
     names = ["prompt", "instruction", *(("question",) if _ORCA & set(row) else ())]
-    if all(row.get(name) is None for name in (*names, "messages", "conversations", "conversation")):
+    if all(row.get(name) is None for name in (*names, *_CONVERSATIONS)):
         names += _mathematical(row)
     if _ORCA & set(row) and all(row.get(name) is None for name in names):
         names.append("input")
@@ -80,7 +89,7 @@ def _asked(row: dict[str, Any], shared: list[Turn]) -> list[Turn]:
             continue
         more = row.get("input") if name == "instruction" else None
         asked = read_turns(f"{text}\n{more}" if isinstance(text, str) and more else text, name, role="user")
-    for name in ("messages", "conversations", "conversation"):
+    for name in _CONVERSATIONS:
         if row.get(name) is not None:
             turns = read_turns(row[name], name, role="user")
             if name != "messages" or asked is not None or shared:
@@ -92,6 +101,27 @@ def _asked(row: dict[str, Any], shared: list[Turn]) -> list[Turn]:
         found = ", ".join(map(str, list(row)[:12]))
         raise UnusableRow(f"the row has neither prompt nor messages, nor another column that asks (it has: {found})")
     return asked
+
+
+def _refuse_lost(turns: Sequence[Turn], row: dict[str, Any], names: Collection[str]) -> None:
+    """Refuse a row that says more than its prompt: a model that is asked about a text must have read it.
+
+    Raises:
+        UnusableRow: a text of one of the columns stands nowhere in the turns, white space aside.
+    """
+    read = " ".join(" ".join(turn["content"] for turn in turns).split())
+    for name in sorted(names):
+        if any(" ".join(text.split()) not in read for text in _texts(row.get(name))):
+            raise UnusableRow(f"the prompt would lose the column {name}: write its text into the prompt")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Find the texts of a column, however they are nested -> texts."""
+    if isinstance(value, (str, int, float)):
+        yield str(value)
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def kept_columns(row: dict[str, Any], names: Collection[str]) -> dict[str, Any] | None:
@@ -195,8 +225,12 @@ def read_turns(value: Any, name: str, *, role: str) -> list[Turn]:
     Raises:
         UnusableRow: it is no text and no list of messages with text.
     """
+    if isinstance(value, str) and (turns := _hh_turns(value)):
+        return turns
     if isinstance(value, str):
-        return _hh_turns(value) or [_turn({"role": role, "content": value})]
+        value = _decoded(value, name)
+    if isinstance(value, str):
+        return [_turn({"role": role, "content": value})]
     if isinstance(value, dict):
         return [_turn(value)]
     if not isinstance(value, (list, tuple)) or not value:
@@ -212,6 +246,24 @@ def refuse_bad_text(text: str, place: str) -> None:
     """
     if (fault := text_fault(text)) is not None:
         raise UnusableRow(f"the {place} {fault}")
+
+
+def _decoded(text: str, name: str) -> Any:
+    """Read messages that a text spells as JSON, as tables without lists do -> what it spells; another text as it is.
+
+    Raises:
+        UnusableRow: a column that holds messages alone holds another text.
+    """
+    if name in _CONVERSATIONS or (name == "prompt" and MESSAGES_AS_JSON.match(text)):
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = None
+        if isinstance(found, (list, dict)):
+            return found
+        if name in _CONVERSATIONS:
+            raise UnusableRow(f"{name} is a text that spells no messages as JSON does (use json.dumps)")
+    return text
 
 
 def _hh_turns(text: str) -> list[Turn]:
@@ -255,7 +307,10 @@ def _turn(turn: Any) -> Turn:
     refuse_bad_text(text, f"{role} message")
     if role.lower() in _TOOL_ROLES:
         raise UnusableRow(f"the {role} message is a tool's, which a message here cannot be")
-    return {"role": _ROLES.get(role.lower(), role.lower()), "content": text}
+    spoken = _ROLES.get(role.lower(), role.lower())
+    if spoken not in ROLES:
+        raise UnusableRow(f"the {role} message is of none of the roles {', '.join(ROLES)}")
+    return {"role": spoken, "content": text}
 
 
 def _stripped(turns: Sequence[Turn]) -> list[Turn]:

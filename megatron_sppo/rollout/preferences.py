@@ -209,7 +209,7 @@ def preference_row(row: Any) -> PreferenceRow:
         raise UnusableRow(f"the row is a {type(row).__name__}, not an object")
     form, conversations, preferences = _answers(row)
     told = _told(row)
-    messages = prompt_messages({"system": told.pop(), **row} if len(told) == 1 else row, answered=conversations)
+    messages = prompt_messages({"system": told[0], **row} if len(told) == 1 else row, answered=conversations)
     texts = tuple(turns[-1]["content"] for turns in conversations)
     if not all(text.strip() for text in texts):
         raise UnusableRow("a response is empty")
@@ -242,10 +242,15 @@ def _answers(row: dict[str, Any]) -> tuple[str, list[list[Turn]], np.ndarray]:
     )
 
 
-def _told(row: dict[str, Any]) -> set[str | None]:
-    """What UltraFeedback's completions were told before the prompt -> the different texts, "" and None among them."""
+def _told(row: dict[str, Any]) -> list[Any]:
+    """What UltraFeedback's completions were told before the prompt -> what differs, "" and None among it."""
     completions = row.get("completions")
-    return {entry.get("custom_system_prompt") for entry in completions} if isinstance(completions, list) else set()
+    told: list[Any] = []
+    for entry in completions if isinstance(completions, (list, tuple)) else ():
+        # Beside chosen and rejected they may be anything.
+        if isinstance(entry, dict) and (text := entry.get("custom_system_prompt")) not in told:
+            told.append(text)
+    return told
 
 
 def _lost(row: dict[str, Any]) -> Iterator[str]:

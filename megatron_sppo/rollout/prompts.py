@@ -16,6 +16,7 @@ from megatron_sppo.rollout.conversations import (
     CHECKED_COLUMNS,
     CONTEXT_COLUMNS,
     PROMPT_COLUMNS,
+    QUESTIONED_COLUMNS,
     kept_columns,
     prompt_messages,
     refuse_bad_text,
@@ -81,7 +82,7 @@ class PromptRows:
                 "Leave it out."
             )
         self._kept = CHECKED_COLUMNS | set(keep_columns)
-        context = CONTEXT_COLUMNS | self._kept
+        context = CONTEXT_COLUMNS | QUESTIONED_COLUMNS | self._kept
         self._rows = SplitRows(self.path, split, subset=subset, columns=PROMPT_COLUMNS, context=context)
         self.quarantined: list[SetAside] = []
         """Of the rows that were read so far. A row without an id is called "row-<number from 1>"."""
@@ -165,7 +166,8 @@ def prompt_of_row(row: Any, *, keep: Collection[str] = CHECKED_COLUMNS) -> Promp
         raise row
     if not isinstance(row, dict):
         raise UnusableRow(f"the row is a {type(row).__name__}, not an object")
-    return make_prompt(prompt_messages(row), row.get("prompt_id"), columns=kept_columns(row, keep))
+    messages = prompt_messages(row, kept=keep)
+    return make_prompt(messages, row.get("prompt_id"), columns=kept_columns(row, keep))
 
 
 def make_prompt(messages: Sequence[Turn], given: Any, *, columns: dict[str, Any] | None = None) -> Prompt:

@@ -26,7 +26,7 @@ SCHEMA_VERSION: Literal[1] = 1
 MANIFEST_NAME = "manifest.json"
 
 _MAX_TOKEN_ID = 2**31 - 1  # token files are int32
-_ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant")
 _WRITE_AGAIN = "Write the rollouts again."
 _MOST_HELD_BYTES = 1 << 26
 """Of a shard: a thousand prompts with five answers of 400 tokens are half of it."""
@@ -373,8 +373,8 @@ def _foreign_token(group: RolloutGroup, vocab_size: int) -> str | None:
 def _unfit(group: RolloutGroup) -> str | None:
     """Say why a rollout can be neither judged nor learned from -> one clause, or None."""
     for number, turn in enumerate(group.messages):
-        if turn["role"] not in _ROLES:
-            return f"messages[{number}] has no role of {', '.join(_ROLES)}"
+        if turn["role"] not in ROLES:
+            return f"messages[{number}] has no role of {', '.join(ROLES)}"
     if (fault := text_fault(group.prompt_id)) is not None:
         return f"prompt_id {fault}"
     if (fault := text_fault_of_group(group)) is not None:

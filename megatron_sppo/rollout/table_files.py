@@ -26,7 +26,7 @@ _LISTS = (
     *("probability", "rm_scores", "instruction_id_list", "kwargs"),
 )
 """Columns that hold a list; a CSV cell spells it as JSON."""
-_MESSAGES_AS_JSON = re.compile(r'\s*(\[\s*)?\{\s*"(role|content|from|value)"')
+MESSAGES_AS_JSON = re.compile(r'\s*(\[\s*)?\{\s*"(role|content|from|value)"')
 _MESSAGES_AS_PYTHON = re.compile(r"\s*(\[\s*)?\{\s*'(role|content|from|value)'")
 """Messages in a CSV cell; the second is what pandas makes of them."""
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")
@@ -154,37 +154,33 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _csv_rows(path: Path) -> Rows:
-    """Read a table with a header line; an empty cell is None."""
+    """Read a table with a header line; an empty cell is None.
+
+    A quotation mark that is never closed takes further lines into its cell, up to one that no cell may hold. Its own
+    line is set aside then, and the others are read again.
+    """
     csv.field_size_limit(MOST_ROW_BYTES)
+    delimiter = "\t" if kind_of(path) == ".tsv" else ","
     with io.TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        # strict: a quotation mark that is never closed would take all further rows into its cell
-        row_bytes = 0
-
-        def counted() -> Iterator[str]:
-            nonlocal row_bytes
-            for line in _lines(path, file):
-                row_bytes += len(line)
-                if row_bytes > MOST_ROW_BYTES:
-                    raise DataError(
-                        f"{path}, line {start}: its row is longer than {MOST_ROW_BYTES >> 20} MiB (is a quotation mark "
-                        "closed?). Write it again."
-                    )
-                yield line
-
-        lines = csv.reader(counted(), delimiter="\t" if kind_of(path) == ".tsv" else ",", strict=True)
+        lines = _RecordLines(path, file)
+        # strict: else such a cell would end with the file
+        cells_of = csv.reader(lines, delimiter=delimiter, strict=True)
         header: list[str] | None = None
         while True:
-            start, row_bytes = lines.line_num + 1, 0
+            lines.begin()
             try:
-                cells = next(lines)
+                cells = next(cells_of)
             except StopIteration:
                 return
             except csv.Error as error:
                 if header is None or "end of data" in str(error):
                     raise DataError(
-                        f"{path}, line {start}: no valid CSV ({error}: is a quotation mark closed?). Write it again."
+                        f"{path}, line {lines.start}: no valid CSV ({error}: is a quotation mark closed?). "
+                        "Write it again."
                     ) from None
-                yield UnusableRow(f"line {start} is no valid CSV ({error})")
+                yield UnusableRow(f"line {lines.start} is no valid CSV ({error})")
+                lines.give_again()
+                cells_of = csv.reader(lines, delimiter=delimiter, strict=True)
                 continue
             if header is None:
                 header = cells
@@ -192,6 +188,43 @@ def _csv_rows(path: Path) -> Rows:
                     raise DataError(f"{path} names a column twice ({', '.join(header)}). Rename one.")
             elif cells:
                 yield _csv_row(header, cells)
+
+
+class _RecordLines:
+    """The lines of a table; those of the record that is being read are kept, and can be read again."""
+
+    def __init__(self, path: Path, file: IO[str]) -> None:
+        self._path, self._lines = path, _lines(path, file)
+        self._record: list[str] = []
+        self._again: list[str] = []
+        """The next one last."""
+        self._num_bytes = 0
+        self.start = 1
+        """The line that the record begins with."""
+
+    def begin(self) -> None:
+        """Begin the next record."""
+        self.start += len(self._record)
+        self._record, self._num_bytes = [], 0
+
+    def give_again(self) -> None:
+        """Take back the record's lines but the first."""
+        self._again += self._record[:0:-1]
+        del self._record[1:]
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.pop() if self._again else next(self._lines)
+        self._record.append(line)
+        self._num_bytes += len(line)
+        if self._num_bytes > MOST_ROW_BYTES:
+            raise DataError(
+                f"{self._path}, line {self.start}: its row is longer than {MOST_ROW_BYTES >> 20} MiB (is a quotation "
+                "mark closed?). Write it again."
+            )
+        return line
 
 
 def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | UnusableRow:
@@ -204,7 +237,7 @@ def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | UnusableRo
         # Conversations are spelled as JSON; a text that merely begins with a bracket stays a text.
         if cell is not None and _MESSAGES_AS_PYTHON.match(cell):
             return UnusableRow(f"the cell {name} holds messages in Python's spelling, not in JSON's (use json.dumps)")
-        if cell is not None and (name in _LISTS or _MESSAGES_AS_JSON.match(cell)):
+        if cell is not None and (name in _LISTS or MESSAGES_AS_JSON.match(cell)):
             try:
                 row[name] = json.loads(cell)
             except (ValueError, RecursionError):

@@ -36,9 +36,10 @@ from megatron_sppo.verification.probes import compare_texts, prompt_token_ids
 SCHEMA_VERSION = 1
 
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-_SAYS_NOTHING = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache")
+_SAYS_NOTHING = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache")
 """Keys of config.json that programs write of themselves, or that say what the tensors say."""
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_BESIDE_ARCHITECTURE = ("bos_token_id", "eos_token_id", "pad_token_id", "architectures")
+"""Keys of it that say more than an `Architecture` holds."""
 _CHUNK_VALUES = 1 << 22
 
 Shape = tuple[int, ...]
@@ -280,7 +281,7 @@ def _compare_settings(one: Side, other: Side) -> list[str]:
     if one.architecture is not None and other.architecture is not None:
         different = different_fields(one.architecture, other.architecture, names=names)
         if one.files is not None and other.files is not None:
-            first, second = ({key: config.get(key) for key in _TOKEN_IDS} for config in configs)
+            first, second = ({key: config.get(key) for key in _BESIDE_ARCHITECTURE} for config in configs)
             different += _different_keys(first, second, CONFIG_FILE)
     else:
         different = _different_keys(*configs, CONFIG_FILE)
@@ -352,6 +353,7 @@ def _differences(report: dict[str, Any]) -> list[str]:
         elif not tokenizer["ids_same"]:
             found.append("the tokenizers give other ids")
         # Where both tokenizers could be tried, what they do decides, not how their settings are spelled.
+        found += [] if tokenizer["templates_same"] else ["the chat templates differ"]
         found += [f"{name} differs" for name, same in tokenizer["texts"].items() if not same and not tried]
         found += [f"the tokenizers treat {text!r} differently" for text in tokenizer["different_probes"]]
     if report["logits"] is not None:

@@ -22,7 +22,7 @@ from megatron_sppo.model_file import FILE_NAME as MODEL_FILE
 from megatron_sppo.model_file import read_architecture
 from megatron_sppo.rollout.prompts import read_prompts
 from megatron_sppo.rollout.records import Turn
-from megatron_sppo.rollout.template_process import TemplateRefusal, render
+from megatron_sppo.rollout.template_process import TemplateRefusal, render, render_all
 from megatron_sppo.storage import damage
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,14 @@ PROBES = (
     "e\u0301 \u00e9 \ufb01",
 )
 """The prompts, and what tokenizers differ in: white space, digits, special tokens as text, composed characters."""
-_USER = (Turn(role="user", content="?"),)
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "description": "Look a word up.",
+        "parameters": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]},
+    },
+}
 
 
 def compare_tokenizers(hf: Path, directory: Path, found: str | None) -> dict[str, Any]:
@@ -76,8 +83,9 @@ def compare_texts(one: Path, other: Path) -> dict[str, Any]:
     files that we know are the same (a setting in a file that we do not know).
 
     Returns:
-        `texts`: {file: whether it is the same}; `texts_same`; `probes`: texts that were tried, 0 where one side has no
-        tokenizer; `different_probes`: those of them that the two treat differently.
+        `texts`: {file: whether it is the same}; `texts_same`; `templates_same`: whether the chat templates in use are,
+        but for white space around them, True where one side has no tokenizer; `probes`: texts that were tried, 0 where
+        one side has none; `different_probes`: those of them that the two treat differently.
     """
     texts: dict[str, bool] = {}
     for name in TEXT_FILES:
@@ -85,11 +93,15 @@ def compare_texts(one: Path, other: Path) -> dict[str, Any]:
         if pair != [None, None]:
             texts[name] = pair[0] == pair[1]
     probes: list[str] | None = None
+    templates_same = True
     if tokenizer_hash(one) is not None and tokenizer_hash(other) is not None:
-        probes = _different_probes(_tokenizer(one), _tokenizer(other))
+        tokenizers = _tokenizer(one), _tokenizer(other)
+        probes = _different_probes(*tokenizers)
+        templates_same = _templates(tokenizers[0]) == _templates(tokenizers[1])
     return {
         "texts": texts,
         "texts_same": all(texts.values()),
+        "templates_same": templates_same,
         "probes": len(PROBES) if probes is not None else 0,
         "different_probes": probes or [],
     }
@@ -98,23 +110,55 @@ def compare_texts(one: Path, other: Path) -> dict[str, Any]:
 def _different_probes(one: Any, other: Any) -> list[str]:
     """Encode, decode and put into the chat template -> the probe texts that the two tokenizers treat differently."""
     different = []
-    for text in PROBES:
+    chats = [_chats(tokenizer) for tokenizer in (one, other)]
+    for number, text in enumerate(PROBES):
         ids = [tokenizer(text)["input_ids"] for tokenizer in (one, other)]
         back = [tokenizer.decode(ids[0]) for tokenizer in (one, other)]
-        chats = [_chat(tokenizer, text) for tokenizer in (one, other)]
-        if any(pair[0] != pair[1] for pair in (ids, back, chats)):
+        if any(pair[0] != pair[1] for pair in (ids, back, [written[number] for written in chats])):
             different.append(text)
     return different
 
 
-def _chat(tokenizer: Any, text: str) -> str | None:
+def _chats(tokenizer: Any) -> list[tuple[str, ...]]:
+    """Put every probe text into the chat template -> for each, what is written in each of the ways; () without one.
+
+    Templates differ in what they do with a system turn, with tools, and where no answer is asked for. Each is tried by
+    itself, for some refuse the one or the other.
+    """
     if tokenizer.chat_template is None:
-        return None
-    messages = [Turn(role="user", content=text), Turn(role="assistant", content=text), *_USER]
-    try:
-        return render(tokenizer, messages, add_generation_prompt=True)
-    except TemplateRefusal as error:
-        return f"refused: {error}"
+        return [() for _ in PROBES]
+    ways: tuple[tuple[bool, bool, dict[str, Any]], ...] = (
+        (False, True, {}),
+        (False, False, {}),
+        (True, True, {}),
+        (False, True, {"tools": [_TOOL]}),
+    )
+    written = [
+        render_all(
+            tokenizer,
+            [_conversation(text, has_system=has_system) for text in PROBES],
+            add_generation_prompt=asks,
+            arguments=arguments,
+        )
+        for has_system, asks, arguments in ways
+    ]
+    return [tuple(map(_spelled, of_one)) for of_one in zip(*written, strict=True)]
+
+
+def _conversation(text: str, *, has_system: bool) -> list[Turn]:
+    turns = [Turn(role="user", content=text), Turn(role="assistant", content=text), Turn(role="user", content="?")]
+    return [Turn(role="system", content=text), *turns] if has_system else turns
+
+
+def _spelled(written: str | TemplateRefusal) -> str:
+    return f"refused: {written}" if isinstance(written, TemplateRefusal) else written
+
+
+def _templates(tokenizer: Any) -> dict[str, str]:
+    """Take a tokenizer's chat templates, without white space around them -> {name: template}."""
+    found = tokenizer.chat_template or {}
+    named = found if isinstance(found, dict) else {"default": found}
+    return {name: str(template).strip() for name, template in named.items()}
 
 
 def _tokenizer(directory: Path) -> Any:

@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 
-from megatron_sppo.conversion.convert import import_checkpoint
 from tests.distributed import test_layouts, test_moe_layouts, test_packing_layouts
-from tests.distributed.conftest import write_dataset
-from tests.distributed.test_moe_layouts import by_hub_names
-from tests.distributed.truth import Truth
+from tests.distributed.layouts import FOURS, PACKS, SHARDED, SHARED_PROMPTS
+from tests.distributed.truth import Truth, by_hub_names
 from tests.gpu.test_hopper import distance, gap_per_token
 from tests.models import MIXTURES, tiny_llama
 
@@ -32,11 +30,11 @@ LAYOUTS: dict[str, tuple[str, str]] = {
         if ranks == 1
     },
     **{name: ("GQA", flags) for name, (ranks, flags) in test_packing_layouts.LAYOUTS.items() if ranks == 1},
-    "sharded optimizer": ("GQA", f"--micro-batch-size 4 {test_layouts.SHARDED}"),
-    "tied, shared": ("tied", "--packed-sequence-size 96 --share-prompts"),
-    "MQA, shared": ("MQA", "--packed-sequence-size 96 --share-prompts"),
-    "mixture, shared": ("qwen3_moe", "--packed-sequence-size 96 --share-prompts"),
-    "mixture, packs": ("qwen3_moe", "--packed-sequence-size 96"),
+    "sharded optimizer": ("GQA", f"{FOURS} {SHARDED}"),
+    "tied, shared": ("tied", SHARED_PROMPTS),
+    "MQA, shared": ("MQA", SHARED_PROMPTS),
+    "mixture, shared": ("qwen3_moe", SHARED_PROMPTS),
+    "mixture, packs": ("qwen3_moe", PACKS),
 }
 SIZES = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "head_dim": 64, "dtype": "bfloat16"}
 OURS = "--transformer-impl torch"
@@ -58,17 +56,12 @@ def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Truth]:
 
     @cache
     def find(model: str, *, wide: bool, shared: bool) -> Truth:
-        root = tmp_path_factory.mktemp(model)
         sizes = SIZES if wide else {}
         overrides = {**sizes, "num_key_value_heads": 2, **MODELS[model]} if wide else MODELS[model]
-        hf = tiny_llama(root / "hf", num_hidden_layers=4, **overrides)
-        import_checkpoint(hf, root / "megatron")
-        return Truth(
-            hf=hf,
-            megatron=root / "megatron",
-            data=write_dataset(root / "data", hf),
+        return Truth.of(
+            tiny_llama(tmp_path_factory.mktemp(model) / "hf", num_hidden_layers=4, **overrides),
             by_exported_names=(lambda gradients: by_hub_names(gradients, model)) if model in MIXTURES else dict,
-            one_rank=f"{'--packed-sequence-size 96 --share-prompts' if shared else '--micro-batch-size 4'} {OURS}",
+            one_rank=f"{SHARED_PROMPTS if shared else FOURS} {OURS}",
             launch=in_this_process,
         )
 

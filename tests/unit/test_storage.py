@@ -262,6 +262,28 @@ def test_an_output_is_no_input(tmp_path, inside):
         storage.refuse_foreign(tmp_path / "there", ours=("*",), inputs=(source,), flag="--hf")
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "sub/.."])
+def test_a_directory_without_a_name_beside_others_is_not_replaced(tmp_path, monkeypatch, name):
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "sub")
+    (tmp_path / "sub" / "sub").mkdir()
+    storage.refuse_foreign(Path(name), ours=("*",))  # what is written in it is another matter
+    refusal = pytest.raises(ConfigError, match=r"is the directory that you are in, or above it.*outside: cd /")
+    with refusal, storage.atomic_directory(Path(name), replaces="*"):
+        raise AssertionError("nothing is begun")
+
+
+def test_a_mount_point_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    with (
+        pytest.raises(ConfigError, match="is a mount point, which cannot be replaced as a whole. Choose a directory"),
+        storage.atomic_directory(tmp_path, replaces="*"),
+    ):
+        raise AssertionError("nothing is begun")
+    with storage.atomic_directory(tmp_path / "in it", replaces="*"):
+        pass
+
+
 @pytest.mark.parametrize("left", [[], [".lock"], [".state.json.tmp-123", ".lock"]])
 def test_what_a_killed_command_left_behind_is_nobody_else_s(tmp_path, left):
     for name in left:

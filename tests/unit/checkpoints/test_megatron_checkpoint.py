@@ -89,6 +89,15 @@ def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path: Path) -> None:
         resolve_checkpoint(tmp_path / "iter_0000003")
 
 
+@pytest.mark.parametrize("name", ["iter_0000003", "release"])
+def test_megatron_lm_s_older_format_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name / "mp_rank_00").mkdir(parents=True)
+    (tmp_path / TRACKER_FILE).write_text("3" if name != "release" else name)
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(DataError, match=rf"{name} is in Megatron-LM's older format .*--ckpt-format torch_dist"):
+            resolve_checkpoint(path)
+
+
 def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
     directory = finished(tmp_path, 5)
     verify_checkpoint(directory)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_sppo.checkpoints import safetensors_file
 from megatron_sppo.checkpoints.hf_writer import write_tensor
 from megatron_sppo.checkpoints.safetensors_file import (
     entries_of_header,
@@ -26,6 +27,17 @@ TENSORS = {
     "scalar": torch.tensor(2.5),
     "empty": torch.zeros(0, 3),
 }
+
+
+def test_weights_that_may_not_be_read_need_no_fetching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(TENSORS, tmp_path / "x.safetensors")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(safetensors_file, "open", refuse, raising=False)  # root may read everything
+    with pytest.raises(ConversionError, match=r"cannot be read \(Permission denied\)\. Make it readable: chmod u\+r /"):
+        read_header(tmp_path / "x.safetensors")
 
 
 def test_a_file_of_the_library_reads_bit_for_bit(tmp_path: Path) -> None:

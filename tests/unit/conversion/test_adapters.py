@@ -4,6 +4,7 @@ what is exported; a merged model is base + scaling B A to the last bit; bad adap
 That Megatron computes with them what `peft` does: tests/distributed/test_adapter_layouts.py.
 """
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,12 +19,12 @@ from megatron_sppo.checkpoints import adapter_file
 from megatron_sppo.checkpoints.hf_checkpoint import open_hf_checkpoint
 from megatron_sppo.conversion.adapters import export_adapter, import_adapter
 from megatron_sppo.conversion.binding import bind
-from megatron_sppo.conversion.convert import import_checkpoint
+from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.conversion.families import family_of
 from megatron_sppo.conversion.megatron_model import open_megatron
 from megatron_sppo.conversion.merging import export_merged
 from megatron_sppo.conversion.weights_hash import weights_hash
-from megatron_sppo.errors import ConversionError, DataError
+from megatron_sppo.errors import ConfigError, ConversionError, DataError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import build_stage
 from megatron_sppo.model_file import read_architecture
@@ -79,6 +80,78 @@ def test_a_round_trip_is_the_same_to_the_byte(base: Path, tmp_path: Path, kind: 
     export_adapter(tmp_path / "megatron", tmp_path / "back", base=base)
     for file in FILES:
         assert (tmp_path / "back" / file).read_bytes() == (adapter / file).read_bytes()
+
+
+def test_words_of_an_import_that_went_or_changed_are_damage(base: Path, tmp_path: Path) -> None:
+    directory = import_adapter(random_adapter(tmp_path / "adapter", base), tmp_path / "megatron", base=base)
+    for name in ("peft_layout.json", "hf/config.json"):
+        content = (directory / name).read_bytes()
+        (directory / name).write_bytes(content[:-2] + b" }")
+        with pytest.raises(DataError, match=rf"{name} is not what was written"):
+            export_adapter(tmp_path / "megatron", tmp_path / "out", base=None)
+        (directory / name).unlink()
+        with pytest.raises(DataError, match=rf"{name} is missing"):
+            export_adapter(tmp_path / "megatron", tmp_path / "out", base=None)
+        (directory / name).write_bytes(content)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_is_given_is_named_or_refused(base: Path, tmp_path: Path) -> None:
+    """Of adapters whose words are no import's: exported without a base, they name none when it is given."""
+    import_adapter(random_adapter(tmp_path / "adapter", base), tmp_path / "megatron", base=base)
+    write = functools.partial(export_adapter, tmp_path / "megatron", tmp_path / "out", dtype="float32")
+    write(base=None)
+    write(base=None)
+    with pytest.raises(ConversionError, match=r"names the base None\. Choose another --adapter, or add --overwrite"):
+        write(base=base)
+    write(base=base, overwrite=True)
+    write(base=base)
+    write(base=None)  # asks for no name
+    assert json.loads((tmp_path / "out" / FILES[0]).read_text())["base_model_name_or_path"] == str(base)
+
+
+def test_a_merge_casts_what_an_export_casts(tmp_path: Path) -> None:
+    """Not the router's biases, nor layers that predict further tokens: bit for bit the base's, in float32."""
+    hf = tiny_llama(tmp_path / "hf", **MIXTURES["glm4_moe"])
+    tensors = load_file(hf / "model.safetensors")
+    tensors["model.layers.2.eh_proj.weight"] = torch.randn(64, 128)
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    import_checkpoint(hf, tmp_path / "model")
+    import_adapter(random_adapter(tmp_path / "adapter", hf, targets=("q_proj",)), tmp_path / "megatron", base=hf)
+    plain = load_file(export_checkpoint(tmp_path / "model", tmp_path / "plain", dtype="bfloat16") / "model.safetensors")
+    for _ in range(2):  # the second one finds it done
+        merged = export_merged(tmp_path / "megatron", tmp_path / "merged", base=hf, dtype="bfloat16")
+    found = load_file(merged / "model.safetensors")
+    assert {name: one.dtype for name, one in found.items()} == {name: one.dtype for name, one in plain.items()}
+    kept = [name for name, one in found.items() if one.dtype == torch.float32]
+    assert len(kept) == 2 and all(torch.equal(found[name], tensors[name]) for name in kept)
+
+
+def test_a_tied_copy_of_the_embedding_is_cast_with_it(tmp_path: Path) -> None:
+    hf = tiny_llama(tmp_path / "hf", tie_word_embeddings=True)
+    tensors = load_file(hf / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, hf / "model.safetensors")
+    import_adapter(random_adapter(tmp_path / "adapter", hf), tmp_path / "megatron", base=hf)
+    merged = export_merged(tmp_path / "megatron", tmp_path / "merged", base=hf, dtype="bfloat16")
+    import_checkpoint(merged, tmp_path / "again")  # which refuses two that differ
+
+
+def test_a_merge_replaces_a_model_and_nothing_else(tmp_path: Path) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+    import_adapter(random_adapter(tmp_path / "adapter", hf), tmp_path / "megatron", base=hf)
+    merge = functools.partial(export_merged, tmp_path / "megatron", tmp_path / "out", base=hf)
+    merge()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigError, match=r"out holds thesis\.tex beside a model, which --overwrite would remove"):
+        merge(overwrite=True)
+    (tmp_path / "out" / "thesis.tex").unlink()
+    with pytest.raises(ConversionError, match="of another size"):
+        merge(max_shard_size="100KB")
+    (hf / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(ConversionError, match="with other config, tokenizer or other side files"):
+        merge()
+    merge(overwrite=True)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "phi3"])

@@ -3,10 +3,12 @@
 `test_host_layouts.py` proves that Megatron-Core agrees about what is in between.
 """
 
+import functools
 import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -241,7 +243,14 @@ def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
         export_checkpoint(tmp_path / "megatron", tmp_path / "model", dtype="bfloat16", overwrite=True)
     assert (tmp_path / "model" / "runs" / "diary.txt").read_text() == "dear"
     shutil.rmtree(tmp_path / "model" / "runs")
-    (tmp_path / "model" / "README.md").write_text("the older model's card")
+    for name in ("README.md", ".git"):
+        (tmp_path / "model" / name).mkdir()
+        with pytest.raises(ConfigError, match=rf"model holds {name} beside a model"):
+            export_checkpoint(tmp_path / "megatron", tmp_path / "model", dtype="bfloat16", overwrite=True)
+        (tmp_path / "model" / name).rmdir()
+    for name in (".gitattributes", ".lock", ".config.json.tmp-1"):
+        (tmp_path / "model" / name).write_text("nobody's")
+    (tmp_path / "model" / ".cache" / "huggingface").mkdir(parents=True)
     export_checkpoint(tmp_path / "megatron", tmp_path / "model", dtype="bfloat16", overwrite=True)
     (tmp_path / "run" / "iter_1").mkdir(parents=True)
     with pytest.raises(ConfigError, match="run holds iter_1, which this command did not write"):
@@ -250,6 +259,53 @@ def test_foreign_directories_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="up to iteration 10"):
         import_checkpoint(hf, tmp_path / "megatron", overwrite=True)
     assert (tmp_path / "notes" / "diary.txt").read_text() == "dear"
+
+
+def test_a_release_of_megatron_lm_stays_what_its_root_means(tmp_path: Path) -> None:
+    hf = tiny_llama(tmp_path / "hf")
+    import_checkpoint(hf, tmp_path / "other").rename(tmp_path / "release")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "release").rename(tmp_path / "root" / "release")
+    (tmp_path / "root" / "latest_checkpointed_iteration.txt").write_text("release")
+    with pytest.raises(ConversionError, match=r"root holds a release .*--megatron NEW_DIR"):
+        import_checkpoint(hf, tmp_path / "root")
+    assert (tmp_path / "root" / "latest_checkpointed_iteration.txt").read_text() == "release"
+
+
+def test_an_export_whose_files_would_be_others_is_refused(tmp_path: Path) -> None:
+    """The same weights under another config, tokenizer or cut: only --overwrite writes what was asked for."""
+    template = tiny_llama(tmp_path / "hf")
+    megatron, out = tmp_path / "megatron", tmp_path / "out"
+    import_checkpoint(template, megatron)
+    write = functools.partial(export_checkpoint, megatron, out, template=template)
+    write(dtype="bfloat16")
+    write(dtype="bfloat16")  # whose config.json names another type than the template's
+    with pytest.raises(ConversionError, match=r"other files of another size \(--max-shard-size\).*--overwrite"):
+        write(dtype="bfloat16", max_shard_size="100KB")
+    write(dtype="bfloat16", max_shard_size="100KB", overwrite=True)
+    write(dtype="bfloat16", max_shard_size="100KB")
+    (template / "LICENSE").write_text("yours")
+    with pytest.raises(ConversionError, match="with other config, tokenizer or other side files"):
+        write(dtype="bfloat16")
+    write(dtype="bfloat16", overwrite=True)
+    edit_config(eos_token_id=[0, 2])(template)
+    with pytest.raises(ConversionError, match="with other config, tokenizer or other side files"):
+        write(dtype="bfloat16")
+    write(dtype="bfloat16", overwrite=True)
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [0, 2]
+
+
+def test_json_of_other_programs_is_left_behind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With NaN, as transformers' Trainer writes it, or lines of it; what a stage reads must be whole (`MALFORMED`)."""
+    hf = tiny_llama(tmp_path / "hf")
+    (hf / "trainer_state.json").write_text('{"log_history": [{"grad_norm": NaN}]}')
+    (hf / "samples.json").write_text('{"a": 1}\n{"a": 2}\n')
+    (hf / "processor.json").write_text('{"chat_template": "{{ messages"}')  # another program's words
+    with caplog.at_level("INFO"):
+        import_checkpoint(hf, tmp_path / "megatron")
+    assert "left behind, no JSON, in spite of its name: samples.json, trainer_state.json" in caplog.text
+    out = export_checkpoint(tmp_path / "megatron", tmp_path / "out")
+    assert files_of(out).keys() == files_of(hf).keys() - {"trainer_state.json", "samples.json"}
 
 
 def test_two_conversions_into_one_place_are_refused(tmp_path: Path) -> None:
@@ -571,7 +627,26 @@ MEGATRON: dict[str, tuple[Callable[[Path], Any], str]] = {
     },
     "weights missing": (lambda d: (d / "__0_0.distcp").unlink(), r"__0_0\.distcp is missing"),
     "weights cut short": (lambda d: os.truncate(d / "__0_0.distcp", 1000), r"has 1000 bytes"),
-    "model.json missing": (lambda d: (d / "model.json").unlink(), r"no model\.json.*--template"),
+    **{
+        f"{name} missing": (lambda d, name=name: (d / name).unlink(), rf"{re.escape(name)} is missing.*use another one")
+        for name in (
+            "model.json",
+            *(f"hf/{name}" for name in ("config.json", "tokenizer.json", "chat_template.jinja", "layout.json")),
+            *("hf/additional_chat_templates/tool.jinja", "hf/carried.safetensors"),
+        )
+    },
+    "a file below hf/ changed": (
+        lambda d: (d / "hf/additional_chat_templates/tool.jinja").write_text("{}"),
+        r"tool\.jinja is not what was written",
+    ),
+    "a file below hf/ added": (
+        lambda d: (d / "hf/additional_chat_templates/other.jinja").write_text("{}"),
+        r"other\.jinja is not in manifest\.json",
+    ),
+    "no manifest, no model.json": (
+        lambda d: [(d / name).unlink() for name in ("manifest.json", "model.json")],
+        r"no model\.json.*--template",
+    ),
 }
 
 
@@ -580,7 +655,10 @@ MEGATRON: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_a_damaged_megatron_checkpoint_is_never_exported(
     tmp_path: Path, damage: Callable[[Path], Any], named: str
 ) -> None:
-    hf = tiny_llama(tmp_path / "hf")
+    hf = tiny_llama(tmp_path / "hf", **MIXTURES["glm4_moe"])
+    edit_tensors(lambda t: t.update({"model.layers.2.eh_proj.weight": torch.ones(64, 128)}))(hf)
+    (hf / "additional_chat_templates").mkdir()
+    (hf / "additional_chat_templates" / "tool.jinja").write_text("ab")
     damage(import_checkpoint(hf, tmp_path / "megatron"))
     with pytest.raises((ConversionError, DataError), match=named) as caught:
         export_checkpoint(tmp_path / "megatron", tmp_path / "out")

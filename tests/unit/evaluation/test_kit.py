@@ -16,6 +16,8 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from megatron_sppo.commands import evaluate
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.evaluation.answer_texts import distinct, self_bleu
+from megatron_sppo.evaluation.export import lm_eval_command
+from megatron_sppo.evaluation.text import tournament_text
 from megatron_sppo.rollout.records import Response, RolloutGroup
 from tests.unit.selfplay.synthetic import group, write_rollouts, write_run
 
@@ -173,6 +175,17 @@ def test_the_printed_tables_name_judges_floors_and_the_command_against_regressio
     marks = ("judge rules:concise, unseen in training", "judge rules:cyclic, seen")
     for words in (*columns, *marks, "cyclic share", "lm_eval --model hf"):
         assert words in text, words
+
+
+def test_a_command_is_printed_for_the_model_and_for_each_adapter_on_it(result):
+    adapters = (("a", None), ("b", "run/iter_1/adapter"), ("c", "run/iter_2/adapter"))
+    commands = [lm_eval_command("base", name, adapter) for name, adapter in adapters]
+    players = [
+        player | {"model": "base", "lm_eval": command} | ({} if adapter is None else {"adapter": adapter})
+        for player, command, (_, adapter) in zip(result["players"][:3], commands, adapters, strict=True)
+    ]
+    text = tournament_text(result | {"players": players})
+    assert [line.strip() for line in text.splitlines() if "lm_eval --model" in line] == commands
 
 
 def test_the_json_on_stdout_is_the_result_without_its_prompts(run, capsys):

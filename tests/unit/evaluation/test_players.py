@@ -62,6 +62,13 @@ def test_answers_of_a_file_find_their_prompts_by_instruction_or_id(place, lines)
     assert found.players[0].seed is None and found.players[1].seed == 0
 
 
+def test_an_answer_of_a_file_goes_on_from_no_template(place):
+    thinks = [replace(group(p, ["It."], prompt=f"Why {p}?"), prompt_text="<think>\n") for p in PROMPTS]
+    write_rollouts(Path("d"), thinks)
+    file, thinking = field(f"x={answers([{'instruction': 'Why p?', 'output': 'P'}])}", "d=d").players
+    assert (file.groups["p"].prompt_text, thinking.groups["p"].prompt_text) == (None, "<think>\n")
+
+
 def test_files_of_answers_alone_meet_on_their_instructions(place):
     first = answers([{"instruction": "One?", "output": "a"}, {"instruction": "Two?", "output": "b"}], "f.json")
     second = answers([{"instruction": "Two?", "output": "c"}], "s.json")

@@ -17,6 +17,7 @@ from megatron_sppo.evaluation.over_optimisation import over_optimisation
 from megatron_sppo.evaluation.players import Field, Player
 from megatron_sppo.evaluation.standings import cyclic_share_without_noise, standings
 from megatron_sppo.evaluation.tournament import hold, shared_prompts
+from megatron_sppo.judge.conclusion import ConclusionJudge
 from megatron_sppo.judge.evaluation import bootstrap, cross_verdicts
 from megatron_sppo.judge.protocol import Unjudged
 from megatron_sppo.objective.hodge import hodge_split
@@ -165,6 +166,14 @@ def test_there_are_no_strengths_where_one_player_always_wins(caplog):
     assert [row["mean"] for row in found["bradley_terry"]] == [None, None]
     assert "no Bradley-Terry strengths" in caplog.text
     assert found["cycles"] is None
+
+
+def test_lengths_are_of_what_the_judge_reads():
+    """a thinks for 5 characters before "a:1", b answers "b:25" at once: the baseline a is 1 character shorter."""
+    field = field_of(player("a", {"p": ["1"]}), player("b", {"p": ["25"]}))
+    field.players[0].groups["p"] = group("p", ["Hm...</think>a:1"])
+    held = hold(ConclusionJudge(ScoreJudge(), "</think>"), field, ["p"], after="</think>")
+    assert [comparisons.delta_length_N.tolist() for comparisons, _ in held.against_baseline] == [[0], [-1]]
 
 
 def test_prompts_that_cannot_be_judged_are_left_out_and_counted(caplog):

@@ -1,10 +1,13 @@
 """Judging what follows the reasoning: which text the judge reads, and that its scores are not taken for others'."""
 
+import functools
+
 import numpy as np
 import pytest
 
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.conclusion import ConclusionJudge
+from megatron_sppo.judge.joined_groups import join_groups
 from megatron_sppo.judge.load import load_judge
 from tests.unit.judge.groups import group_of
 
@@ -42,6 +45,18 @@ def test_the_judge_reads_what_follows_the_first_marker(prompt_text, text: str, r
     ConclusionJudge(reader, "</think>").judge_logits([group_of("why?", [text], prompt_text=prompt_text)])
     empty = {"empty_conclusions": 1} if count == "concluded_answers" and not read else {}
     assert reader.read == [read] and reader.counts == {count: 1, **empty}
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_each_answer_is_read_by_the_template_that_it_was_sampled_with(turn: int) -> None:
+    """A model whose template begins the reasoning, one without any, and a file of answers meet in any order."""
+    reasons, plain = ("<|im_start|>assistant\n<think>\n", ["It ne"]), ("<|im_start|>assistant\n", ["It is."])
+    sides = [group_of("why?", texts, prompt_text=prompt) for prompt, texts in (reasons, plain, (None, ["So."]))]
+    reader = Reader()
+    group = functools.reduce(join_groups, sides[::turn])
+    ConclusionJudge(reader, "</think>").judge_logits([group])
+    assert reader.read == ["", "It is.", "So."][::turn]
+    assert group.prompt_text == (reasons, plain)[turn == -1][0], "judges that read the template find one"
 
 
 def test_another_marker_is_another_text() -> None:

@@ -264,6 +264,27 @@ def test_letters_that_the_model_was_not_about_to_say_are_no_verdict(
     assert (pytest.approx(logit), kind) == expected
 
 
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ([("A", -1e-5)], (LARGEST_LOGIT, "logprob_verdicts")),
+        ([("B", math.log(0.8))], (-math.log(4), "logprob_verdicts")),
+        ([("A", math.log(0.5)), (" A", math.log(0.4))], (math.log(9), "logprob_verdicts")),
+        ([("A", math.log(0.6)), ("The", math.log(0.3))], (math.log(6), "logprob_verdicts")),
+        ([("B", math.log(0.6)), ("The", math.log(0.02))], (-math.log(30), "logprob_verdicts")),
+        # The other one may be as likely: the reply has chosen.
+        ([("A", math.log(0.3))], (VERDICT_LOGIT, "bare_verdicts")),
+        ([("The", math.log(0.4)), ("A", math.log(0.2))], (0.0, "unreadable_verdicts")),
+    ],
+)
+def test_a_letter_that_is_not_listed_has_no_more_than_the_listed_leave(
+    listed: list[tuple[str, float]], expected: tuple[float, str]
+) -> None:
+    """A sure server lists one alternative; the least of its probability and 1 - sum bounds the other letter's."""
+    logit, kind = verdict_logit(_alternatives(*listed))
+    assert (pytest.approx(logit), kind) == expected
+
+
 @pytest.mark.counts("bad inputs")
 @pytest.mark.parametrize(
     "address", ["http://[::1/v1", "http://h:port/v1", "http://h:99999/v1", "http://h/v 1", "http://h/\u00fc"]

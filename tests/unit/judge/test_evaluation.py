@@ -110,6 +110,23 @@ def test_the_same_id_with_another_text_is_refused() -> None:
         join_groups(group("p", ["a"], prompt="One?"), group("p", ["b"], prompt="Two?"))
 
 
+def test_equal_conclusions_are_equals_whichever_side_reasons(tmp_path: Path) -> None:
+    """One template begins the reasoning, the other does not; they meet in both orders."""
+    answer = "Air scatters short waves of light more than long ones."
+    sides = {"reasons": ("<think>\n", f"Hm.</think>{answer}"), "plain": ("", answer)}
+    for name, (opening, text) in sides.items():
+        groups = [replace(group(p, [text]), prompt_text=f"<|assistant|>{opening}") for p in ("p", "q")]
+        write_rollouts(tmp_path / name, groups)
+    for policy, base in (("reasons", "plain"), ("plain", "reasons")):
+        places = {"policy": tmp_path / policy, "base": tmp_path / base, "previous": tmp_path / base}
+        config = EvaluateConfig(
+            judge="rules:concise", output=tmp_path / f"{policy}.json", judge_after="</think>", **places
+        )
+        result = evaluate(config)
+        assert result["win_rate_vs_base"]["mean"] == 0.5
+        assert not [text for text in result["warnings"] if "exactly one half" in text], "no pair is of different texts"
+
+
 def test_the_bootstrap_of_a_constant_has_no_width() -> None:
     rate = bootstrap([0.25] * 7, resamples=2000, seed=3)
     assert (rate.mean, rate.low, rate.high, rate.num_prompts) == (0.25, 0.25, 0.25, 7)

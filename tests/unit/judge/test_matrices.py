@@ -1,6 +1,7 @@
 """Stored matrices as a judge: preferences come back as they were, logits under either rule, faults in one line."""
 
 import builtins
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -10,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_sppo.data.schema import read_manifest, write_manifest
 from megatron_sppo.errors import ConfigError, DataError
+from megatron_sppo.judge.config import ScoreConfig
 from megatron_sppo.judge.load import load_judge
+from megatron_sppo.judge.score import rebuild, score
 from megatron_sppo.objective import preference_matrix
 from tests.unit.judge.groups import group_of
+from tests.unit.judge.rollout_files import write_rollouts
 
 
 def write(path: Path, *lines: object) -> str:
@@ -55,6 +60,44 @@ def test_preferences_are_not_put_under_a_second_rule(tmp_path: Path) -> None:
     spec = write(tmp_path / "m.jsonl", {"prompt_id": "p0", "preferences": [[0.5, 0.7], [0.3, 0.5]]})
     with pytest.raises(ConfigError, match="--preset paper"):
         load_judge(spec, preset="official")
+
+
+def scored(tmp_path: Path, kind: str, stored: list[list[float]]) -> Path:
+    """Score rollouts of one prompt by a matrix -> the dataset."""
+    write_rollouts(tmp_path / "rollouts", [group_of("why?", ["a", "b"])], rows_per_shard=1)
+    spec = write(tmp_path / "m.jsonl", {"prompt_id": "p0", kind: stored})
+    score(ScoreConfig(rollouts=tmp_path / "rollouts", judge=spec, output=tmp_path / kind))
+    return tmp_path / kind
+
+
+def test_a_rebuild_puts_no_preferences_under_a_second_rule_either(tmp_path: Path) -> None:
+    dataset = scored(tmp_path, "preferences", [[0.5, 0.9], [0.1, 0.5]])
+    official = ScoreConfig(from_dataset=dataset, preset="official", output=tmp_path / "official")
+    with pytest.raises(ConfigError, match="matrices:m.jsonl and not known to hold judge logits.*Leave --preset out"):
+        rebuild(official, dataset)
+    rebuild(ScoreConfig(from_dataset=dataset, preset="paper", selection="all", output=tmp_path / "again"), dataset)
+
+
+def test_a_rebuild_puts_given_logits_under_the_official_rule_where_they_are_known_to_be_some(tmp_path: Path) -> None:
+    dataset = scored(tmp_path, "judge_logits", [[0, 1.5], [-0.5, 0]])
+    official = ScoreConfig(from_dataset=dataset, preset="official", output=tmp_path / "official")
+    rebuild(official, dataset)
+    (dataset / "diagnostics.json").unlink()  # as good as one of an earlier version, which did not count them
+    with pytest.raises(ConfigError, match="not known to hold judge logits"):
+        rebuild(official, dataset)
+
+
+def test_a_rebuild_of_pairrm_s_logits_says_that_the_rule_alone_changes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = scored(tmp_path, "judge_logits", [[0, 1.5], [-0.5, 0]])
+    write_manifest(dataset, dataclasses.replace(read_manifest(dataset), judge="pairrm:llm-blender/PairRM"))
+    for preset, selection, words in (("official", None, 1), ("paper", "all", 0)):
+        caplog.clear()
+        output = tmp_path / f"as-{preset}"
+        rebuild(ScoreConfig(from_dataset=dataset, preset=preset, selection=selection, output=output), dataset)
+        assert caplog.text.count("the rule alone becomes that of --preset official") == words
+        assert caplog.text.count("shows it each prompt's template") == words
 
 
 def test_identical_responses_are_tied_and_missing_matrices_counted(tmp_path: Path) -> None:

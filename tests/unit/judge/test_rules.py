@@ -4,6 +4,7 @@ Says nothing about whether a policy can climb them: that is the demo's to show.
 """
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -65,6 +66,14 @@ def test_identical_responses_get_exactly_zero_and_the_matrix_is_antisymmetric(sp
     assert logits[0, 2] == 0 and logits[2, 0] == 0 and (np.diag(logits) == 0).all()
     np.testing.assert_array_equal(logits, -logits.T)
     assert judge.counts["pairs"] == 6 and judge.counts["identical_pairs"] == 2
+
+
+def test_one_text_is_its_own_equal_however_its_sampling_ended() -> None:
+    cut, other = (group_of(PROMPT, [text], finish_reason="length").responses for text in (GOOD, "It is blue."))
+    group = group_of(PROMPT, [GOOD])
+    (logits,) = load_judge("rules:concise").judge_logits([replace(group, responses=(*cut, *other, *group.responses))])
+    (plain,) = load_judge("rules:concise").judge_logits([replace(group, responses=(*group.responses, *other))])
+    assert logits[0, 2] == logits[2, 0] == 0 and logits[0, 1] == logits[2, 1] == plain[0, 1]
 
 
 def test_concise_never_prefers_in_a_circle() -> None:

@@ -7,6 +7,7 @@ and foreign code never decide a verdict in silence.
 import dataclasses
 import json
 import math
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -190,6 +191,8 @@ def test_data_of_nltk_that_is_not_there_is_named_and_not_guessed(
         ("final_answer", ["$x+1$"], "$1+x$", 1),
         ("ground_truth", "5", "I do not know", 0),
         ("answer", "$18", r"She makes \$18 every day.", 1),
+        ("answer", "-$5", "-5", 1),
+        ("answer", "10 dollars", "She has 10 dollars.", 1),
     ],
 )
 def test_a_result_is_compared_with_the_right_one(
@@ -199,7 +202,34 @@ def test_a_result_is_compared_with_the_right_one(
 
 
 @pytest.mark.parametrize(
-    ("columns", "reason"), [({}, "has none of the columns answer,"), ({"answer": "a cat"}, "'a cat'")]
+    ("right", "one_number"),
+    [
+        *(("6 - 5i", "5"), ("10+5i", "10"), ("2k+2", "2"), ("2x", "2"), ("- 5", "5"), ("2*sqrt(3)", "2")),
+        *(("3, 5, 7", "7"), ("1,2", "1.2"), ("(3, 4)", "4"), ("(3, 4]", "4"), ("3 and 5", "5")),
+        *(("2 < x < 3", "3"), ("y = 2x + 3", "3"), ("x = 5 or x = 6", "6"), (r"\frac{3}{4}, 5", "5")),
+    ],
+)
+def test_a_formula_is_the_right_answer_and_one_of_its_numbers_is_not(
+    mathematics: Judge, right: str, one_number: str
+) -> None:
+    answers = [f"The result is $\\boxed{{{text}}}$." for text in (right, one_number)]
+    assert mathematics.passed(with_columns(answers, {"answer": right})).tolist() == [[1], [0]]
+
+
+def test_a_busy_machine_makes_no_right_answer_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """math-verify's own alarms ring by the wall clock; here any that it sets has rung already."""
+    from megatron_sppo.judge.mathematics import check_mathematics
+
+    monkeypatch.setattr(signal, "alarm", lambda seconds: signal.raise_signal(signal.SIGALRM) if seconds else None)
+    assert check_mathematics("It is $0.75$.", [], {"answer": r"\frac{3}{4}"}) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({}, "has none of the columns answer,"),
+        *(({"answer": text}, f"'{text}'") for text in ("a cat", "1 1/2", "2 pi", "2 sqrt(3)", "1e5", "yes-no")),
+    ],
 )
 def test_a_prompt_without_a_right_answer_is_set_aside(mathematics: Judge, columns: Any, reason: str) -> None:
     assert reason in reason_of(mathematics, with_columns(["5"], columns))

@@ -1,4 +1,7 @@
-"""Columns that answers are checked against travel from the prompts to the rollouts' rows, and nothing else does."""
+"""Columns that answers are checked against travel from the prompts to the rollouts' rows, and nothing else does.
+
+Those that a question is about are in the prompt, or the row is set aside; messages may be spelled as JSON.
+"""
 
 import datetime
 import json
@@ -9,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_sppo.errors import ConfigError
+from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.rollout.prompts import Prompt, PromptsHash, read_prompts
 from megatron_sppo.rollout.records import Response, RolloutGroup, read_shard, write_shard
 
@@ -64,6 +67,77 @@ def test_further_columns_are_kept_on_request(tmp_path: Path) -> None:
     assert prompt.columns == {"tests": ["a", "b"]}
     with pytest.raises(ConfigError, match="keep_columns names system"):
         read_prompts(path, keep_columns=("tests", "system"))
+
+
+QUESTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "Dolly": ({"instruction": "When did it start?", "context": "It began in 2000."}, "context"),
+    "SQL": ({"question": "How many?", "context": "CREATE TABLE t (n INT)", "answer": "SELECT COUNT(*)"}, "context"),
+    "BoolQ": ({"question": "do they speak one language", "passage": "Persian ...", "answer": True}, "passage"),
+    "MMLU": ({"question": "Find the degree", "choices": ["0", "4", "2"], "answer": 1}, "choices"),
+    "ARC": ({"prompt": "Which?", "choices": {"text": ["sand", "salt"], "label": ["A", "B"]}}, "choices"),
+    "RACE": ({"prompt": "Why?", "article": "Once.", "options": ["this"]}, "article"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_a_question_is_not_asked_without_what_it_is_about(tmp_path: Path, name: str, suffix: str) -> None:
+    row, column = QUESTIONS[name]
+    with pytest.raises(DataError, match=f"the prompt would lose the column {column}: write its text into the prompt"):
+        read_prompts(file_of(tmp_path / f"p{suffix}", row))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "When?\n\n It began\nin 2000.", "context": "It began in 2000. "},
+        {"prompt": "Which?\nA. sand\nB. salt", "choices": {"text": ["sand", "salt"], "label": ["A", "B"]}},
+        {"prompt": "When?", "context": "", "choices": [], "passage": None},
+        {"messages": [{"role": "system", "content": "It began."}, {"role": "user", "content": "?"}], "context": "It"},
+    ],
+    ids=["white space", "choices", "empty", "system"],
+)
+def test_a_prompt_that_holds_what_it_is_about_is_read(tmp_path: Path, row: dict[str, Any]) -> None:
+    assert len(read_prompts(file_of(tmp_path / "p.jsonl", row)).prompts) == 1
+
+
+def test_what_a_question_is_about_may_be_kept_for_the_judge_alone(tmp_path: Path) -> None:
+    path = file_of(tmp_path / "p.jsonl", {"prompt": "When?", "context": "A note of the authors."})
+    (prompt,) = read_prompts(path, keep_columns=("context",)).prompts
+    assert prompt.columns == {"context": "A note of the authors."}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("column", "turns"),
+    [
+        ("messages", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]),
+        ("conversations", [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]),
+        ("conversation", [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]),
+        ("prompt", [{"role": "user", "content": "Why?"}]),
+    ],
+)
+def test_messages_that_a_text_spells_as_json_are_messages(
+    tmp_path: Path, column: str, turns: list[dict[str, str]], suffix: str
+) -> None:
+    spelled, plain = ({column: value} for value in (json.dumps(turns), turns))
+    (prompt,) = read_prompts(file_of(tmp_path / f"p{suffix}", spelled)).prompts
+    assert read_prompts(file_of(tmp_path / "plain.jsonl", plain)).prompts == (prompt,)
+    assert prompt.messages[-1] == {"role": "user", "content": "Why?"}
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations", "conversation"])
+@pytest.mark.parametrize("text", ["[{'role': 'user', 'content': 'Why?'}]", "Why?", '"Why?"', "[]"])
+def test_a_text_that_spells_no_messages_is_set_aside(tmp_path: Path, column: str, text: str) -> None:
+    with pytest.raises(DataError, match=f"{column} is (a text that spells no|neither a text nor a non-empty)"):
+        read_prompts(file_of(tmp_path / "p.jsonl", {column: text}))
+
+
+def test_hh_s_spelling_and_a_text_in_brackets_stay_what_they_are(tmp_path: Path) -> None:
+    rows = [{"conversation": "\n\nHuman: Why?\n\nAssistant:"}, {"prompt": '[{"role": "user"}] is what?'}]
+    for row, text in zip(rows, ("Why?", rows[1]["prompt"]), strict=True):
+        (prompt,) = read_prompts(file_of(tmp_path / "p.jsonl", row)).prompts
+        assert prompt.messages == ({"role": "user", "content": text},)
 
 
 def test_a_value_that_json_cannot_hold_sets_the_row_aside(tmp_path: Path) -> None:

@@ -288,6 +288,16 @@ def test_system_prompts_that_differ_within_a_row_are_counted_as_lost(tmp_path: P
     assert counts == {"overall_score": 2, "lost_system_prompts": 1}
 
 
+@pytest.mark.counts("bad inputs")
+def test_completions_beside_a_pair_may_be_anything(tmp_path: Path) -> None:
+    """Texts are not read; what each was told is no text in the second row, and cannot be said to anybody."""
+    pair = {"prompt": "why?", "chosen": "a", "rejected": "b"}
+    untold = {"completions": [{"custom_system_prompt": ["Be brief."]}, {"custom_system_prompt": ["Be brief."]}]}
+    manifest, counts = imported(tmp_path, [pair | {"completions": ["a", "b", None]}, pair | untold])
+    assert counts == {"labels": 1}
+    assert [entry["reason"] for entry in manifest.quarantined] == ["system is no text"]
+
+
 OPEN_THINK = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'].split('</think>')[-1] }}<|im_end|>\n"
     "{% endfor %}"

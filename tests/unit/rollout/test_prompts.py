@@ -119,6 +119,9 @@ BAD_ROWS = {
         "assistant's",
     ),
     "image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "no text"),
+    "tool": ({"messages": [{"role": "user", "content": "Q"}, {"role": "tool", "content": "3"}]}, "is a tool's"),
+    "a role of its own": ({"messages": [{"role": "critic", "content": "Q"}]}, "none of the roles system, user,"),
+    "system alone": ({"messages": [{"role": "system", "content": "Q"}]}, "the last message is the system's"),
     "no role": ({"messages": [{"content": "Q"}]}, "no role"),
     "empty chat": ({"messages": []}, "non-empty list"),
     "list as id": ({"prompt": "Q?", "prompt_id": [1]}, "prompt_id"),
@@ -419,3 +422,9 @@ def test_a_directory_that_the_hub_converted_gives_one_split(tmp_path: Path) -> N
 )
 def test_other_spellings_of_a_question(tmp_path: Path, row: dict[str, Any], expected: str) -> None:
     assert read_prompts(write_rows(tmp_path / "rows.jsonl", [row])).prompts[0].messages == user(expected)
+
+
+def test_a_developer_s_message_is_the_system_s(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "developer", "content": "Be brief."}, *user("One?")]}
+    (prompt,) = read_prompts(write_rows(tmp_path / "rows.jsonl", [row])).prompts
+    assert prompt.messages == ({"role": "system", "content": "Be brief."}, *user("One?"))

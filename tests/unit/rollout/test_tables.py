@@ -100,6 +100,17 @@ def test_a_quotation_mark_that_is_never_closed_takes_no_rows_with_it(tmp_path: P
         list(table_rows(path))
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_lines_that_a_bad_quotation_mark_takes_into_its_cell_are_rows_all_the_same(tmp_path: Path, suffix: str) -> None:
+    """Lines 2 and 6 open a cell that the marks of lines 5 and 7 do not end: each of them is one fault."""
+    lines = ["prompt", '"One?', "Two?", "Three?", 'a 4" screen?', '"open', '"Five', 'six?"', "Seven?"]
+    (tmp_path / f"rows{suffix}").write_text("\n".join(lines) + "\n")
+    *found, last = table_rows(tmp_path / f"rows{suffix}")
+    assert last == {"prompt": "Seven?"}
+    told = [str(row).partition(" is no")[0] if isinstance(row, UnusableRow) else row["prompt"] for row in found]
+    assert told == ["line 2", "Two?", "Three?", 'a 4" screen?', "line 6", "Five\nsix?"]
+
+
 def test_a_line_that_is_no_csv_leaves_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text('prompt\n"a"b\nHow?\n')
     found = list(table_rows(tmp_path / "rows.csv"))

@@ -21,7 +21,7 @@ from megatron_sppo.conversion.binding import megatron_shapes
 from megatron_sppo.conversion.megatron_model import open_megatron
 from megatron_sppo.errors import ConversionError, DataError
 from megatron_sppo.verification.compare import compare, summary
-from tests.models import MIXTURES, tiny_llama
+from tests.models import CHAT_TEMPLATE, MIXTURES, tiny_llama
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
@@ -86,8 +86,27 @@ def test_one_model_in_two_places_differs_in_nothing(one_kind: str, other_kind: s
         (rewrite("config.json", eos_token_id=1), ["config.json says eos_token_id: 2 and 1"]),
         (rewrite("generation_config.json", temperature=0.6), ["generation_config.json says temperature: null and 0.6"]),
         (lambda hf: (hf / "chat_template.jinja").write_text("{{ messages }}"), ["the tokenizers treat"]),
+        (
+            # In a case that no probe tries.
+            lambda hf: (hf / "chat_template.jinja").write_text(CHAT_TEMPLATE + "{% if documents %}.{% endif %}"),
+            ["the chat templates differ"],
+        ),
+        (rewrite("config.json", architectures=["Own"]), ['architectures: ["LlamaForCausalLM"] and ["Own"]']),
     ],
-    ids=["missing", "shape", "extra", "dtype", "nan", "value", "epsilon", "eos", "generation", "template"],
+    ids=[
+        "missing",
+        "shape",
+        "extra",
+        "dtype",
+        "nan",
+        "value",
+        "epsilon",
+        "eos",
+        "generation",
+        "template",
+        "template, unprobed",
+        "class",
+    ],
 )
 def test_every_difference_is_named(
     kind: str, damage: Callable[[Path], Any], sentences: list[str], hf: Path, tmp_path: Path
