@@ -47,9 +47,6 @@ def run(main: Callable[[], None], *, name: str) -> NoReturn:
         # Whoever read our output left (`tool | head`). Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
-    except KeyboardInterrupt:
-        _last_line(f"{name}: interrupted")
-        sys.exit(EXIT_INTERRUPTED)
     except _USER_ERRORS as error:
         if debug:
             traceback.print_exc()
@@ -60,6 +57,12 @@ def run(main: Callable[[], None], *, name: str) -> NoReturn:
             traceback.print_exc()
         _last_line(f"{name}: error: {one_line(error)}")
         sys.exit(EXIT_MACHINE)
+    except (KeyboardInterrupt, RuntimeError) as error:
+        # Between a lock and its release an interrupt is hidden by threading's own error, "release unlocked lock".
+        if not isinstance(error, KeyboardInterrupt) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        _last_line(f"{name}: interrupted")
+        sys.exit(EXIT_INTERRUPTED)
     sys.exit(0)
 
 
@@ -85,18 +88,27 @@ def launch() -> Launch:
 
 
 def check_rendezvous() -> None:
-    """Look whether this process knows where to meet the other ranks.
+    """Look whether this process, unless it is alone, knows which of the ranks it is and where to meet the others.
 
     Raises:
-        ConfigError: it is one of several, and the launcher has not said where.
+        ConfigError: the launcher has not said all of it, or what cannot be.
     """
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if launch().world_size > 1 and missing:
+    place = launch()
+    if place.is_alone and place.world_size == 1:
+        return
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        said = " and ".join(f"{name} is {os.environ[name]}" for name in ("RANK", "WORLD_SIZE") if name not in missing)
         raise ConfigError(
-            f"WORLD_SIZE is {launch().world_size}, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
-            "not set, by which ranks find each other. Start the command with torchrun, or, for one process alone: "
-            "unset RANK WORLD_SIZE"
+            f"{said}, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set, by which ranks find "
+            "each other. Start the command with torchrun, or, for one process alone: unset RANK WORLD_SIZE"
         )
+    if not 0 <= place.rank < place.world_size:
+        raise ConfigError(
+            f"RANK is {place.rank}, and WORLD_SIZE, of which it is one, is {place.world_size}. "
+            "Start the command with torchrun, or, for one process alone: unset RANK WORLD_SIZE"
+        )
+    _number_of("MASTER_PORT", 0)
 
 
 def refuse_ranks(name: str) -> None:

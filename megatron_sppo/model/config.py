@@ -37,11 +37,11 @@ class ModelConfig:
     transformer_impl: Literal["auto", "transformer_engine", "torch"] = "auto"
     """Layer implementation. auto: Transformer Engine where it can be used, otherwise torch; on CUDA with a line that
     says what is missing."""
-    fp8: Literal["none", "hybrid"] = "none"
+    fp8: Annotated[Literal["none", "hybrid"], DECIDES] = "none"
     """hybrid: E4M3 forward and E5M2 gradients through Transformer Engine (Hopper). The head stays in bfloat16."""
-    fp8_recipe: Literal["tensorwise", "blockwise", "delayed", "mxfp8", "nvfp4"] = "tensorwise"
+    fp8_recipe: Annotated[Literal["tensorwise", "blockwise", "delayed", "mxfp8", "nvfp4"], DECIDES] = "tensorwise"
     """Scaling of FP8 tensors. tensorwise keeps no state between calls, so reference and policy agree exactly."""
-    first_last_layers_bf16: bool = False
+    first_last_layers_bf16: Annotated[bool, DECIDES] = False
     """Keep the first and last transformer layer in bfloat16 under FP8."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: core attention only (selective) or whole layers (full)."""

@@ -7,9 +7,9 @@ s = sigmoid(z) / sum_i sigmoid(z_ti) of routers that score by it (DeepSeek-V3, a
     z                1 / T * sum_t logsumexp_i(z_ti)^2                       Zoph et al. 2022 (arXiv:2202.08906), eq. 5
 
 The first is DeepSeek-V2's and Megatron's `seq_aux_loss`; over a whole micro-batch, as `aux_loss` has it, it would
-depend on which sequences share one. What is minimised is the mean over sequences of the objective, plus the
-coefficients times the same mean of these, summed over layers. A micro-batch adds the sum over its sequences: the
-gradient is divided by the number of sequences at the end (`calculate_per_token_loss`), so nothing else scales it.
+depend on which sequences share one. What is minimised is the mean of the objective (over sequences or pairs), plus the
+coefficients times the mean of these over sequences, summed over layers. A micro-batch adds the sum over its sequences:
+the gradient is divided by the number of sequences at the end (`forward_step`), so nothing else scales it.
 Megatron-Core's own auxiliary losses multiply by the number of tokens there instead, and stay off.
 
 B = sequences of a micro-batch, t = tokens on this rank (padding too), E = experts.

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import math
+import types
+import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -189,9 +191,10 @@ def parse_overrides(pairs: Sequence[str], cls: type, *, flag: str, taken: dict[s
     """Parse KEY=VALUE settings of a Megatron-Core dataclass, values as YAML scalars -> dict.
 
     Raises:
-        ConfigError: no `=`, a field that the class has not, or one that our own settings decide (`taken`).
+        ConfigError: no `=`, a field that the class has not, or one that our own settings decide (`taken`); a value of
+            another type than the field's.
     """
-    names = {field.name for field in dataclasses.fields(cls)}
+    names = {field.name: field for field in dataclasses.fields(cls)}
     parsed: dict[str, Any] = {}
     for pair in pairs:
         key, separator, text = pair.partition("=")
@@ -209,12 +212,35 @@ def parse_overrides(pairs: Sequence[str], cls: type, *, flag: str, taken: dict[s
                 parsed[key] = float(parsed[key])
         if isinstance(parsed[key], float) and not math.isfinite(parsed[key]):
             raise ConfigError(f"{flag} {key} is {text}, which is no number to compute with. Give a finite one.")
+        parsed[key] = _of_the_field_s_type(parsed[key], names[key], flag=flag)
     if parsed.get("deallocate_pipeline_outputs") and not torch.cuda.is_available():
         raise ConfigError(
             f"{flag} deallocate_pipeline_outputs swaps an output's storage while gloo may still send it, which gives "
             "wrong losses in silence. Remove it."
         )
     return parsed
+
+
+def _of_the_field_s_type(value: Any, field: "dataclasses.Field[Any]", *, flag: str) -> Any:
+    """Hold a value against a field of Megatron-Core, which checks few of its own -> the value, 4e7 as a whole number.
+
+    Only where the field takes numbers, switches and texts; 0 and 1 are switches too.
+
+    Raises:
+        ConfigError: names what the field takes.
+    """
+    is_union = typing.get_origin(field.type) in (typing.Union, types.UnionType)
+    takes = set(typing.get_args(field.type) if is_union else [field.type])
+    if not takes <= {bool, int, float, str, type(None)}:
+        return value
+    if isinstance(value, float) and float not in takes and int in takes and value.is_integer():
+        return int(value)
+    fits = type(value) in takes or (float in takes and type(value) is int) or (bool in takes and value in (0, 1))
+    if not fits and value != field.default:
+        kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", type(None): "null"}
+        wanted = " or ".join(words for kind, words in kinds.items() if kind in takes)
+        raise ConfigError(f"{flag} {field.name} is {value!r}, and Megatron-Core takes {wanted}. Give it such a value.")
+    return value
 
 
 _POINT_TO_POINT = (
@@ -228,11 +254,15 @@ _CAPTURED = (
 _USER_BUFFERS = (
     "Transformer Engine overlaps products with tensor-parallel messages in buffers for one number of tokens "
     "(initialize_ub), and micro-batches have as many as their responses need. Overlap gradients and weights with "
-    "--ddp-config overlap_grad_reduce=true overlap_param_gather=true in its place"
+    "--use-distributed-optimizer --ddp-config overlap_grad_reduce=true overlap_param_gather=true in its place"
 )
 _OFFLOADED_ACTIVATIONS = (
     "what it computes has been held against no run without it here, least of all with adapters and with passes without "
     "backward, such as the reference's. Use --recompute-granularity full, which frees as much"
+)
+_RATES_OF_EMBEDDINGS = (
+    "a run could not go on: Megatron-Core 0.16.1 does not tell the embedding's parameter group from the others when it "
+    "loads them. --lr holds for all weights"
 )
 _REFUSED = {
     "overlap_p2p_comm": _POINT_TO_POINT,
@@ -244,8 +274,11 @@ _REFUSED = {
     "dispatcher that experts use on the CPU beside it",
     "grad_norm_skip_threshold": "steps of too large a gradient are left out, counted and named, by --on-bad-step skip "
     "and --spike-factor",
+    "decoupled_lr": _RATES_OF_EMBEDDINGS,
+    "decoupled_min_lr": _RATES_OF_EMBEDDINGS,
     "overlap_param_gather_with_optimizer_step": "it belongs to another order of optimizer and first forward than this "
-    "loop has. Use --ddp-config overlap_grad_reduce=true overlap_param_gather=true in its place",
+    "loop has. Use --use-distributed-optimizer --ddp-config overlap_grad_reduce=true overlap_param_gather=true in its "
+    "place",
     **dict.fromkeys(
         ("cuda_graph_impl", "cuda_graph_scope", "cuda_graph_modules", "enable_cuda_graph", "external_cuda_graph"),
         _CAPTURED,
@@ -263,6 +296,8 @@ _REFUSED = {
     "(benchmarks/router_replay.py is the experiment)",
     "cpu_offloading": _OFFLOADED_ACTIVATIONS,
     "fine_grained_activation_offloading": _OFFLOADED_ACTIVATIONS,
+    "num_distributed_optimizer_instances": "the optimizer is sharded over all data-parallel ranks, and process groups "
+    "of fewer are not made",
 }
 """Fields of Megatron-Core that are never the user's, and why."""
 

@@ -62,8 +62,10 @@ class Objective:
         return 1 / self.beta if self.name in _STRENGTH_IS_BETA else self.eta
 
     def reads(self, setting: str) -> bool:
-        """Whether the loss looks at one of `beta`, `reverse_kl_weight` and `forward_kl_weight`."""
-        return self.anchors if setting.endswith("_kl_weight") else self.name in _STRENGTH_IS_BETA
+        """Whether the loss looks at one of `eta`, `beta`, `reverse_kl_weight` and `forward_kl_weight`."""
+        if setting.endswith("_kl_weight"):
+            return self.anchors
+        return (self.name in _STRENGTH_IS_BETA) == (setting == "beta")
 
     def loss(self, log_ratio: "Tensor", targets: "Targets") -> "Tensor":
         """Evaluate the objective on a batch, unreduced -> [B], or [P] where it couples pairs.

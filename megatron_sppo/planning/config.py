@@ -36,8 +36,9 @@ class WorkloadConfig:
     num_responses: PositiveInt = 5
     """K answers sampled and judged for each prompt."""
     responses_trained: PositiveInt | None = None
-    """Answers of a prompt that are trained on. Unset: 2 (best and worst) under selection extremes or a pairwise
-    objective, otherwise all K."""
+    """Answers of a prompt that are trained on, each as often as there are pairs with it. Unset: by --selection, which
+    is extremes (2, best and worst) where it is unset and the objective trains on pairs, and otherwise all: K answers,
+    K (K - 1) in pairs."""
     mean_prompt_tokens: PositiveFloat = 160.0
     """Tokens; UltraFeedback's are near it."""
     mean_response_tokens: PositiveFloat = 350.0

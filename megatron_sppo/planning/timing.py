@@ -60,13 +60,14 @@ class Workload:
 def workload(config: PlanConfig) -> Workload:
     """Count rows, steps and mean lengths -> Workload."""
     given, batch = config.workload, config.batch
-    trained = given.responses_trained
-    if trained is None:
-        selection = batch.selection or ("extremes" if config.objective.row.needs_pairs else "all")
-        chosen = parse_selection(selection)
-        trained = given.num_responses if chosen.kind == "all" else 2 * chosen.num_each
+    pairs = config.objective.row.needs_pairs
+    chosen = parse_selection(batch.selection or ("extremes" if pairs else "all"))
+    most = given.num_responses
+    if pairs and chosen.kind == "all":
+        most *= given.num_responses - 1  # an answer is a row of each of its pairs (`data.selection`)
+    trained = given.responses_trained or (most if chosen.kind == "all" else 2 * chosen.num_each)
     mean = given.mean_prompt_tokens + given.mean_response_tokens
-    rows = given.num_prompts * min(trained, given.num_responses)
+    rows = given.num_prompts * min(trained, most)
     return Workload(
         num_rows=rows,
         mean_tokens=min(mean, batch.seq_length or mean),

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 OPTIMIZER_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 """The sharding that resumes in another layout; `dp_reshardable` restores a wrong Adam step on torch's AdamW."""
+_DECIDED_ANEW = ("max_lr", "min_lr", "betas", "eps")
+"""What parameter groups bring along from the run that saved them, and have alike. By the rates mcore 0.19.2 also tells
+them apart. `lr` and `weight_decay` are the schedule's to set."""
 
 
 def load_weights(policy: Policy, *checkpoints: Path) -> None:
@@ -65,7 +68,8 @@ def load_stages(stages: Sequence[PolicyModel], checkpoint: Path, *, is_verified:
 def resume(checkpoint: Path, policy: Policy, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> None:
     """Restore what is trained, optimizer, schedule and RNG from an `iter_*` directory of `save`, in any layout.
 
-    Adapters are laid on the base, which is there. Collective.
+    Adapters are laid on the base, which is there. Rates and decays stay those of the optimizer, which the command line
+    decides. Collective.
 
     Raises:
         ConfigError, DataError: as `load_weights`.
@@ -77,10 +81,9 @@ def resume(checkpoint: Path, policy: Policy, optimizer: MegatronOptimizer, sched
     optimizer_state = optimizer.sharded_state_dict(trained, is_loading=True, metadata=OPTIMIZER_SHARDING)
     loaded = _load({**trained, "optimizer": optimizer_state}, checkpoint, weights_only=False)
     _adopt_trained(policy, loaded)
+    decided = {name: optimizer.param_groups[0][name] for name in _DECIDED_ANEW}
     for group in _saved_groups(loaded["optimizer"]):
-        # They come with the rates of the run that saved them, by which 0.19.2 also tells them apart; the command line
-        # decides.
-        group |= {"max_lr": scheduler.max_lr, "min_lr": scheduler.min_lr}
+        group |= decided
     optimizer.load_state_dict(loaded["optimizer"])
     separate_steps(optimizer)
     scheduler.load_state_dict(loaded["opt_param_scheduler"])

@@ -36,7 +36,8 @@ class ObjectiveConfig:
     pairs: best and worst of a prompt. rspo, inpo, onpo and nash_md look at one more policy, `reference`; mnpo, dpo and
     ipo at any number of them."""
     eta: Annotated[float, Range(0, 1e6, above=True)] = 1000.0
-    """Nats per unit of preference (uclaml/SPPO and TRL call 1/eta `beta`). Published runs use 1000."""
+    """Nats per unit of preference (uclaml/SPPO and TRL call 1/eta `beta`). Published runs use 1000. Not for dpo and
+    ipo."""
     baseline: str = "half"
     """What stands for log Z: half, group_mean, estimate, or constant:C (eta * C). Only for sppo and rspo."""
     beta: PositiveFloat = 0.1
@@ -57,7 +58,8 @@ class ObjectiveConfig:
             raise ConfigError(
                 f"baseline {self.baseline} belongs to the objective sppo, not to {name}. Use --baseline half."
             )
-        self.check_given([field.name for field in fields(self) if getattr(self, field.name) != field.default])
+        changed = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        self.check_given(changed - {"eta"})  # resolved configs of earlier versions name it where nothing read it
 
     def check_given(self, given: Collection[str]) -> None:
         """Refuse a setting that the objective does not read, where somebody gave it (`config.check_given`).
@@ -65,6 +67,11 @@ class ObjectiveConfig:
         Raises:
             ConfigError: names it, and who reads it.
         """
+        if "eta" in given and not self.row.reads("eta") and self.eta != type(self).eta:  # recipes spell 1000 out
+            raise ConfigError(
+                f"eta {self.eta} is not read by the objective {self.objective}, whose strength is beta. Leave --eta "
+                f"out, or use --beta {1 / self.eta:.6g} for this strength (beta = 1 / eta)."
+            )
         for name in ("beta", "reverse_kl_weight", "forward_kl_weight"):
             if name not in given or self.row.reads(name):
                 continue

@@ -27,10 +27,12 @@ Loss = Callable[[MicroBatch, Tensor], Tensor]
 def sppo_forward_step(
     micro_batches: Iterator[MicroBatch], model: Any, *, loss: Loss
 ) -> tuple[Tensor, Callable[..., Any]]:
-    """Compute a stage's output, and how the last one turns it into (loss sum, number of terms, report).
+    """Compute a stage's output, and how the last one turns it into (loss sum, number of sequences, report).
 
-    The number of terms is the schedule's "token" count: with `calculate_per_token_loss` the gradient becomes the exact
-    mean over the sequences of the global batch, however unevenly micro-batches and ranks share them.
+    The number of sequences is the schedule's "token" count: with `calculate_per_token_loss` the gradient becomes the
+    exact mean over those of the global batch, however unevenly micro-batches and ranks share them. Where a term joins a
+    pair each of its two sequences has it, so that the mean is that over pairs: what is added beside the objective,
+    such as losses of routers, is a sum over sequences whatever the objective joins.
     """
     beat("forward and backward")
     on_cpu = next(micro_batches)
@@ -41,23 +43,17 @@ def sppo_forward_step(
         partial_B = sequence_sums(token_log_prob_R, batch.sequence_index, batch.num_sequences)
         log_prob_B = parallel.sum_over_context(partial_B).float()
         terms = loss(batch, log_prob_B)
+        term_B = terms.repeat_interleave(log_prob_B.numel() // max(terms.numel(), 1))
         # Context-parallel ranks compute the same terms, each with the gradient of its own tokens: count them once.
-        counted = terms.numel() if parallel.context_parallel_rank() == 0 else 0
+        counted = term_B.numel() if parallel.context_parallel_rank() == 0 else 0
         count = torch.full((), counted, dtype=torch.int, device=terms.device)
-        # The schedule divides the loss in place (megatron-core 0.16.1, schedules.py): report copies only.
-        told = log_prob_B.detach(), _terms_of_rows(batch, terms.detach(), log_prob_B.detach())
-        return terms.sum(), count, {"rows": on_cpu.rows, "told": torch.stack(told)}
+        # What is told is not finite where a log-ratio is not, whatever the objective makes of that: dpo's is 0 at
+        # infinity. The schedule divides the loss in place (megatron-core 0.16.1, schedules.py): report copies only.
+        unfit_B = 0 * (log_prob_B.detach() - batch.targets.reference_log_prob)
+        told = log_prob_B.detach(), term_B.detach() + unfit_B
+        return term_B.sum(), count, {"rows": on_cpu.rows, "told": torch.stack(told)}
 
     return output, loss_sum
-
-
-def _terms_of_rows(batch: MicroBatch, terms: Tensor, log_prob_B: Tensor) -> Tensor:
-    """Give each response its term of the objective, that of its pair where there are pairs -> [B].
-
-    Not finite where its log-ratio is not, whatever the objective makes of that: dpo's is 0 at infinity.
-    """
-    rows_per_term = log_prob_B.numel() // max(terms.numel(), 1)
-    return terms.repeat_interleave(rows_per_term) + 0 * (log_prob_B - batch.targets.reference_log_prob)
 
 
 def stage_output(batch: MicroBatch, model: Any) -> Tensor:

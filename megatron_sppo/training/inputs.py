@@ -27,6 +27,8 @@ from megatron_sppo.training import grace, parallel
 from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import TrainingConfig
 from megatron_sppo.training.layout import check_layout
+from megatron_sppo.training.optimizer import mcore_optimizer_config
+from megatron_sppo.training.policy import mcore_ddp_config
 from megatron_sppo.training.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -267,9 +269,13 @@ def find_resumable(config: TrainingConfig) -> Path | None:
     Its small files are verified here, by rank 0; weights and optimizer by whoever reads them.
 
     Raises:
+        ConfigError, DataError: as `refuse_layout`; Megatron-Core cannot have the settings of gradients or optimizer,
+            which it would be told behind the reference pass.
         DataError: there are checkpoints, and none is sound.
     """
     refuse_layout(config)
+    mcore_ddp_config(config.parallel)
+    mcore_optimizer_config(config.optimization, config.model, config.parallel)
     found = parallel.told_by_rank_zero(config.parallel, functools.partial(_newest_in, config.save))
     if found is not None:
         logger.info("resuming from %s", found)

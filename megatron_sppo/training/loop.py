@@ -205,7 +205,12 @@ def _measures(
     # The loss is evaluated again on the whole global batch, so that it is one number in every layout.
     loss = float(objective_terms(plan, log_prob_N, objective=objective).mean())
     metrics = {"loss": loss} | response_metrics(
-        log_ratio_N, log_prob_N, win_rate_N=targets.win_rate, target_N=target_N, eta=row.nats_per_reward
+        log_ratio_N,
+        log_prob_N,
+        win_rate_N=targets.win_rate,
+        target_N=target_N,
+        eta=row.nats_per_reward,
+        couples_pairs=row.column is None,
     )
     columns = {"group": plan.group, "response": plan.response, "win_rate": targets.win_rate, "log_ratio": log_ratio_N}
     return metrics, columns if target_N is None else {**columns, "target": target_N}

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from torch import Tensor
 
 from megatron_sppo.storage import explain_os_error, refuse_link
@@ -24,14 +25,27 @@ _BLOCK_BYTES = 1 << 16
 
 
 def response_metrics(
-    log_ratio_N: Tensor, log_prob_N: Tensor, *, win_rate_N: Tensor, target_N: Tensor | None, eta: float
+    log_ratio_N: Tensor,
+    log_prob_N: Tensor,
+    *,
+    win_rate_N: Tensor,
+    target_N: Tensor | None,
+    eta: float,
+    couples_pairs: bool = False,
 ) -> dict[str, float]:
     """Describe a step's responses by TRL's names -> {name: mean}.
 
     A response is chosen if its win rate lies above 1/2 and rejected below it. Rewards are log-ratios / eta, the
     preference that the policy already expresses; accuracy is the share of responses whose reward has the target's sign.
+
+    Args:
+        couples_pairs: the objective compares responses, which are winner, loser, winner, loser, and so do the metrics,
+            as TRL's: accuracy is the share of pairs whose winner has the larger reward.
     """
     chosen, rejected = win_rate_N > 0.5, win_rate_N < 0.5
+    if couples_pairs:
+        chosen = torch.arange(len(win_rate_N)) % 2 == 0
+        rejected = ~chosen
     reward_N = log_ratio_N / eta
     metrics = {
         "sppo/log_ratio_mean": log_ratio_N.mean(),
@@ -48,7 +62,9 @@ def response_metrics(
     if chosen.any() and rejected.any():
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
     decided = chosen | rejected
-    if decided.any():
+    if couples_pairs:
+        metrics["rewards/accuracies"] = (reward_N[chosen] > reward_N[rejected]).double().mean()
+    elif decided.any():
         metrics["rewards/accuracies"] = (chosen[decided] == (reward_N[decided] > 0)).double().mean()
     return {name: float(value) for name, value in metrics.items()}
 

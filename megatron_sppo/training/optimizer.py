@@ -32,6 +32,25 @@ def build_optimizer(
 
     bfloat16 weights get float32 master weights; the distributed optimizer shards these and the moments.
     """
+    mcore_config = mcore_optimizer_config(config, model, layout)
+    _report_implementation(config.optimizer)
+    if torch.cuda.is_available() and clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":
+        clip_grads.l2_norm_impl = norm_on_the_device
+    classes: dict[str, Any] = {"DistributedOptimizer": ReshardableOptimizer, "ChainedOptimizer": GuardedOptimizer}
+    if config.optimizer == "rmsprop":
+        classes |= {"Adam": RMSprop, "USING_PYTORCH_OPTIMIZER": False}
+    with _in_megatron_core(**classes):
+        optimizer = get_megatron_optimizer(mcore_config, list(chunks))
+    assert isinstance(optimizer, GuardedOptimizer)
+    return optimizer
+
+
+def mcore_optimizer_config(config: OptimizationConfig, model: ModelConfig, layout: ParallelConfig) -> OptimizerConfig:
+    """Describe the optimizer to Megatron-Core -> OptimizerConfig.
+
+    Raises:
+        ConfigError: an unknown or refused KEY=VALUE, or what Megatron-Core itself refuses.
+    """
     values: dict[str, Any] = {
         "optimizer": "adam",
         "lr": config.lr,
@@ -46,17 +65,7 @@ def build_optimizer(
         "use_distributed_optimizer": layout.use_distributed_optimizer,
     }
     values |= parse_overrides(config.optimizer_config, OptimizerConfig, flag="--optimizer-config", taken=values)
-    mcore_config = mcore_dataclass(OptimizerConfig, values)
-    _report_implementation(config.optimizer)
-    if torch.cuda.is_available() and clip_grads.l2_norm_impl.__name__ == "local_multi_tensor_l2_norm":
-        clip_grads.l2_norm_impl = norm_on_the_device
-    classes: dict[str, Any] = {"DistributedOptimizer": ReshardableOptimizer, "ChainedOptimizer": GuardedOptimizer}
-    if config.optimizer == "rmsprop":
-        classes |= {"Adam": RMSprop, "USING_PYTORCH_OPTIMIZER": False}
-    with _in_megatron_core(**classes):
-        optimizer = get_megatron_optimizer(mcore_config, list(chunks))
-    assert isinstance(optimizer, GuardedOptimizer)
-    return optimizer
+    return mcore_dataclass(OptimizerConfig, values)
 
 
 def _report_implementation(name: str) -> None:

@@ -73,7 +73,9 @@ def told_by_rank_zero(config: ParallelConfig, find: Callable[[], T]) -> T:
 
     Raises:
         ConfigError, DataError, ConversionError, OSError: what rank 0 ran into, on every rank.
+        ConfigError: as `check_rendezvous`.
     """
+    check_rendezvous()
     place = launch()
     if place.world_size == 1:
         return find()
@@ -162,9 +164,9 @@ def store_of_its_own() -> Store:
 
 @functools.cache
 def _store() -> Store:
+    check_rendezvous()
     if launch().is_alone:
         return HashStore()
-    check_rendezvous()
     store, _, _ = next(iter(rendezvous("env://")))
     return store
 
@@ -354,13 +356,13 @@ def to_device(values: torch.Tensor) -> torch.Tensor:
     return values.pin_memory().to(device(), non_blocking=True) if torch.cuda.is_available() else values
 
 
-def total_terms(num_terms: torch.Tensor) -> torch.Tensor:
-    """Add up the loss terms that the last stage's ranks counted, in place -> the same tensor, on every rank.
+def total_sequences(num_sequences: torch.Tensor) -> torch.Tensor:
+    """Add up the sequences that the last stage's ranks counted, in place -> the same tensor, on every rank.
 
     Collectives: broadcast from the last of the pipeline stages; sum over data- and context-parallel ranks.
     """
     last = parallel_state.get_pipeline_model_parallel_last_rank()
-    torch.distributed.broadcast(num_terms, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    torch.distributed.broadcast(num_sequences, src=last, group=parallel_state.get_pipeline_model_parallel_group())
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    torch.distributed.all_reduce(num_terms, group=group)
-    return num_terms
+    torch.distributed.all_reduce(num_sequences, group=group)
+    return num_sequences

@@ -12,6 +12,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_sppo.architecture import Architecture
 from megatron_sppo.checkpoints.adapter_file import AdapterSettings
+from megatron_sppo.errors import ConfigError
 from megatron_sppo.model import adapters as low_rank
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.model.gpt import PolicyModel, build_stage
@@ -96,6 +97,28 @@ def mcore_config(architecture: Architecture, model: ModelConfig, layout: Paralle
     return config
 
 
+def mcore_ddp_config(layout: ParallelConfig) -> DistributedDataParallelConfig:
+    """Describe to Megatron-Core how gradients are reduced -> DistributedDataParallelConfig.
+
+    Raises:
+        ConfigError: an unknown or refused KEY=VALUE, or a combination that cannot be.
+    """
+    values: dict[str, Any] = {
+        "grad_reduce_in_fp32": True,
+        "use_distributed_optimizer": layout.use_distributed_optimizer,
+        "check_for_nan_in_grad": False,  # the loop looks at the loss before it steps
+        "average_in_collective": False,
+    }
+    values |= parse_overrides(layout.ddp_config, DistributedDataParallelConfig, flag="--ddp-config", taken=values)
+    config = mcore_dataclass(DistributedDataParallelConfig, values)
+    if config.overlap_param_gather and not layout.use_distributed_optimizer:
+        raise ConfigError(
+            "--ddp-config overlap_param_gather=true gathers the weights that the ranks of a sharded optimizer have "
+            "updated, and here each rank updates all. Use --use-distributed-optimizer beside it, or remove it."
+        )
+    return config
+
+
 def build_policy(
     architecture: Architecture,
     model: ModelConfig,
@@ -112,17 +135,7 @@ def build_policy(
     Args:
         seed: of the adapters' A.
     """
-    config = mcore_config(architecture, model, layout)
-    ddp_values: dict[str, Any] = {
-        "grad_reduce_in_fp32": True,
-        "use_distributed_optimizer": layout.use_distributed_optimizer,
-        "check_for_nan_in_grad": False,  # the loop looks at the loss before it steps
-        "average_in_collective": False,
-    }
-    ddp_values |= parse_overrides(
-        layout.ddp_config, DistributedDataParallelConfig, flag="--ddp-config", taken=ddp_values
-    )
-    ddp_config = mcore_dataclass(DistributedDataParallelConfig, ddp_values)
+    config, ddp_config = mcore_config(architecture, model, layout), mcore_ddp_config(layout)
     chunks = []
     for index, stage in enumerate(_stages(architecture, config, model, layout)):
         stage.to(parallel.device())
@@ -155,14 +168,14 @@ def _gather_the_head_s_weight_in_time(chunk: DistributedDataParallel, stage: Pol
     stage.decoder.final_layernorm.register_forward_pre_hook(gather)
 
 
-def reduce_gradients(model: Sequence[Any], num_terms: torch.Tensor, **settings: Any) -> None:
-    """Reduce gradients over the ranks and divide them by the terms of the global batch. Collective.
+def reduce_gradients(model: Sequence[Any], num_sequences: torch.Tensor, **settings: Any) -> None:
+    """Reduce gradients over the ranks and divide them by the sequences of the global batch. Collective.
 
-    As Megatron's finalize_model_grads with `num_terms` for its tokens, but the CPU does not wait to see whether there
-    are any (`if num_tokens > 0`, megatron-core 0.16.1 distributed/finalize_model_grads.py).
+    As Megatron's finalize_model_grads with `num_sequences` for its tokens, but the CPU does not wait to see whether
+    there are any (`if num_tokens > 0`, megatron-core 0.16.1 distributed/finalize_model_grads.py).
     """
     finalize_model_grads(model, None, **settings)
-    scaling = 1.0 / parallel.total_terms(num_terms).clamp(min=1)
+    scaling = 1.0 / parallel.total_sequences(num_sequences).clamp(min=1)
     for chunk in model:
         chunk.scale_gradients(scaling)
 

@@ -26,6 +26,8 @@ _ADDED_SETTINGS: dict[str, Any] = {
     "lora_scaling": "lora",
 }
 """Of no effect on the runs that there were before."""
+_UNRECORDED_SETTINGS = ("fp8", "fp8_recipe", "first_last_layers_bf16")
+"""Of effect, and not in the checkpoints of runs that were begun when they were free: taken for unchanged."""
 
 
 @dataclass
@@ -74,7 +76,8 @@ class Progress:
             ConfigError: names each differing setting with both values.
         """
         # Runs that were begun by an earlier version know nothing of settings that were added since.
-        begun = _ADDED_SETTINGS | self.resume_key
+        unrecorded = {name: value for name, value in resume_key.items() if name in _UNRECORDED_SETTINGS}
+        begun = _ADDED_SETTINGS | unrecorded | self.resume_key
         differing = [
             f"{name} was {begun.get(name)!r}, is {value!r}"
             for name, value in resume_key.items()
@@ -104,7 +107,11 @@ class Progress:
 def resume_key(batches: Batches, config: TrainingConfig) -> dict[str, Any]:
     """Name what a resumed run must share with its beginning -> JSON dict.
 
-    Every setting that is marked neither LAYOUT nor TUNABLE, and which rows they make of the data.
+    Every setting that is marked neither LAYOUT nor TUNABLE, and which rows they make of the data; but eta only where
+    the objective reads it, and what FP8 is like only where there is FP8.
     """
-    settings = deciding(config, free=(LAYOUT, TUNABLE))
-    return {path.rpartition(".")[2]: value for path, value in settings.items()} | batches.row_key
+    settings = {path.rpartition(".")[2]: value for path, value in deciding(config, free=(LAYOUT, TUNABLE)).items()}
+    idle = {"eta"} if not config.objective.row.reads("eta") else set()
+    if config.model.fp8 == "none":
+        idle |= {"fp8_recipe", "first_last_layers_bf16"}
+    return {name: value for name, value in settings.items() if name not in idle} | batches.row_key

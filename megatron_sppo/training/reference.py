@@ -6,11 +6,9 @@ silently: a reference of another model or precision shows as nats in the loss.
 
 import dataclasses
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -137,7 +135,7 @@ def load_or_compute(
     Raises:
         SystemExit: a SIGTERM came before the end; what was computed by then is kept.
     """
-    store = ReferenceStore(_directory(dataset, config), expected, dataset, name=name)
+    store = ReferenceStore(config.save, expected, dataset, name=name)
     values = store.read()
     if values is None and known is not None:
         store.publish(known, replaces=False)
@@ -219,7 +217,7 @@ def read_or_extend(
     Raises:
         ConfigError, DataError, SystemExit: as `read_for_resume`.
     """
-    store = ReferenceStore(_directory(dataset, config), expected, dataset, name=name)
+    store = ReferenceStore(config.save, expected, dataset, name=name)
     values = store.read()
     if values is None:
         raise DataError(
@@ -360,8 +358,3 @@ def drift_by_step(
         difference = torch.from_numpy(log_prob_N - first_epoch_GK[plan.group, plan.response])
         drift[str(step)] = drift_per_token(difference, plan.num_response_tokens)
     return drift
-
-
-def _directory(dataset: PreferenceDataset, config: TrainingConfig) -> Path:
-    """Choose where the reference lies: beside the data, or under --save where the dataset is read-only."""
-    return dataset.directory if os.access(dataset.directory, os.W_OK) else config.save

@@ -13,6 +13,23 @@ Layout = dict[str, Any]
 Axes = Mapping[str, Sequence[Any]]
 Pair = tuple[tuple[str, Any], tuple[str, Any]]
 
+# What training is told of a layout, word by word; what is chosen by hand is made of these.
+TP2, TP4 = "--tensor-model-parallel-size 2", "--tensor-model-parallel-size 4"
+SP = "--sequence-parallel"
+PP2, PP4 = "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 4"
+VPP2 = f"{PP2} --virtual-pipeline-model-parallel-size 2"
+PP2_OF_THREE = f"{PP2} --decoder-last-pipeline-num-layers 2"
+"""Three layers over two stages."""
+CP2, CP4 = "--context-parallel-size 2", "--context-parallel-size 4"
+EP2, EP4 = "--expert-model-parallel-size 2", "--expert-model-parallel-size 4"
+SHARDED = "--use-distributed-optimizer"
+OVERLAP = "--ddp-config overlap_grad_reduce=true bucket_size=4096"
+SELECTIVE, FULL = "--recompute-granularity selective", "--recompute-granularity full"
+FOURS = "--micro-batch-size 4"
+PADDED = "--no-packing"
+PACKS = "--packed-sequence-size 96"
+SHARED_PROMPTS = f"{PACKS} --share-prompts"
+
 LARGEST_WORLD = 4
 
 

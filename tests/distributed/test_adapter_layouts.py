@@ -20,13 +20,25 @@ from torch import Tensor
 
 from megatron_sppo.checkpoints.adapter_file import AdaptedModule, adapted_modules, read_adapter, resolve_targets
 from megatron_sppo.checkpoints.distcp import DistcpReader
-from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.model_file import read_architecture
-from tests.distributed.conftest import all_layouts, write_dataset
+from tests.distributed.conftest import all_layouts
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_layouts import CP2, FULL, OVERLAP, PADDED, PP2, SELECTIVE, SHARDED, SP, TP2, VPP2
-from tests.distributed.test_moe_layouts import EP2
+from tests.distributed.layouts import (
+    CP2,
+    EP2,
+    FOURS,
+    FULL,
+    OVERLAP,
+    PADDED,
+    PP2,
+    SELECTIVE,
+    SHARDED,
+    SHARED_PROMPTS,
+    SP,
+    TP2,
+    VPP2,
+)
 from tests.distributed.truth import ETA, Truth, outputs_and_log_prob, reference_of
 from tests.families import family_model
 from tests.models import MIXTURES, tiny_llama
@@ -204,41 +216,41 @@ class PeftTruth(Truth):
 
 # (model, ranks, flags)
 LAYOUTS = {
-    "one rank, padded": ("GQA", 1, f"--micro-batch-size 4 {PADDED}"),
+    "one rank, padded": ("GQA", 1, f"{FOURS} {PADDED}"),
     "recompute full": ("GQA", 1, f"--micro-batch-size 8 {FULL}"),
-    "TP2": ("GQA", 2, f"--micro-batch-size 4 {TP2}"),
-    "TP2 SP": ("GQA", 2, f"--micro-batch-size 4 {TP2} {SP}"),
-    "VPP2": ("GQA", 2, f"--micro-batch-size 4 {VPP2}"),
-    "CP2": ("GQA", 2, f"--micro-batch-size 4 {CP2}"),
-    "DP2 sharded optimizer": ("GQA", 2, f"--micro-batch-size 4 {SHARDED}"),
-    "mixture, EP2": ("qwen3_moe", 2, f"--micro-batch-size 4 {EP2}"),
-    "mixture, TP2 SP": ("qwen3_moe", 2, f"--micro-batch-size 4 {TP2} {SP}"),
-    "mixture, EP2 TP2 SP DP2 sharded": ("qwen3_moe", 4, f"--micro-batch-size 4 {EP2} {TP2} {SP} {SHARDED}"),
-    "packed by Hugging Face, TP2 SP PP2": ("phi3", 4, f"--micro-batch-size 4 {TP2} {SP} {PP2}"),
+    "TP2": ("GQA", 2, f"{FOURS} {TP2}"),
+    "TP2 SP": ("GQA", 2, f"{FOURS} {TP2} {SP}"),
+    "VPP2": ("GQA", 2, f"{FOURS} {VPP2}"),
+    "CP2": ("GQA", 2, f"{FOURS} {CP2}"),
+    "DP2 sharded optimizer": ("GQA", 2, f"{FOURS} {SHARDED}"),
+    "mixture, EP2": ("qwen3_moe", 2, f"{FOURS} {EP2}"),
+    "mixture, TP2 SP": ("qwen3_moe", 2, f"{FOURS} {TP2} {SP}"),
+    "mixture, EP2 TP2 SP DP2 sharded": ("qwen3_moe", 4, f"{FOURS} {EP2} {TP2} {SP} {SHARDED}"),
+    "packed by Hugging Face, TP2 SP PP2": ("phi3", 4, f"{FOURS} {TP2} {SP} {PP2}"),
 }
 FURTHER_LAYOUTS = {
-    "recompute selective": ("GQA", 1, f"--micro-batch-size 4 {SELECTIVE}"),
-    "PP2": ("GQA", 2, f"--micro-batch-size 4 {PP2}"),
-    "DP2": ("GQA", 2, "--micro-batch-size 4"),
+    "recompute selective": ("GQA", 1, f"{FOURS} {SELECTIVE}"),
+    "PP2": ("GQA", 2, f"{FOURS} {PP2}"),
+    "DP2": ("GQA", 2, FOURS),
     "DP2 overlapped": ("GQA", 2, f"--micro-batch-size 2 {OVERLAP}"),
     "DP2 gathered late": ("GQA", 2, f"--micro-batch-size 2 {SHARDED} {OVERLAP} overlap_param_gather=true"),
-    "shared prompts": ("GQA", 1, "--packed-sequence-size 96 --share-prompts"),
-    "TP2 PP2 SP padded": ("GQA", 4, f"--micro-batch-size 4 {TP2} {PP2} {SP} {PADDED}"),
-    "TP2 VPP2 SP recompute": ("GQA", 4, f"--micro-batch-size 4 {TP2} {VPP2} {SP} {FULL}"),
-    "TP2 CP2 SP": ("GQA", 4, f"--micro-batch-size 4 {TP2} {CP2} {SP}"),
-    "TP2 DP2 sharded": ("GQA", 4, f"--micro-batch-size 4 {TP2} {SHARDED}"),
-    "PP2 CP2 recompute": ("GQA", 4, f"--micro-batch-size 4 {PP2} {CP2} {FULL}"),
+    "shared prompts": ("GQA", 1, SHARED_PROMPTS),
+    "TP2 PP2 SP padded": ("GQA", 4, f"{FOURS} {TP2} {PP2} {SP} {PADDED}"),
+    "TP2 VPP2 SP recompute": ("GQA", 4, f"{FOURS} {TP2} {VPP2} {SP} {FULL}"),
+    "TP2 CP2 SP": ("GQA", 4, f"{FOURS} {TP2} {CP2} {SP}"),
+    "TP2 DP2 sharded": ("GQA", 4, f"{FOURS} {TP2} {SHARDED}"),
+    "PP2 CP2 recompute": ("GQA", 4, f"{FOURS} {PP2} {CP2} {FULL}"),
     "VPP2 DP2 sharded, overlapped": ("GQA", 4, f"--micro-batch-size 2 {VPP2} {SHARDED} {OVERLAP}"),
     "CP2 DP2": ("GQA", 4, f"--micro-batch-size 2 {CP2}"),
-    "tied, TP2 PP2 SP": ("tied", 4, f"--micro-batch-size 4 {TP2} {PP2} {SP}"),
-    "mixture, one rank, recompute": ("qwen3_moe", 1, f"--micro-batch-size 4 {FULL}"),
+    "tied, TP2 PP2 SP": ("tied", 4, f"{FOURS} {TP2} {PP2} {SP}"),
+    "mixture, one rank, recompute": ("qwen3_moe", 1, f"{FOURS} {FULL}"),
     "mixture, EP2 PP2": ("qwen3_moe", 4, f"--micro-batch-size 2 {EP2} {PP2}"),
-    "mixture, EP2 CP2": ("qwen3_moe", 4, f"--micro-batch-size 4 {EP2} {CP2}"),
-    "mixtral, EP2": ("mixtral", 2, f"--micro-batch-size 4 {EP2}"),
-    "norms behind, TP2 SP": ("gemma2", 2, f"--micro-batch-size 4 {TP2} {SP}"),
-    "biases, TP2": ("qwen2", 2, f"--micro-batch-size 4 {TP2}"),
-    "some targets, TP2 PP2 SP": ("some", 4, f"--micro-batch-size 4 {TP2} {PP2} {SP}"),
-    "experts alone, EP2 sharded": ("experts", 4, f"--micro-batch-size 4 {EP2} {SHARDED}"),
+    "mixture, EP2 CP2": ("qwen3_moe", 4, f"{FOURS} {EP2} {CP2}"),
+    "mixtral, EP2": ("mixtral", 2, f"{FOURS} {EP2}"),
+    "norms behind, TP2 SP": ("gemma2", 2, f"{FOURS} {TP2} {SP}"),
+    "biases, TP2": ("qwen2", 2, f"{FOURS} {TP2}"),
+    "some targets, TP2 PP2 SP": ("some", 4, f"{FOURS} {TP2} {PP2} {SP}"),
+    "experts alone, EP2 sharded": ("experts", 4, f"{FOURS} {EP2} {SHARDED}"),
 }
 
 
@@ -254,9 +266,7 @@ def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PeftTr
             hf = tiny_llama(root / "hf", num_hidden_layers=4, **MIXTURES[family])
         else:
             hf = family_model(root / "hf", family, num_hidden_layers=4)
-        import_checkpoint(hf, root / "megatron")
-        one_rank = "--packed-sequence-size 96 --share-prompts" if name == "shared" else "--micro-batch-size 4"
-        truth = PeftTruth(hf=hf, megatron=root / "megatron", data=write_dataset(root / "data", hf), one_rank=one_rank)
+        truth = PeftTruth.of(hf, one_rank=SHARED_PROMPTS if name == "shared" else FOURS)
         truth.targets = {"some": ("down_proj", "v_proj", "gate_proj"), "experts": ("experts",)}.get(name, ())
         return truth
 

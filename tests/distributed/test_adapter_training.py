@@ -20,8 +20,8 @@ from megatron_sppo.conversion.convert import import_checkpoint
 from megatron_sppo.model_file import read_architecture
 from tests.distributed.conftest import all_layouts, write_dataset
 from tests.distributed.harness import run_ranks
+from tests.distributed.layouts import FULL, OVERLAP, PP2, SHARDED, SP, TP2, VPP2
 from tests.distributed.test_async_saves import KILLS, live_and_die, numbers
-from tests.distributed.test_layouts import FULL, OVERLAP, PP2, SHARDED, SP, TP2, VPP2
 from tests.distributed.test_pretrain import forget_after, losses, metrics, responses
 from tests.distributed.worlds import pretrain
 from tests.models import MIXTURES, tiny_llama

@@ -18,7 +18,7 @@ import pytest
 
 from tests.distributed.conftest import write_dataset
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_layouts import SHARDED, SP, TP2
+from tests.distributed.layouts import SHARDED, SP, TP2
 from tests.distributed.test_pretrain import BASE, forget_after, losses, metrics, responses
 from tests.distributed.worlds import pretrain
 from tests.reliability.tally import Tally

@@ -18,7 +18,7 @@ from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.indexed import Column
 from tests.distributed.conftest import NUM_PROMPTS, NUM_RESPONSES, write_dataset
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_layouts import CP2, PADDED, PP2, SP, TP2, VPP2
+from tests.distributed.layouts import CP2, PADDED, PP2, SP, TP2, VPP2
 from tests.distributed.worlds import pretrain, run_script
 from tests.models import tiny_llama
 

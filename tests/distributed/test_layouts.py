@@ -14,9 +14,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_sppo.conversion.convert import import_checkpoint
 from tests.distributed import layouts
-from tests.distributed.conftest import write_dataset
+from tests.distributed.layouts import (
+    CP2,
+    CP4,
+    FULL,
+    OVERLAP,
+    PADDED,
+    PP2,
+    PP4,
+    SELECTIVE,
+    SHARDED,
+    SP,
+    TP2,
+    TP4,
+    VPP2,
+)
 from tests.distributed.truth import Truth
 from tests.models import tiny_llama
 
@@ -25,16 +38,6 @@ MODELS = {
     "tied": {"tie_word_embeddings": True},
     "MQA": {"num_key_value_heads": 1},  # one head cannot be split, so no tensor parallelism
 }
-
-TP2, TP4 = "--tensor-model-parallel-size 2", "--tensor-model-parallel-size 4"
-SP = "--sequence-parallel"
-PP2, PP4 = "--pipeline-model-parallel-size 2", "--pipeline-model-parallel-size 4"
-VPP2 = f"{PP2} --virtual-pipeline-model-parallel-size 2"
-CP2, CP4 = "--context-parallel-size 2", "--context-parallel-size 4"
-SHARDED = "--use-distributed-optimizer"
-OVERLAP = "--ddp-config overlap_grad_reduce=true bucket_size=4096"
-PADDED = "--no-packing"
-SELECTIVE, FULL = "--recompute-granularity selective", "--recompute-granularity full"
 
 COVER = {layouts.name(layout): layout for layout in layouts.pairwise_cover(layouts.DENSE, layouts.dense_can_be)}
 
@@ -102,10 +105,7 @@ def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Truth]
 
     @cache
     def find(name: str) -> Truth:
-        root = tmp_path_factory.mktemp(name)
-        hf = tiny_llama(root / "hf", num_hidden_layers=4, **MODELS[name])
-        import_checkpoint(hf, root / "megatron")
-        return Truth(hf=hf, megatron=root / "megatron", data=write_dataset(root / "data", hf))
+        return Truth.of(tiny_llama(tmp_path_factory.mktemp(name) / "hf", num_hidden_layers=4, **MODELS[name]))
 
     return find
 

@@ -15,10 +15,21 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_sppo.conversion.convert import import_checkpoint
-from tests.distributed.conftest import all_layouts, write_dataset
-from tests.distributed.test_moe_layouts import by_hub_names
-from tests.distributed.truth import Truth
+from tests.distributed.conftest import all_layouts
+from tests.distributed.layouts import (
+    CP2,
+    EP2,
+    FOURS,
+    FULL,
+    PADDED,
+    PP2_OF_THREE,
+    SELECTIVE,
+    SHARDED,
+    SHARED_PROMPTS,
+    SP,
+    TP2,
+)
+from tests.distributed.truth import Truth, by_hub_names
 from tests.families import MIXTURES, family_model
 
 GATED, GLM, GROUPS = "qwen2_moe, dense between", "glm4_moe", "glm4_moe, biases, groups, two shared"
@@ -29,48 +40,41 @@ HALVES = "deepseek_v3, halves, no groups"
 LATENTS, DIRECT, BEST = "deepseek_v3", "deepseek_v2", "deepseek_v2, groups, all layers sparse"
 BIAS = "e_score_correction_bias"
 
-MICRO = "--micro-batch-size 4"
-TP2_SP = f"{MICRO} --tensor-model-parallel-size 2 --sequence-parallel"
-# Three layers over two stages.
-PP2 = f"{MICRO} --pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 2"
-SHARED = "--packed-sequence-size 96 --share-prompts"
-EP2 = f"{MICRO} --expert-model-parallel-size 2"
-CP2 = f"{MICRO} --context-parallel-size 2"
-ALL = f"{PP2} --tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 2"
+ALL = f"{FOURS} {PP2_OF_THREE} {TP2} {SP} {EP2}"
 
 # Those of test_moe_layouts.py and test_family_gradients.py.
 COVERED = ("mixtral", "qwen3_moe", "gpt_oss")
 CASES = [
-    (GATED, 2, TP2_SP),
-    (GATED, 2, f"{EP2} --no-packing"),
-    (GATED, 4, f"{ALL} --recompute-granularity full"),
-    (DELTA_NETS, 2, f"{TP2_SP} --expert-model-parallel-size 2"),
-    (MOST_DELTA_NETS, 2, EP2),
-    (HALVES, 2, TP2_SP),
-    (LATENTS, 2, f"{CP2} --recompute-granularity selective"),
+    (GATED, 2, f"{FOURS} {TP2} {SP}"),
+    (GATED, 2, f"{FOURS} {EP2} {PADDED}"),
+    (GATED, 4, f"{ALL} {FULL}"),
+    (DELTA_NETS, 2, f"{FOURS} {TP2} {SP} {EP2}"),
+    (MOST_DELTA_NETS, 2, f"{FOURS} {EP2}"),
+    (HALVES, 2, f"{FOURS} {TP2} {SP}"),
+    (LATENTS, 2, f"{FOURS} {CP2} {SELECTIVE}"),
     (LATENTS, 4, ALL),
-    (DIRECT, 2, f"{TP2_SP} --no-packing"),
-    (BEST, 2, EP2),
-    (LATENTS, 2, f"{SHARED} --context-parallel-size 2"),
-    (GLM, 2, TP2_SP),
-    (GLM, 2, PP2),
-    (GLM, 2, EP2),
-    (GROUPS, 2, CP2),
-    (GROUPS, 4, f"{ALL} --use-distributed-optimizer"),
+    (DIRECT, 2, f"{FOURS} {TP2} {SP} {PADDED}"),
+    (BEST, 2, f"{FOURS} {EP2}"),
+    (LATENTS, 2, f"{SHARED_PROMPTS} {CP2}"),
+    (GLM, 2, f"{FOURS} {TP2} {SP}"),
+    (GLM, 2, f"{FOURS} {PP2_OF_THREE}"),
+    (GLM, 2, f"{FOURS} {EP2}"),
+    (GROUPS, 2, f"{FOURS} {CP2}"),
+    (GROUPS, 4, f"{ALL} {SHARDED}"),
     *all_layouts(
         *(
-            (family, ranks, flags)
+            (family, ranks, f"{FOURS} {flags}")
             for family in MIXTURES
             if family not in COVERED
             for ranks, flags in (
-                (1, f"{MICRO} --no-packing"),
-                (2, PP2),
+                (1, PADDED),
+                (2, PP2_OF_THREE),
                 (2, EP2),
-                (2, f"{EP2} --no-packing"),
+                (2, f"{EP2} {PADDED}"),
                 (2, CP2),
-                (2, f"{CP2} --no-packing"),
-                (2, TP2_SP),
-                (4, ALL),
+                (2, f"{CP2} {PADDED}"),
+                (2, f"{TP2} {SP}"),
+                (4, f"{PP2_OF_THREE} {TP2} {SP} {EP2}"),
             )
         )
     ),
@@ -90,9 +94,7 @@ def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Truth]:
 
     @cache
     def find(name: str, *, router_losses: bool = False, shares_prompts: bool = False) -> Truth:
-        root = tmp_path_factory.mktemp("mixture")
-        hf = family_model(root / "hf", name, tie_word_embeddings=False)
-        import_checkpoint(hf, root / "megatron")
+        hf = family_model(tmp_path_factory.mktemp("mixture") / "hf", name, tie_word_embeddings=False)
         biases = {key: value for key, value in load_file(hf / "model.safetensors").items() if key.endswith(BIAS)}
 
         def named(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -104,11 +106,10 @@ def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Truth]:
 
         settings: dict[str, Any] = {}
         if router_losses:
-            settings = {"further_loss": further, "one_rank": f"{MICRO} {ROUTER_LOSSES}"}
+            settings = {"further_loss": further, "one_rank": f"{FOURS} {ROUTER_LOSSES}"}
         if shares_prompts:  # global batches hold other responses
-            settings["one_rank"] = SHARED
-        data = write_dataset(root / "data", hf)
-        return Truth(hf=hf, megatron=root / "megatron", data=data, by_exported_names=named, **settings)
+            settings["one_rank"] = SHARED_PROMPTS
+        return Truth.of(hf, by_exported_names=named, **settings)
 
     return find
 
@@ -131,7 +132,7 @@ def weighted_losses(logits: Tensor, bias: Tensor) -> Tensor:
 def test_loss_and_gradient_equal_hugging_faces_and_biases_stay(
     family: str, world_size: int, flags: str, truth_of: Callable[..., Truth], tmp_path: Path
 ) -> None:
-    exported = truth_of(family, shares_prompts=SHARED in flags).assert_equal_under(world_size, flags, tmp_path)
+    exported = truth_of(family, shares_prompts=SHARED_PROMPTS in flags).assert_equal_under(world_size, flags, tmp_path)
     original = load_file(truth_of(family).hf / "model.safetensors")
     biases = [name for name in exported if name.endswith(BIAS)]
     assert len(biases) == {GLM: 2, GROUPS: 3, LATENTS: 2, HALVES: 3}.get(family, 0)
@@ -141,7 +142,7 @@ def test_loss_and_gradient_equal_hugging_faces_and_biases_stay(
     assert all(exported[name].any() for name in shared)
 
 
-@pytest.mark.parametrize(("world_size", "flags"), [(1, MICRO), (4, ALL)])
+@pytest.mark.parametrize(("world_size", "flags"), [(1, FOURS), (4, ALL)])
 def test_losses_of_sigmoid_routers_add_the_gradient_of_their_mean_over_sequences(
     world_size: int, flags: str, truth_of: Callable[..., Truth], tmp_path: Path
 ) -> None:

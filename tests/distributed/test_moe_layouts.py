@@ -14,14 +14,33 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_sppo.conversion.convert import import_checkpoint
+from megatron_sppo.data.dataset import PreferenceDataset
+from megatron_sppo.data.selection import training_index
 from tests.distributed import layouts
-from tests.distributed.conftest import write_dataset
-from tests.distributed.test_layouts import CP2, FULL, OVERLAP, PADDED, PP2, SELECTIVE, SHARDED, SP, TP2, VPP2
-from tests.distributed.truth import Truth
+from tests.distributed.layouts import (
+    CP2,
+    EP2,
+    EP4,
+    FOURS,
+    FULL,
+    OVERLAP,
+    PADDED,
+    PP2,
+    SELECTIVE,
+    SHARDED,
+    SP,
+    TP2,
+    VPP2,
+)
+from tests.distributed.truth import (
+    LOSS_BOUND,
+    Truth,
+    assert_same_gradient,
+    by_hub_names,
+    outputs_and_log_prob,
+    reference_of,
+)
 from tests.models import MIXTURES, tiny_llama
-
-EP2, EP4 = "--expert-model-parallel-size 2", "--expert-model-parallel-size 4"
 
 COVER = {
     layouts.name(layout): layout
@@ -63,26 +82,6 @@ ROUTER_LOSSES = f"--moe-aux-loss-coeff {BALANCE_COEFF} --moe-z-loss-coeff {Z_COE
 """As weighty beside eta = 1000 as the objective is for the routers: an error of scale cannot hide."""
 
 
-def by_hub_names(gradients: dict[str, torch.Tensor], family: str) -> dict[str, torch.Tensor]:
-    """Cut transformers' stacked experts, [experts, 2 x channels, hidden] and [experts, hidden, channels], apart."""
-    gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
-    named = {}
-    for name, gradient in gradients.items():
-        place, _, kind = name.rpartition(".experts.")
-        if kind == "gate_up_proj":
-            for expert, both in enumerate(gradient):
-                for part, half in zip((gate, up), both.chunk(2), strict=True):
-                    named[f"{place}.experts.{expert}.{part}.weight"] = half
-        elif kind == "down_proj":
-            for expert, matrix in enumerate(gradient):
-                named[f"{place}.experts.{expert}.{down}.weight"] = matrix
-        else:
-            named[name] = gradient
-    if family != "mixtral":
-        return named
-    return {name.replace(".mlp.", ".block_sparse_moe."): gradient for name, gradient in named.items()}
-
-
 def router_losses(outputs: Any) -> tuple[Tensor, Tensor]:
     """Sum one sequence's load-balancing and z losses over its layers, from Hugging Face's routers -> two scalars."""
     balance, z = torch.zeros(()), torch.zeros(())
@@ -107,14 +106,10 @@ def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Truth]:
 
     @cache
     def find(family: str, *, router_losses: bool = False) -> Truth:
-        root = tmp_path_factory.mktemp(family)
-        hf = tiny_llama(root / "hf", num_hidden_layers=4, **MIXTURES[family])
-        import_checkpoint(hf, root / "megatron")
+        hf = tiny_llama(tmp_path_factory.mktemp(family) / "hf", num_hidden_layers=4, **MIXTURES[family])
+        further = {"further_loss": weighted_router_losses, "one_rank": f"{FOURS} {ROUTER_LOSSES}"}
         names = partial(by_hub_names, family=family)
-        data = write_dataset(root / "data", hf)
-        further = {"further_loss": weighted_router_losses, "one_rank": f"--micro-batch-size 4 {ROUTER_LOSSES}"}
-        paths = {"hf": hf, "megatron": root / "megatron", "data": data}
-        return Truth(**paths, by_exported_names=names, **(further if router_losses else {}))
+        return Truth.of(hf, by_exported_names=names, **(further if router_losses else {}))
 
     return find
 
@@ -168,6 +163,34 @@ def test_router_losses_add_the_gradient_of_their_mean_over_sequences_and_nothing
     assert len(routers) == 4
     for name in routers:
         assert (exported[name] - plain[name]).norm() > 0.3 * plain[name].norm()
+
+
+@pytest.mark.parametrize(("world_size", "flags"), [(1, FULL), (2, CP2), (4, f"{EP2} {VPP2}")])
+def test_router_losses_beside_an_objective_of_pairs_are_meaned_over_sequences_too(
+    world_size: int, flags: str, truth_of: Callable[..., Truth], tmp_path: Path
+) -> None:
+    """Hugging Face minimises DPO's mean over pairs + the mean of the routers' losses over their sequences.
+
+    With a tenth of the coefficients of SPPO's test: DPO's gradient is at most beta times that of a log-ratio.
+    """
+    truth = truth_of("qwen3_moe", router_losses=True)
+    pairs = "--objective dpo --beta 30 --selection top-bottom:2 --micro-batch-size 2"
+    coefficients = f"--moe-aux-loss-coeff {BALANCE_COEFF / 10} --moe-z-loss-coeff {Z_COEFF / 10}"
+    found = truth.step(world_size, f"{flags} {pairs} {coefficients}", tmp_path)
+    dataset, model = PreferenceDataset(truth.data), truth.hugging_face_model()
+    index = training_index(dataset, "top-bottom:2", pairs=True)
+    ratios, further = [], []
+    for row in found["rows"]:
+        group, k = int(index.group[row]), int(index.response[row])
+        outputs, log_prob = outputs_and_log_prob(model, dataset.prompt(group), dataset.response(group, k))
+        ratios.append(log_prob - float(reference_of(dataset)[group, k]))
+        further.append(weighted_router_losses(outputs) / 10)
+    ratio_w, ratio_l = torch.stack(ratios).view(-1, 2).unbind(1)
+    loss = -torch.nn.functional.logsigmoid(30 * (ratio_w - ratio_l)).mean()
+    assert found["loss"] == pytest.approx(loss.item(), rel=LOSS_BOUND)
+    (loss + torch.stack(further).mean()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_same_gradient(found["gradient"], by_hub_names(gradients, family="qwen3_moe"))
 
 
 def test_router_losses_are_reported_as_their_means_over_sequences_and_layers(truth_of: Callable[..., Truth]) -> None:

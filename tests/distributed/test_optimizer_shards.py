@@ -31,12 +31,11 @@ from megatron_sppo.training.optimizer import ReshardableOptimizer, allocate_stat
 from tests.distributed import worlds
 from tests.distributed.conftest import write_dataset
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_layouts import CP2, OVERLAP, PP2, SHARDED, TP2
+from tests.distributed.layouts import CP2, EP2, OVERLAP, PP2, SHARDED, TP2
 from tests.distributed.truth import reference_of
 from tests.models import MIXTURES, tiny_llama
 from tests.sharded_saves import save_by_megatron_core
 
-EP2 = "--expert-model-parallel-size 2"
 BASE = "--lr 1e-3 --eta 100 --global-batch-size 8 --micro-batch-size 2 --use-distributed-optimizer"
 LAYOUT = {"distrib_optim_sharding_type": "fully_reshardable"}
 MODELS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.data.indexed import Column
 from tests.distributed.conftest import write_dataset
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_layouts import CP2, PP2, SP, TP2
+from tests.distributed.layouts import CP2, PP2, SP, TP2
 from tests.distributed.test_pretrain import forget_after
 from tests.distributed.truth import LOG_PROB_BOUND, outputs_and_log_prob
 from tests.distributed.worlds import pretrain

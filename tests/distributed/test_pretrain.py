@@ -13,7 +13,7 @@ import pytest
 
 from tests.distributed.conftest import all_layouts, write_dataset
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_layouts import CP2, OVERLAP, PP2, SHARDED, SP, TP2, VPP2
+from tests.distributed.layouts import CP2, OVERLAP, PP2, SHARDED, SP, TP2, VPP2
 from tests.distributed.worlds import pretrain
 
 BASE = "--params-dtype float32 --lr 1e-3 --eta 10 --global-batch-size 8 --micro-batch-size 2 --lr-warmup-fraction 0.25"

@@ -20,7 +20,7 @@ from megatron_sppo.conversion.convert import export_checkpoint
 from megatron_sppo.data.dataset import PreferenceDataset
 from tests.distributed.conftest import write_dataset
 from tests.distributed.harness import run_ranks
-from tests.distributed.test_layouts import PP2, SHARDED, SP, TP2, VPP2
+from tests.distributed.layouts import PP2, SHARDED, SP, TP2, VPP2
 from tests.distributed.truth import reference_of
 from tests.distributed.worlds import step_by_step
 

@@ -16,7 +16,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -26,9 +26,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from megatron_sppo.checkpoints.pretrained import load_pretrained
-from megatron_sppo.conversion.convert import export_checkpoint
+from megatron_sppo.conversion.convert import export_checkpoint, import_checkpoint
 from megatron_sppo.data.dataset import PreferenceDataset
+from tests.distributed.conftest import write_dataset
 from tests.distributed.harness import run_ranks
+from tests.distributed.layouts import FOURS
 from tests.distributed.worlds import first_step
 
 ETA = 1000.0
@@ -57,11 +59,17 @@ class Truth:
     by_exported_names: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
     further_loss: Callable[[Any], Tensor] | None = None
     """Of Hugging Face's outputs for one sequence; meaned over sequences and minimised too, but no part of `loss`."""
-    one_rank: str = "--micro-batch-size 4"
+    one_rank: str = FOURS
     """Flags of our own truth on one rank."""
     launch: Callable[..., list[dict[str, Any]]] = run_ranks
     """Runs a function of so many ranks."""
     answers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, hf: Path, **settings: Any) -> Self:
+        """Import a model, and write judged responses for it, beside its directory -> its truth, settings as above."""
+        import_checkpoint(hf, hf.parent / "megatron")
+        return cls(hf, hf.parent / "megatron", write_dataset(hf.parent / "data", hf), **settings)
 
     def assert_equal_under(self, world_size: int, flags: str, directory: Path) -> dict[str, Tensor]:
         """Run the first step in a layout and hold it against Hugging Face and one rank -> its gradient, exported.
@@ -111,12 +119,7 @@ class Truth:
         return self.answers["Hugging Face"]
 
     def _hugging_face(self, rows: np.ndarray) -> dict[str, Any]:
-        from transformers import AutoModelForCausalLM
-
-        dataset = PreferenceDataset(self.data)
-        eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
-        model = load_pretrained(AutoModelForCausalLM, self.hf, dtype=torch.float64, **eager)
-        model.config.output_router_logits = self.further_loss is not None
+        dataset, model = PreferenceDataset(self.data), self.hugging_face_model()
         found = self._of_model(model, dataset, rows)
         if not any(name.endswith(_DECAYS) for name in found["gradient"]):
             return found
@@ -126,6 +129,15 @@ class Truth:
         decays = {name: value for name, value in exact["gradient"].items() if name.endswith(_DECAYS)}
         noise = {name: (found["gradient"][name] - value).abs().max().item() for name, value in decays.items()}
         return {**found, "gradient": exact["gradient"], "noise": noise}
+
+    def hugging_face_model(self) -> Any:
+        """Load Hugging Face's model, its weights widened to float64."""
+        from transformers import AutoModelForCausalLM
+
+        eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        model = load_pretrained(AutoModelForCausalLM, self.hf, dtype=torch.float64, **eager)
+        model.config.output_router_logits = self.further_loss is not None
+        return model
 
     def _of_model(self, model: Any, dataset: PreferenceDataset, rows: np.ndarray) -> dict[str, Any]:
         log_probs, residuals, further = [], [], []
@@ -146,6 +158,26 @@ class Truth:
             "further": torch.stack(further).mean().item(),
             "gradient": self.by_exported_names(gradients),
         }
+
+
+def by_hub_names(gradients: dict[str, Tensor], family: str) -> dict[str, Tensor]:
+    """Cut transformers' stacked experts, [experts, 2 x channels, hidden] and [experts, hidden, channels], apart."""
+    gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    named = {}
+    for name, gradient in gradients.items():
+        place, _, kind = name.rpartition(".experts.")
+        if kind == "gate_up_proj":
+            for expert, both in enumerate(gradient):
+                for part, half in zip((gate, up), both.chunk(2), strict=True):
+                    named[f"{place}.experts.{expert}.{part}.weight"] = half
+        elif kind == "down_proj":
+            for expert, matrix in enumerate(gradient):
+                named[f"{place}.experts.{expert}.{down}.weight"] = matrix
+        else:
+            named[name] = gradient
+    if family != "mixtral":
+        return named
+    return {name.replace(".mlp.", ".block_sparse_moe."): gradient for name, gradient in named.items()}
 
 
 class InFloat64(TorchFunctionMode):

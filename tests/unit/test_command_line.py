@@ -95,6 +95,11 @@ def test_interrupt_is_exit_code_130_without_traceback():
     assert err == "tool.py: interrupted\n"
 
 
+def test_an_interrupt_that_a_lock_s_own_error_hides_is_one_too():
+    body = "lock = __import__('threading').Lock()\nwith lock:\n    lock.release()\n    raise KeyboardInterrupt"
+    assert finish(start(body))[::2] == (130, "tool.py: interrupted\n")
+
+
 def test_a_reader_that_leaves_is_no_error_message():
     process = start("for i in range(100000): print(i)")
     process.stdout.readline()
@@ -142,6 +147,44 @@ def test_what_shares_its_work_out_itself_refuses_to_be_a_rank(command, monkeypat
     with pytest.raises(ConfigError, match=rf"one of 4 ranks.*without torchrun: {command} --workers 4"):
         main(command, [*flags, "--output", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
+
+
+MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"WORLD_SIZE": "2", **MEETING}, "^WORLD_SIZE is 2, but RANK is not set"),
+        ({"RANK": "0"}, "^RANK is 0, but WORLD_SIZE and MASTER_ADDR and MASTER_PORT are not set"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "^RANK is 0 and WORLD_SIZE is 1, but MASTER_ADDR and MASTER_PORT are not"),
+        ({"RANK": "2", "WORLD_SIZE": "2", **MEETING}, "^RANK is 2, and WORLD_SIZE, of which it is one, is 2"),
+        ({"RANK": "-1", "WORLD_SIZE": "2", **MEETING}, "^RANK is -1, and"),
+        ({"RANK": "0", "WORLD_SIZE": "2", **MEETING, "MASTER_PORT": "x"}, "^the environment variable MASTER_PORT"),
+    ],
+    ids=str,
+)
+def test_half_of_a_launcher_s_variables_is_refused_before_anybody_waits(given, words, monkeypatch):
+    """By whatever comes first: rank 0's findings, of which a single process has none to tell, or a store."""
+    parallel = importlib.import_module("megatron_sppo.training.parallel")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *MEETING):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    config = importlib.import_module("megatron_sppo.training.config").ParallelConfig()
+    for start in (parallel._store.__wrapped__, lambda: parallel.told_by_rank_zero(config, pytest.fail)):
+        with pytest.raises(ConfigError, match=words):
+            start()
+
+
+@pytest.mark.parametrize("given", [{}, {"WORLD_SIZE": "1"}, {"RANK": "", **MEETING}], ids=str)
+def test_a_process_that_nobody_launched_needs_no_variables(given, monkeypatch):
+    parallel = importlib.import_module("megatron_sppo.training.parallel")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *MEETING):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert type(parallel._store.__wrapped__()).__name__ == "HashStore"
 
 
 @pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])

@@ -99,6 +99,8 @@ def test_the_padded_vocabulary_divides_and_is_the_least(vocab_size: int, tensor:
         ("cuda_graph_impl=local", "tensors of one shape"),
         ("cuda_graph_scope=attn", "tensors of one shape"),
         ("moe_enable_routing_replay=true", "both passes choose the same experts"),
+        ("bias_activation_fusion=abc", "takes true or false"),
+        ("num_layers_at_start_in_bf16=one", "takes a whole number"),
         ("cpu_offloading=true", "--recompute-granularity full"),
         ("fine_grained_activation_offloading=true", "--recompute-granularity full"),
     ],

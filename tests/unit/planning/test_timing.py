@@ -118,9 +118,19 @@ def test_an_axis_that_leaves_the_node_takes_the_network() -> None:
 
 @pytest.mark.parametrize(
     ("objective", "selection", "trained", "expected"),
-    [("sppo", None, None, 50), ("sppo", "extremes", None, 20), ("dpo", None, None, 20), ("sppo", None, 3, 30)],
+    [
+        ("sppo", None, None, 50),
+        ("sppo", "extremes", None, 20),
+        ("dpo", None, None, 20),
+        ("sppo", None, 3, 30),
+        ("dpo", "all", None, 200),
+        ("sppo_hard", "all", 12, 120),
+        ("dpo", "all", 99, 200),
+        ("sppo", "all", 99, 50),
+    ],
 )
 def test_rows_of_an_iteration(objective: str, selection: str | None, trained: int | None, expected: int) -> None:
+    """10 prompts of 5 answers; all of their 10 pairs are 20 rows of a prompt."""
     config = PlanConfig(
         objective=ObjectiveConfig(objective=objective),
         batch=BatchConfig(global_batch_size=8, micro_batch_size=2, selection=selection),

@@ -3,6 +3,7 @@
 Ranges of numbers are tests/unit/test_ranges.py's.
 """
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from megatron_sppo import config
 from megatron_sppo.config import flag_of
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.selfplay.config import SelfPlayConfig
-from megatron_sppo.training.config import TrainingConfig
+from megatron_sppo.training.config import ObjectiveConfig, TrainingConfig
 
 TRAINING = ("--load=a", "--data=b", "--save=c", "--lr=1e-6", "--micro-batch-size=2")
 SELF_PLAY = ("--model=a", "--prompts=b", "--output=c", "--judge=rules:cyclic")
@@ -51,6 +52,17 @@ def test_a_setting_that_the_objective_does_not_read_is_refused(
     ):
         with pytest.raises(ConfigError, match=message):
             read(*argv)
+
+
+def test_eta_is_refused_where_beta_is_the_strength_but_its_default_and_in_resolved_configs(tmp_path: Path) -> None:
+    """Recipes spell 1000 out; a resolved config of a run that was begun when it was let through is read again."""
+    for argv in (("--objective=dpo", "--eta=5"), ("--objective=ipo", "--eta=0.5")):
+        with pytest.raises(ConfigError, match=r"^eta .* is not read by the objective .po.* --beta (0\.)?2 "):
+            train(*argv)
+    assert train("--objective=dpo", "--eta=1000").objective.eta == 1000
+    earlier = dataclasses.replace(train("--objective=dpo"), objective=ObjectiveConfig(objective="dpo", eta=5.0))
+    config.write_yaml(earlier, tmp_path / "config.yaml")
+    assert train("--config", str(tmp_path / "config.yaml")) == earlier
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,26 @@ def test_metrics_of_four_responses() -> None:
     assert metrics["sppo/residual_rms"] == pytest.approx(((4 + 9 + 0 + 25) / 4) ** 0.5)
 
 
+def test_metrics_of_an_objective_of_pairs_are_trl_s() -> None:
+    """Winner, loser, twice: both pairs' winners have the larger log-ratio, though both of the first pair fell.
+
+    The second pair's win rates lie on one side of 1/2: which of a pair is chosen is not read off them.
+    """
+    metrics = response_metrics(
+        torch.tensor([-1.0, -3.0, 5.0, 4.0], dtype=torch.float64),
+        torch.tensor([-10.0, -20.0, -30.0, -40.0], dtype=torch.float64),
+        win_rate_N=torch.tensor([0.9, 0.2, 0.8, 0.7]),
+        target_N=None,
+        eta=10.0,
+        couples_pairs=True,
+    )
+    assert metrics["rewards/accuracies"] == 1
+    assert metrics["rewards/chosen"] == pytest.approx((-0.1 + 0.5) / 2)
+    assert metrics["rewards/rejected"] == pytest.approx((-0.3 + 0.4) / 2)
+    assert metrics["rewards/margins"] == pytest.approx(0.2 - 0.05)
+    assert (metrics["logps/chosen"], metrics["logps/rejected"]) == (pytest.approx(-20), pytest.approx(-30))
+
+
 def test_drift_is_per_response_token() -> None:
     assert drift_per_token(torch.tensor([1.0, -3.0]), torch.tensor([6, 2])) == pytest.approx(0.5)
 

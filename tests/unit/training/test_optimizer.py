@@ -9,7 +9,13 @@ from megatron_sppo.errors import ConfigError
 from megatron_sppo.model.config import ModelConfig
 from megatron_sppo.training import optimizer as optimizer_module
 from megatron_sppo.training.config import OptimizationConfig, ParallelConfig
-from megatron_sppo.training.optimizer import RMSprop, build_optimizer, build_scheduler, norm_on_the_device
+from megatron_sppo.training.optimizer import (
+    RMSprop,
+    build_optimizer,
+    build_scheduler,
+    mcore_optimizer_config,
+    norm_on_the_device,
+)
 
 
 def test_rmsprop_is_torchs_bit_for_bit() -> None:
@@ -99,6 +105,12 @@ def test_an_optimizer_on_the_cpu_beside_a_gpu_is_refused_with_what_it_would_do(o
     config = OptimizationConfig(lr=1.0, optimizer=optimizer, optimizer_config=("optimizer_cpu_offload=true",))
     with pytest.raises(ConfigError, match="before the checkpoint was loaded.*--lora-rank 16"):
         build_optimizer([], config, ModelConfig(), ParallelConfig())
+
+
+@pytest.mark.parametrize("setting", ["decoupled_lr=1e-6", "decoupled_min_lr=0"])
+def test_a_rate_of_the_embedding_s_own_is_refused_as_no_run_could_go_on_with_it(setting: str) -> None:
+    with pytest.raises(ConfigError, match="decoupled.*a run could not go on.*Remove it"):
+        mcore_optimizer_config(OptimizationConfig(lr=1.0, optimizer_config=(setting,)), ModelConfig(), ParallelConfig())
 
 
 def test_the_norm_of_several_tensors_is_that_of_all_their_numbers() -> None:

@@ -18,7 +18,7 @@ import torch
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.errors import ConfigError, DataError
 from megatron_sppo.model.config import ModelConfig
-from megatron_sppo.training import parallel, reference
+from megatron_sppo.training import parallel, reference, reference_store
 from megatron_sppo.training.batches import Batches
 from megatron_sppo.training.config import (
     BatchConfig,
@@ -206,6 +206,41 @@ def test_a_reference_whose_extension_was_cut_off_while_it_was_published_is_all_t
             longer.resume(2)
     after = Pass(monkeypatch, data, train_iters=4)
     assert computed(after.resume(2)) == list(range(32)) and (after.visited, after.loads) == ([], 0)
+
+
+def test_a_reference_is_found_after_the_dataset_became_read_only_and_the_other_way_round(monkeypatch, data) -> None:
+    """And is extended where it may be written, its first values to the bit."""
+
+    def set_writable(writable: bool) -> None:
+        monkeypatch.setattr(reference_store.os, "access", lambda path, _: writable or Path(path) != data)
+
+    for first in (True, False):
+        set_writable(first)
+        begun = Pass(monkeypatch, data, train_iters=2).begin()
+        place = data if first else data / "save"
+        assert (place / "reference.json").exists() and (data / "reference.json").exists() == first
+        set_writable(not first)
+        for again in (Pass(monkeypatch, data, train_iters=2), Pass(monkeypatch, data, train_iters=2)):
+            assert again.begin().tobytes() == again.resume(1).tobytes() == begun.tobytes() and again.visited == []
+        longer = Pass(monkeypatch, data, train_iters=3)
+        values = longer.resume(2)
+        assert (data / "save/reference.json").exists() and longer.visited == [longer.batches.rows_of(3).tolist()]
+        assert np.array_equal(values[~np.isnan(begun)], begun[~np.isnan(begun)])
+        set_writable(first)
+        assert Pass(monkeypatch, data, train_iters=3).resume(2).tobytes() == values.tobytes()
+        for path in [*data.glob("reference.*"), *data.glob("save/reference.*")]:
+            path.unlink()
+
+
+def test_another_s_reference_beside_data_that_are_read_only_is_in_nobody_s_way(monkeypatch, data: Path) -> None:
+    """Where a new one would be written it is refused, as before."""
+    Pass(monkeypatch, data, max_prompt_length=99).begin()
+    with pytest.raises(DataError, match="max_prompt_length 99 there, None here"):
+        Pass(monkeypatch, data).begin()
+    with monkeypatch.context() as patch:
+        patch.setattr(reference_store.os, "access", lambda path, _: Path(path) != data)
+        assert len(computed(Pass(monkeypatch, data).begin())) == 32
+    assert len(computed(Pass(monkeypatch, data).resume(1))) == 32  # its own, though the data can be written again
 
 
 def test_a_response_of_several_pairs_keeps_the_first_value_however_often_the_pass_began(monkeypatch, data) -> None:
