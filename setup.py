@@ -39,6 +39,8 @@ setup(
         "torch>=2.11",
         "tqdm>=4.66",
         "transformers>=5.0",
+        # megatron-core 0.19.2 imports it for mixtures of experts and does not declare it; a torch for CPUs brings none.
+        "triton>=3.0; python_version >= '3.12' and platform_system == 'Linux'",
         "tyro>=1.0,<2",
     ],
     extras_require={
