@@ -1,5 +1,6 @@
 """Everything one training run is told, in sections. Names are Megatron-LM's where it has one."""
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,6 +26,8 @@ from megatron_sppo.objective.names import parse_baseline
 from megatron_sppo.objective.table import OBJECTIVES, Objective, find_objective
 from megatron_sppo.tracking.config import TrackingConfig
 from megatron_sppo.training.safety_config import SafetyConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +61,20 @@ class ObjectiveConfig:
             raise ConfigError(
                 f"baseline {self.baseline} belongs to the objective sppo, not to {name}. Use --baseline half."
             )
-        changed = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
-        self.check_given(changed - {"eta"})  # resolved configs of earlier versions name it where nothing read it
+        self.check_given([field.name for field in fields(self) if getattr(self, field.name) != field.default])
 
     def check_given(self, given: Collection[str]) -> None:
-        """Refuse a setting that the objective does not read, where somebody gave it (`config.check_given`).
+        """Refuse what somebody gave and the objective does not read (`config.check_given`); of eta it is told.
 
         Raises:
             ConfigError: names it, and who reads it.
         """
-        if "eta" in given and not self.row.reads("eta") and self.eta != type(self).eta:  # recipes spell 1000 out
-            raise ConfigError(
-                f"eta {self.eta} is not read by the objective {self.objective}, whose strength is beta. Leave --eta "
-                f"out, or use --beta {1 / self.eta:.6g} for this strength (beta = 1 / eta)."
+        if "eta" in given and not self.row.reads("eta") and self.eta != type(self).eta:
+            # No refusal: one recipe serves several objectives.
+            logger.warning(
+                "eta %g is not read by the objective %s, whose strength is beta, %g here. For as strong a pull use "
+                "--beta %.6g (beta = 1 / eta)",
+                *(self.eta, self.objective, self.beta, 1 / self.eta),
             )
         for name in ("beta", "reverse_kl_weight", "forward_kl_weight"):
             if name not in given or self.row.reads(name):
