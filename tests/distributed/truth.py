@@ -40,6 +40,8 @@ BASE = ["--params-dtype", "float32", "--lr", "1e-3", "--eta", str(ETA), "--globa
 LOG_PROB_BOUND = 1e-5
 LOSS_BOUND = 1e-6
 GRADIENT_BOUND = 1e-5
+SINK_BOUND = 5e-5
+"""Of a sink's gradient: a sum over all queries of either sign. Its float32 error was 2e-6 to 1.4e-5, by the CPU."""
 DECAY_NOISE = 4.0
 """Times what Hugging Face's own float32 rule loses against float64, for a gated delta net's decays and rates: sums over
 all tokens whose terms mostly cancel each other. Found on one rank: Hugging Face's, whose products are float64, is off
@@ -221,7 +223,8 @@ def assert_same_gradient(
     for name, gradient in found.items():
         scale = truth[name].abs().max().item()
         difference = (gradient - truth[name]).abs().max().item()
-        bound = GRADIENT_BOUND * scale + DECAY_NOISE * (noise or {}).get(name, 0.0)
+        share = SINK_BOUND if name.endswith(".sinks") else GRADIENT_BOUND
+        bound = share * scale + DECAY_NOISE * (noise or {}).get(name, 0.0)
         assert difference <= bound, f"{name} differs by {difference / (scale or 1):.1e} of {scale:.3g}"
 
 
