@@ -9,28 +9,16 @@ NCCL, overlap, `tp_comm_overlap`.
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
-from megatron_sppo.conversion.convert import import_checkpoint
-from tests.distributed.conftest import write_dataset
 from tests.distributed.test_layouts import CP2, PP2, SHARDED, SP, TP2
 from tests.distributed.truth import Truth
 from tests.gpu.test_hopper import distance, gap_per_token
-from tests.models import MIXTURES, tiny_llama
-
-T = TypeVar("T", bound=Truth)
+from tests.gpu.truths import make_truth
 
 ENGINE = "--params-dtype bfloat16 --transformer-impl transformer_engine --micro-batch-size 4"
-MODELS: dict[str, dict[str, Any]] = {
-    "dense": {"intermediate_size": 512},
-    "mixture": {**MIXTURES["qwen3_moe"], "moe_intermediate_size": 128},
-}
-
-SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "dtype": "bfloat16"}
-"""Every matrix of two tensor-parallel ranks has sides that are multiples of 128, as blockwise FP8 wants."""
-
 # (model, ranks, flags)
 LAYOUTS = {
     "TP2": ("dense", 2, TP2),
@@ -49,13 +37,6 @@ UNCUT = ("PP2", "DP2 sharded optimizer")
 """They cut no matrix and no micro-batch: log-probabilities are the same to the bit."""
 REORDERED = 1e-5
 """Distance of gradients that are summed over micro-batches in another order, in float32 (found: 3e-6, DP2)."""
-
-
-def make_truth(kind: type[T], root: Path, model: str) -> T:
-    """Make one of the models, its import and its dataset."""
-    hf = tiny_llama(root / "hf", num_hidden_layers=4, **SIZES, **MODELS[model])
-    import_checkpoint(hf, root / "megatron")
-    return kind(hf=hf, megatron=root / "megatron", data=write_dataset(root / "data", hf))
 
 
 @pytest.fixture(scope="module")

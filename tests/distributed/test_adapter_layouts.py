@@ -88,7 +88,7 @@ class PeftTruth(Truth):
         if not root.exists():
             torch.save(self.matrices(), root.with_suffix(".pt"))
             files = (str(self.megatron), str(self.data), f"{root}.pt", str(root))
-            run_ranks(lay_adapters, 1, *files, [*self.argv(), "--params-dtype", self.params_dtype, "--lr", "1e-3"])
+            self.launch(lay_adapters, 1, *files, [*self.argv(), "--params-dtype", self.params_dtype, "--lr", "1e-3"])
         return root
 
     def argv(self) -> list[str]:

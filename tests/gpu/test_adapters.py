@@ -2,9 +2,10 @@
 
 Truth is the torch spec, which tests/distributed/test_adapter_layouts.py holds against PEFT: the fused layers must give
 their normed inputs, experts their tokens, and FP8 touch the base alone. The log-ratio of the reference pass and the
-first step is exactly 0 (`PeftTruth.step`). Not shown: kernels, NCCL.
+first step is exactly 0 (`PeftTruth.step`). Layouts of several ranks run on the emulated GPU alone, over gloo.
 """
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,10 +13,13 @@ from typing import Any
 
 import pytest
 
-from tests.cudaless.test_layouts import make_truth
 from tests.distributed.test_adapter_layouts import PeftTruth
 from tests.distributed.test_layouts import FULL, SP, TP2
 from tests.gpu.test_hopper import distance, gap_per_token
+from tests.gpu.test_layouts import in_this_process
+from tests.gpu.truths import make_truth
+
+pytestmark = [pytest.mark.gpu]
 
 BATCH = "--params-dtype bfloat16 --micro-batch-size 4"
 # (model, ranks, flags)
@@ -26,6 +30,8 @@ LAYOUTS = {
     "experts": ("mixture", 1, ""),
     "EP2": ("mixture", 2, "--expert-model-parallel-size 2"),
 }
+EMULATED = bool(os.environ.get("CUDALESS"))
+LAUNCH: dict[str, Any] = {} if EMULATED else {"launch": in_this_process}
 PRECISIONS = {"bfloat16": "", "tensorwise": "--fp8 hybrid"}
 BOUNDS = {"bfloat16": (0.012, 0.13), "tensorwise": (0.1, 0.7)}
 """(gap in nats a token, distance of the gradient in relative norm): twice what roundings of 2^-9 and of E4M3 make."""
@@ -35,7 +41,7 @@ BOUNDS = {"bfloat16": (0.012, 0.13), "tensorwise": (0.1, 0.7)}
 def truth_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], PeftTruth]:
     @cache
     def find(model: str) -> PeftTruth:
-        truth = make_truth(PeftTruth, tmp_path_factory.mktemp(model), model)
+        truth = make_truth(PeftTruth, tmp_path_factory.mktemp(model), model, **LAUNCH)
         truth.params_dtype = "bfloat16"
         return truth
 
@@ -54,7 +60,7 @@ def torch_spec(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [name for name, (_, ranks, _) in LAYOUTS.items() if ranks == 1 or EMULATED])
 def test_transformer_engine_s_layers_with_adapters_are_torch_s(
     layout: str,
     precision: str,
