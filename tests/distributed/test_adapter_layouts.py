@@ -23,7 +23,6 @@ from megatron_sppo.checkpoints.distcp import DistcpReader
 from megatron_sppo.data.dataset import PreferenceDataset
 from megatron_sppo.model_file import read_architecture
 from tests.distributed.conftest import all_layouts
-from tests.distributed.harness import run_ranks
 from tests.distributed.layouts import (
     CP2,
     EP2,

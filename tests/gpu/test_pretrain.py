@@ -34,7 +34,7 @@ RUNS = {
     "delayed": f"{FP8} delayed",
     "full recomputation": f"{FP8} tensorwise --recompute-granularity full",
     "saved in the background": "--async-save",
-    "shared prompts": "--share-prompts",
+    "shared prompts": "--share-prompts --packed-sequence-size 256",
     "adapters": f"{FP8} tensorwise --lora-rank 8",
 }
 Launch = Callable[..., list[Any]]
