@@ -35,7 +35,8 @@ def describe(run: Path) -> list[Row]:
     """Take figures out of a finished run -> rows."""
     summary, state = read_summary(run), read_json(run / "state.json")
     starts = engine_starts(run, state)
-    rows = [_row("starts of vLLM", starts, None, "one for all stages", starts, "<= 1", starts <= 1)]
+    version = state["versions"].get("vllm")
+    rows = [_row(f"starts of vLLM {version}", starts, None, "one for all stages", starts, "<= 1", starts <= 1)]
     for entry in summary["iterations"]:
         number, won = entry["iteration"], entry["win_rate_vs_base"]
         where = f"iteration {number}"
@@ -58,7 +59,7 @@ def main() -> None:
     config = parse(LoopGpuConfig, name=NAME, description=str(__doc__))
     rows = describe(config.run)
     machine = config.machine or describe_machine()
-    write_results("loop_gpu", rows, machine=machine, packages=["torch", "megatron-core", "vllm"])
+    write_results("loop_gpu", rows, machine=machine, packages=["torch", "megatron-core"])
 
 
 if __name__ == "__main__":

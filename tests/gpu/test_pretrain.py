@@ -1,8 +1,8 @@
 """examples/pretrain_sppo.py whole, on one GPU: reference pass, bfloat16 and FP8 steps, saves, resume.
 
 Each run is the script with its command line, as a rank that a launcher started. Expected values are arithmetic: with
-every log-ratio 0 the first loss is the mean square of the targets; a resumed run repeats every number, where Transformer
-Engine is told to leave out kernels that add in an order of the moment (NVTE_ALLOW_NONDETERMINISTIC_ALGO=0).
+every log-ratio 0 the first loss is the mean square of the targets; a resumed run repeats every number, where
+Transformer Engine leaves out kernels that add in an order of the moment (NVTE_ALLOW_NONDETERMINISTIC_ALGO=0).
 tests/cudaless/test_pretrain.py has the runs of several ranks.
 """
 

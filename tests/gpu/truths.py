@@ -1,4 +1,4 @@
-"""Models small enough for any test, of which FP8 takes every matrix even where two ranks share it, with their truths."""
+"""Models small enough for any test, with their truths: FP8 takes every matrix, even where two ranks share it."""
 
 from pathlib import Path
 from typing import Any, TypeVar
