@@ -35,8 +35,7 @@ def describe(run: Path) -> list[Row]:
     """Take figures out of a finished run -> rows."""
     summary, state = read_summary(run), read_json(run / "state.json")
     starts = engine_starts(run, state)
-    version = state["versions"].get("vllm")
-    rows = [_row(f"starts of vLLM {version}", starts, None, "one for all stages", starts, "<= 1", starts <= 1)]
+    rows = [_row("starts of vLLM", starts, None, "one for all stages", starts, "<= 1", starts <= 1)]
     for entry in summary["iterations"]:
         number, won = entry["iteration"], entry["win_rate_vs_base"]
         where = f"iteration {number}"
