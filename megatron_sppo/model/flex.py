@@ -20,6 +20,12 @@ _COMPILATIONS = 32
 """Most kernels of a process. A run makes up to 6: for the first row, for rows of any other length and for those of a
 single block, with and without gradients. A process that runs several models makes as many for each."""
 
+_LEAST_WIDTH = 16
+"""Of a head (torch 2.11, _inductor/kernel/flex/flex_attention.py: "embedding dimension ... at least 16")."""
+_KERNEL = {"BACKEND": "TRITON"}
+"""Left to itself, torch takes its decoding kernel for rows of fewer than 128 tokens, and has none of our masks' kind
+(2.11 on an H200: NoValidChoicesError)."""
+
 
 def flex(
     query: Tensor,
@@ -41,7 +47,9 @@ def flex(
     Raises:
         ConfigError: there are more kinds of rows than kernels may be compiled for.
     """
-    query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    width = value.shape[-1]
+    scale = query.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    query, key, value = (_wide_enough(tensor).permute(1, 2, 0, 3) for tensor in (query, key, value))
     plain: Any = flex_attention
     attend = _compiled() if query.is_cuda else plain
     found = attend(
@@ -50,9 +58,10 @@ def flex(
         value,
         score_mod=None if softcap is None else _soft_capping(query.new_full((), softcap, dtype=torch.float32)),
         block_mask=row.block_mask(window),
-        scale=softmax_scale,
+        scale=scale,
         enable_gqa=query.shape[1] != key.shape[1],
         return_aux=None if sinks is None else AuxRequest(lse=True),
+        kernel_options=_KERNEL,
     )
     if sinks is None:
         context: Tensor = found
@@ -60,7 +69,12 @@ def flex(
         context, further = found
         taken_BQS = torch.sigmoid(further.lse - sinks.float()[:, None])
         context = (context * taken_BQS[..., None]).to(query.dtype)
-    return context.permute(2, 0, 1, 3)
+    return context[..., :width].permute(2, 0, 1, 3)
+
+
+def _wide_enough(heads: Tensor) -> Tensor:
+    """Widen heads by zeros to what the kernels take: they change no score, and values get zeros of their own."""
+    return torch.nn.functional.pad(heads, (0, max(0, _LEAST_WIDTH - heads.shape[-1])))
 
 
 def _soft_capping(softcap: Tensor) -> Callable[..., Tensor]:

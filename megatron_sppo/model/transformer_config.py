@@ -70,7 +70,7 @@ def transformer_config(architecture: Architecture, config: ModelConfig, **parall
         "apply_rope_fusion": fused and not is_longrope(architecture),
         # Transformer Engine's ring of keys and values; our attention for the torch spec gathers them whatever this is.
         "cp_comm_type": "p2p" if fused else None,
-        **_experts(architecture, fused=fused),
+        **_experts(architecture, config, fused=fused),
         **_precision(config),
         **_recomputation(config, architecture),
         **parallelism,
@@ -107,7 +107,7 @@ def _attention(architecture: Architecture) -> dict[str, Any]:
     return values
 
 
-def _experts(architecture: Architecture, *, fused: bool) -> dict[str, Any]:
+def _experts(architecture: Architecture, config: ModelConfig, *, fused: bool) -> dict[str, Any]:
     """Describe how a mixture of experts is computed; nothing for a dense model.
 
     Megatron-Core's auxiliary losses stay off: router_losses.py has ours. No capacity: no token is dropped, so tokens of
@@ -127,7 +127,9 @@ def _experts(architecture: Architecture, *, fused: bool) -> dict[str, Any]:
         "moe_aux_loss_coeff": 0.0,
         "moe_z_loss_coeff": None,
         "moe_expert_capacity_factor": None,
-        "moe_router_dtype": "fp32",
+        # Where Transformer Engine is there, Megatron-Core's router multiplies float32 by it, which is in TF32 (0.19.2,
+        # moe_utils.py; Transformer Engine 2.11, cublaslt_gemm.cu): nearly tied experts would change places.
+        "moe_router_dtype": "fp64" if config.params_dtype == "float32" and torch.cuda.is_available() else "fp32",
         "moe_grouped_gemm": fused,
         # alltoall sends each token only where it goes, and needs CUDA (its splits stay tensors on the CPU).
         "moe_token_dispatcher_type": "alltoall" if torch.cuda.is_available() else "allgather",

@@ -33,8 +33,9 @@ LAYOUTS = {
 EMULATED = bool(os.environ.get("CUDALESS"))
 LAUNCH: dict[str, Any] = {} if EMULATED else {"launch": in_this_process}
 PRECISIONS = {"bfloat16": "", "tensorwise": "--fp8 hybrid"}
-BOUNDS = {"bfloat16": (0.012, 0.13), "tensorwise": (0.1, 0.7)}
-"""(gap in nats a token, distance of the gradient in relative norm): twice what roundings of 2^-9 and of E4M3 make."""
+BOUNDS = {"bfloat16": (0.012, 0.22), "tensorwise": (0.1, 0.7)}
+"""(gap in nats a token, distance of the gradient in relative norm): twice what roundings of 2^-9 and of E4M3 make under
+the emulation, and 1.5 times what an H200 finds of a mixture in bfloat16, whose nearly tied experts change places."""
 
 
 @pytest.fixture(scope="module")

@@ -135,6 +135,6 @@ def assert_equal_weights(models: dict[str, PolicyModel]) -> None:
 
 def _plain(name: str) -> str:
     """Name a norm by its own place, whichever spec's name it has."""
-    return name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight").replace(
-        "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
-    )
+    for fused in ("self_attention.linear_qkv", "self_attention.in_proj"):
+        name = name.replace(f"{fused}.layer_norm_weight", "input_layernorm.weight")
+    return name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
