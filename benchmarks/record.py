@@ -47,7 +47,7 @@ class Row:
 def figure(
     number: str,
     metric: str,
-    ours: float,
+    ours: float | None,
     peer: float | None,
     peer_name: str,
     ratio: float | None,
