@@ -86,6 +86,7 @@ _PYTEST = (
     Requirement(module="google.protobuf", install=_PACKAGE),
     Requirement(module="pytest", install=_PACKAGE),
     Requirement(module="pytest_timeout", install=_PACKAGE),
+    Requirement(module="xdist", install=_PACKAGE),
 )
 _TRL = (Requirement(module="trl", install="pip install trl==1.16.0 accelerate"),)
 _LLM_BLENDER = (
@@ -108,7 +109,8 @@ PARTS = {
     ),
     "tests": Part(
         proves="model, gradients, FP8 and whole runs agree with Hugging Face; layouts of one GPU agree",
-        commands=("-m pytest tests/gpu tests/unit/model/test_transformer_engine_spec.py -q -p no:cacheprovider",),
+        # In processes of their own: a kernel that aborts takes one test with it. Twelve took an H200 two minutes.
+        commands=("-m pytest -n 12 tests/gpu tests/unit/model/test_transformer_engine_spec.py -q -p no:cacheprovider",),
         needs=_PYTEST,
     ),
     "g1": Part(proves="time and memory of the head", commands=("-m benchmarks.head_gpu",)),

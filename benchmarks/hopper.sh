@@ -6,7 +6,7 @@
 #
 #   pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 #     --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 --dest bundles \
-#     megatron-core==0.19.2 msgspec tyro docstring-parser typeguard nvidia-ml-py psutil pytest pytest-timeout iniconfig pluggy pygments
+#     megatron-core==0.19.2 msgspec tyro docstring-parser typeguard nvidia-ml-py psutil pytest pytest-timeout pytest-xdist execnet iniconfig pluggy pygments
 #
 # and *.tar.xz: Transformer Engine with its torch extension, built beside the machine's torch, and for loop vLLM. Each is
 # unpacked into $SITE (default: .site) once, which goes before what is installed. `hopper.sh unpack` does that and no

@@ -54,7 +54,7 @@ class WorkloadConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MachineConfig:
-    """What a GPU and its network are taken to do. Assumptions with their sources, none of them measured here."""
+    """What a GPU and its network are taken to do. Assumptions with their sources; few were measured here."""
 
     gpu_memory_gb: PositiveFloat = 80.0
     """10^9 bytes of an H100 SXM."""
@@ -67,6 +67,9 @@ class MachineConfig:
     on an H200. This and the next are chosen so that the plan lies within a quarter of three published runs."""
     fp8_tflops: PositiveFloat = 1000.0
     """The same in FP8, casts included; 1979 on paper."""
+    fp8_layer_ms: NonNegativeFloat = 6.5
+    """Least time of a layer's two passes over a micro-batch in FP8, whose kernels the host must launch; measured on an
+    H200's host at the 1B shape (benchmarks/results/h200), where bfloat16 is faster for it."""
     gpus_per_node: PositiveInt = 8
     """GPUs that NVLink joins."""
     node_gb_per_s: PositiveFloat = 300.0

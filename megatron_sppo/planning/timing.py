@@ -100,7 +100,7 @@ def step_time(architecture: Architecture, config: PlanConfig, grid: Grid) -> Ste
         "attended_positions": attended,
         "num_response_tokens": work.rows_per_step * response,
     }
-    forward, backward, again = _stage_seconds(architecture, model, machine, grid, counts)
+    forward, backward, again = _stage_seconds(architecture, model, machine, grid, counts, num_micro_batches=num)
     compute = forward + backward + again
     ranks = grid.data_parallel_size * parallel.context_parallel_size
     traffic = step_traffic(architecture, model, grid, machine, tokens_per_rank=tokens / ranks)
@@ -125,11 +125,18 @@ def step_time(architecture: Architecture, config: PlanConfig, grid: Grid) -> Ste
 
 
 def _stage_seconds(
-    architecture: Architecture, model: ModelConfig, machine: MachineConfig, grid: Grid, counts: dict[str, float]
+    architecture: Architecture,
+    model: ModelConfig,
+    machine: MachineConfig,
+    grid: Grid,
+    counts: dict[str, float],
+    *,
+    num_micro_batches: int,
 ) -> tuple[float, float, float]:
     """Time the busiest stage's forward and backward passes, and what backward computes again -> seconds each.
 
-    FP8 speeds the layers' products alone; attention and the head stay in bfloat16. The last stage has the head.
+    FP8 speeds the layers' products alone, down to what the host needs to launch them; attention and the head stay in
+    bfloat16. The last stage has the head.
     """
     parallel = grid.parallel
     stages = parallel.pipeline_model_parallel_size
@@ -139,6 +146,9 @@ def _stage_seconds(
     layers, per_token = _busiest_layers(architecture, grid)
     products = per_token * counts["num_tokens"] / product_rate
     attention = layers * flops.attention_flops_per_position(architecture) * counts["attended_positions"] / rate
+    if model.fp8 != "none":
+        launched = architecture.num_layers / stages * num_micro_batches * machine.fp8_layer_ms / 1000
+        products = max(products, launched / (1 + flops.BACKWARD_FACTOR) - attention)
     head = flops.head_flops_per_token(architecture) * counts["num_response_tokens"] / rate
     again = {"none": 0.0, "selective": attention, "full": products + attention}[model.recompute_granularity]
     factor = flops.BACKWARD_FACTOR if grid.adapters is None else flops.FROZEN_BACKWARD_FACTOR

@@ -1,6 +1,7 @@
-"""Times and traffic: arithmetic on round numbers, and three published runs."""
+"""Times and traffic: arithmetic on round numbers, three published runs, and four measured on an H200."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_sppo.planning.timing import stage_seconds, step_time, workload
 from megatron_sppo.training.config import BatchConfig, ObjectiveConfig, ParallelConfig
 
 LLAMA_8B = PUBLISHED["llama3-8b"]
+MEASURED = Path(__file__).resolve().parents[3] / "benchmarks/results/h200"
 
 
 def plan_config(layout: dict[str, Any], *, batch: int = 128, tokens: float = 512, **rest: Any) -> PlanConfig:
@@ -71,6 +73,23 @@ def test_published_runs_are_met_within_a_quarter(
     )
     step = step_time(PUBLISHED[model], config, Grid(parallel=config.parallel, world_size=world_size))
     assert step.tokens_per_gpu(world_size) == pytest.approx(published, rel=0.25)
+
+
+@pytest.mark.parametrize("fp8", ["none", "hybrid"])
+@pytest.mark.parametrize("shape", ["1b", "8b"])
+def test_steps_of_an_h200_are_met_within_a_quarter(shape: str, fp8: str) -> None:
+    """G2 (benchmarks/train_gpu.py): 64 documents of 512 tokens, 16 in a micro-batch; of the 8B model eight layers."""
+    rows = json.loads((MEASURED / f"train_gpu_{shape}.json").read_text())["rows"]
+    precision = "bf16" if fp8 == "none" else "FP8 tensorwise"
+    (measured,) = (row["ours"] for row in rows if row["metric"].startswith(f"tokens/s, {shape} shape, {precision},"))
+    config = PlanConfig(
+        batch=BatchConfig(micro_batch_size=16, global_batch_size=64, seq_length=512),
+        workload=WorkloadConfig(mean_prompt_tokens=160, mean_response_tokens=352),
+        model=ModelConfig(fp8=fp8),  # type: ignore[arg-type]
+    )
+    model = PUBLISHED["llama3.2-1b"] if shape == "1b" else dataclasses.replace(LLAMA_8B, num_layers=8)
+    step = step_time(model, config, Grid(parallel=config.parallel, world_size=1))
+    assert step.tokens_per_gpu(1) == pytest.approx(measured, rel=0.25)
 
 
 def test_a_pipeline_idles_for_all_stages_but_one() -> None:
