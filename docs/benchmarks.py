@@ -21,9 +21,9 @@ JSON file with machine, versions and command. Peers run at their best documented
 named, never estimated. A target that was missed says so.
 
 !!! warning "Most figures are of two CPU cores"
-    C1 to W1 were measured on two cores of a shared AMD EPYC, C8 and C10 on two of a shared Intel Xeon. There only ratios
-    mean anything: times are CPU seconds, one thread each, taken in turns. Of the figures whose names begin with G, G1 and
-    G2 are of one H200; G3 and G4 have not been run: [One H100, ten minutes](one-hopper.md).
+    C1 to W1 were measured on two cores of a shared AMD EPYC, C8 and C10 on two of a shared Intel Xeon. There only
+    ratios mean anything: times are CPU seconds, one thread each, taken in turns. Of the figures whose names begin with
+    G, G1 and G2 are of one H200; G3 and G4 have not been run: [One H100, ten minutes](one-hopper.md).
 
 | name | what |
 |---|---|
