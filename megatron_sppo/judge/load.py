@@ -25,6 +25,9 @@ NEEDED_COLUMNS = {
 }
 """Of a prompt, one of these, by judge: without it no answer to it can be checked."""
 
+MODEL_KINDS = ("pairrm", "reward", "gpm")
+"""Kinds of judges that are models: of the hub, or directories."""
+
 READS = {"paper": "message", "official": "template"}
 """What a judge that was trained on plain messages reads of a prompt, by --preset."""
 
@@ -118,7 +121,7 @@ def identify_judge(
         ConfigError: as `load_judge`.
     """
     kind, _, rest = spec.partition(":")
-    if not rest or kind not in ("pairrm", "reward", "gpm"):
+    if not rest or kind not in MODEL_KINDS:
         shared = {"preset": preset, "one_order": one_order, "similarity_gate": similarity_gate, "after": after}
         judge = load_judge(spec, dtype=dtype, **shared, **settings)  # type: ignore[arg-type]
         return JudgeIdentity(name=judge.name, fingerprint=judge.fingerprint)
@@ -141,9 +144,19 @@ def identify_judge(
 
 def canonical_spec(spec: str) -> str:
     """Spell a SPEC in the one way of all that name the same judge: files by their whole paths -> SPEC."""
+    place = judge_place(spec)
+    if place is None:
+        return spec
     kind, _, rest = spec.partition(":")
-    place, colon, function = rest.rpartition(":") if kind == "python" else (rest, "", "")
-    return f"{kind}:{Path(place).resolve()}{colon}{function}" if place and Path(place).exists() else spec
+    function = f":{rest.rpartition(':')[2]}" if kind == "python" else ""
+    return f"{kind}:{place.resolve()}{function}"
+
+
+def judge_place(spec: str) -> Path | None:
+    """Find the file or directory of this machine that a SPEC names -> path; None: it names none, or none is there."""
+    kind, _, rest = spec.partition(":")
+    place = rest.rpartition(":")[0] if kind == "python" else rest if kind in (*MODEL_KINDS, "matrices") else ""
+    return Path(place) if place and Path(place).exists() else None
 
 
 class _Unloaded:

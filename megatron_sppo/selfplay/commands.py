@@ -14,7 +14,7 @@ from megatron_sppo.config import to_flags
 from megatron_sppo.conversion.hf_config import architecture_from_hf
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.judge.config import EvaluateConfig, ScoreConfig
-from megatron_sppo.judge.load import load_judge
+from megatron_sppo.judge.load import MODEL_KINDS, judge_place, load_judge
 from megatron_sppo.judge.model_files import refuse_missing_directory
 from megatron_sppo.rollout.config import GenerateConfig
 from megatron_sppo.selfplay.config import LAUNCHERS, SelfPlayConfig
@@ -24,9 +24,6 @@ from megatron_sppo.training.config import InspectionConfig, TrainingConfig
 from megatron_sppo.training.layout import check_layout
 
 _OURS = (sys.executable, "-m", "megatron_sppo")
-
-_MODELS = ("pairrm", "reward", "gpm")
-"""Kinds of judges that are models: of the hub, or directories."""
 
 _EVALUATION_SEED = 1_000_003
 """Added to the run's seed: held-out answers are never sampled with a training rollout's seed."""
@@ -189,7 +186,7 @@ def check_stages(config: SelfPlayConfig) -> None:
                 f"{spec} is a file of preferences between answers that exist: it cannot judge new ones. "
                 "Use --judge pairrm:HUB_ID_OR_DIR or another judge that reads."
             )
-        if kind in _MODELS:
+        if kind in MODEL_KINDS:
             refuse_missing_directory(place, spec=kind)
         elif kind != "endpoint":
             load_judge(spec, preset=config.scoring.preset)
@@ -197,12 +194,8 @@ def check_stages(config: SelfPlayConfig) -> None:
 
 def judge_files(config: SelfPlayConfig) -> list[Path]:
     """List the judges that are files or directories of this machine -> paths."""
-    named = []
-    for spec in (config.scoring.judge, config.eval_judge):
-        kind, _, place = spec.partition(":")
-        if kind in (*_MODELS, "python"):
-            named.append(Path(place.rpartition(":")[0] if kind == "python" else place))
-    return [path for path in dict.fromkeys(named) if path.exists()]
+    places = dict.fromkeys(judge_place(spec) for spec in (config.scoring.judge, config.eval_judge))
+    return [place for place in places if place is not None]
 
 
 def _check_layout(config: SelfPlayConfig) -> None:
