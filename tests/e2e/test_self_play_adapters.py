@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 import transformers
 
 from megatron_sppo.rollout.records import read_manifest
+from tests.e2e.forked import Forked
 from tests.models import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,13 +44,11 @@ def test_three_iterations_with_one_adapter_on_one_base_in_one_engine(tmp_path: P
     (tmp_path / "run.json").write_text(json.dumps(CONFIG))
     run = tmp_path / "run"
     flags = ["--config", tmp_path / "run.json", "--model", base, "--output", run]
-    command = [sys.executable, "-m", "megatron_sppo", "self-play", *flags]
-    command += ["--prompts", ROOT / "examples/data/prompts.jsonl"]
+    flags += ["--prompts", ROOT / "examples/data/prompts.jsonl"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*map(str, command)], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=3000, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    loop = Forked(ROOT / "tools/self_play.py", flags, environment)
+    _, told = loop.communicate(timeout=3000)
+    assert loop.poll() == 0, told[-3000:]
 
     assert not [*run.glob("iter_*/hf")]
     kept = (run / "logs/engine.log").read_text()

@@ -8,8 +8,6 @@ die or come back is in tests/unit/rollout/test_hand_over.py.
 
 import importlib.util
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +17,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed (there is no CPU wheel for this Python)", allow_module_level=True)
 
 from tests.commands import REPOSITORY
+from tests.e2e.forked import Forked
 from tests.models import tiny_llama
 from tests.vllm_servers import vllm_servers
 
@@ -54,9 +53,9 @@ def test_two_iterations_are_sampled_by_two_servers_whose_weights_are_replaced_an
     prompts.write_text("".join(json.dumps({"prompt": f"What is {i} and {i}?"}) + "\n" for i in range(10)))
     (tmp_path / "run.yaml").write_text(CONFIG)
     flags = ["--config", tmp_path / "run.yaml", "--model", model, "--prompts", prompts, "--output", tmp_path / "run"]
-    command = [sys.executable, str(REPOSITORY / "tools/self_play.py"), *map(str, flags), "--server", *urls]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=1200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    loop = Forked(REPOSITORY / "tools/self_play.py", [*flags, "--server", *urls])
+    _, told = loop.communicate(timeout=1200)
+    assert loop.poll() == 0, told[-3000:]
 
     run = tmp_path / "run"
     num_weights = len(json.loads(header(model / "model.safetensors"))) - 1  # and the metadata

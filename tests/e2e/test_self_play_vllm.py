@@ -8,9 +8,6 @@ same bytes, by test_cluster_rollouts_vllm.py.
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_sppo.rollout.chat_template import ChatTokenizer
 from megatron_sppo.rollout.records import Response, RolloutGroup, read_rollouts
+from tests.e2e.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PROMPTS, NUM_RESPONSES, MAX_TOKENS, END_OF_TURN = 4, 3, 24, 2
@@ -43,10 +41,9 @@ def run(smollm2_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "run.yaml").write_text(CONFIG)
     flags = ["--config", directory / "run.yaml", "--model", smollm2_dir, "--output", directory / "run"]
     flags += ["--prompts", ROOT / "examples/data/prompts.jsonl"]
-    command = [sys.executable, str(ROOT / "tools/self_play.py"), *map(str, flags)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=1500)
-    assert done.returncode == 0, done.stderr[-3000:]
+    loop = Forked(ROOT / "tools/self_play.py", flags, {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+    _, told = loop.communicate(timeout=1500)
+    assert loop.poll() == 0, told[-3000:]
     return directory / "run"
 
 
