@@ -4,6 +4,7 @@ The same command again goes on where the last one stopped.
 """
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from megatron_sppo.config import LAYOUT, parse
+from megatron_sppo.cpu import is_slow_in_bfloat16
 from megatron_sppo.selfplay.config import SelfPlayConfig
 from megatron_sppo.storage import own_or_packaged
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,11 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     from megatron_sppo.selfplay.stages import StageFailed
     from megatron_sppo.selfplay.summary import result_table
 
+    if config.training.model.params_dtype == "bfloat16" and is_slow_in_bfloat16():
+        logger.warning(
+            "this processor has no instructions for bfloat16: it samples and trains several times slower than in "
+            "float32. Use --training params_dtype=float32 --rollout-options dtype=float32"
+        )
     run = replace(config.run, prompts=tuple(map(own_or_packaged, config.run.prompts)))
     try:
         summary = self_play(replace(config, run=run))

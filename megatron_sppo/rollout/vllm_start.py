@@ -15,6 +15,7 @@ from typing import Any
 from megatron_sppo.checkpoints.hf_checkpoint import open_hf_checkpoint
 from megatron_sppo.checkpoints.peft_files import PeftAdapter
 from megatron_sppo.cluster.worker import left_behind
+from megatron_sppo.cpu import is_slow_in_bfloat16
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.rollout.adapter_proof import EXPERTS, LogProbs, adapter_name, find_fault, read_held
 from megatron_sppo.rollout.config import MAX_LORA_RANK, EngineConfig
@@ -208,6 +209,11 @@ def take_engine(
     if engine is not None:
         engine.close()
     engine = Engine(arguments, vllm=vllm, is_cpu=is_cpu)
+    if is_cpu and "bfloat16" in str(engine.llm.llm_engine.vllm_config.model_config.dtype) and is_slow_in_bfloat16():
+        logger.warning(
+            "this processor has no instructions for bfloat16: it samples several times slower than in float32. "
+            "Use --dtype float32"
+        )
     if place is not None:
         logger.info("vLLM has started with %s; it is kept for the stages that follow", model_dir)
     return engine
