@@ -55,7 +55,8 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     from megatron_sppo.selfplay.stages import StageFailed
     from megatron_sppo.selfplay.summary import result_table
 
-    if config.training.model.params_dtype == "bfloat16" and is_slow_in_bfloat16():
+    is_here = config.run.training_launcher is None
+    if is_here and config.training.model.params_dtype == "bfloat16" and is_slow_in_bfloat16():
         logger.warning(
             "this processor has no instructions for bfloat16: it samples and trains several times slower than in "
             "float32. Use --training params_dtype=float32 --rollout-options dtype=float32"
