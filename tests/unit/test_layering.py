@@ -21,6 +21,7 @@ GROUND = (
     "json_files",
     "command_line",
     "hangs",
+    "cpu",
     "config",
     "config_fields",
     "config_refusals",
