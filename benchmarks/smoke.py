@@ -12,8 +12,6 @@ wrong, or there is none for this GPU.
 import multiprocessing
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -155,13 +153,17 @@ def head(config: SmokeConfig) -> list[Row]:
 
 def of_each(kinds: dict[str, Callable[[], list[Row]]]) -> list[Row]:
     """Measure each kind in a child, which looks for the GPU anew -> rows; of one that died, one that says so."""
-    rows = []
+    rows, context = [], multiprocessing.get_context("fork")
     for kind, measure in kinds.items():
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
-            try:
-                rows += pool.submit(measure).result()
-            except BrokenProcessPool:
-                rows.append(_figure(f"{kind}: the process died", None, None, "float64", None, "lives", False))
+        here, there = context.Pipe(duplex=False)
+        child = context.Process(target=lambda: there.send(measure()))  # noqa: B023 (it has forked when it is called)
+        child.start()
+        there.close()
+        try:
+            rows += here.recv()
+        except EOFError:
+            rows.append(_figure(f"{kind}: the process died", None, None, "float64", None, "lives", False))
+        child.join()
     return rows
 
 
