@@ -19,7 +19,7 @@ PROMPTS ?= examples/data/instructions.jsonl
 # (docs/alignment.md).
 LORA ?=
 # A CPU without instructions for bfloat16 samples five times and trains three times slower in it than in float32.
-FLOAT32 ?= $(shell grep -qswE 'avx512_bf16|amx_bf16|bf16' /proc/cpuinfo || test -e /dev/nvidiactl || echo 1)
+FLOAT32 ?= $(shell $(BIN)/python -c 'from megatron_sppo.cpu import is_slow_in_bfloat16 as slow; print("1" if slow() else "")')
 RUN ?= runs/demo$(if $(LORA),-lora)
 
 TORCH := 2.13.0
