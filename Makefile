@@ -56,7 +56,7 @@ ENGINE := .cache/transformer-engine-2.11.0
 TRITON := .cache/triton-3.5.1-python$(VERSION)
 EMULATED := CUDALESS=1 PYTHONPATH=$(CURDIR)/tests/cudaless/startup:$(CURDIR)/$(ENGINE):$(CURDIR) $(PYTEST) -p tests.cudaless.plugin
 
-.PHONY: help interpreter install demo test test-full test-megatron lint test-unit test-reliability test-distributed \
+.PHONY: help interpreter install demo test test-full test-megatron test-megatron-full lint test-unit test-reliability test-distributed \
   test-triton test-cudaless test-gpu-emulated test-e2e soak full-run-is-due pages docs clean constraints pinned
 
 help:
@@ -146,9 +146,15 @@ SOAK_MINUTES ?= 60
 soak: install
 	$(TEST_ENVIRONMENT) $(BIN)/python -m benchmarks.soak --minutes $(SOAK_MINUTES)
 
-# On the second version of Megatron-Core: PYTHON=python3.12.
-test-megatron: $(VENV)/.installed test-cudaless
-	$(PYTEST) -m megatron tests/unit tests/distributed tests/reliability $(TWO_AT_A_TIME)
+# On the second version of Megatron-Core: PYTHON=python3.12. Of each test of several ranks the first case; all of them
+# where a full run is due.
+CASES := --first-cases
+test-megatron: $(ENGINE)/.unpacked
+	$(EMULATED) @tests/cudaless/part.txt $(TWO_AT_A_TIME)
+	$(PYTEST) -m megatron tests/unit tests/distributed tests/reliability $(CASES) $(TWO_AT_A_TIME)
+
+test-megatron-full: CASES :=
+test-megatron-full: test-megatron
 
 $(TRITON)/.unpacked: | $(VENV)/.installed
 	@$(PIP) install --quiet --no-deps --target $(TRITON) triton==3.5.1 'numpy<2.4'

@@ -5,7 +5,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before anything imports torch or transformers.
@@ -98,11 +98,23 @@ LONGEST_FIRST = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-layouts", action="store_true", help="run the tests marked all_layouts too")
+    parser.addoption("--first-cases", action="store_true", help="of each test in tests/distributed, run the first case")
+
+
+def _keep(config: pytest.Config, items: list[pytest.Item], is_kept: Callable[[pytest.Item], bool]) -> None:
+    left_out = [item for item in items if not is_kept(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if is_kept(item)]
+
+
+def _is_distributed(item: pytest.Item) -> bool:
+    return item.path.parent.name == "distributed"
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses by the mark
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what stands on Megatron-Core, leave `all_layouts` for --all-layouts, skip `gpu` where there is none.
+    """Mark what stands on Megatron-Core, leave out what flags leave for other runs, skip `gpu` where there is none.
 
     Long modules come first, in which order xdist deals them out (--no-loadscope-reorder).
     """
@@ -112,10 +124,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if imports_megatron(item.path):
             item.add_marker(pytest.mark.megatron)
     if not config.getoption("--all-layouts"):
-        kept = [item for item in items if not item.get_closest_marker("all_layouts")]
-        if len(kept) < len(items):
-            config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("all_layouts")])
-        items[:] = kept
+        _keep(config, items, lambda item: not item.get_closest_marker("all_layouts"))
+    if config.getoption("--first-cases"):
+        first = set({item.nodeid.partition("[")[0]: item for item in reversed(items)}.values())
+        _keep(config, items, lambda item: not _is_distributed(item) or item in first)
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch

@@ -52,7 +52,9 @@ _IMPORTED_ONCE = (
     "megatron_sppo.training.optimizer",
     "megatron_sppo.training.policy",
     "megatron_sppo.training.reference",
-    "tyro",
+    "megatron_sppo.training.references",
+    "numpy.ma",
+    "torch.utils.serialization",
 )
 _GRACE = 1.0
 """Seconds in which the other ranks may still report after the first failure: the cause may be theirs."""
@@ -143,6 +145,7 @@ def serve(control: Connection) -> None:
     torch.set_num_threads(1)
     for module in _IMPORTED_ONCE:
         importlib.import_module(module)
+    _parse_once()
     gc.collect()
     gc.freeze()  # The ranks' collector leaves the shared pages alone.
     while True:
@@ -151,6 +154,15 @@ def serve(control: Connection) -> None:
         except EOFError:
             return
         control.send(_run_job(job, control))
+
+
+def _parse_once() -> None:
+    """Parse a command line: what tyro imports for it and reads of sources is there from then on."""
+    from megatron_sppo import config
+    from megatron_sppo.training.config import TrainingConfig
+
+    given = ["--load", "nowhere", "--data", "nowhere", "--save", "nowhere", "--lr", "1", "--eta", "1"]
+    config.parse(TrainingConfig, name="once", description="", argv=given)
 
 
 def _run_job(job: dict[str, Any], control: Connection) -> tuple[bool, Any]:

@@ -43,7 +43,7 @@ def main() -> None:
     generate = config.parse(GenerateConfig, name=NAME, description=__doc__ or "")
     # Tokenizers of transformers do without what its models need, which costs four seconds to import; the default size
     # of a shard does not, for it depends on whether there is a GPU.
-    if generate.shard_size is not None:
+    if generate.shard_size is not None and "torch" not in sys.modules:
         sys.modules.update(dict.fromkeys(("torch", "sklearn")))
     seconds = float(os.environ.get("FAKE_SECONDS_PER_SHARD", "0"))
     generate_rollouts(generate, make_sampler=functools.partial(make_sampler, seconds=seconds))

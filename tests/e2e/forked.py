@@ -1,15 +1,18 @@
 """Commands as processes of their own, forked from one that has imported what they need once.
 
-What is forked runs a script from its first line, and is killed and stopped as any process. So do the stages that a loop
-starts: it forks them itself, as it would start them anew, with sessions, signals and files of theirs. What differs is
-that their modules are there before their first line, and that their command line in /proc is the server's: who has a
+What is forked runs a script from its first line, and is killed and stopped as any process. So are the stages that a
+loop starts, torchrun's ranks, and the commands of a shell whose `python` is `forking_python`'s: they are forked as they
+would be started anew, with sessions, signals and files of theirs. What differs is that their modules are there before
+their first line (those of vLLM alone take 12 seconds), and that their command line in /proc is the server's: who has a
 file open is asked of its files.
 """
 
 import atexit
 import contextlib
+import gc
 import logging
 import multiprocessing
+import multiprocessing.context
 import os
 import random
 import runpy
@@ -27,51 +30,34 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples/pretrain_sppo.py"
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        "megatron.core.optimizer",
-        "megatron.core.dist_checkpointing.strategies.torch",
-        "megatron_sppo.commands.convert",
-        "megatron_sppo.commands.evaluate",
-        "megatron_sppo.commands.inspect",
-        "megatron_sppo.commands.report",
-        "megatron_sppo.commands.score",
-        "megatron_sppo.commands.self_play",
-        "megatron_sppo.commands.train",
-        "megatron_sppo.conversion.convert",
-        "megatron_sppo.judge.evaluation",
-        "megatron_sppo.judge.score",
-        "megatron_sppo.report.page",
-        "megatron_sppo.rollout.generate",
-        "megatron_sppo.selfplay.loop",
-        "megatron_sppo.training.checkpoint",
-        "megatron_sppo.training.inputs",
-        "megatron_sppo.training.inspection",
-        "megatron_sppo.training.loop",
-        "megatron_sppo.training.optimizer",
-        "megatron_sppo.training.references",
-        "megatron_sppo.training.policy",
-        "megatron_sppo.training.reference",
-        "megatron_sppo.training.saving",
-        "torch.utils.tensorboard",
-    ]
+_CONTEXT.set_forkserver_preload(["tests.e2e.imported_once"])
+FORKED_MODULES = (
+    "megatron_sppo",
+    "megatron_sppo.cluster.kept",
+    "torch.distributed.run",
+    "vllm.entrypoints.openai.api_server",
 )
+"""What is forked of that which `python -m` starts; scripts are too."""
 
 
 class Forked:
-    """A script under way; its methods are those of `subprocess.Popen`."""
+    """A script, or a module (by its name), under way; its methods are those of `subprocess.Popen`."""
 
     def __init__(
         self,
-        script: Path,
+        program: Path | str,
         arguments: Sequence[object],
         environment: Mapping[str, str] | None = None,
         *,
         directory: Path = ROOT,
         stderr: Path | None = None,
+        stdin: Path = Path(os.devnull),
     ) -> None:
         self._said = _empty_file(), stderr or _empty_file()
-        given = (script, list(map(str, arguments)), {**os.environ, **(environment or {})}, directory, self._said)
+        words = [str(program), *map(str, arguments)]
+        if isinstance(program, str):
+            words.insert(0, "-m")
+        given = (words, {**os.environ, **(environment or {})}, directory, (stdin, *self._said))
         self._process = _CONTEXT.Process(target=_main, args=given)
         self._process.start()
         assert self._process.pid is not None
@@ -102,6 +88,24 @@ class Forked:
         return self._texts
 
 
+def run_forked(
+    program: Path | str,
+    arguments: Sequence[object] = (),
+    environment: Mapping[str, str] | None = None,
+    *,
+    directory: Path = ROOT,
+    stdin: Path = Path(os.devnull),
+    timeout: float = 900,
+) -> "subprocess.CompletedProcess[str]":
+    """Run a script, or a module, to its end -> exit code and what it said."""
+    forked = Forked(program, arguments, environment, directory=directory, stdin=stdin)
+    try:
+        out, err = forked.communicate(timeout)
+    finally:
+        forked.kill()
+    return subprocess.CompletedProcess([str(program)], forked.wait(), out, err)
+
+
 class Training(Forked):
     """A run of training under way."""
 
@@ -121,20 +125,35 @@ def _empty_file() -> Path:
     return Path(name)
 
 
-def _main(
-    script: Path, arguments: list[str], environment: dict[str, str], directory: Path, said: tuple[Path, Path]
-) -> None:
+def _main(words: list[str], environment: dict[str, str], directory: Path, places: tuple[Path, Path, Path]) -> None:
     hear_signals()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(directory)
-    places = (os.devnull, *said)
-    how = os.O_RDWR | os.O_CREAT | os.O_TRUNC
-    for number, descriptor in enumerate([os.open(place, how, 0o600) for place in places]):
-        os.dup2(descriptor, number)
+    for number, place in enumerate(places):
+        how = os.O_RDONLY if number == 0 else os.O_RDWR | os.O_CREAT | os.O_TRUNC
+        os.dup2(os.open(place, how, 0o600), number)
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler as torchrun
+
     subprocess.Popen = ForkingPopen  # type: ignore[misc]
-    sys.argv = [str(script), *arguments]
-    runpy.run_path(str(script), run_name="__main__")
+    torchrun.Popen = ForkingPopen  # type: ignore[attr-defined]
+    contexts = multiprocessing.context._concrete_contexts  # type: ignore[attr-defined]
+    contexts["spawn"] = contexts["fork"]  # functions that are called in a process of their own
+    _run(words)
+
+
+def _run(words: Sequence[str]) -> None:
+    """Run what `python WORDS` would."""
+    sys.stdin = open(0, closefd=False)  # multiprocessing has put another in its place
+    if words[0] == "-u":
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+        words = words[1:]
+    is_module = words[0] == "-m"
+    sys.argv = list(words[is_module:])
+    if is_module:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class ForkingPopen(subprocess.Popen[Any]):
@@ -149,6 +168,7 @@ class ForkingPopen(subprocess.Popen[Any]):
             return
         sys.stdout.flush()
         sys.stderr.flush()
+        gc.freeze()
         self.pid = os.fork()
         if self.pid == 0:
             _be(command, env, cwd, child_ends, preexec_fn, new_session=new_session)
@@ -157,8 +177,11 @@ class ForkingPopen(subprocess.Popen[Any]):
 
 
 def _is_ours(command: Sequence[str]) -> bool:
-    words = [str(word) for word in command[:3]]
-    return words[0] == sys.executable and (words[1:] == ["-m", "megatron_sppo"] or words[1].endswith(".py"))
+    words = [str(word) for word in command]
+    if words[0] != sys.executable:
+        return False
+    words = words[2 if words[1] == "-u" else 1 :]
+    return words[1] in FORKED_MODULES if words[0] == "-m" else words[0].endswith(".py")
 
 
 def _be(
@@ -192,12 +215,7 @@ def _be(
         atexit._clear()
         logging.root.handlers.clear()
         random.seed()
-        is_module = command[1] == "-m"
-        sys.argv = [str(word) for word in command[2 if is_module else 1 :]]
-        if is_module:
-            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+        _run([str(word) for word in command[1:]])
         code = 0
     except SystemExit as left:
         code = left.code

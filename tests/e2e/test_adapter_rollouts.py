@@ -6,9 +6,6 @@ A GPU, and a mixture's experts, were not tried.
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +24,13 @@ from megatron_sppo.rollout.probes import compute_probes
 from megatron_sppo.rollout.records import read_manifest, read_rollouts
 from megatron_sppo.rollout.weight_sums import weight_sum
 from tests.adapters import random_adapter
+from tests.e2e.forked import run_forked
 from tests.models import tiny_llama
 
 SHAPE: dict[str, Any] = {"head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "HF_HUB_OFFLINE": "1",
 }
 TELL = """
 import json, sys
@@ -58,10 +54,8 @@ if __name__ == "__main__":
 """
 
 
-def run(*command: str, **environment: str) -> str:
-    done = subprocess.run(
-        command, env={**os.environ, **ENVIRONMENT, **environment}, capture_output=True, text=True, check=False
-    )
+def run(program: Path | str, *arguments: object, **environment: str) -> str:
+    done = run_forked(program, arguments, {**ENVIRONMENT, **environment})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -76,9 +70,8 @@ def test_workers_tell_the_matrices_that_lie_in_their_slots(tmp_path: Path, ranks
         random_adapter(tmp_path / "two", base, rank=3, alpha=5, seed=1, targets=("q_proj", "v_proj", "down_proj")),
     ]
     arguments = json.dumps([str(base), [str(adapter) for adapter in adapters], ranks, 8])
-    shown = run(
-        sys.executable, "-c", TELL, arguments, **({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if ranks == 1 else {})
-    )
+    (script := tmp_path / "tell.py").write_text(TELL)
+    shown = run(script, arguments, **({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if ranks == 1 else {}))
     (line,) = [line for line in shown.splitlines() if line.startswith("TOLD ")]
     for adapter, told in zip(adapters, json.loads(line.removeprefix("TOLD ")), strict=True):
         held = read_held(told)
@@ -102,9 +95,9 @@ def test_rollouts_with_an_adapter_are_peft_s(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     texts = ["What is a river?", "Count to three.", "Say nothing at all.", "Where do the swallows go?"]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    common = ["--prompts", str(prompts), "--num-responses", "1", "--max-tokens", "12", "--temperature", "0"]
-    command = [sys.executable, "-m", "megatron_sppo", "rollouts", "--model", str(base), *common, "--allow-no-signal"]
-    run(*command, "--adapter", str(adapter), "--output", str(tmp_path / "adapted"))
+    flags = ["--prompts", prompts, "--num-responses", "1", "--max-tokens", "12", "--temperature", "0"]
+    flags += ["--model", base, "--adapter", adapter, "--output", tmp_path / "adapted", "--allow-no-signal"]
+    run("megatron_sppo", "rollouts", *flags)
     manifest = read_manifest(tmp_path / "adapted")
     assert manifest.adapter == str(adapter)
     assert manifest.adapter_hash == open_peft_adapter(adapter).adapter_hash

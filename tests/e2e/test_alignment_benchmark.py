@@ -5,7 +5,6 @@ benchmarks/alignment.py.
 """
 
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.e2e.forked import run_forked
 from tests.models import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,17 +34,8 @@ def run(work: Path, *flags: str) -> subprocess.CompletedProcess:
     places = ["--work", work / "runs", "--model", work / "model", "--prompts", work / "prompts.jsonl"]
     sizes = "--judge rules:concise --seeds 1 --iterations 1 --prompts-per-iteration 4 --max-tokens 16 --num-responses 3"
     fixed = f"{sizes} --params-dtype float32 --learning-rates 1e-3 --etas 3 --entries sppo dpo"
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks.alignment", *map(str, places), *fixed.split()),
-            *("--rollout-command", sampler, "--output", str(work / "smollm2.json"), *flags),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
+    more = ["--rollout-command", sampler, "--output", work / "smollm2.json"]
+    return run_forked("benchmarks.alignment", [*places, *fixed.split(), *more, *flags])
 
 
 def test_the_short_form_runs_in_pieces_and_both_entries_begin_with_the_same_answers(work: Path) -> None:

@@ -5,9 +5,6 @@ vLLM on CPU and a tiny model; what else can go wrong with a pool is in test_clus
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +17,7 @@ if importlib.util.find_spec("vllm") is None:
 
 from megatron_sppo.rollout.records import read_manifest, read_rollouts
 from tests.adapters import random_adapter
+from tests.e2e.forked import Forked
 from tests.e2e.ray_cluster import ThreeNodes, kill, three_nodes, wait_until
 from tests.models import tiny_llama
 
@@ -32,29 +30,32 @@ def nodes() -> Iterator[ThreeNodes]:
     yield from three_nodes()
 
 
-def start(model: Path, output: Path, *more: str) -> "subprocess.Popen[str]":
-    command = [
-        *(sys.executable, str(ROOT / "tools/generate_rollouts.py"), "--model", str(model), "--output", str(output)),
-        *("--prompts", str(ROOT / "examples/data/prompts.jsonl"), "--limit", str(2 * NUM_SHARDS), "--shard-size", "2"),
-        *("--num-responses", "4", "--max-tokens", "192", "--max-num-seqs", "16", *more),
+def begin(model: Path, output: Path, *more: str) -> Forked:
+    flags = [
+        *("--model", model, "--output", output, "--prompts", ROOT / "examples/data/prompts.jsonl"),
+        *("--limit", 2 * NUM_SHARDS, "--shard-size", 2, "--num-responses", 4, "--max-tokens", 192),
+        *("--max-num-seqs", 16, *more),
     ]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return Forked(ROOT / "tools/generate_rollouts.py", flags, {"VLLM_CPU_KVCACHE_SPACE": "1"})
+
+
+def ended(process: Forked) -> None:
+    _, err = process.communicate(timeout=900)
+    assert process.poll() == 0, err
 
 
 def test_a_pool_s_engines_compute_with_each_iteration_s_adapter(nodes: ThreeNodes, tmp_path: Path) -> None:
-    """Greedy, in float32, by two engines; a sampler starts only where its engine has been proven (vllm_engine.py)."""
+    """Greedy, in float32, by two engines, then one; a sampler starts where its engine is proven (vllm_engine.py)."""
     peft, torch, transformers = (pytest.importorskip(name) for name in ("peft", "torch", "transformers"))
     shape = {"head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}
     base = tiny_llama(tmp_path / "base", scale=0.1, **shape)
-    greedy = ("--ray", nodes.address, "--workers", "2", "--num-responses", "1", "--temperature", "0")
+    greedy = ("--ray", nodes.address, "--num-responses", "1", "--temperature", "0")
     greedy += ("--max-tokens", "12", "--allow-no-signal", "--limit", "8", "--dtype", "float32")
     answers = []
-    for number in (1, 2):
+    for number, workers in ((1, "2"), (2, "1")):
         adapter = random_adapter(tmp_path / f"iter_{number}/adapter", base, scale=0.1, seed=number)
         output = tmp_path / f"iter_{number}/rollouts"
-        _, err = (driver := start(base, output, "--adapter", str(adapter), *greedy)).communicate(timeout=900)
-        assert driver.returncode == 0, err
+        ended(begin(base, output, "--adapter", str(adapter), "--workers", workers, *greedy))
         assert read_manifest(output).adapter == str(adapter)
         policy = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         policy = peft.PeftModel.from_pretrained(policy, adapter).eval()
@@ -74,13 +75,12 @@ def test_engines_a_node_and_the_driver_are_killed_and_the_bytes_are_those_of_one
     # vLLM's attention on CPU knows heads of 32 and 64.
     model = tiny_llama(tmp_path / "model", dtype="bfloat16", head_dim=64, num_attention_heads=2, num_key_value_heads=1)
     alone, output = tmp_path / "alone", tmp_path / "rollouts"
-    _, err = (one := start(model, alone)).communicate(timeout=900)
-    assert one.returncode == 0, err
+    ended(begin(model, alone))
 
     def num_done() -> int:
         return len(list(output.glob("shard-*.jsonl")))
 
-    driver = start(model, output, "--ray", nodes.address)
+    driver = begin(model, output, "--ray", nodes.address)
     try:
         wait_until(lambda: num_done() >= 1 or driver.poll() is not None, "a shard", seconds=300)
         time.sleep(0.2)
@@ -92,8 +92,7 @@ def test_engines_a_node_and_the_driver_are_killed_and_the_bytes_are_those_of_one
     _, err = driver.communicate()
     assert 3 <= num_done() < NUM_SHARDS, err
     wait_until(lambda: not nodes.actors(), "the end of the dead driver's engines")
-    _, err = (again := start(model, output, "--ray", nodes.address, "--workers", "1")).communicate(timeout=900)
-    assert again.returncode == 0, err
+    ended(begin(model, output, "--ray", nodes.address, "--workers", "1"))
     assert len(read_manifest(output).shards) == NUM_SHARDS
     for path in alone.glob("shard-*.jsonl"):
         assert path.read_bytes() == (output / path.name).read_bytes(), path.name

@@ -10,7 +10,8 @@ import json
 import os
 import re
 import subprocess
-import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ if importlib.util.find_spec("vllm") is None:
 import torch
 from safetensors.torch import load_file
 
+from tests.e2e import forking_python
+from tests.e2e.forked import Forked
+from tests.e2e.forking_python import write_client
 from tests.fences import PAGES, REPOSITORY, Fence, fences
 from tests.models import tiny_llama
 
@@ -42,12 +46,21 @@ def script_of(fence: Fence) -> str:
     return "set -euo pipefail\n" + text
 
 
-def tell(story: str, directory: Path) -> None:
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """`megatron-sppo` and `python` for a shell -> their directory."""
+    directory = tmp_path_factory.mktemp("bin")
+    write_client(directory / "python", directory / "socket")
+    write_client(directory / "megatron-sppo", directory / "socket", "-m", "megatron_sppo")
+    server = Forked(Path(forking_python.__file__), [directory / "socket"])
+    while not (directory / "socket").exists() and server.poll() is None:
+        time.sleep(0.05)
+    yield directory
+    server.kill()
+
+
+def tell(story: str, directory: Path, programs: Path) -> None:
     """Run the blocks of a story."""
-    programs = directory / "bin"
-    programs.mkdir(parents=True)
-    (programs / "megatron-sppo").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m megatron_sppo "$@"\n')
-    (programs / "megatron-sppo").chmod(0o755)
     work = directory / "work"
     # vLLM's attention for the CPU wants heads of 64.
     tiny_llama(work / "my-model", head_dim=64, num_attention_heads=2, num_key_value_heads=1, dtype="bfloat16")
@@ -69,8 +82,8 @@ def tell(story: str, directory: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("story", STORIES)
-def test_what_a_page_tells_to_type_works(story: str, tmp_path: Path) -> None:
-    tell(story, tmp_path)
+def test_what_a_page_tells_to_type_works(story: str, tmp_path: Path, programs: Path) -> None:
+    tell(story, tmp_path, programs)
     work = tmp_path / "work"
     if story in ("readme", "tutorial"):
         before, after = (load_file(work / name / "model.safetensors") for name in ("my-model", "my-model-aligned"))

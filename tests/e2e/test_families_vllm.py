@@ -6,9 +6,6 @@ bfloat16 alone: there its error is that of transformers' own bfloat16. GPUs were
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ import torch
 from megatron_sppo.checkpoints.hf_files import read_config
 from megatron_sppo.errors import ConfigError
 from megatron_sppo.rollout.engine_differences import check_engine
+from tests.e2e.forked import run_forked
 from tests.families import (
     FAMILIES,
     IN_ENGINE,
@@ -93,12 +91,10 @@ def answers(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Confi
     lines = "".join(
         json.dumps([str(made[label]), engine.dtype, TOKENS.tolist()]) + "\n" for label, (_, engine) in chosen.items()
     )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "CRITICAL"}
-    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     (root / "script.py").write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, root / "script.py"], input=lines, capture_output=True, text=True, env=environment, timeout=1500
-    )
+    (root / "lines").write_text(lines)
+    done = run_forked(root / "script.py", environment=environment, stdin=root / "lines", timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     said = [json.loads(line.removeprefix("SAID ")) for line in done.stdout.splitlines() if line.startswith("SAID ")]
     return {label: (made[label], words) for label, words in zip(chosen, said, strict=True)}

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks import hopper, record
+from tests.e2e.forked import run_forked
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = str(REPOSITORY / "benchmarks/hopper.sh")
@@ -183,8 +184,8 @@ def test_a_figure_runs_dry(module: str, flags: list[str], name: str, tmp_path: P
         "import sys, pathlib, runpy; from benchmarks import record; record.RESULTS = pathlib.Path(sys.argv.pop(1)); "
         f"sys.argv[0] = {module!r}; runpy.run_module('benchmarks.{module}', run_name='__main__')"
     )
-    command = [sys.executable, "-c", code, str(tmp_path), *flags, "--machine", "dry"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=REPOSITORY)
+    (script := tmp_path / "script.py").write_text(code)
+    done = run_forked(script, [tmp_path, *flags, "--machine", "dry"])
     assert done.returncode == 0, done.stderr[-2000:]
     content = json.loads((tmp_path / "dry" / f"{name}.json").read_text())
     assert content["rows"] and set(content["rows"][0]) == set(record.Row.__dataclass_fields__)

@@ -2,8 +2,8 @@
 
 It runs, says so when it is finished, and after kill -9 in any stage the same command ends with the same files.
 Loops and their stages are forked from a process that has imported what they need (forked.py), but where they fail or
-meet what only a start can bring; test_self_play_adapters and others start them all. Not proved here: vLLM (tests/e2e of
-the rollouts), or that anything is learnt: the sampler does not read the weights.
+meet what only a start can bring; test_self_play_bytes and test_wheel start them all. Not proved here: vLLM (other tests
+of e2e), or that anything is learnt: the sampler does not read the weights.
 """
 
 import hashlib

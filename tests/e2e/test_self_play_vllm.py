@@ -30,7 +30,7 @@ run: {{iterations: 1, max_prompts_per_iteration: {NUM_PROMPTS}, training_process
 rollout:
   {{num_responses: {NUM_RESPONSES}, max_tokens: {MAX_TOKENS}, rollout_options: {{max_model_len: 128, dtype: float32}}}}
 scoring: {{judge: rules:concise}}
-evaluation: {{heldout_prompts: 3, eval_num_responses: 1}}
+evaluation: {{heldout_prompts: 3, eval_num_responses: 1, inspected_prompts: 0}}
 training:
   {{params_dtype: float32, eta: 10, lr: 1.0e-5, lr_decay_style: constant, micro_batch_size: 2, global_batch_size: 4}}
 """

@@ -6,9 +6,6 @@ The engines are real and on the CPU, where weights are packed; a GPU, where they
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ if importlib.util.find_spec("vllm") is None:
 
 from megatron_sppo.rollout.policy import Policy
 from megatron_sppo.rollout.weight_sums import added
+from tests.e2e.forked import run_forked
 from tests.models import MIXTURES, tiny_llama
 
 SHAPE: dict[str, Any] = {"dtype": "bfloat16", "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -65,13 +63,11 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
     for several in (False, True):  # one process cannot hold engines of one rank and of two
         chosen = {name: pair for name, pair in pairs.items() if (name == "two ranks") is several}
         lines = "".join(json.dumps([str(one), str(other), 1 + several]) + "\n" for one, other in chosen.values())
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-        environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(several)), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(several)), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         script = root / "tell.py"
         script.write_text(TELL)
-        done = subprocess.run(
-            [sys.executable, str(script)], input=lines, capture_output=True, text=True, env=environment, timeout=600
-        )
+        (root / "lines").write_text(lines)
+        done = run_forked(script, environment=environment, stdin=root / "lines")
         assert done.returncode == 0, done.stderr[-3000:]
         replies = [json.loads(line.removeprefix("TOLD ")) for line in done.stdout.splitlines() if line[:5] == "TOLD "]
         for name, reply in zip(chosen, replies, strict=True):

@@ -1,0 +1,59 @@
+"""`python` for shells: what it is told to run is forked (forked.py), in the caller's directory, with its files.
+
+`forking_python.py SOCKET` answers there until it is killed; `write_client` writes the program that asks it, to be found
+on a shell's PATH.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+CLIENT = """#!{python} -IS
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    asked = json.dumps([[*{words!r}, *sys.argv[1:]], os.getcwd(), dict(os.environ)]).encode()
+    socket.send_fds(server, [len(asked).to_bytes(8, "little")], [0, 1, 2])
+    server.sendall(asked)
+    sys.exit(int(server.recv(8).decode() or 1))
+"""
+
+
+def write_client(program: Path, address: Path, *words: str) -> None:
+    """Write a program that does as `python WORDS` with the words that it is given beside."""
+    program.write_text(CLIENT.format(python=sys.executable, address=str(address), words=words))
+    program.chmod(0o755)
+
+
+def answer(client: socket.socket) -> None:
+    """Run what a client asks for, and tell it the exit code."""
+    size, files, _, _ = socket.recv_fds(client, 8, 3)
+    with client.makefile("rb") as stream:
+        words, directory, environment = json.loads(stream.read(int.from_bytes(size, "little")))
+    stdin, stdout, stderr = files
+    command = [sys.executable, *words]
+    done = subprocess.Popen(command, cwd=directory, env=environment, stdin=stdin, stdout=stdout, stderr=stderr)
+    client.sendall(str(done.wait() & 0xFF).encode())
+
+
+def serve(address: str) -> None:
+    """Answer each client in a process of its own."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        while True:
+            client, _ = listener.accept()
+            if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                answer(client)
+                os._exit(0)
+            client.close()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
