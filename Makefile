@@ -61,7 +61,7 @@ EMULATED := CUDALESS=1 PYTHONPATH=$(CURDIR)/tests/cudaless/startup:$(CURDIR)/$(E
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
-	@echo 'make test-full     every layout too, as is due when training, model or data changed'
+	@echo 'make test-full     every layout too, as is due when training, model, data or planning changed'
 	@echo 'make lint     ruff and mypy            make test-unit | test-distributed | test-triton | test-cudaless | test-e2e'
 	@echo 'make test-gpu-emulated     all that is written for a GPU, on an emulated one (half an hour)'
 	@echo 'make test-reliability     some of the faults of each kind; make soak SOAK_MINUTES=60     all of them, and a table'
@@ -121,7 +121,7 @@ test: install
 
 # What a full run stands for: these sources and Megatron-Core's versions. `make test-full` notes it, for you to commit.
 FULL_RUN := tests/full_run.txt
-SOURCES_OF_LAYOUTS = $(shell { find megatron_sppo/training megatron_sppo/model megatron_sppo/data -name '*.py' | LC_ALL=C sort | xargs cat; grep 'megatron-core>=' setup.py; } | sha256sum | cut -d' ' -f1)
+SOURCES_OF_LAYOUTS = $(shell { find megatron_sppo/training megatron_sppo/model megatron_sppo/data megatron_sppo/planning -name '*.py' | LC_ALL=C sort | xargs cat; grep 'megatron-core>=' setup.py; } | sha256sum | cut -d' ' -f1)
 
 test-full: LAYOUTS := --all-layouts
 test-full: test

@@ -24,7 +24,7 @@ from tests.distributed.worlds import pretrain
 from tests.reliability.tally import Tally
 from tests.sharded_saves import save_by_megatron_core
 
-STEPS = 24
+STEPS = 12
 RUN = "--lr 1e-4 --eta 100 --no-tensorboard"
 KILLS = 20
 
@@ -89,22 +89,22 @@ def test_a_run_resumed_from_a_save_in_the_background_is_bit_exact(
     run: Start, tmp_path: Path, world_size: int, flags: str
 ) -> None:
     save = tmp_path / "save"
-    flags += " --save-interval 6"
+    flags += " --save-interval 3"
     run(save, flags, world_size=world_size)
     expected, order = numbers(save), responses(save)
-    assert len(list(save.glob("iter_*"))) == STEPS // 6 and len(expected) == STEPS
+    assert len(list(save.glob("iter_*"))) == STEPS // 3 and len(expected) == STEPS
     assert not list(save.glob(".iter_*"))
-    forget_after(save, 12)
+    forget_after(save, 6)
     assert run(save, flags, world_size=world_size) == [0] * world_size
     assert numbers(save) == expected and responses(save) == order
 
 
 def test_a_run_resumes_in_another_layout_from_a_save_in_the_background(run: Start, tmp_path: Path) -> None:
     save = tmp_path / "save"
-    run(save, f"--async-save --save-interval 12 {SHARDED}", world_size=2)
+    run(save, f"--async-save --save-interval 6 {SHARDED}", world_size=2)
     expected, order = losses(save), responses(save)
-    forget_after(save, 12)
-    assert run(save, f"--async-save --save-interval 12 {SHARDED} {TP2}", world_size=4) == [0] * 4
+    forget_after(save, 6)
+    assert run(save, f"--async-save --save-interval 6 {SHARDED} {TP2}", world_size=4) == [0] * 4
     assert losses(save) == pytest.approx(expected, rel=1e-5) and responses(save) == order
 
 
@@ -121,12 +121,12 @@ def pretrain_as_saved_before(argv: list[str]) -> int:
 @pytest.mark.parametrize("flags", ["", SHARDED])
 def test_a_checkpoint_of_an_earlier_version_is_resumed_bit_exactly(run: Start, tmp_path: Path, flags: str) -> None:
     save = tmp_path / "save"
-    run(save, f"--save-interval 12 {flags}", world_size=2, function=pretrain_as_saved_before)
+    run(save, f"--save-interval 6 {flags}", world_size=2, function=pretrain_as_saved_before)
     expected = numbers(save)
     assert not list(save.rglob("*.digests")) and not list(save.rglob("optimizer*.distcp"))
-    forget_after(save, 12)
-    assert run(save, f"--save-interval 12 {flags}", world_size=2) == [0, 0]
-    assert list(save.glob("iter_0000024/*.digests")) and numbers(save) == expected
+    forget_after(save, 6)
+    assert run(save, f"--save-interval 6 {flags}", world_size=2) == [0, 0]
+    assert list(save.glob("iter_0000012/*.digests")) and numbers(save) == expected
 
 
 def pretrain_on_a_disk_that_fills_up(argv: list[str]) -> int:
@@ -206,17 +206,17 @@ def stop_while_saving(save: str, argv: list[str]) -> int:
 def test_sigterm_in_the_midst_of_a_save_in_the_background_publishes_it_and_one_of_the_last_step(
     run: Start, untied: Path, tmp_path: Path
 ) -> None:
-    save, flags = tmp_path / "save", f"--train-iters {STEPS} --save-interval 4 --async-save"
+    save, flags = tmp_path / "save", "--train-iters 24 --save-interval 4 --async-save"
     places = ["--load", str(untied), "--data", str(tmp_path / "data"), "--save", str(save)]
     argv = [*places, *BASE.split(), *RUN.split(), *flags.split()]
     assert run_ranks(stop_while_saving, 1, str(save), argv) == [143]
     done = len(numbers(save))
-    assert 4 <= done < STEPS
+    assert 4 <= done < 24
     published = [int(path.name.removeprefix("iter_")) for path in sorted(save.glob("iter_*"))]
     assert published == [*range(4, done, 4), done] and not list(save.glob(".iter_*"))
     assert (save / "latest_checkpointed_iteration.txt").read_text() == f"{done}\n"
-    run(tmp_path / "whole", "")
-    assert run(save, "--save-interval 4 --async-save") == [0]
+    run(tmp_path / "whole", "--train-iters 24")
+    assert run(save, flags) == [0]
     assert numbers(save) == numbers(tmp_path / "whole")
 
 
