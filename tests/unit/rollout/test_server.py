@@ -295,7 +295,7 @@ def test_a_server_that_dies_on_the_way_is_left_alone(serve) -> None:
     """After three failures in a row it gets no more requests but those already under way."""
     dying, living = serve(lambda body, number: 500 if number > 2 else None), serve()
     assert_all_answered(sample(sampler_of(dying.url, living.url, server_concurrency=1)))
-    assert len(dying.bodies) <= 2 + 3 + 1
+    assert len(dying.bodies) <= 2 + 3 + 2  # one request at a time for each server, and either may be sent there
     assert len(living.bodies) >= len(PROMPTS) - 2
 
 
