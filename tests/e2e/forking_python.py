@@ -4,13 +4,18 @@
 on a shell's PATH.
 """
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from tests.e2e.forked import Forked
 
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
@@ -27,6 +32,18 @@ def write_client(program: Path, address: Path, *words: str) -> None:
     """Write a program that does as `python WORDS` with the words that it is given beside."""
     program.write_text(CLIENT.format(python=sys.executable, address=str(address), words=words))
     program.chmod(0o755)
+
+
+@contextlib.contextmanager
+def serving(address: Path) -> Iterator[None]:
+    """Have a server for the block."""
+    server = Forked(Path(__file__), [address])
+    while not address.exists() and server.poll() is None:
+        time.sleep(0.05)
+    try:
+        yield
+    finally:
+        server.kill()
 
 
 def answer(client: socket.socket) -> None:

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,9 +21,7 @@ if importlib.util.find_spec("vllm") is None:
 import torch
 from safetensors.torch import load_file
 
-from tests.e2e import forking_python
-from tests.e2e.forked import Forked
-from tests.e2e.forking_python import write_client
+from tests.e2e.forking_python import serving, write_client
 from tests.fences import PAGES, REPOSITORY, Fence, fences
 from tests.models import tiny_llama
 
@@ -52,11 +49,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     directory = tmp_path_factory.mktemp("bin")
     write_client(directory / "python", directory / "socket")
     write_client(directory / "megatron-sppo", directory / "socket", "-m", "megatron_sppo")
-    server = Forked(Path(forking_python.__file__), [directory / "socket"])
-    while not (directory / "socket").exists() and server.poll() is None:
-        time.sleep(0.05)
-    yield directory
-    server.kill()
+    with serving(directory / "socket"):
+        yield directory
 
 
 def tell(story: str, directory: Path, programs: Path) -> None:

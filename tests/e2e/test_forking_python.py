@@ -2,15 +2,12 @@
 
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e import forking_python
-from tests.e2e.forked import Forked
-from tests.e2e.forking_python import write_client
+from tests.e2e.forking_python import serving, write_client
 
 SCRIPT = """
 import os, sys
@@ -25,11 +22,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     directory = tmp_path_factory.mktemp("bin")
     write_client(directory / "python", directory / "socket")
     (directory / "script.py").write_text(SCRIPT)
-    server = Forked(Path(forking_python.__file__), [directory / "socket"])
-    while not (directory / "socket").exists() and server.poll() is None:
-        time.sleep(0.05)
-    yield directory
-    server.kill()
+    with serving(directory / "socket"):
+        yield directory
 
 
 def test_a_shell_gets_what_python_would_have_said(programs: Path, tmp_path: Path) -> None:
