@@ -117,18 +117,23 @@ demo: install $(SMOLLM2)/config.json
 # so that neither waits for the other but at the end.
 test: install
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-cudaless lint docs test-triton
-	$(PYTEST) tests/e2e tests/distributed tests/reliability tests/unit tests/gpu $(LAYOUTS) $(TWO_AT_A_TIME)
+	$(PYTEST) tests/e2e tests/distributed tests/reliability tests/unit tests/gpu $(CASES) $(TWO_AT_A_TIME)
+	@$(LAYOUT_RUNS) passed $(KIND) $(AT_THE_START)
 
-# What a full run stands for: these sources and Megatron-Core's versions. `make test-full` notes it, for you to commit.
-FULL_RUN := tests/full_run.txt
-SOURCES_OF_LAYOUTS = $(shell { find megatron_sppo/training megatron_sppo/model megatron_sppo/data megatron_sppo/planning -name '*.py' | LC_ALL=C sort | xargs cat; grep 'megatron-core>=' setup.py; } | sha256sum | cut -d' ' -f1)
+# Which cases tests of several ranks run: of a change, their pairwise cover; the first of each test where nothing changed
+# of what they stand on since the cover last passed (tests/layout_runs.json, which these targets write for you to commit).
+# Make expands all lines of a recipe before it runs the first.
+AT_THE_START = $(shell $(LAYOUT_RUNS) sources)
+LAYOUT_RUNS = "$(INTERPRETER)" -m tests.layout_runs
+KIND := cover
+CASES = $(shell $(LAYOUT_RUNS) due cover || echo --first-cases)
 
-test-full: LAYOUTS := --all-layouts
+test-full: KIND := every
+test-full: CASES := --all-layouts
 test-full: test
-	@echo $(SOURCES_OF_LAYOUTS) > $(FULL_RUN)
 
-full-run-is-due:
-	@test "$$(cat $(FULL_RUN))" != "$(SOURCES_OF_LAYOUTS)"
+full-run-is-due: interpreter
+	@$(LAYOUT_RUNS) due every
 
 lint: $(VENV)/.installed
 	@$(BIN)/ruff check
@@ -146,14 +151,14 @@ SOAK_MINUTES ?= 60
 soak: install
 	$(TEST_ENVIRONMENT) $(BIN)/python -m benchmarks.soak --minutes $(SOAK_MINUTES)
 
-# On the second version of Megatron-Core: PYTHON=python3.12. Of each test of several ranks the first case; all of them
+# On the second version of Megatron-Core: PYTHON=python3.12. Of each test of several ranks the first case; their cover
 # where a full run is due.
-CASES := --first-cases
+CASES_AGAIN := --first-cases
 test-megatron: $(ENGINE)/.unpacked
 	$(EMULATED) @tests/cudaless/part.txt $(TWO_AT_A_TIME)
-	$(PYTEST) -m megatron tests/unit tests/distributed tests/reliability $(CASES) $(TWO_AT_A_TIME)
+	$(PYTEST) -m megatron tests/unit tests/distributed tests/reliability $(CASES_AGAIN) $(TWO_AT_A_TIME)
 
-test-megatron-full: CASES :=
+test-megatron-full: CASES_AGAIN :=
 test-megatron-full: test-megatron
 
 $(TRITON)/.unpacked: | $(VENV)/.installed
@@ -165,7 +170,7 @@ test-triton: $(TRITON)/.unpacked
 
 # Up to four ranks a test.
 test-distributed: $(VENV)/.installed
-	$(PYTEST) tests/distributed $(LAYOUTS) $(TWO_AT_A_TIME)
+	$(PYTEST) tests/distributed $(CASES) $(TWO_AT_A_TIME)
 
 $(ENGINE)/.unpacked: | $(VENV)/.installed
 	@$(PIP) install --quiet --no-deps --target $(ENGINE) transformer-engine==2.11.0

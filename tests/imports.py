@@ -5,7 +5,7 @@ Those run again on the second version of Megatron-Core; a test that cannot see i
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -40,16 +40,20 @@ def source_of(name: str, root: Path = REPOSITORY) -> Path | None:
     return None
 
 
+def with_imports(paths: Iterable[Path], root: Path = REPOSITORY) -> set[Path]:
+    """Follow the imports of files within the repository -> the files and all that they stand on."""
+    waiting = list(paths)
+    found = set(waiting)
+    while waiting:
+        sources = {source_of(name, root) for name in imported(waiting.pop())}
+        new = {path for path in sources if path is not None} - found
+        found |= new
+        waiting += new
+    return found
+
+
 @cache
 def imports_megatron(path: Path, root: Path = REPOSITORY) -> bool:
-    """Follow a file's imports within the repository -> whether one of them is Megatron-Core's."""
-    seen, waiting = {path}, [path]
-    while waiting:
-        for name in imported(waiting.pop()):
-            if name.split(".")[0] == "megatron":
-                return True
-            source = source_of(name, root)
-            if source is not None and source not in seen:
-                seen.add(source)
-                waiting.append(source)
-    return False
+    """Whether a file, or one that it stands on, imports Megatron-Core."""
+    names = (name for file in with_imports([path], root) for name in imported(file))
+    return any(name.split(".")[0] == "megatron" for name in names)

@@ -124,23 +124,28 @@ def _logits(checkpoint: Path, layout: Any, tokens_BS: torch.Tensor) -> Answer | 
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    """Every family's two models, as Hugging Face ("hf") and Megatron ("megatron") directories -> {(family, model)}."""
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """The models that this run's tests name, as Hugging Face ("hf") and Megatron ("megatron") directories."""
     made = {}
-    for family in FAMILIES:
-        for model, overrides in MODELS.items():
-            root = tmp_path_factory.mktemp("model")
-            family_model(root / "hf", family, **overrides)
-            import_checkpoint(root / "hf", root / "megatron")
-            made[family, model] = root
+    for family, model in named_in(request.session, request.path):
+        root = tmp_path_factory.mktemp("model")
+        family_model(root / "hf", family, **MODELS[model])
+        import_checkpoint(root / "hf", root / "megatron")
+        made[family, model] = root
     return made
+
+
+def named_in(session: pytest.Session, path: Path) -> list[tuple[str, str]]:
+    """List the models that the tests of a module which are to run name -> (family, model)."""
+    cases = [item.callspec.params for item in session.items if item.path == path]
+    return list(dict.fromkeys((case["family"], case.get("model", TWO_KEY_VALUE_HEADS)) for case in cases))
 
 
 @pytest.fixture(scope="module")
 def answers(models: dict[tuple[str, str], Path]) -> list[dict[tuple[str, str], Answer]]:
     """Run all of them in all of their layouts, half of them in a world of ranks -> one dict a rank (`logits_under`)."""
     answers: list[dict[tuple[str, str], Answer]] = [{} for _ in range(WORLD_SIZE)]
-    for chosen in MODELS:
+    for chosen in {model for _, model in models}:
         checkpoints: dict[str, list[str]] = {name: [] for name in LAYOUTS}
         for (family, model), root in models.items():
             for layout in layouts_of(family, model) if model == chosen else ():

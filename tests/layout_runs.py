@@ -1,0 +1,76 @@
+"""Whether the layouts of tests/distributed must run again: what they stand on, against what they last passed with.
+
+    python -m tests.layout_runs due every|cover                 exit code 0: it changed
+    python -m tests.layout_runs sources                         what it is: two hashes
+    python -m tests.layout_runs passed every|cover HASH HASH    note what it was, in layout_runs.json (commit it)
+
+`every` layout is due where training, model, data, planning or the range of megatron-core changed, `cover` (the pairs of
+choices that a change is tested under) where anything did that a test of several ranks imports. Where neither is due the
+first case of each test runs.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from tests.imports import REPOSITORY, with_imports
+
+NOTED = Path(__file__).with_name("layout_runs.json")
+ROOMS = ("training", "model", "data", "planning")
+BY_PATH = ("examples/pretrain_sppo.py", "tools/inspect_log_ratio.py", "tests/conftest.py")
+"""What tests of several ranks stand on without an import of it."""
+
+
+def sources(root: Path) -> dict[str, str]:
+    """Hash what each kind of run stands on, by names and bytes -> {kind: hex}."""
+    rooms = {path for room in ROOMS for path in (root / "megatron_sppo" / room).rglob("*.py")}
+    started = [*(root / "tests/distributed").glob("*.py"), *(root / name for name in BY_PATH)]
+    return {"every": _hash(rooms, root), "cover": _hash(with_imports(started, root), root)}
+
+
+def _hash(files: set[Path], root: Path) -> str:
+    (pin,) = re.findall(r"megatron-core>=[^\"]+", (root / "setup.py").read_text(encoding="utf-8"))
+    digest = hashlib.sha256(pin.encode())
+    for path in sorted(files):
+        digest.update(f"\n{path.relative_to(root)}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def is_due(kind: str, now: dict[str, str], noted: Path) -> bool:
+    """Whether a kind of run has not passed with these sources, or nothing is noted."""
+    return not noted.is_file() or json.loads(noted.read_text(encoding="utf-8"))[kind] != now[kind]
+
+
+def note(kind: str, then: dict[str, str], noted: Path) -> None:
+    """Note that a kind of run has passed with these sources; a run of every layout has the cover among them."""
+    found = dict.fromkeys(then, "") | (json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {})
+    found |= then if kind == "every" else {kind: then[kind]}
+    noted.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    """Answer, or note."""
+    parser = argparse.ArgumentParser(prog="python -m tests.layout_runs", description="Whether layouts must run again.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("sources")
+    kinds = {name: commands.add_parser(name) for name in ("due", "passed")}
+    for command in kinds.values():
+        command.add_argument("kind", choices=("every", "cover"))
+    for kind in ("every", "cover"):
+        kinds["passed"].add_argument(kind)
+    given = parser.parse_args()
+    if given.command == "passed":
+        note(given.kind, {"every": given.every, "cover": given.cover}, NOTED)
+        return 0
+    now = sources(REPOSITORY)
+    if given.command == "due":
+        return 0 if is_due(given.kind, now, NOTED) else 1
+    print(now["every"], now["cover"])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
