@@ -237,7 +237,7 @@ def _sum_up(config: SelfPlayConfig, machine: StageMachine, paths: RunPaths, iter
     summary.write_summary(paths, entries, base_response_tokens=base_tokens, seconds=start_seconds)
     summary.gather_metrics(paths, iteration)
     if "tensorboard" in config.tracking.tracker:
-        _in_own_process(summary.write_events, paths, entries)
+        summary.write_events(paths, entries)
     machine.run(
         Stage(
             name="report",
@@ -271,7 +271,7 @@ def _versions() -> dict[str, str]:
 
 
 def _in_own_process(function: Callable[..., None], *arguments: Any) -> None:
-    """Call a function that imports torch where its memory ends with it: the loop lives beside the sampler's engine."""
+    """Call a function that imports trackers where that memory ends with it: the loop lives beside an engine."""
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
         pool.submit(function, *arguments).result()
 

@@ -1,6 +1,7 @@
 """What a run has come to: summary.json, metrics.jsonl, TensorBoard events and the table at the end."""
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -102,16 +103,28 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_events(paths: RunPaths, iterations: Sequence[dict[str, Any]]) -> None:
-    """Write RUN_DIR/tensorboard anew: win rates and answer lengths, an iteration a step."""
-    from torch.utils.tensorboard import SummaryWriter  # torch and TensorBoard: seconds, only where needed
+    """Write RUN_DIR/tensorboard anew: win rates and answer lengths, an iteration a step.
 
+    By TensorBoard's records, without the writer around them, which imports TensorFlow where it is installed.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    now = time.time()
+    events = [Event(wall_time=now, file_version="brain.Event:2")]
+    for entry in iterations:
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in evaluation_metrics(entry).items()]
+        events.append(Event(wall_time=now, step=entry["iteration"], summary=Summary(value=values)))
+    # A reader that follows the directory takes a later name for what comes next.
+    name = f"events.out.tfevents.{int(now):010d}.self-play"
     with (
         atomic_directory(paths.run_dir / EVENTS_NAME, replaces="events.*") as directory,
-        SummaryWriter(str(directory)) as writer,
+        open(directory / name, "wb") as file,
     ):
-        for entry in iterations:
-            for name, value in evaluation_metrics(entry).items():
-                writer.add_scalar(name, value, entry["iteration"])
+        records = RecordWriter(file)
+        for event in events:
+            records.write(event.SerializeToString())
 
 
 def evaluation_metrics(result: dict[str, Any]) -> dict[str, float]:

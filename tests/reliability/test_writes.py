@@ -151,7 +151,7 @@ class Stand:
             assert ended.code == 0, what
         elif fault.kind in SIGNALS:
             code = 130 if fault.kind == "SIGINT" else -signal.Signals[fault.kind]
-            assert ended.code in ((code, 0) if self.writer.varies else (code,)), what
+            assert ended.code == code, what
         else:
             assert ended.code in (0, 2), what
         if ended.code == 2:

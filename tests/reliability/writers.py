@@ -34,8 +34,6 @@ class Writer:
     """Which version a state is that is neither's bytes; None: there may be no such state."""
     prepare: Callable[[Path], object] = lambda inputs: None
     """Makes the inputs."""
-    varies: bool = False
-    """A thread of it gathers what it writes: there may be fewer operations than the last time."""
     loses: bool = False
     """It is a cache, a log that says of itself that it may be lost, or tidying, which waits for the next time: an
     error is no fault of the command."""
@@ -313,7 +311,7 @@ def read_summed(inputs: Path, place: Path) -> int:
 
 
 def write_events(inputs: Path, place: Path, version: int) -> None:
-    """TensorBoard's own writer, whose file is named by time, host and process: here by nothing."""
+    """TensorBoard's events, in a file that is named by the time: here at one moment."""
     from megatron_sppo.selfplay.paths import RunPaths
     from megatron_sppo.selfplay.summary import write_events
 
@@ -323,11 +321,7 @@ def write_events(inputs: Path, place: Path, version: int) -> None:
         "win_rate_vs_previous": None,
         "mean_response_tokens": float(version),
     }
-    with (
-        patch("time.time", lambda: 1.0),
-        patch("socket.gethostname", lambda: "host"),
-        patch("tensorboard.summary.writer.event_file_writer.os.getpid", lambda: 1),
-    ):
+    with patch("time.time", lambda: 1.0):
         write_events(RunPaths(run_dir=place), [entry])
 
 
@@ -457,7 +451,7 @@ WRITERS = (
     Writer("step files", append_steps, read_steps),
     Writer("state", write_state, read_state_, prepare=preference_rows),
     Writer("summary", sum_up, read_summed),
-    Writer("events", write_events, varies=True),
+    Writer("events", write_events),
     Writer("report", report),
     Writer("resolved config", write_config),
     Writer("prompts", write_prompts),
