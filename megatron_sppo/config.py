@@ -10,6 +10,7 @@ A number's annotation says what it may be (`PositiveInt`, `Annotated[float, Rang
 """
 
 import contextlib
+import copy
 import dataclasses
 import io
 import itertools
@@ -17,7 +18,7 @@ import json
 import logging
 import sys
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -328,18 +329,20 @@ def _construct(
     config_class: type[ConfigT], name: str, description: str, from_file: list[str], typed: list[str], file: str
 ) -> ConfigT:
     """Let tyro read the tokens -> an instance; its boxed messages become one ConfigError line."""
+    wants_help = typed == ["--help"]
     extended = dataclasses.make_dataclass(
         config_class.__name__,
         [
             ("config", Annotated[Path | None, tyro.conf.arg(help="YAML file with settings; flags win over it.")], None),
             ("debug", Annotated[bool, tyro.conf.arg(help="Show tracebacks."), tyro.conf.FlagCreatePairsOff], False),
+            *([] if wants_help else _without_help(config_class)),
         ],
         bases=(config_class,),
         frozen=True,
         kw_only=True,
     )
     console = io.StringIO()
-    width = contextlib.nullcontext() if typed == ["--help"] else wide_console()
+    width = contextlib.nullcontext() if wants_help else wide_console()
     try:
         with contextlib.redirect_stderr(console), width:
             parsed: Any = tyro.cli(
@@ -354,6 +357,15 @@ def _construct(
             raise
         raise_config_error(exit_, console.getvalue(), {t.partition("=")[0] for t in from_file} - set(typed), file)
     return config_class(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(config_class)})  # type: ignore[arg-type]
+
+
+def _without_help(config_class: type[Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Define a class's sections again, with nothing to say: tyro (1.0) reads their sources for it, --help or not."""
+    plain, marked = (typing.get_type_hints(config_class, include_extras=extras) for extras in (False, True))
+    for field in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(plain[field.name]):
+            annotation: Any = Annotated[marked[field.name], tyro.conf.arg(help="")]
+            yield field.name, annotation, copy.copy(field)
 
 
 def _summary(config_class: type[Any]) -> str:
