@@ -150,6 +150,7 @@ def test_an_environment_that_allows_no_client_is_one_line(
 
 
 def test_a_closed_port_is_no_reply(server: Server) -> None:
+    server.shutdown()  # a thread that waits at the socket keeps it open
     server.server_close()
     with pytest.raises(NoReply, match="refused"):
         OpenAIServer(server.url, key="", timeout_seconds=5).exchange("/models")
