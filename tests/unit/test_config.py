@@ -1,6 +1,7 @@
 """Proves that command line, YAML and defaults meet in one validated config; each refusal is one useful line."""
 
 import dataclasses
+import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,17 @@ def from_yaml(tmp_path: Path, text: str, *argv: str) -> Run:
 
 def test_defaults_hold_where_nothing_is_said():
     assert parse("--load", "a") == Run(load=Path("a"))
+
+
+def test_no_source_is_read_where_nobody_asks_for_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[object] = []
+    source_of = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda of: read.append(of) or source_of(of))
+    parse("--load", "a", "--lr", "1")
+    assert read == []
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert read
 
 
 def test_flags_are_flat_and_kebab_case_and_the_later_one_wins():
