@@ -126,14 +126,14 @@ test: install
 AT_THE_START = $(shell $(LAYOUT_RUNS) sources)
 LAYOUT_RUNS = "$(INTERPRETER)" -m tests.layout_runs
 KIND := cover
-CASES = $(shell $(LAYOUT_RUNS) due cover || echo --first-cases)
+CASES = $(shell $(LAYOUT_RUNS) holds cover && echo --first-cases)
 
 test-full: KIND := every
 test-full: CASES := --all-layouts
 test-full: test
 
 full-run-is-due: interpreter
-	@$(LAYOUT_RUNS) due every
+	@! $(LAYOUT_RUNS) holds every
 
 lint: $(VENV)/.installed
 	@$(BIN)/ruff check

@@ -1,12 +1,12 @@
 """Whether the layouts of tests/distributed must run again: what they stand on, against what they last passed with.
 
-    python -m tests.layout_runs due every|cover                 exit code 0: it changed
+    python -m tests.layout_runs holds every|cover               exit code 0: it has not changed
     python -m tests.layout_runs sources                         what it is: two hashes
     python -m tests.layout_runs passed every|cover HASH HASH    note what it was, in layout_runs.json (commit it)
 
-`every` layout is due where training, model, data, planning or the range of megatron-core changed, `cover` (the pairs of
-choices that a change is tested under) where anything did that a test of several ranks imports. Where neither is due the
-first case of each test runs.
+Every layout must run again where training, model, data, planning or the range of megatron-core changed, their cover
+(the pairs of choices that a change is tested under) where anything did that a test of several ranks imports. Where
+neither must, the first case of each test runs.
 """
 
 import argparse
@@ -39,9 +39,9 @@ def _hash(files: set[Path], root: Path) -> str:
     return digest.hexdigest()
 
 
-def is_due(kind: str, now: dict[str, str], noted: Path) -> bool:
-    """Whether a kind of run has not passed with these sources, or nothing is noted."""
-    return not noted.is_file() or json.loads(noted.read_text(encoding="utf-8"))[kind] != now[kind]
+def holds(kind: str, now: dict[str, str], noted: Path) -> bool:
+    """Whether a kind of run has passed with these sources."""
+    return noted.is_file() and json.loads(noted.read_text(encoding="utf-8"))[kind] == now[kind]
 
 
 def note(kind: str, then: dict[str, str], noted: Path) -> None:
@@ -56,7 +56,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.layout_runs", description="Whether layouts must run again.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("sources")
-    kinds = {name: commands.add_parser(name) for name in ("due", "passed")}
+    kinds = {name: commands.add_parser(name) for name in ("holds", "passed")}
     for command in kinds.values():
         command.add_argument("kind", choices=("every", "cover"))
     for kind in ("every", "cover"):
@@ -66,8 +66,8 @@ def main() -> int:
         note(given.kind, {"every": given.every, "cover": given.cover}, NOTED)
         return 0
     now = sources(REPOSITORY)
-    if given.command == "due":
-        return 0 if is_due(given.kind, now, NOTED) else 1
+    if given.command == "holds":
+        return 0 if holds(given.kind, now, NOTED) else 1
     print(now["every"], now["cover"])
     return 0
 

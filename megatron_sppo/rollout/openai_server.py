@@ -15,16 +15,14 @@ import ipaddress
 import json
 import math
 import os
+import ssl
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_sppo.command_line import without_secrets
 from megatron_sppo.errors import ConfigError
-
-if TYPE_CHECKING:
-    import ssl
 
 LARGEST_REPLY_BYTES = 1 << 28
 _READ_OF_REFUSALS = 1 << 16

@@ -1,6 +1,9 @@
 """Proves of tests/layout_runs.py: which change makes which layouts due, and that a run is noted with what it ran on."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,10 +49,10 @@ def test_a_change_makes_due_what_stands_on_it(root: Path, name: str, due: set[st
     noted = root / "noted.json"
     layout_runs.note("every", layout_runs.sources(root), noted)
     before = layout_runs.sources(root)
-    assert not [kind for kind in before if layout_runs.is_due(kind, before, noted)]
+    assert all(layout_runs.holds(kind, before, noted) for kind in before)
     (root / name).write_text(FILES[name] + "A = 1\n")
     now = layout_runs.sources(root)
-    assert {kind for kind in now if layout_runs.is_due(kind, now, noted)} == due
+    assert {kind for kind in now if not layout_runs.holds(kind, now, noted)} == due
 
 
 def test_a_new_file_another_name_and_another_range_of_megatron_core_are_changes(root: Path) -> None:
@@ -67,12 +70,33 @@ def test_a_new_file_another_name_and_another_range_of_megatron_core_are_changes(
 
 def test_a_run_of_the_cover_is_no_run_of_every_layout_and_nothing_noted_is_due(tmp_path: Path) -> None:
     noted, old, new = tmp_path / "noted.json", {"every": "a", "cover": "b"}, {"every": "c", "cover": "d"}
-    assert layout_runs.is_due("cover", old, noted) and layout_runs.is_due("every", old, noted)
+    assert not layout_runs.holds("cover", old, noted) and not layout_runs.holds("every", old, noted)
     layout_runs.note("cover", old, noted)
-    assert layout_runs.is_due("every", old, noted) and not layout_runs.is_due("cover", old, noted)
+    assert layout_runs.holds("cover", old, noted) and not layout_runs.holds("every", old, noted)
     layout_runs.note("every", old, noted)
     layout_runs.note("cover", new, noted)
     assert json.loads(noted.read_text()) == {"every": "a", "cover": "d"}
+
+
+def test_exit_code_0_alone_says_that_a_run_holds_and_nothing_unreadable_does(root: Path) -> None:
+    """make takes any failure for a change."""
+    for name in ("layout_runs.py", "imports.py"):
+        shutil.copy(REPOSITORY / "tests" / name, root / "tests" / name)
+
+    def answer(*words: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-m", "tests.layout_runs", *words]
+        return subprocess.run(command, cwd=root, env={}, capture_output=True, text=True)
+
+    assert answer("passed", "every", *answer("sources").stdout.split()).returncode == 0
+    assert answer("holds", "every").returncode == answer("holds", "cover").returncode == 0
+    noted = root / "tests/layout_runs.json"
+    whole = noted.read_text()
+    for damaged in ("", "{}", whole[:-3]):
+        noted.write_text(damaged)
+        assert answer("holds", "cover").returncode != 0
+    noted.write_text(whole)
+    (root / "setup.py").unlink()
+    assert answer("holds", "cover").returncode != 0
 
 
 def test_the_repository_s_own_layouts_stand_on_the_rooms_below_training_and_on_no_judge() -> None:
