@@ -22,6 +22,7 @@ FILES = {
     "tests/models.py": "",
     "examples/pretrain_sppo.py": "",
     "tools/inspect_log_ratio.py": "",
+    "examples/configs/llama3_70b_h100.yaml": "",
 }
 
 
@@ -42,6 +43,7 @@ def root(tmp_path: Path) -> Path:
         ("tests/distributed/test_layouts.py", {"cover"}),
         ("tests/models.py", {"cover"}),
         ("examples/pretrain_sppo.py", {"cover"}),
+        ("examples/configs/llama3_70b_h100.yaml", {"cover"}),
         ("megatron_sppo/judge/rules.py", set()),
     ],
 )
