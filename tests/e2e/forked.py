@@ -10,6 +10,7 @@ file open is asked of its files.
 import atexit
 import contextlib
 import gc
+import io
 import logging
 import multiprocessing
 import multiprocessing.context
@@ -34,6 +35,7 @@ _CONTEXT.set_forkserver_preload(["tests.e2e.imported_once"])
 FORKED_MODULES = (
     "megatron_sppo",
     "megatron_sppo.cluster.kept",
+    "megatron_sppo.rollout.template_child",
     "torch.distributed.run",
     "vllm.entrypoints.openai.api_server",
 )
@@ -144,10 +146,12 @@ def _main(words: list[str], environment: dict[str, str], directory: Path, places
 
 def _run(words: Sequence[str]) -> None:
     """Run what `python WORDS` would."""
-    sys.stdin = open(0, closefd=False)  # multiprocessing has put another in its place
-    if words[0] == "-u":
-        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
-        words = words[1:]
+    is_unbuffered = words[0] == "-u"
+    words = words[is_unbuffered:]
+    # Others may be in their places: multiprocessing's, pytest's.
+    sys.stdin = open(0, closefd=False)
+    sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), write_through=is_unbuffered)
+    sys.stderr = io.TextIOWrapper(open(2, "wb", 0, closefd=False), errors="backslashreplace", write_through=True)
     is_module = words[0] == "-m"
     sys.argv = list(words[is_module:])
     if is_module:

@@ -8,9 +8,13 @@ import contextlib
 import gc
 import importlib
 import os
+import sys
 
 # Read when vLLM is imported; the package sets it too (rollout/vllm_start.py).
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+# It reads its environment when it is imported, by vLLM too: each process is to read its own.
+sys.modules["ray"] = None  # type: ignore[assignment]
 
 for _name in (
     "megatron.core.optimizer",
@@ -24,7 +28,9 @@ for _name in (
     "megatron_sppo.commands.self_play",
     "megatron_sppo.commands.train",
     "megatron_sppo.conversion.convert",
+    "megatron_sppo.cluster.worker",
     "megatron_sppo.judge.evaluation",
+    "megatron_sppo.judge.pairrm.judge",
     "megatron_sppo.judge.score",
     "megatron_sppo.report.page",
     "megatron_sppo.rollout.adapter_proof",
@@ -42,6 +48,7 @@ for _name in (
     "megatron_sppo.training.saving",
     "torch.distributed.run",
     "torch.utils.tensorboard",
+    "transformers.utils.chat_template_utils",
     "vllm.entrypoints.llm",
     "vllm.entrypoints.openai.api_server",
     "vllm.model_executor.models.llama",
@@ -50,6 +57,7 @@ for _name in (
 ):
     with contextlib.suppress(ModuleNotFoundError):  # what is optional
         importlib.import_module(_name)
+del sys.modules["ray"]
 
 # A collection in a child would visit, and so copy, every object of its parent's; vLLM collects ten times an engine.
 gc.collect()

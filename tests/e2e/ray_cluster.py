@@ -4,26 +4,41 @@ import contextlib
 import os
 import signal
 import socket
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 
+from tests.e2e import forking_python
+
 OBJECT_STORE_BYTES = 80 << 20
+RAY_WORKER = Path(__file__).with_name("ray_worker.py")
+PYTHON = """#!/bin/sh
+case "$1" in
+*/setup_worker.py | */default_worker.py) exec {forking} "$@" ;;
+*) exec {python} "$@" ;;
+esac
+"""
+"""What a node starts Python by: its workers are forked, which import Ray and the package in no time."""
 
 
 class ThreeNodes:
     """A cluster of three nodes with one CPU each."""
 
-    def __init__(self, *, num_gpus: int = 0) -> None:
+    def __init__(self, python: Path, *, num_gpus: int = 0) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # 15 is Ray's own: beside other tests a worker would starve
         from ray.cluster_utils import Cluster
 
         node: dict[str, Any] = {"num_cpus": 1, "num_gpus": num_gpus, "object_store_memory": OBJECT_STORE_BYTES}
-        self._cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-        self._others = [self._cluster.add_node(**node) for _ in range(2)]
+        with patch.object(sys, "executable", str(python)):
+            self._cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+            self._others = [self._cluster.add_node(**node) for _ in range(2)]
         self.address: str = self._cluster.address
 
     def actors(self) -> list[int]:
@@ -70,8 +85,13 @@ def free_port() -> int:
 
 def three_nodes(**settings: Any) -> Iterator[ThreeNodes]:
     """Have three nodes for a fixture."""
-    nodes = ThreeNodes(**settings)
-    try:
-        yield nodes
-    finally:
-        nodes.close()
+    with tempfile.TemporaryDirectory() as directory, forking_python.serving(Path(directory, "socket")):
+        forking, python = Path(directory, "forking"), Path(directory, "python")
+        forking_python.write_client(forking, Path(directory, "socket"), str(RAY_WORKER))
+        python.write_text(PYTHON.format(forking=forking, python=sys.executable))
+        python.chmod(0o755)
+        nodes = ThreeNodes(python, **settings)
+        try:
+            yield nodes
+        finally:
+            nodes.close()

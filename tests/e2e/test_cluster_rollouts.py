@@ -8,7 +8,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 pytest.importorskip("ray", reason="the extra `cluster` is not installed")
 
 from megatron_sppo.cluster.progress import read_progress
+from tests.e2e.forked import Forked
 from tests.e2e.ray_cluster import ThreeNodes, free_port, kill, three_nodes, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,19 +29,18 @@ def nodes() -> Iterator[ThreeNodes]:
     yield from three_nodes()
 
 
-def start(model: Path, output: Path, *more: str, seconds_per_shard: float = 0.5) -> "subprocess.Popen[str]":
-    command = [
-        *(sys.executable, str(ROOT / "tests/e2e/fake_rollouts.py"), "--model", str(model), "--output", str(output)),
-        *("--prompts", str(ROOT / "examples/data/prompts.jsonl"), "--limit", str(2 * NUM_SHARDS), "--shard-size", "2"),
-        *("--num-responses", "3", "--max-tokens", "12", *more),
+def start(model: Path, output: Path, *more: str, seconds_per_shard: float = 0.5) -> Forked:
+    flags = [
+        *("--model", model, "--output", output, "--prompts", ROOT / "examples/data/prompts.jsonl"),
+        *("--limit", 2 * NUM_SHARDS, "--shard-size", 2, "--num-responses", 3, "--max-tokens", 12, *more),
     ]
-    environment = {**os.environ, "FAKE_SECONDS_PER_SHARD": str(seconds_per_shard)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    settings = {"FAKE_SECONDS_PER_SHARD": str(seconds_per_shard)}
+    return Forked(ROOT / "tests/e2e/fake_rollouts.py", flags, settings)
 
 
-def ended(process: "subprocess.Popen[str]") -> "subprocess.CompletedProcess[str]":
+def ended(process: Forked) -> "subprocess.CompletedProcess[str]":
     out, err = process.communicate(timeout=500)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return subprocess.CompletedProcess([], process.wait(), out, err)
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
@@ -111,7 +110,7 @@ def test_an_actor_that_is_frozen_is_named_and_replaced_and_the_bytes_are_those_o
 ) -> None:
     """SIGSTOP: no thread of it runs, its connections stay, and Ray takes it for alive."""
     output = tmp_path / "rollouts"
-    pool = ("--ray", nodes.address, "--workers", "2", "--worker-timeout", "20")
+    pool = ("--ray", nodes.address, "--workers", "2", "--worker-timeout", "10")
     driver = start(tiny_llama_dir, output, *pool)
     wait_until(lambda: len(list(output.glob("shard-*.jsonl"))) >= 2, "two shards")
     frozen = nodes.actors()[0]

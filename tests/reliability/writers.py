@@ -247,8 +247,12 @@ def preference_rows(inputs: Path) -> None:
 
 def import_rows(inputs: Path, place: Path, version: int) -> None:
     from megatron_sppo.rollout.preferences import import_preferences
+    from tests.e2e.forked import ForkingPopen
 
-    import_preferences(inputs / f"rows{version}.jsonl", model=inputs / "model", output=place / "imported", shard_size=2)
+    with patch("subprocess.Popen", ForkingPopen):  # of the process that renders templates
+        import_preferences(
+            inputs / f"rows{version}.jsonl", model=inputs / "model", output=place / "imported", shard_size=2
+        )
 
 
 def append_steps(inputs: Path, place: Path, version: int) -> None:
