@@ -58,6 +58,8 @@ def fingerprint(policy: Policy, dataset: PreferenceDataset, batches: Batches, co
         "packed_sequence_size": batch.packed_sequence_size,
         "share_prompts": batch.share_prompts,
     }
+    if model.fp8 != "none" and model.first_last_layers_bf16:
+        names["first_last_layers_bf16"] = True  # not named where it is not so, as in files from before it was
     if _num_passes(batches, config) > 1:
         names["epochs"] = {
             "num_epochs": _num_passes(batches, config),

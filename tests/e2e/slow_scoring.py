@@ -1,9 +1,11 @@
 """tools/score_pairrm.py with judges that take their time, wherever they judge: it lasts long enough to be killed.
 
-SLOW_SECONDS: of a call, which is a shard. SLOW_PAUSE: while this file is there, no call ends. SLOW_LOG: file that each
-call appends its process to. SLOW_FIRST: the first process named there is at its first call until there are so many.
+SLOW_SECONDS: of a call, which is a shard. SLOW_MOST: file with a number; so many calls end, of all workers together,
+each of which adds a byte to FILE.ended. SLOW_LOG: file that each call appends its process to. SLOW_FIRST: the first
+process named there is at its first call until there are so many.
 """
 
+import fcntl
 import os
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ from megatron_sppo.commands import score
 from megatron_sppo.judge import workers
 from megatron_sppo.judge.workers import JudgeWorker, _Loaded, _Sent
 
-SETTINGS = {name: os.environ.get(name, "") for name in ("SLOW_SECONDS", "SLOW_PAUSE", "SLOW_LOG", "SLOW_FIRST")}
+SETTINGS = {name: os.environ.get(name, "") for name in ("SLOW_SECONDS", "SLOW_MOST", "SLOW_LOG", "SLOW_FIRST")}
 
 
 class SlowJudge:
@@ -31,9 +33,20 @@ class SlowJudge:
             while calls_of(log)[0] == str(os.getpid()) and len(calls_of(log)) < int(self._settings["SLOW_FIRST"]):
                 time.sleep(0.02)
         time.sleep(float(self._settings["SLOW_SECONDS"] or 0))
-        while self._settings["SLOW_PAUSE"] and os.path.exists(self._settings["SLOW_PAUSE"]):
-            time.sleep(0.02)
+        if most := self._settings["SLOW_MOST"]:
+            while not may_end(Path(most)):
+                time.sleep(0.02)
         return self._judge.judge_logits(groups)
+
+
+def may_end(most: Path) -> bool:
+    """Count one more call that ends, unless so many have."""
+    with open(most.with_name(f"{most.name}.ended"), "ab", buffering=0) as ended:
+        fcntl.flock(ended, fcntl.LOCK_EX)
+        if ended.seek(0, os.SEEK_END) >= int(most.read_text()):
+            return False
+        ended.write(b".")
+        return True
 
 
 def calls_of(log: str) -> list[str]:

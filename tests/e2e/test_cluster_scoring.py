@@ -92,9 +92,9 @@ class Stage:
     def __init__(self, nodes: ThreeNodes, output: Path, *arguments: object) -> None:
         self.nodes, self.output, self.num_kills = nodes, output, 0
         self.work_dir = output.with_name(f".{output.name}.scores")
-        self._pause = output.with_name(f"{output.name}.pause")
-        self._pause.touch()
-        self.process = begin(nodes, *arguments, "--output", output, seconds=0.02, SLOW_PAUSE=self._pause)
+        self._most = output.with_name(f"{output.name}.most")
+        self._most.write_text("0")
+        self.process = begin(nodes, *arguments, "--output", output, seconds=0.02, SLOW_MOST=self._most)
 
     def num_done(self) -> int:
         return len(list(self.work_dir.glob("scores-*.npz")))
@@ -110,20 +110,31 @@ class Stage:
             assert self.num_done() < NUM_SHARDS
 
     def judge_some(self, *, num_workers: int) -> None:
-        """Let all workers judge for a while; afterwards each is at a shard."""
+        """Let all workers judge two shards each, or one more and another less; afterwards each is at a shard."""
         wait_until(lambda: self._num_alive() == num_workers, f"{num_workers} workers")
         enough = self.num_done() + 2 * num_workers
-        self._pause.unlink()
-        wait_until(lambda: self.num_done() >= enough, "shards")
-        self._pause.touch()
+        self._allow(enough)
+        wait_until(lambda: self._is_under_way() and self.num_done() >= enough, "shards")
 
     def end(self) -> str:
         """Let it go on to its end -> what it said."""
-        self._pause.unlink()
-        return ended(self.process)
+        self._allow(sys.maxsize)
+        words = ended(self.process)
+        for file in (self._most, self._most.with_name(f"{self._most.name}.ended")):
+            file.unlink()
+        return words
+
+    def _allow(self, number: int) -> None:
+        new = self._most.with_suffix(".new")
+        new.write_text(str(number))
+        new.rename(self._most)
+
+    def _is_under_way(self) -> bool:
+        assert self.process.poll() is None, self.process.communicate()[1]
+        return True
 
     def _num_alive(self) -> int:
-        assert self.process.poll() is None, self.process.communicate()[1]
+        assert self._is_under_way()
         progress = read_progress(self.output)
         return progress.workers_alive if progress else 0
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -246,10 +247,18 @@ def preference_rows(inputs: Path) -> None:
 
 
 def import_rows(inputs: Path, place: Path, version: int) -> None:
-    from megatron_sppo.rollout.preferences import import_preferences
-    from tests.e2e.forked import ForkingPopen
+    """Chat templates, which write nothing, are rendered here: their own process costs each a second."""
+    from transformers.utils.chat_template_utils import render_jinja_template
 
-    with patch("subprocess.Popen", ForkingPopen):  # of the process that renders templates
+    from megatron_sppo.rollout.preferences import import_preferences
+    from megatron_sppo.rollout.template_process import _Renderer
+
+    def render_here(_: object, asked: dict[str, Any], conversations: list[Any]) -> list[str]:
+        settings = {"chat_template": asked["template"], "add_generation_prompt": asked["add_generation_prompt"]}
+        rendered: list[str] = render_jinja_template(conversations, **settings, **asked["values"])[0]
+        return rendered
+
+    with patch.object(_Renderer, "render", render_here):
         import_preferences(
             inputs / f"rows{version}.jsonl", model=inputs / "model", output=place / "imported", shard_size=2
         )

@@ -4,6 +4,8 @@ In place of a model stands a function of the row. The numbers themselves are in 
 pass that is killed in tests/e2e/test_reference_signals.py.
 """
 
+import dataclasses
+import itertools
 import logging
 import re
 import signal
@@ -123,6 +125,22 @@ class Pass:
 
 POLICY: Any = type("Policy", (), {"stages": (), "adapters": None})
 """Nothing is asked of it here but its hash, and whether it has adapters."""
+
+
+def test_what_precision_log_pi_was_computed_in_is_named(
+    monkeypatch: pytest.MonkeyPatch, dataset: PreferenceDataset
+) -> None:
+    """Names of runs without it are those of files from before it was named."""
+    run = Pass(monkeypatch, dataset.directory)
+
+    def names(**model: Any) -> dict[str, Any]:
+        config = dataclasses.replace(run.config, model=ModelConfig(**model))
+        return reference.fingerprint(POLICY, run.dataset, run.batches, config)
+
+    assert "first_last_layers_bf16" not in names() | names(fp8="hybrid")
+    several = [names(), names(params_dtype="float32"), names(fp8="hybrid"), names(fp8="hybrid", fp8_recipe="delayed")]
+    several.append(names(fp8="hybrid", first_last_layers_bf16=True))
+    assert all(one != other for one, other in itertools.combinations(several, 2))
 
 
 @pytest.fixture
