@@ -146,8 +146,7 @@ def _main(words: list[str], environment: dict[str, str], directory: Path, places
 
 def _run(words: Sequence[str]) -> None:
     """Run what `python WORDS` would."""
-    is_unbuffered = words[0] == "-u"
-    words = words[is_unbuffered:]
+    words, is_unbuffered = _without_options(words)
     # Others may be in their places: multiprocessing's, pytest's.
     sys.stdin = open(0, closefd=False)
     sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), write_through=is_unbuffered)
@@ -181,11 +180,17 @@ class ForkingPopen(subprocess.Popen[Any]):
 
 
 def _is_ours(command: Sequence[str]) -> bool:
-    words = [str(word) for word in command]
-    if words[0] != sys.executable:
+    program, *words = [str(word) for word in command]
+    if program != sys.executable:
         return False
-    words = words[2 if words[1] == "-u" else 1 :]
+    words, _ = _without_options(words)
     return words[1] in FORKED_MODULES if words[0] == "-m" else words[0].endswith(".py")
+
+
+def _without_options(words: Sequence[str]) -> tuple[list[str], bool]:
+    """Leave out Python's -P, which is as it is here, and -u -> (the words behind them, whether there was a -u)."""
+    first = next(number for number, word in enumerate(words) if word not in ("-P", "-u"))
+    return list(words[first:]), "-u" in words[:first]
 
 
 def _be(
