@@ -56,7 +56,7 @@ ENGINE := .cache/transformer-engine-2.11.0
 TRITON := .cache/triton-3.5.1-python$(VERSION)
 EMULATED := CUDALESS=1 PYTHONPATH=$(CURDIR)/tests/cudaless/startup:$(CURDIR)/$(ENGINE):$(CURDIR) $(PYTEST) -p tests.cudaless.plugin
 
-.PHONY: help interpreter install demo test test-full test-megatron test-megatron-full lint test-unit test-reliability test-distributed \
+.PHONY: help interpreter install demo test test-main test-beside test-full test-megatron test-megatron-full lint test-unit test-reliability test-distributed \
   test-triton test-cudaless test-gpu-emulated test-e2e soak full-run-is-due pages docs clean constraints pinned
 
 help:
@@ -113,12 +113,17 @@ demo: install $(SMOLLM2)/config.json
 	  $(if $(FLOAT32),--rollout-options dtype=float32)
 
 # vLLM first: it holds numpy and transformers below their newest releases, and all targets are to see the same ones. Then
-# what keeps one core busy, two beside each other, the longest first; then all that is dealt out to two workers, at once,
-# so that neither waits for the other but at the end.
+# all that is dealt out to two workers, and beside them, one after the other, what keeps one core busy: the workers'
+# first modules wait much, for processes that are killed and start again.
 test: install
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-cudaless lint docs test-triton
-	$(PYTEST) tests/e2e tests/distributed tests/reliability tests/unit tests/gpu $(CASES) $(TWO_AT_A_TIME)
+	@$(MAKE) --no-print-directory --jobs=2 CASES='$(CASES)' test-main test-beside
 	@$(LAYOUT_RUNS) passed $(KIND) $(AT_THE_START)
+
+test-main:
+	$(PYTEST) tests/e2e tests/distributed tests/reliability tests/unit tests/gpu $(CASES) $(TWO_AT_A_TIME)
+
+test-beside:
+	@$(MAKE) --no-print-directory --output-sync=target test-cudaless lint docs test-triton
 
 # Which cases tests of several ranks run: of a change, their pairwise cover; the first of each test where nothing changed
 # of what they stand on since the cover last passed (tests/layout_runs.json, which these targets write for you to commit).

@@ -39,11 +39,15 @@ _LEVELS = [logger.level for logger in _LOGGERS]
 @pytest.fixture(autouse=True)
 def _levels_of_logging() -> Iterator[None]:
     """Put levels back: commands that tests run in this process set them, as do peers on import."""
-    for logger, level in zip(_LOGGERS, _LEVELS, strict=True):
-        logger.setLevel(level)
+    _put_levels_back()
     yield
+    _put_levels_back()
+
+
+def _put_levels_back() -> None:
     for logger, level in zip(_LOGGERS, _LEVELS, strict=True):
-        logger.setLevel(level)
+        if logger.level != level:  # to set one costs all loggers their caches
+            logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
