@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_sppo.judge.joined_groups import prompt_texts_of
-
 if TYPE_CHECKING:
     from megatron_sppo.rollout.records import RolloutGroup, Turn
 
@@ -34,22 +32,16 @@ def pairrm_texts(group: RolloutGroup, *, reads: str) -> tuple[str, list[str]]:
             turns take llm-blender's own form of a conversation: earlier assistant turns stand before each candidate.
 
     Raises:
-        UnreadableGroup: the template is to be read, but the group holds no templated prompt, or several.
+        UnreadableGroup: the template is to be read, but the group holds no templated prompt.
     """
     texts = [response.text for response in group.responses]
     if reads == "template":
-        templated = {text for text in prompt_texts_of(group) if text is not None}
-        if not templated:
+        if group.prompt_text is None:
             raise UnreadableGroup(
                 "it has no prompt_text, which the official preset judges by: use --preset paper, or write the rollouts "
                 "with `megatron-sppo rollouts`"
             )
-        if len(templated) > 1:
-            raise UnreadableGroup(
-                "its answers were sampled by several chat templates, and the official preset judges by one: use "
-                "--preset paper, which judges by the user's words"
-            )
-        return templated.pop(), texts
+        return group.prompt_text, texts
     turns = _alternating_turns(group.messages)
     if len(turns) == 1:
         return turns[0], texts

@@ -1,6 +1,6 @@
 """What commands import until they do their work, imported once for all that is forked: of vLLM alone 12 seconds.
 
-That vLLM starts where the command itself imports it is proved by test_self_play_adapters and by the actors of
+That vLLM starts where the command itself imports it is proved by test_self_play_adapters and by the first engine of
 test_cluster_rollouts_vllm.
 """
 

@@ -20,9 +20,9 @@ OBJECT_STORE_BYTES = 80 << 20
 RAY_WORKER = Path(__file__).with_name("ray_worker.py")
 PYTHON = """#!/bin/sh
 case "$1" in
-*/setup_worker.py | */default_worker.py) exec {forking} "$@" ;;
-*) exec {python} "$@" ;;
+*/setup_worker.py | */default_worker.py) [ ! -e {forking} ] || exec {forking} "$@" ;;
 esac
+exec {python} "$@"
 """
 """What a node starts Python by: its workers are forked, which import Ray and the package in no time."""
 
@@ -30,7 +30,13 @@ esac
 class ThreeNodes:
     """A cluster of three nodes with one CPU each."""
 
-    def __init__(self, python: Path, *, num_gpus: int = 0) -> None:
+    def __init__(self, python: Path, fork_workers: Callable[[], None], *, num_gpus: int = 0) -> None:
+        """Start them.
+
+        Args:
+            fork_workers: begins with it, where workers are started as Ray does so far.
+        """
+        self.fork_workers = fork_workers
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # 15 is Ray's own: beside other tests a worker would starve
         from ray.cluster_utils import Cluster
@@ -83,14 +89,25 @@ def free_port() -> int:
         return int(place.getsockname()[1])
 
 
-def three_nodes(**settings: Any) -> Iterator[ThreeNodes]:
-    """Have three nodes for a fixture."""
+def three_nodes(*, forks: bool = True, **settings: Any) -> Iterator[ThreeNodes]:
+    """Have three nodes for a fixture.
+
+    Args:
+        forks: their workers are forked; else they start as Ray starts them, until `ThreeNodes.fork_workers`.
+    """
     with tempfile.TemporaryDirectory() as directory, forking_python.serving(Path(directory, "socket")):
         forking, python = Path(directory, "forking"), Path(directory, "python")
-        forking_python.write_client(forking, Path(directory, "socket"), str(RAY_WORKER))
         python.write_text(PYTHON.format(forking=forking, python=sys.executable))
         python.chmod(0o755)
-        nodes = ThreeNodes(python, **settings)
+
+        def fork_workers() -> None:
+            new = forking.with_suffix(".new")
+            forking_python.write_client(new, Path(directory, "socket"), str(RAY_WORKER))
+            new.rename(forking)
+
+        if forks:
+            fork_workers()
+        nodes = ThreeNodes(python, fork_workers, **settings)
         try:
             yield nodes
         finally:

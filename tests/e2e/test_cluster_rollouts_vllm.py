@@ -27,7 +27,7 @@ NUM_SHARDS = 8
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[ThreeNodes]:
-    yield from three_nodes()
+    yield from three_nodes(forks=False)
 
 
 def begin(model: Path, output: Path, *more: str) -> Forked:
@@ -45,17 +45,21 @@ def ended(process: Forked) -> None:
 
 
 def test_a_pool_s_engines_compute_with_each_iteration_s_adapter(nodes: ThreeNodes, tmp_path: Path) -> None:
-    """Greedy, in float32, by two engines, then one; a sampler starts where its engine is proven (vllm_engine.py)."""
+    """Greedy, in float32, by one engine, then two; a sampler starts where its engine is proven (vllm_engine.py).
+
+    The one imports vLLM in a worker that Ray has started, all others find it imported (ray_cluster.py).
+    """
     peft, torch, transformers = (pytest.importorskip(name) for name in ("peft", "torch", "transformers"))
     shape = {"head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}
     base = tiny_llama(tmp_path / "base", scale=0.1, **shape)
     greedy = ("--ray", nodes.address, "--num-responses", "1", "--temperature", "0")
     greedy += ("--max-tokens", "12", "--allow-no-signal", "--limit", "8", "--dtype", "float32")
     answers = []
-    for number, workers in ((1, "2"), (2, "1")):
+    for number, workers in ((1, "1"), (2, "2")):
         adapter = random_adapter(tmp_path / f"iter_{number}/adapter", base, scale=0.1, seed=number)
         output = tmp_path / f"iter_{number}/rollouts"
         ended(begin(base, output, "--adapter", str(adapter), "--workers", workers, *greedy))
+        nodes.fork_workers()
         assert read_manifest(output).adapter == str(adapter)
         policy = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         policy = peft.PeftModel.from_pretrained(policy, adapter).eval()

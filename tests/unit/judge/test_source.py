@@ -2,7 +2,6 @@
 
 import pytest
 
-from megatron_sppo.judge.joined_groups import join_groups
 from megatron_sppo.judge.source import UnreadableGroup, last_user_message, pairrm_texts
 from tests.unit.judge.groups import group_of
 
@@ -20,19 +19,6 @@ def test_the_official_preset_reads_the_templated_prompt() -> None:
 def test_the_official_preset_without_a_templated_prompt_is_refused() -> None:
     with pytest.raises(UnreadableGroup, match="--preset paper"):
         pairrm_texts(group_of("question", ["a"]), reads="template")
-
-
-def test_the_official_preset_judges_answers_by_one_templated_prompt() -> None:
-    """Sides of an evaluation: of one model's template or files of answers, but not of two models' templates."""
-    one, same, other, unknown = (
-        group_of("why?", [text], prompt_text=prompt)
-        for text, prompt in (("a", "<|user|>why?"), ("b", "<|user|>why?"), ("c", "[INST]why?"), ("d", None))
-    )
-    for group in (join_groups(one, same), join_groups(one, unknown), join_groups(unknown, one)):
-        assert pairrm_texts(group, reads="template")[0] == "<|user|>why?"
-    with pytest.raises(UnreadableGroup, match="several chat templates.*--preset paper"):
-        pairrm_texts(join_groups(one, other), reads="template")
-    assert pairrm_texts(join_groups(one, other), reads="message") == ("why?", ["a", "c"])
 
 
 def test_several_turns_take_llm_blenders_conversation_form() -> None:
