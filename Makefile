@@ -45,9 +45,11 @@ BRIEFLY := 2> >(grep -v '^WARNING' >&2) $(DOTS)
 # Tests and demo never ask a hub for what they build themselves, and two cores are best served by one thread a process.
 TEST_ENVIRONMENT := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 PYTEST := $(TEST_ENVIRONMENT) $(BIN)/python -m pytest --durations=25
-# Two tests at a time. The modules are dealt out whole, so that what their tests share is made once, and the long ones
-# first (tests/conftest.py); loadgroup does nothing under pytest 9.2 and xdist 3.8.
-TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
+# Of two cores one waits now and then (for ranks that meet, for processes that are killed and start again), so three tests
+# at a time; each takes some GiB. The modules are dealt out whole, so that what their tests share is made once, and the
+# long ones first (tests/conftest.py); loadgroup does nothing under pytest 9.2 and xdist 3.8.
+WORKERS ?= 3
+AT_A_TIME := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Transformer Engine's Python half, which runs on an emulated GPU (tests/cudaless). It stays out of the environment, where
 # it would change what the other tests see. Both lines of Megatron-Core take 2.11: 0.16 wants >= 2.9, < 2.12.
@@ -113,14 +115,14 @@ demo: install $(SMOLLM2)/config.json
 	  $(if $(FLOAT32),--rollout-options dtype=float32)
 
 # vLLM first: it holds numpy and transformers below their newest releases, and all targets are to see the same ones. Then
-# all that is dealt out to two workers, and beside them, one after the other, what keeps one core busy: the workers'
-# first modules wait much, for processes that are killed and start again.
+# all that is dealt out to the workers, whose first modules wait much, and beside them, one after the other, what keeps
+# one core busy.
 test: install
 	@$(MAKE) --no-print-directory --jobs=2 CASES='$(CASES)' test-main test-beside
 	@$(LAYOUT_RUNS) passed $(KIND) $(AT_THE_START)
 
 test-main:
-	$(PYTEST) tests/e2e tests/distributed tests/reliability tests/unit tests/gpu $(CASES) $(TWO_AT_A_TIME)
+	$(PYTEST) tests/e2e tests/distributed tests/reliability tests/unit tests/gpu $(CASES) $(AT_A_TIME)
 
 test-beside:
 	@$(MAKE) --no-print-directory --output-sync=target test-cudaless lint docs test-triton
@@ -146,11 +148,11 @@ lint: $(VENV)/.installed
 	@$(BIN)/mypy
 
 test-unit: $(VENV)/.installed
-	$(PYTEST) tests/unit tests/gpu $(TWO_AT_A_TIME)
+	$(PYTEST) tests/unit tests/gpu $(AT_A_TIME)
 
 # Faults that are made: some of each kind here, all of them and an hour of self-play among them in `make soak`.
 test-reliability: install
-	$(PYTEST) tests/reliability $(TWO_AT_A_TIME)
+	$(PYTEST) tests/reliability $(AT_A_TIME)
 
 SOAK_MINUTES ?= 60
 soak: install
@@ -160,8 +162,8 @@ soak: install
 # where a full run is due.
 CASES_AGAIN := --first-cases
 test-megatron: $(ENGINE)/.unpacked
-	$(EMULATED) @tests/cudaless/part.txt $(TWO_AT_A_TIME)
-	$(PYTEST) -m megatron tests/unit tests/distributed tests/reliability $(CASES_AGAIN) $(TWO_AT_A_TIME)
+	$(EMULATED) @tests/cudaless/part.txt $(AT_A_TIME)
+	$(PYTEST) -m megatron tests/unit tests/distributed tests/reliability $(CASES_AGAIN) $(AT_A_TIME)
 
 test-megatron-full: CASES_AGAIN :=
 test-megatron-full: test-megatron
@@ -175,7 +177,7 @@ test-triton: $(TRITON)/.unpacked
 
 # Up to four ranks a test.
 test-distributed: $(VENV)/.installed
-	$(PYTEST) tests/distributed $(CASES) $(TWO_AT_A_TIME)
+	$(PYTEST) tests/distributed $(CASES) $(AT_A_TIME)
 
 $(ENGINE)/.unpacked: | $(VENV)/.installed
 	@$(PIP) install --quiet --no-deps --target $(ENGINE) transformer-engine==2.11.0
@@ -198,7 +200,7 @@ docs: $(VENV)/.installed
 
 # Modules that start vLLM never run two at once: tests/e2e/conftest.py.
 test-e2e: install
-	$(PYTEST) tests/e2e $(TWO_AT_A_TIME)
+	$(PYTEST) tests/e2e $(AT_A_TIME)
 
 # Versions and hashes of all that is installed here, but for what comes in builds for the CPU: CI installs these first, and
 # finds nothing left to choose. Written anew, by whoever raises a version, on the platform that CI has.

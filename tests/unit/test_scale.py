@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import scale_rows
 from benchmarks.instruments import COUNTS, CountedArray, Instruments
-from benchmarks.record import peak_in_child
+from benchmarks.record import in_child
 from benchmarks.scale_counts import LINEAR, SHORT_SIZES, count_stages, growth
 from benchmarks.scale_rows import figures_before
 from benchmarks.scale_stages import STAGES
@@ -27,7 +27,7 @@ PER_PROMPT = [name for name, stage in STAGES.items() if not stage.is_per_step]
 @pytest.fixture(scope="module")
 def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[float]]]:
     """{stage: {count: at each size}}, taken in a process of their own: the counters stay in it for ever."""
-    counted: Any = peak_in_child(count_stages, tmp_path_factory.mktemp("scale"))
+    counted: Any = in_child(count_stages, tmp_path_factory.mktemp("scale"), start_method="fork")
     return counted
 
 
@@ -94,7 +94,7 @@ WORK = (_calls, _opens, _entries, _bytes_read, _bytes_written, _bytes_hashed)
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, float]]:
     """{count: its growth by work of SIZE pieces, and of SIZE^2}."""
-    measured: Any = peak_in_child(_grow, tmp_path_factory.mktemp("work"))
+    measured: Any = in_child(_grow, tmp_path_factory.mktemp("work"), start_method="fork")
     return measured
 
 
