@@ -43,7 +43,8 @@ DOTS := | { while read -r action what rest; do case "$$action" in Collecting|Dow
 BRIEFLY := 2> >(grep -v '^WARNING' >&2) $(DOTS)
 
 # Tests and demo never ask a hub for what they build themselves, and two cores are best served by one thread a process.
-TEST_ENVIRONMENT := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+# Bytecode is written wherever Python may: each of a thousand processes would compile the package and the tests anew.
+TEST_ENVIRONMENT := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=
 PYTEST := $(TEST_ENVIRONMENT) $(BIN)/python -m pytest --durations=25
 # Of two cores one waits now and then (for ranks that meet, for processes that are killed and start again), so three tests
 # at a time; each takes some GiB. The modules are dealt out whole, so that what their tests share is made once, and the
