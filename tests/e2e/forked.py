@@ -10,7 +10,6 @@ file open is asked of its files.
 import atexit
 import contextlib
 import gc
-import io
 import logging
 import multiprocessing
 import multiprocessing.context
@@ -147,10 +146,9 @@ def _main(words: list[str], environment: dict[str, str], directory: Path, places
 def _run(words: Sequence[str]) -> None:
     """Run what `python WORDS` would."""
     words, is_unbuffered = _without_options(words)
-    # Others may be in their places: multiprocessing's, pytest's.
-    sys.stdin = open(0, closefd=False)
-    sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), write_through=is_unbuffered)
-    sys.stderr = io.TextIOWrapper(open(2, "wb", 0, closefd=False), errors="backslashreplace", write_through=True)
+    sys.stdin = open(0, closefd=False)  # multiprocessing has put another in its place
+    if is_unbuffered:
+        sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
     is_module = words[0] == "-m"
     sys.argv = list(words[is_module:])
     if is_module:
