@@ -18,6 +18,7 @@ in FP8 (dry: in float32) on the same batches and compares the losses.
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -388,9 +389,20 @@ def compare(config: ThroughputConfig, root: Path) -> Iterator[list[Row]]:
     work = prepare(config, root)
     peers = _present(setup, config)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in (*setup.ours, *peers)}
+    unable: list[Row] = []
     for repeat in range(config.repeats):
         for index, name in enumerate(list(runs)[:: -1 if repeat % 2 else 1]):
-            runs[name].append(train(name, config, work, root / f"run_{repeat}_{index}", pairs=config.pairs_per_rank))
+            try:
+                done = train(name, config, work, root / f"run_{repeat}_{index}", pairs=config.pairs_per_rank)
+            except (OutOfMemory, RuntimeError) as error:
+                if name not in peers:
+                    raise
+                print(f"    {name} is left out: {error}", flush=True)
+                unable.append(figure(setup.figure, f"runs: {_why(error)}", None, None, name, None, None, None))
+                peers.remove(name)
+                del runs[name]
+            else:
+                runs[name].append(done)
         if repeat == 0:
             same = {name: done[0]["losses"] for name, done in runs.items() if "grouped" not in name}
             apart = check_losses(same, setup.tolerance)
@@ -404,7 +416,15 @@ def compare(config: ThroughputConfig, root: Path) -> Iterator[list[Row]]:
         rows = [_row(setup, name, f"{ours}: {metric}", pace[name], pace[ours]) for ours in setup.ours for name in peers]
         if setup.device == "cuda":
             rows += [_memory_row(setup, name, runs) for name in peers]
-        yield rows
+        yield rows + unable
+
+
+def _why(error: Exception) -> str:
+    """Say in a line why a peer cannot run."""
+    if isinstance(error, OutOfMemory):
+        return "no, its batch does not fit into the GPU's memory"
+    faults = re.findall(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)\b.*)", str(error), flags=re.MULTILINE)
+    return f"no, {(faults or ['see the output'])[0][:200]}"
 
 
 def fit(config: ThroughputConfig, root: Path) -> list[Row]:

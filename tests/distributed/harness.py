@@ -168,7 +168,8 @@ def _parse_once() -> None:
 def _run_job(job: dict[str, Any], control: Connection) -> tuple[bool, Any]:
     """Fork the ranks, gather their results -> (True, pickled results by rank) or (False, report)."""
     fork = multiprocessing.get_context("fork")
-    world_size, port = job["world_size"], _free_port()
+    world_size = job["world_size"]
+    port, reservation = _reserve_port()
     ranks: list[Any] = []
     pipes: list[Connection] = []
     outputs = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(world_size)]
@@ -185,6 +186,7 @@ def _run_job(job: dict[str, Any], control: Connection) -> tuple[bool, Any]:
         for process in ranks:
             _kill_group(process.pid)
             process.join()
+        reservation.close()
     if failures:
         return False, "\n".join(_report(rank, reason, outputs[rank]) for rank, reason in failures)
     return True, [results[rank] for rank in range(world_size)]
@@ -270,13 +272,21 @@ def _report(rank: int, reason: str, output: Any) -> str:
     return f"rank {rank} {reason.rstrip()}" + (f"\n--- end of rank {rank}'s output ---\n{tail}" if tail else "")
 
 
-def _free_port() -> int:
-    """Pick a port below the kernel's ephemeral range, where no connection of gloo's can take it before the ranks do."""
+def _reserve_port() -> tuple[int, socket.socket]:
+    """Pick a port that no other job is about to listen on -> (port, what keeps it from them until it is closed).
+
+    It is below the kernel's ephemeral range, where no connection of gloo's can take it before the ranks do. Jobs tell
+    each other by a name that one process at a time can have.
+    """
     while True:
-        port = secrets.choice(range(15000, 30000))
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
+        port, reservation = secrets.choice(range(20000, 30000)), socket.socket(socket.AF_UNIX)  # Ray's workers: below
+        try:
+            reservation.bind(f"\0megatron_sppo port {port}")
+            with socket.socket() as probe:
+                probe.bind(("", port))
+            return port, reservation
+        except OSError:
+            reservation.close()
 
 
 def _kill_group(group: int) -> None:
