@@ -125,7 +125,9 @@ PARTS = {
         commands=(f"{_THROUGHPUT} --part curve --steps 10",),
     ),
     "g3": Part(
-        proves="tokens per second beside TRL, losses equal", commands=(f"{_THROUGHPUT} --repeats 2",), needs=_TRL
+        proves="tokens per second beside TRL, losses equal",
+        commands=(f"{_THROUGHPUT} --repeats 2 --steps 40",),
+        needs=_TRL,
     ),
     "fit": Part(proves="tokens that memory holds, beside TRL", commands=(f"{_THROUGHPUT} --part fit",), needs=_TRL),
     "loop": Part(

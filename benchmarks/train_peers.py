@@ -61,7 +61,8 @@ def train_trl(hf: str, pairs: list[dict[str, Any]], output: str, settings: dict[
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    seconds: dict[str, Any] = {"reference": 0.0, "steps": [], "tokens": []}
+    seconds: dict[str, Any] = {"steps": [], "tokens": []}
+    reference: list[float] = []
     device = settings["device"]
     on_gpu = device == "cuda"
 
@@ -69,7 +70,7 @@ def train_trl(hf: str, pairs: list[dict[str, Any]], output: str, settings: dict[
         def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
             begin = now(device)
             result = super().compute_ref_log_probs(*args, **kwargs)
-            seconds["reference"] += now(device) - begin
+            reference.append(now(device) - begin)
             return result
 
         def training_step(self, model: Any, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +103,7 @@ def train_trl(hf: str, pairs: list[dict[str, Any]], output: str, settings: dict[
         gradient_checkpointing=False,
         remove_unused_columns=False,  # or the lengths are lost
         use_cpu=not on_gpu,
-        bf16=on_gpu,
+        bf16=on_gpu and not settings["float32"],
         use_liger_kernel=settings["liger"],
         logging_steps=1,
         save_strategy="no",
@@ -126,6 +127,8 @@ def train_trl(hf: str, pairs: list[dict[str, Any]], output: str, settings: dict[
     for row, pair in zip(trainer.train_dataset, pairs, strict=True):
         assert all(row[f"{name}_ids"] == pair[name] for name in ("prompt", "chosen", "rejected"))
     trainer.train()
+    timed = reference[1:] if on_gpu else reference  # the first batch compiles kernels
+    seconds["reference"] = sum(timed) * len(reference) / len(timed)
     if on_gpu:
         seconds["peak"] = torch.cuda.max_memory_allocated()
     return {"losses": [line["loss"] for line in trainer.state.log_history if "loss" in line], **seconds}
