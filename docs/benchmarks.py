@@ -248,9 +248,9 @@ second. The judge prefers shorter answers. Seconds are mostly of imports and of 
     Figure(
         title="G3 and G4: peers on a GPU",
         text="""\
-Not measured. G3, training beside TRL: at least 2x real tokens a second, at least 3x the tokens that fit; run dry on a CPU at
-a toy size with the wheels that a GPU machine gets. G4, PairRM: at least 8x llm-blender at batch 1, at least 2x its best
-batch. The losses of 40 steps in FP8 and bfloat16, within 5 %, neither.""",
+Not measured. G3, training beside TRL: at least 2x real tokens a second, at least 3x the tokens that fit; run dry on a
+CPU at a toy size. G4, PairRM: at least 8x llm-blender at batch 1, at least 2x its best batch. The losses of 40 steps in
+FP8 and bfloat16, within 5 %, neither.""",
         command="benchmarks/hopper.sh g3 fit g4 curve",
     ),
 )

@@ -5,6 +5,14 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.e2e import forked
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let xdist's workers fork commands from one process, which imports while they collect."""
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        forked.share_server()
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_vllm_at_a_time(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

@@ -13,6 +13,8 @@ import gc
 import logging
 import multiprocessing
 import multiprocessing.context
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import random
 import runpy
@@ -31,6 +33,8 @@ SCRIPT = ROOT / "examples/pretrain_sppo.py"
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.e2e.imported_once"])
+_SERVER: Any = multiprocessing.forkserver._forkserver  # type: ignore[attr-defined]
+_ADDRESS_VARIABLE = "MEGATRON_SPPO_TESTS_FORK_SERVER"
 FORKED_MODULES = (
     "megatron_sppo",
     "megatron_sppo.cluster.kept",
@@ -112,6 +116,23 @@ class Training(Forked):
 
     def __init__(self, arguments: Sequence[object], environment: Mapping[str, str] | None = None) -> None:
         super().__init__(SCRIPT, arguments, environment)
+
+
+def share_server() -> None:
+    """Start the process that is forked from, for the processes too that this one starts; it ends with this one."""
+    _SERVER.ensure_running()
+    os.environ[_ADDRESS_VARIABLE] = _SERVER._forkserver_address
+
+
+def _take_shared_server(address: str) -> None:
+    """Fork from the process that another has started (multiprocessing.forkserver, Python 3.11 to 3.13)."""
+    _SERVER._forkserver_address = address
+    _SERVER._forkserver_alive_fd = os.open(os.devnull, os.O_WRONLY)  # the other's keeps it alive
+    _SERVER.ensure_running = multiprocessing.resource_tracker.ensure_running
+
+
+if _ADDRESS_VARIABLE in os.environ:
+    _take_shared_server(os.environ[_ADDRESS_VARIABLE])
 
 
 def hear_signals() -> None:
