@@ -12,20 +12,28 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+_BY_NAME = re.compile(r"""(["'])(megatron(?:\.\w+)+)\1""")
+"""As importlib.import_module takes it."""
+
+
 @cache
 def imported(path: Path) -> frozenset[str]:
     """Names that a file imports, in full: `from a import b` counts as a.b, and so does the text "megatron.core"."""
-    return frozenset(_imports(ast.parse(path.read_text(encoding="utf-8"))))
+    text = path.read_text(encoding="utf-8")
+    by_name = (name for _, name in _BY_NAME.findall(text))
+    return frozenset((*_imports(ast.parse(text).body), *by_name))
 
 
-def _imports(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
+def _imports(statements: Iterable[ast.AST]) -> Iterator[str]:
+    for node in statements:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Constant) and re.fullmatch(r"megatron(\.\w+)+", str(node.value)):
-            yield str(node.value)  # importlib.import_module("megatron.core")
+        else:  # expressions, in which nothing is imported, are passed over
+            for blocks in ("body", "handlers", "orelse", "finalbody", "cases"):
+                inner = getattr(node, blocks, ())
+                yield from _imports(inner if isinstance(inner, list) else ())
 
 
 @cache

@@ -21,7 +21,7 @@ from megatron_sppo.model_file import read_architecture
 from tests.distributed.conftest import all_layouts, write_dataset
 from tests.distributed.harness import run_ranks
 from tests.distributed.layouts import FULL, OVERLAP, PP2, SHARDED, SP, TP2, VPP2
-from tests.distributed.test_async_saves import KILLS, live_and_die, numbers
+from tests.distributed.test_async_saves import live_and_die, numbers
 from tests.distributed.test_pretrain import forget_after, losses, metrics, responses
 from tests.distributed.worlds import pretrain
 from tests.models import MIXTURES, tiny_llama
@@ -30,6 +30,8 @@ BASE = "--params-dtype float32 --lr 3e-3 --eta 100 --global-batch-size 8 --micro
 LORA = "--lora-rank 4 --lora-alpha 8"
 RESUMED = "--num-epochs 3 --save-interval 6"
 """12 steps, six of them after the checkpoint that the run is taken back to."""
+KILLS = 6
+"""Of the writer that test_async_saves kills twenty times; adapters differ in what is written."""
 
 Start = Callable[..., list[int]]
 
@@ -199,7 +201,7 @@ def test_experts_go_on_in_another_layout(run: Start, mixture: Path, tmp_path: Pa
     assert losses(save) == pytest.approx(expected, rel=1e-4)
 
 
-def test_twenty_kills_in_the_midst_of_saves_lose_nothing(run: Start, untied: Path, tmp_path: Path) -> None:
+def test_kills_in_the_midst_of_saves_lose_nothing(run: Start, untied: Path, tmp_path: Path) -> None:
     steps = f"{LORA} --lr 1e-4 --train-iters {3 * KILLS}"
     run(tmp_path / "whole", steps)
     save = tmp_path / "killed"
