@@ -35,13 +35,13 @@ def write_client(program: Path, address: Path, *words: str) -> None:
 
 
 @contextlib.contextmanager
-def serving(address: Path) -> Iterator[None]:
-    """Have a server for the block."""
+def serving(address: Path) -> Iterator[int]:
+    """Have a server for the block -> its pid; what it forks are its children."""
     server = Forked(Path(__file__), [address])
     while not address.exists() and server.poll() is None:
         time.sleep(0.05)
     try:
-        yield
+        yield server.pid
     finally:
         server.kill()
 

@@ -1,6 +1,7 @@
 """Three Ray nodes on this machine, as Ray itself tests with, and the processes of their actors."""
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -30,13 +31,15 @@ exec {python} "$@"
 class ThreeNodes:
     """A cluster of three nodes with one CPU each."""
 
-    def __init__(self, python: Path, fork_workers: Callable[[], None], *, num_gpus: int = 0) -> None:
+    def __init__(self, python: Path, fork_workers: Callable[[], None], *, forked_by: int, num_gpus: int = 0) -> None:
         """Start them.
 
         Args:
             fork_workers: begins with it, where workers are started as Ray does so far.
+            forked_by: pid of whose children those are that are forked.
         """
         self.fork_workers = fork_workers
+        self._parents = psutil.Process(), psutil.Process(forked_by)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # 15 is Ray's own: beside other tests a worker would starve
         from ray.cluster_utils import Cluster
@@ -50,13 +53,13 @@ class ThreeNodes:
     def actors(self) -> list[int]:
         """List the processes that hold an actor of the pool -> pids."""
         found = []
-        for process in psutil.Process().children(recursive=True):
+        for process in itertools.chain.from_iterable(parent.children(recursive=True) for parent in self._parents):
             try:
                 if "ray::Desk" in " ".join(process.cmdline()):
                     found.append(process.pid)
             except psutil.Error:
                 continue
-        return sorted(found)
+        return sorted(set(found))
 
     def remove_a_node(self) -> None:
         """Kill a node with all that runs on it."""
@@ -95,7 +98,7 @@ def three_nodes(*, forks: bool = True, **settings: Any) -> Iterator[ThreeNodes]:
     Args:
         forks: their workers are forked; else they start as Ray starts them, until `ThreeNodes.fork_workers`.
     """
-    with tempfile.TemporaryDirectory() as directory, forking_python.serving(Path(directory, "socket")):
+    with tempfile.TemporaryDirectory() as directory, forking_python.serving(Path(directory, "socket")) as server:
         forking, python = Path(directory, "forking"), Path(directory, "python")
         python.write_text(PYTHON.format(forking=forking, python=sys.executable))
         python.chmod(0o755)
@@ -107,7 +110,7 @@ def three_nodes(*, forks: bool = True, **settings: Any) -> Iterator[ThreeNodes]:
 
         if forks:
             fork_workers()
-        nodes = ThreeNodes(python, fork_workers, **settings)
+        nodes = ThreeNodes(python, fork_workers, forked_by=server, **settings)
         try:
             yield nodes
         finally:
