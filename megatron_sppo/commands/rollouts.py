@@ -24,7 +24,7 @@ def main(name: str, argv: Sequence[str] | None = None) -> None:
     """Parse the command line, sample, report."""
     command = config.parse(Command, name=name, argv=argv, description=__doc__ or "")
     refuse_ranks(name)
-    from megatron_sppo.conversion.complete import check_complete  # brings torch, which --help need not wait for
+    from megatron_sppo.conversion.complete import check_complete  # --help need not wait for it
     from megatron_sppo.rollout.generate import generate_rollouts
 
     if not command.servers.server:
