@@ -278,8 +278,7 @@ def train(
     else:
         python, script = sys.executable, str(Path(__file__))
         arguments = ["rank", str(work.megatron), str(work.data), str(output), json.dumps(settings)]
-    for path in work.data.glob("reference.*"):  # kept beside the data by an earlier run: each pays for its own
-        path.unlink()
+    _forget_reference(work.data)  # an earlier run's: each pays for its own
     launcher = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={setup.ranks}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with open(f"{output}.log", "wb") as log:
@@ -304,6 +303,12 @@ def train(
         flush=True,
     )
     return result
+
+
+def _forget_reference(data: Path) -> None:
+    """Remove the reference pass's results, which are kept beside the data."""
+    for path in data.glob("reference.*"):
+        path.unlink()
 
 
 class OutOfMemory(Exception):
@@ -349,8 +354,7 @@ def rank_main(megatron: str, data: str, output: str, settings: dict[str, Any]) -
     compute = partial(reference.load_or_compute, policy, dataset, batches, progress.reference, config=config, stop=stop)
     if settings["device"] == "cuda":  # compiles kernels
         compute()
-        for path in Path(data).glob("reference.*"):
-            path.unlink()
+        _forget_reference(Path(data))
     begin = clock()
     reference_GK = compute()
     result: dict[str, Any] = {"reference": clock() - begin, "steps": [], "tokens": []}

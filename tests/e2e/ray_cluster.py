@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import os
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -83,13 +82,6 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 300.0) 
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
         time.sleep(0.05)
     return found
-
-
-def free_port() -> int:
-    """Find a port that nobody listens on."""
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return int(place.getsockname()[1])
 
 
 def three_nodes(*, forks: bool = True, **settings: Any) -> Iterator[ThreeNodes]:

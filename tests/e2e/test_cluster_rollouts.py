@@ -18,7 +18,8 @@ pytest.importorskip("ray", reason="the extra `cluster` is not installed")
 
 from megatron_sppo.cluster.progress import read_progress
 from tests.e2e.forked import Forked
-from tests.e2e.ray_cluster import ThreeNodes, free_port, kill, three_nodes, wait_until
+from tests.e2e.ray_cluster import ThreeNodes, kill, three_nodes, wait_until
+from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_SHARDS = 24
@@ -125,7 +126,7 @@ def test_an_actor_that_is_frozen_is_named_and_replaced_and_the_bytes_are_those_o
 
 
 def test_what_cannot_be_had_is_one_line(nodes: ThreeNodes, tiny_llama_dir: Path, tmp_path: Path) -> None:
-    dead = f"127.0.0.1:{free_port()}"
+    dead = f"127.0.0.1:{free_ports(1)[0]}"
     for number, (flags, words) in enumerate(
         (
             (("--ray", dead), "nobody answers at 127.0.0.1:"),

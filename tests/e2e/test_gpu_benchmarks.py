@@ -174,18 +174,7 @@ def test_the_door_explains_itself_and_refuses_here(tmp_path: Path) -> None:
         ("train_gpu", ["--shape", "tiny", "--repeats", "1"], "train_gpu_tiny"),
         (
             "train_throughput",  # its other parts need TRL, which has an environment of its own
-            [
-                "--setup",
-                "dry",
-                "--part",
-                "curve",
-                "--peer-python",
-                sys.executable,
-                "--steps",
-                "2",
-                "--pairs-per-rank",
-                "1",
-            ],
+            ["--setup=dry", "--part=curve", "--steps=2", "--pairs-per-rank=1", "--peer-python", sys.executable],
             "train_throughput_dry_curve",
         ),
     ],
