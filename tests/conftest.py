@@ -150,3 +150,6 @@ def pytest_collection_finish() -> None:
     """Leave what modules have imported out of collections: where a test asks for one, it took half a second each."""
     gc.collect()
     gc.freeze()
+    # A process that a test forks has no threads of its parent's: what is garbage here and ends by them (a process group
+    # of gloo's) would end it.
+    os.register_at_fork(after_in_child=gc.freeze)

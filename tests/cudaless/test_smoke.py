@@ -4,6 +4,7 @@ Errors are those of rounding to bfloat16, E4M3 and E5M2, which the emulation doe
 """
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -28,3 +29,10 @@ def test_the_smoke_test_passes_and_names_the_gpu(tmp_path: Path, monkeypatch: py
     assert len(figure["rows"]) == 20 and all(row["met"] for row in figure["rows"])
     assert figure["gpu"]["name"].startswith("NVIDIA H100")
     assert figure["gpu"]["power_limit_watts"] is None  # there is no NVML
+
+
+def test_a_kernel_s_process_that_dies_says_how_and_hides_no_other() -> None:
+    from benchmarks import smoke  # the test above runs it as the program that it is
+
+    rows = smoke.of_each({"dies": lambda: os._exit(7), "lives": lambda: [smoke._row("it", 0.0, 1.0)]})
+    assert [(row.metric, row.met) for row in rows] == [("dies: the process died (exit code 7)", False), ("it", True)]
