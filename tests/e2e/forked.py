@@ -161,11 +161,17 @@ def _main(words: list[str], environment: dict[str, str], directory: Path, places
     torchrun.Popen = ForkingPopen  # type: ignore[attr-defined]
     contexts = multiprocessing.context._concrete_contexts  # type: ignore[attr-defined]
     contexts["spawn"] = contexts["fork"]  # functions that are called in a process of their own
-    _run(words)
+    atexit._clear()
+    try:
+        _run(words)
+    finally:
+        _end()
 
 
 def _run(words: Sequence[str]) -> None:
     """Run what `python WORDS` would."""
+    sys.orig_argv = [sys.executable, *words]
+    _customize()
     words, is_unbuffered = _without_options(words)
     sys.stdin = open(0, closefd=False)  # multiprocessing has put another in its place
     if is_unbuffered:
@@ -176,6 +182,14 @@ def _run(words: Sequence[str]) -> None:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _customize() -> None:
+    """Run the `sitecustomize` of a folder on PYTHONPATH, if there is one, as Python does at its start."""
+    for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        if (found := Path(folder, "sitecustomize.py")).is_file():
+            runpy.run_path(str(found))
+            break
 
 
 class ForkingPopen(subprocess.Popen[Any]):
@@ -249,8 +263,7 @@ def _be(
         code = left.code
     except BaseException:  # noqa: BLE001 (as Python itself at its end)
         traceback.print_exc()
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
+    _end()
     if isinstance(code, str):
         sys.stderr.write(f"{code}\n")
         code = 1
@@ -258,6 +271,12 @@ def _be(
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(int(code or 0) & 0xFF)  # type: ignore[call-overload]
+
+
+def _end() -> None:
+    """Do what Python does at its end and a forked process does not: wait for threads, call what is to be called then."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
 
 
 def _let_go_of_files() -> None:

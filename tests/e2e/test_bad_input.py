@@ -7,7 +7,7 @@ a remedy; which words is in the table.
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from megatron_sppo.rollout.records import (
     write_manifest,
     write_shard,
 )
-from tests.commands import run_here, run_process
+from tests.commands import REPOSITORY, run_here
+from tests.e2e.forked import run_forked
 
 TRAIN = "examples/pretrain_sppo.py --load {megatron} --data {dataset} --save {new} --lr 1e-6 --params-dtype float32"
 GENERATE = "tools/generate_rollouts.py --model {hf} --output {new} --num-responses 2 --max-tokens 8"
@@ -253,11 +254,17 @@ PROCESSES = {
     "self-play: no such model",
     "report: no such run",
 }
-"""One of each tool, as a user runs it."""
+"""One of each tool, in a process that ends."""
 
 
 def arguments(command: str, places: dict[str, Path]) -> list[str]:
     return [part.format(**places) for part in command.split()]
+
+
+def run_apart(
+    script: str, *words: str, environment: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    return run_forked(REPOSITORY / script, words, environment)
 
 
 @pytest.mark.counts("bad inputs")
@@ -268,7 +275,7 @@ def test_bad_input_is_one_line_and_exit_code_2(name, world, tmp_path):
     if case.bad is not None:
         places["bad"] = case.bad(tmp_path, world)
     before = snapshot(tmp_path)
-    run = run_process if name in PROCESSES else run_here
+    run = run_apart if name in PROCESSES else run_here
     done = run(*arguments(case.command, places), environment=case.environment)
     last = done.stderr.splitlines()[-1] if done.stderr else ""
     assert done.returncode == 2, done.stderr[-3000:]
@@ -297,7 +304,7 @@ def small_disk(tmp_path):
     ],
 )
 def test_a_full_disk_is_one_line_and_leaves_no_temporaries(command, world, small_disk):
-    done = run_process(*arguments(command, {**world, "new": small_disk / "new"}))
+    done = run_apart(*arguments(command, {**world, "new": small_disk / "new"}))
     assert done.returncode == 2, done.stderr[-3000:]
     last = done.stderr.splitlines()[-1]
     assert ": error: " in last and "Free some space" in last, done.stderr[-3000:]
@@ -307,6 +314,6 @@ def test_a_full_disk_is_one_line_and_leaves_no_temporaries(command, world, small
 def test_a_read_only_place_is_one_line(world, small_disk):
     subprocess.run(["mount", "-o", "remount,ro,size=64m", str(small_disk)], check=True)
     command = "tools/convert.py import --hf {hf} --megatron {new}"
-    done = run_process(*arguments(command, {**world, "new": small_disk / "new"}))
+    done = run_apart(*arguments(command, {**world, "new": small_disk / "new"}))
     assert done.returncode == 2, done.stderr[-3000:]
     assert "Read-only file system" in done.stderr.splitlines()[-1]

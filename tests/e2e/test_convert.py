@@ -5,8 +5,6 @@ The logits' truth is transformers' LlamaForCausalLM; the Megatron model is the o
 
 import json
 import os
-import subprocess
-import sys
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +23,7 @@ from megatron_sppo.verification import verify as verification
 from megatron_sppo.verification.logits import hf_logits, prompt_logits
 from megatron_sppo.verification.probes import prompt_token_ids
 from tests.commands import run_here
+from tests.e2e.forked import run_forked
 from tests.families import FAMILIES, family_model
 from tests.models import tiny_llama
 
@@ -49,11 +48,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_theta": 77.0, "rope_type": "default"},
     },
 }
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS)
@@ -182,11 +176,11 @@ def test_a_changed_weight_is_found_in_tensors_and_in_logits(tmp_path: Path) -> N
 def test_import_export_verify_from_the_command_line(tmp_path: Path) -> None:
     hf, megatron, out, report = tmp_path / "hf", tmp_path / "megatron", tmp_path / "out", tmp_path / "report.json"
     tiny_llama(hf, dtype="bfloat16")
-    assert run("import", "--hf", hf, "--megatron", megatron).returncode == 0
+    assert run_forked(TOOL, ["import", "--hf", hf, "--megatron", megatron]).returncode == 0
     exported = run_here("tools/convert.py", "export", "--megatron", megatron / "iter_0000000", "--hf", out)
     assert exported.returncode == 0, exported.stderr
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in hf.iterdir()}
-    verified = run("verify", "--hf", out, "--megatron", megatron, "--json", report)
+    verified = run_forked(TOOL, ["verify", "--hf", out, "--megatron", megatron, "--json", report])
     assert verified.returncode == 0, verified.stderr
     assert "21 of 21 are equal bit for bit" in verified.stderr
     assert json.loads(report.read_text())["faults"] == []
@@ -226,7 +220,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[s
 
 @pytest.mark.parametrize("command", ["import", "export", "verify"])
 def test_help_says_what_each_flag_means(command: str) -> None:
-    result = run(command, "--help")
+    result = run_here("tools/convert.py", command, "--help")
     assert result.returncode == 0
     for flag in ("--hf", "--megatron"):
         assert flag in result.stdout

@@ -1,11 +1,10 @@
 """examples/pretrain_sppo.py as a process that is killed and stopped: what it leaves resumes to the same numbers.
 
 kill -9 at random moments, saves included, and SIGTERM. One process on the tiny Llama; layouts are in tests/distributed.
-Those that get SIGTERM are started as a user starts them, the others are forked (forked.py).
+The one that gets SIGTERM up to its end is started as a user starts it, the others are forked (forked.py).
 """
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -43,18 +42,6 @@ def train(root: Path, save: Path, *flags: str, **environment: str) -> Training:
 
 def places(root: Path, save: Path) -> list[str]:
     return ["--load", str(root / "megatron"), "--data", str(root / "data"), "--save", str(save)]
-
-
-def start(
-    root: Path, save: Path, *flags: str, stderr: int = subprocess.DEVNULL, **environment: str
-) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *places(root, save), *FLAGS, *flags],
-        stderr=stderr,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | environment,
-    )
 
 
 def numbers(save: Path) -> list[dict[str, float]]:
@@ -114,7 +101,7 @@ def test_a_run_that_is_interrupted_or_hung_up_leaves_what_the_same_command_goes_
 
 def test_sigterm_saves_and_exits_with_143_and_the_same_command_goes_on(world: Path) -> None:
     save = world / "stopped"
-    process = start(world, save)
+    process = train(world, save)
     wait_for_step(save, process, 3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=300) == 143
@@ -133,7 +120,8 @@ def test_a_second_sigterm_changes_nothing_and_trackers_hear_of_each_step_once(
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # for the reader here: the run sees to itself
     save, trackers = world / "stopped-twice", ("--tracker", "mlflow", "--tracker-offline")
-    process = start(world, save, *trackers, stderr=subprocess.PIPE)
+    command = [sys.executable, str(SCRIPT), *places(world, save), *FLAGS, *trackers]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
     wait_for_step(save, process, 3)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)

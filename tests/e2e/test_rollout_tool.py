@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("transformers")
 
 from megatron_sppo.rollout.records import read_manifest, read_rollouts
-from tests.commands import run_here, run_process
+from tests.commands import REPOSITORY, run_here
+from tests.e2e.forked import run_forked
 from tests.unit.rollout.test_server import FakeVllm, answer_to
 
 TOOL = "tools/generate_rollouts.py"
@@ -46,7 +47,7 @@ def test_a_server_run_writes_rollouts_and_reports_as_json(flags: dict[str, Any])
 
     server = FakeVllm(within_vocabulary, max_model_len=512)
     try:
-        done = run_process(TOOL, *spelled(flags), "--shard-size", 2, "--server", server.url, "--json")
+        done = run_forked(REPOSITORY / TOOL, [*spelled(flags), "--shard-size", 2, "--server", server.url, "--json"])
         assert done.returncode == 0, done.stderr
         again = run(*spelled(flags), "--shard-size", 2, "--server", server.url)
     finally:

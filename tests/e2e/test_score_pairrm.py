@@ -26,6 +26,7 @@ from megatron_sppo.judge.config import ScoreConfig
 from megatron_sppo.judge.score import score
 from megatron_sppo.report.page import write_report
 from tests.commands import run_here
+from tests.e2e import forked
 from tests.models import byte_tokenizer
 from tests.reliability.tally import Tally
 from tests.unit.judge.rollout_files import encoded, random_rollouts, raw_row, write_raw_rollouts
@@ -232,11 +233,8 @@ def test_imported_preferences_become_a_dataset_without_a_judge(tmp_path: Path) -
     probability = [[0.5, 0.7, 0.9], [0.3, 0.5, 0.8], [0.1, 0.2, 0.5]]
     row = {"prompt": "why?", "generate_0": "a", "generate_1": "b", "generate_2": "c", "probability": probability}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    importer = [sys.executable, REPOSITORY / "tools" / "import_preferences.py", "--rows", tmp_path / "rows.jsonl"]
-    imported = subprocess.run(
-        [*importer, "--model", tmp_path / "model", "--output", tmp_path / "r", "--json"],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT_SECONDS,
-    )  # fmt: skip
+    given = ["--rows", tmp_path / "rows.jsonl", "--model", tmp_path / "model", "--output", tmp_path / "r", "--json"]
+    imported = forked.run_forked(REPOSITORY / "tools" / "import_preferences.py", given)
     assert imported.returncode == 0, imported.stderr
     judge = json.loads(imported.stdout)["judge"]
     assert tool("--rollouts", tmp_path / "r", "--judge", judge, "--output", tmp_path / "d") == 0

@@ -9,13 +9,13 @@ import collections
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.forked import run_forked
 from tests.models import tiny_llama
 
 HERE = Path(__file__).resolve().parent
@@ -66,7 +66,6 @@ class Counted:
         log = self.directory / "events.txt"
         log.unlink(missing_ok=True)
         environment = {
-            **os.environ,
             "PYTHONPATH": os.pathsep.join([str(HERE / "file_layer"), os.environ["PYTHONPATH"]]),
             "COUNTED_ROOT": str(self.directory),
             "COUNTED_LOG": str(log),
@@ -74,10 +73,7 @@ class Counted:
             "OMP_NUM_THREADS": "1",
         }
         inputs = ("--config", "run.yaml", "--model", "model", "--prompts", "prompts.jsonl", "--output", "run")
-        command = [sys.executable, "-m", "megatron_sppo", "self-play", *inputs, *flags]
-        done = subprocess.run(
-            command, cwd=self.directory, env=environment, capture_output=True, text=True, timeout=900, check=False
-        )
+        done = run_forked("megatron_sppo", ["self-play", *inputs, *flags], environment, directory=self.directory)
         assert done.returncode == 0, done.stderr
         return read_events(log)
 

@@ -12,19 +12,22 @@ import builtins
 import hashlib
 import io
 import os
+import posix
+import sys
 from typing import Any
 
-_ROOT = os.environ["COUNTED_ROOT"] + os.sep
-_LOG = os.open(os.environ["COUNTED_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
+_ROOT, _LOG = os.environ["COUNTED_ROOT"] + os.sep, os.environ["COUNTED_LOG"]
 _LEAST_HASHED = 4096
 
-_write, _open, _close = os.write, os.open, os.close
+_write, _open, _close = posix.write, posix.open, posix.close
 _paths: dict[int, str] = {}
 
 
 def _note(what: str, num_bytes: int, path: str = "") -> None:
-    if num_bytes:
-        _write(_LOG, f"{os.getpid()} {what} {num_bytes} {path}\n".encode())
+    if num_bytes:  # the file is opened for each, as a process that is forked may close what it has from its parent
+        log = _open(_LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
+        _write(log, f"{os.getpid()} {what} {num_bytes} {path}\n".encode())
+        _close(log)
 
 
 def _counted(path: Any) -> str | None:
@@ -145,13 +148,13 @@ class _Hash:
         return getattr(self._hash, name)
 
 
-with _io_open("/proc/self/cmdline", "rb") as _command:
-    _note("command", 1, _command.read().replace(b"\0", b" ").replace(b"\n", b" ").decode())
-os.register_at_fork(after_in_child=lambda: _note("forked", os.getppid()))
-builtins.open = io.open = _counting_open
-os.open, os.close, _sendfile, os.sendfile = _opened, _closed, os.sendfile, _sent
-hashlib.sha256 = _Hash
-for _name in ("read", "pread", "preadv"):
-    _told(_name, "read")
-for _name in ("write", "pwrite", "pwritev"):
-    _told(_name, "write")
+_note("command", 1, " ".join(sys.orig_argv).replace("\n", " "))
+if not isinstance(builtins.open, type(_counting_open)):  # a process that was forked has the layer of its parent
+    os.register_at_fork(after_in_child=lambda: _note("forked", os.getppid()))
+    builtins.open = io.open = _counting_open
+    os.open, os.close, _sendfile, os.sendfile = _opened, _closed, os.sendfile, _sent
+    hashlib.sha256 = _Hash
+    for _name in ("read", "pread", "preadv"):
+        _told(_name, "read")
+    for _name in ("write", "pwrite", "pwritev"):
+        _told(_name, "write")
