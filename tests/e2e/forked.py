@@ -274,7 +274,7 @@ def _be(
 
 
 def _end() -> None:
-    """Do what Python does at its end and a forked process does not: wait for threads, call what is to be called then."""
+    """Do what Python does at its end and a forked process leaves out: wait for threads, call exit functions."""
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
 
