@@ -17,6 +17,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 
+from tests import huge_pages
 from tests.imports import imports_megatron
 
 pytest_plugins = ["tests.reliability.tally"]
@@ -150,6 +151,7 @@ def pytest_collection_finish() -> None:
     """Leave what modules have imported out of collections: where a test asks for one, it took half a second each."""
     gc.collect()
     gc.freeze()
+    huge_pages.collapse()
     # A process that a test forks has no threads of its parent's: what is garbage here and ends by them (a process group
     # of gloo's) would end it.
     os.register_at_fork(after_in_child=gc.freeze)

@@ -28,6 +28,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
+from tests import huge_pages
+
 DEFAULT_TIMEOUT = 180.0
 """Seconds for one job. Generous: a shared two-core machine is slow, and a hang shows every rank's stack."""
 
@@ -148,6 +150,7 @@ def serve(control: Connection) -> None:
     _parse_once()
     gc.collect()
     gc.freeze()  # The ranks' collector leaves the shared pages alone.
+    huge_pages.collapse()
     while True:
         try:
             job = control.recv()

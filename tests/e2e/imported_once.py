@@ -10,6 +10,8 @@ import importlib
 import os
 import sys
 
+from tests import huge_pages
+
 # Read when vLLM is imported; the package sets it too (rollout/vllm_start.py).
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
@@ -62,4 +64,5 @@ del sys.modules["ray"]
 # A collection in a child would visit, and so copy, every object of its parent's; vLLM collects ten times an engine.
 gc.collect()
 gc.freeze()
+huge_pages.collapse()
 gc.unfreeze = lambda: None
