@@ -1,11 +1,14 @@
 """vLLM holds some GiB: of the modules that start it (`*_vllm`) one runs at a time, whatever xdist has under way."""
 
 import fcntl
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests.e2e import forked
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, which an engine fills with zeros
 
 
 def pytest_configure(config: pytest.Config) -> None:

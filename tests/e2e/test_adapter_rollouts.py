@@ -28,10 +28,7 @@ from tests.e2e.forked import run_forked
 from tests.models import tiny_llama
 
 SHAPE: dict[str, Any] = {"head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128}
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}
+ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 TELL = """
 import json, sys
 import vllm

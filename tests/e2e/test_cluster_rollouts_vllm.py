@@ -36,7 +36,7 @@ def begin(model: Path, output: Path, *more: str) -> Forked:
         *("--limit", 2 * NUM_SHARDS, "--shard-size", 2, "--num-responses", 4, "--max-tokens", 192),
         *("--max-num-seqs", 16, *more),
     ]
-    return Forked(ROOT / "tools/generate_rollouts.py", flags, {"VLLM_CPU_KVCACHE_SPACE": "1"})
+    return Forked(ROOT / "tools/generate_rollouts.py", flags)
 
 
 def ended(process: Forked) -> None:
