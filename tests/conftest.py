@@ -147,11 +147,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU on this machine"))
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """Leave what modules have imported out of collections: where a test asks for one, it took half a second each."""
     gc.collect()
     gc.freeze()
-    huge_pages.collapse()
+    if len(session.items) > 100:  # it takes a second
+        huge_pages.collapse()
     # A process that a test forks has no threads of its parent's: what is garbage here and ends by them (a process group
     # of gloo's) would end it.
     os.register_at_fork(after_in_child=gc.freeze)
