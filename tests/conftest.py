@@ -22,6 +22,9 @@ from tests.imports import imports_megatron
 
 pytest_plugins = ["tests.reliability.tally"]
 
+# Collections of garbage cost a fifth of all the imports; pytest_collection_finish begins with them.
+gc.disable()
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -151,6 +154,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Leave what modules have imported out of collections: where a test asks for one, it took half a second each."""
     gc.collect()
     gc.freeze()
+    gc.enable()
     if len(session.items) > 100:  # it takes a second
         huge_pages.collapse()
     # A process that a test forks has no threads of its parent's: what is garbage here and ends by them (a process group

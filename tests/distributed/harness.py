@@ -142,6 +142,7 @@ class _Server:
 
 def serve(control: Connection) -> None:
     """Import what is heavy, then run jobs until the caller closes the connection."""
+    gc.disable()
     import torch
 
     torch.set_num_threads(1)
@@ -150,6 +151,7 @@ def serve(control: Connection) -> None:
     _parse_once()
     gc.collect()
     gc.freeze()  # The ranks' collector leaves the shared pages alone.
+    gc.enable()
     huge_pages.collapse()
     while True:
         try:

@@ -12,6 +12,8 @@ import sys
 
 from tests import huge_pages
 
+gc.disable()  # until all is there: collections on the way cost a fifth
+
 # Read when vLLM is imported; the package sets it too (rollout/vllm_start.py).
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
@@ -64,5 +66,6 @@ del sys.modules["ray"]
 # A collection in a child would visit, and so copy, every object of its parent's; vLLM collects ten times an engine.
 gc.collect()
 gc.freeze()
+gc.enable()
 huge_pages.collapse()
 gc.unfreeze = lambda: None

@@ -100,6 +100,10 @@ def test_an_interrupt_that_a_lock_s_own_error_hides_is_one_too():
     assert finish(start(body))[::2] == (130, "tool.py: interrupted\n")
 
 
+def test_imports_of_ten_thousand_objects_are_not_collected():
+    assert finish(start("import gc; print(gc.get_threshold()[0] >= 10_000)"))[1] == "True\n"
+
+
 def test_a_reader_that_leaves_is_no_error_message():
     process = start("for i in range(100000): print(i)")
     process.stdout.readline()
