@@ -189,7 +189,7 @@ def _run_job(job: dict[str, Any], control: Connection) -> tuple[bool, Any]:
         results, failures = _gather(ranks, pipes, control, job["timeout"])
     finally:
         for process in ranks:
-            _kill_group(process.pid)
+            _kill(process)
             process.join()
         reservation.close()
     if failures:
@@ -294,11 +294,11 @@ def _reserve_port() -> tuple[int, socket.socket]:
             reservation.close()
 
 
-def _kill_group(group: int) -> None:
+def _kill(rank: Any) -> None:
     """Kill a rank and whatever it started; nothing is left of one that ended well."""
-    for kill in (os.killpg, os.kill):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            kill(group, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(rank.pid, signal.SIGKILL)
+    rank.kill()  # it may not lead a group yet; unlike os.kill this knows whether the number is still the rank's
 
 
 def _die_with_parent() -> None:
