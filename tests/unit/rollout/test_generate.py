@@ -6,8 +6,6 @@ Not here: that vLLM samples from the model (tests/e2e/test_self_play_vllm.py).
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -263,39 +261,36 @@ def test_an_interrupted_run_resumes_and_ends_with_the_same_bytes(config: Generat
     assert files_of(config.output) == files_of(tmp_path / "at_once")
 
 
-def test_kill_9_at_any_moment_costs_at_most_the_shard_at_work(config: GenerateConfig, tmp_path: Path) -> None:
-    """A real process, killed in its 2nd, 3rd and 4th shard, which would never end; then run to the end."""
-    script = """
-import sys
-from pathlib import Path
-
-from megatron_sppo.rollout.generate import GenerateConfig, generate_rollouts
-from tests.unit.rollout.fake_sampler import FakeSampler, fake_factory
-
 class Stalling(FakeSampler):
-    def sample(self, shards, *, sampling, on_progress):
-        for shard in shards:
-            self._seconds_per_shard = 600 * (shard.index == int(sys.argv[4]))
-            yield from super().sample([shard], sampling=sampling, on_progress=on_progress)
+    """Never ends the shard of one number."""
 
-sys.modules["torch"] = None  # tokenizers do without it, and start in a third of the time
-model, prompts, output = map(Path, sys.argv[1:4])
-settings = {"num_responses": 3, "max_tokens": 8, "shard_size": 3}
-config = GenerateConfig(model=model, prompts=prompts, output=output, **settings)
-generate_rollouts(config, make_sampler=fake_factory(Stalling()))
-"""
-    root = Path(__file__).resolve().parents[3]
-    command = [sys.executable, "-c", script, str(config.model), str(config.prompts), str(config.output)]
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._number = number
+
+    def sample(self, shards: Any, **settings: Any) -> Any:
+        for shard in shards:
+            self._seconds_per_shard = 600 * (shard.index == self._number)
+            yield from super().sample([shard], **settings)
+
+
+def test_kill_9_at_any_moment_costs_at_most_the_shard_at_work(config: GenerateConfig, tmp_path: Path) -> None:
+    """A process of its own, killed in its 2nd, 3rd and 4th shard, which would never end; then run to the end."""
     for shards_before in (1, 2, 3):
-        process = subprocess.Popen([*command, str(shards_before)], cwd=root, stderr=subprocess.DEVNULL)
+        process = os.fork()
+        if process == 0:
+            try:
+                generate_rollouts(config, make_sampler=fake_factory(Stalling(shards_before)))
+            finally:
+                os._exit(1)
         try:
             deadline = time.monotonic() + 120
             while num_entered(config.output) < shards_before and time.monotonic() < deadline:
-                assert process.poll() is None
+                assert os.waitpid(process, os.WNOHANG) == (0, 0)
                 time.sleep(0.01)
         finally:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
         assert not (config.output / "manifest.json").exists()
     (config.output / ".shard-00003.jsonl.tmp-999999").write_text("half a sh")
     assert run(config) == [["p9"]]
