@@ -9,7 +9,6 @@ what comes out. Each kind of kernel has a process of its own, so that one that d
 wrong, or there is none for this GPU.
 """
 
-import contextlib
 import multiprocessing
 import sys
 from collections.abc import Callable
@@ -160,12 +159,13 @@ def of_each(kinds: dict[str, Callable[[], list[Row]]]) -> list[Row]:
         child = context.Process(target=lambda: there.send(measure()))  # noqa: B023 (it has forked when it is called)
         child.start()
         there.close()
-        found: list[Row] = []
-        with contextlib.suppress(EOFError):
-            found = here.recv()
-        child.join()
-        died = f"{kind}: the process died (exit code {child.exitcode})"
-        rows += found or [_figure(died, None, None, "float64", None, "lives", False)]
+        try:
+            rows += here.recv()
+            child.join()
+        except EOFError:
+            child.join()
+            died = f"{kind}: the process died (exit code {child.exitcode})"
+            rows.append(_figure(died, None, None, "float64", None, "lives", False))
     return rows
 
 

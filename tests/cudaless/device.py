@@ -229,10 +229,10 @@ _WAITING = {
 _INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 _TAKES_ANY = {aten.copy_.default, aten._to_copy.default, aten.set_.source_Tensor, aten.is_same_size.default,
               aten._has_compatible_shallow_copy_type.default}  # fmt: skip
-_TAKES_NO_NUMBER = {"mm", "bmm", "addmm", "baddbmm", "cat", "stack", "embedding", "gather", "scatter", "scatter_",
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
+_TAKES_NO_NUMBER = {*_PRODUCTS, "cat", "stack", "embedding", "gather", "scatter", "scatter_",
                     "scatter_add", "scatter_add_", "index_select", "index_add", "index_add_", "index_copy_",
                     "repeat_interleave"}  # fmt: skip
-_NO_INTEGERS = {"mm", "bmm", "addmm", "baddbmm"}
 
 
 def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -267,7 +267,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         wrapped[id(host)] = host, tensor
         return host
 
-    host_args, host_kwargs = _mapped(unwrap, (args, kwargs))
+    host_args, host_kwargs = mapped(unwrap, (args, kwargs))
     with in_kernel():
         result = KERNELS.get(func, func)(*host_args, **host_kwargs)
     if not to_gpu and not wrapped:
@@ -278,7 +278,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return wrapped[id(tensor)][1]
         return on_gpu(tensor) if to_gpu else tensor
 
-    return _mapped(wrap, result)
+    return mapped(wrap, result)
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -292,14 +292,14 @@ def _tensors(values: Any) -> Iterator[Tensor]:
         yield from _tensors(list(values.values()))
 
 
-def _mapped(function: Callable[[Tensor], Any], values: Any) -> Any:
-    """Put what a function makes of each tensor in its place."""
+def mapped(function: Callable[[Tensor], Any], values: Any) -> Any:
+    """Put what a function makes of each tensor in its place, in tuples, lists and dictionaries of arguments."""
     if isinstance(values, Tensor):
         return function(values)
     if isinstance(values, (tuple, list)):
-        return type(values)([_mapped(function, value) for value in values])
+        return type(values)([mapped(function, value) for value in values])
     if isinstance(values, dict):
-        return {name: _mapped(function, value) for name, value in values.items()}
+        return {name: mapped(function, value) for name, value in values.items()}
     return values
 
 
@@ -372,7 +372,7 @@ def check_collective(func: Any, args: Any, given: list[Tensor]) -> None:
 
 def check_types(name: str, given: list[Tensor]) -> None:
     """Refuse what CPU kernels take and CUDA's do not: cuBLAS multiplies no integers (ATen/native/cuda/Blas.cpp)."""
-    if name in _NO_INTEGERS and not given[-1].is_floating_point() and not given[-1].is_complex():
+    if name in _PRODUCTS and not given[-1].is_floating_point() and not given[-1].is_complex():
         raise RuntimeError(f'"addmm_cuda" not implemented for {given[-1].dtype}')
 
 
@@ -422,7 +422,7 @@ def _with_float32_sums(product: Any) -> Callable[..., Any]:
 
 
 KERNELS: dict[Any, Callable[..., Any]] = {
-    operator.default: _with_float32_sums(operator.default) for operator in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)
+    operator.default: _with_float32_sums(operator.default) for operator in (getattr(aten, name) for name in _PRODUCTS)
 } | {
     getattr(getattr(aten, name), overload): kernel
     for name, overload, kernel in (

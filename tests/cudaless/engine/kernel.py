@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from tests.cudaless.device import CudaTensor, host_of, in_kernel, is_foreign, on_gpu
+from tests.cudaless.device import CudaTensor, host_of, in_kernel, is_foreign, mapped, on_gpu
 
 CALLS: Counter[str] = Counter()
 """Calls by the extension's name of the kernel; products of FP8 operands also under the name with " fp8" behind it."""
@@ -26,21 +25,24 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def launched(*args: Any, **kwargs: Any) -> Any:
         CALLS[function.__name__] += 1
-        leaves, tree = tree_flatten((args, kwargs))
         given: dict[int, Tensor] = {}  # by the id of what shares its memory
-        for index, leaf in enumerate(leaves):
-            if isinstance(leaf, CudaTensor):
-                leaves[index] = host_of(leaf)
-                given[id(leaves[index])] = leaf
-            elif isinstance(leaf, Tensor) and not is_foreign(leaf) and leaf.numel():
+
+        def on_host(tensor: Tensor) -> Tensor:
+            if isinstance(tensor, CudaTensor):
+                host = host_of(tensor)
+                given[id(host)] = tensor
+                return host
+            if not is_foreign(tensor) and tensor.numel():
                 raise RuntimeError(
-                    f"{function.__name__}: a CPU tensor {tuple(leaf.shape)} of {leaf.dtype} among its arguments: "
+                    f"{function.__name__}: a CPU tensor {tuple(tensor.shape)} of {tensor.dtype} among its arguments: "
                     "CUDA error: an illegal memory access was encountered"
                 )
-        args, kwargs = tree_unflatten(leaves, tree)
+            return tensor
+
+        args, kwargs = mapped(on_host, (args, kwargs))
         with in_kernel():
             result = function(*args, **kwargs)
-        return tree_map(lambda leaf: given[id(leaf)] if id(leaf) in given else on_gpu(leaf), result)
+        return mapped(lambda tensor: given[id(tensor)] if id(tensor) in given else on_gpu(tensor), result)
 
     return launched
 
