@@ -4,8 +4,6 @@ FlexAttention's stand-in asks the predicate of every pair and has a backward pas
 Truth is attention written out, one sequence at a time. Context parallelism: `make test-gpu-emulated`'s layouts.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -13,9 +11,8 @@ from megatron_sppo.model.attention import DocumentAttention
 from megatron_sppo.model.visibility import PackedRow, Row
 from tests.cudaless.device import LOG
 from tests.cudaless.engine.kernel import CALLS
+from tests.unit.model.test_attention import CONFIG
 from tests.unit.model.trees import SEQUENCES, SMALL, Tree, random_heads, random_tree
-
-CONFIG = SimpleNamespace(attention_dropout=0.0, context_parallel_size=1)
 
 
 def on_the_gpu(tree: Tree) -> PackedRow:
