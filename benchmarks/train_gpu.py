@@ -234,7 +234,7 @@ def compare(config: TrainGpuConfig, data: Path) -> list[Row]:
         wide, narrow = rates.values()
         rows.append(
             _row(
-                f"tokens/s, {config.shape} shape, FP8 against bf16",
+                f"tokens/s, {config.shape} shape, FP8 {config.fp8_recipe} against bf16",
                 narrow,
                 wide,
                 "ours in bf16",
@@ -250,7 +250,7 @@ _row = partial(figure, "G2")
 
 
 def main() -> None:
-    """Measure and write benchmarks/results/<machine>/train_gpu_<shape>.json."""
+    """Measure and write benchmarks/results/<machine>/train_gpu_<shape>.json (another recipe's: _<recipe>.json)."""
     config = parse(TrainGpuConfig, name=NAME, description=str(__doc__))
     parallel.initialize(ParallelConfig(), seed=1)
     with tempfile.TemporaryDirectory() as directory:
@@ -258,8 +258,9 @@ def main() -> None:
         data = write_documents(Path(directory, "data"), SHAPES[config.shape], documents)
         rows = compare(config, data)
     parallel.shut_down()
+    recipe = "" if config.fp8_recipe == TrainGpuConfig.fp8_recipe else f"_{config.fp8_recipe}"
     write_results(
-        f"train_gpu_{config.shape}",
+        f"train_gpu_{config.shape}{recipe}",
         rows,
         machine=config.machine or describe_machine(),
         packages=["torch", "megatron-core"],

@@ -64,9 +64,12 @@ class Engine:
             self.llm: Any = vllm.LLM(trust_remote_code=False, disable_log_stats=True, **arguments)
         except (ValueError, RuntimeError, OSError) as error:
             # pydantic's ValidationError is a ValueError; an engine process that died is a RuntimeError.
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split())[:400]
+            if isinstance(error, RuntimeError):  # says no more than that a process of its own failed
+                printed = "above" if left_behind() is None else "in logs/engine.log of the run's directory"
+                reason += f"; what its processes printed {printed} says why"
             raise ConfigError(
-                f"vLLM cannot run {arguments['model']} here ({reason[:400]}). Set VLLM_LOGGING_LEVEL=INFO for its log; "
+                f"vLLM cannot run {arguments['model']} here ({reason}). Set VLLM_LOGGING_LEVEL=INFO for its log; "
                 "try --max-model-len, --tensor-parallel-size or --dtype."
             ) from error
 

@@ -8,6 +8,7 @@ import logging
 import sys
 from pathlib import Path
 
+import megatron.core.extensions.transformer_engine  # noqa: F401  (before a package of the engine's name is there)
 import pytest
 
 from megatron_sppo.errors import ConfigError

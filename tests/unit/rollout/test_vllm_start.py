@@ -163,3 +163,18 @@ def test_without_a_kept_process_it_ends_with_its_job(tiny_llama_dir: Path, monke
     monkeypatch.setattr(worker, "_left_behind", None)
     llm = job(tiny_llama_dir, None)
     assert llm.calls == ["shutdown"] and "enable_sleep_mode" not in llm.arguments
+
+
+@pytest.mark.parametrize(("kept", "where"), [(True, r"in logs/engine\.log of the run's directory"), (False, "above")])
+def test_an_engine_whose_process_died_points_to_what_that_printed(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, kept: bool, where: str
+) -> None:
+    """vLLM 0.23 on an H200, whose memory another process had given back while the engine measured it."""
+
+    def die(**_: Any) -> None:
+        raise RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
+
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", die)
+    monkeypatch.setattr(worker, "_left_behind", {} if kept else None)
+    with pytest.raises(ConfigError, match=rf"cannot run .*what its processes printed {where} says why"):
+        job(tiny_llama_dir, None)
