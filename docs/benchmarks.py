@@ -226,7 +226,7 @@ cut-cross-entropy hold less and are slower, by 1.1 to 1.6 and by 3 to 3.6.""",
 One H200. Both steps are of the same Megatron model, packs and optimizer; SPPO's is faster, for its head computes the
 positions of responses alone. FP8 pays where the layers are as wide as an 8B model's (eight of its layers here); at the
 1B shape Python cannot launch its smaller kernels fast enough, and bfloat16 is faster. Blockwise FP8, which scales each
-128 channels by themselves, is the slower recipe (`python -m benchmarks.train_gpu --shape 8b --fp8-recipe blockwise`).""",
+128 channels by themselves, is the slower recipe (`benchmarks.train_gpu --shape 8b --fp8-recipe blockwise`).""",
         command="benchmarks/hopper.sh g2",
         files=("h200/train_gpu_1b", "h200/train_gpu_8b", "h200/train_gpu_8b_blockwise"),
     ),

@@ -25,7 +25,7 @@ EXIT_HANG = 4
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
-_COLLECTED_AFTER = 10_000, 10, 10
+COLLECTED_AFTER = 10_000, 10, 10
 """New objects that a collection of garbage waits for (gc.set_threshold). With Python's own 700 a fifth of the time in
 which vLLM and Megatron-Core are imported goes to collections that find nothing."""
 _USER_ERRORS = (ConfigError, DataError, ConversionError, OSError)
@@ -43,7 +43,7 @@ def run(main: Callable[[], None], *, name: str) -> NoReturn:
         name: the file name of the tool as the user typed it, such as "convert.py".
     """
     debug = "--debug" in sys.argv[1:]
-    gc.set_threshold(*_COLLECTED_AFTER)
+    gc.set_threshold(*COLLECTED_AFTER)
     try:
         set_up_logging(debug=debug)
         main()

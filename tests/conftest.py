@@ -17,8 +17,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
 
-from tests import huge_pages
 from tests.imports import imports_megatron
+from tests.settled import settle
 
 pytest_plugins = ["tests.reliability.tally"]
 
@@ -152,11 +152,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Leave what modules have imported out of collections: where a test asks for one, it took half a second each."""
-    gc.collect()
-    gc.freeze()
-    gc.enable()
-    if len(session.items) > 100:  # it takes a second
-        huge_pages.collapse()
+    settle(for_forks=len(session.items) > 100)
     # A process that a test forks has no threads of its parent's: what is garbage here and ends by them (a process group
     # of gloo's) would end it.
     os.register_at_fork(after_in_child=gc.freeze)

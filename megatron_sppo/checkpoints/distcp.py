@@ -5,6 +5,7 @@ streams. Here they are read without Megatron, without a process group and withou
 metadata classes may appear in it, and tensors are loaded with weights_only. `distcp_writer` writes them.
 """
 
+import enum
 import functools
 import itertools
 import math
@@ -62,11 +63,20 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if module in ("pathlib", "pathlib._local") and name in ("PosixPath", "Path", "PurePosixPath"):
             return Path
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if (module, name) not in _CLASSES:
             raise ConversionError(
                 f"{METADATA_FILE} asks for {module}.{name}, which no checkpoint needs. Do not use this checkpoint."
             )
         return _CLASSES[module, name]
+
+
+def _member(kind: Any, name: Any) -> Any:
+    """Stand for `getattr`, by which Python 3.11.0 to 3.11.3 (Debian 12's) pickles members of an enumeration."""
+    if not isinstance(kind, enum.EnumType) or kind not in _CLASSES.values():
+        raise ConversionError(f"{METADATA_FILE} asks for an attribute of {kind!r:.60}. Do not use this checkpoint.")
+    return kind[name]
 
 
 def read_metadata(directory: Path) -> Any:

@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from tests import huge_pages
+from tests.settled import settle
 
 DEFAULT_TIMEOUT = 180.0
 """Seconds for one job. Generous: a shared two-core machine is slow, and a hang shows every rank's stack."""
@@ -149,10 +149,7 @@ def serve(control: Connection) -> None:
     for module in _IMPORTED_ONCE:
         importlib.import_module(module)
     _parse_once()
-    gc.collect()
-    gc.freeze()  # The ranks' collector leaves the shared pages alone.
-    gc.enable()
-    huge_pages.collapse()
+    settle()
     while True:
         try:
             job = control.recv()

@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 
-from tests import huge_pages
+from tests.settled import settle
 
 gc.disable()  # until all is there: collections on the way cost a fifth
 
@@ -63,9 +63,5 @@ for _name in (
         importlib.import_module(_name)
 del sys.modules["ray"]
 
-# A collection in a child would visit, and so copy, every object of its parent's; vLLM collects ten times an engine.
-gc.collect()
-gc.freeze()
-gc.enable()
-huge_pages.collapse()
-gc.unfreeze = lambda: None
+settle()
+gc.unfreeze = lambda: None  # vLLM's, ten times an engine

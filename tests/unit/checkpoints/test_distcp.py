@@ -1,5 +1,6 @@
 """Proves: our files are read by torch.distributed.checkpoint itself and its files by us, box by box; no pickle runs."""
 
+import enum
 import hashlib
 import os
 import pickle
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from megatron_sppo.checkpoints.digests import read_digests
 from megatron_sppo.checkpoints.distcp import DistcpReader, check_metadata, read_metadata
@@ -147,6 +150,45 @@ def test_no_other_global_is_ever_looked_up(tmp_path: Path, module: str) -> None:
     name, attribute = module.split()
     (tmp_path / ".metadata").write_bytes(f"c{name}\n{attribute}\n.".encode())
     with pytest.raises(ConversionError, match=r"Do not use"):
+        read_metadata(tmp_path)
+
+
+class OlderPickler(pickle.Pickler):
+    """Pickles members of an enumeration as Python 3.11.0 to 3.11.3 does (enum.Enum.__reduce_ex__)."""
+
+    def reducer_override(self, found: Any) -> Any:
+        return (getattr, (type(found), found.name)) if isinstance(found, enum.Enum) else NotImplemented
+
+
+def test_members_of_enumerations_are_read_as_older_pythons_pickle_them(tmp_path: Path) -> None:
+    """What Debian 12's Python has written, Megatron-Core's own files among it."""
+    content = read_metadata(write(tmp_path / "c"))
+    with open(tmp_path / "c/.metadata", "wb") as file:
+        OlderPickler(file).dump(content)
+    assert b"getattr" in (tmp_path / "c/.metadata").read_bytes()
+    assert read_metadata(tmp_path / "c") == content
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Metadata, "__init__"), (torch.Size, "numel"), (torch.float32, "to_complex"), ("text", "format")]
+)
+def test_of_nothing_else_an_attribute_is_looked_up(tmp_path: Path, kind: Any, name: str) -> None:
+    class Asking:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return getattr, (kind, name)
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Asking()))
+    with pytest.raises(ConversionError, match=r"asks for an attribute of .*Do not use"):
+        read_metadata(tmp_path)
+
+
+def test_a_member_that_is_none_is_damage(tmp_path: Path) -> None:
+    class Asking:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return getattr, (WriteItemType, "__class__")
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Asking()))
+    with pytest.raises(ConversionError, match="damaged"):
         read_metadata(tmp_path)
 
 
