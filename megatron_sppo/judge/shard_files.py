@@ -141,12 +141,12 @@ class ShardFileWriter:
             "arrays": {name: [values.dtype.str, values.shape] for name, values in arrays.items()},
         }
         first = json.dumps(head).encode() + b"\n"
-        self._archive.writestr(_block_name(self._num_blocks), b"".join([first, *parts, block.groups.lines]))
+        self._write(_block_name(self._num_blocks), b"".join([first, *parts, block.groups.lines]))
         self._num_blocks += 1
 
     def finish(self, scores: ShardScores, key: ShardKey) -> None:
         """Append the scores, and what all of it was made from."""
-        self._archive.writestr(_BLOCKS_NAME, json.dumps({"key": key.of_blocks, "num_blocks": self._num_blocks}))
+        self._write(_BLOCKS_NAME, json.dumps({"key": key.of_blocks, "num_blocks": self._num_blocks}).encode())
         texts = {
             "reasons": json.dumps(scores.reasons),
             "key": json.dumps(key.of_scores),
@@ -156,6 +156,10 @@ class ShardFileWriter:
         for name, value in {"judge_logits": scores.judge_logits, **texts}.items():
             with self._archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asanyarray(value), allow_pickle=False)  # type: ignore[no-untyped-call]
+
+    def _write(self, name: str, content: bytes) -> None:
+        """Append a member, without the time of day that a bare name would get: the same scores are the same bytes."""
+        self._archive.writestr(zipfile.ZipInfo(name), content)
 
 
 def read_scores(file: Path | IO[bytes], key: ShardKey) -> ShardScores | None:

@@ -65,7 +65,7 @@ class Engine:
         except (ValueError, RuntimeError, OSError) as error:
             # pydantic's ValidationError is a ValueError; an engine process that died is a RuntimeError.
             reason = " ".join(str(error).split())[:400]
-            if isinstance(error, RuntimeError):  # says no more than that a process of its own failed
+            if "root cause above" in reason:  # which another process printed
                 printed = "above" if left_behind() is None else "in logs/engine.log of the run's directory"
                 reason += f"; what its processes printed {printed} says why"
             raise ConfigError(

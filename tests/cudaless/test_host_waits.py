@@ -36,7 +36,8 @@ def test_the_host_waits_once_a_step(flags: str, hf: Path, megatron: Path, tmp_pa
         device.LOG.clear()
         places = ["--load", str(megatron), "--data", str(data), "--save", str(tmp_path / f"{save}{train_iters}")]
         assert pretrain([*places, *FLAGS.split(), *flags.split(), "--train-iters", str(train_iters)]) == 0
-        return Counter(f"{wait.what} {wait.shape} {wait.caller}" for wait in device.LOG)
+        # Without shapes: what Megatron-Core pickles for other ranks is a byte longer at times.
+        return Counter(f"{wait.what} {wait.caller}" for wait in device.LOG)
 
     waits(4, "first")  # the reference pass of all four steps, and what is made once a process
     found = waits(4)

@@ -64,4 +64,4 @@ for _name in (
 del sys.modules["ray"]
 
 settle()
-gc.unfreeze = lambda: None  # vLLM's, ten times an engine
+gc.unfreeze = lambda: None  # which vLLM calls, and collects, ten times an engine

@@ -103,6 +103,8 @@ class Stage:
         """Kill all workers, one after the other, several times. Between two times what they were at is judged."""
         for _ in range(rounds):
             self.judge_some(num_workers=num_workers)
+            # The driver may not have noticed yet that one of the last time's is away.
+            wait_until(lambda: len(self.nodes.actors()) == num_workers, f"{num_workers} workers' processes")
             for pid in chance.sample(pids := self.nodes.actors(), len(pids)):
                 time.sleep(chance.uniform(0, 0.2))
                 kill(pid)

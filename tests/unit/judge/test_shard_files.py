@@ -4,6 +4,7 @@ That a damaged one is made again is tests/unit/judge/test_shard_scores.py's.
 """
 
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,3 +73,11 @@ def test_another_judge_takes_nothing_and_another_rule_the_scores_alone(scored) -
     other_rule, other_judge = key(rollouts, rule="official"), key(rollouts, spec="rules:concise")
     assert not is_complete(path, other_rule, verify=False) and read_scores(path, other_rule) is not None
     assert not is_complete(path, other_judge, verify=False) and read_scores(path, other_judge) is None
+
+
+def test_the_time_of_day_is_in_no_file(scored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rollouts, work = scored
+    long_ago = time.localtime(10**9)
+    monkeypatch.setattr("time.localtime", lambda *_: long_ago)
+    score_rollouts(rollouts, pooled_here(load_judge("rules:cyclic")), tmp_path / "again", rule="paper")
+    assert scores_path(tmp_path / "again", 0).read_bytes() == scores_path(work, 0).read_bytes()
