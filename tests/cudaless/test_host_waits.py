@@ -28,6 +28,11 @@ def _shut_down() -> Iterator[None]:
     parallel.shut_down()
 
 
+def shape(wait: device.HostWait) -> str:
+    """Give the shape of what is waited for, but of pickled objects: these are a byte longer at times."""
+    return "" if "dist_checkpointing/validation.py" in wait.caller else str(wait.shape)
+
+
 @pytest.mark.parametrize("flags", ["--micro-batch-size 4", "--packed-sequence-size 256 --fp8 hybrid"])
 def test_the_host_waits_once_a_step(flags: str, hf: Path, megatron: Path, tmp_path: Path) -> None:
     data = write_dataset(tmp_path / "data", hf)  # 32 responses: four steps an epoch
@@ -36,8 +41,7 @@ def test_the_host_waits_once_a_step(flags: str, hf: Path, megatron: Path, tmp_pa
         device.LOG.clear()
         places = ["--load", str(megatron), "--data", str(data), "--save", str(tmp_path / f"{save}{train_iters}")]
         assert pretrain([*places, *FLAGS.split(), *flags.split(), "--train-iters", str(train_iters)]) == 0
-        # Without shapes: what Megatron-Core pickles for other ranks is a byte longer at times.
-        return Counter(f"{wait.what} {wait.caller}" for wait in device.LOG)
+        return Counter(f"{wait.what} {shape(wait)} {wait.caller}" for wait in device.LOG)
 
     waits(4, "first")  # the reference pass of all four steps, and what is made once a process
     found = waits(4)
