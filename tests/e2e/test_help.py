@@ -1,6 +1,9 @@
 """Proves that every command explains itself in every spelling: exit code 0, its own name, nothing heavy imported for
 it, and less than a second of this machine's CPU time; and that a plan costs no more. (tests/e2e/test_wheel.py: the same
 of an installed wheel.)
+
+On a machine that others share, a process is charged up to three times its own CPU time while they are busy: a command
+that took longer may take half of what an import of torch is charged right after it (2 s where nothing disturbs).
 """
 
 import dataclasses
@@ -26,6 +29,7 @@ INVOCATIONS = [
 ]
 HEAVY = {"torch", "megatron", "vllm", "transformers", "datasets", "matplotlib", "tensorboard", "transformer_engine"}
 LONGEST_CPU_SECONDS = 1.0
+TRIES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,26 +59,28 @@ def run(*arguments: object, directory: Path = REPOSITORY, path: Path = REPOSITOR
     return Outcome(done.stdout, cpu_seconds, frozenset(line.rpartition("|")[2].strip() for line in lines))
 
 
-def check_is_light(outcome: Outcome) -> None:
-    """Assert that neither the libraries nor the time of a stage was spent."""
-    assert not HEAVY & {name.partition(".")[0] for name in outcome.imported}
-    assert outcome.cpu_seconds < LONGEST_CPU_SECONDS
+def run_lightly(*arguments: object, **where: Path) -> Outcome:
+    """`run`, and assert that neither the libraries nor the time of a stage was spent, in the best of three tries."""
+    for _ in range(TRIES):
+        outcome = run(*arguments, **where)
+        assert not HEAVY & {name.partition(".")[0] for name in outcome.imported}
+        if outcome.cpu_seconds < LONGEST_CPU_SECONDS or outcome.cpu_seconds < run("-c", "import torch").cpu_seconds / 2:
+            return outcome
+    raise AssertionError(f"{arguments}: {outcome.cpu_seconds:.2f} CPU seconds, and no less in {TRIES} tries")
 
 
 @pytest.mark.parametrize(("arguments", "usage"), INVOCATIONS, ids=[usage for _, usage in INVOCATIONS])
 def test_help_reads_well_and_imports_nothing_heavy(arguments, usage):
     is_script = bool(arguments) and isinstance(arguments[0], Path)
-    outcome = run(*(() if is_script else ("-m", "megatron_sppo")), *arguments, "--help")
+    outcome = run_lightly(*(() if is_script else ("-m", "megatron_sppo")), *arguments, "--help")
     assert outcome.stdout.startswith(f"usage: {usage} ")
     assert "--help" in outcome.stdout
     assert "megatron_sppo.config" in outcome.imported
-    check_is_light(outcome)
 
 
 def test_a_plan_is_made_of_numbers_alone():
-    outcome = run("-m", "megatron_sppo", "plan", "--model", "llama3-70b", "--tensor-model-parallel-size", "8")
+    outcome = run_lightly("-m", "megatron_sppo", "plan", "--model", "llama3-70b", "--tensor-model-parallel-size", "8")
     assert "70.554 billion weights" in outcome.stdout  # Meta: 70,553,706,496
-    check_is_light(outcome)
 
 
 def test_the_list_of_commands_has_a_line_for_each():
@@ -84,11 +90,10 @@ def test_the_list_of_commands_has_a_line_for_each():
 
 
 def test_versions_are_one_line_and_imported_from_nothing():
-    outcome = run("-m", "megatron_sppo", "--version")
+    outcome = run_lightly("-m", "megatron_sppo", "--version")
     (line,) = outcome.stdout.splitlines()
     names = [part.split()[0] for part in line.split(", ")]
     assert names == ["megatron-sppo", "Python", "torch", "megatron-core", "transformer-engine", "vllm", "transformers"]
-    check_is_light(outcome)
     import torch
 
     assert f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'})" in line
