@@ -146,19 +146,16 @@ def test_a_step_is_shared_out_once_and_evenly(dataset: PreferenceDataset, monkey
 def test_planning_a_step_costs_no_more_in_a_larger_world(
     dataset: PreferenceDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One global batch of 8,192 responses, as one of 8 ranks and as one of 1,024: CPU seconds, least of three."""
+    """One global batch of 8,192 responses, as one of 8 ranks and as one of 1,024, in turn: CPU seconds, best of five."""
     batches = batches_of(dataset, global_batch_size=8192)
 
     def seconds(size: int) -> float:
         be_data_parallel_rank(monkeypatch, size - 1, size)
-        best = float("inf")
-        for _ in range(3):
-            begin = time.process_time()
-            next(batches.steps(first=1, last=1))
-            best = min(best, time.process_time() - begin)
-        return best
+        begin = time.process_time()
+        next(batches.steps(first=1, last=1))
+        return time.process_time() - begin
 
-    assert seconds(1024) <= 1.5 * seconds(8)
+    assert min(seconds(1024) / seconds(8) for _ in range(5)) <= 1.5
 
 
 def test_packs_are_dealt_evenly_to_a_thousand_ranks() -> None:
