@@ -146,7 +146,7 @@ def test_a_step_is_shared_out_once_and_evenly(dataset: PreferenceDataset, monkey
 def test_planning_a_step_costs_no_more_in_a_larger_world(
     dataset: PreferenceDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One global batch of 8,192 responses, as one of 8 ranks and as one of 1,024, in turn: CPU seconds, best of five."""
+    """One global batch of 8,192 responses, as one of 8 ranks and as one of 1,024, in turn: CPU time, best of five."""
     batches = batches_of(dataset, global_batch_size=8192)
 
     def seconds(size: int) -> float:
