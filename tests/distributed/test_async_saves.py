@@ -246,9 +246,7 @@ def still_running(save: Path) -> list[str]:
     return found
 
 
-def test_kills_in_the_midst_of_saves_lose_nothing(
-    run: Start, untied: Path, tmp_path: Path, tally: Tally
-) -> None:
+def test_kills_in_the_midst_of_saves_lose_nothing(run: Start, untied: Path, tmp_path: Path, tally: Tally) -> None:
     """A life that is killed before it has published anything saves the same step again, to be killed elsewhere."""
     lives = len(tally.cases("kills", 6, 20))
     steps = f"--train-iters {3 * lives}"  # more than the lives can do, most of which publish no save or one
