@@ -1,11 +1,12 @@
 """Saves shared by data-parallel ranks, saves in the background, and saves of earlier versions: all resume bit for bit.
 
-Each run is examples/pretrain_sppo.py itself, forked from what the harness has imported, so that twenty lives cost
+Each run is examples/pretrain_sppo.py itself, forked from what the harness has imported, so that many lives cost
 little. What one rank writes is in tests/unit/training/test_saving.py; SIGTERM is in tests/e2e.
 """
 
 import contextlib
 import errno
+import math
 import os
 import pickle
 import random
@@ -24,7 +25,7 @@ from tests.distributed.worlds import pretrain
 from tests.reliability.tally import Tally
 from tests.sharded_saves import save_by_megatron_core
 
-STEPS = 12
+STEPS = 8
 RUN = "--lr 1e-4 --eta 100 --no-tensorboard"
 
 Start = Callable[..., list[int]]
@@ -91,19 +92,19 @@ def test_a_run_resumed_from_a_save_in_the_background_is_bit_exact(
     flags += " --save-interval 3"
     run(save, flags, world_size=world_size)
     expected, order = numbers(save), responses(save)
-    assert len(list(save.glob("iter_*"))) == STEPS // 3 and len(expected) == STEPS
+    assert len(list(save.glob("iter_*"))) == math.ceil(STEPS / 3) and len(expected) == STEPS
     assert not list(save.glob(".iter_*"))
-    forget_after(save, 6)
+    forget_after(save, 3)
     assert run(save, flags, world_size=world_size) == [0] * world_size
     assert numbers(save) == expected and responses(save) == order
 
 
 def test_a_run_resumes_in_another_layout_from_a_save_in_the_background(run: Start, tmp_path: Path) -> None:
     save = tmp_path / "save"
-    run(save, f"--async-save --save-interval 6 {SHARDED}", world_size=2)
+    run(save, f"--async-save --save-interval 3 {SHARDED}", world_size=2)
     expected, order = losses(save), responses(save)
-    forget_after(save, 6)
-    assert run(save, f"--async-save --save-interval 6 {SHARDED} {TP2}", world_size=4) == [0] * 4
+    forget_after(save, 3)
+    assert run(save, f"--async-save --save-interval 3 {SHARDED} {TP2}", world_size=4) == [0] * 4
     assert losses(save) == pytest.approx(expected, rel=1e-5) and responses(save) == order
 
 
@@ -120,12 +121,12 @@ def pretrain_as_saved_before(argv: list[str]) -> int:
 @pytest.mark.parametrize("flags", ["", SHARDED])
 def test_a_checkpoint_of_an_earlier_version_is_resumed_bit_exactly(run: Start, tmp_path: Path, flags: str) -> None:
     save = tmp_path / "save"
-    run(save, f"--save-interval 6 {flags}", world_size=2, function=pretrain_as_saved_before)
+    run(save, f"--save-interval 3 {flags}", world_size=2, function=pretrain_as_saved_before)
     expected = numbers(save)
     assert not list(save.rglob("*.digests")) and not list(save.rglob("optimizer*.distcp"))
-    forget_after(save, 6)
-    assert run(save, f"--save-interval 6 {flags}", world_size=2) == [0, 0]
-    assert list(save.glob("iter_0000012/*.digests")) and numbers(save) == expected
+    forget_after(save, 3)
+    assert run(save, f"--save-interval 3 {flags}", world_size=2) == [0, 0]
+    assert list(save.glob("iter_0000008/*.digests")) and numbers(save) == expected
 
 
 def pretrain_on_a_disk_that_fills_up(argv: list[str]) -> int:
@@ -175,7 +176,7 @@ def test_a_disk_that_refuses_one_rank_ends_all_with_exit_code_2_and_leaves_the_c
     assert run(save, flags, world_size=2, function=full) == [2, 2]
     assert [path.name for path in save.glob("*iter_0*")] == ["iter_0000003"]
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "3\n"
-    assert 6 <= len(numbers(save)) <= 9  # a save in the background is waited for by the next
+    assert len(numbers(save)) >= 6  # a save in the background is waited for by the next
     run(tmp_path / "whole", "", world_size=2)
     assert run(save, flags, world_size=2) == [0, 0]
     assert numbers(save) == numbers(tmp_path / "whole")

@@ -69,8 +69,8 @@ def forget_after(save: Path, step: int) -> None:
     (save / "latest_checkpointed_iteration.txt").write_text(f"{step}\n")
 
 
-RESUMED = "--num-epochs 3 --save-interval 6 --lr 1e-4 --eta 100"
-"""12 steps, six of them after the checkpoint that the run is taken back to; residuals of some 5 nats."""
+RESUMED = "--num-epochs 2 --save-interval 3 --lr 1e-4 --eta 100"
+"""8 steps, five of them after the checkpoint that a run is taken back to, in two epochs; residuals of some 5 nats."""
 
 
 def responses(save: Path) -> list[tuple[int, int, int]]:
@@ -80,11 +80,11 @@ def responses(save: Path) -> list[tuple[int, int, int]]:
 
 
 def assert_resumes_bit_exactly(run, save: Path, world_size: int, flags: str) -> None:
-    """Run, go back to step 6, run again: every number but the speeds is the same."""
+    """Run, go back to step 3, run again: every number but the speeds is the same."""
     run(save, f"{flags} {RESUMED}", world_size=world_size)
     expected, order = metrics(save), responses(save)
-    assert len(expected) == 12
-    forget_after(save, 6)
+    assert len(expected) == 8
+    forget_after(save, 3)
     assert run(save, f"{flags} {RESUMED}", world_size=world_size) == [0] * world_size
     for line, again in zip(expected, metrics(save), strict=True):
         same = {name: value for name, value in line.items() if not name.startswith("perf/")}
@@ -93,13 +93,13 @@ def assert_resumes_bit_exactly(run, save: Path, world_size: int, flags: str) -> 
 
 
 def assert_resumes_in_another_layout(run, save: Path, before: tuple[int, str], after: tuple[int, str]) -> None:
-    """Run in one layout (ranks, flags), go back to step 6, go on in the other: same data, same losses to 1e-5."""
+    """Run in one layout (ranks, flags), go back to step 3, go on in the other: same data, same losses to 1e-5."""
     run(save, f"{before[1]} {RESUMED}", world_size=before[0])
     expected, order = losses(save), responses(save)
-    forget_after(save, 6)
+    forget_after(save, 3)
     assert run(save, f"{after[1]} {RESUMED}", world_size=after[0]) == [0] * after[0]
-    assert responses(save) == order and len(order) == 12 * 8
-    assert losses(save)[:6] == expected[:6] and len(expected) == 12
+    assert responses(save) == order and len(order) == 8 * 8
+    assert losses(save)[:3] == expected[:3] and len(expected) == 8
     assert losses(save) == pytest.approx(expected, rel=1e-5)
 
 
@@ -279,14 +279,14 @@ def test_what_cannot_run_is_refused_with_exit_code_2(run, tmp_path: Path, world_
 
 
 def test_the_newest_checkpoints_stay_and_the_run_goes_on_from_them(run, tmp_path: Path) -> None:
-    """12 steps, saved at each: after six the first four are gone; the resumed run's own source goes in its turn."""
+    """8 steps, saved at each: after six the first four are gone; the resumed run's own source goes in its turn."""
     save = tmp_path / "save"
     flags = f"{RESUMED} --save-interval 1"
     run(tmp_path / "all", flags)
     assert run(save, f"{flags} --train-iters 6 --keep-last 2") == [0]
     assert sorted(path.name for path in save.glob("*iter_*")) == ["iter_0000005", "iter_0000006"]
     assert run(save, f"{flags} --keep-last 2") == [0]
-    assert sorted(path.name for path in save.glob("*iter_*")) == ["iter_0000011", "iter_0000012"]
-    assert (save / "iter_0000012/hf/config.json").read_bytes() == (
-        tmp_path / "all/iter_0000012/hf/config.json"
+    assert sorted(path.name for path in save.glob("*iter_*")) == ["iter_0000007", "iter_0000008"]
+    assert (save / "iter_0000008/hf/config.json").read_bytes() == (
+        tmp_path / "all/iter_0000008/hf/config.json"
     ).read_bytes()

@@ -1,7 +1,7 @@
 """Proves: the whole loop for real, once: SmolLM2 answers by vLLM on the CPU, two torchrun ranks train it, and what
 comes out of the iteration is sampled by vLLM again and read by transformers.
 
-Three updates at a tiny scale: nothing is said of how much is learnt. That is `make demo`. What log-probabilities
+Two updates at a tiny scale: nothing is said of how much is learnt. That is `make demo`. What log-probabilities
 the sampled ids have under the Megatron model is proved with the converter; that a shard which is sampled again has the
 same bytes, by test_cluster_rollouts_vllm.py.
 """
@@ -24,7 +24,7 @@ from megatron_sppo.rollout.records import Response, RolloutGroup, read_rollouts
 from tests.e2e.forked import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
-NUM_PROMPTS, NUM_RESPONSES, MAX_TOKENS, END_OF_TURN = 2, 3, 12, 2
+NUM_PROMPTS, NUM_RESPONSES, MAX_TOKENS, END_OF_TURN = 2, 2, 12, 2
 CONFIG = f"""
 run: {{iterations: 1, max_prompts_per_iteration: {NUM_PROMPTS}, training_processes: 2}}
 rollout:
