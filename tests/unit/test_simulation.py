@@ -146,7 +146,7 @@ def test_a_step_is_shared_out_once_and_evenly(dataset: PreferenceDataset, monkey
 def test_planning_a_step_costs_no_more_in_a_larger_world(
     dataset: PreferenceDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One global batch of 8,192 responses, as one of 8 ranks and as one of 1,024, in turn: CPU time, best of five."""
+    """One global batch of 8,192 responses, as one of 8 ranks and as one of 1,024, in turn: CPU time, least of five."""
     batches = batches_of(dataset, global_batch_size=8192)
 
     def seconds(size: int) -> float:
@@ -155,7 +155,8 @@ def test_planning_a_step_costs_no_more_in_a_larger_world(
         next(batches.steps(first=1, last=1))
         return time.process_time() - begin
 
-    assert min(seconds(1024) / seconds(8) for _ in range(5)) <= 1.5
+    large, small = zip(*((seconds(1024), seconds(8)) for _ in range(5)), strict=True)
+    assert min(large) <= 1.5 * min(small)
 
 
 def test_packs_are_dealt_evenly_to_a_thousand_ranks() -> None:
